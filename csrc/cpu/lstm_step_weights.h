@@ -1,0 +1,127 @@
+// The weights of lstm_step in the order in which its loops read them, and the flat layout of their gradients.
+#pragma once
+#include "lstm_step.h"
+#include "vec.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+namespace {
+
+// Units (times four gates, times U vectors) and inputs (times U vectors) whose accumulators fit the registers.
+constexpr int unit_block = vector_bytes == 64 ? 2 : 1;
+constexpr int input_block = vector_bytes == 64 ? 8 : 4;
+
+// Offsets of one layer's gradients in a flat copy: weight_ih [4H, inputs], weight_hh [4H, H], bias [4H] (both biases
+// have the same gradient). The head's weight [H] and bias come last.
+struct FlatLayer {
+  int64_t weight_ih, weight_hh, bias;
+  FlatLayer(const LstmStepProblem& p, int layer) {
+    const int64_t H = p.hidden_size;
+    int64_t at = 0;
+    for (int l = 0; l < layer; ++l) at += 4 * H * (p.inputs(l) + H + 1);
+    weight_ih = at;
+    weight_hh = weight_ih + 4 * H * p.inputs(layer);
+    bias = weight_hh + 4 * H * H;
+  }
+};
+
+// One allocation: per layer [forward | transposed x | transposed h], then the head's weight and bias.
+//   forward: per block of units: bias_ih + bias_hh as [unit][gate], then [input, then hidden][unit][gate]
+//   transposed: per block of inputs: [gate row][input]
+template <class S>
+class PackedWeights {
+ public:
+  PackedWeights(const LstmStepProblem& problem, S* memory) : p(problem), data(memory) {}
+
+  S* forward(int layer) const {
+    S* at = data;
+    for (int l = 0; l < layer; ++l) at += layer_elements(l);
+    return at;
+  }
+  S* transposed_x(int layer) const { return forward(layer) + 4 * H() * (p.inputs(layer) + H() + 1); }
+  S* transposed_h(int layer) const { return transposed_x(layer) + 4 * H() * p.inputs(layer); }
+  S* head() const { return forward(p.num_layers); }
+  S& head_bias() const { return head()[H()]; }
+  int64_t elements() const { return head() - data + H() + 1; }
+
+ private:
+  int64_t H() const { return p.hidden_size; }
+  int64_t layer_elements(int l) const { return 4 * H() * (2 * (p.inputs(l) + H()) + 1); }
+  const LstmStepProblem& p;
+  S* data;
+};
+
+template <class S>
+int64_t packed_bytes(const LstmStepProblem& p) {
+  return PackedWeights<S>(p, nullptr).elements() * int64_t(sizeof(S));
+}
+
+template <class S>
+S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
+  for (int unit = 0; unit < H;) {
+    const int units = unit + unit_block <= H ? unit_block : 1;
+    for (int j = unit; j < unit + units; ++j)
+      for (int gate = 0; gate < 4; ++gate) *out++ = w[2][gate * H + j] + w[3][gate * H + j];
+    for (int part = 0; part < 2; ++part) {
+      const int count = part == 0 ? inputs : H;
+      for (int k = 0; k < count; ++k)
+        for (int j = unit; j < unit + units; ++j)
+          for (int gate = 0; gate < 4; ++gate) *out++ = w[part][int64_t(gate * H + j) * count + k];
+    }
+    unit += units;
+  }
+  return out;
+}
+
+template <class S>
+S* pack_transposed(S* out, const S* w, int inputs, int H) {
+  for (int k = 0; k < inputs;) {
+    const int left = inputs - k;
+    const int count = left >= input_block ? input_block : left >= 4 ? 4 : 1;
+    for (int row = 0; row < 4 * H; ++row)
+      for (int i = 0; i < count; ++i) *out++ = w[int64_t(row) * inputs + k + i];
+    k += count;
+  }
+  return out;
+}
+
+template <class S>
+void pack_weights(const LstmStepProblem& p, const void* const* weights, void* memory) {
+  const int H = p.hidden_size;
+  S* out = static_cast<S*>(memory);
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const S* w[4];
+    for (int i = 0; i < 4; ++i) w[i] = static_cast<const S*>(weights[layer * 4 + i]);
+    out = pack_forward(out, w, p.inputs(layer), H);
+    out = pack_transposed(out, w[0], p.inputs(layer), H);
+    out = pack_transposed(out, w[1], H, H);
+  }
+  const S* head = static_cast<const S*>(weights[p.num_layers * 4]);
+  for (int j = 0; j < H; ++j) *out++ = head[j];
+  *out = *static_cast<const S*>(weights[p.num_layers * 4 + 1]);
+}
+
+template <class S>
+void reduce_partials(const LstmStepProblem& p, double* partials, void* const* grad_weights) {
+  const int64_t n = p.flat_weights(), H = p.hidden_size;
+  for (int64_t step = 1; step < p.num_groups(); step *= 2)
+    for (int64_t group = 0; group + step < p.num_groups(); group += 2 * step)
+      for (int64_t i = 0; i < n; ++i) partials[group * n + i] += partials[(group + step) * n + i];
+  const auto copy = [&](int weight, int64_t from, int64_t count) {
+    S* out = static_cast<S*>(grad_weights[weight]);
+    for (int64_t i = 0; i < count; ++i) out[i] = p.num_coordinates ? S(partials[from + i]) : S(0);
+  };
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const FlatLayer at(p, layer);
+    copy(layer * 4, at.weight_ih, 4 * H * p.inputs(layer));
+    copy(layer * 4 + 1, at.weight_hh, 4 * H * H);
+    copy(layer * 4 + 2, at.bias, 4 * H);
+    copy(layer * 4 + 3, at.bias, 4 * H);
+  }
+  copy(p.num_layers * 4, n - H - 1, H);
+  copy(p.num_layers * 4 + 1, n - 1, 1);
+}
+
+}  // namespace
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

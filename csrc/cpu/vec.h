@@ -1,0 +1,127 @@
+// SIMD vectors of coordinates for the instruction set that this translation unit is compiled for, and the loads and
+// stores between them and memory of any parameter dtype.
+#pragma once
+#include <stdint.h>
+
+#include "../math/portable.h"
+#include "lstm_step.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+typedef float FloatVec __attribute__((vector_size(vector_bytes)));
+typedef double DoubleVec __attribute__((vector_size(vector_bytes)));
+typedef int32_t Int32Vec __attribute__((vector_size(vector_bytes)));
+typedef int64_t Int64Vec __attribute__((vector_size(vector_bytes)));
+
+template <>
+struct lane_of<FloatVec> {
+  using type = float;
+};
+template <>
+struct lane_of<DoubleVec> {
+  using type = double;
+};
+template <>
+struct int_of<FloatVec> {
+  using type = Int32Vec;
+};
+template <>
+struct int_of<DoubleVec> {
+  using type = Int64Vec;
+};
+
+template <class S>
+struct vec_of;
+template <>
+struct vec_of<float> {
+  using type = FloatVec;
+};
+template <>
+struct vec_of<double> {
+  using type = DoubleVec;
+};
+template <class S>
+using vec_t = typename vec_of<S>::type;
+
+template <class V>
+constexpr int lanes = int(sizeof(V) / sizeof(lane_t<V>));
+
+template <class V>
+MK_INLINE V load(const lane_t<V>* p) {
+  V v;
+  __builtin_memcpy(&v, p, sizeof(V));
+  return v;
+}
+template <class V>
+MK_INLINE void store(lane_t<V>* p, V v) {
+  __builtin_memcpy(p, &v, sizeof(V));
+}
+
+// Sum of the lanes, in a fixed order.
+template <class V>
+MK_INLINE lane_t<V> sum_lanes(V v) {
+  lane_t<V> x[lanes<V>];
+  store(x, v);
+#pragma GCC unroll 4
+  for (int half = lanes<V> / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < half; ++i) x[i] += x[i + half];
+  return x[0];
+}
+
+MK_INLINE float from_bfloat16(uint16_t bits) { return bit_copy<float>(uint32_t(bits) << 16); }
+MK_INLINE uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bit_copy<uint32_t>(x);
+  if (x != x) return uint16_t((bits >> 16) | 0x40);                  // keep NaN a NaN
+  return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // round to nearest even
+}
+
+// `count` elements from index `first` of a parameter-like array into `out[tile_lanes]`, zeros behind them.
+template <class S>
+inline void read_lanes(const void* data, DType dtype, int64_t first, int count, S* out) {
+  switch (dtype) {
+    case DType::float64:
+      for (int i = 0; i < count; ++i) out[i] = S(static_cast<const double*>(data)[first + i]);
+      break;
+    case DType::float32:
+      for (int i = 0; i < count; ++i) out[i] = S(static_cast<const float*>(data)[first + i]);
+      break;
+    case DType::bfloat16:
+      for (int i = 0; i < count; ++i) out[i] = S(from_bfloat16(static_cast<const uint16_t*>(data)[first + i]));
+      break;
+    case DType::float16:
+      for (int i = 0; i < count; ++i) out[i] = S(static_cast<const _Float16*>(data)[first + i]);
+      break;
+  }
+  for (int i = count; i < tile_lanes; ++i) out[i] = S(0);
+}
+
+template <class S>
+inline void write_lanes(void* data, DType dtype, int64_t first, int count, const S* in) {
+  switch (dtype) {
+    case DType::float64:
+      for (int i = 0; i < count; ++i) static_cast<double*>(data)[first + i] = double(in[i]);
+      break;
+    case DType::float32:
+      for (int i = 0; i < count; ++i) static_cast<float*>(data)[first + i] = float(in[i]);
+      break;
+    case DType::bfloat16:
+      for (int i = 0; i < count; ++i) static_cast<uint16_t*>(data)[first + i] = to_bfloat16(float(in[i]));
+      break;
+    case DType::float16:
+      for (int i = 0; i < count; ++i) static_cast<_Float16*>(data)[first + i] = static_cast<_Float16>(float(in[i]));
+      break;
+  }
+}
+
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

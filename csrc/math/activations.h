@@ -1,0 +1,118 @@
+// Exponential, logarithm, sigmoid and tanh of one value or one SIMD vector of values.
+//
+// No libm call and no fast-math: the same source serves the scalar device code and the vector loops, NaN comes out
+// where it went in, and the error is a few units in the last place (tests/ops/test_lstm_step.py holds it).
+#pragma once
+#include "portable.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+
+// (e^r - 1 - r) / r^2 for |r| <= ln(2)/2. Float: weighted least-squares fit at Chebyshev nodes, relative error of e^r
+// below 4e-9. Double: the Taylor series up to r^13, truncation below 1e-17.
+template <class V>
+MK_INLINE V expm1_tail(V r, float) {
+  V p = broadcast<V>(1.3814466e-3f);
+  p = p * r + 8.3687805e-3f;
+  p = p * r + 4.1668394e-2f;
+  p = p * r + 1.6666520e-1f;
+  return p * r + 4.9999993e-1f;
+}
+template <class V>
+MK_INLINE V expm1_tail(V r, double) {
+  V p = broadcast<V>(1.0 / 6227020800.0);
+  p = p * r + 1.0 / 479001600.0;
+  p = p * r + 1.0 / 39916800.0;
+  p = p * r + 1.0 / 3628800.0;
+  p = p * r + 1.0 / 362880.0;
+  p = p * r + 1.0 / 40320.0;
+  p = p * r + 1.0 / 5040.0;
+  p = p * r + 1.0 / 720.0;
+  p = p * r + 1.0 / 120.0;
+  p = p * r + 1.0 / 24.0;
+  p = p * r + 1.0 / 6.0;
+  return p * r + 0.5;
+}
+
+// e^x = scale * (1 + tail) with scale a power of two and |tail| < 0.42.
+template <class V>
+struct ExpParts {
+  V scale;
+  V tail;
+};
+
+// x is clamped to the range where scale is a normal number: sigmoid and tanh are saturated long before.
+template <class V>
+MK_INLINE ExpParts<V> exp_parts(V x) {
+  using S = lane_t<V>;
+  using C = constants<S>;
+  x = at_least(at_most(x, C::exp_bound), -C::exp_bound);
+  const V shifted = x * S(1.4426950408889634) + C::round_magic;
+  const V n = shifted - C::round_magic;
+  const V r = x - n * S(0.6931471805599453);
+  // The low bits of `shifted` are n; the constant's own low bits are zero and its high bits are shifted out.
+  const int_t<V> bits = (bit_copy<int_t<V>>(shifted) << C::mantissa_bits) + (C::exponent_bias << C::mantissa_bits);
+  return {bit_copy<V>(bits), r + (r * r) * expm1_tail(r, S{})};
+}
+
+// 1 / (1 + e^-x)
+template <class V>
+MK_INLINE V sigmoid(V x) {
+  const ExpParts<V> e = exp_parts(-x);
+  return broadcast<V>(1) / (e.scale * e.tail + (e.scale + lane_t<V>(1)));
+}
+
+// (e^2x - 1) / (e^2x + 1), from e^2x - 1 without cancellation, so that small x keep their relative accuracy.
+template <class V>
+MK_INLINE V tanh(V x) {
+  const ExpParts<V> e = exp_parts(x + x);
+  const V expm1 = e.scale * e.tail + (e.scale - lane_t<V>(1));
+  return expm1 / (expm1 + lane_t<V>(2));
+}
+
+// 2 * atanh(s) / s as a polynomial in z = s^2, for |s| <= 0.172.
+template <class V>
+MK_INLINE V log_series(V z, float) {
+  V p = broadcast<V>(2.0f / 9);
+  p = p * z + 2.0f / 7;
+  p = p * z + 2.0f / 5;
+  p = p * z + 2.0f / 3;
+  return p * z + 2.0f;
+}
+template <class V>
+MK_INLINE V log_series(V z, double) {
+  V p = broadcast<V>(2.0 / 21);
+  p = p * z + 2.0 / 19;
+  p = p * z + 2.0 / 17;
+  p = p * z + 2.0 / 15;
+  p = p * z + 2.0 / 13;
+  p = p * z + 2.0 / 11;
+  p = p * z + 2.0 / 9;
+  p = p * z + 2.0 / 7;
+  p = p * z + 2.0 / 5;
+  p = p * z + 2.0 / 3;
+  return p * z + 2.0;
+}
+
+// Natural logarithm of a positive finite x, denormal numbers included.
+template <class V>
+MK_INLINE V log(V x) {
+  using S = lane_t<V>;
+  using C = constants<S>;
+  using I = int_t<V>;
+  const auto denormal = x < broadcast<V>(C::smallest_normal);
+  const V normal = denormal ? x * C::denormal_scale : x;
+  const V shift = denormal ? broadcast<V>(C::denormal_shift) : broadcast<V>(0);
+  // Take sqrt(1/2) off the exponent field, so that the mantissa that is left lies in [sqrt(1/2), sqrt(2)).
+  const S root_half = S(0.7071067811865476);
+  const I offset = bit_copy<I>(normal) - bit_copy<I>(broadcast<V>(root_half));
+  const I exponent = offset >> C::mantissa_bits;
+  const V m = bit_copy<V>(bit_copy<I>(normal) - (exponent << C::mantissa_bits));
+  // int -> float through the magic constant: exact, and the same few instructions for every lane type
+  const V e = bit_copy<V>(exponent + bit_copy<I>(broadcast<V>(C::round_magic))) - C::round_magic - shift;
+  const V s = (m - S(1)) / (m + S(1));
+  return e * S(0.6931471805599453) + s * log_series(s * s, S{});
+}
+
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

@@ -1,0 +1,37 @@
+// Every operator's schema, and the Python module with the facts of the build.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/capability.h"
+#include "cpu/lstm_step.h"
+#include "math/preprocess.h"
+
+STABLE_TORCH_LIBRARY(metakern, m) {
+  m.def(
+      "lstm_step(Tensor params, Tensor grads, Tensor state, Tensor[] weights, int preprocess, float preprocess_scale, "
+      "float output_scale) -> (Tensor, Tensor)");
+  m.def(
+      "lstm_step_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor[] weights, int preprocess, "
+      "float preprocess_scale, float output_scale) -> ()");
+  m.def(
+      "lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, Tensor[] weights, "
+      "int preprocess, float preprocess_scale, float output_scale) -> (Tensor, Tensor, Tensor[])");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Compiled kernels of metakern; importing it registers the operators torch.ops.metakern.*";
+  m.attr("compiler") = METAKERN_COMPILER;
+  m.attr("torch_version") = METAKERN_TORCH_VERSION;
+  m.attr("cuda_architectures") = pybind11::list();
+  m.attr("tile_lanes") = metakern::tile_lanes;
+  m.attr("max_hidden") = metakern::max_hidden;
+  m.attr("max_layers") = metakern::max_layers;
+  m.attr("log_and_clip_epsilon") = metakern::log_and_clip_epsilon;
+  m.def("available_cpu_capabilities", &metakern::available_cpu_capabilities,
+        "Instruction sets that are compiled in and supported by this processor, slowest first.");
+  m.def("cpu_capability", &metakern::cpu_capability_name, "The instruction set in use.");
+  m.def("set_cpu_capability", &metakern::set_cpu_capability, pybind11::arg("name"),
+        "Use another of the available instruction sets from now on.");
+  metakern::cpu_capability();  // a bad METAKERN_CPU_CAPABILITY fails the import, not the first call
+}

@@ -1,0 +1,94 @@
+"""Which implementation serves a call.
+
+``auto`` (the default) takes the fastest that works here and says once, as a :class:`FallbackWarning`, when that is the
+plain PyTorch reference. A backend that is asked for by name either runs or raises. The environment variable
+``METAKERN_BACKEND``, read when the package is imported, replaces ``auto``.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import torch
+
+#: Names that ``backend=`` takes.
+BACKENDS = ("auto", "cpp", "reference")
+
+_C: Any
+try:
+    from metakern import _C  # type: ignore[attr-defined,no-redef]
+
+    _missing = ""
+except (ImportError, RuntimeError, ValueError) as error:  # the package must import without its kernels
+    _C = None
+    _missing = f"the compiled kernels could not be loaded ({error})"
+
+_override = os.environ.get("METAKERN_BACKEND", "") or "auto"
+if _override not in BACKENDS:
+    raise ValueError(f"METAKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {_override!r}")
+
+_warned: set[str] = set()
+
+
+class FallbackWarning(UserWarning):
+    """The plain PyTorch reference serves a call, because no kernel can."""
+
+
+def is_compiled() -> bool:
+    """Whether the compiled kernels were found and loaded."""
+    return _C is not None
+
+
+def _why_no_kernel(device: torch.device) -> str:
+    """Empty when the C++ kernels can serve this device, the reason otherwise."""
+    if _C is None:
+        return _missing + "; reinstall metakern with a C++ compiler at hand"
+    if device.type != "cpu":
+        return f"the compiled kernels serve tensors on the CPU, not on {device.type}"
+    return ""
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The backend that serves a call on ``device``: "cpp" or "reference".
+
+    Raises:
+        ValueError: for a name that is not one of :data:`BACKENDS`
+        RuntimeError: for a backend that was asked for by name and cannot run here
+    """
+    name = backend or _override
+    if name == "reference":
+        return name
+    if name not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if _C is not None and device.type == "cpu":
+        return "cpp"
+    reason = _why_no_kernel(device)
+    if name == "cpp":
+        raise RuntimeError(f"backend 'cpp' cannot run: {reason}")
+    _warn_once(reason)
+    return "reference"
+
+
+def _warn_once(reason: str) -> None:
+    if reason not in _warned:
+        _warned.add(reason)
+        warnings.warn(f"metakern uses its slow reference implementation: {reason}", FallbackWarning, stacklevel=4)
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation can run: versions, compiler, instruction sets, CUDA architectures."""
+    from metakern._version import __version__
+
+    facts: dict[str, Any] = {"metakern": __version__, "torch": torch.__version__, "compiled": is_compiled()}
+    if _C is None:
+        return facts | {"reason": _missing}
+    return facts | {
+        "built_with_torch": _C.torch_version,
+        "compiler": _C.compiler,
+        "cpu_capability": _C.cpu_capability(),
+        "cpu_capabilities": _C.available_cpu_capabilities(),
+        "cuda_architectures": _C.cuda_architectures,
+        "backend": _override,
+    }

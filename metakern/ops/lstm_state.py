@@ -1,0 +1,149 @@
+"""The state of the coordinatewise LSTM in the layout that its kernels read: tiles of 32 coordinates.
+
+Axis legend: N coordinates, H hidden units, L layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+#: Coordinates of one tile. Keep in step with tile_lanes in csrc/cpu/lstm_step.h.
+TILE_LANES = 32
+
+#: Version of the layout; a state of another version is refused.
+LAYOUT = 1
+
+MAX_HIDDEN = 64
+MAX_LAYERS = 3
+
+
+@dataclass(frozen=True, eq=False)
+class LSTMState:
+    """Hidden and cell states of N coordinates, packed; make one with :func:`pack_state` or :meth:`zeros`.
+
+    It is a pytree: it goes through ``torch.func`` transforms and ``torch.compile``.
+
+    Attributes:
+        data: [ceil(N/32), L, 2 (h, c), H, 32]; lanes behind the last coordinate carry no meaning.
+        num_coordinates: N
+        layout: version of the layout
+    """
+
+    data: Tensor
+    num_coordinates: int
+    layout: int = LAYOUT
+
+    @classmethod
+    def zeros(
+        cls,
+        num_coordinates: int,
+        *,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> LSTMState:
+        """The zero state.
+
+        Raises:
+            TypeError: for sizes that are not integers
+            ValueError: for N < 0, H outside 1..64 or L outside 1..3
+        """
+        check_sizes(num_coordinates, hidden_size, num_layers)
+        shape = (tiles(num_coordinates), num_layers, 2, hidden_size, TILE_LANES)
+        return cls(torch.zeros(shape, dtype=dtype, device=device), num_coordinates)
+
+    @property
+    def num_layers(self) -> int:
+        """L."""
+        return self.data.shape[-4]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.data.shape[-2]
+
+    def detach(self) -> LSTMState:
+        """The same state, cut off from the graph."""
+        return LSTMState(self.data.detach(), self.num_coordinates, self.layout)
+
+    def clone(self) -> LSTMState:
+        """A copy with memory of its own."""
+        return LSTMState(self.data.clone(), self.num_coordinates, self.layout)
+
+    def to(self, *args: Any, **kwargs: Any) -> LSTMState:
+        """The state on another device or in another dtype, as :meth:`torch.Tensor.to`."""
+        return LSTMState(self.data.to(*args, **kwargs), self.num_coordinates, self.layout)
+
+
+pytree.register_pytree_node(
+    LSTMState,
+    lambda state: ([state.data], (state.num_coordinates, state.layout)),
+    lambda children, context: LSTMState(next(iter(children)), *context),
+    serialized_type_name="metakern.ops.LSTMState",
+)
+
+
+def tiles(num_coordinates: int) -> int:
+    """Tiles that N coordinates take."""
+    return (num_coordinates + TILE_LANES - 1) // TILE_LANES
+
+
+def check_sizes(num_coordinates: int, hidden_size: int, num_layers: int) -> None:
+    """Raise TypeError or ValueError for sizes that no kernel serves."""
+    bounds = (("N", num_coordinates, 0, None), ("hidden_size", hidden_size, 1, MAX_HIDDEN))
+    for name, value, low, high in (*bounds, ("num_layers", num_layers, 1, MAX_LAYERS)):
+        if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+        if value < low or (high is not None and value > high):
+            raise ValueError(f"{name} must be {f'at least {low}' if high is None else f'{low} to {high}'}, got {value}")
+
+
+def pack_state(h: Tensor, c: Tensor) -> LSTMState:
+    """Pack hidden and cell states, each [L, N, H], into the kernels' layout. Differentiable.
+
+    Raises:
+        ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
+        TypeError: for dtypes that differ or are neither float32 nor float64
+    """
+    if h.dim() != 3 or h.shape != c.shape:
+        raise ValueError(f"h and c must both have shape [L, N, H], got {list(h.shape)} and {list(c.shape)}")
+    if h.dtype != c.dtype or h.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"h and c must both be float32 or both be float64, got {h.dtype} and {c.dtype}")
+    layers, n, hidden = h.shape
+    check_sizes(n, hidden, layers)
+    padding = tiles(n) * TILE_LANES - n
+    both = F.pad(torch.stack([h, c]), (0, 0, 0, padding))  # [2, L, tiles * 32, H]
+    tiled = both.reshape(2, layers, tiles(n), TILE_LANES, hidden)
+    return LSTMState(tiled.permute(2, 1, 0, 4, 3).contiguous(), n)
+
+
+def unpack_state(state: LSTMState) -> tuple[Tensor, Tensor]:
+    """Hidden and cell states, each [L, N, H], of a packed state. Differentiable."""
+    check_layout(state)
+    n = state.num_coordinates
+    both = state.data.permute(2, 1, 0, 4, 3).reshape(2, state.num_layers, -1, state.hidden_size)
+    return both[0, :, :n], both[1, :, :n]
+
+
+def check_layout(state: LSTMState) -> None:
+    """Raise unless ``state`` is an LSTMState of this version whose shape agrees with its N."""
+    if not isinstance(state, LSTMState):
+        raise TypeError(f"state must be an LSTMState as pack_state makes it, got {type(state).__name__}")
+    if state.layout != LAYOUT:
+        raise ValueError(
+            f"state has layout version {state.layout}, this metakern reads version {LAYOUT}; "
+            "unpack it with the version that made it and pack it again"
+        )
+    shape = state.data.shape
+    if len(shape) != 5 or shape[2] != 2 or shape[4] != TILE_LANES or shape[0] != tiles(state.num_coordinates):
+        raise ValueError(
+            f"state.data must have shape [{tiles(state.num_coordinates)}, L, 2, H, {TILE_LANES}] for "
+            f"N = {state.num_coordinates}, got {list(shape)}"
+        )

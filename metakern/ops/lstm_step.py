@@ -1,0 +1,289 @@
+"""lstm_step: one step of the coordinatewise LSTM optimizer for every coordinate at once.
+
+Andrychowicz et al. 2016, arXiv 1606.04474. The definition is :mod:`metakern.reference.lstm_step`.
+
+Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern import _backend
+from metakern.ops.lstm_state import LSTMState, check_layout, check_sizes, pack_state, tiles, unpack_state
+from metakern.reference import lstm_step as reference
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PREPROCESS_INDEX = {name: index for index, name in enumerate(reference.PREPROCESS)}
+
+
+def lstm_step(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    *,
+    preprocess: str = "log_sign",
+    preprocess_scale: float = 10.0,
+    output_scale: float = 0.1,
+    backend: str | None = None,
+) -> tuple[Tensor, LSTMState]:
+    """Update parameters with a coordinatewise LSTM: preprocessing, L stacked cells, linear head, scaled update.
+
+    θ' = θ + output_scale · (w · h'_L + b), gates never leave registers. Differentiable once through ``params``,
+    ``grads``, ``state`` and every weight; backward recomputes the gates from the incoming (h, c). Works under
+    ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``torch.func.vmap``.
+
+    Args:
+        params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
+        grads: gradients of the shape and dtype of ``params``. One that is not finite makes its coordinate's new
+            parameter and state NaN and leaves all others alone.
+        state: the packed (h, c) of N coordinates, float64 for float64 params and float32 otherwise.
+        weights: in the order of ``nn.LSTM`` and ``nn.Linear``: per layer weight_ih [4H, F or H], weight_hh [4H, H],
+            bias_ih [4H], bias_hh [4H]; then the head's weight [1, H] and bias [1]; dtype of the state.
+        preprocess: ``"log_sign"``, ``"log_and_clip"`` (F = 2) or ``"none"`` (F = 1).
+        preprocess_scale: p of the preprocessing, positive.
+        output_scale: factor of the head's output.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+
+    Returns:
+        The new parameters, like ``params``, and the new state.
+
+    Raises:
+        ValueError: for shapes, sizes, counts or option values that do not fit.
+        TypeError: for dtypes or types that do not fit.
+        RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
+
+    Example:
+        >>> lstm, head = torch.nn.LSTM(2, 20, num_layers=2), torch.nn.Linear(20, 1)
+        >>> weights = [*lstm.parameters(), *head.parameters()]
+        >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
+        >>> params, state = lstm_step(params, 2 * params, state, weights)
+    """
+    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
+    if _backend.resolve(backend, params.device) == "reference":
+        return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
+    new_params, new_state = torch.ops.metakern.lstm_step(params, grads, state.data, weights, *options)
+    return new_params, LSTMState(new_state, state.num_coordinates)
+
+
+@torch.no_grad()
+def lstm_step_(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    *,
+    preprocess: str = "log_sign",
+    preprocess_scale: float = 10.0,
+    output_scale: float = 0.1,
+    backend: str | None = None,
+) -> None:
+    """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, which are contiguous.
+
+    For training with a finished optimizer: it saves the allocation of a new state (640 bytes a coordinate).
+    Arguments and errors are those of :func:`lstm_step`.
+    """
+    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
+    for name, tensor in (("params", params), ("state.data", state.data)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
+    if _backend.resolve(backend, params.device) == "reference":
+        new_params, new_state = _reference_step(
+            params, grads, state, weights, preprocess, preprocess_scale, output_scale
+        )
+        params.copy_(new_params)
+        state.data.copy_(new_state.data)
+        return
+    torch.ops.metakern.lstm_step_(params, grads, state.data, weights, *options)
+
+
+def _reference_step(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    preprocess: str,
+    preprocess_scale: float,
+    output_scale: float,
+) -> tuple[Tensor, LSTMState]:
+    new_params, h, c = reference.lstm_step(
+        params.reshape(-1),
+        grads.reshape(-1),
+        *unpack_state(state),
+        weights,
+        preprocess=preprocess,
+        preprocess_scale=preprocess_scale,
+        output_scale=output_scale,
+    )
+    return new_params.view(params.shape), pack_state(h, c)
+
+
+# ------------------------------------------------------------------------------------------------ argument checks
+
+
+def _checked(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    preprocess: str,
+    preprocess_scale: float,
+    output_scale: float,
+) -> tuple[int, float, float]:
+    """The options as the operator takes them; raises for whatever does not fit."""
+    if preprocess not in _PREPROCESS_INDEX:
+        raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
+    if not (preprocess_scale > 0 and math.isfinite(preprocess_scale)):
+        raise ValueError(f"preprocess_scale must be positive and finite, got {preprocess_scale}")
+    if not math.isfinite(output_scale):
+        raise ValueError(f"output_scale must be finite, got {output_scale}")
+    if params.dtype not in PARAM_DTYPES:
+        raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {params.dtype}")
+    if params.layout != torch.strided or grads.layout != torch.strided:
+        raise TypeError(f"params and grads must be dense tensors, got layouts {params.layout} and {grads.layout}")
+    if grads.shape != params.shape:
+        raise ValueError(f"grads must have the shape of params, {list(params.shape)}, got {list(grads.shape)}")
+    if grads.dtype != params.dtype:
+        raise TypeError(f"grads must have the dtype of params, {params.dtype}, got {grads.dtype}")
+    if grads.device != params.device:
+        raise ValueError(f"grads must be on the device of params, {params.device}, got {grads.device}")
+    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+    _check_state(state, params, dtype)
+    _check_weights(weights, state, preprocess, dtype, params.device)
+    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale)
+
+
+def _check_state(state: LSTMState, params: Tensor, dtype: torch.dtype) -> None:
+    check_layout(state)
+    check_sizes(state.num_coordinates, state.hidden_size, state.num_layers)
+    if state.num_coordinates != params.numel():
+        raise ValueError(
+            f"state must hold as many coordinates as params, {params.numel()}, got {state.num_coordinates}"
+        )
+    if state.data.dtype != dtype:
+        raise TypeError(f"state must be {dtype} for {params.dtype} params, got {state.data.dtype}")
+    if state.data.device != params.device:
+        raise ValueError(f"state must be on the device of params, {params.device}, got {state.data.device}")
+
+
+def _check_weights(
+    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    layers, hidden = state.num_layers, state.hidden_size
+    if len(weights) != 4 * layers + 2:
+        raise ValueError(
+            f"weights must hold 4 tensors a layer and 2 of the head, {4 * layers + 2} for the state's {layers} layers, "
+            f"got {len(weights)}"
+        )
+    inputs = reference.num_features(preprocess)
+    for index, weight in enumerate(weights):
+        layer, part = divmod(index, 4)
+        if layer == layers:
+            shape: tuple[int, ...] = (1,) if part else (1, hidden)
+        elif part < 2:
+            shape = (4 * hidden, inputs if part == 0 and layer == 0 else hidden)
+        else:
+            shape = (4 * hidden,)
+        if weight.shape != shape:
+            raise ValueError(f"{_weight_name(index, layers)} must have shape {list(shape)}, got {list(weight.shape)}")
+        if weight.dtype != dtype:
+            raise TypeError(f"{_weight_name(index, layers)} must be {dtype} like the state, got {weight.dtype}")
+        if weight.device != device:
+            raise ValueError(f"{_weight_name(index, layers)} must be on {device}, got {weight.device}")
+
+
+def _weight_name(index: int, layers: int) -> str:
+    layer, part = divmod(index, 4)
+    if layer == layers:
+        return f"weights[{index}] (head.{('weight', 'bias')[part]})"
+    return f"weights[{index}] ({('weight_ih', 'weight_hh', 'bias_ih', 'bias_hh')[part]}_l{layer})"
+
+
+# ------------------------------------------------------------------------- tracing, autograd and batching formulas
+
+
+def _fake(params: Tensor, grads: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return params.new_empty(params.shape), state.new_empty(state.shape)
+
+
+def _fake_inplace(*_: Any) -> None:
+    return None
+
+
+def _fake_backward(
+    grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    return grads.new_empty(grads.shape), state.new_empty(state.shape), [w.new_empty(w.shape) for w in weights]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    _, grads, state, weights, *options = inputs
+    ctx.save_for_backward(grads, state, *weights)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_params: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
+    grads, state, *weights = ctx.saved_tensors
+    grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward(
+        grad_params, grad_state, grads, state, weights, *ctx.options
+    )
+    return grad_params, grad_grads, grad_state, grad_weights, None, None, None
+
+
+def _no_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(
+        "lstm_step provides no second derivative of its own; backend='reference' does (a second derivative of the "
+        "optimizee needs none: it flows through `grads`)"
+    )
+
+
+def _batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """torch.func.vmap of lstm_step: one launch over all coordinates unless each element has weights of its own."""
+    if any(dim is not None for dim in in_dims[3]):
+        return _looped(torch.ops.metakern.lstm_step, info, in_dims, *args)
+    batch = info.batch_size
+    params, grads, state = (
+        x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+        for x, dim in zip(args[:3], in_dims, strict=False)
+    )
+    n = params[0].numel()
+    padded = tiles(n) * state.shape[-1]
+    flat = [torch.nn.functional.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads)]
+    new_params, new_state = torch.ops.metakern.lstm_step(*flat, state.flatten(0, 1), *args[3:])
+    new_params = new_params.view(batch, padded)[:, :n].reshape(params.shape)
+    return (new_params, new_state.view(state.shape)), (0, 0)
+
+
+def _batched_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    return _looped(torch.ops.metakern.lstm_step_backward, info, in_dims, *args)
+
+
+def _looped(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+    def element(x: Any, dim: Any, index: int) -> Any:
+        if isinstance(x, (list, tuple)):
+            return [element(y, d, index) for y, d in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, index)
+
+    rows = [op(*(element(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+    columns = list(zip(*rows, strict=True))
+    stacked = [
+        [torch.stack(ws) for ws in zip(*column, strict=True)] if isinstance(column[0], list) else torch.stack(column)
+        for column in columns
+    ]
+    return tuple(stacked), tuple([0] * len(s) if isinstance(s, list) else 0 for s in stacked)
+
+
+if _backend.is_compiled():
+    torch.library.register_fake("metakern::lstm_step", _fake)
+    torch.library.register_fake("metakern::lstm_step_", _fake_inplace)
+    torch.library.register_fake("metakern::lstm_step_backward", _fake_backward)
+    torch.library.register_autograd("metakern::lstm_step", _backward, setup_context=_setup_context)
+    torch.library.register_autograd("metakern::lstm_step_backward", _no_second_derivative)
+    torch.library.register_vmap("metakern::lstm_step", _batched)
+    torch.library.register_vmap("metakern::lstm_step_backward", _batched_backward)

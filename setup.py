@@ -1,0 +1,83 @@
+"""Builds metakern._C: the CPU kernels, once per instruction set, and their registration with torch.
+
+Everything else about the package stands in pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pybind11
+import torch
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from torch.utils import cpp_extension
+
+ROOT = Path(__file__).parent
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+
+# Instruction sets that every csrc/cpu/<op>.cpp is compiled for; the one in use is picked when the library loads.
+CAPABILITY_FLAGS: dict[str, list[str]] = {"baseline": []}
+if IS_X86:
+    CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CAPABILITY_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+
+KERNELS = ["csrc/cpu/lstm_step.cpp"]
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp"]
+
+# The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
+OLDEST_TORCH = "0x020b000000000000"
+
+
+def compiler_version(compiler: str) -> str:
+    """First line of the compiler's own version report."""
+    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    return result.stdout.splitlines()[0]
+
+
+class BuildExtension(build_ext):
+    """Compiles the kernels once per instruction set and links everything into one library."""
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = self.compiler.compiler_so[0]
+        sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
+        extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
+        flags = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", *extra]
+        macros = [
+            ("TORCH_TARGET_VERSION", OLDEST_TORCH),
+            ("METAKERN_COMPILER", f'"{compiler_version(compiler)}"'),
+            ("METAKERN_TORCH_VERSION", f'"{torch.__version__}"'),
+        ]
+        if IS_X86:
+            macros.append(("METAKERN_X86_CAPABILITIES", "1"))
+        includes = [pybind11.get_include(), *cpp_extension.include_paths()]
+        jobs = [
+            ([kernel], f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability])
+            for name, capability in CAPABILITY_FLAGS.items()
+            for kernel in KERNELS
+        ] + [([source], self.build_temp, macros, includes, flags) for source in SOURCES]
+        include_system = self.compiler.include_dirs
+
+        def compile_one(job: tuple[list[str], str, list[tuple[str, str]], list[str], list[str]]) -> list[str]:
+            sources, output_dir, job_macros, job_includes, job_flags = job
+            torch_headers = [f"-isystem{path}" for path in job_includes]  # their warnings are not ours
+            return self.compiler.compile(
+                sources, output_dir, job_macros, include_system, extra_postargs=[*job_flags, *torch_headers]
+            )
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            ext.extra_objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
+        ext.extra_link_args = [f"-fsanitize={sanitizers}"] if sanitizers else []
+        ext.library_dirs = cpp_extension.library_paths()
+        ext.libraries = ["torch", "torch_cpu", "c10"]
+        super().build_extension(ext)
+
+
+setup(
+    ext_modules=[Extension("metakern._C", sources=[], language="c++", depends=[str(p) for p in ROOT.glob("csrc/**/*")])],
+    cmdclass={"build_ext": BuildExtension},
+)

@@ -1,0 +1,5 @@
+"""Update rules: modules that turn parameters, gradients and a state into new parameters and a new state."""
+
+from metakern.rules.lstm import CoordinatewiseLSTM
+
+__all__ = ["CoordinatewiseLSTM"]

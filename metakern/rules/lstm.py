@@ -1,0 +1,216 @@
+"""The coordinatewise LSTM optimizer as a module.
+
+Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.ops import LSTMState, lstm_step, lstm_step_
+from metakern.ops.lstm_state import check_sizes
+from metakern.reference.lstm_step import PREPROCESS, num_features
+from metakern.rules.pretrained import PretrainedRule
+
+
+class CoordinatewiseLSTM(PretrainedRule):
+    """One small LSTM, its weights shared by all coordinates, that proposes every parameter's update.
+
+    A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: the submodules ``lstm`` and ``head``
+    are such modules, so state_dict names are theirs, and all coordinates of a model take their step in one launch of
+    :func:`metakern.ops.lstm_step`.
+
+    Args:
+        hidden_size: H, 1 to 64.
+        num_layers: L, 1 to 3.
+        preprocess: ``"log_sign"``, ``"log_and_clip"`` or ``"none"``.
+        preprocess_scale: p of the preprocessing.
+        output_scale: factor of the head's output.
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range.
+
+    Example:
+        >>> rule = CoordinatewiseLSTM()
+        >>> params = {"weight": torch.randn(10, 3), "bias": torch.zeros(10)}
+        >>> state = rule.init_state(params)
+        >>> grads = {name: 2 * p for name, p in params.items()}
+        >>> params, state = rule(params, grads, state)
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        preprocess: str = "log_sign",
+        preprocess_scale: float = 10.0,
+        output_scale: float = 0.1,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(0, hidden_size, num_layers)
+        if preprocess not in PREPROCESS:
+            raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
+        for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
+            if not math.isfinite(value) or (name == "preprocess_scale" and value <= 0):
+                raise ValueError(f"{name} must be finite{' and positive' * (name[0] == 'p')}, got {value}")
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
+        self.output_scale, self.backend = output_scale, backend
+        self.lstm = nn.LSTM(num_features(preprocess), hidden_size, num_layers)
+        self.head = nn.Linear(hidden_size, 1)
+
+    @classmethod
+    def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> CoordinatewiseLSTM:
+        """A rule with a copy of the user's weights.
+
+        Args:
+            lstm: an ``nn.LSTM``, or one ``nn.LSTMCell`` a layer
+            head: ``nn.Linear(H, 1)``
+            options: the other arguments of the constructor; ``preprocess`` must fit the LSTM's input size
+
+        Raises:
+            ValueError: for modules that the kernels do not serve; the message names the property.
+        """
+        cells = None if isinstance(lstm, nn.LSTM) else list(lstm)
+        first = lstm if isinstance(lstm, nn.LSTM) else cells[0] if cells else None
+        if first is None:
+            raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
+        if isinstance(lstm, nn.LSTM):
+            unsupported = {"bidirectional": lstm.bidirectional, "proj_size": lstm.proj_size, "dropout": lstm.dropout}
+            for name, value in unsupported.items():
+                if value:
+                    raise ValueError(f"lstm must have {name}={type(value)(0)}, got {name}={value}")
+        if not first.bias or head.bias is None:
+            raise ValueError("lstm and head must have biases (bias=True)")
+        rule = cls(
+            hidden_size=first.hidden_size, num_layers=lstm.num_layers if cells is None else len(cells), **options
+        )
+        named = dict(lstm.named_parameters()) if isinstance(lstm, nn.LSTM) else {
+            f"{name}_l{layer}": p for layer, cell in enumerate(cells or ()) for name, p in cell.named_parameters()
+        }
+        state = {f"lstm.{name}": p for name, p in named.items()} | {f"head.{n}": p for n, p in head.named_parameters()}
+        expected = rule.state_dict()
+        for name, tensor in state.items():
+            if name not in expected or tensor.shape != expected[name].shape:
+                shape = list(expected[name].shape) if name in expected else "no such weight"
+                raise ValueError(
+                    f"{name} must have shape {shape} for preprocess={rule.preprocess!r}, got {list(tensor.shape)}"
+                )
+        rule.load_state_dict(state)
+        return rule.to(device=head.weight.device, dtype=head.weight.dtype)
+
+    def to_modules(self) -> tuple[nn.LSTM, nn.Linear]:
+        """Copies of the weights as ``nn.LSTM`` and ``nn.Linear``."""
+        options: dict[str, Any] = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
+        lstm = nn.LSTM(self.lstm.input_size, self.hidden_size, self.num_layers, **options)
+        head = nn.Linear(self.hidden_size, 1, **options)
+        lstm.load_state_dict(self.lstm.state_dict())
+        head.load_state_dict(self.head.state_dict())
+        return lstm, head
+
+    def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
+        weights = [*self.lstm.parameters(), *self.head.parameters()]
+        return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
+
+    def init_state(self, params: Any) -> LSTMState:
+        """The zero state for a tensor, or a dict, list or tuple (nested at will) of tensors, of any shapes."""
+        leaves = _leaves(params, "params")
+        return LSTMState.zeros(
+            sum(leaf.numel() for leaf in leaves),
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            dtype=_state_dtype(leaves),
+            device=leaves[0].device if leaves else None,
+        )
+
+    def forward(self, params: Any, grads: Any, state: LSTMState) -> tuple[Any, LSTMState]:
+        """One step for every coordinate, in one launch.
+
+        Args:
+            params: a tensor, or a dict, list or tuple (nested at will) of tensors, of any shapes
+            grads: of the same structure and shapes
+            state: from :meth:`init_state` or the step before
+
+        Returns:
+            new params in the structure of ``params``, new state
+
+        Raises:
+            ValueError: for structures or shapes that differ, and as :func:`metakern.ops.lstm_step`.
+        """
+        leaves, structure = pytree.tree_flatten(params)
+        grad_leaves, grad_structure = pytree.tree_flatten(grads)
+        if structure != grad_structure:
+            raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
+        for index, (leaf, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
+            _check_leaf(leaf, "params", index)
+            _check_leaf(grad, "grads", index)
+            if leaf.shape != grad.shape:
+                raise ValueError(
+                    f"grads must have the shapes of params: leaf {index} has {list(grad.shape)}, "
+                    f"expected {list(leaf.shape)}"
+                )
+        if not leaves:
+            return params, state
+        flat, new_state = lstm_step(
+            _flatten(leaves),
+            _flatten(grad_leaves),
+            state,
+            self.weights(state.data.dtype),
+            preprocess=self.preprocess,
+            preprocess_scale=self.preprocess_scale,
+            output_scale=self.output_scale,
+            backend=self.backend,
+        )
+        pieces = [flat] if len(leaves) == 1 else flat.split([leaf.numel() for leaf in leaves])
+        new_leaves = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, leaves, strict=True)]
+        return pytree.tree_unflatten(new_leaves, structure), new_state
+
+    def step_(self, params: Tensor, grads: Tensor, state: LSTMState, lr: float = 1.0) -> None:
+        """One step in place, without a graph: ``params`` [N] and ``state`` are overwritten, the update times ``lr``."""
+        lstm_step_(
+            params,
+            grads,
+            state,
+            self.weights(state.data.dtype),
+            preprocess=self.preprocess,
+            preprocess_scale=self.preprocess_scale,
+            output_scale=self.output_scale * lr,
+            backend=self.backend,
+        )
+
+    def extra_repr(self) -> str:
+        """The options that the submodules do not show."""
+        return (
+            f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
+            f"output_scale={self.output_scale}, backend={self.backend!r}"
+        )
+
+
+def _check_leaf(leaf: Any, name: str, index: int) -> None:
+    if not isinstance(leaf, Tensor):
+        raise TypeError(f"{name} must hold tensors only, got {type(leaf).__name__} as leaf {index}")
+
+
+def _leaves(tree: Any, name: str) -> list[Tensor]:
+    leaves = pytree.tree_leaves(tree)
+    for index, leaf in enumerate(leaves):
+        _check_leaf(leaf, name, index)
+    return leaves
+
+
+def _flatten(leaves: Sequence[Tensor]) -> Tensor:
+    """All coordinates in one tensor [N]; mixed dtypes are promoted."""
+    return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
+
+
+def _state_dtype(leaves: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32

@@ -1,0 +1,58 @@
+"""Saving and loading of rules: ``config.json`` and ``model.safetensors``, in a folder or on the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Self
+
+from huggingface_hub import PyTorchModelHubMixin, constants
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+#: Version of the saved format; a file of another version is refused.
+FORMAT_VERSION = "1"
+
+
+class PretrainedRule(nn.Module, PyTorchModelHubMixin):
+    """Base of rules that are saved and shared: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+
+    Files hold tensors and JSON alone: loading one runs no code.
+    """
+
+    @classmethod
+    def pretrained(cls, name: str) -> Self:
+        """A rule that ships with the package.
+
+        Raises:
+            ValueError: for a name that does not; the message lists those that do.
+        """
+        root = resources.files("metakern") / "pretrained"
+        names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+        if name not in names:
+            raise ValueError(f"pretrained rule must be one of {', '.join(names) or '(none installed)'}, got {name!r}")
+        return cls.from_pretrained(str(root / name))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        metadata = {"format": "pt", "metakern_format": FORMAT_VERSION, "rule": type(self).__name__}
+        save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+        """Load the weights; ValueError names the file where it is damaged, of another version or of another rule."""
+        try:
+            with safe_open(model_file, framework="pt", device=map_location) as file:
+                found = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{model_file} is truncated, damaged or not a safetensors file: {error}") from error
+        for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", cls.__name__)):
+            if found.get(key) != expected:
+                raise ValueError(f"{model_file} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
+        try:
+            model.load_state_dict(tensors, strict=True)
+        except RuntimeError as error:
+            raise ValueError(f"{model_file} does not hold the weights that its config.json describes: {error}") from error
+        return model.to(map_location).eval()

@@ -43,6 +43,7 @@ class BuildExtension(build_ext):
     """Compiles the kernels once per instruction set and links everything into one library."""
 
     def build_extension(self, ext: Extension) -> None:
+        """Compile, then let setuptools link."""
         compiler = self.compiler.compiler_so[0]
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
@@ -78,6 +79,8 @@ class BuildExtension(build_ext):
 
 
 setup(
-    ext_modules=[Extension("metakern._C", sources=[], language="c++", depends=[str(p) for p in ROOT.glob("csrc/**/*")])],
+    ext_modules=[
+        Extension("metakern._C", sources=[], language="c++", depends=[str(p) for p in ROOT.glob("csrc/**/*")])
+    ],
     cmdclass={"build_ext": BuildExtension},
 )

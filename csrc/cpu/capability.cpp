@@ -18,8 +18,7 @@ bool supported(CpuCapability capability) {
              __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
     case CpuCapability::avx2:
       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-    default:
-      return true;
+    default: return true;
   }
 #else
   return capability == CpuCapability::baseline;

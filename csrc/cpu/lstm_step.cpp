@@ -43,13 +43,13 @@ MK_INLINE void add_products(V (&acc)[J][4][U], const lane_t<V>*& w, const lane_t
 // What a layer's units read and write, each a [rows][tile_lanes] array at the pass's first lane.
 template <class S>
 struct LayerIO {
-  const S* x;      // [inputs]
-  const S* h;      // [H]
-  const S* c;      // [H]
-  S* new_h;        // [H]
-  S* new_c;        // [H], null when recomputing for backward
-  S* gates;        // [4][H], null in forward
-  S* tanh_c;       // [H], null in forward
+  const S* x;  // [inputs]
+  const S* h;  // [H]
+  const S* c;  // [H]
+  S* new_h;    // [H]
+  S* new_c;    // [H], null when recomputing for backward
+  S* gates;    // [4][H], null in forward
+  S* tanh_c;   // [H], null in forward
 };
 
 template <class V, int J>
@@ -126,8 +126,8 @@ void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t firs
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
       for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
-        forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane,
-                          new_state + c_at + lane, nullptr, nullptr},
+        forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
+                          nullptr, nullptr},
                          packed.forward(layer), p.inputs(layer), H);
       x = new_state + h_at;
     }
@@ -147,12 +147,12 @@ void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t firs
 template <class S>
 struct Scratch {
   int64_t gates_stride, hidden_stride;  // elements a tile
-  S* gates;     // [block_tiles, L, 4, H, tile_lanes]
-  S* hidden;    // [block_tiles, L, H, tile_lanes]     h' of every layer
-  S* features;  // [block_tiles, 2, tile_lanes]
-  S* grad_out;  // [block_tiles, tile_lanes]
-  S* tanh_c;    // [L, H, tile_lanes]
-  S* grad_x;    // [max(H, 2), tile_lanes]
+  S* gates;                             // [block_tiles, L, 4, H, tile_lanes]
+  S* hidden;                            // [block_tiles, L, H, tile_lanes]     h' of every layer
+  S* features;                          // [block_tiles, 2, tile_lanes]
+  S* grad_out;                          // [block_tiles, tile_lanes]
+  S* tanh_c;                            // [L, H, tile_lanes]
+  S* grad_x;                            // [max(H, 2), tile_lanes]
 
   static int64_t elements(const LstmStepProblem& p) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
@@ -237,9 +237,10 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
         V grad_h = load<V>(grad_new_state + layer * 2 * rows + at);
         V grad_c = load<V>(grad_new_state + (layer * 2 + 1) * rows + at);
         grad_h += top ? load<V>(grad_out + lane) * packed.head()[j] : load<V>(scratch.grad_x + at);
-        const auto d = lstm_unit_backward<V>(
-            {load<V>(gates + at), load<V>(gates + rows + at), load<V>(gates + 2 * rows + at), load<V>(gates + 3 * rows + at)},
-            load<V>(scratch.tanh_c + layer * rows + at), load<V>(c + at), grad_h, grad_c);
+        const auto d =
+            lstm_unit_backward<V>({load<V>(gates + at), load<V>(gates + rows + at), load<V>(gates + 2 * rows + at),
+                                   load<V>(gates + 3 * rows + at)},
+                                  load<V>(scratch.tanh_c + layer * rows + at), load<V>(c + at), grad_h, grad_c);
         store(gates + at, d.preactivation.i);
         store(gates + rows + at, d.preactivation.f);
         store(gates + 2 * rows + at, d.preactivation.g);
@@ -295,8 +296,7 @@ MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_row
   int b = 0;
   for (; b + RB <= b_rows; b += RB)
     outer_product<V, RA, RB>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; b < b_rows; ++b)
-    outer_product<V, RA, 1>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; b < b_rows; ++b) outer_product<V, RA, 1>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
 }
 
 template <class V>
@@ -397,8 +397,8 @@ int64_t scratch_bytes(const LstmStepProblem& p) {
 }
 
 template <class S>
-constexpr LstmStepKernels kernels{packed_bytes<S>, pack_weights<S>, forward<S>, scratch_bytes<S>, backward<S>,
-                                  reduce_partials<S>};
+constexpr LstmStepKernels kernels{packed_bytes<S>,  pack_weights<S>, forward<S>,
+                                  scratch_bytes<S>, backward<S>,     reduce_partials<S>};
 
 }  // namespace
 }  // namespace MK_CAPABILITY

@@ -4,17 +4,18 @@
 // Axis legend, here and in lstm_step.cpp:
 //   N coordinates, in tiles of `tile_lanes`;  H hidden units;  L layers;  F features (1 or 2)
 //   state: [ceil(N / tile_lanes), L, 2 (h, c), H, tile_lanes], contiguous
-//   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [1, H], bias [1]
+//   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [1, H], bias
+//   [1]
 #pragma once
 #include <stdint.h>
 
 namespace metakern {
 
-constexpr int tile_lanes = 32;    // keep in step with TILE_LANES in metakern/reference/lstm_step.py
+constexpr int tile_lanes = 32;  // keep in step with TILE_LANES in metakern/reference/lstm_step.py
 constexpr int max_hidden = 64;
 constexpr int max_layers = 3;
-constexpr int block_tiles = 16;   // tiles whose outer products are summed in the compute dtype before going to double
-constexpr int max_groups = 128;   // partial weight gradients; a function of N alone, so threads do not change bits
+constexpr int block_tiles = 16;  // tiles whose outer products are summed in the compute dtype before going to double
+constexpr int max_groups = 128;  // partial weight gradients; a function of N alone, so threads do not change bits
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
@@ -44,22 +45,22 @@ struct LstmStepProblem {
 
 struct LstmStepForward {
   const void* packed;
-  const void* params;      // [N]
-  const void* grads;       // [N]
+  const void* params;  // [N]
+  const void* grads;   // [N]
   const void* state;
-  void* new_params;        // [N], may be params
-  void* new_state;         // may be state
+  void* new_params;  // [N], may be params
+  void* new_state;   // may be state
 };
 
 struct LstmStepBackward {
   const void* packed;
-  const void* grads;            // [N]
+  const void* grads;  // [N]
   const void* state;
   const void* grad_new_params;  // [N]
   const void* grad_new_state;
-  void* grad_grads;             // [N]
+  void* grad_grads;  // [N]
   void* grad_state;
-  double* partials;             // [num_groups, flat_weights]
+  double* partials;  // [num_groups, flat_weights]
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.

@@ -81,7 +81,7 @@ MK_INLINE lane_t<V> sum_lanes(V v) {
 MK_INLINE float from_bfloat16(uint16_t bits) { return bit_copy<float>(uint32_t(bits) << 16); }
 MK_INLINE uint16_t to_bfloat16(float x) {
   const uint32_t bits = bit_copy<uint32_t>(x);
-  if (x != x) return uint16_t((bits >> 16) | 0x40);                  // keep NaN a NaN
+  if (x != x) return uint16_t((bits >> 16) | 0x40);             // keep NaN a NaN
   return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // round to nearest even
 }
 

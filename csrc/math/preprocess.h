@@ -49,8 +49,7 @@ MK_INLINE Features<V> preprocess(Preprocess kind, const PreprocessScale<lane_t<V
       const V logarithm = log(size + S(log_and_clip_epsilon)) * p.inverse;
       return {{at_least(logarithm, S(-1)) + poison, at_least(at_most(g * p.exp_p, S(1)), S(-1)) + poison}};
     }
-    default:
-      return {{g + poison, poison}};
+    default: return {{g + poison, poison}};
   }
 }
 
@@ -76,8 +75,7 @@ MK_INLINE V preprocess_backward(Preprocess kind, const PreprocessScale<lane_t<V>
       const V bounded = absolute(clipped) <= broadcast<V>(1) ? grad.x[1] * p.exp_p : zero;
       return from_log + bounded;
     }
-    default:
-      return grad.x[0];
+    default: return grad.x[0];
   }
 }
 

@@ -79,23 +79,20 @@ class CoordinatewiseLSTM(PretrainedRule):
         Raises:
             ValueError: for modules that the kernels do not serve; the message names the property.
         """
-        cells = None if isinstance(lstm, nn.LSTM) else list(lstm)
-        first = lstm if isinstance(lstm, nn.LSTM) else cells[0] if cells else None
-        if first is None:
-            raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
+        first: nn.LSTM | nn.LSTMCell
         if isinstance(lstm, nn.LSTM):
-            unsupported = {"bidirectional": lstm.bidirectional, "proj_size": lstm.proj_size, "dropout": lstm.dropout}
-            for name, value in unsupported.items():
-                if value:
+            first, num_layers, named = lstm, lstm.num_layers, dict(lstm.named_parameters())
+            for name in ("bidirectional", "proj_size", "dropout"):
+                if value := getattr(lstm, name):
                     raise ValueError(f"lstm must have {name}={type(value)(0)}, got {name}={value}")
+        elif cells := list(lstm):
+            first, num_layers = cells[0], len(cells)
+            named = {f"{n}_l{layer}": p for layer, cell in enumerate(cells) for n, p in cell.named_parameters()}
+        else:
+            raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
         if not first.bias or head.bias is None:
             raise ValueError("lstm and head must have biases (bias=True)")
-        rule = cls(
-            hidden_size=first.hidden_size, num_layers=lstm.num_layers if cells is None else len(cells), **options
-        )
-        named = dict(lstm.named_parameters()) if isinstance(lstm, nn.LSTM) else {
-            f"{name}_l{layer}": p for layer, cell in enumerate(cells or ()) for name, p in cell.named_parameters()
-        }
+        rule = cls(hidden_size=first.hidden_size, num_layers=num_layers, **options)
         state = {f"lstm.{name}": p for name, p in named.items()} | {f"head.{n}": p for n, p in head.named_parameters()}
         expected = rule.state_dict()
         for name, tensor in state.items():
@@ -118,7 +115,7 @@ class CoordinatewiseLSTM(PretrainedRule):
 
     def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
-        weights = [*self.lstm.parameters(), *self.head.parameters()]
+        weights: list[Tensor] = [*self.lstm.parameters(), *self.head.parameters()]
         return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
 
     def init_state(self, params: Any) -> LSTMState:

@@ -40,7 +40,9 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
 
     @classmethod
-    def _load_as_safetensor(cls, model: Self, model_file: str, map_location: str, strict: bool) -> Self:
+    def _load_as_safetensor(  # type: ignore[override]  # the base class leaves the model's type open
+        cls, model: Self, model_file: str, map_location: str, strict: bool
+    ) -> Self:
         """Load the weights; ValueError names the file where it is damaged, of another version or of another rule."""
         try:
             with safe_open(model_file, framework="pt", device=map_location) as file:
@@ -54,5 +56,7 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         try:
             model.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
-            raise ValueError(f"{model_file} does not hold the weights that its config.json describes: {error}") from error
+            raise ValueError(
+                f"{model_file} does not hold the weights that its config.json describes: {error}"
+            ) from error
         return model.to(map_location).eval()

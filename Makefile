@@ -1,0 +1,61 @@
+# Every target sets up what it needs: a virtual environment in .venv, the pinned requirements, the extension in place.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
+
+.PHONY: help demo test lint format bench sanitize wheel clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo      meta-train an optimizer on handwritten digits and compare it with tuned baselines (runs/demo)"
+	@echo "make test      run the tests"
+	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make format    let ruff and clang-format rewrite the sources"
+	@echo "make bench     measure the kernels against PyTorch (bench/results)"
+	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
+	@echo "make wheel     build a wheel into dist/"
+	@echo "make clean     remove what was built, but for .venv"
+
+$(VENV)/installed: requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metakern needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing requirements into $(VENV) (a few minutes where they must be downloaded)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+$(VENV)/built: $(VENV)/installed $(NATIVE)
+	@echo "building the extension"
+	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@
+
+demo: $(VENV)/built
+	$(BIN)/metakern train optimizer --output runs/demo
+	$(BIN)/metakern eval optimizer runs/demo --speed
+
+test: $(VENV)/built
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
+
+format: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+
+bench: $(VENV)/built
+	$(BIN)/python -m bench.compare
+	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+sanitize: $(VENV)/built
+	PYTHON=$(BIN)/python bash tests/sanitizers/run.sh
+
+wheel: $(VENV)/built
+	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+
+clean:
+	rm -rf build dist runs *.egg-info metakern/*.so $(VENV)/built

@@ -1,0 +1,171 @@
+"""How well an optimizer trains networks it has not seen, learned or not: curves, tuned baselines, seconds."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from metakern.optim import LearnedOptimizer
+from metakern.rules import CoordinatewiseLSTM
+from metakern.rules.plain_lstm import PlainLSTM
+from metakern.tasks import Optimizees
+from metakern.trainer import MetaTrainer, MetaTrainingConfig
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+#: Learning rates that every baseline is tried at: 10^-4 to 10^1.5, four a decade.
+LEARNING_RATES = tuple(10 ** (k / 4) for k in range(-16, 7))
+
+#: Baselines by name, as a function of the learning rate.
+BASELINES: dict[str, Callable[[float], OptimizerFactory]] = {
+    "SGD": lambda lr: lambda params: torch.optim.SGD(params, lr),
+    "Momentum 0.9": lambda lr: lambda params: torch.optim.SGD(params, lr, momentum=0.9),
+    "RMSprop": lambda lr: lambda params: torch.optim.RMSprop(params, lr),
+    "Adam": lambda lr: lambda params: torch.optim.Adam(params, lr),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training losses of one optimizer on T networks.
+
+    Attributes:
+        name: the optimizer's name
+        losses: full training loss before every step and after the last, [steps + 1, T]
+        lr: learning rate of a baseline, chosen on the validation split
+    """
+
+    name: str
+    losses: Tensor
+    lr: float | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """Losses [T] after the last step."""
+        return self.losses[-1]
+
+    def summary(self) -> dict[str, float | str | list[float] | None]:
+        """Plain figures for JSON."""
+        return {
+            "optimizer": self.name,
+            "lr": self.lr,
+            "final_loss_mean": self.final.mean().item(),
+            "final_loss_std": self.final.std(correction=1 if len(self.final) > 1 else 0).item(),
+            "curve_mean": self.losses.mean(1).tolist(),
+            "curve_std": self.losses.std(1, correction=0).tolist(),
+        }
+
+
+def training_curve(
+    factory: OptimizerFactory, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, every_step: bool = True
+) -> Tensor:
+    """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
+
+    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P].
+
+    Returns:
+        full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
+    """
+    batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
+    params = batch.init_params().requires_grad_()
+    optimizer = factory([params])
+    losses = []
+    for _ in range(steps):
+        if every_step:
+            with torch.no_grad():
+                losses.append(batch.full_loss(params))
+        (params.grad,) = torch.autograd.grad(batch.loss(params).sum(), params)
+        optimizer.step()
+    with torch.no_grad():
+        losses.append(batch.full_loss(params))
+    return torch.stack(losses)
+
+
+def tune(name: str, problems: Optimizees, *, num_tasks: int, steps: int, seed: int) -> float:
+    """The learning rate of :data:`LEARNING_RATES` with which a baseline ends at the lowest mean loss."""
+
+    def final(lr: float) -> float:
+        losses = training_curve(
+            BASELINES[name](lr), problems, num_tasks=num_tasks, steps=steps, seed=seed, every_step=False
+        )
+        loss = losses.mean().item()
+        return loss if math.isfinite(loss) else math.inf
+
+    return min(LEARNING_RATES, key=final)
+
+
+def compare_optimizers(
+    rule: CoordinatewiseLSTM, problems: Optimizees, *, num_tasks: int = 64, steps: int = 100, seed: int = 1000
+) -> Iterable[Curve]:
+    """The learned optimizer, then every baseline at its best learning rate, on the same fresh networks.
+
+    Learning rates are chosen on the validation split, where the rule's weights were chosen too; the curves are of
+    networks that learn from the test split's images.
+    """
+    test, valid = problems.split("test"), problems.split("valid")
+
+    def curve(factory: OptimizerFactory) -> Tensor:
+        return training_curve(factory, test, num_tasks=num_tasks, steps=steps, seed=seed)
+
+    yield Curve("Learned LSTM", curve(lambda params: LearnedOptimizer(params, rule)))
+    for name, baseline in BASELINES.items():
+        lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1)
+        yield Curve(name, curve(baseline(lr)), lr)
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Seconds of one meta-iteration (an episode with all its outer steps), fused and plain, medians of ``repeats``.
+
+    ``difference`` is the largest difference between the two rules' weights after their last outer step, relative to the
+    largest weight: they do the same work on the same draws.
+    """
+
+    fused_seconds: float
+    plain_seconds: float
+    repeats: int
+    coordinates: int
+    difference: float
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the fused rule is."""
+        return self.plain_seconds / self.fused_seconds
+
+
+def compare_speed(
+    rule: CoordinatewiseLSTM, problems: Optimizees, config: MetaTrainingConfig, *, repeats: int = 3
+) -> SpeedComparison:
+    """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
+
+    Both train in every repeat, starting from ``rule``'s weights; the rule itself is left alone.
+    """
+    fused = CoordinatewiseLSTM.from_modules(
+        *rule.to_modules(),
+        preprocess=rule.preprocess,
+        preprocess_scale=rule.preprocess_scale,
+        output_scale=rule.output_scale,
+        backend=rule.backend,
+    )
+    # A small step keeps both rules close together, so that their weights can still be compared after many.
+    config = replace(config, lr=min(config.lr, 1e-4))
+    trainers = [MetaTrainer(fused, problems, config), MetaTrainer(PlainLSTM(rule), problems, config)]
+    seconds = [[trainer.run_episode().seconds for trainer in trainers] for _ in range(repeats + 1)][
+        1:
+    ]  # one to warm up
+    fused_weights, plain_weights = ([p.detach() for p in trainer.rule.parameters()] for trainer in trainers)
+    by_shape = zip(fused_weights, plain_weights, strict=True)
+    scale = max(weight.abs().max().item() for weight in fused_weights)
+    batch = trainers[0].train_problems.sample(config.num_tasks, torch.Generator().manual_seed(0))
+    return SpeedComparison(
+        fused_seconds=statistics.median(row[0] for row in seconds),
+        plain_seconds=statistics.median(row[1] for row in seconds),
+        repeats=repeats,
+        coordinates=batch.init_params().numel(),
+        difference=max((a - b).abs().max().item() for a, b in by_shape) / scale,
+    )

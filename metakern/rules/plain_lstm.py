@@ -1,0 +1,53 @@
+"""The coordinatewise LSTM as it is written without fused kernels: the peer that every speed-up is measured against."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.reference.lstm_step import preprocess_gradient
+from metakern.rules.lstm import CoordinatewiseLSTM
+
+PlainState = list[tuple[Tensor, Tensor]]
+
+
+class PlainLSTM(nn.Module):
+    """``nn.LSTMCell`` s and ``nn.Linear``, a launch for every operation; the calls of :class:`CoordinatewiseLSTM`.
+
+    Args:
+        rule: gives the weights (copied) and the options
+    """
+
+    def __init__(self, rule: CoordinatewiseLSTM) -> None:
+        super().__init__()
+        lstm, head = rule.to_modules()
+        self.cells = nn.ModuleList()  # registered before the head, as CoordinatewiseLSTM orders its weights
+        for layer in range(rule.num_layers):
+            cell = nn.LSTMCell(lstm.input_size if layer == 0 else rule.hidden_size, rule.hidden_size)
+            cell.load_state_dict({name: getattr(lstm, f"{name}_l{layer}") for name in cell.state_dict()})
+            self.cells.append(cell)
+        self.head = head
+        self.preprocess, self.preprocess_scale = rule.preprocess, rule.preprocess_scale
+        self.output_scale = rule.output_scale
+
+    def init_state(self, params: Any) -> PlainState:
+        """Zero (h, c), each [N, H], of every layer."""
+        leaves = pytree.tree_leaves(params)
+        n = sum(leaf.numel() for leaf in leaves)
+        return [(leaves[0].new_zeros(n, self.head.in_features),) * 2 for _ in self.cells]
+
+    def forward(self, params: Any, grads: Any, state: PlainState) -> tuple[Any, PlainState]:
+        """One step for every coordinate; arguments as for :meth:`CoordinatewiseLSTM.forward`."""
+        leaves, structure = pytree.tree_flatten(params)
+        flat = torch.cat([grad.reshape(-1) for grad in pytree.tree_leaves(grads)])
+        x = preprocess_gradient(flat, self.preprocess, self.preprocess_scale)
+        new_state = []
+        for cell, (h, c) in zip(self.cells, state, strict=True):
+            x, new_c = cell(x, (h, c))
+            new_state.append((x, new_c))
+        update = (self.output_scale * self.head(x)).squeeze(-1).split([leaf.numel() for leaf in leaves])
+        new_leaves = [leaf + piece.view(leaf.shape) for leaf, piece in zip(leaves, update, strict=True)]
+        return pytree.tree_unflatten(new_leaves, structure), new_state

@@ -5,10 +5,10 @@
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
 #include <sstream>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
 namespace metakern {
 
@@ -25,25 +25,36 @@ std::string shape_string(const Range& shape) {
 }
 
 template <class... Parts>
-void check(bool condition, const Parts&... parts) {
-  if (condition) return;
+[[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
   throw std::runtime_error(out.str());
 }
 
-inline void check_shape(const Tensor& t, const char* name, const std::vector<int64_t>& expected) {
-  const auto sizes = t.sizes();
-  bool equal = sizes.size() == expected.size();
-  for (size_t i = 0; equal && i < expected.size(); ++i) equal = sizes[i] == expected[i];
-  check(equal, name, " must have shape ", shape_string(expected), ", got ", shape_string(sizes));
+// The parts are evaluated in every call: where one of them costs something, write `if (!condition) fail(...)`.
+template <class... Parts>
+void check(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+template <class A, class B>
+bool equal_shapes(const A& a, const B& b) {
+  if (a.size() != b.size()) return false;
+  for (size_t i = 0; i < a.size(); ++i)
+    if (a[i] != b[i]) return false;
+  return true;
+}
+
+inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+  const torch::headeronly::IntHeaderOnlyArrayRef shape(expected.begin(), expected.size());
+  if (!equal_shapes(t.sizes(), shape))
+    fail(name, " must have shape ", shape_string(shape), ", got ", shape_string(t.sizes()));
 }
 
 inline void check_same_shape(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
-  const auto a = t.sizes(), b = other.sizes();
-  bool equal = a.size() == b.size();
-  for (size_t i = 0; equal && i < a.size(); ++i) equal = a[i] == b[i];
-  check(equal, name, " must have the shape of ", other_name, ", ", shape_string(b), ", got ", shape_string(a));
+  if (!equal_shapes(t.sizes(), other.sizes()))
+    fail(name, " must have the shape of ", other_name, ", ", shape_string(other.sizes()), ", got ",
+         shape_string(t.sizes()));
 }
 
 inline const char* dtype_name(ScalarType dtype) {

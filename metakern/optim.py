@@ -66,7 +66,6 @@ class LearnedOptimizer(Optimizer):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(8, 4)).square().mean().backward()
         ...     optimizer.step()
-
     """
 
     def __init__(self, params: Iterable[Any], rule: CoordinatewiseLSTM, lr: float = 1.0) -> None:
@@ -107,7 +106,6 @@ class LearnedOptimizer(Optimizer):
             ValueError: for a learning rate, device or number of coordinates that does not fit (any more)
 
         Errors come before the first parameter moves.
-
         """
         loss = None
         if closure is not None:
@@ -124,7 +122,6 @@ class LearnedOptimizer(Optimizer):
         Raises:
             ValueError: for anything but a whole checkpoint of this optimizer, of this format version, for a rule of
                 this H and L and for parameters of these sizes; the optimizer is unchanged then.
-
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict).__name__}")
@@ -199,7 +196,7 @@ class LearnedOptimizer(Optimizer):
         for positions in kinds.values():
             members = [params[position] for position in positions]
             arena = _Arena(self.rule, members)
-            for position, p, slot in zip(positions, members, arena.slots, strict=True):
+            for position, p, slot in zip(positions, members, arena.slots(members), strict=True):
                 slot.adopt(self.state[p])
                 slots[position] = slot
         self._slots[index] = slots
@@ -270,16 +267,18 @@ class _Arena:
     """
 
     def __init__(self, rule: CoordinatewiseLSTM, members: Sequence[Tensor]) -> None:
-        total = sum(tiles(p.numel()) for p in members)
-        self.params = members[0].new_zeros(total * TILE_LANES, requires_grad=False)
+        self.count = len(members)
+        self.params = members[0].new_zeros(sum(tiles(p.numel()) for p in members) * TILE_LANES, requires_grad=False)
         self.grads = torch.zeros_like(self.params)
         self.state = rule.init_state(self.params)
-        self.slots: list[_Slot] = []
+
+    def slots(self, members: Iterable[Tensor]) -> Iterator[_Slot]:
+        """One for each of the constructor's members, in order. The arena keeps none: a cycle would keep its memory."""
         first = 0
         for p in members:
             last, start = first + tiles(p.numel()), first * TILE_LANES
             params, grads = (x[start : start + p.numel()].view(p.shape) for x in (self.params, self.grads))
-            self.slots.append(_Slot(self, p, first, last, params, grads, self.state.data[first:last], {}))
+            yield _Slot(self, p, first, last, params, grads, self.state.data[first:last], {})
             first = last
 
     def step_(self, rule: CoordinatewiseLSTM, slots: Sequence[_Slot], lr: float) -> None:
@@ -288,7 +287,7 @@ class _Arena:
         views = [slot.params for slot in slots]
         torch._foreach_copy_(views, params)
         torch._foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
-        if len(slots) == len(self.slots):
+        if len(slots) == self.count:
             rule.step_(self.params, self.grads, self.state, lr)
         else:
             for first, last in _runs(slots):

@@ -91,8 +91,8 @@ LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const 
   check(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
   check(preprocess_scale > 0 && std::isfinite(preprocess_scale), "preprocess_scale must be positive and finite, got ",
         preprocess_scale);
-  check(state.dim() == 5, "state must have 5 axes [tiles, L, 2, H, ", tile_lanes, "], got ",
-        shape_string(state.sizes()));
+  if (state.dim() != 5)
+    fail("state must have 5 axes [tiles, L, 2, H, ", tile_lanes, "], got ", shape_string(state.sizes()));
   const int64_t L = state.size(1), H = state.size(3);
   check(L >= 1 && L <= max_layers, "state must have 1 to ", max_layers, " layers, got ", L);
   check(H >= 1 && H <= max_hidden, "state must have 1 to ", max_hidden, " hidden units, got ", H);
@@ -117,15 +117,15 @@ LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const 
 }
 
 // The weights in the order in which the loops read them.
-Buffer pack(const LstmStepProblem& p, const std::vector<Tensor>& weights) {
+Buffer pack(const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
   for (const Tensor& w : weights) {
     contiguous.push_back(w.is_contiguous() ? w : torch::stable::contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  Buffer packed = allocate(kernels(p).packed_bytes(p));
-  kernels(p).pack(p, pointers.data(), packed.get());
+  Buffer packed = allocate(kernels(p).packed_bytes(p, for_backward));
+  kernels(p).pack(p, pointers.data(), for_backward, packed.get());
   return packed;
 }
 
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   check_cpu(params_, "params");
   const Tensor params = torch::stable::contiguous(params_), grads = torch::stable::contiguous(grads_);
   const Tensor state = torch::stable::contiguous(state_);
-  const Buffer packed = pack(p, weights);
+  const Buffer packed = pack(p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = torch::stable::new_empty(state, state.sizes());
   advise_huge_pages(new_state);
@@ -164,7 +164,7 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
   check(params.is_contiguous(), "params must be contiguous to be updated in place");
   check(state.is_contiguous(), "state must be contiguous to be updated in place");
   const Tensor grads = torch::stable::contiguous(grads_);
-  const Buffer packed = pack(p, weights);
+  const Buffer packed = pack(p, weights, false);
   run_forward(p, {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
                   params.mutable_data_ptr(), state.mutable_data_ptr()});
 }
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
   const Tensor grad_new_params = torch::stable::contiguous(grad_new_params_);
   const Tensor grad_new_state = torch::stable::contiguous(grad_new_state_);
   const Tensor grads = torch::stable::contiguous(grads_), state = torch::stable::contiguous(state_);
-  const Buffer packed = pack(p, weights);
+  const Buffer packed = pack(p, weights, true);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = torch::stable::new_empty(state, state.sizes());
   advise_huge_pages(grad_state);

@@ -65,8 +65,8 @@ struct LstmStepBackward {
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.
 struct LstmStepKernels {
-  int64_t (*packed_bytes)(const LstmStepProblem&);
-  void (*pack)(const LstmStepProblem&, const void* const* weights, void* packed);
+  int64_t (*packed_bytes)(const LstmStepProblem&, bool for_backward);
+  void (*pack)(const LstmStepProblem&, const void* const* weights, bool for_backward, void* packed);
   void (*forward)(const LstmStepProblem&, const LstmStepForward&, int64_t first_tile, int64_t last_tile);
   int64_t (*scratch_bytes)(const LstmStepProblem&);
   void (*backward)(const LstmStepProblem&, const LstmStepBackward&, void* scratch, int64_t first_group,

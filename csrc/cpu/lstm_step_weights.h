@@ -25,9 +25,10 @@ struct FlatLayer {
   }
 };
 
-// One allocation: per layer [forward | transposed x | transposed h], then the head's weight and bias.
+// One allocation: per layer the forward part, the head's weight and bias, then per layer the transposed parts, which
+// only backward needs.
 //   forward: per block of units: bias_ih + bias_hh as [unit][gate], then [input, then hidden][unit][gate]
-//   transposed: per block of inputs: [gate row][input]
+//   transposed x, transposed h: per block of inputs: [gate row][input]
 template <class S>
 class PackedWeights {
  public:
@@ -35,39 +36,46 @@ class PackedWeights {
 
   S* forward(int layer) const {
     S* at = data;
-    for (int l = 0; l < layer; ++l) at += layer_elements(l);
+    for (int l = 0; l < layer; ++l) at += 4 * H() * (p.inputs(l) + H() + 1);
     return at;
   }
-  S* transposed_x(int layer) const { return forward(layer) + 4 * H() * (p.inputs(layer) + H() + 1); }
-  S* transposed_h(int layer) const { return transposed_x(layer) + 4 * H() * p.inputs(layer); }
   S* head() const { return forward(p.num_layers); }
   S& head_bias() const { return head()[H()]; }
-  int64_t elements() const { return head() - data + H() + 1; }
+  S* transposed_x(int layer) const {
+    S* at = head() + H() + 1;
+    for (int l = 0; l < layer; ++l) at += 4 * H() * (p.inputs(l) + H());
+    return at;
+  }
+  S* transposed_h(int layer) const { return transposed_x(layer) + 4 * H() * p.inputs(layer); }
+  int64_t elements(bool with_transposed) const {
+    return (with_transposed ? transposed_x(p.num_layers) : head() + H() + 1) - data;
+  }
 
  private:
   int64_t H() const { return p.hidden_size; }
-  int64_t layer_elements(int l) const { return 4 * H() * (2 * (p.inputs(l) + H()) + 1); }
   const LstmStepProblem& p;
   S* data;
 };
 
 template <class S>
-int64_t packed_bytes(const LstmStepProblem& p) {
-  return PackedWeights<S>(p, nullptr).elements() * int64_t(sizeof(S));
+int64_t packed_bytes(const LstmStepProblem& p, bool for_backward) {
+  return PackedWeights<S>(p, nullptr).elements(for_backward) * int64_t(sizeof(S));
 }
 
 template <class S>
 S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
   for (int unit = 0; unit < H;) {
     const int units = unit + unit_block <= H ? unit_block : 1;
-    for (int j = unit; j < unit + units; ++j)
-      for (int gate = 0; gate < 4; ++gate) *out++ = w[2][gate * H + j] + w[3][gate * H + j];
-    for (int part = 0; part < 2; ++part) {
-      const int count = part == 0 ? inputs : H;
-      for (int k = 0; k < count; ++k)
-        for (int j = unit; j < unit + units; ++j)
-          for (int gate = 0; gate < 4; ++gate) *out++ = w[part][int64_t(gate * H + j) * count + k];
-    }
+    const int stride = units * 4;
+    for (int j = 0; j < units; ++j)
+      for (int gate = 0; gate < 4; ++gate) {
+        const int row = gate * H + unit + j;
+        S* at = out + j * 4 + gate;  // rows are read in order and written with a stride
+        *at = w[2][row] + w[3][row];
+        for (int k = 0; k < inputs; ++k) at[(1 + k) * stride] = w[0][row * inputs + k];
+        for (int k = 0; k < H; ++k) at[(1 + inputs + k) * stride] = w[1][row * H + k];
+      }
+    out += (1 + inputs + H) * stride;
     unit += units;
   }
   return out;
@@ -86,19 +94,22 @@ S* pack_transposed(S* out, const S* w, int inputs, int H) {
 }
 
 template <class S>
-void pack_weights(const LstmStepProblem& p, const void* const* weights, void* memory) {
+void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for_backward, void* memory) {
   const int H = p.hidden_size;
   S* out = static_cast<S*>(memory);
   for (int layer = 0; layer < p.num_layers; ++layer) {
     const S* w[4];
     for (int i = 0; i < 4; ++i) w[i] = static_cast<const S*>(weights[layer * 4 + i]);
     out = pack_forward(out, w, p.inputs(layer), H);
-    out = pack_transposed(out, w[0], p.inputs(layer), H);
-    out = pack_transposed(out, w[1], H, H);
   }
   const S* head = static_cast<const S*>(weights[p.num_layers * 4]);
   for (int j = 0; j < H; ++j) *out++ = head[j];
-  *out = *static_cast<const S*>(weights[p.num_layers * 4 + 1]);
+  *out++ = *static_cast<const S*>(weights[p.num_layers * 4 + 1]);
+  if (!for_backward) return;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    out = pack_transposed(out, static_cast<const S*>(weights[layer * 4]), p.inputs(layer), H);
+    out = pack_transposed(out, static_cast<const S*>(weights[layer * 4 + 1]), H, H);
+  }
 }
 
 template <class S>

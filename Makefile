@@ -49,7 +49,8 @@ format: $(VENV)/installed
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench.compare
-	$(BIN)/python -m pytest bench --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m bench.report
+	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 sanitize: $(VENV)/built
 	PYTHON=$(BIN)/python bash tests/sanitizers/run.sh

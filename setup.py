@@ -10,6 +10,7 @@ import platform
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import pybind11
 import torch
@@ -39,43 +40,55 @@ def compiler_version(compiler: str) -> str:
     return result.stdout.splitlines()[0]
 
 
+class Job(NamedTuple):
+    """One run of the compiler."""
+
+    source: str
+    output_dir: str
+    macros: list[tuple[str, str]]
+    system_includes: list[str]  # torch's and pybind11's headers: their warnings are not ours
+    flags: list[str]
+
+
 class BuildExtension(build_ext):
     """Compiles the kernels once per instruction set and links everything into one library."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile, then let setuptools link."""
-        compiler = self.compiler.compiler_so[0]
+        """Compile side by side, then let setuptools link."""
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
-        flags = ["-std=c++17", "-O3", "-Wall", "-Wextra", "-fvisibility=hidden", *extra]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            compiled = pool.map(self.compile_one, self.jobs(["-std=c++17", "-O3", "-Wall", "-Wextra", *extra]))
+        ext.extra_objects = [path for paths in compiled for path in paths]
+        ext.extra_link_args = extra[:1]
+        ext.library_dirs = cpp_extension.library_paths()
+        ext.libraries = ["torch", "torch_cpu", "c10"]
+        super().build_extension(ext)
+
+    def jobs(self, flags: list[str]) -> list[Job]:
+        """Every kernel for every instruction set, then the rest."""
         macros = [
             ("TORCH_TARGET_VERSION", OLDEST_TORCH),
-            ("METAKERN_COMPILER", f'"{compiler_version(compiler)}"'),
+            ("METAKERN_COMPILER", f'"{compiler_version(self.compiler.compiler_so[0])}"'),
             ("METAKERN_TORCH_VERSION", f'"{torch.__version__}"'),
         ]
         if IS_X86:
             macros.append(("METAKERN_X86_CAPABILITIES", "1"))
         includes = [pybind11.get_include(), *cpp_extension.include_paths()]
-        jobs = [
-            ([kernel], f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability])
-            for name, capability in CAPABILITY_FLAGS.items()
+        kernels = [
+            Job(kernel, f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability_flags])
+            for name, capability_flags in CAPABILITY_FLAGS.items()
             for kernel in KERNELS
-        ] + [([source], self.build_temp, macros, includes, flags) for source in SOURCES]
-        include_system = self.compiler.include_dirs
+        ]
+        return kernels + [Job(source, self.build_temp, macros, includes, flags) for source in SOURCES]
 
-        def compile_one(job: tuple[list[str], str, list[tuple[str, str]], list[str], list[str]]) -> list[str]:
-            sources, output_dir, job_macros, job_includes, job_flags = job
-            torch_headers = [f"-isystem{path}" for path in job_includes]  # their warnings are not ours
-            return self.compiler.compile(
-                sources, output_dir, job_macros, include_system, extra_postargs=[*job_flags, *torch_headers]
-            )
-
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            ext.extra_objects = [path for paths in pool.map(compile_one, jobs) for path in paths]
-        ext.extra_link_args = [f"-fsanitize={sanitizers}"] if sanitizers else []
-        ext.library_dirs = cpp_extension.library_paths()
-        ext.libraries = ["torch", "torch_cpu", "c10"]
-        super().build_extension(ext)
+    def compile_one(self, job: Job) -> list[str]:
+        """Object files of a job."""
+        flags = [*job.flags, "-fvisibility=hidden", *(f"-isystem{path}" for path in job.system_includes)]
+        objects: list[str] = self.compiler.compile(
+            [job.source], job.output_dir, job.macros, self.compiler.include_dirs, extra_postargs=flags
+        )
+        return objects
 
 
 setup(

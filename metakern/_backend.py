@@ -57,7 +57,7 @@ def resolve(backend: str | None, device: torch.device) -> str:
         ValueError: for a name that is not one of :data:`BACKENDS`
         RuntimeError: for a backend that was asked for by name and cannot run here
     """
-    name = backend or _override
+    name = _override if backend in (None, "auto") else backend
     if name == "reference":
         return name
     if name not in BACKENDS:

@@ -40,7 +40,7 @@ class LearnedOptimizer(Optimizer):
     is None is skipped: neither it nor its state moves. A gradient that is not finite spoils its own coordinates only.
 
     The state of a parameter, ``state[p]``, is its step count and the rule's (h, c): float64 for float64 parameters and
-    float32 for all others, 16 · L · H bytes a coordinate in the latter case. Memory is taken when a parameter first
+    float32 for all others, then 8 · L · H bytes a coordinate, in tiles of 32. Memory is taken when a parameter first
     has a gradient. If its number of coordinates changes later, ``step`` raises until ``state[p]`` is deleted.
 
     ``state_dict`` holds, per parameter, ``step``, ``h`` [L, numel, H] and ``c`` [L, numel, H], and under

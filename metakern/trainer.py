@@ -50,7 +50,7 @@ class MetaTrainingConfig:
     num_tasks: int = 8
     steps: int = 100
     unroll: int = 20
-    lr: float = 3e-3
+    lr: float = 1e-2
     objective: str = "log"
     second_order: bool = False
     clip_norm: float = 1.0

@@ -11,7 +11,7 @@
 
 namespace metakern {
 
-constexpr int tile_lanes = 32;  // keep in step with TILE_LANES in metakern/reference/lstm_step.py
+constexpr int tile_lanes = 32;  // keep in step with TILE_LANES in metakern/ops/lstm_state.py
 constexpr int max_hidden = 64;
 constexpr int max_layers = 3;
 constexpr int block_tiles = 16;  // tiles whose outer products are summed in the compute dtype before going to double

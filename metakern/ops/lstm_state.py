@@ -147,3 +147,8 @@ def check_layout(state: LSTMState) -> None:
             f"state.data must have shape [{tiles(state.num_coordinates)}, L, 2, H, {TILE_LANES}] for "
             f"N = {state.num_coordinates}, got {list(shape)}"
         )
+    if not (1 <= shape[1] <= MAX_LAYERS and 1 <= shape[3] <= MAX_HIDDEN):
+        raise ValueError(
+            f"state must have 1 to {MAX_LAYERS} layers and 1 to {MAX_HIDDEN} hidden units, "
+            f"got {shape[1]} and {shape[3]}"
+        )

@@ -26,15 +26,12 @@ def num_features(preprocess: str) -> int:
     return 1 if preprocess == "none" else 2
 
 
-def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
-    """Turn gradients [N] into LSTM inputs [N, F].
+def gradient_features(grads: Tensor, preprocess: str, scale: float) -> Tensor:
+    """Turn gradients [N] into features [N, F], by the formulas of arXiv 1606.04474 and its authors' later code.
 
     - ``log_sign``: (log|g|/p, sign g) where |g| >= e^-p, (-1, e^p g) elsewhere
     - ``log_and_clip``: (max(log(|g| + eps)/p, -1), clip(e^p g, -1, 1))
     - ``none``: (g,)
-
-    A gradient that is not finite makes its features NaN (the term ``grads - grads`` is zero otherwise), so that the
-    coordinate shows it instead of taking a saturated step that looks sound.
     """
     size = grads.abs()
     if preprocess == "log_sign":
@@ -51,7 +48,16 @@ def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
         ]
     else:
         features = [grads]
-    return torch.stack(features, dim=-1) + (grads - grads).unsqueeze(-1)
+    return torch.stack(features, dim=-1)
+
+
+def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
+    """LSTM inputs [N, F]: the features, all NaN where the gradient is not finite.
+
+    By the formulas alone an infinite gradient would saturate the gates and yield a step that looks sound; so the
+    coordinate shows it. The term that is added is zero elsewhere.
+    """
+    return gradient_features(grads, preprocess, scale) + (grads - grads).unsqueeze(-1)
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -115,7 +115,8 @@ class CoordinatewiseLSTM(PretrainedRule):
 
     def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
-        weights: list[Tensor] = [*self.lstm.parameters(), *self.head.parameters()]
+        # In order of registration; parameters() would cost as much as the rest of the step's Python.
+        weights: list[Any] = [*self.lstm._parameters.values(), *self.head._parameters.values()]
         return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
 
     def init_state(self, params: Any) -> LSTMState:
@@ -158,8 +159,8 @@ class CoordinatewiseLSTM(PretrainedRule):
         if not leaves:
             return params, state
         flat, new_state = lstm_step(
-            _flatten(leaves),
-            _flatten(grad_leaves),
+            flatten(leaves),
+            flatten(grad_leaves),
             state,
             self.weights(state.data.dtype),
             preprocess=self.preprocess,
@@ -204,7 +205,7 @@ def _leaves(tree: Any, name: str) -> list[Tensor]:
     return leaves
 
 
-def _flatten(leaves: Sequence[Tensor]) -> Tensor:
+def flatten(leaves: Sequence[Tensor]) -> Tensor:
     """All coordinates in one tensor [N]; mixed dtypes are promoted."""
     return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
 

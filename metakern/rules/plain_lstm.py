@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.reference.lstm_step import preprocess_gradient
-from metakern.rules.lstm import CoordinatewiseLSTM
+from metakern.reference.lstm_step import gradient_features
+from metakern.rules.lstm import CoordinatewiseLSTM, flatten
 
 PlainState = list[tuple[Tensor, Tensor]]
 
@@ -42,8 +41,7 @@ class PlainLSTM(nn.Module):
     def forward(self, params: Any, grads: Any, state: PlainState) -> tuple[Any, PlainState]:
         """One step for every coordinate; arguments as for :meth:`CoordinatewiseLSTM.forward`."""
         leaves, structure = pytree.tree_flatten(params)
-        flat = torch.cat([grad.reshape(-1) for grad in pytree.tree_leaves(grads)])
-        x = preprocess_gradient(flat, self.preprocess, self.preprocess_scale)
+        x = gradient_features(flatten(pytree.tree_leaves(grads)), self.preprocess, self.preprocess_scale)
         new_state = []
         for cell, (h, c) in zip(self.cells, state, strict=True):
             x, new_c = cell(x, (h, c))

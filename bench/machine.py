@@ -1,0 +1,70 @@
+"""What a figure was measured on: processor, caches, versions, and the speed of a large matrix product."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import metakern
+
+
+def cpu_model() -> str:
+    """The processor's own name, as far as the system tells."""
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        match = None
+    return match[1].strip() if match else platform.processor() or platform.machine()
+
+
+def device_name() -> str:
+    """File name of this machine's results: processor and threads."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {torch.get_num_threads()} threads".lower()).strip("-")
+
+
+def last_level_cache_bytes() -> int:
+    """Size of the largest cache of the first core; 32 MiB where the system does not tell."""
+    files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    matches = [re.fullmatch(r"(\d+)([KM]?)\s*", path.read_text()) for path in files]
+    sizes = [int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]] for match in matches if match]
+    return max(sizes, default=32 * 2**20)
+
+
+def describe() -> dict[str, Any]:
+    """Machine, versions and date of a run."""
+    build = metakern.build_info()
+    return {
+        "cpu": cpu_model(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "cpu_capability": build.get("cpu_capability", "none"),
+        "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "versions": {
+            "metakern": metakern.__version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "compiler": build.get("compiler", "none"),
+        },
+        "platform": platform.platform(),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+    }
+
+
+def sgemm_gflops(size: int = 2048, rounds: int = 5) -> float:
+    """GFLOP/s of the best of several float32 products of two random [size, size] matrices: this machine's FMA rate."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    out = a @ b
+    best = float("inf")
+    for _ in range(rounds):
+        start = time.perf_counter()
+        torch.mm(a, b, out=out)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e9

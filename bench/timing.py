@@ -1,0 +1,69 @@
+"""Timing in one process and one run: contenders alternate, samples are long enough, quantiles are kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+#: A sample of a short call repeats it until it lasts this long, in seconds.
+SAMPLE_SECONDS = 2e-3
+
+Calls = Sequence[Callable[[], Any]]
+
+
+def quantiles(samples: Sequence[float]) -> dict[str, float]:
+    """Median, 20% and 80% quantile of seconds, and their count."""
+    q20, median, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
+        torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
+    )
+    return {"median_s": float(median), "q20_s": float(q20), "q80_s": float(q80), "samples": len(samples)}
+
+
+def alternate(
+    contenders: Mapping[str, Calls],
+    *,
+    seconds: float,
+    min_rounds: int = 5,
+    max_rounds: int = 200,
+    progress: Callable[[float], None] = lambda _: None,
+) -> dict[str, dict[str, float]]:
+    """Time every contender in turn, round after round, for about ``seconds`` in all.
+
+    Args:
+        contenders: for each name the same call on several inputs; consecutive calls take consecutive inputs.
+        seconds: budget; at least ``min_rounds`` and at most ``max_rounds`` rounds are measured.
+        min_rounds: see above
+        max_rounds: see above
+        progress: is told the share that is done.
+
+    Returns:
+        :func:`quantiles` of the seconds a call, by name
+    """
+    position = dict.fromkeys(contenders, 0)
+
+    def sample(name: str, repeats: int) -> float:
+        calls, first = contenders[name], position[name]
+        position[name] += repeats
+        start = time.perf_counter()
+        for index in range(first, first + repeats):
+            calls[index % len(calls)]()
+        return (time.perf_counter() - start) / repeats
+
+    repeats = {}
+    for name, calls in contenders.items():
+        sample(name, len(calls))  # warm-up: every input is touched, code is loaded
+        repeats[name] = max(1, round(SAMPLE_SECONDS / max(sample(name, 2), 1e-7)))
+    samples: dict[str, list[float]] = {name: [] for name in contenders}
+    start = time.perf_counter()
+    for done in range(1, max_rounds + 1):
+        for name in contenders:
+            samples[name].append(sample(name, repeats[name]))
+        elapsed = time.perf_counter() - start
+        progress(min(1.0, max(elapsed / max(seconds, 1e-9), done / max_rounds)))
+        if elapsed >= seconds and done >= min_rounds:
+            break
+    progress(1.0)
+    return {name: quantiles(values) for name, values in samples.items()}

@@ -13,15 +13,7 @@ from typing import Any
 import torch
 
 import metakern
-
-
-def cpu_model() -> str:
-    """The processor's own name, as far as the system tells."""
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
-    except OSError:
-        match = None
-    return match[1].strip() if match else platform.processor() or platform.machine()
+from metakern._machine import cpu_model
 
 
 def device_name() -> str:

@@ -1,4 +1,4 @@
-"""Puts the measured table into the README, between its markers.
+"""Puts the measured tables into the README, between their markers.
 
 python -m bench.report [RESULTS.json]
 """
@@ -13,7 +13,10 @@ from typing import Annotated, Any
 import typer
 
 ROOT = Path(__file__).parent.parent
-BEGIN, END = "<!-- bench:lstm_step -->", "<!-- /bench -->"
+END = "<!-- /bench -->"
+
+#: What `metakern eval optimizer digits_lstm --speed` wrote.
+DIGITS = ROOT / "bench" / "results" / "digits_lstm" / "results.json"
 
 
 def newest_results(folder: Path = ROOT / "bench" / "results") -> Path:
@@ -58,26 +61,50 @@ def render(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-def insert(text: str, table: str) -> str:
-    """``text`` with ``table`` between the markers.
+def render_optimizers(results: dict[str, Any], source: str) -> str:
+    """The learned optimizer beside its baselines, and the seconds of a meta-iteration, from `metakern eval`."""
+    lines = ["| optimizer | learning rate | training loss | standard deviation |", "|---|--:|--:|--:|"]
+    for row in results["optimizers"]:
+        rate = "" if row["lr"] is None else f"{row['lr']:.3g}"
+        lines.append(f"| {row['optimizer']} | {rate} | {row['final_loss_mean']:.2g} | {row['final_loss_std']:.1g} |")
+    speed, environment = results["speed"], results["environment"]
+    lines += [
+        "",
+        f"Mean over {results['networks']} networks after {results['steps']} steps. One meta-iteration of "
+        f"{speed['coordinates']:,} coordinates takes {speed['fused_seconds']:.2f} s, in plain PyTorch "
+        f"{speed['plain_seconds']:.2f} s: {speed['ratio']:.1f}x, the whole of it, the networks' own forward and "
+        "backward included.",
+        "",
+        f"`{results['command']}` on {environment['cpu']}, {environment['threads']} threads, "
+        f"torch {environment['torch']}, {results['date']}; all figures in `{source}`.",
+    ]
+    return "\n".join(lines)
+
+
+def insert(text: str, name: str, table: str) -> str:
+    """``text`` with ``table`` between the markers of ``name``.
 
     Raises:
         ValueError: where the markers are not there exactly once, in order
     """
-    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
-    if text.count(BEGIN) != 1 or len(pattern.findall(text)) != 1:
-        raise ValueError(f"the file must hold {BEGIN} and, behind it, {END}, once")
-    return pattern.sub(lambda _: f"{BEGIN}\n{table}\n{END}", text)
+    begin = f"<!-- bench:{name} -->"
+    pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(END)}", re.DOTALL)
+    if text.count(begin) != 1 or len(pattern.findall(text)) != 1:
+        raise ValueError(f"the file must hold {begin} and, behind it, {END}, once")
+    return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text)
 
 
 def main(
     results: Annotated[Path | None, typer.Argument(help="Default: the newest in bench/results.")] = None,
     readme: Annotated[Path, typer.Option(help="The file that holds the markers.")] = ROOT / "README.md",
 ) -> None:
-    """Put the measured table into the README."""
+    """Put the measured tables into the README."""
     path = (results or newest_results()).resolve()
-    source = str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
-    readme.write_text(insert(readme.read_text(), render(json.loads(path.read_text()), source)))
+    text = readme.read_text()
+    for name, renderer, file in (("lstm_step", render, path), ("digits_lstm", render_optimizers, DIGITS)):
+        source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
+        text = insert(text, name, renderer(json.loads(file.read_text()), source))
+    readme.write_text(text)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,9 @@ from typing import Any
 
 import torch
 
+from metakern._machine import cpu_model
+from metakern._version import __version__
+
 #: Names that ``backend=`` takes.
 BACKENDS = ("auto", "cpp", "reference")
 
@@ -79,9 +82,12 @@ def _warn_once(reason: str) -> None:
 
 def build_info() -> dict[str, Any]:
     """What this installation can run: versions, compiler, instruction sets, CUDA architectures."""
-    from metakern._version import __version__
-
-    facts: dict[str, Any] = {"metakern": __version__, "torch": torch.__version__, "compiled": is_compiled()}
+    facts: dict[str, Any] = {
+        "metakern": __version__,
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "compiled": is_compiled(),
+    }
     if _C is None:
         return facts | {"reason": _missing}
     return facts | {

@@ -62,23 +62,28 @@ def test_quick_comparison_writes_everything(quick: Path) -> None:
 @needs_kernels
 def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    readme.write_text(f"# title\n\n{report.BEGIN}\nold figures\n{report.END}\n\nend\n")
+    places = "".join(f"<!-- bench:{name} -->\nold figures\n{report.END}\n" for name in ("lstm_step", "digits_lstm"))
+    readme.write_text(f"# title\n\n{places}\nend\n")
     report.main(quick, readme)
     text = readme.read_text()
     assert "old figures" not in text
     assert text.startswith("# title\n")
     assert text.endswith("\nend\n")
     assert "| forward | 2,000 |" in text
+    assert "| Learned LSTM |" in text
     assert "`python -m bench.compare --quick" in text
     assert "all figures in `results.json`" in text
     report.main(quick, readme)
     assert readme.read_text() == text
 
 
-@pytest.mark.parametrize("text", ["", report.BEGIN, f"{report.END} {report.BEGIN}", f"{report.BEGIN}{report.END}" * 2])
+BEGIN = "<!-- bench:lstm_step -->"
+
+
+@pytest.mark.parametrize("text", ["", BEGIN, f"{report.END} {BEGIN}", f"{BEGIN}{report.END}" * 2])
 def test_report_refuses_a_file_without_its_markers(text: str) -> None:
     with pytest.raises(ValueError, match=r"must hold <!-- bench:lstm_step --> and, behind it, <!-- /bench -->, once"):
-        report.insert(text, "table")
+        report.insert(text, "lstm_step", "table")
 
 
 def test_newest_results(tmp_path: Path) -> None:

@@ -66,17 +66,22 @@ MK_INLINE void forward_units(const LayerIO<lane_t<V>>& io, const lane_t<V>*& w, 
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) {
       const int64_t at = int64_t(first + j) * tile_lanes + u * lanes<V>;
-      const auto unit = lstm_unit<V>({acc[j][0][u], acc[j][1][u], acc[j][2][u], acc[j][3][u]}, load<V>(io.c + at));
-      store(io.new_h + at, unit.h);
-      if (io.new_c) store(io.new_c + at, unit.c);
-      if (io.gates) {
-        const int64_t gate_stride = int64_t(H) * tile_lanes;
-        store(io.gates + at, unit.gates.i);
-        store(io.gates + gate_stride + at, unit.gates.f);
-        store(io.gates + 2 * gate_stride + at, unit.gates.g);
-        store(io.gates + 3 * gate_stride + at, unit.gates.o);
-        store(io.tanh_c + at, unit.tanh_c);
+      const LstmGates<V> preactivation{acc[j][0][u], acc[j][1][u], acc[j][2][u], acc[j][3][u]};
+      const V c = load<V>(io.c + at);
+      if (io.gates == nullptr) {
+        const auto unit = lstm_unit<V>(preactivation, c);
+        store(io.new_h + at, unit.h);
+        store(io.new_c + at, unit.c);
+        continue;
       }
+      const auto unit = lstm_unit_activations<V>(preactivation, c);
+      const int64_t gate_stride = int64_t(H) * tile_lanes;
+      store(io.new_h + at, unit.h);
+      store(io.gates + at, unit.gates.i);
+      store(io.gates + gate_stride + at, unit.gates.f);
+      store(io.gates + 2 * gate_stride + at, unit.gates.g);
+      store(io.gates + 3 * gate_stride + at, unit.gates.o);
+      store(io.tanh_c + at, unit.tanh_c);
     }
 }
 

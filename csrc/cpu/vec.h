@@ -2,6 +2,9 @@
 // stores between them and memory of any parameter dtype.
 #pragma once
 #include <stdint.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include "../math/portable.h"
 #include "lstm_step.h"
@@ -52,6 +55,28 @@ struct vec_of<double> {
 template <class S>
 using vec_t = typename vec_of<S>::type;
 
+// The processor's own minimum and maximum return their second operand where one is NaN: x comes out, as it must. The
+// compiler does not find them, because it may not assume which NaN is wanted.
+#if defined(__AVX512F__)
+template <>
+MK_INLINE FloatVec at_most<FloatVec>(FloatVec x, float bound) {
+  return FloatVec(_mm512_min_ps(_mm512_set1_ps(bound), __m512(x)));
+}
+template <>
+MK_INLINE FloatVec at_least<FloatVec>(FloatVec x, float bound) {
+  return FloatVec(_mm512_max_ps(_mm512_set1_ps(bound), __m512(x)));
+}
+#elif defined(__AVX2__)
+template <>
+MK_INLINE FloatVec at_most<FloatVec>(FloatVec x, float bound) {
+  return FloatVec(_mm256_min_ps(_mm256_set1_ps(bound), __m256(x)));
+}
+template <>
+MK_INLINE FloatVec at_least<FloatVec>(FloatVec x, float bound) {
+  return FloatVec(_mm256_max_ps(_mm256_set1_ps(bound), __m256(x)));
+}
+#endif
+
 template <class V>
 constexpr int lanes = int(sizeof(V) / sizeof(lane_t<V>));
 
@@ -66,16 +91,21 @@ MK_INLINE void store(lane_t<V>* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 
-// Sum of the lanes, in a fixed order.
+// Sum of the lanes, in a fixed order: first over the quarters (16 bytes each), then within one.
 template <class V>
 MK_INLINE lane_t<V> sum_lanes(V v) {
-  lane_t<V> x[lanes<V>];
-  store(x, v);
+  using S = lane_t<V>;
+  typedef S Quarter __attribute__((vector_size(16)));
+  constexpr int width = 16 / sizeof(S), count = vector_bytes / 16;
+  Quarter parts[count];
+  __builtin_memcpy(parts, &v, sizeof(V));
+  Quarter sum = parts[0];
 #pragma GCC unroll 4
-  for (int half = lanes<V> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) x[i] += x[i + half];
-  return x[0];
+  for (int i = 1; i < count; ++i) sum += parts[i];
+  S total = sum[0];
+#pragma GCC unroll 4
+  for (int i = 1; i < width; ++i) total += sum[i];
+  return total;
 }
 
 MK_INLINE float from_bfloat16(uint16_t bits) { return bit_copy<float>(uint32_t(bits) << 16); }

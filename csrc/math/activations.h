@@ -39,35 +39,55 @@ template <class V>
 struct ExpParts {
   V scale;
   V tail;
+
+  V plus_one() const { return scale * tail + (scale + lane_t<V>(1)); }   // e^x + 1
+  V minus_one() const { return scale * tail + (scale - lane_t<V>(1)); }  // e^x - 1, without cancellation
 };
 
-// x is clamped to the range where scale is a normal number: sigmoid and tanh are saturated long before.
+// Of e^y, y = factor * x clamped to +-bound, which is at most exp_bound: then scale is a normal number.
 template <class V>
-MK_INLINE ExpParts<V> exp_parts(V x) {
+MK_INLINE ExpParts<V> exp_parts(V x, lane_t<V> factor, lane_t<V> bound) {
   using S = lane_t<V>;
   using C = constants<S>;
-  x = at_least(at_most(x, C::exp_bound), -C::exp_bound);
-  const V shifted = x * S(1.4426950408889634) + C::round_magic;
+  const S x_bound = bound / (factor < 0 ? -factor : factor);
+  x = at_least(at_most(x, x_bound), -x_bound);
+  const V shifted = x * (factor * S(1.4426950408889634)) + C::round_magic;
   const V n = shifted - C::round_magic;
-  const V r = x - n * S(0.6931471805599453);
+  const V r = x * factor - n * S(0.6931471805599453);
   // The low bits of `shifted` are n; the constant's own low bits are zero and its high bits are shifted out.
   const int_t<V> bits = (bit_copy<int_t<V>>(shifted) << C::mantissa_bits) + (C::exponent_bias << C::mantissa_bits);
   return {bit_copy<V>(bits), r + (r * r) * expm1_tail(r, S{})};
 }
 
-// 1 / (1 + e^-x)
+// 1 + e^-x
 template <class V>
-MK_INLINE V sigmoid(V x) {
-  const ExpParts<V> e = exp_parts(-x);
-  return broadcast<V>(1) / (e.scale * e.tail + (e.scale + lane_t<V>(1)));
+MK_INLINE V sigmoid_denominator(V x) {
+  return exp_parts(x, -1, constants<lane_t<V>>::exp_bound).plus_one();
 }
 
-// (e^2x - 1) / (e^2x + 1), from e^2x - 1 without cancellation, so that small x keep their relative accuracy.
+// e^2x - 1, bounded far behind where tanh is 1, so that products with it do not overflow.
+template <class V>
+MK_INLINE V tanh_numerator(V x) {
+  return exp_parts(x, 2, constants<lane_t<V>>::tanh_bound).minus_one();
+}
+
+template <class V>
+MK_INLINE V sigmoid(V x) {
+  return broadcast<V>(1) / sigmoid_denominator(x);
+}
+
+// (e^2x - 1) / (e^2x + 1); small x keep their relative accuracy.
 template <class V>
 MK_INLINE V tanh(V x) {
-  const ExpParts<V> e = exp_parts(x + x);
-  const V expm1 = e.scale * e.tail + (e.scale - lane_t<V>(1));
-  return expm1 / (expm1 + lane_t<V>(2));
+  const V numerator = tanh_numerator(x);
+  return numerator / (numerator + lane_t<V>(2));
+}
+
+// sigmoid(x) * tanh(y) with one division. Below 1e-25 (double: 1e-270) the denominator may overflow: the result is 0.
+template <class V>
+MK_INLINE V sigmoid_tanh(V x, V y) {
+  const V numerator = tanh_numerator(y);
+  return numerator / (sigmoid_denominator(x) * (numerator + lane_t<V>(2)));
 }
 
 // 2 * atanh(s) / s as a polynomial in z = s^2, for |s| <= 0.172.

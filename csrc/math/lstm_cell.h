@@ -12,22 +12,33 @@ struct LstmGates {
 };
 
 template <class V>
-struct LstmUnit {
-  LstmGates<V> gates;  // after the activations
-  V tanh_c;            // tanh(c')
-  V c;                 // c'
-  V h;                 // h'
+struct LstmOutput {
+  V h, c;
+};
+
+// h' and c' alone, with three divisions for five activations.
+template <class V>
+MK_INLINE LstmOutput<V> lstm_unit(const LstmGates<V>& preactivation, V c) {
+  const V new_c = sigmoid(preactivation.f) * c + sigmoid_tanh(preactivation.i, preactivation.g);
+  return {sigmoid_tanh(preactivation.o, new_c), new_c};
+}
+
+// What backward needs of a unit, recomputed.
+template <class V>
+struct LstmActivations {
+  LstmGates<V> gates;
+  V tanh_c;  // tanh(c')
+  V h;       // h'
 };
 
 template <class V>
-MK_INLINE LstmUnit<V> lstm_unit(const LstmGates<V>& preactivation, V c) {
-  LstmUnit<V> u;
+MK_INLINE LstmActivations<V> lstm_unit_activations(const LstmGates<V>& preactivation, V c) {
+  LstmActivations<V> u;
   u.gates.i = sigmoid(preactivation.i);
   u.gates.f = sigmoid(preactivation.f);
   u.gates.g = tanh(preactivation.g);
   u.gates.o = sigmoid(preactivation.o);
-  u.c = u.gates.f * c + u.gates.i * u.gates.g;
-  u.tanh_c = tanh(u.c);
+  u.tanh_c = tanh(u.gates.f * c + u.gates.i * u.gates.g);
   u.h = u.gates.o * u.tanh_c;
   return u;
 }

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from importlib import resources
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
-from huggingface_hub import PyTorchModelHubMixin, constants
+from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
@@ -38,6 +38,41 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {"format": "pt", "metakern_format": FORMAT_VERSION, "rule": type(self).__name__}
         save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        map_location: str = "cpu",
+        strict: bool = True,
+        **model_kwargs: Any,
+    ) -> Self:
+        """Find the weights in a folder or fetch them, build the rule that config.json describes and load them."""
+        if Path(model_id).is_dir():
+            file = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
+            for needed in (file, Path(model_id) / constants.CONFIG_NAME):
+                if not needed.is_file():
+                    raise ValueError(
+                        f"{model_id} must hold {file.name} and {constants.CONFIG_NAME}, lacks {needed.name}"
+                    )
+            path = str(file)
+        else:
+            path = hf_hub_download(
+                model_id,
+                constants.SAFETENSORS_SINGLE_FILE,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
+        return cls._load_as_safetensor(cls(**model_kwargs), path, map_location, strict)
 
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]  # the base class leaves the model's type open

@@ -1,0 +1,36 @@
+"""Every Python example of the README runs as it stands; the commands that it names exist."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_there_is_an_example_of_each_kind():
+    for name in ("lstm_step(", "CoordinatewiseLSTM(", "LearnedOptimizer(", "MetaTrainer("):
+        assert any(name in example for example in EXAMPLES), name
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda text: text.splitlines()[1])
+def test_an_example_runs(example, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shorter = example.replace(".fit(60)", ".fit(1)")  # a minute's training in the README
+    exec(compile(shorter, "README.md", "exec"), {})
+
+
+def test_files_that_the_readme_shows_exist():
+    for path in re.findall(r"!\[.*?\]\((.*?)\)", README):
+        assert (ROOT / path).is_file(), path
+
+
+def test_make_targets_that_the_readme_names_exist():
+    listing = subprocess.run(["make", "-C", str(ROOT), "help"], capture_output=True, text=True, check=True).stdout
+    named = set(re.findall(r"(?:^|`)make (\w+)", README, re.MULTILINE))
+    assert {"demo", "test", "lint", "bench", "sanitize"} <= named
+    for target in named:
+        assert f"make {target}" in listing, target

@@ -1,0 +1,106 @@
+"""Devices, backends, instruction sets, and the one table of tolerances that every implementation is held to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from metakern import _backend
+
+#: Devices that have kernels; one joins the list with its first kernel.
+DEVICES = ("cpu",)
+
+#: Backends that can serve a call on some device.
+BACKENDS = ("cpp", "reference")
+
+#: Instruction sets that the CPU kernels are compiled for, slowest first.
+CAPABILITIES = ("baseline", "avx2", "avx512")
+
+#: Largest error relative to the largest magnitude of the expected tensor, for a tensor stored in this dtype. The
+#: arithmetic of bfloat16 and float16 params is float32: what their tensors add is the unit roundoff of the storage.
+FORWARD_TOLERANCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2e-6,
+    torch.float16: 2**-11 + 2e-6,
+    torch.bfloat16: 2**-8 + 2e-6,
+}
+GRADIENT_TOLERANCE = {
+    torch.float64: 1e-10,
+    torch.float32: 1e-5,
+    torch.float16: 2**-11 + 1e-5,
+    torch.bfloat16: 2**-8 + 1e-5,
+}
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Fail unless ``actual`` is ``expected`` up to ``tolerance`` times the largest magnitude of ``expected``.
+
+    An element that is not finite must be so in both tensors, and be the same.
+    """
+    assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    got, want = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
+    finite = want.isfinite()
+    special = torch.equal(got[~finite].nan_to_num(7, 8, 9), want[~finite].nan_to_num(7, 8, 9))
+    assert special, f"{name} is not finite elsewhere than expected"
+    assert bool(got[finite].isfinite().all()), f"{name} holds {int((~got[finite].isfinite()).sum())} values not finite"
+    if not finite.any():
+        return
+    scale = float(want[finite].abs().max())
+    error = (got - want).abs().masked_fill(~finite, 0)
+    worst = int(error.argmax())
+    ratio = float(error.max()) / scale if scale else (0.0 if error.max() == 0 else float("inf"))
+    assert ratio <= tolerance, (
+        f"{name} is off by {ratio:.3g} of its largest magnitude {scale:.3g}, allowed {tolerance:.3g}: element {worst} "
+        f"of {actual.numel()} is {float(got.flatten()[worst])!r}, expected {float(want.flatten()[worst])!r}"
+    )
+
+
+def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
+    """Fail unless both tensors hold the same bits; NaN equals NaN of the same payload, -0 is not 0."""
+    assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}"
+    assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    bits = [x.detach().contiguous().view(-1).view(integer) for x in (actual, expected)]
+    different = int((bits[0] != bits[1]).sum())
+    assert different == 0, f"{name} differs in the bits of {different} of {actual.numel()} elements"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "sanitize: run under AddressSanitizer and UBSan by tests/sanitizers/run.sh")
+
+
+@pytest.fixture(params=DEVICES)
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Every device that has kernels."""
+    return torch.device(request.param)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend, for what all of them must keep."""
+    return str(request.param)
+
+
+@pytest.fixture(params=CAPABILITIES)
+def capability(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every instruction set that this machine runs, in use during the test."""
+    if not _backend.is_compiled():
+        pytest.fail("the compiled kernels are missing; the tests need them: pip install -e .")
+    available = _backend._C.available_cpu_capabilities()
+    if request.param not in available:
+        pytest.skip(f"this processor or build has no {request.param} (available: {', '.join(available)})")
+    before = _backend._C.cpu_capability()
+    _backend._C.set_cpu_capability(request.param)
+    yield request.param
+    _backend._C.set_cpu_capability(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Lets a test set the number of threads and puts the old one back."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

@@ -57,8 +57,9 @@ class BuildExtension(build_ext):
         """Compile side by side, then let setuptools link."""
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
+        flags = ["-std=c++17", "-O1" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(self.compile_one, self.jobs(["-std=c++17", "-O3", "-Wall", "-Wextra", *extra]))
+            compiled = pool.map(self.compile_one, self.jobs(flags))
         ext.extra_objects = [path for paths in compiled for path in paths]
         ext.extra_link_args = extra[:1]
         ext.library_dirs = cpp_extension.library_paths()

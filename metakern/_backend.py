@@ -24,9 +24,11 @@ try:
     from metakern import _C  # type: ignore[attr-defined,no-redef]
 
     _missing = ""
-except (ImportError, RuntimeError, ValueError) as error:  # the package must import without its kernels
+except (ImportError, RuntimeError) as error:  # the package must import without its kernels
     _C = None
     _missing = f"the compiled kernels could not be loaded ({error})"
+else:
+    _C.cpu_capability()  # ValueError for a METAKERN_CPU_CAPABILITY that is not available: it was asked for by name
 
 _override = os.environ.get("METAKERN_BACKEND", "") or "auto"
 if _override not in BACKENDS:
@@ -53,6 +55,12 @@ def _why_no_kernel(device: torch.device) -> str:
     return ""
 
 
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
 def resolve(backend: str | None, device: torch.device) -> str:
     """The backend that serves a call on ``device``: "cpp" or "reference".
 
@@ -63,8 +71,7 @@ def resolve(backend: str | None, device: torch.device) -> str:
     name = _override if backend in (None, "auto") else backend
     if name == "reference":
         return name
-    if name not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    check_backend(name)
     if _C is not None and device.type == "cpu":
         return "cpp"
     reason = _why_no_kernel(device)
@@ -89,7 +96,7 @@ def build_info() -> dict[str, Any]:
         "compiled": is_compiled(),
     }
     if _C is None:
-        return facts | {"reason": _missing}
+        return facts | {"backend": _override, "reason": _missing}
     return facts | {
         "built_with_torch": _C.torch_version,
         "compiler": _C.compiler,

@@ -91,6 +91,7 @@ LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const 
   check(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
   check(preprocess_scale > 0 && std::isfinite(preprocess_scale), "preprocess_scale must be positive and finite, got ",
         preprocess_scale);
+  check(std::isfinite(output_scale), "output_scale must be finite, got ", output_scale);
   if (state.dim() != 5)
     fail("state must have 5 axes [tiles, L, 2, H, ", tile_lanes, "], got ", shape_string(state.sizes()));
   const int64_t L = state.size(1), H = state.size(3);

@@ -158,10 +158,11 @@ struct Scratch {
   S* grad_out;                          // [block_tiles, tile_lanes]
   S* tanh_c;                            // [L, H, tile_lanes]
   S* grad_x;                            // [max(H, 2), tile_lanes]
+  S* last_state;                        // [L, 2, H, tile_lanes]; last tile, zero behind the last coordinate
 
   static int64_t elements(const LstmStepProblem& p) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
-    return tile_lanes * (block_tiles * (5 * rows + 3) + rows + (p.hidden_size < 2 ? 2 : p.hidden_size));
+    return tile_lanes * (block_tiles * (5 * rows + 3) + 3 * rows + (p.hidden_size < 2 ? 2 : p.hidden_size));
   }
   Scratch(const LstmStepProblem& p, S* memory) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
@@ -173,6 +174,7 @@ struct Scratch {
     grad_out = features + block_tiles * 2 * tile_lanes;
     tanh_c = grad_out + block_tiles * tile_lanes;
     grad_x = tanh_c + rows * tile_lanes;
+    last_state = grad_x + (p.hidden_size < 2 ? 2 : p.hidden_size) * tile_lanes;
   }
 };
 
@@ -326,23 +328,24 @@ void row_sums(Rows<lane_t<V>> A, int a_rows, int tiles, double* out) {
 
 // Adds the weight gradients of a block of tiles to `partial`, laid out as lstm_step_weights.h says.
 template <class S>
-void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int tiles,
+void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int first, int tiles,
                           double* partial) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
   for (int layer = 0; layer < p.num_layers; ++layer) {
-    const Rows<S> gates{scratch.gates + layer * 4 * rows, scratch.gates_stride};
-    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features, 2 * tile_lanes}
-                                 : Rows<S>{scratch.hidden + (layer - 1) * rows, scratch.hidden_stride};
+    const Rows<S> gates{scratch.gates + first * scratch.gates_stride + layer * 4 * rows, scratch.gates_stride};
+    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features + first * 2 * tile_lanes, 2 * tile_lanes}
+                                 : Rows<S>{scratch.hidden + first * scratch.hidden_stride + (layer - 1) * rows,
+                                           scratch.hidden_stride};
     const Rows<S> h{state + layer * 2 * rows, p.tile_state()};
     const FlatLayer at(p, layer);
     outer_products<V>(gates, 4 * H, x, p.inputs(layer), tiles, partial + at.weight_ih);
     outer_products<V>(gates, 4 * H, h, H, tiles, partial + at.weight_hh);
     row_sums<V>(gates, 4 * H, tiles, partial + at.bias);
   }
-  const Rows<S> grad_out{scratch.grad_out, tile_lanes};
-  const Rows<S> top{scratch.hidden + (p.num_layers - 1) * rows, scratch.hidden_stride};
+  const Rows<S> grad_out{scratch.grad_out + first * tile_lanes, tile_lanes};
+  const Rows<S> top{scratch.hidden + first * scratch.hidden_stride + (p.num_layers - 1) * rows, scratch.hidden_stride};
   const int64_t head = p.flat_weights() - H - 1;
   outer_products<V>(grad_out, 1, top, H, tiles, partial + head);
   row_sums<V>(grad_out, 1, tiles, partial + head + H);
@@ -356,6 +359,7 @@ void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, cons
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
   const S* state = static_cast<const S*>(args.state) + first_tile * p.tile_state();
   alignas(64) S grads[tile_lanes], grad_grads[tile_lanes];
+  int partial_tile = 0;
   for (int i = 0; i < tiles; ++i) {
     const int64_t tile = first_tile + i;
     const int used = lanes_in_tile(p, tile);
@@ -365,9 +369,15 @@ void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, cons
     read_lanes(args.grad_new_params, p.dtype, tile * tile_lanes, used, grad_out);
     for (int lane = 0; lane < tile_lanes; ++lane) grad_out[lane] *= S(p.output_scale);
     write_features<V>(p, scale, grads, features);
-    recompute_tile(p, packed, state + i * p.tile_state(), scratch, i);
-    backward_tile(p, packed, state + i * p.tile_state(),
-                  static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
+    const S* tile_state = state + i * p.tile_state();
+    if (used < tile_lanes) {  // whatever stands behind the last coordinate, NaN included, must not reach the weights
+      __builtin_memcpy(scratch.last_state, tile_state, sizeof(S) * p.tile_state());
+      clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
+      tile_state = scratch.last_state;
+      partial_tile = 1;
+    }
+    recompute_tile(p, packed, tile_state, scratch, i);
+    backward_tile(p, packed, tile_state, static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
                   static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
     for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
       const Features<V> grad_features{
@@ -377,7 +387,8 @@ void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, cons
     }
     write_lanes(args.grad_grads, p.dtype, tile * tile_lanes, used, grad_grads);
   }
-  add_weight_gradients(p, state, scratch, tiles, partial);
+  add_weight_gradients(p, state, scratch, 0, tiles - partial_tile, partial);
+  if (partial_tile) add_weight_gradients<S>(p, scratch.last_state, scratch, tiles - 1, 1, partial);
 }
 
 template <class S>

@@ -112,6 +112,8 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
         ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
         TypeError: for dtypes that differ or are neither float32 nor float64
     """
+    if h.device != c.device:
+        raise ValueError(f"h and c must be on one device, got {h.device} and {c.device}")
     if h.dim() != 3 or h.shape != c.shape:
         raise ValueError(f"h and c must both have shape [L, N, H], got {list(h.shape)} and {list(c.shape)}")
     if h.dtype != c.dtype or h.dtype not in (torch.float32, torch.float64):
@@ -141,6 +143,10 @@ def check_layout(state: LSTMState) -> None:
             f"state has layout version {state.layout}, this metakern reads version {LAYOUT}; "
             "unpack it with the version that made it and pack it again"
         )
+    if type(state.num_coordinates) is not int or state.num_coordinates < 0:
+        check_sizes(state.num_coordinates, 1, 1)
+    if state.data.layout != torch.strided:
+        raise TypeError(f"state.data must be a dense tensor, got layout {state.data.layout}")
     shape = state.data.shape
     if len(shape) != 5 or shape[2] != 2 or shape[4] != TILE_LANES or shape[0] != tiles(state.num_coordinates):
         raise ValueError(

@@ -10,16 +10,23 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern.ops.lstm_state import LSTMState, check_layout, pack_state, tiles, unpack_state
 from metakern.reference import lstm_step as reference
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Bounds of the preprocessing's scale p: e^p and 1/p stay finite in float32.
+MIN_SCALE, MAX_SCALE = 1e-6, 88.0
+
 _PREPROCESS_INDEX = {name: index for index, name in enumerate(reference.PREPROCESS)}
 
 
@@ -103,16 +110,22 @@ def lstm_step_(
         state.data.copy_(new_state.data)
         return
     torch.ops.metakern.lstm_step_.default(params, grads, state.data, weights, *options)
+    if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
+        torch.autograd.graph.increment_version((params, state.data))
 
 
-def _call(
-    params: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], options: tuple[int, float, float]
-) -> Any:
-    """The operator, by the shortest way: in eager mode its registered autograd formula costs 40 µs more a call."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def _call(params: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], options: tuple[Any, ...]) -> Any:
+    """The operator, by the way that serves the caller.
+
+    The formula registered with the operator is the one that torch.compile traces. torch.func does not get through it
+    (pytorch issue 170834), and in eager mode it costs 40 µs more a call than the same formula as a Function.
+    """
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if torch.compiler.is_compiling() and not transformed:
         return torch.ops.metakern.lstm_step.default(params, grads, state, weights, *options)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (params, grads, state, *weights)):
-        return _EagerStep.apply(params, grads, state, *options, *weights)
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (params, grads, state, *weights))
+    if transformed or recorded:
+        return _Step.apply(params, grads, state, *options, *weights)
     with torch._C._AutoDispatchBelowAutograd():
         return torch.ops.metakern.lstm_step.default(params, grads, state, weights, *options)
 
@@ -126,7 +139,10 @@ def _reference_step(
     preprocess_scale: float,
     output_scale: float,
 ) -> tuple[Tensor, LSTMState]:
-    with torch.autocast(params.device.type, enabled=False):  # the kernels do not lower their precision either
+    device = params.device.type
+    # Under autocast the kernels keep their precision, and so does the reference.
+    no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with no_autocast:
         new_params, h, c = reference.lstm_step(
             params.reshape(-1),
             grads.reshape(-1),
@@ -154,10 +170,10 @@ def _checked(
     """The options as the operator takes them; raises for whatever does not fit."""
     if preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
-    if not 0 < preprocess_scale < math.inf:
-        raise ValueError(f"preprocess_scale must be positive and finite, got {preprocess_scale}")
-    if not math.isfinite(output_scale):
-        raise ValueError(f"output_scale must be finite, got {output_scale}")
+    check_scales(preprocess_scale, output_scale)
+    for name, x in (("params", params), ("grads", grads)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     dtype, device = params.dtype, params.device
     if dtype not in PARAM_DTYPES:
         raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {dtype}")
@@ -183,6 +199,17 @@ def _checked(
     return _PREPROCESS_INDEX[preprocess], preprocess_scale, output_scale
 
 
+def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
+    """Raise TypeError for scales that are no numbers, ValueError for those that no float32 arithmetic can follow."""
+    for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
+        if not isinstance(value, (float, int)) and (isinstance(value, str) or not hasattr(value, "__float__")):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not MIN_SCALE <= preprocess_scale <= MAX_SCALE:
+        raise ValueError(f"preprocess_scale must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
+    if not -math.inf < output_scale < math.inf:
+        raise ValueError(f"output_scale must be finite, got {output_scale}")
+
+
 @functools.cache
 def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Name and shape of every weight, in order."""
@@ -202,12 +229,17 @@ def _check_weights(
 ) -> None:
     _, layers, _, hidden, _ = state.data.shape
     specs = _weight_specs(layers, hidden, reference.num_features(preprocess))
+    if not hasattr(weights, "__len__"):
+        raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
     if len(weights) != len(specs):
         raise ValueError(
             f"weights must hold 4 tensors a layer and 2 of the head, {len(specs)} for the state's "
             f"{layers} layers, got {len(weights)}"
         )
     for index, (weight, (name, shape)) in enumerate(zip(weights, specs, strict=True)):
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            got = f"layout {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weights[{index}] ({name}) must be a dense tensor, got {got}")
         if weight.shape != shape:
             raise ValueError(f"weights[{index}] ({name}) must have shape {list(shape)}, got {list(weight.shape)}")
         if weight.dtype != dtype:
@@ -241,27 +273,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, grad_params: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
     grads, state, *weights = ctx.saved_tensors
-    grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward(
+    grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward.default(
         grad_params, grad_state, grads, state, weights, *ctx.options
     )
     return grad_params, grad_grads, grad_state, grad_weights, None, None, None
-
-
-class _EagerStep(torch.autograd.Function):
-    """The formula above for eager mode, where the weights need not travel as a list."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, params: Tensor, grads: Tensor, state: Tensor, index: int, p: float, scale: float, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        _setup_context(ctx, (params, grads, state, weights, index, p, scale), None)
-        new_params, new_state = torch.ops.metakern.lstm_step.default(params, grads, state, weights, index, p, scale)
-        return new_params, new_state
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        grad_params, grad_grads, grad_state, grad_weights, *none = _backward(ctx, *grad_outputs)
-        return grad_params, grad_grads, grad_state, *none, *grad_weights
 
 
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
@@ -271,10 +286,85 @@ def _no_second_derivative(ctx: Any, *_: Any) -> None:
     )
 
 
+class _Step(torch.autograd.Function):
+    """lstm_step with its formula, for eager mode and torch.func; the weights travel one by one."""
+
+    @staticmethod
+    def forward(
+        params: Tensor, grads: Tensor, state: Tensor, index: int, p: float, scale: float, *weights: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        new_params, new_state = torch.ops.metakern.lstm_step.default(params, grads, state, weights, index, p, scale)
+        return new_params, new_state
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        params, grads, state, index, p, scale, *weights = inputs
+        _setup_context(ctx, (params, grads, state, weights, index, p, scale), output)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
+        grads, state, *weights = ctx.saved_tensors
+        grad_grads, grad_state, grad_weights = _call_backward(*grad_outputs, grads, state, weights, *ctx.options)
+        return grad_outputs[0], grad_grads, grad_state, None, None, None, *grad_weights
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        return _batched(info, (*in_dims[:3], in_dims[6:]), *args[:3], list(args[6:]), *args[3:6])
+
+
+def _call_backward(
+    grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *options: Any
+) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+    """lstm_step_backward; where a graph of it is recorded, using that graph raises."""
+    if torch.is_grad_enabled():
+        grad_grads, grad_state, *grad_weights = _StepBackward.apply(
+            grad_params, grad_state, grads, state, *options, *weights
+        )
+        return grad_grads, grad_state, grad_weights
+    result: tuple[Tensor, Tensor, Sequence[Tensor]] = torch.ops.metakern.lstm_step_backward.default(
+        grad_params, grad_state, grads, state, weights, *options
+    )
+    return result
+
+
+class _StepBackward(torch.autograd.Function):
+    """lstm_step_backward, whose own derivative raises."""
+
+    @staticmethod
+    def forward(
+        grad_params: Tensor,
+        grad_state: Tensor,
+        grads: Tensor,
+        state: Tensor,
+        index: int,
+        p: float,
+        scale: float,
+        *weights: Tensor,
+    ) -> tuple[Tensor, ...]:
+        grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward.default(
+            grad_params, grad_state, grads, state, weights, index, p, scale
+        )
+        return grad_grads, grad_state, *grad_weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: there is no derivative."""
+
+    backward = staticmethod(_no_second_derivative)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
+        first, weights, options = args[:4], list(args[7:]), args[4:7]
+        (grad_grads, grad_state, grad_weights), (grads_dim, state_dim, weight_dims) = _batched_backward(
+            info, (*in_dims[:4], in_dims[7:]), *first, weights, *options
+        )
+        return (grad_grads, grad_state, *grad_weights), (grads_dim, state_dim, *weight_dims)
+
+
 def _batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """torch.func.vmap of lstm_step: one launch over all coordinates unless each element has weights of its own."""
     if any(dim is not None for dim in in_dims[3]):
-        return _looped(torch.ops.metakern.lstm_step, info, in_dims, *args)
+        return _looped(lambda p, g, s, w, *options: _call(p, g, s, w, options), info, in_dims, *args)
     batch = info.batch_size
     params, grads, state = (
         x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
@@ -282,14 +372,14 @@ def _batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Ten
     )
     n = params[0].numel()
     padded = tiles(n) * state.shape[-1]
-    flat = [torch.nn.functional.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads)]
-    new_params, new_state = torch.ops.metakern.lstm_step(*flat, state.flatten(0, 1), *args[3:])
+    flat_params, flat_grads = (F.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads))
+    new_params, new_state = _call(flat_params, flat_grads, state.flatten(0, 1), args[3], args[4:])
     new_params = new_params.view(batch, padded)[:, :n].reshape(params.shape)
     return (new_params, new_state.view(state.shape)), (0, 0)
 
 
 def _batched_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _looped(torch.ops.metakern.lstm_step_backward, info, in_dims, *args)
+    return _looped(_call_backward, info, in_dims, *args)
 
 
 def _looped(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
@@ -298,6 +388,7 @@ def _looped(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[A
             return [element(y, d, index) for y, d in zip(x, dim, strict=True)]
         return x if dim is None else x.select(dim, index)
 
+    in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))  # the options are never batched
     rows = [op(*(element(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
     columns = list(zip(*rows, strict=True))
     stacked = [

@@ -5,7 +5,6 @@ Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient des
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,18 +12,41 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metakern._backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_
-from metakern.ops.lstm_state import check_sizes
+from metakern.ops.lstm_state import check_layout, check_sizes
+from metakern.ops.lstm_step import check_scales
 from metakern.reference.lstm_step import PREPROCESS, num_features
 from metakern.rules.pretrained import PretrainedRule
+
+
+class LSTMWeights(nn.Module):
+    """The weights of an ``nn.LSTM``, names and initial values included; torch.compile refuses the module itself.
+
+    Per layer k: weight_ih_lk [4H, F or H], weight_hh_lk [4H, H], bias_ih_lk [4H], bias_hh_lk [4H], U(±1/√H).
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        bound = hidden_size**-0.5
+        for layer in range(num_layers):
+            shapes = {
+                "weight_ih": (4 * hidden_size, hidden_size if layer else input_size),
+                "weight_hh": (4 * hidden_size, hidden_size),
+                "bias_ih": (4 * hidden_size,),
+                "bias_hh": (4 * hidden_size,),
+            }
+            for name, shape in shapes.items():
+                weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
+                self.register_parameter(f"{name}_l{layer}", weight)
 
 
 class CoordinatewiseLSTM(PretrainedRule):
     """One small LSTM, its weights shared by all coordinates, that proposes every parameter's update.
 
-    A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: the submodules ``lstm`` and ``head``
-    are such modules, so state_dict names are theirs, and all coordinates of a model take their step in one launch of
-    :func:`metakern.ops.lstm_step`.
+    A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: state_dict names are those of such
+    submodules ``lstm`` and ``head``, and :meth:`from_modules` and :meth:`to_modules` convert. All coordinates of a
+    model take their step in one launch of :func:`metakern.ops.lstm_step`.
 
     Args:
         hidden_size: H, 1 to 64.
@@ -58,18 +80,17 @@ class CoordinatewiseLSTM(PretrainedRule):
         check_sizes(0, hidden_size, num_layers)
         if preprocess not in PREPROCESS:
             raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
-        for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
-            if not math.isfinite(value) or (name == "preprocess_scale" and value <= 0):
-                raise ValueError(f"{name} must be finite{' and positive' * (name[0] == 'p')}, got {value}")
+        check_scales(preprocess_scale, output_scale)
+        check_backend(backend)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
         self.output_scale, self.backend = output_scale, backend
-        self.lstm = nn.LSTM(num_features(preprocess), hidden_size, num_layers)
+        self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
 
     @classmethod
     def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> CoordinatewiseLSTM:
-        """A rule with a copy of the user's weights.
+        """A rule with a copy of the user's weights, in their dtype and on their device.
 
         Args:
             lstm: an ``nn.LSTM``, or one ``nn.LSTMCell`` a layer
@@ -77,22 +98,16 @@ class CoordinatewiseLSTM(PretrainedRule):
             options: the other arguments of the constructor; ``preprocess`` must fit the LSTM's input size
 
         Raises:
+            TypeError: for modules of another kind
             ValueError: for modules that the kernels do not serve; the message names the property.
         """
-        first: nn.LSTM | nn.LSTMCell
-        if isinstance(lstm, nn.LSTM):
-            first, num_layers, named = lstm, lstm.num_layers, dict(lstm.named_parameters())
-            for name in ("bidirectional", "proj_size", "dropout"):
-                if value := getattr(lstm, name):
-                    raise ValueError(f"lstm must have {name}={type(value)(0)}, got {name}={value}")
-        elif cells := list(lstm):
-            first, num_layers = cells[0], len(cells)
-            named = {f"{n}_l{layer}": p for layer, cell in enumerate(cells) for n, p in cell.named_parameters()}
-        else:
-            raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
-        if not first.bias or head.bias is None:
+        modules, named = _lstm_weights(lstm)
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
+        if head.bias is None or not all(module.bias for module in modules):
             raise ValueError("lstm and head must have biases (bias=True)")
-        rule = cls(hidden_size=first.hidden_size, num_layers=num_layers, **options)
+        num_layers = lstm.num_layers if isinstance(lstm, nn.LSTM) else len(modules)
+        rule = cls(hidden_size=modules[0].hidden_size, num_layers=num_layers, **options).to(head.weight)
         state = {f"lstm.{name}": p for name, p in named.items()} | {f"head.{n}": p for n, p in head.named_parameters()}
         expected = rule.state_dict()
         for name, tensor in state.items():
@@ -102,12 +117,12 @@ class CoordinatewiseLSTM(PretrainedRule):
                     f"{name} must have shape {shape} for preprocess={rule.preprocess!r}, got {list(tensor.shape)}"
                 )
         rule.load_state_dict(state)
-        return rule.to(device=head.weight.device, dtype=head.weight.dtype)
+        return rule
 
     def to_modules(self) -> tuple[nn.LSTM, nn.Linear]:
         """Copies of the weights as ``nn.LSTM`` and ``nn.Linear``."""
         options: dict[str, Any] = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
-        lstm = nn.LSTM(self.lstm.input_size, self.hidden_size, self.num_layers, **options)
+        lstm = nn.LSTM(num_features(self.preprocess), self.hidden_size, self.num_layers, **options)
         head = nn.Linear(self.hidden_size, 1, **options)
         lstm.load_state_dict(self.lstm.state_dict())
         head.load_state_dict(self.head.state_dict())
@@ -144,6 +159,7 @@ class CoordinatewiseLSTM(PretrainedRule):
         Raises:
             ValueError: for structures or shapes that differ, and as :func:`metakern.ops.lstm_step`.
         """
+        check_layout(state)
         leaves, structure = pytree.tree_flatten(params)
         grad_leaves, grad_structure = pytree.tree_flatten(grads)
         if structure != grad_structure:
@@ -191,6 +207,22 @@ class CoordinatewiseLSTM(PretrainedRule):
             f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
             f"output_scale={self.output_scale}, backend={self.backend!r}"
         )
+
+
+def _lstm_weights(lstm: Any) -> tuple[list[nn.LSTM | nn.LSTMCell], dict[str, Tensor]]:
+    """The modules, and the weights by the names that nn.LSTM gives them."""
+    if isinstance(lstm, nn.LSTM):
+        for name in ("bidirectional", "proj_size", "dropout"):
+            if value := getattr(lstm, name):
+                raise ValueError(f"lstm must have {name}={type(value)(0)}, got {name}={value}")
+        return [lstm], dict(lstm.named_parameters())
+    cells = list(lstm) if isinstance(lstm, (Sequence, nn.ModuleList)) else [lstm]
+    if not cells:
+        raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
+    for cell in cells:
+        if not isinstance(cell, nn.LSTMCell) or cell is lstm:
+            raise TypeError(f"lstm must be an nn.LSTM or a sequence of nn.LSTMCell, got {type(cell).__name__}")
+    return cells, {f"{n}_l{layer}": p for layer, cell in enumerate(cells) for n, p in cell.named_parameters()}
 
 
 def _check_leaf(leaf: Any, name: str, index: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
@@ -34,6 +35,22 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"pretrained rule must be one of {', '.join(names) or '(none installed)'}, got {name!r}")
         return cls.from_pretrained(str(root / name))
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+        """Load a rule from a folder of ``save_pretrained`` or, by its name, from the Hugging Face Hub.
+
+        Args:
+            pretrained_model_name_or_path: the folder or the name
+            kwargs: options that replace the saved ones, and those of ``huggingface_hub.PyTorchModelHubMixin``
+
+        Raises:
+            ValueError: for files that are missing, damaged, of another version or at odds; the message names them.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir():
+            _check_folder(folder, set(cls._hub_mixin_init_parameters) - {"self", "backend"})
+        return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         metadata = {"format": "pt", "metakern_format": FORMAT_VERSION, "rule": type(self).__name__}
@@ -55,13 +72,7 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
     ) -> Self:
         """Find the weights in a folder or fetch them, build the rule that config.json describes and load them."""
         if Path(model_id).is_dir():
-            file = Path(model_id) / constants.SAFETENSORS_SINGLE_FILE
-            for needed in (file, Path(model_id) / constants.CONFIG_NAME):
-                if not needed.is_file():
-                    raise ValueError(
-                        f"{model_id} must hold {file.name} and {constants.CONFIG_NAME}, lacks {needed.name}"
-                    )
-            path = str(file)
+            path = str(Path(model_id) / constants.SAFETENSORS_SINGLE_FILE)
         else:
             path = hf_hub_download(
                 model_id,
@@ -72,7 +83,11 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
                 local_files_only=local_files_only,
                 token=token,
             )
-        return cls._load_as_safetensor(cls(**model_kwargs), path, map_location, strict)
+        try:
+            rule = cls(**model_kwargs)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{model_id}/config.json does not describe a {cls.__name__}: {error}") from error
+        return cls._load_as_safetensor(rule, path, map_location, strict)
 
     @classmethod
     def _load_as_safetensor(  # type: ignore[override]  # the base class leaves the model's type open
@@ -88,6 +103,9 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", cls.__name__)):
             if found.get(key) != expected:
                 raise ValueError(f"{model_file} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
+        dtypes = {tensor.dtype for tensor in tensors.values()}
+        if len(dtypes) == 1:
+            model.to(dtypes.pop())  # or loading would round
         try:
             model.load_state_dict(tensors, strict=True)
         except RuntimeError as error:
@@ -95,3 +113,18 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
                 f"{model_file} does not hold the weights that its config.json describes: {error}"
             ) from error
         return model.to(map_location).eval()
+
+
+def _check_folder(folder: Path, options: set[str]) -> None:
+    """Raise ValueError unless the folder holds both files and config.json holds every option."""
+    config = folder / constants.CONFIG_NAME
+    for needed in (config, folder / constants.SAFETENSORS_SINGLE_FILE):
+        if not needed.is_file():
+            raise ValueError(f"{folder} is not a folder of save_pretrained: it lacks {needed.name}")
+    try:
+        content = json.loads(config.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{config} is damaged or not JSON: {error}") from error
+    if not isinstance(content, dict) or not options <= content.keys():
+        got = sorted(content) if isinstance(content, dict) else type(content).__name__
+        raise ValueError(f"{config} must hold the options {sorted(options)}, got {got}")

@@ -254,14 +254,14 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "preprocess must be one of none, log_sign, log_and_clip, got None",
     ),
-    "scale zero": ({"preprocess_scale": 0.0}, ValueError, "preprocess_scale must be positive and finite, got 0.0"),
-    "scale negative": ({"preprocess_scale": -1}, ValueError, "preprocess_scale must be positive and finite, got -1"),
+    "scale zero": ({"preprocess_scale": 0.0}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got 0.0"),
+    "scale negative": ({"preprocess_scale": -1}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got -1"),
     "scale infinite": (
         {"preprocess_scale": math.inf},
         ValueError,
-        "preprocess_scale must be positive and finite, got inf",
+        "preprocess_scale must be 1e-06 to 88.0, got inf",
     ),
-    "scale NaN": ({"preprocess_scale": math.nan}, ValueError, "preprocess_scale must be positive and finite, got nan"),
+    "scale NaN": ({"preprocess_scale": math.nan}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got nan"),
     "output scale NaN": ({"output_scale": math.nan}, ValueError, "output_scale must be finite, got nan"),
     "output scale infinite": ({"output_scale": -math.inf}, ValueError, "output_scale must be finite, got -inf"),
     "unknown backend": ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpp, reference, got 'gpu'"),
@@ -276,7 +276,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a weight None, as of bias=False": (
         {"weights": weights_with(2, lambda w: None)},
         TypeError,
-        "weights[2] (bias_ih_l0) must be a tensor, got NoneType",
+        "weights[2] (bias_ih_l0) must be a dense tensor, got NoneType",
     ),
     "scale a string": (
         {"preprocess_scale": "10"},

@@ -30,7 +30,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("log_and_clip_epsilon") = metakern::log_and_clip_epsilon;
   m.def("available_cpu_capabilities", &metakern::available_cpu_capabilities,
         "Instruction sets that are compiled in and supported by this processor, slowest first.");
-  m.def("cpu_capability", &metakern::cpu_capability_name, "The instruction set in use; ValueError if METAKERN_CPU_CAPABILITY names one that is not available.");
+  m.def("cpu_capability", &metakern::cpu_capability_name,
+        "The instruction set in use; ValueError if METAKERN_CPU_CAPABILITY names one that is not available.");
   m.def("set_cpu_capability", &metakern::set_cpu_capability, pybind11::arg("name"),
         "Use another of the available instruction sets from now on.");
 }

@@ -53,7 +53,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 sanitize: $(VENV)/built
-	PYTHON=$(BIN)/python bash tests/sanitizers/run.sh
+	PYTHON=$(abspath $(BIN))/python bash tests/sanitizers/run.sh
 
 wheel: $(VENV)/built
 	$(BIN)/python -m build --wheel --no-isolation --outdir dist .

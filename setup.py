@@ -25,7 +25,9 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 CAPABILITY_FLAGS: dict[str, list[str]] = {"baseline": []}
 if IS_X86:
     CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
-    CAPABILITY_FLAGS["avx512"] = ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+    # GCC before 13 takes its own AVX-512 headers for uninitialized (GCC bug 105593); Clang knows both options too.
+    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
+    CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
 
 KERNELS = ["csrc/cpu/lstm_step.cpp"]
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp"]

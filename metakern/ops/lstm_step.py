@@ -7,7 +7,7 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
-import functools
+import itertools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from metakern import _backend
-from metakern.ops.lstm_state import LSTMState, check_layout, pack_state, tiles, unpack_state
+from metakern.ops.lstm_state import MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, tiles, unpack_state
 from metakern.reference import lstm_step as reference
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -211,7 +211,6 @@ def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
         raise ValueError(f"output_scale must be finite, got {output_scale}")
 
 
-@functools.cache
 def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
     """Name and shape of every weight, in order."""
     specs: list[tuple[str, tuple[int, ...]]] = []
@@ -225,11 +224,18 @@ def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tup
     return (*specs, ("head.weight", (1, hidden)), ("head.bias", (1,)))
 
 
+#: For every count of layers, hidden units and features that is served: making them takes longer than the other checks.
+_WEIGHT_SPECS = {
+    sizes: _weight_specs(*sizes)
+    for sizes in itertools.product(range(1, MAX_LAYERS + 1), range(1, MAX_HIDDEN + 1), (1, 2))
+}
+
+
 def _check_weights(
     weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, device: torch.device
 ) -> None:
     _, layers, _, hidden, _ = state.data.shape
-    specs = _weight_specs(layers, hidden, reference.num_features(preprocess))
+    specs = _WEIGHT_SPECS[layers, hidden, reference.num_features(preprocess)]
     if not hasattr(weights, "__len__"):
         raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
     if len(weights) != len(specs):

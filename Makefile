@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test lint format bench sanitize wheel clean
+.PHONY: help demo test lint format bench bench-readme sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,12 +14,13 @@ help:
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
-	@echo "make wheel     build a wheel into dist/"
+	@echo "make wheel     build a source distribution and a wheel into dist/"
+	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
 	@echo "make clean     remove what was built, but for .venv"
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metakern needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "install Python's venv module (Debian: apt install python3-venv)"; exit 1; }
 	@echo "installing requirements into $(VENV) (a few minutes where they must be downloaded)"
 	@$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $@
@@ -49,14 +50,25 @@ format: $(VENV)/installed
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench.compare
-	$(BIN)/python -m bench.report
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+# The README's tables, from bench/results.
+bench-readme: $(VENV)/built
+	$(BIN)/python -m bench.report
 
 sanitize: $(VENV)/built
 	PYTHON=$(abspath $(BIN))/python bash tests/sanitizers/run.sh
 
 wheel: $(VENV)/built
-	$(BIN)/python -m build --wheel --no-isolation --outdir dist .
+	$(BIN)/python -m build --no-isolation --outdir dist .
+
+# Source distribution, wheel from it, wheel into an empty folder, import from elsewhere.
+check-wheel: $(VENV)/built
+	rm -rf build/check-wheel
+	$(BIN)/python -m build --no-isolation --outdir build/check-wheel . > /dev/null
+	$(BIN)/pip install --quiet --no-deps --target build/check-wheel/site build/check-wheel/*.whl
+	cd build/check-wheel && PYTHONPATH=site $(abspath $(BIN))/python -P -c "import metakern; assert metakern.__file__.endswith('site/metakern/__init__.py'), metakern.__file__; assert metakern.build_info()['compiled']; metakern.rules.CoordinatewiseLSTM.pretrained('digits_lstm')"
+	@echo "the wheel works"
 
 clean:
 	rm -rf build dist runs *.egg-info metakern/*.so $(VENV)/built

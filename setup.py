@@ -24,10 +24,10 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 # Instruction sets that every csrc/cpu/<op>.cpp is compiled for; the one in use is picked when the library loads.
 CAPABILITY_FLAGS: dict[str, list[str]] = {"baseline": []}
 if IS_X86:
-    CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma"]
     # GCC before 13 takes its own AVX-512 headers for uninitialized (GCC bug 105593); Clang knows both options too.
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-    CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma", "-mf16c"]
+    CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
 KERNELS = ["csrc/cpu/lstm_step.cpp"]
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp"]
@@ -36,9 +36,9 @@ SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp"]
 OLDEST_TORCH = "0x020b000000000000"
 
 
-def compiler_version(compiler: str) -> str:
+def compiler_version(compiler: list[str]) -> str:
     """First line of the compiler's own version report."""
-    result = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
+    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     return result.stdout.splitlines()[0]
 
 
@@ -57,6 +57,7 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile side by side, then let setuptools link."""
+        self.force = True  # setuptools sees neither flags nor torch change
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
         flags = ["-std=c++17", "-O1" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
@@ -72,7 +73,7 @@ class BuildExtension(build_ext):
         """Every kernel for every instruction set, then the rest."""
         macros = [
             ("TORCH_TARGET_VERSION", OLDEST_TORCH),
-            ("METAKERN_COMPILER", f'"{compiler_version(self.compiler.compiler_so[0])}"'),
+            ("METAKERN_COMPILER", f'"{compiler_version(self.compiler.compiler_so)}"'),
             ("METAKERN_TORCH_VERSION", f'"{torch.__version__}"'),
         ]
         if IS_X86:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,17 +20,17 @@ COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 
 def plot_curves(curves: Sequence[Curve], path: Path) -> None:
-    """Training loss by step on a logarithmic axis: the geometric mean over networks, 10 to 90 % shaded."""
+    """Training loss by step on a logarithmic axis: the median network, 10 to 90 % of them shaded."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for curve, colour in zip(curves, COLOURS * len(curves), strict=False):
+    for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
         losses = curve.losses.clamp(min=1e-12)
         label = curve.name if curve.lr is None else f"{curve.name} (lr {curve.lr:.3g})"
         width = 2.4 if curve.lr is None else 1.4
-        axes.plot(losses.log().mean(1).exp(), color=colour, label=label, linewidth=width)
+        axes.plot(losses.median(1).values, color=colour, label=label, linewidth=width)
         axes.fill_between(
             range(len(losses)), losses.quantile(0.1, dim=1), losses.quantile(0.9, dim=1), color=colour, alpha=0.15
         )
-    axes.set(xlabel="step", ylabel="training loss", yscale="log")
+    axes.set(xlabel="step", ylabel="training loss: median, 10 to 90 % of networks", yscale="log")
     axes.set_title(f"{curves[0].losses.shape[1]} unseen networks, same minibatches for all", fontsize=11)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)

@@ -186,6 +186,11 @@ class LearnedOptimizer(Optimizer):
             if p.grad is None and not entry:
                 continue
             self._check_param(index, position)
+            if entry and entry["lstm"].shape[1:4:2] != (self.rule.num_layers, self.rule.hidden_size):
+                raise ValueError(
+                    f"rule must have the layers and hidden units of the state of {self._name(index, position)}, "
+                    f"{list(entry['lstm'].shape[1:4:2])}, got {[self.rule.num_layers, self.rule.hidden_size]}"
+                )
             if entry and entry["numel"] != p.numel():
                 raise ValueError(
                     f"{self._name(index, position)} must keep the {entry['numel']} coordinates that its state has, "
@@ -364,15 +369,15 @@ def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any]) -> dict[Any
         if not isinstance(other, Mapping) or any(key not in other for key in _GROUP_KEYS):
             got = list(other) if isinstance(other, Mapping) else type(other).__name__
             raise ValueError(f"group {index} of state_dict must be a dict with the keys {_GROUP_KEYS}, got {got}")
-        if len(other["params"]) != len(group["params"]):
-            raise ValueError(
-                f"group {index} of state_dict must have {len(group['params'])} parameters, got {len(other['params'])}"
-            )
+        saved_params = other["params"]
+        count = len(saved_params) if isinstance(saved_params, Sequence) else repr(saved_params)
+        if count != len(group["params"]):
+            raise ValueError(f"group {index} of state_dict must have {len(group['params'])} parameters, got {count}")
         try:
             _checked_lr(other["lr"], f"lr of group {index} of state_dict")
         except TypeError as error:
             raise ValueError(str(error)) from error
-        for position, (key, p) in enumerate(zip(other["params"], group["params"], strict=True)):
+        for position, (key, p) in enumerate(zip(saved_params, group["params"], strict=True)):
             names[key] = (p, optimizer._name(index, position))
     return names
 
@@ -381,13 +386,16 @@ def _check_entry(entry: Any, name: str, shape: tuple[int, int, int]) -> None:
     if not isinstance(entry, Mapping) or any(key not in entry for key in _ENTRY_KEYS):
         got = list(entry) if isinstance(entry, Mapping) else type(entry).__name__
         raise ValueError(f"state of {name} must be a dict with the keys {_ENTRY_KEYS}, got {got}")
-    if not isinstance(entry["step"], int) or entry["step"] < 0:
+    if type(entry["step"]) is not int or entry["step"] < 0:
         raise ValueError(f"step of {name} must be an integer of at least 0, got {entry['step']!r}")
     for key in ("h", "c"):
         value = entry[key]
-        if not isinstance(value, Tensor) or value.dtype not in (torch.float32, torch.float64) or value.shape != shape:
-            got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"{key} of {name} must be float32 or float64 [L, numel, H] = {list(shape)}, got {got}")
+        kind = (value.dtype, value.layout) if isinstance(value, Tensor) else None
+        if kind not in ((torch.float32, torch.strided), (torch.float64, torch.strided)) or value.shape != shape:
+            got = f"{value.dtype} {value.layout} {list(value.shape)}" if kind else type(value).__name__
+            raise ValueError(
+                f"{key} of {name} must be dense float32 or float64 [L, numel, H] = {list(shape)}, got {got}"
+            )
 
 
 def _checked_lr(lr: Any, name: str) -> float:

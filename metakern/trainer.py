@@ -60,13 +60,15 @@ class MetaTrainingConfig:
 
     def __post_init__(self) -> None:
         for name in ("num_tasks", "steps", "unroll", "eval_every", "eval_tasks"):
+            if type(getattr(self, name)) is not int:
+                raise TypeError(f"{name} must be an integer, got {getattr(self, name)!r}")
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.steps % self.unroll:
             raise ValueError(f"unroll must divide steps, {self.steps}, got {self.unroll}")
         for name in ("lr", "clip_norm"):
-            if not (getattr(self, name) > 0):
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
         if self.objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
 
@@ -122,7 +124,8 @@ class MetaTrainer:
             on_episode: called after each with it and the history so far
 
         Raises:
-            RuntimeError: after :data:`MAX_SKIPPED` meta-gradients in a row that are not finite.
+            RuntimeError: after :data:`MAX_SKIPPED` meta-gradients in a row that are not finite, and where no evaluation
+                gave a finite loss.
         """
         if episodes < 1:
             raise ValueError(f"episodes must be at least 1, got {episodes}")
@@ -140,6 +143,8 @@ class MetaTrainer:
             if on_episode:
                 on_episode(history.episodes[-1], history)
         self.rule.load_state_dict(best)
+        if not math.isfinite(history.best):
+            raise RuntimeError(f"no evaluation gave a finite loss; the rule is as it was. Lower lr ({self.config.lr})")
         return history
 
     def run_episode(self) -> Episode:
@@ -153,6 +158,13 @@ class MetaTrainer:
             params, state, losses, meta_loss = self._unroll(problems, params, state)
             skipped += not self._outer_step(meta_loss)
         return Episode(losses.mean().item(), time.perf_counter() - start, skipped)
+
+    def meta_gradient(self) -> list[Tensor]:
+        """The meta-gradient of one unroll on fresh problems, one tensor for each of the rule's weights; none moves."""
+        problems = self.train_problems.sample(self.config.num_tasks, self.generator)
+        params = problems.init_params()
+        *_, meta_loss = self._unroll(problems, params, self.rule.init_state(params))
+        return list(torch.autograd.grad(meta_loss, list(self.rule.parameters())))
 
     def _unroll(self, problems: OptimizeeBatch, params: Tensor, state: Any) -> tuple[Tensor, Any, Tensor, Tensor]:
         """``unroll`` inner steps from detached params and state; returns new ones, the last losses, the meta-loss.

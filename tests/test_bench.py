@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from bench import compare, report
 from bench.contenders import Compiled, Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
 from bench.targets import judge
 from bench.timing import alternate
+from bench.unroll import in_subprocess
 from metakern import _backend
 from metakern.ops import LSTMState
 
@@ -161,3 +163,19 @@ def test_targets_are_judged_as_met_or_missed() -> None:
     }
     musts = [t["name"] for t in judge({"cells": cells, "unroll": unroll, "overhead": overhead}) if t["met"]]
     assert "forward + backward against eager, N = 100,000" in musts
+
+
+@needs_kernels
+def test_a_twenty_step_unroll_takes_at_most_half_the_memory_of_eager() -> None:
+    """Memory, unlike time, can be tested: the peak of each is that of a process of its own."""
+    ours, eager = (in_subprocess(kind, 20_000, 20, 1)["peak_bytes"] for kind in ("metakern", "eager"))
+    assert ours <= eager / 2
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    text = (report.ROOT / "README.md").read_text()
+    for name in ("lstm_step", "digits_lstm"):
+        table = text.split(f"<!-- bench:{name} -->")[1].split(report.END)[0]
+        assert "| --" in table or "--:|" in table, f"no table of {name} in the README"
+    for source in re.findall(r"all figures in `(.*?)`", text):
+        assert (report.ROOT / source).is_file(), source

@@ -759,7 +759,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "step": (lambda s: s["state"][0].update(step=-1), "step of parameter 0 .* must be an integer"),
     "numel": (
         lambda s: s["state"][1].update(h=torch.zeros(2, 39, 6)),
-        r"h of parameter 1 of group 0 \[40\] must be .*= \[2, 40, 6\], got torch.float32 \[2, 39, 6\]",
+        r"h of parameter 1 of group 0 \[40\] must be .*= \[2, 40, 6\], got torch.float32 torch.strided \[2, 39, 6\]",
     ),
     "dtype": (lambda s: s["state"][1].update(c=torch.zeros(2, 40, 6).half()), "c of .* got torch.float16"),
     "no tensor": (lambda s: s["state"][1].update(c=1.0), "c of parameter 1 .* got float"),

@@ -131,17 +131,30 @@ class BrokenProblems:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"lr": math.inf}, "lr must be positive and finite, got inf"),
         ({"num_tasks": 0}, "num_tasks must be at least 1, got 0"),
         ({"steps": -1}, "steps must be at least 1, got -1"),
         ({"steps": 10, "unroll": 3}, "unroll must divide steps, 10, got 3"),
-        ({"lr": 0.0}, "lr must be positive, got 0.0"),
-        ({"clip_norm": math.nan}, "clip_norm must be positive, got nan"),
+        ({"lr": 0.0}, "lr must be positive and finite, got 0.0"),
+        ({"clip_norm": math.nan}, "clip_norm must be positive and finite, got nan"),
         ({"objective": "mean"}, "objective must be one of sum, log, got 'mean'"),
     ],
 )
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         MetaTrainingConfig(**options)
+
+
+def test_sizes_are_integers():
+    with pytest.raises(TypeError, match=r"steps must be an integer, got 10\.0"):
+        MetaTrainingConfig(steps=10.0)
+
+
+def test_training_without_a_finite_evaluation_is_no_success(monkeypatch):
+    trainer = MetaTrainer(make_rule(), Quadratics(3), MetaTrainingConfig(steps=2, unroll=2))
+    monkeypatch.setattr(trainer, "evaluate", lambda: math.inf)
+    with pytest.raises(RuntimeError, match="no evaluation gave a finite loss"):
+        trainer.fit(1)
 
 
 def test_no_episodes_are_an_error():

@@ -49,11 +49,11 @@ Buffer allocate(int64_t bytes) {
 }
 
 // A fresh result of hundreds of megabytes costs more in 4 KiB page faults than in arithmetic; ask for large pages.
-void advise_huge_pages(const Tensor& t) {
+void advise_huge_pages([[maybe_unused]] const Tensor& t) {
+#ifdef MADV_HUGEPAGE
   constexpr uintptr_t page = 2 << 20;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) / page * page;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / page * page;
-#ifdef MADV_HUGEPAGE
   if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -118,22 +118,21 @@ LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const 
 }
 
 // The weights in the order in which the loops read them.
-Buffer pack(const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
+Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
   for (const Tensor& w : weights) {
     contiguous.push_back(w.is_contiguous() ? w : torch::stable::contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  Buffer packed = allocate(kernels(p).packed_bytes(p, for_backward));
-  kernels(p).pack(p, pointers.data(), for_backward, packed.get());
+  Buffer packed = allocate(k.packed_bytes(p, for_backward));
+  k.pack(p, pointers.data(), for_backward, packed.get());
   return packed;
 }
 
 constexpr int64_t grain_tiles = 8;
 
-void run_forward(const LstmStepProblem& p, const LstmStepForward& args) {
-  const auto& k = kernels(p);
+void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmStepForward& args) {
   torch::stable::parallel_for(0, p.num_tiles(), grain_tiles,
                               [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
 }
@@ -147,13 +146,21 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   check_cpu(params_, "params");
   const Tensor params = torch::stable::contiguous(params_), grads = torch::stable::contiguous(grads_);
   const Tensor state = torch::stable::contiguous(state_);
-  const Buffer packed = pack(p, weights, false);
+  const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
+  const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = torch::stable::new_empty(state, state.sizes());
   advise_huge_pages(new_state);
-  run_forward(p, {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
-                  new_params.mutable_data_ptr(), new_state.mutable_data_ptr()});
+  run_forward(k, p,
+              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
+               new_params.mutable_data_ptr(), new_state.mutable_data_ptr()});
   return {new_params, new_state};
+}
+
+bool overlap(const Tensor& a, const Tensor& b) {
+  const char* x = static_cast<const char*>(a.const_data_ptr());
+  const char* y = static_cast<const char*>(b.const_data_ptr());
+  return x < y + b.numel() * int64_t(b.element_size()) && y < x + a.numel() * int64_t(a.element_size());
 }
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
@@ -165,9 +172,15 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
   check(params.is_contiguous(), "params must be contiguous to be updated in place");
   check(state.is_contiguous(), "state must be contiguous to be updated in place");
   const Tensor grads = torch::stable::contiguous(grads_);
-  const Buffer packed = pack(p, weights, false);
-  run_forward(p, {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
-                  params.mutable_data_ptr(), state.mutable_data_ptr()});
+  // Tiles are read while others are written. (The weights are packed before: they may lie anywhere.)
+  check(!overlap(params, state) && !overlap(grads, state), "params, grads and state must not share memory");
+  check(!overlap(params, grads) || params.const_data_ptr() == grads.const_data_ptr(),
+        "grads must not share a part of params' memory");
+  const LstmStepKernels& k = kernels(p);
+  const Buffer packed = pack(k, p, weights, false);
+  run_forward(k, p,
+              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
+               params.mutable_data_ptr(), state.mutable_data_ptr()});
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
@@ -183,7 +196,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
   const Tensor grad_new_params = torch::stable::contiguous(grad_new_params_);
   const Tensor grad_new_state = torch::stable::contiguous(grad_new_state_);
   const Tensor grads = torch::stable::contiguous(grads_), state = torch::stable::contiguous(state_);
-  const Buffer packed = pack(p, weights, true);
+  const LstmStepKernels& k = kernels(p);
+  const Buffer packed = pack(k, p, weights, true);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = torch::stable::new_empty(state, state.sizes());
   advise_huge_pages(grad_state);
@@ -194,7 +208,6 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
     pointers.push_back(grad_weights.back().mutable_data_ptr());
   }
   const Buffer partials = allocate(p.num_groups() * p.flat_weights() * int64_t(sizeof(double)));
-  const auto& k = kernels(p);
   const LstmStepBackward args{packed.get(),
                               grads.const_data_ptr(),
                               state.const_data_ptr(),

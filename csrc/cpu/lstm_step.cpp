@@ -241,7 +241,6 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
     for (int j = 0; j < H; ++j)
       for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
         const int64_t at = int64_t(j) * tile_lanes + lane;
-        // Lanes behind the last coordinate carry no meaning: whatever gradient was given for them is dropped.
         V grad_h = load<V>(grad_new_state + layer * 2 * rows + at);
         V grad_c = load<V>(grad_new_state + (layer * 2 + 1) * rows + at);
         grad_h += top ? load<V>(grad_out + lane) * packed.head()[j] : load<V>(scratch.grad_x + at);
@@ -255,7 +254,7 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
         store(gates + 3 * rows + at, d.preactivation.o);
         store(grad_state + (layer * 2 + 1) * rows + at, d.c);
       }
-    if (used < tile_lanes) {
+    if (used < tile_lanes) {  // lanes behind the last coordinate: whatever gradient was given for them is dropped
       clear_padding(gates, 4 * H, used);
       clear_padding(grad_state + (layer * 2 + 1) * rows, H, used);
     }

@@ -9,6 +9,8 @@
 #pragma once
 #include <stdint.h>
 
+#include "../math/portable.h"
+
 namespace metakern {
 
 constexpr int tile_lanes = 32;  // keep in step with TILE_LANES in metakern/ops/lstm_state.py
@@ -19,6 +21,7 @@ constexpr int max_groups = 128;  // partial weight gradients; a function of N al
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
+// Its functions are inlined by force: as weak symbols, one instruction set's copy could serve all.
 struct LstmStepProblem {
   int64_t num_coordinates;
   int hidden_size;
@@ -29,18 +32,18 @@ struct LstmStepProblem {
   double output_scale;
   DType dtype;  // of params and grads; the arithmetic is double for float64 and float otherwise
 
-  int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
-  int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
-  int inputs(int layer) const { return layer == 0 ? num_features : hidden_size; }
-  int num_weights() const { return 4 * num_layers + 2; }
+  MK_INLINE int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
+  MK_INLINE int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
+  MK_INLINE int inputs(int layer) const { return layer == 0 ? num_features : hidden_size; }
+  MK_INLINE int num_weights() const { return 4 * num_layers + 2; }
   // Elements of one flat copy of the weight gradients, the two equal biases of a layer counted once.
-  int64_t flat_weights() const {
+  MK_INLINE int64_t flat_weights() const {
     int64_t n = hidden_size + 1;
     for (int l = 0; l < num_layers; ++l) n += int64_t(4) * hidden_size * (inputs(l) + hidden_size + 1);
     return n;
   }
-  int64_t num_blocks() const { return (num_tiles() + block_tiles - 1) / block_tiles; }
-  int64_t num_groups() const { return num_blocks() < max_groups ? num_blocks() : max_groups; }
+  MK_INLINE int64_t num_blocks() const { return (num_tiles() + block_tiles - 1) / block_tiles; }
+  MK_INLINE int64_t num_groups() const { return num_blocks() < max_groups ? num_blocks() : max_groups; }
 };
 
 struct LstmStepForward {

@@ -112,6 +112,9 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
         ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
         TypeError: for dtypes that differ or are neither float32 nor float64
     """
+    for name, x in (("h", h), ("c", c)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if h.device != c.device:
         raise ValueError(f"h and c must be on one device, got {h.device} and {c.device}")
     if h.dim() != 3 or h.shape != c.shape:
@@ -145,6 +148,8 @@ def check_layout(state: LSTMState) -> None:
         )
     if type(state.num_coordinates) is not int or state.num_coordinates < 0:
         check_sizes(state.num_coordinates, 1, 1)
+    if not isinstance(state.data, Tensor):
+        raise TypeError(f"state.data must be a tensor, got {type(state.data).__name__}")
     if state.data.layout != torch.strided:
         raise TypeError(f"state.data must be a dense tensor, got layout {state.data.layout}")
     shape = state.data.shape

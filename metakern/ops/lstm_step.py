@@ -95,6 +95,7 @@ def lstm_step_(
 ) -> None:
     """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, which are contiguous.
 
+    ``params`` and ``grads`` may be one tensor; ``state`` shares no memory with them.
     For training with a finished optimizer: it saves the allocation of a new state, 320 bytes a
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
@@ -169,7 +170,7 @@ def _checked(
     output_scale: float,
 ) -> tuple[int, float, float]:
     """The options as the operator takes them; raises for whatever does not fit."""
-    if preprocess not in _PREPROCESS_INDEX:
+    if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
     for name, x in (("params", params), ("grads", grads)):
@@ -197,7 +198,7 @@ def _checked(
     if state.data.device != device:
         raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
     _check_weights(weights, state, preprocess, state_dtype, device)
-    return _PREPROCESS_INDEX[preprocess], preprocess_scale, output_scale
+    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale)
 
 
 def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
@@ -205,6 +206,11 @@ def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
     for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
         if not isinstance(value, (float, int)) and (isinstance(value, str) or not hasattr(value, "__float__")):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):  # no gradient flows to it
+            raise TypeError(
+                f"{name} must be a number, got a tensor of shape {list(value.shape)} with "
+                f"requires_grad={value.requires_grad}"
+            )
     if not MIN_SCALE <= preprocess_scale <= MAX_SCALE:
         raise ValueError(f"preprocess_scale must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
     if not -math.inf < output_scale < math.inf:
@@ -380,7 +386,7 @@ def _batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Ten
         x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
         for x, dim in zip(args[:3], in_dims, strict=False)
     )
-    n = params[0].numel()
+    n = math.prod(params.shape[1:])
     padded = tiles(n) * state.shape[-1]
     flat_params, flat_grads = (F.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads))
     new_params, new_state = _call(flat_params, flat_grads, state.flatten(0, 1), args[3], args[4:])
@@ -398,6 +404,8 @@ def _looped(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[A
             return [element(y, d, index) for y, d in zip(x, dim, strict=True)]
         return x if dim is None else x.select(dim, index)
 
+    if info.batch_size == 0:
+        raise ValueError("lstm_step under vmap with a batch of weights or a gradient needs at least one element, got 0")
     in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))  # the options are never batched
     rows = [op(*(element(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
     columns = list(zip(*rows, strict=True))

@@ -167,6 +167,11 @@ class CoordinatewiseLSTM(PretrainedRule):
         for index, (leaf, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
             _check_leaf(leaf, "params", index)
             _check_leaf(grad, "grads", index)
+            if leaf.device != leaves[0].device or grad.device != leaves[0].device:
+                raise ValueError(
+                    f"params and grads must be on one device, {leaves[0].device}: leaf {index} has {leaf.device} and "
+                    f"{grad.device}"
+                )
             if leaf.shape != grad.shape:
                 raise ValueError(
                     f"grads must have the shapes of params: leaf {index} has {list(grad.shape)}, "

@@ -16,6 +16,8 @@ PlainState = list[tuple[Tensor, Tensor]]
 class PlainLSTM(nn.Module):
     """``nn.LSTMCell`` s and ``nn.Linear``, a launch for every operation; the calls of :class:`CoordinatewiseLSTM`.
 
+    It takes the formulas as they stand: an infinite gradient saturates its gates here and is not marked by NaN.
+
     Args:
         rule: gives the weights (copied) and the options
     """

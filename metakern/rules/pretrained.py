@@ -47,6 +47,12 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
             ValueError: for files that are missing, damaged, of another version or at odds; the message names them.
         """
         folder = Path(pretrained_model_name_or_path)
+        name = str(pretrained_model_name_or_path)
+        is_path = (
+            isinstance(pretrained_model_name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1
+        )
+        if is_path and not folder.is_dir():  # no name of the Hub: the network need not be asked for it
+            raise ValueError(f"{folder} is not a folder")
         if folder.is_dir():
             _check_folder(folder, set(cls._hub_mixin_init_parameters) - {"self", "backend"})
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)

@@ -212,6 +212,37 @@ def test_tanh_of_small_numbers_keeps_its_relative_accuracy(dtype: torch.dtype, c
     assert_close("h / expected", h.double().flatten() / expected_h, torch.ones_like(expected_h), tolerance)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("second", ["g", "c"])
+def test_products_of_saturated_activations(second: str, dtype: torch.dtype, capability: str) -> None:
+    # sigmoid(i) tanh(g) and sigmoid(o) tanh(c'), which share a division: every pair of sizes, the one from the
+    # gradient, the other from the state.
+    sizes = torch.tensor([1e-6, 0.5, 3, 8, 12, 20, 43, 44, 50, 88, 100, 400, 800, 1e4], dtype=dtype)
+    x, y = torch.cartesian_prod(torch.cat([sizes, -sizes]), torch.cat([sizes, -sizes])).unbind(1)
+    first = "i" if second == "g" else "o"
+    weight_ih = torch.tensor([[float(gate == first)] for gate in "ifgo"], dtype=dtype)
+    weight_hh = torch.tensor([[float(gate == second)] for gate in "ifgo"], dtype=dtype)
+    open_gates = torch.tensor([0.0, 100.0, 0.0, 0.0], dtype=dtype)
+    weights = [weight_ih, weight_hh, open_gates, torch.zeros(4, dtype=dtype)]
+    weights += [torch.ones(1, 1, dtype=dtype), torch.zeros(1, dtype=dtype)]
+    zero, given_state = torch.zeros(1, len(x), 1, dtype=dtype), y.view(1, -1, 1)
+    h, c = (given_state, zero) if second == "g" else (zero, given_state)
+    problem = Problem(torch.zeros_like(x), x, h, c, weights, (zero[0, :, 0], zero, zero), {"preprocess": "none"})
+    assert_matches_reference(problem)
+
+
+def test_every_float16_is_read_and_written_as_torch_does(capability: str) -> None:
+    halves = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    halves = halves[~halves.isnan()]
+    problem = make_problem(len(halves), 4, 1)
+    arguments = (pack_state(problem.h, problem.c), problem.weights)
+    grads = torch.linspace(-1, 1, len(halves)).half()
+    for scale in (0.0, 1e-6, 0.3, 300.0, 1e5):  # no change; rounding, denormal results, overflow
+        got, _ = lstm_step(halves, grads, *arguments, output_scale=scale, backend="cpp")
+        wide, _ = lstm_step(halves.float(), grads.float(), *arguments, output_scale=scale, backend="cpp")
+        assert_same_bits(f"params with output_scale {scale}", got, wide.half())
+
+
 # ------------------------------------------------------------------------------------------------- hypothesis
 
 

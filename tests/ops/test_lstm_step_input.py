@@ -482,3 +482,33 @@ def test_an_error_names_the_first_thing_wrong_and_later_calls_work() -> None:
     with pytest.raises(ValueError, match="grads must have the shape"):
         lstm_step(problem.params, problem.grads[1:], pack_state(problem.h, problem.c), problem.weights)
     assert_same_bits("new params", problem.run(backend="cpp")[0], expected)
+
+
+@pytest.mark.parametrize("shift", [1, -1])
+def test_in_place_refuses_memory_that_overlaps(shift: int) -> None:
+    problem = make_problem(N, H, L)
+    memory = torch.zeros(N + 1)
+    params, grads = (memory[1:], memory[:-1]) if shift > 0 else (memory[:-1], memory[1:])
+    with pytest.raises(RuntimeError, match="grads must not share a part of params' memory"):
+        lstm_step_(params, grads, pack_state(problem.h, problem.c), problem.weights)
+    state = pack_state(problem.h, problem.c)
+    with pytest.raises(RuntimeError, match="params, grads and state must not share memory"):
+        lstm_step_(state.data.view(-1)[:N], torch.zeros(N), state, problem.weights)
+
+
+def test_in_place_takes_one_tensor_for_params_and_grads() -> None:
+    problem = make_problem(N, H, L)
+    expected, _ = lstm_step(problem.params, problem.params, pack_state(problem.h, problem.c), problem.weights)
+    params = problem.params.clone()
+    lstm_step_(params, params, pack_state(problem.h, problem.c), problem.weights)
+    assert_same_bits("params", params, expected)
+
+
+@pytest.mark.parametrize("name", ["output_scale", "preprocess_scale"])
+def test_a_scale_whose_gradient_would_be_lost_is_refused(name: str) -> None:
+    problem = make_problem(N, H, L)
+    call = (problem.params, problem.grads, pack_state(problem.h, problem.c), problem.weights)
+    with pytest.raises(TypeError, match=f"{name} must be a number, got a tensor of shape .* requires_grad=True"):
+        lstm_step(*call, **{name: torch.tensor(1.0, requires_grad=True)})
+    with pytest.raises(TypeError, match=rf"{name} must be a number, got a tensor of shape \[2\]"):
+        lstm_step(*call, **{name: torch.ones(2)})

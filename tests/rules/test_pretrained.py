@@ -239,3 +239,9 @@ def test_a_config_that_lost_an_option_is_refused(folder: Path) -> None:
     for name in ("preprocess_scale", "output_scale"):
         (folder / CONFIG).write_text(json.dumps({k: v for k, v in OPTIONS.items() if k != name}))
         assert_refused(folder, CONFIG, name)
+
+
+@pytest.mark.parametrize("name", ["./nowhere", "/nowhere/rule", "runs/some/rule", Path("nowhere")])
+def test_a_path_that_is_no_folder_is_not_looked_for_on_the_hub(name: str | Path) -> None:
+    with pytest.raises(ValueError, match="is not a folder"):
+        CoordinatewiseLSTM.from_pretrained(name)

@@ -30,7 +30,7 @@ if IS_X86:
     CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
 KERNELS = ["csrc/cpu/lstm_step.cpp"]
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp"]
+SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp", "csrc/cpu/result_cache.cpp"]
 
 # The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
 OLDEST_TORCH = "0x020b000000000000"

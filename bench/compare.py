@@ -11,7 +11,7 @@ import math
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -274,7 +274,7 @@ def main(
         raise typer.Exit(1)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    plan = QUICK if quick else Plan(**{**vars(FULL), "seconds": seconds})
+    plan = QUICK if quick else replace(FULL, seconds=seconds)
     arguments = shlex.join(sys.argv[1:])
     results = {
         "command": f"python -m bench.compare {arguments}".strip(),

@@ -47,5 +47,5 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     name = f"peak memory of a {unroll['steps']}-step unroll against eager, N = {unroll['n']:,}"
     add("must", name, "≤", MEMORY_RATIO, unroll["memory_ratio"], "x")
     add("must", "Python around the operator, no graph", "<", PYTHON_US, overhead["python_us"], "µs")
-    add("must", "Python around the operator, with a graph", "<", PYTHON_US, overhead["python_with_graph_us"], "µs")
+    add("aim", "Python around the operator, with a graph", "<", PYTHON_US, overhead["python_with_graph_us"], "µs")
     return targets

@@ -5,6 +5,7 @@
 
 #include "cpu/capability.h"
 #include "cpu/lstm_step.h"
+#include "cpu/result_cache.h"
 #include "math/preprocess.h"
 
 STABLE_TORCH_LIBRARY(metakern, m) {
@@ -34,4 +35,6 @@ PYBIND11_MODULE(_C, m) {
         "The instruction set in use; ValueError if METAKERN_CPU_CAPABILITY names one that is not available.");
   m.def("set_cpu_capability", &metakern::set_cpu_capability, pybind11::arg("name"),
         "Use another of the available instruction sets from now on.");
+  m.def("empty_cache", &metakern::empty_cache, "Free the memory that is kept for large results.");
+  m.def("cached_bytes", &metakern::cached_bytes, "Bytes that are kept for large results.");
 }

@@ -87,6 +87,15 @@ def _warn_once(reason: str) -> None:
         warnings.warn(f"metakern uses its slow reference implementation: {reason}", FallbackWarning, stacklevel=4)
 
 
+def empty_cache() -> None:
+    """Free the memory that the CPU kernels keep for their next large results.
+
+    They keep up to 1 GiB of it; the environment variable ``METAKERN_CPU_CACHE_MB`` sets another limit, 0 for none.
+    """
+    if _C is not None:
+        _C.empty_cache()
+
+
 def build_info() -> dict[str, Any]:
     """What this installation can run: versions, compiler, instruction sets, CUDA architectures."""
     facts: dict[str, Any] = {

@@ -1,6 +1,5 @@
 // The CPU operators: check the arguments, allocate the results, hand ranges of tiles to the loops of the instruction
 // set in use. Written against torch's stable C++ interface, so that one build serves every torch from 2.11 on.
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -13,6 +12,7 @@
 #include "../math/preprocess.h"
 #include "capability.h"
 #include "lstm_step.h"
+#include "result_cache.h"
 
 namespace metakern {
 
@@ -46,16 +46,6 @@ Buffer allocate(int64_t bytes) {
   check(posix_memalign(&p, 64, size_t(bytes > 0 ? bytes : 64)) == 0, "out of memory: lstm_step could not allocate ",
         bytes, " bytes of working memory");
   return Buffer(p);
-}
-
-// A fresh result of hundreds of megabytes costs more in 4 KiB page faults than in arithmetic; ask for large pages.
-void advise_huge_pages([[maybe_unused]] const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = 2 << 20;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(t.data_ptr()) + page - 1) / page * page;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(t.data_ptr()) + t.numel() * t.element_size()) / page * page;
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
 }
 
 DType param_dtype(const Tensor& t, const char* name) {
@@ -149,8 +139,7 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
-  Tensor new_state = torch::stable::new_empty(state, state.sizes());
-  advise_huge_pages(new_state);
+  Tensor new_state = empty_result(state);
   run_forward(k, p,
               {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
                new_params.mutable_data_ptr(), new_state.mutable_data_ptr()});
@@ -199,8 +188,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
   const LstmStepKernels& k = kernels(p);
   const Buffer packed = pack(k, p, weights, true);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
-  Tensor grad_state = torch::stable::new_empty(state, state.sizes());
-  advise_huge_pages(grad_state);
+  Tensor grad_state = empty_result(state);
   std::vector<Tensor> grad_weights;
   std::vector<void*> pointers;
   for (const Tensor& w : weights) {

@@ -205,6 +205,8 @@ def _checked(
 def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
     """Raise TypeError for scales that are no numbers, ValueError for those that no float32 arithmetic can follow."""
     for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
+        if type(value) is float:
+            continue
         if not isinstance(value, (float, int)) and (isinstance(value, str) or not hasattr(value, "__float__")):
             raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
         if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):  # no gradient flows to it
@@ -335,7 +337,8 @@ class _EagerStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
         _Step.setup_context(ctx, inputs, None)
-        return _Step.forward(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return _Step.forward(*inputs)
 
     backward = _Step.backward
 
@@ -349,9 +352,10 @@ def _call_backward(
             grad_params, grad_state, grads, state, *options, *weights
         )
         return grad_grads, grad_state, grad_weights
-    result: tuple[Tensor, Tensor, Sequence[Tensor]] = torch.ops.metakern.lstm_step_backward.default(
-        grad_params, grad_state, grads, state, weights, *options
-    )
+    with torch._C._AutoDispatchBelowAutograd():
+        result: tuple[Tensor, Tensor, Sequence[Tensor]] = torch.ops.metakern.lstm_step_backward.default(
+            grad_params, grad_state, grads, state, weights, *options
+        )
     return result
 
 

@@ -99,7 +99,7 @@ def _finite(content: Any) -> Any:
 def train_optimizer(
     output: Annotated[Path, typer.Option(help="Folder for weights, figures and history.")] = Path("runs/optimizer"),
     problem: Annotated[Problem, typer.Option(help="What to train on.")] = Problem.digits,
-    episodes: Annotated[int, typer.Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 60,
+    episodes: Annotated[int, typer.Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100,
     networks: Annotated[int, typer.Option(min=1, help="Problems solved side by side.")] = DEFAULTS.num_tasks,
     steps: Annotated[int, typer.Option(min=1, help="Inner steps of an episode.")] = DEFAULTS.steps,
     unroll: Annotated[int, typer.Option(min=1, help="Inner steps between two outer steps.")] = DEFAULTS.unroll,

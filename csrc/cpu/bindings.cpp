@@ -107,12 +107,15 @@ LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const 
   return p;
 }
 
+// Asking first is cheaper than the dispatcher.
+Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
 // The weights in the order in which the loops read them.
 Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
   for (const Tensor& w : weights) {
-    contiguous.push_back(w.is_contiguous() ? w : torch::stable::contiguous(w));
+    contiguous.push_back(as_contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
   Buffer packed = allocate(k.packed_bytes(p, for_backward));
@@ -134,8 +137,8 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   check_same_shape(params_, "params", grads_, "grads");
   check_dtype(params_, "params", grads_.scalar_type());
   check_cpu(params_, "params");
-  const Tensor params = torch::stable::contiguous(params_), grads = torch::stable::contiguous(grads_);
-  const Tensor state = torch::stable::contiguous(state_);
+  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
+  const Tensor state = as_contiguous(state_);
   const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
@@ -160,7 +163,7 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
   check_cpu(params, "params");
   check(params.is_contiguous(), "params must be contiguous to be updated in place");
   check(state.is_contiguous(), "state must be contiguous to be updated in place");
-  const Tensor grads = torch::stable::contiguous(grads_);
+  const Tensor grads = as_contiguous(grads_);
   // Tiles are read while others are written. (The weights are packed before: they may lie anywhere.)
   check(!overlap(params, state) && !overlap(grads, state), "params, grads and state must not share memory");
   check(!overlap(params, grads) || params.const_data_ptr() == grads.const_data_ptr(),
@@ -182,9 +185,9 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
   check_dtype(grad_new_state_, "grad_new_state", state_.scalar_type());
   check_cpu(grad_new_params_, "grad_new_params");
   check_cpu(grad_new_state_, "grad_new_state");
-  const Tensor grad_new_params = torch::stable::contiguous(grad_new_params_);
-  const Tensor grad_new_state = torch::stable::contiguous(grad_new_state_);
-  const Tensor grads = torch::stable::contiguous(grads_), state = torch::stable::contiguous(state_);
+  const Tensor grad_new_params = as_contiguous(grad_new_params_);
+  const Tensor grad_new_state = as_contiguous(grad_new_state_);
+  const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
   const LstmStepKernels& k = kernels(p);
   const Buffer packed = pack(k, p, weights, true);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());

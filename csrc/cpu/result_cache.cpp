@@ -11,7 +11,7 @@
 namespace metakern {
 namespace {
 
-constexpr int64_t smallest = int64_t(1) << 20;  // below, malloc keeps memory itself
+constexpr int64_t smallest = int64_t(1) << 16;  // below, malloc keeps memory itself
 constexpr int64_t header = 64;                  // holds the block's size, and keeps the data aligned
 
 struct Block {

@@ -55,7 +55,11 @@ def render(results: dict[str, Any], source: str) -> str:
         f"`{results['command']}` on {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}, "
         f"torch {machine['versions']['torch']}, {machine['date']}; all figures in `{source}`.",
     ]
-    missed = [f"{t['name']} ({t['measured']:.2f})" for t in results["targets"] if not t["met"]]
+    missed = [
+        f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {t['measured']:.1f}"
+        for t in results["targets"]
+        if not t["met"]
+    ]
     if missed:
         lines += ["", f"Targets missed in this run: {'; '.join(missed)}."]
     return "\n".join(lines)

@@ -141,7 +141,7 @@ def measure_overhead(plan: Plan, advance: Advance) -> dict[str, Any]:
     rule, n = make_rule(HIDDEN, LAYERS), 32
     fused = Fused(rule)
     problem = make_problem(fused, rule, n, seed=0)
-    data, options = problem.state.data, (PREPROCESS.index(rule.preprocess), rule.preprocess_scale, rule.output_scale)
+    data, options = problem.state.data, (PREPROCESS.index(rule.preprocess), rule.preprocess_scale, rule.output_scale, 0)
 
     def operator() -> None:
         with torch._C._AutoDispatchBelowAutograd():  # what the dispatcher adds for autograd counts as overhead

@@ -71,8 +71,14 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) 
   check(t.scalar_type() == expected, name, " must be ", dtype_name(expected), ", got ", dtype_name(t.scalar_type()));
 }
 
-inline void check_cpu(const Tensor& t, const char* name) {
-  check(t.is_cpu(), name, " must be on the CPU like the other arguments");
+inline std::string device_name(const Tensor& t) {
+  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+}
+
+inline void check_same_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+  if (t.is_cpu() != other.is_cpu() || t.is_cuda() != other.is_cuda() ||
+      (!t.is_cpu() && t.get_device_index() != other.get_device_index()))
+    fail(name, " must be on the device of ", other_name, ", ", device_name(other), ", got ", device_name(t));
 }
 
 }  // namespace metakern

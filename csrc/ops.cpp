@@ -11,13 +11,13 @@
 STABLE_TORCH_LIBRARY(metakern, m) {
   m.def(
       "lstm_step(Tensor params, Tensor grads, Tensor state, Tensor[] weights, int preprocess, float preprocess_scale, "
-      "float output_scale) -> (Tensor, Tensor)");
+      "float output_scale, int precision) -> (Tensor, Tensor)");
   m.def(
       "lstm_step_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor[] weights, int preprocess, "
-      "float preprocess_scale, float output_scale) -> ()");
+      "float preprocess_scale, float output_scale, int precision) -> ()");
   m.def(
       "lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, Tensor[] weights, "
-      "int preprocess, float preprocess_scale, float output_scale) -> (Tensor, Tensor, Tensor[])");
+      "int preprocess, float preprocess_scale, float output_scale, int precision) -> (Tensor, Tensor, Tensor[])");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -46,13 +46,13 @@ def is_compiled() -> bool:
     return _C is not None
 
 
-def _why_no_kernel(device: torch.device) -> str:
+def _why_no_kernel(device: torch.device, unserved: dict[str, str]) -> str:
     """Empty when the C++ kernels can serve this device, the reason otherwise."""
     if _C is None:
         return _missing + "; reinstall metakern with a C++ compiler at hand"
     if device.type != "cpu":
         return f"the compiled kernels serve tensors on the CPU, not on {device.type}"
-    return ""
+    return unserved.get("cpp", "")
 
 
 def check_backend(backend: str | None) -> None:
@@ -61,8 +61,10 @@ def check_backend(backend: str | None) -> None:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
 
 
-def resolve(backend: str | None, device: torch.device) -> str:
+def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] | None = None) -> str:
     """The backend that serves a call on ``device``: "cpp" or "reference".
+
+    ``unserved`` maps backends that do not serve this call to the reason.
 
     Raises:
         ValueError: for a name that is not one of :data:`BACKENDS`
@@ -72,9 +74,9 @@ def resolve(backend: str | None, device: torch.device) -> str:
     if name == "reference":
         return name
     check_backend(name)
-    if _C is not None and device.type == "cpu":
+    if unserved is None and _C is not None and device.type == "cpu":
         return "cpp"
-    reason = _why_no_kernel(device)
+    reason = _why_no_kernel(device, unserved or {})
     if name == "cpp":
         raise RuntimeError(f"backend 'cpp' cannot run: {reason}")
     _warn_once(reason)

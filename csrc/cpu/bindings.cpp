@@ -3,13 +3,11 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
 #include <cstdlib>
 #include <memory>
 #include <tuple>
 
-#include "../checks.h"
-#include "../math/preprocess.h"
+#include "../lstm_step_arguments.h"
 #include "capability.h"
 #include "lstm_step.h"
 #include "result_cache.h"
@@ -48,67 +46,12 @@ Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
-DType param_dtype(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: break;
-  }
-  check(false, name, " must be float32, float64, bfloat16 or float16");
-  return DType::float32;
-}
-
-void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& weights, ScalarType dtype) {
-  const int64_t H = p.hidden_size;
-  for (int l = 0; l < p.num_layers; ++l) {
-    check_shape(weights[l * 4], "weights[weight_ih]", {4 * H, p.inputs(l)});
-    check_shape(weights[l * 4 + 1], "weights[weight_hh]", {4 * H, H});
-    check_shape(weights[l * 4 + 2], "weights[bias_ih]", {4 * H});
-    check_shape(weights[l * 4 + 3], "weights[bias_hh]", {4 * H});
-  }
-  check_shape(weights[p.num_layers * 4], "weights[head.weight]", {1, H});
-  check_shape(weights[p.num_layers * 4 + 1], "weights[head.bias]", {1});
-  for (const Tensor& w : weights) {
-    check_dtype(w, "weights", dtype);
-    check_cpu(w, "weights");
-  }
-}
-
-LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                                int64_t preprocess, double preprocess_scale, double output_scale) {
-  check(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
-  check(preprocess_scale > 0 && std::isfinite(preprocess_scale), "preprocess_scale must be positive and finite, got ",
-        preprocess_scale);
-  check(std::isfinite(output_scale), "output_scale must be finite, got ", output_scale);
-  if (state.dim() != 5)
-    fail("state must have 5 axes [tiles, L, 2, H, ", tile_lanes, "], got ", shape_string(state.sizes()));
-  const int64_t L = state.size(1), H = state.size(3);
-  check(L >= 1 && L <= max_layers, "state must have 1 to ", max_layers, " layers, got ", L);
-  check(H >= 1 && H <= max_hidden, "state must have 1 to ", max_hidden, " hidden units, got ", H);
-  LstmStepProblem p;
-  p.num_coordinates = grads.numel();
-  p.hidden_size = int(H);
-  p.num_layers = int(L);
-  p.preprocess = int(preprocess);
-  p.num_features = num_features(Preprocess(preprocess));
-  p.preprocess_scale = preprocess_scale;
-  p.output_scale = output_scale;
-  p.dtype = param_dtype(grads, "grads");
-  check(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head, ",
-        p.num_weights(), " for ", L, " layers, got ", weights.size());
-  const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  check_shape(state, "state", {p.num_tiles(), L, 2, H, tile_lanes});
-  check_dtype(state, "state", dtype);
-  check_cpu(grads, "grads");
-  check_cpu(state, "state");
-  check_weights(p, weights, dtype);
+LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
+                            int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
+  const auto p = checked_problem(grads, state, weights, preprocess, preprocess_scale, output_scale, precision);
+  check(p.state_dtype != DType::bfloat16, "state must be float32 on the CPU, got bfloat16");
   return p;
 }
-
-// Asking first is cheaper than the dispatcher.
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 // The weights in the order in which the loops read them.
 Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
@@ -132,11 +75,9 @@ void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmS
 
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
-                                     double output_scale) {
-  const LstmStepProblem p = checked_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale);
-  check_same_shape(params_, "params", grads_, "grads");
-  check_dtype(params_, "params", grads_.scalar_type());
-  check_cpu(params_, "params");
+                                     double output_scale, int64_t precision) {
+  const LstmStepProblem p = cpu_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
+  check_like(params_, "params", grads_, "grads");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
   const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
@@ -149,25 +90,12 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   return {new_params, new_state};
 }
 
-bool overlap(const Tensor& a, const Tensor& b) {
-  const char* x = static_cast<const char*>(a.const_data_ptr());
-  const char* y = static_cast<const char*>(b.const_data_ptr());
-  return x < y + b.numel() * int64_t(b.element_size()) && y < x + a.numel() * int64_t(a.element_size());
-}
-
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
-                int64_t preprocess, double preprocess_scale, double output_scale) {
-  const LstmStepProblem p = checked_problem(grads_, state, weights, preprocess, preprocess_scale, output_scale);
-  check_same_shape(params, "params", grads_, "grads");
-  check_dtype(params, "params", grads_.scalar_type());
-  check_cpu(params, "params");
-  check(params.is_contiguous(), "params must be contiguous to be updated in place");
-  check(state.is_contiguous(), "state must be contiguous to be updated in place");
+                int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
+  const LstmStepProblem p = cpu_problem(grads_, state, weights, preprocess, preprocess_scale, output_scale, precision);
+  check_like(params, "params", grads_, "grads");
   const Tensor grads = as_contiguous(grads_);
-  // Tiles are read while others are written. (The weights are packed before: they may lie anywhere.)
-  check(!overlap(params, state) && !overlap(grads, state), "params, grads and state must not share memory");
-  check(!overlap(params, grads) || params.const_data_ptr() == grads.const_data_ptr(),
-        "grads must not share a part of params' memory");
+  check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
   const LstmStepKernels& k = kernels(p);
   const Buffer packed = pack(k, p, weights, false);
   run_forward(k, p,
@@ -175,16 +103,15 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
                params.mutable_data_ptr(), state.mutable_data_ptr()});
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
-    const Tensor& grad_new_params_, const Tensor& grad_new_state_, const Tensor& grads_, const Tensor& state_,
-    const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale, double output_scale) {
-  const LstmStepProblem p = checked_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale);
-  check_same_shape(grad_new_params_, "grad_new_params", grads_, "grads");
-  check_same_shape(grad_new_state_, "grad_new_state", state_, "state");
-  check_dtype(grad_new_params_, "grad_new_params", grads_.scalar_type());
-  check_dtype(grad_new_state_, "grad_new_state", state_.scalar_type());
-  check_cpu(grad_new_params_, "grad_new_params");
-  check_cpu(grad_new_state_, "grad_new_state");
+std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor& grad_new_params_,
+                                                                   const Tensor& grad_new_state_, const Tensor& grads_,
+                                                                   const Tensor& state_,
+                                                                   const std::vector<Tensor>& weights,
+                                                                   int64_t preprocess, double preprocess_scale,
+                                                                   double output_scale, int64_t precision) {
+  const LstmStepProblem p = cpu_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
+  check_like(grad_new_params_, "grad_new_params", grads_, "grads");
+  check_like(grad_new_state_, "grad_new_state", state_, "state");
   const Tensor grad_new_params = as_contiguous(grad_new_params_);
   const Tensor grad_new_state = as_contiguous(grad_new_state_);
   const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
@@ -198,7 +125,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
     grad_weights.push_back(torch::stable::new_empty(w, w.sizes()));
     pointers.push_back(grad_weights.back().mutable_data_ptr());
   }
-  const Buffer partials = allocate(p.num_groups() * p.flat_weights() * int64_t(sizeof(double)));
+  const Buffer partials = allocate(num_groups(p) * p.flat_weights() * int64_t(sizeof(double)));
   const LstmStepBackward args{packed.get(),
                               grads.const_data_ptr(),
                               state.const_data_ptr(),
@@ -207,7 +134,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(
                               grad_grads.mutable_data_ptr(),
                               grad_state.mutable_data_ptr(),
                               static_cast<double*>(partials.get())};
-  torch::stable::parallel_for(0, p.num_groups(), 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = allocate(k.scratch_bytes(p));
     k.backward(p, args, scratch.get(), first, last);
   });

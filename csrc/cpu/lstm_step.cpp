@@ -1,5 +1,5 @@
 // lstm_step on the CPU: coordinates in SIMD lanes, weights broadcast, gates in registers; the state of a tile is read
-// once and written once. Compiled once per instruction set; lstm_step.h has the axis legend.
+// once and written once. Compiled once per instruction set; ../lstm_step.h has the axis legend.
 #include "lstm_step.h"
 
 #include "../math/lstm_cell.h"
@@ -334,7 +334,7 @@ template <class S>
 void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memory, int64_t first_group,
               int64_t last_group) {
   const Scratch<S> scratch(p, static_cast<S*>(memory));
-  const int64_t tiles = p.num_tiles(), blocks = p.num_blocks(), groups = p.num_groups();
+  const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
   for (int64_t group = first_group; group < last_group; ++group) {
     double* partial = args.partials + group * p.flat_weights();
     for (int64_t i = 0; i < p.flat_weights(); ++i) partial[i] = 0;

@@ -115,8 +115,8 @@ void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for
 template <class S>
 void reduce_partials(const LstmStepProblem& p, double* partials, void* const* grad_weights) {
   const int64_t n = p.flat_weights(), H = p.hidden_size;
-  for (int64_t step = 1; step < p.num_groups(); step *= 2)
-    for (int64_t group = 0; group + step < p.num_groups(); group += 2 * step)
+  for (int64_t step = 1; step < num_groups(p); step *= 2)
+    for (int64_t group = 0; group + step < num_groups(p); group += 2 * step)
       for (int64_t i = 0; i < n; ++i) partials[group * n + i] += partials[(group + step) * n + i];
   const auto copy = [&](int weight, int64_t from, int64_t count) {
     S* out = static_cast<S*>(grad_weights[weight]);

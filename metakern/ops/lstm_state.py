@@ -69,6 +69,11 @@ class LSTMState:
         """H."""
         return self.data.shape[-2]
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of the arithmetic and the weights: float64 for a float64 state, float32 otherwise."""
+        return torch.float64 if self.data.dtype == torch.float64 else torch.float32
+
     def detach(self) -> LSTMState:
         """The same state, cut off from the graph."""
         return LSTMState(self.data.detach(), self.num_coordinates, self.layout)
@@ -110,7 +115,7 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
 
     Raises:
         ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
-        TypeError: for dtypes that differ or are neither float32 nor float64
+        TypeError: for dtypes that differ or are not float32, float64 or bfloat16
     """
     for name, x in (("h", h), ("c", c)):
         if not isinstance(x, Tensor):
@@ -119,8 +124,8 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
         raise ValueError(f"h and c must be on one device, got {h.device} and {c.device}")
     if h.dim() != 3 or h.shape != c.shape:
         raise ValueError(f"h and c must both have shape [L, N, H], got {list(h.shape)} and {list(c.shape)}")
-    if h.dtype != c.dtype or h.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"h and c must both be float32 or both be float64, got {h.dtype} and {c.dtype}")
+    if h.dtype != c.dtype or h.dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        raise TypeError(f"h and c must both be float32, float64 or bfloat16, got {h.dtype} and {c.dtype}")
     layers, n, hidden = h.shape
     check_sizes(n, hidden, layers)
     padding = tiles(n) * TILE_LANES - n

@@ -14,12 +14,11 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from metakern import _backend
-from metakern.ops.lstm_state import MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, tiles, unpack_state
+from metakern.ops.lstm_state import MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, unpack_state
+from metakern.ops.lstm_step_autograd import Operators, Options, call, fake, fake_backward, fake_inplace
 from metakern.reference import lstm_step as reference
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -27,6 +26,10 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Bounds of the preprocessing's scale p: e^p and 1/p stay finite in float32.
 MIN_SCALE, MAX_SCALE = 1e-6, 88.0
 
+#: Names of the products' precisions; a kernel receives the index. Keep in step with csrc/lstm_step.h.
+PRECISIONS = ("highest", "high", "medium")
+
+_PRECISION_INDEX = {name: index for index, name in enumerate(PRECISIONS)}
 _PREPROCESS_INDEX = {name: index for index, name in enumerate(reference.PREPROCESS)}
 
 
@@ -39,6 +42,7 @@ def lstm_step(
     preprocess: str = "log_sign",
     preprocess_scale: float = 10.0,
     output_scale: float = 0.1,
+    precision: str = "highest",
     backend: str | None = None,
 ) -> tuple[Tensor, LSTMState]:
     """Update parameters with a coordinatewise LSTM: preprocessing, L stacked cells, linear head, scaled update.
@@ -52,13 +56,19 @@ def lstm_step(
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
         grads: gradients of the shape and dtype of ``params``. One that is not finite makes its coordinate's new
             parameter and state NaN and leaves all others alone.
-        state: the packed (h, c) of N coordinates, float64 for float64 params and float32 otherwise.
+        state: the packed (h, c) of N coordinates, float64 for float64 params and float32 otherwise; bfloat16 halves
+            its memory on a GPU, the arithmetic stays float32.
         weights: in the order of ``nn.LSTM`` and ``nn.Linear``: per layer weight_ih [4H, F or H], weight_hh [4H, H],
-            bias_ih [4H], bias_hh [4H]; then the head's weight [1, H] and bias [1]; dtype of the state.
+            bias_ih [4H], bias_hh [4H]; then the head's weight [1, H] and bias [1]; float64 for float64 params and
+            float32 otherwise.
         preprocess: ``"log_sign"``, ``"log_and_clip"`` (F = 2) or ``"none"`` (F = 1).
         preprocess_scale: p of the preprocessing, positive.
         output_scale: factor of the head's output.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+        precision: of forward's products of weights and hidden states, by the names of
+            ``torch.set_float32_matmul_precision``: ``"highest"`` is float32, ``"high"`` TF32 and ``"medium"``
+            bfloat16 on a GPU's tensor cores. A kernel without the faster product computes a finer one, and so
+            does backward.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
         The new parameters, like ``params``, and the new state.
@@ -74,10 +84,11 @@ def lstm_step(
         >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
-    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
-    if _backend.resolve(backend, params.device) == "reference":
+    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision)
+    backend = _backend.resolve(backend, params.device, _unserved(state))
+    if backend == "reference":
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
-    new_params, new_state = _call(params, grads, state.data, weights, options)
+    new_params, new_state = call(_operators(backend), params, grads, state.data, weights, options)
     return new_params, LSTMState(new_state, state.num_coordinates)
 
 
@@ -91,6 +102,7 @@ def lstm_step_(
     preprocess: str = "log_sign",
     preprocess_scale: float = 10.0,
     output_scale: float = 0.1,
+    precision: str = "highest",
     backend: str | None = None,
 ) -> None:
     """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, which are contiguous.
@@ -100,37 +112,35 @@ def lstm_step_(
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
     """
-    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
+    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision)
     for name, tensor in (("params", params), ("state.data", state.data)):
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
-    if _backend.resolve(backend, params.device) == "reference":
+    backend = _backend.resolve(backend, params.device, _unserved(state))
+    if backend == "reference":
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
         )
         params.copy_(new_params)
         state.data.copy_(new_state.data)
         return
-    torch.ops.metakern.lstm_step_.default(params, grads, state.data, weights, *options)
+    _operators(backend).step_(params, grads, state.data, weights, *options)
     if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
         torch.autograd.graph.increment_version((params, state.data))
 
 
-def _call(params: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], options: tuple[Any, ...]) -> Any:
-    """The operator, by the way that serves the caller.
+def _unserved(state: LSTMState) -> dict[str, str] | None:
+    """Backends that do not serve this state, and why."""
+    if state.data.dtype == torch.bfloat16:
+        return {"cpp": "the kernels for the CPU keep no bfloat16 state"}
+    return None
 
-    The formula registered with the operator is the one that torch.compile traces. torch.func does not get through it
-    (pytorch issue 170834), and in eager mode it costs 40 µs more a call than the same formula as a Function.
-    """
-    if torch.compiler.is_compiling():
-        return torch.ops.metakern.lstm_step.default(params, grads, state, weights, *options)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (params, grads, state, *weights))
-    if transformed or recorded:
-        function = _Step if transformed else _EagerStep
-        return function.apply(params, grads, state, *options, *weights)
-    with torch._C._AutoDispatchBelowAutograd():
-        return torch.ops.metakern.lstm_step.default(params, grads, state, weights, *options)
+
+def _operators(backend: str) -> Operators:
+    """The operators of a backend that resolve() has found to work."""
+    if backend == "triton":
+        raise NotImplementedError
+    return _compiled
 
 
 def _reference_step(
@@ -169,11 +179,13 @@ def _checked(
     preprocess: str,
     preprocess_scale: float,
     output_scale: float,
-) -> tuple[int, float, float]:
+    precision: str,
+) -> Options:
     """The options as the operator takes them; raises for whatever does not fit."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
+    check_precision(precision)
     for name, x in (("params", params), ("grads", grads)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -193,13 +205,22 @@ def _checked(
         raise ValueError(
             f"state must hold as many coordinates as params, {params.numel()}, got {state.num_coordinates}"
         )
-    state_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-    if state.data.dtype != state_dtype:
-        raise TypeError(f"state must be {state_dtype} for {dtype} params, got {state.data.dtype}")
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    state_dtype = state.data.dtype
+    if state_dtype != compute_dtype and (state_dtype != torch.bfloat16 or dtype == torch.float64):
+        raise TypeError(f"state must be {compute_dtype} for {dtype} params, got {state_dtype}")
     if state.data.device != device:
         raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
-    _check_weights(weights, state, preprocess, state_dtype, device)
-    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale)
+    _check_weights(weights, state, preprocess, compute_dtype, device)
+    return Options(
+        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
+    )
+
+
+def check_precision(precision: Any) -> None:
+    """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if not isinstance(precision, str) or precision not in _PRECISION_INDEX:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
 def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
@@ -259,184 +280,18 @@ def _check_weights(
         if weight.shape != shape:
             raise ValueError(f"weights[{index}] ({name}) must have shape {list(shape)}, got {list(weight.shape)}")
         if weight.dtype != dtype:
-            raise TypeError(f"weights[{index}] ({name}) must be {dtype} like the state, got {weight.dtype}")
+            raise TypeError(f"weights[{index}] ({name}) must be {dtype}, got {weight.dtype}")
         if weight.device != device:
             raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
 
 
-# ------------------------------------------------------------------------- tracing, autograd and batching formulas
-
-
-def _fake(params: Tensor, grads: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return params.new_empty(params.shape), state.new_empty(state.shape)
-
-
-def _fake_inplace(*_: Any) -> None:
-    return None
-
-
-def _fake_backward(
-    grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    return grads.new_empty(grads.shape), state.new_empty(state.shape), [w.new_empty(w.shape) for w in weights]
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, grads, state, weights, *options = inputs
-    ctx.save_for_backward(grads, state, *weights)
-    ctx.options = options
-
-
-def _backward(ctx: Any, grad_params: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
-    grads, state, *weights = ctx.saved_tensors
-    grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward.default(
-        grad_params, grad_state, grads, state, weights, *ctx.options
-    )
-    return grad_params, grad_grads, grad_state, grad_weights, None, None, None
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(
-        "lstm_step provides no second derivative of its own; backend='reference' does (a second derivative of the "
-        "optimizee needs none: it flows through `grads`)"
-    )
-
-
-class _Step(torch.autograd.Function):
-    """lstm_step with its formula for torch.func; the weights travel one by one."""
-
-    @staticmethod
-    def forward(
-        params: Tensor, grads: Tensor, state: Tensor, index: int, p: float, scale: float, *weights: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        new_params, new_state = torch.ops.metakern.lstm_step.default(params, grads, state, weights, index, p, scale)
-        return new_params, new_state
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        params, grads, state, index, p, scale, *weights = inputs
-        _setup_context(ctx, (params, grads, state, weights, index, p, scale), output)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        grads, state, *weights = ctx.saved_tensors
-        grad_params, grad_new_state = grad_outputs
-        grad_grads, grad_state, grad_weights = _call_backward(
-            grad_params, grad_new_state, grads, state, weights, *ctx.options
-        )
-        return grad_params, grad_grads, grad_state, None, None, None, *grad_weights
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        return _batched(info, (*in_dims[:3], in_dims[6:]), *args[:3], list(args[6:]), *args[3:6])
-
-
-class _EagerStep(torch.autograd.Function):
-    """The same for eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        _Step.setup_context(ctx, inputs, None)
-        with torch._C._AutoDispatchBelowAutograd():
-            return _Step.forward(*inputs)
-
-    backward = _Step.backward
-
-
-def _call_backward(
-    grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *options: Any
-) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
-    """lstm_step_backward; where a graph of it is recorded, using that graph raises."""
-    if torch.is_grad_enabled():
-        grad_grads, grad_state, *grad_weights = _StepBackward.apply(
-            grad_params, grad_state, grads, state, *options, *weights
-        )
-        return grad_grads, grad_state, grad_weights
-    with torch._C._AutoDispatchBelowAutograd():
-        result: tuple[Tensor, Tensor, Sequence[Tensor]] = torch.ops.metakern.lstm_step_backward.default(
-            grad_params, grad_state, grads, state, weights, *options
-        )
-    return result
-
-
-class _StepBackward(torch.autograd.Function):
-    """lstm_step_backward, whose own derivative raises."""
-
-    @staticmethod
-    def forward(
-        grad_params: Tensor,
-        grad_state: Tensor,
-        grads: Tensor,
-        state: Tensor,
-        index: int,
-        p: float,
-        scale: float,
-        *weights: Tensor,
-    ) -> tuple[Tensor, ...]:
-        grad_grads, grad_state, grad_weights = torch.ops.metakern.lstm_step_backward.default(
-            grad_params, grad_state, grads, state, weights, index, p, scale
-        )
-        return grad_grads, grad_state, *grad_weights
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        """Nothing is kept: there is no derivative."""
-
-    backward = staticmethod(_no_second_derivative)
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        first, weights, options = args[:4], list(args[7:]), args[4:7]
-        (grad_grads, grad_state, grad_weights), (grads_dim, state_dim, weight_dims) = _batched_backward(
-            info, (*in_dims[:4], in_dims[7:]), *first, weights, *options
-        )
-        return (grad_grads, grad_state, *grad_weights), (grads_dim, state_dim, *weight_dims)
-
-
-def _batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
-    """torch.func.vmap of lstm_step: one launch over all coordinates unless each element has weights of its own."""
-    if any(dim is not None for dim in in_dims[3]):
-        return _looped(lambda p, g, s, w, *options: _call(p, g, s, w, options), info, in_dims, *args)
-    batch = info.batch_size
-    params, grads, state = (
-        x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
-        for x, dim in zip(args[:3], in_dims, strict=False)
-    )
-    n = math.prod(params.shape[1:])
-    padded = tiles(n) * state.shape[-1]
-    flat_params, flat_grads = (F.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads))
-    new_params, new_state = _call(flat_params, flat_grads, state.flatten(0, 1), args[3], args[4:])
-    new_params = new_params.view(batch, padded)[:, :n].reshape(params.shape)
-    return (new_params, new_state.view(state.shape)), (0, 0)
-
-
-def _batched_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    return _looped(_call_backward, info, in_dims, *args)
-
-
-def _looped(op: Any, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-    def element(x: Any, dim: Any, index: int) -> Any:
-        if isinstance(x, (list, tuple)):
-            return [element(y, d, index) for y, d in zip(x, dim, strict=True)]
-        return x if dim is None else x.select(dim, index)
-
-    if info.batch_size == 0:
-        raise ValueError("lstm_step under vmap with a batch of weights or a gradient needs at least one element, got 0")
-    in_dims = (*in_dims, *(None,) * (len(args) - len(in_dims)))  # the options are never batched
-    rows = [op(*(element(x, d, i) for x, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-    columns = list(zip(*rows, strict=True))
-    stacked = [
-        [torch.stack(ws) for ws in zip(*column, strict=True)] if isinstance(column[0], list) else torch.stack(column)
-        for column in columns
-    ]
-    return tuple(stacked), tuple([0] * len(s) if isinstance(s, list) else 0 for s in stacked)
-
-
 if _backend.is_compiled():
-    torch.library.register_fake("metakern::lstm_step", _fake)
-    torch.library.register_fake("metakern::lstm_step_", _fake_inplace)
-    torch.library.register_fake("metakern::lstm_step_backward", _fake_backward)
-    torch.library.register_autograd("metakern::lstm_step", _backward, setup_context=_setup_context)
-    torch.library.register_autograd("metakern::lstm_step_backward", _no_second_derivative)
-    torch.library.register_vmap("metakern::lstm_step", _batched)
-    torch.library.register_vmap("metakern::lstm_step_backward", _batched_backward)
+    _compiled = Operators(
+        torch.ops.metakern.lstm_step.default,
+        torch.ops.metakern.lstm_step_.default,
+        torch.ops.metakern.lstm_step_backward.default,
+    )
+    torch.library.register_fake("metakern::lstm_step", fake)
+    torch.library.register_fake("metakern::lstm_step_", fake_inplace)
+    torch.library.register_fake("metakern::lstm_step_backward", fake_backward)
+    _compiled.register("metakern::lstm_step")

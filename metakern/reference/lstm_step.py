@@ -82,7 +82,7 @@ def lstm_step(
     """Preprocess, run the stacked cells, apply the head, update.
 
     Args:
-        params: [N], any floating dtype; cast to the dtype of ``h`` for the arithmetic.
+        params: [N], any floating dtype; like the state, cast to the dtype of the weights for the arithmetic.
         grads: [N]
         h: [L, N, H]
         c: [L, N, H]
@@ -95,12 +95,13 @@ def lstm_step(
     Returns:
         new params [N], new h [L, N, H], new c [L, N, H]
     """
-    dtype = h.dtype
+    dtype = weights[0].dtype
     x = preprocess_gradient(grads.to(dtype), preprocess, preprocess_scale)
     new_h, new_c = [], []
     for layer in range(h.shape[0]):
-        x, c_layer = lstm_cell(x, h[layer], c[layer], weights[4 * layer : 4 * layer + 4])
+        x, c_layer = lstm_cell(x, h[layer].to(dtype), c[layer].to(dtype), weights[4 * layer : 4 * layer + 4])
         new_h.append(x)
         new_c.append(c_layer)
     out = F.linear(x, weights[-2], weights[-1]).squeeze(-1)
-    return (params.to(dtype) + output_scale * out).to(params.dtype), torch.stack(new_h), torch.stack(new_c)
+    new_params = (params.to(dtype) + output_scale * out).to(params.dtype)
+    return new_params, torch.stack(new_h).to(h.dtype), torch.stack(new_c).to(c.dtype)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metakern._backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_
 from metakern.ops.lstm_state import check_layout, check_sizes
-from metakern.ops.lstm_step import check_scales
+from metakern.ops.lstm_step import check_precision, check_scales
 from metakern.reference.lstm_step import PREPROCESS, num_features
 from metakern.rules.pretrained import PretrainedRule
 
@@ -54,7 +54,9 @@ class CoordinatewiseLSTM(PretrainedRule):
         preprocess: ``"log_sign"``, ``"log_and_clip"`` or ``"none"``.
         preprocess_scale: p of the preprocessing.
         output_scale: factor of the head's output.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
+        precision: of the products, ``"highest"``, ``"high"`` or ``"medium"``, as in :func:`metakern.ops.lstm_step`.
+        bfloat16_state: keep (h, c) in bfloat16, half the memory, on a GPU; the arithmetic stays float32.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -75,16 +77,21 @@ class CoordinatewiseLSTM(PretrainedRule):
         preprocess_scale: float = 10.0,
         output_scale: float = 0.1,
         backend: str | None = None,
+        *,
+        precision: str = "highest",
+        bfloat16_state: bool = False,
     ) -> None:
         super().__init__()
         check_sizes(0, hidden_size, num_layers)
         if preprocess not in PREPROCESS:
             raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
         check_scales(preprocess_scale, output_scale)
+        check_precision(precision)
         check_backend(backend)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
         self.output_scale, self.backend = output_scale, backend
+        self.precision, self.bfloat16_state = precision, bfloat16_state
         self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
 
@@ -141,9 +148,14 @@ class CoordinatewiseLSTM(PretrainedRule):
             sum(leaf.numel() for leaf in leaves),
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
-            dtype=_state_dtype(leaves),
+            dtype=self._state_dtype(leaves),
             device=leaves[0].device if leaves else None,
         )
+
+    def _state_dtype(self, leaves: Sequence[Tensor]) -> torch.dtype:
+        if any(leaf.dtype == torch.float64 for leaf in leaves):
+            return torch.float64
+        return torch.bfloat16 if self.bfloat16_state else torch.float32
 
     def forward(self, params: Any, grads: Any, state: LSTMState) -> tuple[Any, LSTMState]:
         """One step for every coordinate, in one launch.
@@ -183,10 +195,11 @@ class CoordinatewiseLSTM(PretrainedRule):
             flatten(leaves),
             flatten(grad_leaves),
             state,
-            self.weights(state.data.dtype),
+            self.weights(state.compute_dtype),
             preprocess=self.preprocess,
             preprocess_scale=self.preprocess_scale,
             output_scale=self.output_scale,
+            precision=self.precision,
             backend=self.backend,
         )
         pieces = [flat] if len(leaves) == 1 else flat.split([leaf.numel() for leaf in leaves])
@@ -199,10 +212,11 @@ class CoordinatewiseLSTM(PretrainedRule):
             params,
             grads,
             state,
-            self.weights(state.data.dtype),
+            self.weights(state.compute_dtype),
             preprocess=self.preprocess,
             preprocess_scale=self.preprocess_scale,
             output_scale=self.output_scale * lr,
+            precision=self.precision,
             backend=self.backend,
         )
 
@@ -210,7 +224,8 @@ class CoordinatewiseLSTM(PretrainedRule):
         """The options that the submodules do not show."""
         return (
             f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
-            f"output_scale={self.output_scale}, backend={self.backend!r}"
+            f"output_scale={self.output_scale}, precision={self.precision!r}, bfloat16_state={self.bfloat16_state}, "
+            f"backend={self.backend!r}"
         )
 
 
@@ -245,7 +260,3 @@ def _leaves(tree: Any, name: str) -> list[Tensor]:
 def flatten(leaves: Sequence[Tensor]) -> Tensor:
     """All coordinates in one tensor [N]; mixed dtypes are promoted."""
     return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
-
-
-def _state_dtype(leaves: Sequence[Tensor]) -> torch.dtype:
-    return torch.float64 if any(leaf.dtype == torch.float64 for leaf in leaves) else torch.float32

@@ -16,6 +16,10 @@ from torch import nn
 FORMAT_VERSION = "1"
 
 
+#: Options that say how a rule runs, not what it computes: a saved rule need not have them.
+RUNTIME_OPTIONS = ("precision", "bfloat16_state", "backend")
+
+
 class PretrainedRule(nn.Module, PyTorchModelHubMixin):
     """Base of rules that are saved and shared: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
 
@@ -54,7 +58,7 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         if is_path and not folder.is_dir():  # no name of the Hub: the network need not be asked for it
             raise ValueError(f"{folder} is not a folder")
         if folder.is_dir():
-            _check_folder(folder, set(cls._hub_mixin_init_parameters) - {"self", "backend"})
+            _check_folder(folder, set(cls._hub_mixin_init_parameters) - {"self", *RUNTIME_OPTIONS})
         return super().from_pretrained(str(pretrained_model_name_or_path), **kwargs)
 
     def _save_pretrained(self, save_directory: Path) -> None:

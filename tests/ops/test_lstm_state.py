@@ -160,7 +160,7 @@ def test_pack_refuses_shapes(h: tuple, c: tuple, error: type[Exception], message
     [(torch.float32, torch.float64), (torch.float16, torch.float16), (torch.int64, torch.int64)],
 )
 def test_pack_refuses_dtypes(h: torch.dtype, c: torch.dtype) -> None:
-    message = f"h and c must both be float32 or both be float64, got {h} and {c}"
+    message = f"h and c must both be float32, float64 or bfloat16, got {h} and {c}"
     with pytest.raises(TypeError, match=re.escape(message)):
         pack_state(torch.zeros(1, 2, 3, dtype=h), torch.zeros(1, 2, 3, dtype=c))
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from metakern import _backend
+from metakern import FallbackWarning, _backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
 from metakern.ops import lstm_state as state_module
 from metakern.reference import lstm_step as reference
@@ -528,3 +528,27 @@ def test_dtype_of_the_new_tensors(backend: str) -> None:
         new_params, state = make_problem(5, dtype=dtype).run(backend=backend)
         assert new_params.dtype == dtype
         assert state.data.dtype == state_dtype(dtype)
+
+
+def test_bfloat16_state_is_stored_rounded_and_computed_in_float32() -> None:
+    problem = make_problem(45, 7, 2)
+    state = LSTMState(problem.state.data.bfloat16(), 45)
+    got, new_state = lstm_step(problem.params, problem.grads, state, problem.weights, backend="reference")
+    wide = LSTMState(state.data.float(), 45)
+    expected, expected_state = lstm_step(problem.params, problem.grads, wide, problem.weights, backend="reference")
+    assert_same_bits("params", got, expected)
+    assert_same_bits("state", new_state.data, expected_state.data.bfloat16())
+
+
+def test_the_kernels_for_the_cpu_refuse_bfloat16_state_and_auto_goes_round_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(_backend, "_warned", set())
+    problem = make_problem(45, 7, 2)
+    arguments = (problem.params, problem.grads, LSTMState(problem.state.data.bfloat16(), 45), problem.weights)
+    with pytest.raises(RuntimeError, match="backend 'cpp' cannot run: the kernels for the CPU keep no bfloat16 state"):
+        lstm_step(*arguments, backend="cpp")
+    with pytest.warns(FallbackWarning, match="keep no bfloat16 state"):
+        got, _ = lstm_step(*arguments)
+    expected, _ = lstm_step(*arguments, backend="reference")
+    assert_same_bits("params", got, expected)

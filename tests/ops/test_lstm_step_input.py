@@ -196,15 +196,15 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         TypeError,
         "state must be torch.float64 for torch.float64 params, got torch.float32",
     ),
-    "bfloat16 state": (
-        {"state": state_with(Tensor.bfloat16)},
+    "float16 state": (
+        {"state": state_with(Tensor.half)},
         TypeError,
-        "state must be torch.float32 for torch.float32 params, got torch.bfloat16",
+        "state must be torch.float32 for torch.float32 params, got torch.float16",
     ),
     "weight of another dtype": (
         {"weights": weights_with(5, Tensor.double)},
         TypeError,
-        "weights[5] (weight_hh_l1) must be torch.float32 like the state, got torch.float64",
+        "weights[5] (weight_hh_l1) must be torch.float32, got torch.float64",
     ),
     # memory layout
     "sparse grads": (
@@ -382,7 +382,7 @@ def test_a_scale_that_is_a_number_of_another_type(scale: Any, backend: str) -> N
 
 def operator_arguments() -> list[Any]:
     problem = make_problem(N, H, L)
-    return [problem.params, problem.grads, problem.state.data, problem.weights, 1, 10.0, 0.1]
+    return [problem.params, problem.grads, problem.state.data, problem.weights, 1, 10.0, 0.1, 0]
 
 
 BAD_DIRECT: dict[str, tuple[int, Callable[[Any], Any], str]] = {
@@ -426,6 +426,7 @@ BAD_DIRECT: dict[str, tuple[int, Callable[[Any], Any], str]] = {
     "negative preprocess": (4, lambda _: -1, "preprocess must be 0, 1 or 2, got -1"),
     "scale": (5, lambda _: 0.0, "preprocess_scale must be positive and finite, got 0"),
     "scale NaN": (5, lambda _: math.nan, "preprocess_scale must be positive and finite, got nan"),
+    "precision": (7, lambda _: 3, "precision must be 0, 1 or 2, got 3"),
     "output scale": (6, lambda _: math.inf, "output_scale must be finite, got inf"),
 }
 

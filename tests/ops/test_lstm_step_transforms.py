@@ -16,7 +16,7 @@ from metakern.reference import lstm_step as reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 from tests.problems import make_problem, weight_names
 
-OPTIONS = (1, 10.0, 0.1)  # log_sign, its scale, output scale
+OPTIONS = (1, 10.0, 0.1, 0)  # log_sign, its scale, output scale, highest precision
 
 
 def operator_arguments(n: int, dtype: torch.dtype = torch.float32, requires_grad: bool = False) -> tuple[Any, ...]:

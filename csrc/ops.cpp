@@ -24,7 +24,13 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of metakern; importing it registers the operators torch.ops.metakern.*";
   m.attr("compiler") = METAKERN_COMPILER;
   m.attr("torch_version") = METAKERN_TORCH_VERSION;
-  m.attr("cuda_architectures") = pybind11::list();
+#ifdef METAKERN_CUDA_ARCHITECTURES
+  m.attr("cuda_architectures") = METAKERN_CUDA_ARCHITECTURES;
+  m.attr("nvcc") = METAKERN_NVCC;
+#else
+  m.attr("cuda_architectures") = "";
+  m.attr("nvcc") = "";
+#endif
   m.attr("tile_lanes") = metakern::tile_lanes;
   m.attr("max_hidden") = metakern::max_hidden;
   m.attr("max_layers") = metakern::max_layers;

@@ -7,9 +7,11 @@ plain PyTorch reference. A backend that is asked for by name either runs or rais
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,7 +19,10 @@ from metakern._machine import cpu_model
 from metakern._version import __version__
 
 #: Names that ``backend=`` takes.
-BACKENDS = ("auto", "cpp", "reference")
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+
+#: What auto tries on a device, the fastest first; the reference serves where none of them can.
+PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _C: Any
 try:
@@ -34,6 +39,42 @@ _override = os.environ.get("METAKERN_BACKEND", "") or "auto"
 if _override not in BACKENDS:
     raise ValueError(f"METAKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {_override!r}")
 
+
+def is_compiled() -> bool:
+    """Whether the compiled kernels were found and loaded."""
+    return _C is not None
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _architecture_list() -> list[str]:
+    return [] if _C is None else _C.cuda_architectures.replace(";", " ").split()
+
+
+class Architecture(NamedTuple):
+    """One entry of TORCH_CUDA_ARCH_LIST."""
+
+    version: tuple[int, int]
+    specific: bool  # "9.0a": code for this chip alone
+    ptx: bool  # "9.0+PTX": later ones compile it for themselves
+
+    @classmethod
+    def parse(cls, entry: str) -> Architecture:
+        """From a text like "9.0", "9.0a" or "10.0+PTX"."""
+        number, _, ptx = entry.partition("+")
+        major, minor = number.rstrip("af").split(".")
+        return cls((int(major), int(minor)), number[-1] in "af", bool(ptx))
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of this compute capability runs code for this architecture."""
+        if self.specific or self.version > capability:
+            return self.version == capability
+        return self.ptx or self.version[0] == capability[0]
+
+
+_ARCHITECTURES = [Architecture.parse(entry) for entry in _architecture_list()]
+
 _warned: set[str] = set()
 
 
@@ -41,18 +82,31 @@ class FallbackWarning(UserWarning):
     """The plain PyTorch reference serves a call, because no kernel can."""
 
 
-def is_compiled() -> bool:
-    """Whether the compiled kernels were found and loaded."""
-    return _C is not None
-
-
-def _why_no_kernel(device: torch.device, unserved: dict[str, str]) -> str:
-    """Empty when the C++ kernels can serve this device, the reason otherwise."""
+def missing(name: str, device: torch.device) -> str:
+    """Why the backend ``name`` cannot serve tensors on ``device``; empty where it can."""
+    if name == "triton":
+        if not _HAS_TRITON:
+            return "Triton is not installed (pip install triton)"
+        if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return ""
+        return f"Triton's kernels serve tensors on cuda (on the CPU with TRITON_INTERPRET=1), not on {device.type}"
     if _C is None:
         return _missing + "; reinstall metakern with a C++ compiler at hand"
-    if device.type != "cpu":
-        return f"the compiled kernels serve tensors on the CPU, not on {device.type}"
-    return unserved.get("cpp", "")
+    if name == "cpp":
+        return "" if device.type == "cpu" else f"the C++ kernels serve tensors on the CPU, not on {device.type}"
+    if device.type != "cuda":
+        return f"the CUDA kernels serve tensors on cuda, not on {device.type}"
+    if not _ARCHITECTURES:
+        return "metakern was built without CUDA; reinstall it with nvcc on PATH or CUDA_HOME set"
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if any(architecture.runs_on(capability) for architecture in _ARCHITECTURES):
+        return ""
+    number = ".".join(map(str, capability))
+    return (
+        f"{device} has compute capability {number}, metakern was built for {_C.cuda_architectures}; reinstall it with "
+        f"TORCH_CUDA_ARCH_LIST={number}"
+    )
 
 
 def check_backend(backend: str | None) -> None:
@@ -62,7 +116,7 @@ def check_backend(backend: str | None) -> None:
 
 
 def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] | None = None) -> str:
-    """The backend that serves a call on ``device``: "cpp" or "reference".
+    """The backend that serves a call on ``device``: one of :data:`BACKENDS` but "auto".
 
     ``unserved`` maps backends that do not serve this call to the reason.
 
@@ -74,19 +128,22 @@ def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] 
     if name == "reference":
         return name
     check_backend(name)
-    if unserved is None and _C is not None and device.type == "cpu":
-        return "cpp"
-    reason = _why_no_kernel(device, unserved or {})
-    if name == "cpp":
-        raise RuntimeError(f"backend 'cpp' cannot run: {reason}")
-    _warn_once(reason)
+    reasons = {}
+    for candidate in PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
+        reason = (unserved or {}).get(candidate, "") or missing(candidate, device)
+        if not reason:
+            return candidate
+        reasons[candidate] = reason
+    if name != "auto":
+        raise RuntimeError(f"backend {name!r} cannot run: {reasons[name]}")
+    _warn_once("; ".join(reasons.values()))
     return "reference"
 
 
 def _warn_once(reason: str) -> None:
     if reason not in _warned:
         _warned.add(reason)
-        warnings.warn(f"metakern uses its slow reference implementation: {reason}", FallbackWarning, stacklevel=4)
+        warnings.warn(f"metakern uses its slow reference implementation: {reason}", FallbackWarning, stacklevel=5)
 
 
 def empty_cache() -> None:
@@ -96,6 +153,13 @@ def empty_cache() -> None:
     """
     if _C is not None:
         _C.empty_cache()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def build_info() -> dict[str, Any]:
@@ -113,6 +177,8 @@ def build_info() -> dict[str, Any]:
         "compiler": _C.compiler,
         "cpu_capability": _C.cpu_capability(),
         "cpu_capabilities": _C.available_cpu_capabilities(),
-        "cuda_architectures": _C.cuda_architectures,
+        "nvcc": _C.nvcc,
+        "cuda_architectures": _architecture_list(),
+        "triton": _triton_version(),
         "backend": _override,
     }

@@ -80,7 +80,7 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
     [
         ("train optimizer --steps 10 --unroll 3", "unroll must divide steps, 10, got 3"),
         ("train optimizer --preprocess best", "preprocess must be one of none, log_sign, log_and_clip, got 'best'"),
-        ("train optimizer --backend tpu", "backend must be one of auto, cpp, reference, got 'tpu'"),
+        ("train optimizer --backend tpu", "backend must be one of auto, cpp, cuda, triton, reference, got 'tpu'"),
         ("eval optimizer nowhere", "'nowhere' is not a folder, and pretrained rule must be one of digits_lstm"),
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
         ("train optimizer --lr inf", "lr must be positive and finite, got inf"),

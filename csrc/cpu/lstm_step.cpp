@@ -4,6 +4,7 @@
 
 #include "../math/lstm_cell.h"
 #include "../math/preprocess.h"
+#include "activations_avx512.h"
 #include "lstm_step_weights.h"
 #include "outer_products.h"
 #include "vec.h"
@@ -12,8 +13,9 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Vectors of lanes that one pass keeps in registers, next to the accumulators of J units and four gates.
-constexpr int U = 2;
+// Vectors of lanes that one pass keeps in registers, next to the accumulators of J units and four gates. With AVX-512
+// a weight is broadcast by the multiplication that reads it; otherwise by a load of its own, which two vectors share.
+constexpr int U = vector_bytes == 64 ? 1 : 2;
 
 template <class S>
 struct Tile {
@@ -32,7 +34,7 @@ MK_INLINE void add_products(V (&acc)[J][4][U], const lane_t<V>*& w, const lane_t
   for (int k = 0; k < count; ++k, w += J * 4, rows += tile_lanes) {
     V x[U];
     for (int u = 0; u < U; ++u) x[u] = load<V>(rows + u * lanes<V>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int j = 0; j < J; ++j)
 #pragma GCC unroll 4
       for (int gate = 0; gate < 4; ++gate)
@@ -62,7 +64,7 @@ MK_INLINE void forward_units(const LayerIO<lane_t<V>>& io, const lane_t<V>*& w, 
   w += J * 4;
   add_products<V, J>(acc, w, io.x, inputs);
   add_products<V, J>(acc, w, io.h, H);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int j = 0; j < J; ++j)
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) {
@@ -188,7 +190,7 @@ MK_INLINE void transposed_product(const lane_t<V>*& w, const lane_t<V>* rows, in
   for (int row = 0; row < count; ++row, w += K) {
     V d[U];
     for (int u = 0; u < U; ++u) d[u] = load<V>(rows + int64_t(row) * tile_lanes + u * lanes<V>);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 2
       for (int u = 0; u < U; ++u) acc[k][u] += d[u] * w[k];

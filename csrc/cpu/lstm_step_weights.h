@@ -8,8 +8,8 @@ inline namespace MK_CAPABILITY {
 namespace {
 
 // Units (times four gates, times U vectors) and inputs (times U vectors) whose accumulators fit the registers.
-constexpr int unit_block = vector_bytes == 64 ? 2 : 1;
-constexpr int input_block = vector_bytes == 64 ? 8 : 4;
+constexpr int unit_block = vector_bytes == 64 ? 4 : 1;
+constexpr int input_block = vector_bytes == 64 ? 16 : 4;
 
 // Offsets of one layer's gradients in a flat copy: weight_ih [4H, inputs], weight_hh [4H, H], bias [4H] (both biases
 // have the same gradient). The head's weight [H] and bias come last.

@@ -2,6 +2,8 @@
 // stores between them and memory of any parameter dtype.
 #pragma once
 #include <stdint.h>
+
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -106,6 +108,25 @@ MK_INLINE lane_t<V> sum_lanes(V v) {
 #pragma GCC unroll 4
   for (int i = 1; i < width; ++i) total += sum[i];
   return total;
+}
+
+// Sums of neighbouring lanes: those of `a` in the lower half, those of `b` in the upper.
+template <class V, int... I>
+MK_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, I...>) {
+  return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
+}
+
+// out[i] = sum of the lanes of v[i], for as many vectors as one has lanes: a tree of pairs, in a fixed order.
+template <class V>
+MK_INLINE V sum_lanes_of_each(const V* v) {
+  V sums[lanes<V>];
+  for (int i = 0; i < lanes<V>; ++i) sums[i] = v[i];
+#pragma GCC unroll 4
+  for (int count = lanes<V> / 2; count > 0; count /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < count; ++i)
+      sums[i] = add_neighbours(sums[2 * i], sums[2 * i + 1], std::make_integer_sequence<int, lanes<V>>());
+  return sums[0];
 }
 
 MK_INLINE float from_bfloat16(uint16_t bits) { return bit_copy<float>(uint32_t(bits) << 16); }

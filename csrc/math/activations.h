@@ -40,8 +40,8 @@ struct ExpParts {
   V scale;
   V tail;
 
-  V plus_one() const { return scale * tail + (scale + lane_t<V>(1)); }   // e^x + 1
-  V minus_one() const { return scale * tail + (scale - lane_t<V>(1)); }  // e^x - 1, without cancellation
+  MK_INLINE V plus_one() const { return scale * tail + (scale + lane_t<V>(1)); }   // e^x + 1
+  MK_INLINE V minus_one() const { return scale * tail + (scale - lane_t<V>(1)); }  // e^x - 1, without cancellation
 };
 
 // Of e^y, y = factor * x clamped to +-bound, which is at most exp_bound: then scale is a normal number.

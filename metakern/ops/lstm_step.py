@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
-from metakern.ops.lstm_state import MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, unpack_state
+from metakern.ops.lstm_state import LAYOUT, MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, unpack_state
 from metakern.ops.lstm_step_autograd import Operators, Options, call, fake, fake_backward, fake_inplace
 from metakern.reference import lstm_step as reference
 
@@ -84,11 +84,15 @@ def lstm_step(
         >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
-    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision)
-    backend = _backend.resolve(backend, params.device, _unserved(state))
-    if backend == "reference":
+    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    operators = _operators(params, grads, state, weights, preprocess, backend)
+    if operators is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
-    new_params, new_state = call(_operators(backend), params, grads, state.data, weights, options)
+    try:
+        new_params, new_state = call(operators, params, grads, state.data, weights, options)
+    except Exception:
+        _check(params, grads, state, weights, preprocess)
+        raise
     return new_params, LSTMState(new_state, state.num_coordinates)
 
 
@@ -112,35 +116,55 @@ def lstm_step_(
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
     """
-    options = _checked(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision)
-    for name, tensor in (("params", params), ("state.data", state.data)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
-    backend = _backend.resolve(backend, params.device, _unserved(state))
-    if backend == "reference":
+    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    operators = _operators(params, grads, state, weights, preprocess, backend)
+    if operators is None:
+        _check_contiguous(params, state)
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
         )
         params.copy_(new_params)
         state.data.copy_(new_state.data)
         return
-    _operators(backend).step_(params, grads, state.data, weights, *options)
+    try:
+        operators.step_(params, grads, state.data, weights, *options)
+    except Exception:
+        _check(params, grads, state, weights, preprocess)
+        _check_contiguous(params, state)
+        raise
     if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
         torch.autograd.graph.increment_version((params, state.data))
 
 
-def _unserved(state: LSTMState) -> dict[str, str] | None:
-    """Backends that do not serve this state, and why."""
+def _operators(
+    params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str, backend: str | None
+) -> Operators | None:
+    """The operators that serve a call, None for the reference.
+
+    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here; so
+    the arguments are looked at in full only where others serve, or to say what was wrong once they have refused. What
+    they cannot see is checked always.
+    """
+    if not _is_plain(params, grads, state, weights):
+        _check(params, grads, state, weights, preprocess)
+    unserved = None
     if state.data.dtype == torch.bfloat16:
-        return {"cpp": "the kernels for the CPU keep no bfloat16 state"}
-    return None
+        unserved = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
+    name = _backend.resolve(backend, params.device, unserved)
+    if name == "reference" or torch.compiler.is_compiling():
+        _check(params, grads, state, weights, preprocess)
+    return None if name == "reference" else _compiled
 
 
-def _operators(backend: str) -> Operators:
-    """The operators of a backend that resolve() has found to work."""
-    if backend == "triton":
-        raise NotImplementedError
-    return _compiled
+def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
+    """Whether the operators see all there is: a state of this layout and N, and no tensor that leads past kernels."""
+    if type(state) is not LSTMState or not hasattr(weights, "__len__"):
+        return False
+    for x in (params, grads, state.data, *weights):
+        if not isinstance(x, Tensor) or x.is_meta:
+            return False
+    n = state.num_coordinates
+    return state.layout == LAYOUT and type(n) is int and n == params.numel()
 
 
 def _reference_step(
@@ -171,21 +195,19 @@ def _reference_step(
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def _checked(
-    params: Tensor,
-    grads: Tensor,
-    state: LSTMState,
-    weights: Sequence[Tensor],
-    preprocess: str,
-    preprocess_scale: float,
-    output_scale: float,
-    precision: str,
-) -> Options:
-    """The options as the operator takes them; raises for whatever does not fit."""
+def _options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
+    """The options as the operators take them; raises for those that do not fit."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
     check_precision(precision)
+    return Options(
+        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
+    )
+
+
+def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
+    """Raise for whatever does not fit among the tensors."""
     for name, x in (("params", params), ("grads", grads)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
@@ -212,9 +234,12 @@ def _checked(
     if state.data.device != device:
         raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
     _check_weights(weights, state, preprocess, compute_dtype, device)
-    return Options(
-        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
-    )
+
+
+def _check_contiguous(params: Tensor, state: LSTMState) -> None:
+    for name, tensor in (("params", params), ("state.data", state.data)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
 
 
 def check_precision(precision: Any) -> None:

@@ -264,7 +264,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "scale NaN": ({"preprocess_scale": math.nan}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got nan"),
     "output scale NaN": ({"output_scale": math.nan}, ValueError, "output_scale must be finite, got nan"),
     "output scale infinite": ({"output_scale": -math.inf}, ValueError, "output_scale must be finite, got -inf"),
-    "unknown backend": ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpp, reference, got 'gpu'"),
+    "unknown backend": (
+        {"backend": "gpu"},
+        ValueError,
+        "backend must be one of auto, cpp, cuda, triton, reference, got 'gpu'",
+    ),
     # types
     "grads None, as of a parameter without gradient": (
         {"grads": None},

@@ -226,7 +226,7 @@ def test_modules_that_the_kernels_do_not_serve_are_named(case: str) -> None:
         ({"preprocess_scale": math.inf}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got inf"),
         ({"output_scale": math.nan}, ValueError, "output_scale must be finite, got nan"),
         ({"preprocess_scale": "10"}, TypeError, "preprocess_scale must be a number, got '10' of type str"),
-        ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpp, reference, got 'gpu'"),
+        ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpp, cuda, triton, reference, got 'gpu'"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -109,6 +109,11 @@ def missing(name: str, device: torch.device) -> str:
     )
 
 
+def prefers_triton() -> bool:
+    """Whether Triton's kernels are likely to be asked for: they are there, and so is something that runs them."""
+    return _HAS_TRITON and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+
+
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
     if backend is not None and backend not in BACKENDS:

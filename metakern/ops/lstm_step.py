@@ -7,6 +7,8 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import itertools
 import math
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from metakern import _backend
 from metakern.ops.lstm_state import LAYOUT, MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, unpack_state
-from metakern.ops.lstm_step_autograd import Operators, Options, call, fake, fake_backward, fake_inplace
+from metakern.ops.lstm_step_autograd import Operators, Options, call
 from metakern.reference import lstm_step as reference
 
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -151,9 +153,10 @@ def _operators(
     if state.data.dtype == torch.bfloat16:
         unserved = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
     name = _backend.resolve(backend, params.device, unserved)
-    if name == "reference" or torch.compiler.is_compiling():
-        _check(params, grads, state, weights, preprocess)
-    return None if name == "reference" else _compiled
+    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
+        return _compiled
+    _check(params, grads, state, weights, preprocess)
+    return None if name == "reference" else _triton() if name == "triton" else _compiled
 
 
 def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
@@ -310,13 +313,14 @@ def _check_weights(
             raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
 
 
-if _backend.is_compiled():
-    _compiled = Operators(
-        torch.ops.metakern.lstm_step.default,
-        torch.ops.metakern.lstm_step_.default,
-        torch.ops.metakern.lstm_step_backward.default,
-    )
-    torch.library.register_fake("metakern::lstm_step", fake)
-    torch.library.register_fake("metakern::lstm_step_", fake_inplace)
-    torch.library.register_fake("metakern::lstm_step_backward", fake_backward)
-    _compiled.register("metakern::lstm_step")
+_compiled = Operators("lstm_step") if _backend.is_compiled() else None
+
+
+@functools.cache
+def _triton() -> Operators:
+    importlib.import_module("metakern.triton.lstm_step")  # defines the operators
+    return Operators("lstm_step_triton")
+
+
+if _backend.prefers_triton():
+    _triton()  # not at the first call: torch.compile may be tracing that one

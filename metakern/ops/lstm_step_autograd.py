@@ -29,12 +29,14 @@ class Options(NamedTuple):
 class Operators:
     """One implementation's operators: step, in place, backward. It travels through autograd as one opaque argument."""
 
-    def __init__(self, step: Callable[..., Any], step_: Callable[..., Any], backward: Callable[..., Any]) -> None:
-        self.step, self.step_, self.backward = step, step_, backward
+    def __init__(self, name: str) -> None:
+        """The operators torch.ops.metakern.<name>, <name>_ and <name>_backward, given their formulas."""
+        self.step: Callable[..., Any] = getattr(torch.ops.metakern, name).default
+        self.step_: Callable[..., Any] = getattr(torch.ops.metakern, f"{name}_").default
+        self.backward: Callable[..., Any] = getattr(torch.ops.metakern, f"{name}_backward").default
+        self._register(f"metakern::{name}")
 
-    def register(self, name: str) -> None:
-        """Give the operators ``name`` and ``name_backward`` their autograd and batching formulas."""
-
+    def _register(self, name: str) -> None:
         def backward(ctx: Any, grad_params: Tensor, grad_state: Tensor) -> tuple[Any, ...]:
             grads, state, *weights = ctx.saved_tensors
             arguments = (grad_params, grad_state, grads, state, weights, *ctx.options)
@@ -46,6 +48,9 @@ class Operators:
         def batched_backward(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
             return _batched_backward(self, info, in_dims, *args)
 
+        torch.library.register_fake(name, _fake)
+        torch.library.register_fake(f"{name}_", _fake_inplace)
+        torch.library.register_fake(f"{name}_backward", _fake_backward)
         torch.library.register_autograd(name, backward, setup_context=_setup_context)
         torch.library.register_autograd(f"{name}_backward", _no_second_derivative)
         torch.library.register_vmap(name, batched)
@@ -83,19 +88,17 @@ def call(
 # ------------------------------------------------------------------------------------------------- fake kernels
 
 
-def fake(params: Tensor, grads: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    """Shapes and dtypes of lstm_step's results."""
+def _fake(params: Tensor, grads: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return params.new_empty(params.shape), state.new_empty(state.shape)
 
 
-def fake_inplace(*_: Any) -> None:
-    """lstm_step_ returns nothing."""
+def _fake_inplace(*_: Any) -> None:
+    return None
 
 
-def fake_backward(
+def _fake_backward(
     grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Shapes and dtypes of lstm_step_backward's results."""
     return grads.new_empty(grads.shape), state.new_empty(state.shape), [w.new_empty(w.shape) for w in weights]
 
 

@@ -31,6 +31,7 @@ HEADER = "learned_optimizer"
 
 _GROUP_KEYS = ("params", "lr")
 _ENTRY_KEYS = ("step", "h", "c")
+_SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LearnedOptimizer(Optimizer):
@@ -39,14 +40,15 @@ class LearnedOptimizer(Optimizer):
     θ' = θ + lr · rule(∇θ, state), for every coordinate of a parameter group in one launch. A parameter whose ``grad``
     is None is skipped: neither it nor its state moves. A gradient that is not finite spoils its own coordinates only.
 
-    The state of a parameter, ``state[p]``, is its step count and the rule's (h, c): float64 for float64 parameters and
-    float32 for all others, then 8 · L · H bytes a coordinate, in tiles of 32. Memory is taken when a parameter first
-    has a gradient. If its number of coordinates changes later, ``step`` raises until ``state[p]`` is deleted.
+    The state of a parameter, ``state[p]``, is its step count and the rule's (h, c), in tiles of 32 coordinates: float64
+    for float64 parameters; for all others float32, 8 · L · H bytes a coordinate, or half of that in bfloat16 if the
+    rule has ``bfloat16_state``. Memory is taken when a parameter first has a gradient. If its number of coordinates
+    changes later, ``step`` raises until ``state[p]`` is deleted.
 
     ``state_dict`` holds, per parameter, ``step``, ``h`` [L, numel, H] and ``c`` [L, numel, H], and under
-    ``"learned_optimizer"`` the format version, H and L. It holds copies, resumes to the same bits, does not depend on
-    the dtype and device of the parameters, and loads with ``torch.load(weights_only=True)``. The rule's weights are
-    not part of it: they have ``rule.save_pretrained``.
+    ``"learned_optimizer"`` the format version, H and L. It holds copies, resumes to the same bits, loads for parameters
+    of another dtype or device and for a rule with or without ``bfloat16_state``, and with
+    ``torch.load(weights_only=True)``. The rule's weights are not part of it: they have ``rule.save_pretrained``.
 
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer; dense float32, bfloat16,
@@ -117,7 +119,7 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` made; the state takes the dtype and device that fit the parameters now.
+        """Load what :meth:`state_dict` made; the state takes the dtype and device that fit parameters and rule now.
 
         Raises:
             ValueError: for anything but a whole checkpoint of this optimizer, of this format version, for a rule of
@@ -158,7 +160,7 @@ class LearnedOptimizer(Optimizer):
         params = group["params"]
         slots = self._slots.get(index, ())
         if len(slots) != len(params) or any(
-            p.grad is not None and (slot is None or not slot.serves(p, self.state.get(p)))
+            p.grad is not None and (slot is None or not slot.serves(p, self.state.get(p), self.rule))
             for p, slot in zip(params, slots, strict=True)
         ):
             slots = self._build(index)
@@ -243,8 +245,8 @@ class _Slot:
     state: Tensor  # view [last - first, L, 2, H, 32]
     entry: dict[str, Any]  # state[param] of the optimizer
 
-    def serves(self, p: Tensor, entry: dict[str, Any] | None) -> bool:
-        """Whether nothing changed since the slot was made: not the parameter's kind or shape, not its state."""
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: CoordinatewiseLSTM) -> bool:
+        """Whether nothing changed since the slot was made: the parameter's kind and shape, its state, the rule's."""
         view = self.params
         return (
             self.param is p
@@ -253,6 +255,7 @@ class _Slot:
             and view.shape == p.shape
             and view.dtype == p.dtype
             and view.device == p.device
+            and self.arena.bfloat16_state == rule.bfloat16_state
         )
 
     def adopt(self, entry: dict[str, Any]) -> None:
@@ -276,6 +279,7 @@ class _Arena:
         self.params = members[0].new_zeros(sum(tiles(p.numel()) for p in members) * TILE_LANES, requires_grad=False)
         self.grads = torch.zeros_like(self.params)
         self.state = rule.init_state(self.params)
+        self.bfloat16_state = rule.bfloat16_state
 
     def slots(self, members: Iterable[Tensor]) -> Iterator[_Slot]:
         """One for each of the constructor's members, in order. The arena keeps none: a cycle would keep its memory."""
@@ -319,7 +323,10 @@ def _runs(slots: Sequence[_Slot]) -> Iterator[tuple[int, int]]:
 
 
 def _to_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Post-hook of state_dict: the state in its portable form, copied, and the header."""
+    """Post-hook of state_dict: the state in its portable form, copied, and the header.
+
+    h and c keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
+    """
     assert isinstance(optimizer, LearnedOptimizer)
     state = {}
     for key, entry in state_dict["state"].items():
@@ -348,9 +355,9 @@ def _from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[s
             raise ValueError(f"state of {key!r} must belong to a parameter of 'param_groups', {sorted(names)}")
         param, name = names[key]
         _check_entry(entry, name, (optimizer.rule.num_layers, param.numel(), optimizer.rule.hidden_size))
-        target = {"device": param.device, "dtype": torch.float64 if param.dtype == torch.float64 else torch.float32}
+        like = optimizer.rule.init_state(param.new_empty(0)).data
         # An LSTMState passes the base class untouched, which would cast a tensor to the dtype of the parameter.
-        packed = pack_state(entry["h"].detach().to(**target), entry["c"].detach().to(**target))
+        packed = pack_state(entry["h"].detach().to(like), entry["c"].detach().to(like))
         state[key] = {"step": entry["step"], "numel": param.numel(), "lstm": packed}
     return {**state_dict, "state": state}
 
@@ -390,11 +397,11 @@ def _check_entry(entry: Any, name: str, shape: tuple[int, int, int]) -> None:
         raise ValueError(f"step of {name} must be an integer of at least 0, got {entry['step']!r}")
     for key in ("h", "c"):
         value = entry[key]
-        kind = (value.dtype, value.layout) if isinstance(value, Tensor) else None
-        if kind not in ((torch.float32, torch.strided), (torch.float64, torch.strided)) or value.shape != shape:
-            got = f"{value.dtype} {value.layout} {list(value.shape)}" if kind else type(value).__name__
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.dtype not in _SAVED_DTYPES or value.layout != torch.strided or value.shape != shape:
+            got = f"{value.dtype} {value.layout} {list(value.shape)}" if is_tensor else type(value).__name__
             raise ValueError(
-                f"{key} of {name} must be dense float32 or float64 [L, numel, H] = {list(shape)}, got {got}"
+                f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
             )
 
 

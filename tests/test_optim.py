@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import copy
-import gc
-import io
 import math
-import pickle
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,87 +13,24 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from metakern import _backend
-from metakern.ops import unpack_state
 from metakern.ops.lstm_state import TILE_LANES
-from metakern.optim import FORMAT_VERSION, HEADER, LearnedOptimizer
+from metakern.optim import HEADER, LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
-
-ODD_SHAPES = [(), (1,), (0,), (31,), (32,), (33,), (3, 0, 2), (5, 7), (2, 3, 4, 5), (), (129,)]
-
-#: The kernels give the same bits for every way to batch the coordinates; the reference's matrix products do not.
-TOLERANCE = {"rtol": 0, "atol": 0} if _backend.resolve(None, torch.device("cpu")) == "cpp" else {}
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        yield
-
-
-@pytest.fixture
-def rule() -> CoordinatewiseLSTM:
-    return CoordinatewiseLSTM(hidden_size=6, num_layers=2)
-
-
-def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
-    return [nn.Parameter(torch.randn(shape).to(dtype)) for shape in shapes]
-
-
-def set_grads(params: Sequence[Tensor], step: int, active: Sequence[bool] | None = None) -> None:
-    """Gradients that depend on the step and position only; None where ``active`` says so."""
-    for i, p in enumerate(params):
-        generator = torch.Generator().manual_seed(1000 * step + i)
-        grad = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
-        p.grad = grad if active is None or active[i] else None
-
-
-def by_hand(
-    rule: CoordinatewiseLSTM, start: Sequence[Tensor], patterns: Sequence[Sequence[bool] | None]
-) -> tuple[list[Tensor], list[Any]]:
-    """Every tensor on its own through ``rule(params, grads, state)``, skipped where a pattern says so."""
-    params = [p.detach().clone() for p in start]
-    states = [rule.init_state(p) for p in params]
-    with torch.no_grad():
-        for step, pattern in enumerate(patterns):
-            set_grads(params, step, pattern)
-            for i, p in enumerate(params):
-                if p.grad is not None:
-                    params[i], states[i] = rule(p, p.grad, states[i])
-                    p.grad = None
-    return params, states
-
-
-def run(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool] | None], first: int = 0) -> None:
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for step, pattern in enumerate(patterns):
-        set_grads(params, first + step, pattern)
-        optimizer.step()
-
-
-def assert_same(params: Sequence[Tensor], expected: Sequence[Tensor]) -> None:
-    for p, q in zip(params, expected, strict=True):
-        torch.testing.assert_close(p.detach(), q.detach(), equal_nan=True, **TOLERANCE)
-
-
-def assert_state(optimizer: LearnedOptimizer, params: Sequence[Tensor], states: Sequence[Any]) -> None:
-    saved = optimizer.state_dict()["state"]
-    for i, (p, state) in enumerate(zip(params, states, strict=True)):
-        h, c = unpack_state(state)
-        if i not in saved:
-            assert not h.any(), "a state that moved must be saved"
-            continue
-        assert saved[i]["h"].shape == (optimizer.rule.num_layers, p.numel(), optimizer.rule.hidden_size)
-        assert_same([saved[i]["h"], saved[i]["c"]], [h, c])
-
-
-def roundtrip(state_dict: dict[str, Any]) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state_dict, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
-
+from tests.conftest import assert_same_bits
+from tests.optimizers import (
+    BFLOAT16_STATE,
+    ODD_SHAPES,
+    all_at_once,
+    assert_same,
+    assert_state,
+    by_hand,
+    make_params,
+    make_rule,
+    run,
+    seeded,  # noqa: F401  # a fixture
+    set_grads,
+    small_rule,  # noqa: F401  # a fixture
+)
 
 # ----------------------------------------------------------------------------------------------------- what it computes
 
@@ -197,34 +130,6 @@ def test_launches_once_for_all_and_once_a_run_of_neighbours(
         assert launches == expected
 
 
-def test_state_lives_in_one_arena_and_takes_no_memory_for_frozen_parameters(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(33,), (5,), (1000,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [[True, True, False]])
-    first, second = (optimizer.state[p]["lstm"] for p in params[:2])
-    assert first.untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
-    assert first.shape == (2, 2, 2, 6, TILE_LANES)
-    assert first.untyped_storage().nbytes() == 3 * 2 * 2 * 6 * TILE_LANES * 4
-    assert params[2] not in optimizer.state
-    before = first.clone()
-    run(optimizer, [[False, True, True]])  # the third joins: a new arena, the same state
-    assert_same([optimizer.state[params[0]]["lstm"][:, :, :, :, 0]], [before[:, :, :, :, 0]])
-    assert optimizer.state[params[2]]["step"] == 1
-
-
-def test_an_outgrown_arena_is_freed_at_once(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(33,), (5,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [[True, False]])
-    gc.disable()
-    try:
-        memory = weakref.ref(optimizer.state[params[0]]["lstm"]._base)
-        run(optimizer, [[True, True]])
-        assert memory() is None
-    finally:
-        gc.enable()
-
-
 def test_non_contiguous_parameters(rule: CoordinatewiseLSTM) -> None:
     base = [torch.randn(5, 7), torch.randn(2, 3, 4, 5), torch.randn(40)]
     views = [base[0].t(), base[1].contiguous(memory_format=torch.channels_last), base[2][::2]]
@@ -271,6 +176,37 @@ def test_mixed_dtypes_in_one_group(rule: CoordinatewiseLSTM) -> None:
     run(optimizer, [None, [True, False, True, True], None])
     assert_same(params, expected)
     assert_state(optimizer, params, states)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bfloat16_state_gives_the_bits_of_the_rule(dtype: torch.dtype) -> None:
+    rule, params = make_rule(**BFLOAT16_STATE), make_params([(32,), (4, 16), (96,)], dtype)
+    expected, state = all_at_once(rule, params, 4)
+    optimizer = LearnedOptimizer(params, rule)
+    run(optimizer, [None] * 4)
+    for p, q in zip(params, expected, strict=True):
+        assert_same_bits("params", p, q)
+    assert_same_bits("state", torch.cat([optimizer.state[p]["lstm"] for p in params]), state.data)
+
+
+def test_bfloat16_state_for_tensors_of_odd_sizes_and_skipped_parameters() -> None:
+    rule, pattern = make_rule(**BFLOAT16_STATE), [i % 3 > 0 for i in range(len(ODD_SHAPES) + 1)]
+    params = [*make_params(ODD_SHAPES), *make_params([(7,)], torch.float64)]
+    expected, states = by_hand(rule, params, [None, pattern, None])
+    optimizer = LearnedOptimizer(params, rule)
+    run(optimizer, [None, pattern, None])
+    assert [optimizer.state[p]["lstm"].dtype for p in params] == [torch.bfloat16] * len(ODD_SHAPES) + [torch.float64]
+    # Other bits of a matrix product may round to a neighbour in bfloat16, at most 2^-7 away.
+    assert_same(params, expected, {"rtol": 0, "atol": 1e-3})
+    assert_state(optimizer, params, states, {"rtol": 2**-7, "atol": 2**-8})
+
+
+def test_bfloat16_state_on_a_backend_that_does_not_serve_it_raises_and_moves_nothing() -> None:
+    params = make_params([(33,), (5,)])
+    before = [p.detach().clone() for p in params]
+    with pytest.raises(RuntimeError, match=r"backend 'cpp' cannot run: .* no bfloat16 state"):
+        run(LearnedOptimizer(params, make_rule(backend="cpp", bfloat16_state=True)), [None])
+    assert_same(params, before)
 
 
 # ------------------------------------------------------------------------------------------------- optimizer interface
@@ -470,183 +406,6 @@ def test_autocast_loop(rule: CoordinatewiseLSTM) -> None:
     assert all(entry["lstm"].dtype == torch.float32 for entry in optimizer.state.values())
 
 
-# ------------------------------------------------------------------------------------------------------- checkpoints
-
-
-def test_resumes_to_the_same_bits(rule: CoordinatewiseLSTM) -> None:
-    patterns = [None, [i % 3 > 0 for i in range(len(ODD_SHAPES))], None, [i % 2 > 0 for i in range(len(ODD_SHAPES))]]
-    params = make_params(ODD_SHAPES)
-    groups = [{"params": params[:4]}, {"params": params[4:], "lr": 0.5}]
-    optimizer = LearnedOptimizer(groups, rule)
-    scheduler = lr_scheduler.StepLR(optimizer, 1, gamma=0.9)
-    run(optimizer, patterns)
-    scheduler.step()
-    saved, weights = roundtrip(optimizer.state_dict()), [p.detach().clone() for p in params]
-    run(optimizer, patterns, first=4)
-
-    resumed = [nn.Parameter(w) for w in weights]
-    fresh = LearnedOptimizer([{"params": resumed[:4]}, {"params": resumed[4:]}], copy.deepcopy(rule))
-    fresh.load_state_dict(saved)
-    assert [group["lr"] for group in fresh.param_groups] == [0.9, 0.45]
-    run(fresh, patterns, first=4)
-    assert_same(resumed, params)
-    for key, entry in optimizer.state_dict()["state"].items():
-        other = fresh.state_dict()["state"][key]
-        assert entry["step"] == other["step"]
-        assert_same([entry["h"], entry["c"]], [other["h"], other["c"]])
-
-
-def test_a_checkpoint_is_a_copy_with_a_header(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(5,)])  # one tile, where unpacking alone gives a view
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None])
-    saved = optimizer.state_dict()
-    assert saved[HEADER] == {"format_version": FORMAT_VERSION, "hidden_size": 6, "num_layers": 2}
-    assert set(saved["state"][0]) == {"step", "h", "c"}
-    kept = copy.deepcopy(saved)
-    run(optimizer, [None], first=1)
-    assert_same([saved["state"][0]["h"], saved["state"][0]["c"]], [kept["state"][0]["h"], kept["state"][0]["c"]])
-    optimizer.load_state_dict(saved)
-    run(optimizer, [None], first=1)
-    assert_same([saved["state"][0]["h"], saved["state"][0]["c"]], [kept["state"][0]["h"], kept["state"][0]["c"]])
-
-
-def test_a_fresh_optimizer_saves_and_loads(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(5,), (0,)])
-    optimizer = LearnedOptimizer(params, rule)
-    assert not optimizer.state[params[0]]  # looking leaves an empty entry, as in every torch optimizer
-    saved = roundtrip(optimizer.state_dict())
-    assert saved["state"] == {}
-    run(optimizer, [None])
-    optimizer.load_state_dict(saved)
-    assert not optimizer.state
-    run(optimizer, [None])
-    assert optimizer.state[params[0]]["step"] == 1
-    saved = roundtrip(optimizer.state_dict())
-    optimizer.load_state_dict(saved)
-    again = optimizer.state_dict()
-    assert_same([again["state"][0]["h"]], [saved["state"][0]["h"]])
-    assert again["state"][1]["h"].shape == (2, 0, 6)
-
-
-@pytest.mark.parametrize(
-    ("dtype", "state_dtype"), [(torch.bfloat16, torch.float32), (torch.float64, torch.float64)], ids=str
-)
-def test_dtype_changes_between_checkpoint_and_load(
-    rule: CoordinatewiseLSTM, dtype: torch.dtype, state_dtype: torch.dtype
-) -> None:
-    params = make_params([(5,), (40,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None] * 3)
-    saved = optimizer.state_dict()
-    converted = [nn.Parameter(p.detach().to(dtype)) for p in params]
-    expected = [p.detach().clone() for p in converted]
-    other = LearnedOptimizer(converted, rule)
-    other.load_state_dict(saved)
-    loaded = other.state_dict()["state"]
-    for i in range(2):
-        for key in ("h", "c"):
-            assert loaded[i][key].dtype == state_dtype
-            assert_same([loaded[i][key]], [saved["state"][i][key].to(state_dtype)])  # no bit of the state is lost
-    states = [s.to(state_dtype) for s in by_hand(rule, make_params([(5,), (40,)]), [None] * 3)[1]]
-    run(other, [None], first=3)
-    with torch.no_grad():
-        for i, p in enumerate(converted):
-            expected[i], _ = rule(expected[i], p.grad, states[i])
-    assert_same(converted, expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
-def test_dtype_changes_in_mid_run_as_by_module_to(rule: CoordinatewiseLSTM, dtype: torch.dtype) -> None:
-    model = nn.Linear(5, 3)
-    optimizer = LearnedOptimizer(model.parameters(), rule)
-    params = list(model.parameters())
-    run(optimizer, [None] * 2)
-    saved = optimizer.state_dict()
-    model.to(dtype)
-    twin = copy.deepcopy(model)
-    other = LearnedOptimizer(twin.parameters(), rule)
-    other.load_state_dict(saved)
-    for o in (optimizer, other):
-        run(o, [[True, False], None], first=2)
-    assert_same(params, list(twin.parameters()))
-    assert params[0].dtype == dtype
-    assert all(
-        e["lstm"].dtype == (torch.float64 if dtype.itemsize == 8 else torch.float32) for e in optimizer.state.values()
-    )
-
-
-def test_new_memory_and_new_shape_of_a_parameter_keep_its_state(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(4, 10)])
-    expected, _ = by_hand(rule, [params[0].view(40)], [None] * 3)
-    optimizer = LearnedOptimizer(params, rule)
-    for step, shape in enumerate([(4, 10), (40,), (5, 8)]):
-        params[0].grad = None
-        params[0].data = params[0].data.clone().view(shape)
-        set_grads(params, step)
-        optimizer.step()
-    assert_same([params[0].view(40)], expected)
-
-
-def test_a_parameter_that_grew_is_refused_until_its_state_is_deleted(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(20,), (3,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None])
-    params[0].grad = None
-    params[0].data = torch.randn(25)  # as many tiles as before
-    before = params[1].detach().clone()
-    with pytest.raises(ValueError, match=r"parameter 0 of group 0 \[25\] must keep the 20 coordinates .* got 25"):
-        run(optimizer, [None], first=1)
-    assert_same([params[1]], [before])
-    del optimizer.state[params[0]]
-    run(optimizer, [None], first=1)
-    assert [optimizer.state[p]["step"] for p in params] == [1, 2]
-
-
-def test_state_replaced_by_the_caller_is_used(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(20,), (3,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None])
-    start = [p.detach().clone() for p in params]
-    optimizer.state.clear()
-    run(optimizer, [None])
-    assert_same(params, by_hand(rule, start, [None])[0])
-    start = [p.detach().clone() for p in params]
-    for entry in optimizer.state.values():
-        entry["lstm"] = torch.zeros_like(entry["lstm"])
-    run(optimizer, [None])
-    assert_same(params, by_hand(rule, start, [None])[0])
-
-
-@pytest.mark.parametrize(
-    "duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"]
-)
-def test_copies_of_the_optimizer(rule: CoordinatewiseLSTM, duplicate: Callable[[Any], Any]) -> None:
-    params = make_params([(5,), (0,), (40,)])
-    optimizer = LearnedOptimizer(params, rule, lr=0.5)
-    run(optimizer, [None, [True, True, False]])
-    model, twin = duplicate((params, optimizer))
-    assert all(p is q for p, q in zip(model, twin.param_groups[0]["params"], strict=True))
-    for o in (optimizer, twin):
-        run(o, [None] * 2, first=2)
-    assert_same(model, params)
-    assert twin.rule is not rule
-    saved = roundtrip(twin.state_dict())
-    assert saved["state"][0]["step"] == 4
-    twin.load_state_dict(saved)
-    run(twin, [None], first=4)
-    run(optimizer, [None], first=4)
-    assert_same(model, params)
-
-
-def test_pickle_holds_the_state_once(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(40,)] * 30)
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None])
-    state = 30 * 64 * 2 * 2 * 6 * 4
-    assert len(pickle.dumps(optimizer)) < 1.5 * state
-
-
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -736,75 +495,3 @@ def test_a_parameter_given_twice(rule: CoordinatewiseLSTM) -> None:
         pytest.raises(ValueError, match="group 0 must hold each parameter once"),
     ):
         LearnedOptimizer([p, p], rule)
-
-
-#: What spoils a checkpoint, in place, and the message that it earns.
-BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "empty": (lambda s: s.clear(), "must be a checkpoint of LearnedOptimizer .* got nothing for 'state'"),
-    "no header": (lambda s: s.pop(HEADER), "got nothing for 'learned_optimizer'"),
-    "no groups": (lambda s: s.pop("param_groups"), "got nothing for 'param_groups'"),
-    "state is a list": (lambda s: s.update(state=[]), "got list for 'state'"),
-    "version": (lambda s: s[HEADER].update(format_version=99), "must have format_version 1, got 99"),
-    "H": (lambda s: s[HEADER].update(hidden_size=20), "must have hidden_size 6, got 20"),
-    "L": (lambda s: s[HEADER].pop("num_layers"), "must have num_layers 2, got None"),
-    "number of groups": (lambda s: s["param_groups"].append({}), "must have 1 parameter groups, got 2"),
-    "group without lr": (lambda s: s["param_groups"][0].pop("lr"), r"group 0 of .* keys .* got"),
-    "group is a list": (lambda s: s.update(param_groups=[[]]), "group 0 of .* got list"),
-    "group lr": (lambda s: s["param_groups"][0].update(lr=-1), "lr of group 0 of state_dict must be finite"),
-    "group lr type": (lambda s: s["param_groups"][0].update(lr="x"), "lr of group 0 .* must be a number"),
-    "group size": (lambda s: s["param_groups"][0]["params"].pop(), "must have 2 parameters, got 1"),
-    "foreign state": (lambda s: s["state"].update({7: {}}), "state of 7 must belong to a parameter"),
-    "no c": (lambda s: s["state"][1].pop("c"), r"state of parameter 1 .* keys .* got"),
-    "entry": (lambda s: s["state"].update({1: 3}), "state of parameter 1 .* got int"),
-    "step": (lambda s: s["state"][0].update(step=-1), "step of parameter 0 .* must be an integer"),
-    "numel": (
-        lambda s: s["state"][1].update(h=torch.zeros(2, 39, 6)),
-        r"h of parameter 1 of group 0 \[40\] must be .*= \[2, 40, 6\], got torch.float32 torch.strided \[2, 39, 6\]",
-    ),
-    "dtype": (lambda s: s["state"][1].update(c=torch.zeros(2, 40, 6).half()), "c of .* got torch.float16"),
-    "no tensor": (lambda s: s["state"][1].update(c=1.0), "c of parameter 1 .* got float"),
-}
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_broken_checkpoints_are_refused_and_change_nothing(rule: CoordinatewiseLSTM, name: str) -> None:
-    change, message = BROKEN[name]
-    params = make_params([(5,), (40,)])
-    optimizer = LearnedOptimizer(params, rule, lr=0.5)
-    run(optimizer, [None] * 2)
-    good = copy.deepcopy(optimizer.state_dict())
-    spoilt = copy.deepcopy(good)
-    change(spoilt)
-    with pytest.raises(ValueError, match=message):
-        optimizer.load_state_dict(spoilt)
-    now = optimizer.state_dict()
-    assert now["param_groups"] == good["param_groups"]
-    for i in range(2):
-        assert_same([now["state"][i][key] for key in "hc"], [good["state"][i][key] for key in "hc"])
-    expected = [p.detach().clone() for p in params]
-    twin = LearnedOptimizer([nn.Parameter(p) for p in expected], rule)
-    twin.load_state_dict(good)
-    run(optimizer, [None], first=2)
-    run(twin, [None], first=2)
-    assert_same(params, twin.param_groups[0]["params"])
-
-
-def test_a_checkpoint_of_another_optimizer(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(5,)])
-    with pytest.raises(ValueError, match=r"state_dict must be a dict as .* makes it, got list"):
-        LearnedOptimizer(params, rule).load_state_dict([1, 2])  # type: ignore[arg-type]
-    adam = torch.optim.Adam(params)
-    set_grads(params, 0)
-    adam.step()
-    with pytest.raises(ValueError, match="must be a checkpoint of LearnedOptimizer"):
-        LearnedOptimizer(params, rule).load_state_dict(adam.state_dict())
-
-
-def test_a_checkpoint_of_a_rule_of_another_size(rule: CoordinatewiseLSTM) -> None:
-    params = make_params([(5,)])
-    optimizer = LearnedOptimizer(params, rule)
-    run(optimizer, [None])
-    with pytest.raises(ValueError, match="must have hidden_size 7, got 6"):
-        LearnedOptimizer(params, CoordinatewiseLSTM(7, 2)).load_state_dict(optimizer.state_dict())
-    with pytest.raises(ValueError, match="must have num_layers 1, got 2"):
-        LearnedOptimizer(params, CoordinatewiseLSTM(6, 1)).load_state_dict(optimizer.state_dict())

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 
-.PHONY: help demo test lint format bench bench-readme sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-readme ptxas sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
+	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build a source distribution and a wheel into dist/"
 	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
@@ -55,6 +56,9 @@ bench: $(VENV)/built
 # The README's tables, from bench/results.
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
+
+ptxas: $(VENV)/installed
+	$(BIN)/python -m bench.ptxas
 
 sanitize: $(VENV)/built
 	PYTHON=$(abspath $(BIN))/python bash tests/sanitizers/run.sh

@@ -1,12 +1,16 @@
-"""Builds metakern._C: the CPU kernels, once per instruction set, and their registration with torch.
+"""Builds metakern._C: CPU kernels, once per instruction set, CUDA kernels where nvcc is found, and their registration.
 
-Everything else about the package stands in pyproject.toml.
+Environment: METAKERN_CUDA=0 leaves CUDA out, =1 demands it; CUDA_HOME says where it is; TORCH_CUDA_ARCH_LIST which
+architectures ("8.0;9.0;10.0+PTX"); METAKERN_SANITIZE builds with sanitizers. Everything else about the package stands
+in pyproject.toml.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import re
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,14 +36,71 @@ if IS_X86:
 KERNELS = ["csrc/cpu/lstm_step.cpp"]
 SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp", "csrc/cpu/result_cache.cpp"]
 
+CUDA_KERNELS = ["csrc/cuda/lstm_step.cu"]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp"]
+DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
 # The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
 OLDEST_TORCH = "0x020b000000000000"
 
 
 def compiler_version(compiler: list[str]) -> str:
-    """First line of the compiler's own version report."""
+    """The line of a compiler's version report that names the version."""
     result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
-    return result.stdout.splitlines()[0]
+    lines = result.stdout.splitlines()
+    return next((line for line in lines if "release" in line), lines[0])
+
+
+class Cuda(NamedTuple):
+    """A CUDA toolkit and the architectures to compile for."""
+
+    nvcc: str
+    home: Path
+    architectures: str
+
+    @classmethod
+    def find(cls) -> Cuda | None:
+        """The toolkit of CUDA_HOME or of the nvcc on PATH; whether a GPU answers here does not matter."""
+        wanted = os.environ.get("METAKERN_CUDA", "")
+        if wanted not in ("", "0", "1"):
+            raise SystemExit(f"METAKERN_CUDA must be 0, 1 or unset, got {wanted!r}")
+        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+        nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
+        if wanted == "0" or nvcc is None:
+            if wanted == "1":
+                raise SystemExit(f"METAKERN_CUDA=1, but there is no nvcc in {f'{home}/bin' if home else 'PATH'}")
+            return None
+        # Where nvcc itself thinks that it lives: the one on PATH may be a script or a link.
+        report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.*)$", report.stderr, re.MULTILINE)
+        if report.returncode or top is None:
+            raise SystemExit(f"{nvcc} does not work (METAKERN_CUDA=0 builds without it):\n{report.stderr}")
+        return cls(
+            nvcc, Path(top[1].strip()).resolve(), os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
+        )
+
+    def targets(self) -> list[str]:
+        """The architecture list as nvcc's options."""
+        flags = []
+        for name in self.architectures.replace(";", " ").split():
+            match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
+            if match is None:
+                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 9.0 or 10.0+PTX, got {name!r}")
+            number = match[1] + match[2]
+            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+            if match[3]:
+                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+        return flags
+
+    def compile(self, kernel: str, output_dir: str) -> list[str]:
+        """Object file of one .cu file."""
+        output = Path(output_dir, kernel).with_suffix(".o")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
+        command = [self.nvcc, "-c", "-std=c++17", "-O3", host, *self.targets(), kernel, "-o", str(output)]
+        print(" ".join(command))
+        subprocess.run(command, check=True)
+        return [str(output)]
 
 
 class Job(NamedTuple):
@@ -61,16 +122,23 @@ class BuildExtension(build_ext):
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
         flags = ["-std=c++17", "-O1" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
+        cuda = Cuda.find()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            compiled = pool.map(self.compile_one, self.jobs(flags))
+            kernels = [pool.submit(cuda.compile, kernel, self.build_temp) for kernel in CUDA_KERNELS] if cuda else []
+            compiled = list(pool.map(self.compile_one, self.jobs(flags, cuda)))
+            compiled += [kernel.result() for kernel in kernels]
         ext.extra_objects = [path for paths in compiled for path in paths]
-        ext.extra_link_args = extra[:1]
+        # A torch with CUDA brings its CUDA library in as a need of libtorch, which must not be dropped as unused.
+        ext.extra_link_args = [*extra[:1], "-Wl,--no-as-needed"]
         ext.library_dirs = cpp_extension.library_paths()
         ext.libraries = ["torch", "torch_cpu", "c10"]
+        if cuda:  # the static runtime: the library loads where there is no CUDA
+            ext.library_dirs += [str(cuda.home / "lib64"), str(cuda.home / "lib")]
+            ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extension(ext)
 
-    def jobs(self, flags: list[str]) -> list[Job]:
-        """Every kernel for every instruction set, then the rest."""
+    def jobs(self, flags: list[str], cuda: Cuda | None) -> list[Job]:
+        """Every CPU kernel for every instruction set, then the rest."""
         macros = [
             ("TORCH_TARGET_VERSION", OLDEST_TORCH),
             ("METAKERN_COMPILER", f'"{compiler_version(self.compiler.compiler_so)}"'),
@@ -79,12 +147,21 @@ class BuildExtension(build_ext):
         if IS_X86:
             macros.append(("METAKERN_X86_CAPABILITIES", "1"))
         includes = [pybind11.get_include(), *cpp_extension.include_paths()]
+        sources = list(SOURCES)
+        if cuda:
+            sources += CUDA_SOURCES
+            macros += [
+                ("USE_CUDA", "1"),  # torch's own switch for its CUDA shims
+                ("METAKERN_CUDA_ARCHITECTURES", f'"{cuda.architectures}"'),
+                ("METAKERN_NVCC", f'"{compiler_version([cuda.nvcc])}"'),
+            ]
+            includes.append(str(cuda.home / "include"))
         kernels = [
             Job(kernel, f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability_flags])
             for name, capability_flags in CAPABILITY_FLAGS.items()
             for kernel in KERNELS
         ]
-        return kernels + [Job(source, self.build_temp, macros, includes, flags) for source in SOURCES]
+        return kernels + [Job(source, self.build_temp, macros, includes, flags) for source in sources]
 
     def compile_one(self, job: Job) -> list[str]:
         """Object files of a job."""

@@ -36,7 +36,7 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
   }
   if constexpr (RA * RB % lanes<V> == 0) {
     lane_t<V> sums[RA * RB];
-    for (int i = 0; i < RA * RB; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(acc[0] + i));
+    for (int i = 0; i < RA * RB; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(&acc[0][0] + i));
     for (int a = 0; a < RA; ++a)
       for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sums[a * RB + b]);
   } else {

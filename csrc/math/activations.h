@@ -54,9 +54,9 @@ MK_INLINE ExpParts<V> exp_parts(V x, lane_t<V> factor, lane_t<V> bound) {
   const V shifted = x * (factor * S(1.4426950408889634)) + C::round_magic;
   const V n = shifted - C::round_magic;
   const V r = x * factor - n * S(0.6931471805599453);
-  // The low bits of `shifted` are n; the constant's own low bits are zero and its high bits are shifted out.
-  const int_t<V> bits = (bit_copy<int_t<V>>(shifted) << C::mantissa_bits) + (C::exponent_bias << C::mantissa_bits);
-  return {bit_copy<V>(bits), r + (r * r) * expm1_tail(r, S{})};
+  // The bits of `shifted` are those of the constant plus n.
+  const int_t<V> exponent = bit_copy<int_t<V>>(shifted) - (bit_copy<int_t<S>>(C::round_magic) - C::exponent_bias);
+  return {bit_copy<V>(exponent << C::mantissa_bits), r + (r * r) * expm1_tail(r, S{})};
 }
 
 // 1 + e^-x
@@ -125,9 +125,10 @@ MK_INLINE V log(V x) {
   const V shift = denormal ? broadcast<V>(C::denormal_shift) : broadcast<V>(0);
   // Take sqrt(1/2) off the exponent field, so that the mantissa that is left lies in [sqrt(1/2), sqrt(2)).
   const S root_half = S(0.7071067811865476);
-  const I offset = bit_copy<I>(normal) - bit_copy<I>(broadcast<V>(root_half));
+  const I root_half_bits = bit_copy<I>(broadcast<V>(root_half));
+  const I offset = bit_copy<I>(normal) - root_half_bits;
   const I exponent = offset >> C::mantissa_bits;
-  const V m = bit_copy<V>(bit_copy<I>(normal) - (exponent << C::mantissa_bits));
+  const V m = bit_copy<V>((offset & ((int_t<S>(1) << C::mantissa_bits) - 1)) + root_half_bits);
   // int -> float through the magic constant: exact, and the same few instructions for every lane type
   const V e = bit_copy<V>(exponent + bit_copy<I>(broadcast<V>(C::round_magic))) - C::round_magic - shift;
   const V s = (m - S(1)) / (m + S(1));

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
+CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
 .PHONY: help demo test lint format bench bench-readme ptxas sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
@@ -42,12 +43,12 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(filter csrc/%,$(NATIVE))
+	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/built
 	$(BIN)/python -m bench.compare

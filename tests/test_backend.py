@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -114,6 +115,80 @@ def test_the_kernels_and_the_reference_say_nothing() -> None:
         for name in (None, "auto", *BACKENDS):
             make_problem(5, 3, 1).run(backend=name)
     assert [str(w.message) for w in caught if w.category is FallbackWarning] == []
+
+
+# ---------------------------------------------------------------------------------------------------------- GPUs
+
+
+@pytest.mark.parametrize(
+    ("entry", "runs_on", "not_on"),
+    [
+        ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0), (10, 0)]),
+        ("8.6", [(8, 6), (8, 9)], [(8, 0)]),
+        ("9.0a", [(9, 0)], [(9, 1), (10, 0)]),
+        ("10.0+PTX", [(10, 0), (10, 3), (12, 0)], [(9, 0)]),
+        ("9.0a+PTX", [(9, 0)], [(10, 0)]),
+    ],
+)
+def test_devices_that_run_code_for_an_architecture(
+    entry: str, runs_on: list[tuple[int, int]], not_on: list[tuple[int, int]]
+) -> None:
+    architecture = _backend.Architecture.parse(entry)
+    assert [capability for capability in runs_on + not_on if architecture.runs_on(capability)] == runs_on
+
+
+@pytest.fixture
+def volta(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device of compute capability 7.0, under kernels for 8.0 and 9.0."""
+    properties = SimpleNamespace(major=7, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr(_backend, "_ARCHITECTURES", [_backend.Architecture.parse(a) for a in ("8.0", "9.0")])
+    monkeypatch.setattr(_backend, "_HAS_TRITON", False)
+    return torch.device("cuda", 0)
+
+
+def test_a_device_without_kernels_is_named_beside_what_was_built(volta: torch.device) -> None:
+    message = f"cuda:0 has compute capability 7.0, metakern was built for {_backend._C.cuda_architectures}; reinstall"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        _backend.resolve("cuda", volta)
+
+
+def test_auto_on_a_gpu_tries_cuda_then_triton_then_the_reference(
+    volta: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_backend, "_warned", set())
+    with pytest.warns(FallbackWarning, match=r"has compute capability 7\.0.*; Triton is not installed"):
+        assert _backend.resolve("auto", volta) == "reference"
+    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
+    assert _backend.resolve("auto", volta) == "triton"
+    monkeypatch.setattr(_backend, "_ARCHITECTURES", [_backend.Architecture.parse("7.0")])
+    assert _backend.resolve("auto", volta) == "cuda"
+
+
+def test_a_build_without_cuda_says_so(volta: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_ARCHITECTURES", [])
+    with pytest.raises(RuntimeError, match="backend 'cuda' cannot run: metakern was built without CUDA"):
+        _backend.resolve("cuda", volta)
+
+
+@pytest.mark.parametrize(
+    ("backend", "message"),
+    [
+        ("cuda", "the CUDA kernels serve tensors on cuda, not on cpu"),
+        ("triton", "Triton's kernels serve tensors on cuda (on the CPU with TRITON_INTERPRET=1), not on cpu"),
+    ],
+)
+def test_backends_for_gpus_refuse_the_cpu(backend: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_HAS_TRITON", True)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match=re.escape(f"backend '{backend}' cannot run: {message}")):
+        make_problem(5, 3, 1).run(backend=backend)
+
+
+def test_triton_asked_for_where_it_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_HAS_TRITON", False)
+    with pytest.raises(RuntimeError, match=re.escape("Triton is not installed (pip install triton)")):
+        make_problem(5, 3, 1).run(backend="triton")
 
 
 # --------------------------------------------------------------------------------------------------- environment

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-readme ptxas sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-readme ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
+	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build a source distribution and a wheel into dist/"
 	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
@@ -60,6 +61,10 @@ bench-readme: $(VENV)/built
 
 ptxas: $(VENV)/installed
 	$(BIN)/python -m bench.ptxas
+
+# Without a virtual environment: whatever torch and CUDA the machine has. SITE: a folder of further Python packages.
+gpu-check:
+	$(if $(SITE),PYTHONPATH="$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}") $(PYTHON) -m bench.gpu_check $(ARGS)
 
 sanitize: $(VENV)/built
 	PYTHON=$(abspath $(BIN))/python bash tests/sanitizers/run.sh

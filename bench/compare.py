@@ -27,12 +27,12 @@ from bench.contenders import Eager, Fused, check_agreement, make_contenders, mak
 from bench.targets import judge
 from bench.timing import Calls, alternate, quantiles
 from bench.unroll import KINDS, in_subprocess
+from bench.work import BACKWARD_FORWARDS, HIDDEN, LAYERS, bytes_per_coordinate, flops_per_coordinate
 from metakern import build_info
 from metakern.optim import LearnedOptimizer
 from metakern.reference.lstm_step import PREPROCESS
 
 RESULTS = Path(__file__).parent / "results"
-HIDDEN, LAYERS, FEATURES = 20, 2, 2
 OPS = {"forward": False, "forward_backward": True}
 
 #: Inputs of a cell rotate through at most so many sets.
@@ -58,21 +58,6 @@ class Plan:
 
 FULL = Plan((10**3, 10**4, 10**5, 10**6), 10.0, 7, True, 2048, 10**5, 20, 2, 3)
 QUICK = Plan((100, 2000), 0.1, 2, False, 256, 2000, 5, 1, 1)
-
-
-def flops_per_coordinate() -> int:
-    """Of the products and biases of one forward step: 2 · 4H · (inputs + H) + 4H a layer, 2H of the head."""
-    cells = sum(2 * 4 * HIDDEN * ((FEATURES if layer == 0 else HIDDEN) + HIDDEN) for layer in range(LAYERS))
-    return cells + LAYERS * 4 * HIDDEN + 2 * HIDDEN
-
-
-def bytes_per_coordinate() -> int:
-    """Of one forward step in float32: h and c of every layer read and written, param read and written, grad read."""
-    return 4 * (2 * 2 * LAYERS * HIDDEN + 3)
-
-
-#: Products of a backward step, in forward steps: gates recomputed, gradients of inputs, gradients of weights.
-BACKWARD_FORWARDS = 3
 
 
 def measure_cell(op: str, n: int, plan: Plan, gflops: float, advance: Advance) -> dict[str, Any]:

@@ -6,6 +6,8 @@ import datetime
 import os
 import platform
 import re
+import shutil
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,14 @@ import metakern
 from metakern._machine import cpu_model
 
 
+def slug(text: str) -> str:
+    """A file name of a text: its letters and digits, lower case, with dashes between."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def device_name() -> str:
     """File name of this machine's results: processor and threads."""
-    return re.sub(r"[^a-z0-9]+", "-", f"{cpu_model()} {torch.get_num_threads()} threads".lower()).strip("-")
+    return slug(f"{cpu_model()} {torch.get_num_threads()} threads")
 
 
 def last_level_cache_bytes() -> int:
@@ -46,8 +53,63 @@ def describe() -> dict[str, Any]:
             "compiler": build.get("compiler", "none"),
         },
         "platform": platform.platform(),
-        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": _now(),
     }
+
+
+#: What is asked of nvidia-smi before and after a measurement; a clock is in MHz.
+_GPU_STATE = (
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "pstate",
+    "temperature.gpu",
+    "power.draw",
+    "utilization.gpu",
+)
+
+
+def ask_gpu(*fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the first GPU; nothing where it is missing or refuses. It changes no setting."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return {}
+    command = [tool, "--id=0", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    values = run.stdout.strip().split(", ")
+    return dict(zip(fields, values, strict=True)) if run.returncode == 0 and len(values) == len(fields) else {}
+
+
+def gpu_state() -> dict[str, str]:
+    """Clocks, temperature, power and load of the GPU at this moment."""
+    return ask_gpu(*_GPU_STATE)
+
+
+def describe_gpu(name: str) -> dict[str, Any]:
+    """GPU, versions and date of a run on it."""
+    build = metakern.build_info()
+    return {
+        "gpu": name,
+        "host": {"model": cpu_model(), "cores": os.cpu_count()},
+        "versions": {
+            "metakern": metakern.__version__,
+            "torch": torch.__version__,
+            "triton": build.get("triton") or "none",
+            "python": platform.python_version(),
+            "driver": ask_gpu("driver_version").get("driver_version", "unknown"),
+            "cuda": torch.version.cuda or "none",
+            "cudnn": torch.backends.cudnn.version() or "none",
+            "nvcc": build.get("nvcc") or "none",
+        },
+        "cuda_architectures": build.get("cuda_architectures", []),
+        "platform": platform.platform(),
+        "date": _now(),
+    }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
 
 
 def sgemm_gflops(size: int = 2048, rounds: int = 5) -> float:

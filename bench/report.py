@@ -20,15 +20,16 @@ DIGITS = ROOT / "bench" / "results" / "digits_lstm" / "results.json"
 
 
 def newest_results(folder: Path = ROOT / "bench" / "results") -> Path:
-    """The results file with the latest date inside.
+    """The file with the latest date inside among those of bench.compare, which measures a processor.
 
     Raises:
         FileNotFoundError: where there is none
     """
-    files = list(folder.glob("*.json"))
-    if not files:
+    machines = {path: json.loads(path.read_text()).get("machine", {}) for path in folder.glob("*.json")}
+    dates = {path: str(machine["date"]) for path, machine in machines.items() if "cpu" in machine}
+    if not dates:
         raise FileNotFoundError(f"{folder} holds no results; run python -m bench.compare first")
-    return max(files, key=lambda path: str(json.loads(path.read_text())["machine"]["date"]))
+    return max(dates, key=dates.__getitem__)
 
 
 def render(results: dict[str, Any], source: str) -> str:

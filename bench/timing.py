@@ -14,6 +14,13 @@ SAMPLE_SECONDS = 2e-3
 Calls = Sequence[Callable[[], Any]]
 
 
+def wall_seconds(work: Callable[[], Any]) -> float:
+    """Seconds that a function takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
     """Median, 20% and 80% quantile of seconds, and their count."""
     q20, median, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
@@ -29,6 +36,7 @@ def alternate(
     min_rounds: int = 5,
     max_rounds: int = 200,
     progress: Callable[[float], None] = lambda _: None,
+    clock: Callable[[Callable[[], Any]], float] = wall_seconds,
 ) -> dict[str, dict[str, float]]:
     """Time every contender in turn, round after round, for about ``seconds`` in all.
 
@@ -38,6 +46,7 @@ def alternate(
         min_rounds: see above
         max_rounds: see above
         progress: is told the share that is done.
+        clock: seconds that a function keeps the device busy.
 
     Returns:
         :func:`quantiles` of the seconds a call, by name
@@ -47,10 +56,12 @@ def alternate(
     def sample(name: str, repeats: int) -> float:
         calls, first = contenders[name], position[name]
         position[name] += repeats
-        start = time.perf_counter()
-        for index in range(first, first + repeats):
-            calls[index % len(calls)]()
-        return (time.perf_counter() - start) / repeats
+
+        def work() -> None:
+            for index in range(first, first + repeats):
+                calls[index % len(calls)]()
+
+        return clock(work) / repeats
 
     repeats = {}
     for name, calls in contenders.items():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 from torch import Tensor
+
+if not torch.cuda.is_available():  # Triton's kernels then run on the CPU; it reads this when it is first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from metakern import _backend
 
@@ -14,7 +18,7 @@ from metakern import _backend
 DEVICES = ("cpu",)
 
 #: Backends that can serve a call on some device.
-BACKENDS = ("cpp", "reference")
+BACKENDS = ("cpp", "triton", "reference")
 
 #: Instruction sets that the CPU kernels are compiled for, slowest first.
 CAPABILITIES = ("baseline", "avx2", "avx512")

@@ -24,7 +24,9 @@ CPU = torch.device("cpu")
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter, because the package reads its environment when it is imported."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("METAKERN_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith(("METAKERN_", "TRITON_INTERPRET"))
+    }
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,

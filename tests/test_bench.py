@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, report
+from bench import compare, report, work
 from bench.contenders import Compiled, Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
 from bench.targets import judge
 from bench.timing import alternate
@@ -91,8 +91,9 @@ def test_report_refuses_a_file_without_its_markers(text: str) -> None:
 def test_newest_results(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no results"):
         report.newest_results(tmp_path)
-    for name, date in (("a", "2025-01-02"), ("b", "2024-01-02")):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {"date": date}}))
+    for name, device, date in (("a", "cpu", "2025-01-02"), ("b", "cpu", "2024-01-02"), ("c", "gpu", "2026-01-02")):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {device: "its name", "date": date}}))
+    (tmp_path / "ptxas.json").write_text(json.dumps({"kernels": []}))
     assert report.newest_results(tmp_path).name == "a.json"
 
 
@@ -101,8 +102,8 @@ def test_work_of_one_coordinate() -> None:
     rule = make_rule()
     products = sum(w.numel() for w in rule.parameters() if w.dim() == 2)
     bias = sum(w.numel() for name, w in rule.named_parameters() if name.startswith("lstm.bias_ih"))
-    assert compare.flops_per_coordinate() == 2 * products + bias == 10_120
-    assert compare.bytes_per_coordinate() == 2 * LSTMState.zeros(32).data.numel() // 32 * 4 + 12 == 652
+    assert work.flops_per_coordinate() == 2 * products + bias == 10_120
+    assert work.bytes_per_coordinate() == 2 * LSTMState.zeros(32).data.numel() // 32 * 4 + 12 == 652
 
 
 def test_contenders_alternate() -> None:

@@ -156,7 +156,7 @@ def _operators(
     if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
         return _compiled
     _check(params, grads, state, weights, preprocess)
-    return None if name == "reference" else _triton() if name == "triton" else _compiled
+    return None if name == "reference" else triton_operators() if name == "triton" else _compiled
 
 
 def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
@@ -317,10 +317,11 @@ _compiled = Operators("lstm_step") if _backend.is_compiled() else None
 
 
 @functools.cache
-def _triton() -> Operators:
-    importlib.import_module("metakern.triton.lstm_step")  # defines the operators
+def triton_operators() -> Operators:
+    """Triton's operators with their formulas; defined at the first call."""
+    importlib.import_module("metakern.triton.lstm_step")
     return Operators("lstm_step_triton")
 
 
 if _backend.prefers_triton():
-    _triton()  # not at the first call: torch.compile may be tracing that one
+    triton_operators()  # not at the first call: torch.compile may be tracing that one

@@ -27,7 +27,7 @@ METAKERN_CUDA=0 METAKERN_SANITIZE=address,undefined "$python" setup.py -q build_
 cp "$work"/lib/metakern/_C*.so metakern/
 
 # verify_asan_link_order: the interpreter itself is not instrumented. detect_leaks: Python never frees all it has.
-run=(env "PYTHONPATH=$work/tree" METAKERN_BACKEND= METAKERN_CPU_CAPABILITY= PYTHONDONTWRITEBYTECODE=1
+run=(env "PYTHONPATH=$work/tree" TRITON_INTERPRET=0 METAKERN_BACKEND= METAKERN_CPU_CAPABILITY= PYTHONDONTWRITEBYTECODE=1
   "LD_PRELOAD=$preload"
   "ASAN_OPTIONS=detect_leaks=0,verify_asan_link_order=0,allocator_may_return_null=1,detect_stack_use_after_return=1"
   "UBSAN_OPTIONS=halt_on_error=1,print_stacktrace=1" "$python")

@@ -1,0 +1,389 @@
+"""lstm_step on a GPU against its peers, in one process and one run; results go to bench/results/<device>.json.
+
+python -m bench.gpu [--seconds 200]     minutes; `make gpu-check` calls it last, on an idle device
+python -m bench.gpu --dry --output F    the same logic on the CPU, with tiny sizes: its figures mean nothing
+
+Peers: eager PyTorch, nn.LSTM (cuDNN, in float32 and with its default, TF32) and torch.compile(mode="max-autotune") of
+the eager step, after a check that all compute the same; all but the compiled step, which captures graphs of its own,
+also as one CUDA graph that runs the call on every set of inputs. Consecutive calls take consecutive sets, together
+larger than the L2 cache at N >= 1e5. Only the standard library, torch and metakern are needed.
+
+The memory floor of a cell is the bytes that a step must move, over the rate of a large copy measured in the same run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import machine
+from bench.contenders import Problem, make_rule
+from bench.gpu_contenders import GpuContender, Inputs, largest_difference, make_contenders, results
+from bench.gpu_device import CpuStandIn, CudaDevice, Device
+from bench.targets import judge_gpu
+from bench.timing import Calls, alternate, quantiles
+from bench.work import (
+    BACKWARD_FORWARDS,
+    HIDDEN,
+    LAYERS,
+    backward_bytes_per_coordinate,
+    bytes_per_coordinate,
+    flops_per_coordinate,
+)
+
+RESULTS = Path(__file__).parent / "results"
+OPS = {"forward": False, "forward_backward": True}
+
+#: Sets of inputs of a cell; four of N = 1e5 exceed an L2 cache of 60 MB.
+MIN_SETS, MAX_SETS = 2, 4
+
+#: Seconds that a cell without a compiled peer takes beyond its timing: inputs, agreement, graphs.
+RESERVE = 5.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures, the most wanted cells first."""
+
+    cells: tuple[tuple[str, int], ...]
+    compiled: tuple[tuple[str, int], ...]  # cells with the compiled peer, where its minute of compilation is left over
+    compile_seconds: float  # at most, a cell
+    cell_seconds: float  # of timing; a third of it again for the graphs
+    min_rounds: int
+    largest_graph: int  # N above which launches cost nothing
+    host_n: int
+    host_rounds: int
+    seconds: float  # budget of the run
+
+
+FULL = Plan(
+    cells=(
+        ("forward", 10**6),
+        ("forward_backward", 10**6),
+        ("forward", 10**7),
+        ("forward", 10**4),
+        ("forward_backward", 10**7),
+        ("forward_backward", 10**5),
+        ("forward", 10**5),
+        ("forward_backward", 10**4),
+    ),
+    compiled=(("forward", 10**6), ("forward_backward", 10**6), ("forward", 10**4)),
+    compile_seconds=60.0,
+    cell_seconds=4.0,
+    min_rounds=5,
+    largest_graph=10**6,
+    host_n=10**4,
+    host_rounds=15,
+    seconds=200.0,
+)
+DRY = Plan(
+    cells=(("forward", 100), ("forward_backward", 70)),
+    compiled=(("forward", 100), ("forward_backward", 70)),
+    compile_seconds=20.0,
+    cell_seconds=0.05,
+    min_rounds=2,
+    largest_graph=100,
+    host_n=100,
+    host_rounds=1,
+    seconds=60.0,
+)
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What the device was measured to do at most: bytes and float32 FLOPs a second."""
+
+    bytes_per_second: float
+    flops_per_second: float
+
+
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise TimeoutError in the main thread when the block takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"{what} took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def bytes_of(op: str, state_bytes: int) -> int:
+    """That a coordinate's step must move."""
+    forward = bytes_per_coordinate(state_bytes)
+    return forward + backward_bytes_per_coordinate(state_bytes) * OPS[op]
+
+
+def count_sets(n: int, device: Device) -> int:
+    """Sets of inputs, so that the float32 states exceed the cache twice where :data:`MAX_SETS` allow."""
+    return min(MAX_SETS, max(MIN_SETS, math.ceil(2 * device.cache_bytes / (n * bytes_per_coordinate() / 2))))
+
+
+class Cell:
+    """One operation at one size: contenders that run and agree, their calls, and why others are missing."""
+
+    def __init__(self, op: str, n: int, device: Device, plan: Plan, *, compiled: bool) -> None:
+        self.op, self.n, self.device, self.plan = op, n, device, plan
+        rule = make_rule(HIDDEN, LAYERS).to(device.torch_device)
+        self.sets = count_sets(n, device) if n <= plan.largest_graph else 1
+        inputs = [Inputs(rule, n, seed, device.torch_device, backward=OPS[op]) for seed in range(self.sets)]
+        self.contenders: dict[str, GpuContender] = {}
+        self.problems: dict[str, list[Problem]] = {}
+        self.differences: dict[str, float] = {}
+        self.unavailable: dict[str, str] = {}
+        self.failed: list[str] = []
+        self._expected: list[torch.Tensor] = []
+        for contender in make_contenders(rule, device, compiled=compiled):
+            try:
+                self._admit(contender, inputs)
+            except Exception as error:  # one contender less; the others are measured
+                self._refuse(contender, error)
+        self._expected = []
+        device.release()
+
+    def _admit(self, contender: GpuContender, inputs: Sequence[Inputs]) -> None:
+        problems, backward = [each.problem(contender) for each in inputs], OPS[self.op]
+        with time_limit(self.plan.compile_seconds, "the first call"):
+            got = results(problems[0], contender, backward=backward)
+        if not self._expected:
+            self._expected = got
+        difference = largest_difference(got, self._expected, contender.agreement[backward])
+        self.differences[contender.name] = difference
+        self.contenders[contender.name], self.problems[contender.name] = contender, problems
+
+    def _refuse(self, contender: GpuContender, error: Exception) -> None:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"  {contender.name} is not measured: {reason}", flush=True)
+        self.unavailable[contender.name] = reason
+        if contender.ours and not isinstance(error, torch.OutOfMemoryError):
+            self.failed.append(contender.name)
+        self.device.release()
+
+    def time_calls(self) -> dict[str, dict[str, float]]:
+        """Seconds of a call, by contender."""
+        calls: dict[str, Calls] = {
+            name: [getattr(p, self.op) for p in problems] for name, problems in self.problems.items()
+        }
+        return self._alternate(calls, self.plan.cell_seconds)
+
+    def time_graphs(self) -> dict[str, dict[str, float]]:
+        """Seconds of a call inside a graph that runs all sets of inputs, by contender."""
+        if self.n > self.plan.largest_graph:
+            return {}
+        graphs: dict[str, Calls] = {}
+        for name, problems in self.problems.items():
+            if name == "compiled":
+                continue
+
+            def all_sets(problems: list[Problem] = problems) -> None:
+                for problem in problems:
+                    getattr(problem, self.op)()
+
+            try:
+                graphs[name] = [self.device.capture(all_sets)]
+            except Exception as error:  # a peer that cannot be captured is one figure less
+                self.unavailable[f"{name} graph"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                if self.contenders[name].ours:
+                    self.failed.append(f"{name} graph")
+        times = self._alternate(graphs, self.plan.cell_seconds / 3)
+        return {
+            name: {key: value / self.sets if key.endswith("_s") else value for key, value in time.items()}
+            for name, time in times.items()
+        }
+
+    def _alternate(self, calls: Mapping[str, Calls], seconds: float) -> dict[str, dict[str, float]]:
+        return alternate(calls, seconds=seconds, min_rounds=self.plan.min_rounds, clock=self.device.seconds)
+
+
+def measure_cell(cell: Cell, ceilings: Ceilings) -> dict[str, Any]:
+    """Times, ratios and shares of the memory floor of one cell."""
+    op, n = cell.op, cell.n
+    calls, graphs = cell.time_calls(), cell.time_graphs()
+    peers = {name: time["median_s"] for name, time in calls.items() if not cell.contenders[name].ours}
+    peers |= {f"{name} graph": t["median_s"] for name, t in graphs.items() if not cell.contenders[name].ours}
+    fastest = min(peers, key=peers.__getitem__) if peers else None
+    flops = flops_per_coordinate() * (1 + BACKWARD_FORWARDS * OPS[op])
+
+    def entry(name: str, time: dict[str, float]) -> dict[str, Any]:
+        contender, seconds = cell.contenders[name], time["median_s"]
+        size = bytes_of(op, contender.state_bytes)
+        floor = n * size / ceilings.bytes_per_second
+        result: dict[str, Any] = {
+            **time,
+            "ns_per_coordinate": seconds / n * 1e9,
+            "bytes_per_coordinate": size,
+            "gigabytes_per_second": n * size / seconds / 1e9,
+            "memory_floor_ns": floor / n * 1e9,
+            "multiple_of_memory_floor": seconds / floor,
+            "share_of_memory_floor": floor / seconds,
+            "teraflops": n * flops / seconds / 1e12,
+        }
+        if contender.ours and fastest is not None:
+            result["speedup_over_fastest_peer"] = peers[fastest] / seconds
+            result["speedup_over_eager"] = peers["eager"] / seconds if "eager" in peers else None
+        return result
+
+    return {
+        "op": op,
+        "n": n,
+        "input_sets": cell.sets,
+        "inputs_exceed_cache": cell.sets * n * bytes_per_coordinate() / 2 > cell.device.cache_bytes,
+        "flops_per_coordinate": flops,
+        "fastest_peer": fastest,
+        "contenders": {name: entry(name, time) for name, time in calls.items()},
+        "graphs": {name: entry(name, time) for name, time in graphs.items()},
+        "difference_from_eager": cell.differences,
+        "unavailable": cell.unavailable,
+        "failed": cell.failed,
+    }
+
+
+def measure_host(device: Device, plan: Plan) -> dict[str, Any]:
+    """Microseconds that the host spends in a forward call, and the kernels that it launches."""
+    rule = make_rule(HIDDEN, LAYERS).to(device.torch_device)
+    inputs = Inputs(rule, plan.host_n, 0, device.torch_device, backward=False)
+    microseconds, launches, unavailable = {}, {}, {}
+    for contender in make_contenders(rule, device, compiled=False):
+        call = inputs.problem(contender).forward
+        try:
+            launches[contender.name] = device.launches(call)
+            samples = []
+            for _ in range(plan.host_rounds):
+                device.synchronize()
+                start = time.perf_counter()
+                for _ in range(20):  # few enough for the queue of launches
+                    call()
+                samples.append((time.perf_counter() - start) / 20)
+            device.synchronize()
+            microseconds[contender.name] = quantiles(samples)["median_s"] * 1e6
+        except Exception as error:  # the cells say what fails
+            unavailable[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+    return {"n": plan.host_n, "microseconds": microseconds, "launches": launches, "unavailable": unavailable}
+
+
+def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Everything that fits the budget; ``write`` gets the results after every cell, so that none is lost."""
+    start = time.monotonic()
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; one peer turns it on for its calls
+    found: dict[str, Any] = {
+        "machine": machine.describe_gpu(device.name),
+        "complete": False,
+        "state_before": machine.gpu_state(),
+        "hidden_size": HIDDEN,
+        "num_layers": LAYERS,
+        "subject": f"{device.backends[0]} highest",
+        "cache_bytes": device.cache_bytes,
+        "memory_floor": "bytes that a step must move over the rate of a large device-to-device copy, of this run",
+        "fastest_peer": "of eager, nn.LSTM in float32 and in TF32, and the compiled step; calls and captured graphs",
+    }
+    ceilings = Ceilings(device.copy_rate(), device.flop_rate())
+    device.release()
+    found |= {
+        "copy_gigabytes_per_second": ceilings.bytes_per_second / 1e9,
+        "sgemm_teraflops": ceilings.flops_per_second / 1e12,
+        "host": measure_host(device, plan),
+        "skipped": {},
+        "cells": [],
+    }
+    for index, (op, n) in enumerate(plan.cells):
+        name, left = f"{op}, N = {n:,}", plan.seconds - (time.monotonic() - start)
+        print(f"{name}: {left:.0f} s left", flush=True)
+        needed = plan.cell_seconds * 4 / 3 + RESERVE
+        if left < needed and found["cells"]:
+            found["skipped"][name] = f"{left:.0f} s of {plan.seconds:.0f} were left"
+            continue
+        compiled = (op, n) in plan.compiled
+        if compiled and left < needed * (len(plan.cells) - index) + plan.compile_seconds:
+            found["skipped"][f"compiled, {name}"] = f"{left:.0f} s of {plan.seconds:.0f} were left"
+            compiled = False
+        torch._dynamo.reset()  # every size is compiled for itself
+        try:
+            found["cells"].append(measure_cell(Cell(op, n, device, plan, compiled=compiled), ceilings))
+        except torch.OutOfMemoryError as error:
+            found["skipped"][name] = f"out of memory: {error}".splitlines()[0]
+        device.release()
+        write(found)
+    found |= {"state_after": machine.gpu_state(), "targets": judge_gpu(found), "complete": True}
+    write(found)
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """Contenders by cells: nanoseconds a coordinate and, in brackets, multiples of the memory floor."""
+    forms = {"": "contenders", " graph": "graphs"}
+    names = list(dict.fromkeys(n + form for form, key in forms.items() for cell in found["cells"] for n in cell[key]))
+    short = {"forward": "fwd", "forward_backward": "fwd+bwd"}
+    heads = [f"{short[cell['op']]} {cell['n']:.0e}".replace("e+0", "e") for cell in found["cells"]]
+    lines = [f"{'ns a coordinate (x floor)':28}" + "".join(head.rjust(17) for head in heads)]
+    for name in names:
+        form = " graph" if name.endswith(" graph") else ""
+        entries = [cell[forms[form]].get(name.removesuffix(" graph")) for cell in found["cells"]]
+        figures = [f"{e['ns_per_coordinate']:.3g} ({e['multiple_of_memory_floor']:.2g})" if e else "-" for e in entries]
+        lines.append(f"{name:28}" + "".join(figure.rjust(17) for figure in figures))
+    return "\n".join(lines)
+
+
+def verdicts(found: dict[str, Any]) -> str:
+    """Ceilings, host times and the targets, a line each."""
+    host = found["host"]["microseconds"]
+    lines = [
+        f"copy {found['copy_gigabytes_per_second']:.0f} GB/s, float32 product {found['sgemm_teraflops']:.1f} TFLOP/s",
+        f"host, N = {found['host']['n']:,}: " + ", ".join(f"{name} {us:.0f} us" for name, us in host.items()),
+    ]
+    for target in found["targets"]:
+        measured = "not measured" if target["measured"] is None else f"{target['measured']:.2f}"
+        verdict = "met" if target["met"] else "MISSED"
+        required = f"{target['relation']} {target['required']:g} {target['unit']}".rstrip()
+        lines.append(f"{verdict:7} {target['kind']:4} {target['name']}: {required}, measured {measured}")
+    lines += [f"not measured: {name}: {reason}" for name, reason in found["skipped"].items()]
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, write, print a table; 1 where one of our own contenders fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny sizes")
+    parser.add_argument("--seconds", type=float, default=None, help=f"budget, by default {FULL.seconds:.0f}")
+    parser.add_argument("--output", type=Path, default=None, help="JSON to write; default bench/results/<device>.json")
+    options = parser.parse_args(arguments)
+    device: Device = CpuStandIn() if options.dry else CudaDevice()
+    plan = DRY if options.dry else FULL
+    if options.seconds is not None:
+        plan = replace(plan, seconds=options.seconds)
+    output = options.output or RESULTS / f"{machine.slug(device.name)}.json"
+    command = shlex.join(["python", "-m", "bench.gpu", *(sys.argv[1:] if arguments is None else arguments)])
+
+    def write(found: dict[str, Any]) -> None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"command": command, **found}, indent=2, ensure_ascii=False) + "\n")
+
+    torch.manual_seed(0)
+    if options.dry:
+        torch.set_num_threads(1)  # other stages run beside it
+    found = measure(device, plan, write)
+    failed = [f"{cell['op']}, N = {cell['n']:,}: {name}" for cell in found["cells"] for name in cell["failed"]]
+    print(f"\n{table(found)}\n\n{verdicts(found)}\n{output}")
+    for name in failed:
+        print(f"FAILED: {name}")
+    return 1 if failed or not found["cells"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The device that bench.gpu measures on: its clock, its graphs and its ceilings, or a stand-in on the CPU.
+
+:class:`CpuStandIn` lets everything around the measurement run where there is no GPU; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch._C._autograd import DeviceType
+
+from bench import machine
+from bench.timing import wall_seconds
+
+Call = Callable[[], Any]
+
+#: Bytes of the buffer whose copy gives the device's rate, and edge of the matrices whose product gives its FLOP/s.
+COPY_BYTES = 2**32
+SGEMM_SIZE = 8192
+
+
+class Device(Protocol):
+    """What a measurement asks of a device."""
+
+    name: str
+    torch_device: torch.device
+    backends: tuple[str, ...]  # of metakern, the one that the targets judge first
+    state_dtypes: tuple[torch.dtype, ...]  # that those backends keep
+    compile_options: dict[str, Any]  # of torch.compile, for the compiled peer
+    cache_bytes: int  # of the last level
+
+    def seconds(self, work: Call) -> float:
+        """How long a function keeps the device busy, gaps between its launches included."""
+
+    def synchronize(self) -> None:
+        """Wait until the device is idle."""
+
+    def capture(self, call: Call) -> Call:
+        """A function that repeats what ``call`` launches, without its host code."""
+
+    def launches(self, call: Call) -> int:
+        """Kernels that ``call`` launches."""
+
+    def release(self) -> None:
+        """Give back the memory that nothing refers to."""
+
+    def copy_rate(self) -> float:
+        """Bytes a second that a large copy reads and writes, measured."""
+
+    def flop_rate(self) -> float:
+        """Float32 FLOP/s of a large matrix product, measured."""
+
+
+class CudaDevice:
+    """The current CUDA device, timed by events."""
+
+    backends: tuple[str, ...] = ("cuda", "triton")
+    state_dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
+
+    def __init__(self) -> None:
+        if not torch.cuda.is_available():
+            raise RuntimeError("there is no CUDA device to measure (--dry exercises the logic without one)")
+        self.torch_device = torch.device("cuda", torch.cuda.current_device())
+        properties = torch.cuda.get_device_properties(self.torch_device)
+        self.name = properties.name
+        self.cache_bytes = int(properties.L2_cache_size)
+        self.compile_options: dict[str, Any] = {"mode": "max-autotune"}
+
+    def seconds(self, work: Call) -> float:
+        """Between two events around the work."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        work()
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+
+    def synchronize(self) -> None:
+        """Wait for all streams."""
+        torch.cuda.synchronize()
+
+    def capture(self, call: Call) -> Call:
+        """A CUDA graph of the call, after three calls on a side stream as torch asks for."""
+        side, current = torch.cuda.Stream(), torch.cuda.current_stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                call()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+        return graph.replay
+
+    def launches(self, call: Call) -> int:
+        """Kernels, copies and fills that the profiler sees on the device."""
+        call()
+        self.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profile:
+            call()
+            self.synchronize()
+        return sum(event.device_type == DeviceType.CUDA for event in profile.events())
+
+    def release(self) -> None:
+        """Collect, then empty torch's cache."""
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def copy_rate(self) -> float:
+        """Of random data, far larger than the L2 cache; median of 20 copies."""
+        source = torch.randn(COPY_BYTES // 4, device=self.torch_device)
+        target = torch.empty_like(source)
+        seconds = self._median(lambda: target.copy_(source))
+        return 2 * COPY_BYTES / seconds
+
+    def flop_rate(self) -> float:
+        """Of random matrices, TF32 off; median of 20 products."""
+        a, b = (torch.randn(SGEMM_SIZE, SGEMM_SIZE, device=self.torch_device) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = self._median(lambda: torch.mm(a, b, out=out))
+        return 2 * SGEMM_SIZE**3 / seconds
+
+    def _median(self, call: Call) -> float:
+        for _ in range(3):
+            call()
+        samples = torch.tensor([self.seconds(call) for _ in range(20)])
+        return float(samples.median())
+
+
+class CpuStandIn:
+    """The CPU in the device's place, with backends that run there."""
+
+    backends: tuple[str, ...] = ("cpp", "reference")
+    state_dtypes: tuple[torch.dtype, ...] = (torch.float32,)
+    name = "dry run on the CPU"
+
+    def __init__(self) -> None:
+        self.torch_device = torch.device("cpu")
+        self.compile_options: dict[str, Any] = {"backend": "eager"}
+        self.cache_bytes = machine.last_level_cache_bytes()
+
+    def seconds(self, work: Call) -> float:
+        """By the wall clock."""
+        return wall_seconds(work)
+
+    def synchronize(self) -> None:
+        """Nothing runs behind the caller's back."""
+
+    def capture(self, call: Call) -> Call:
+        """The call itself."""
+        return call
+
+    def launches(self, call: Call) -> int:
+        """The call runs; nothing is counted."""
+        call()
+        return 1
+
+    def release(self) -> None:
+        """Collect."""
+        gc.collect()
+
+    def copy_rate(self) -> float:
+        """Of 4 MiB."""
+        source = torch.randn(2**20)
+        target = torch.empty_like(source)
+        return 2 * 2**22 / self.seconds(lambda: target.copy_(source))
+
+    def flop_rate(self) -> float:
+        """Of a small product."""
+        return machine.sgemm_gflops(256) * 1e9

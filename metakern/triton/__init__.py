@@ -1,0 +1,1 @@
+"""The operators as Triton kernels, one file each; importing it needs the package triton."""

@@ -1,0 +1,113 @@
+"""A small call of every kernel, forward, in place and backward, for compute-sanitizer.
+
+compute-sanitizer --tool memcheck python -m tests.gpu.cases [cuda] [triton]
+python -m tests.gpu.cases --dry     by the reference on the CPU
+
+Inputs are made on the CPU, so that few kernels but ours run. Status 1 where a result is NaN or a call raises;
+what the results are is for the tests.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from metakern.ops import LSTMState, lstm_step_
+from tests.gpu.common import BACKENDS, with_bfloat16_state
+from tests.problems import evaluate, make_problem
+
+PRECISIONS = ("highest", "high", "medium")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes, dtypes and options of one call; N ends within a tile."""
+
+    n: int = 70
+    hidden: int = 20
+    layers: int = 2
+    dtype: torch.dtype = torch.float32
+    bfloat16_state: bool = False
+    precision: str = "highest"
+    preprocess: str = "log_sign"
+
+    def run(self, backend: str, device: str) -> None:
+        """Raise unless forward, backward and the step in place give numbers."""
+        problem = make_problem(self.n, self.hidden, self.layers, self.dtype, preprocess=self.preprocess)
+        problem = with_bfloat16_state(problem) if self.bfloat16_state else problem
+        p, h, c = problem.cotangents
+        problem = replace(
+            problem,
+            params=problem.params.to(device),
+            grads=problem.grads.to(device),
+            h=problem.h.to(device),
+            c=problem.c.to(device),
+            weights=[w.to(device) for w in problem.weights],
+            cotangents=(p.to(device), h.to(device), c.to(device)),
+            options=problem.options | {"precision": self.precision},
+        )
+        results, gradients = evaluate(problem, backend)
+        params, state = problem.params.clone(), LSTMState(problem.state.data.clone(), self.n)
+        lstm_step_(params, problem.grads, state, problem.weights, backend=backend, **problem.options)
+        for name, x in {**results, **gradients, "params in place": params, "state in place": state.data}.items():
+            if bool(x.cpu().isnan().any()):  # an infinite slope in float16 is sound
+                raise ArithmeticError(f"{name} holds NaN")
+
+
+#: Sizes with kernels of their own in every precision and storage; those of the general kernel; every dtype; several
+#: blocks and chunks.
+CUDA_CASES = [
+    *(
+        Case(hidden=hidden, precision=precision, bfloat16_state=coarse)
+        for hidden, precision, coarse in itertools.product((20, 32), PRECISIONS, (False, True))
+    ),
+    *(Case(hidden=hidden, layers=layers) for hidden, layers in ((1, 1), (7, 3), (64, 2), (64, 3), (20, 3), (32, 1))),
+    *(Case(hidden=hidden, dtype=torch.float64, layers=layers) for hidden, layers in ((20, 2), (7, 3), (64, 3))),
+    *(Case(dtype=dtype) for dtype in (torch.float16, torch.bfloat16)),
+    *(Case(hidden=5, preprocess=name) for name in ("none", "log_and_clip")),
+    Case(hidden=7, bfloat16_state=True),
+    Case(n=1),
+    Case(n=4500),
+    Case(n=4500, hidden=3, layers=1),
+]
+
+#: Fewer, because each takes seconds to compile.
+TRITON_CASES = [
+    Case(),
+    Case(n=1000, precision="medium", bfloat16_state=True),
+    Case(hidden=5, dtype=torch.float64, preprocess="none"),
+]
+
+CASES = {"cuda": CUDA_CASES, "triton": TRITON_CASES, "reference": CUDA_CASES[:3] + TRITON_CASES}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the cases of each backend, all of them also where one fails."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("backends", nargs="*", help=f"{' and '.join(BACKENDS)}, by default both")
+    parser.add_argument("--dry", action="store_true", help="by the reference on the CPU")
+    options = parser.parse_args(arguments)
+    device = "cpu" if options.dry else "cuda"
+    failed = total = 0
+    for backend in ["reference"] if options.dry else options.backends or BACKENDS:
+        for case in CASES[backend]:
+            print(f"{backend}: {case}", flush=True)
+            total += 1
+            try:
+                case.run(backend, device)
+                if device == "cuda":
+                    torch.cuda.synchronize()
+            except Exception as error:  # the next case runs all the same
+                print(f"FAILED: {backend}: {case}: {type(error).__name__}: {error}", flush=True)
+                failed += 1
+    print(f"{total - failed} of {total} cases ran")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

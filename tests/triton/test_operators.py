@@ -1,0 +1,153 @@
+"""The operators around the kernels: schemas, fake kernels, what torch.compile sees, and a missing Triton."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import vmap
+
+from metakern.ops import LSTMState, lstm_step
+from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
+from tests.problems import evaluate, evaluate_reference, make_problem
+from tests.triton.evaluation import options
+
+NAMES = ("lstm_step_triton", "lstm_step_triton_", "lstm_step_triton_backward")
+
+
+def arguments(name: str, dtype: torch.dtype, device: torch.device | str, n: int = 40) -> tuple[Any, ...]:
+    problem = make_problem(n, 3, 2, dtype, device=device)
+    state = problem.state.data
+    tensors = (problem.params, state, problem.grads, state.clone()) if name.endswith("backward") else None
+    return (*(tensors or (problem.params, problem.grads, state)), problem.weights, *options(problem))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_and_fake_kernel(name: str, dtype: torch.dtype, device: torch.device) -> None:
+    operator = getattr(torch.ops.metakern, name).default
+    torch.library.opcheck(operator, arguments(name, dtype, device), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_kernel_on_a_device_that_is_not_there(name: str) -> None:
+    real = arguments(name, torch.float32, "cpu")
+
+    def fake(x: Any) -> Any:
+        if isinstance(x, list):
+            return [fake(y) for y in x]
+        return torch.empty(x.shape, dtype=x.dtype, device="cuda") if isinstance(x, torch.Tensor) else x
+
+    with FakeTensorMode():
+        outputs = getattr(torch.ops.metakern, name)(*(fake(x) for x in real))
+    if name == "lstm_step_triton_":
+        assert outputs is None
+        return
+    first = 2 if name.endswith("backward") else 0
+    expected = [real[first], real[3 if first else 2], *(real[4] if first else [])]
+    got = [outputs[0], outputs[1], *(outputs[2] if first else [])]
+    for x, like in zip(got, expected, strict=True):
+        assert (x.shape, x.dtype, x.device.type) == (like.shape, like.dtype, "cuda")
+
+
+TRACE = """
+import torch, triton
+from torch._dynamo.backends.common import aot_autograd
+from triton.backends.compiler import GPUTarget
+from metakern.ops.lstm_step import triton_operators
+from tests.problems import make_problem
+
+triton_operators()
+
+class Driver:  # what tracing asks of a GPU
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+    def get_current_device(self):
+        return 0
+
+triton.runtime.driver.set_active(Driver())
+problem = make_problem(100, 5, 2)
+inputs = (problem.params, problem.grads, problem.state.data, problem.weights)
+
+class Traced(Exception): pass
+
+def show(graph, _):
+    for node in graph.graph.nodes:
+        if node.op == "call_function" and "getitem" not in str(node.target):
+            print(node.target, node.kwargs.get("tensors_to_clone", ""))
+    raise Traced
+
+def forward(p, g, s, w):
+    return torch.ops.metakern.lstm_step_triton(p, g, s, w, 1, 10.0, 0.1, 0)
+def in_place(p, g, s, w):
+    torch.ops.metakern.lstm_step_triton_(p, g, s, w, 1, 10.0, 0.1, 0)
+def backward(p, g, s, w):
+    return torch.ops.metakern.lstm_step_triton_backward(p, s, g, s, w, 1, 10.0, 0.1, 0)
+
+for function in (forward, in_place, backward):
+    print(function.__name__)
+    try:
+        torch.compile(function, backend=aot_autograd(fw_compiler=show), fullgraph=True)(*inputs)
+    except Exception as error:
+        assert "Traced" in repr(error), error
+"""
+
+
+def run_python(code: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"TRITON_INTERPRET": "0"}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+
+
+def test_compile_sees_the_forward_kernel_and_what_it_writes() -> None:
+    result = run_python(TRACE)
+    assert result.returncode == 0, result.stderr
+    written = "triton_kernel_wrapper_functional ['new_params', 'new_state']"
+    assert result.stdout.splitlines() == [
+        *("forward", "aten.empty_like.default ", "aten.empty_like.default ", written),
+        *("in_place", written),
+        *("backward", "metakern.lstm_step_triton_backward.default "),
+    ]
+
+
+def test_metakern_works_without_triton_and_says_what_is_missing() -> None:
+    code = "import sys; sys.modules['triton'] = None; import metakern; import metakern.triton.lstm_step"
+    result = run_python(code)
+    assert "ImportError: the Triton kernels need the package triton, 3.6 or newer: pip install triton" in result.stderr
+    assert run_python("import sys, metakern; sys.exit('triton' in sys.modules)").returncode == 0
+
+
+def test_backend_triton_of_the_public_function(device: torch.device) -> None:
+    problem = make_problem(40, 5, 2, device=device)
+    results, gradients = evaluate(problem, "triton")
+    expected_results, expected_gradients = evaluate_reference(problem)
+    for name, expected in expected_results.items():
+        assert_close(name, results[name], expected, FORWARD_TOLERANCE[torch.float32])
+    for name, expected in expected_gradients.items():
+        assert_close(name, gradients[name], expected, GRADIENT_TOLERANCE[torch.float32])
+
+
+def test_a_second_derivative_raises(device: torch.device) -> None:
+    problem = make_problem(5, 3, 1, device=device)
+    grads = problem.grads.requires_grad_()
+    new_params, _ = lstm_step(problem.params, grads, problem.state, problem.weights, backend="triton")
+    (first,) = torch.autograd.grad(new_params.sum(), grads, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_vmap_is_one_launch_over_all_coordinates(device: torch.device) -> None:
+    problem = make_problem(6, 3, 1, device=device)
+    state = LSTMState.zeros(2, hidden_size=3, num_layers=1, device=device)
+    batched = LSTMState(state.data.expand(3, *state.data.shape), 2)
+
+    def step(params: torch.Tensor, grads: torch.Tensor, state: LSTMState) -> torch.Tensor:
+        return lstm_step(params, grads, state, problem.weights, backend="triton")[0]
+
+    got = vmap(step)(problem.params.view(3, 2), problem.grads.view(3, 2), batched)
+    rows = [step(p, g, state) for p, g in zip(problem.params.view(3, 2), problem.grads.view(3, 2), strict=True)]
+    assert_close("new params", got, torch.stack(rows), FORWARD_TOLERANCE[torch.float32])

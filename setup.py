@@ -129,9 +129,10 @@ class BuildExtension(build_ext):
             compiled += [kernel.result() for kernel in kernels]
         ext.extra_objects = [path for paths in compiled for path in paths]
         # A torch with CUDA brings its CUDA library in as a need of libtorch, which must not be dropped as unused.
-        ext.extra_link_args = [*extra[:1], "-Wl,--no-as-needed"]
+        needed = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+        ext.extra_link_args = [*extra[:1], *needed]
         ext.library_dirs = cpp_extension.library_paths()
-        ext.libraries = ["torch", "torch_cpu", "c10"]
+        ext.libraries = ["torch_cpu", "c10"]
         if cuda:  # the static runtime: the library loads where there is no CUDA
             ext.library_dirs += [str(cuda.home / "lib64"), str(cuda.home / "lib")]
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]

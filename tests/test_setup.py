@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import subprocess
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from metakern import _backend
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,3 +105,10 @@ def test_architectures_become_options_of_nvcc(setup: ModuleType) -> None:
 def test_architectures_of_another_form_are_errors(setup: ModuleType, entry: str) -> None:
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must hold entries like 9\.0 or 10\.0"):
         setup.Cuda("nvcc", ROOT, f"8.0;{entry}").targets()
+
+
+def test_the_library_needs_libtorch() -> None:
+    # In a torch with CUDA, libtorch brings in the library with the streams and guards that the operators ask for.
+    assert _backend._C is not None
+    report = subprocess.run(["readelf", "-d", _backend._C.__file__], capture_output=True, text=True, check=True)
+    assert "[libtorch.so]" in report.stdout

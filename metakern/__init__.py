@@ -1,7 +1,26 @@
 """Fused kernels for gradient-based meta-learning in PyTorch."""
 
-from metakern import ops, optim, rules, tasks
+from metakern import maml, ops, optim, rules, tasks
 from metakern._backend import FallbackWarning, build_info, empty_cache
 from metakern._version import __version__
+from metakern.maml import MAML, MetaSGD, adapt, meta_loss
 
-__all__ = ["FallbackWarning", "__version__", "build_info", "empty_cache", "ops", "optim", "rules", "tasks"]
+#: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
+algorithms = maml
+
+__all__ = [
+    "MAML",
+    "FallbackWarning",
+    "MetaSGD",
+    "__version__",
+    "adapt",
+    "algorithms",
+    "build_info",
+    "empty_cache",
+    "maml",
+    "meta_loss",
+    "ops",
+    "optim",
+    "rules",
+    "tasks",
+]

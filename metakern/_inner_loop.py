@@ -1,0 +1,344 @@
+"""The inner loop for any model: torch.func evaluates all tasks at once, autograd differentiates through the steps.
+
+Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape of
+one parameter tensor of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
+
+from metakern._inner_loop_input import LearningRates, TaskBatch, TaskLoss, check_labels
+from metakern.reference.inner_update import inner_update
+
+#: Parameters or buffers by name.
+Tensors = dict[str, Tensor]
+
+_VMAP_NOTE = (
+    "metakern evaluates all tasks at once with torch.vmap. If the model cannot run so, because it writes into a buffer "
+    "what depends on the data, branches on the data, or has an operator without batching rule (nn.LSTM, the fast path "
+    "of nn.TransformerEncoderLayer in eval mode), pass vectorize=False: the tasks are then taken one after another."
+)
+
+
+@contextlib.contextmanager
+def _vmap_noted() -> Iterator[None]:
+    """Tells whoever meets an error of torch.vmap what else there is."""
+    try:
+        yield
+    except RuntimeError as error:
+        error.add_note(_VMAP_NOTE)
+        raise
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func is at work around the call."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+class TaskModel:
+    """A model and a loss, evaluated for T tasks that have parameters of their own.
+
+    Every evaluation starts from the model's buffers as they are, and what the model writes into them is discarded.
+
+    Args:
+        model: any module
+        loss: of one task
+        names: the parameters that each task has for itself; the others are shared
+        vectorize: evaluate all tasks at once, by torch.vmap, or one after another
+    """
+
+    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: bool) -> None:
+        self.model, self.loss, self.names, self.vectorize = model, loss, list(names), vectorize
+        parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+        self.initial = {name: parameters[name] for name in names}
+        self.shared: Tensors = {name: p for name, p in parameters.items() if name not in self.initial} | buffers
+        self.buffers = list(buffers)
+        # Batch norm writes each task's statistics into its running ones, so each task gets a copy.
+        statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
+        self._slots = _slots(model, parameters | buffers)
+
+    def expand(self, num_tasks: int) -> Tensors:
+        """The initial parameters, [T, *shape] each, the same for every task."""
+        return {name: p.unsqueeze(0).expand(num_tasks, *p.shape) for name, p in self.initial.items()}
+
+    def predict(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
+        """Predictions [T, S, ...] for x [T, S, ...]."""
+        predictions: Tensor = self._for_tasks(self._forward, params, shared, (x,))
+        return predictions
+
+    def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
+        """Losses [T]."""
+        losses: Tensor = self._for_tasks(self._task_loss(batch), params, shared, batch.tensors)
+        return losses
+
+    def gradients(self, params: Tensors, shared: Tensors, batch: TaskBatch, first_order: bool) -> list[Tensor]:
+        """Gradients of the losses, [T, *shape] each, in the order of ``names``; zero where a loss has no use for one.
+
+        Args:
+            params: [T, *shape] each
+            shared: the other parameters, and buffers
+            batch: T tasks
+            first_order: whether the gradients are constants
+        """
+        record = torch.is_grad_enabled() and not first_order
+        # Of attention, only this implementation can be differentiated twice. It is used whether or not autograd
+        # records, so that what is recomputed has the same bits.
+        attention = contextlib.nullcontext() if first_order else sdpa_kernel(SDPBackend.MATH)
+        if is_transformed():
+            # torch.func.grad is what they transform; autograd, below, costs a quarter less.
+            point = params if record else {name: p.detach() for name, p in params.items()}
+            with attention:
+                by_name = self._for_tasks(grad(self._task_loss(batch)), point, shared, batch.tensors)
+            return [by_name[name] if record else by_name[name].detach() for name in self.names]
+        with torch.enable_grad(), attention:
+            point = {n: p if record and p.requires_grad else p.detach().requires_grad_() for n, p in params.items()}
+            losses = self.losses(point, shared, batch)
+            at = [point[name] for name in self.names]
+            grads: list[Tensor | None] = [None] * len(at)
+            if losses.requires_grad:
+                # The tasks' losses have no parameter in common, so the gradient of their sum is that of each.
+                with _vmap_noted() if self.vectorize else contextlib.nullcontext():
+                    grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
+        if all(g is None for g in grads):
+            raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
+        return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
+
+    def _forward(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
+        tensors = {**shared, **params}
+        values = {slot: tensors[name] for slot, name in self._slots.items()}
+        prediction: Tensor = functional_call(self.model, values, (x,), tie_weights=False)
+        return prediction
+
+    def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
+        def task_loss(params: Tensors, shared: Tensors, x: Tensor, *targets: Tensor) -> Tensor:
+            prediction = self._forward(params, shared, x)
+            check_labels(batch, prediction)
+            return self.loss(prediction, *targets)
+
+        return task_loss
+
+    def _for_tasks(
+        self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Tensor, ...]
+    ) -> Any:
+        """``function(params, shared, *data)`` of every task, stacked."""
+        if not self.vectorize:
+            outputs = []
+            for task in range(data[0].shape[0]):
+                own = {**shared, **{name: shared[name].clone() for name in self.buffers}}
+                outputs.append(function({n: p[task] for n, p in params.items()}, own, *(d[task] for d in data)))
+            return torch.stack(outputs)
+        num_tasks = data[0].shape[0]
+        own = {name: shared[name].clone() for name in self.buffers if name not in self.statistics}
+        for name in self.statistics:
+            own[name] = shared[name].expand(num_tasks, *shared[name].shape).clone()
+        axes = {name: 0 if name in self.statistics else None for name in shared}
+        batched = vmap(function, in_dims=(0, axes, *[0] * len(data)), randomness="different")
+        if torch.compiler.is_compiling():
+            return batched(params, {**shared, **own}, *data)
+        with _vmap_noted():
+            return batched(params, {**shared, **own}, *data)
+
+
+def _slots(model: nn.Module, tensors: Tensors) -> dict[str, str]:
+    """Every place in the model where a tensor stands, and that tensor's name: tied tensors stand in several.
+
+    functional_call with tie_weights=True leaves a module that the model holds twice changed (pytorch issue 164759).
+    """
+    names = {id(tensor): name for name, tensor in tensors.items()}
+    slots = {}
+    for prefix, module in model.named_modules():
+        for held in (module._parameters, module._buffers):
+            slots.update({f"{prefix}.{n}" if prefix else n: names[id(x)] for n, x in held.items() if x is not None})
+    return slots
+
+
+@dataclass(frozen=True)
+class InnerLoop:
+    """K inner steps, and the query losses that are wanted on the way.
+
+    Attributes:
+        model: what is adapted
+        rates: α
+        first_order: one bool for every step, whether its gradient is a constant
+        clip_norm: largest norm of a task's gradient
+        step_weights: a weight for the query loss after every step, or None where it is not wanted
+        checkpoint_every: steps between two parameters that are kept for the backward, None to keep whole graphs
+    """
+
+    model: TaskModel
+    rates: LearningRates
+    first_order: list[bool]
+    clip_norm: float | None = None
+    step_weights: Sequence[float] | Tensor | None = None
+    checkpoint_every: int | None = None
+    num_steps: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "num_steps", len(self.first_order))
+
+    def run(self, support: TaskBatch, query: TaskBatch | None = None) -> tuple[Tensors, Tensor | None]:
+        """Adapt to the support sets.
+
+        Returns:
+            adapted parameters, [T, *shape] each, and the weighted sum of the query losses [T], if asked for
+        """
+        state = self.model.expand(support.x.shape[0]), None
+        every = self.checkpoint_every
+        if every is None or not torch.is_grad_enabled():
+            return self._steps(state, self.model.shared, self._arguments(), support, query, range(self.num_steps))
+        self._check_captured(state[0], support, query)
+        for start in range(0, self.num_steps, every):
+            steps = range(start, min(start + every, self.num_steps))
+            arguments = (state, self.model.shared, self._arguments(), support.tensors, query and query.tensors)
+            state = recomputed(self._segment(support, query, steps), arguments)
+        return state
+
+    def _arguments(self) -> tuple[Any, Any]:
+        """What a meta-gradient may be asked for besides parameters and data."""
+        return self.rates.values, self.step_weights
+
+    def _steps(
+        self,
+        state: tuple[Tensors, Tensor | None],
+        shared: Tensors,
+        arguments: tuple[Any, Any],
+        support: TaskBatch,
+        query: TaskBatch | None,
+        steps: range,
+    ) -> tuple[Tensors, Tensor | None]:
+        params, total = state
+        rates, weights = arguments
+        names = self.model.names
+        for step in steps:
+            grads = self.model.gradients(params, shared, support, self.first_order[step])
+            updated = inner_update(
+                [params[name] for name in names],
+                grads,
+                rates,
+                step=step if self.rates.per_step else None,
+                clip_norm=self.clip_norm,
+            )
+            params = dict(zip(names, updated, strict=True))
+            if weights is not None and query is not None and (isinstance(weights, Tensor) or weights[step]):
+                losses = weights[step] * self.model.losses(params, shared, query)
+                total = losses if total is None else total + losses
+        return params, total
+
+    def _segment(self, support: TaskBatch, query: TaskBatch | None, steps: range) -> Callable[..., Any]:
+        """Some of the steps as a function of all the tensors that they depend on."""
+
+        def run(state: Any, shared: Tensors, arguments: Any, support_tensors: Any, query_tensors: Any) -> Any:
+            new_support = support.with_tensors(support_tensors)
+            new_query = query and query.with_tensors(query_tensors)
+            return self._steps(state, shared, arguments, new_support, new_query, steps)
+
+        return run
+
+    def _check_captured(self, params: Tensors, support: TaskBatch, query: TaskBatch | None) -> None:
+        """Raise where the loss or the model holds a tensor to which recomputation would lose the meta-gradient."""
+        params, shared = pytree.tree_map_only(Tensor, torch.detach, (params, self.model.shared))
+        with torch.enable_grad(), _kept_random_state(support.x.device):
+            for batch in (support, query):
+                if batch is None:
+                    continue
+                detached = batch.with_tensors([tensor.detach() for tensor in batch.tensors])
+                if self.model.losses(params, shared, detached).requires_grad:
+                    raise RuntimeError(
+                        "checkpoint_every recomputes from model, data and lr, but loss or model holds another tensor "
+                        "that requires a gradient, which would be lost; register it in the model, or leave "
+                        "checkpoint_every out"
+                    )
+
+
+# ------------------------------------------------------------------------------------------------------- recomputation
+
+
+def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """``function(*arguments)``, of which the arguments alone are kept: the backward runs it again.
+
+    torch.utils.checkpoint does not serve: gradients that are taken inside the function would make it run the function
+    again for each of them. Random numbers and autocast are those of the first run. The function depends on no tensor
+    that requires a gradient besides its arguments. It can be differentiated once.
+    """
+    leaves, structure = pytree.tree_flatten(arguments)
+    results: list[Any] = []
+
+    def flat(*flat_leaves: Any) -> tuple[Any, ...]:
+        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(flat_leaves), structure)))
+        results[:] = [spec]
+        return tuple(outputs)
+
+    outputs = _Recomputed.apply(flat, *leaves)
+    return pytree.tree_unflatten(list(outputs), results[0])
+
+
+class _Recomputed(torch.autograd.Function):
+    """See :func:`recomputed`; takes and returns leaves, tensors among them."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Any, ...]], *leaves: Any) -> tuple[Any, ...]:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device
+        ctx.function = function
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.random_state = _random_state(device)
+        kind = device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(*tensors)
+        return function(*leaves)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        leaves, inputs, positions = list(ctx.constants), [], []
+        for position, tensor in zip(ctx.positions, ctx.saved_tensors, strict=True):
+            leaves[position] = tensor.detach()
+            if ctx.needs_input_grad[position + 1]:
+                leaves[position].requires_grad_()
+                inputs.append(leaves[position])
+                positions.append(position + 1)
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), _kept_random_state(leaves[ctx.positions[0]].device):
+            _set_random_state(ctx.random_state)
+            with torch.autocast(kind, dtype, enabled):
+                outputs = ctx.function(*leaves)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+        grads: list[Any] = [None] * (len(leaves) + 1)
+        for position, gradient in zip(positions, found, strict=True):
+            grads[position] = gradient
+        return tuple(grads)
+
+
+def _random_state(device: torch.device) -> tuple[Tensor, torch.device, Tensor | None]:
+    return torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+def _set_random_state(state: tuple[Tensor, torch.device, Tensor | None]) -> None:
+    cpu, device, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda is not None:
+        torch.cuda.set_rng_state(cuda, device)
+
+
+@contextlib.contextmanager
+def _kept_random_state(device: torch.device) -> Iterator[None]:
+    """Puts the random state back afterwards."""
+    state = _random_state(device)
+    try:
+        yield
+    finally:
+        _set_random_state(state)

@@ -1,0 +1,438 @@
+"""The MAML family: one learner for one task, as users of learn2learn write it, and all tasks of a meta-batch at once.
+
+- MAML, FOMAML: Finn et al. 2017, arXiv 1703.03400
+- Meta-SGD, a learned learning rate a parameter: Li et al. 2017, arXiv 1707.09835
+- Reptile: Nichol et al. 2018, arXiv 1803.02999
+- MAML++, learned learning rates a tensor and step (LSLR), multi-step loss (MSL), derivative-order annealing:
+  Antoniou et al. 2018, arXiv 1810.09502
+- ANIL, only the head adapts: Raghu et al. 2019, arXiv 1909.09157
+
+Axis legend: T tasks, S support samples and Q query samples of a task, K inner steps, ``*shape`` the shape of one
+parameter tensor of the model.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
+from metakern._inner_loop_input import (
+    TaskBatch,
+    TaskLoss,
+    adapted_names,
+    check_clip_norm,
+    check_count,
+    check_rate,
+    check_samples,
+    check_step_weights,
+    first_order_steps,
+    learning_rates,
+    task_batch,
+)
+from metakern._learner import Learner
+
+_log = logging.getLogger("metakern")
+
+#: Learning rates of the batched calls.
+Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
+
+
+# ---------------------------------------------------------------------------------------------------------- one task
+
+
+class MAML(Learner):
+    """Model-agnostic meta-learning, one task at a time, with the calls of ``learn2learn.algorithms.MAML``.
+
+    For all tasks of a meta-batch at once see :func:`adapt` and :func:`meta_loss`.
+
+    Args:
+        model: any module; its parameters are the meta-parameters and it is the learner's ``module``
+        lr: α, the learning rate of the inner steps, a number or a tensor of one element, which receives meta-gradients
+        first_order: FOMAML: take the inner gradients as constants
+        allow_unused: whether a loss may have no use for some parameters, which then stay as they are; None means
+            ``allow_nograd``
+        allow_nograd: whether parameters with ``requires_grad=False`` are allowed, which then stay as they are
+
+    Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: running statistics
+    that a clone's batch norm gathers are the model's.
+
+    Raises:
+        TypeError, ValueError: for a model that is no module, and an ``lr`` that is not finite or has more elements.
+
+    Example:
+        >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
+        >>> learner = maml.clone()
+        >>> learner.adapt(F.mse_loss(learner(support_x), support_y))
+        >>> F.mse_loss(learner(query_x), query_y).backward()  # meta-gradients in maml.parameters()
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        lr: float | Tensor,
+        first_order: bool = False,
+        allow_unused: bool | None = None,
+        allow_nograd: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_rate("lr", lr)
+        self.module = model
+        self.lr = lr
+        self.first_order = first_order
+        self.allow_nograd = allow_nograd
+        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
+
+    def clone(
+        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
+    ) -> Self:
+        """A learner for one task: its parameters are copies through which meta-gradients flow to this one's.
+
+        A clone can be cloned, adapted or not. Arguments replace those of the constructor; None keeps them.
+        """
+        clone = self._copy()
+        clone.first_order = self.first_order if first_order is None else first_order
+        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        return clone
+
+    def adapt(
+        self,
+        loss: Tensor,
+        first_order: bool | None = None,
+        allow_unused: bool | None = None,
+        allow_nograd: bool | None = None,
+    ) -> None:
+        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
+
+        Arguments replace those of the constructor for this step; None keeps them.
+
+        Raises:
+            TypeError, ValueError: for a loss that is no tensor or not one number.
+            RuntimeError: for a loss that depends on no parameter; for parameters that require no gradient or have no
+                part in the loss, where they are not allowed.
+        """
+        first_order = self.first_order if first_order is None else first_order
+        allow_unused = self.allow_unused if allow_unused is None else allow_unused
+        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        params = list(self.module.named_parameters())
+        frozen = [name for name, p in params if not p.requires_grad]
+        if frozen and not allow_nograd:
+            raise RuntimeError(f"parameters must require gradients, but {frozen} do not: try allow_nograd=True")
+        params = [(name, p) for name, p in params if p.requires_grad]
+        grads = self._gradients(loss, params, first_order, allow_unused)
+        self._update([p for _, p in params], grads, self.lr)
+
+
+class MetaSGD(Learner):
+    """MAML with a learned learning rate for every parameter, with the calls of ``learn2learn.algorithms.MetaSGD``.
+
+    Li et al. 2017, "Meta-SGD", arXiv 1707.09835.
+
+    Args:
+        model: any module, the learner's ``module``; parameters that require no gradient stay as they are
+        lr: first value of all learning rates
+        first_order: take the inner gradients as constants
+        lrs: the learning rates, one tensor a parameter of the model and of its shape, instead of ``lr``
+
+    Attributes:
+        lrs: ``nn.ParameterList``, one entry a parameter of the model; a list of tensors in a clone
+
+    Raises:
+        TypeError, ValueError: for a model that is no module, and rates of another number or shape.
+    """
+
+    lrs: Any
+
+    def __init__(
+        self, model: nn.Module, lr: float = 1.0, first_order: bool = False, lrs: Sequence[Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_rate("lr", lr)
+        self.module = model
+        params = list(model.parameters())
+        if lrs is not None and len(lrs) != len(params):
+            raise ValueError(f"lrs must have one tensor a parameter, {len(params)}, got {len(lrs)}")
+        for index, (rate, p) in enumerate(zip(lrs or (), params, strict=False)):
+            if rate.shape != p.shape:
+                raise ValueError(f"lrs[{index}] must have shape {list(p.shape)}, got {list(rate.shape)}")
+        self.lrs = lrs or nn.ParameterList([nn.Parameter(torch.full_like(p, float(lr))) for p in params])
+        self.first_order = first_order
+
+    def clone(self) -> Self:
+        """A learner for one task; meta-gradients flow to this one's parameters and learning rates."""
+        clone = self._copy()
+        clone._modules.pop("lrs", None)
+        clone.lrs = [rate.clone() for rate in self.lrs]
+        return clone
+
+    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
+        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
+
+        ``first_order`` replaces that of the constructor for this step; None keeps it.
+
+        Raises:
+            TypeError, ValueError: for a loss that is no tensor or not one number.
+            RuntimeError: for a loss that does not depend on every parameter that requires a gradient.
+        """
+        first_order = self.first_order if first_order is None else first_order
+        named = zip(self.module.named_parameters(), self.lrs, strict=True)
+        trainable = [(name, p, rate) for (name, p), rate in named if p.requires_grad]
+        grads = self._gradients(loss, [(name, p) for name, p, _ in trainable], first_order, allow_unused=False)
+        self._update([p for _, p, _ in trainable], grads, [rate for *_, rate in trainable])
+
+
+# --------------------------------------------------------------------------------------------------------- all tasks
+
+
+class Adapted:
+    """The models of T tasks after their inner steps; made by :func:`adapt`.
+
+    Attributes:
+        parameters: the adapted parameters by name, [T, *shape] each; meta-gradients flow through them to the model's
+    """
+
+    def __init__(self, parameters: dict[str, Tensor], model: TaskModel) -> None:
+        self.parameters = parameters
+        self._model = model
+
+    def __call__(self, query_x: Tensor) -> Tensor:
+        """Predictions [T, Q, ...] of every task's model for its own ``query_x`` [T, Q, ...].
+
+        The model is in the mode, ``train()`` or ``eval()``, that it has when this is called.
+
+        Raises:
+            TypeError, ValueError: for an input of another kind, or of another T.
+        """
+        check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
+        prediction: Tensor = self._model.predict(self.parameters, self._model.shared, query_x)
+        return prediction
+
+
+def adapt(
+    model: nn.Module,
+    support_x: Tensor,
+    support_y: Tensor,
+    *,
+    loss: Callable[..., Tensor] = F.mse_loss,
+    steps: int = 1,
+    lr: Rates = 0.01,
+    first_order: bool | Sequence[bool] = False,
+    parameters: str | Sequence[str] | None = None,
+    clip_norm: float | None = None,
+    support_mask: Tensor | None = None,
+    checkpoint_every: int | None = None,
+    vectorize: bool = True,
+) -> Adapted:
+    """K gradient steps on the support sets of T tasks at once, each from the model's parameters (MAML's inner loop).
+
+    Finn et al. 2017, arXiv 1703.03400. Meta-gradients, exact to second order, flow from the result to the model's
+    parameters, to ``lr`` and to ``support_x``; under ``torch.no_grad()`` none are recorded. ``model`` is not changed.
+
+    Args:
+        model: any module that takes [S, ...] and whose parameters are the initialisation of every task. Each evaluation
+            starts from its buffers, and what it writes into them is discarded: in ``train()`` mode batch norm uses the
+            statistics of the task's current batch, support or query, and running statistics stay as they are; in
+            ``eval()`` mode it uses the running ones. Dropout draws for each task and step.
+        support_x: [T, S, ...]
+        support_y: [T, S, ...]
+        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; a function or a module
+        steps: K
+        lr: α: a number or a tensor of one element; or by name in a dict, or in the order of the adapted parameters in a
+            list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]
+        first_order: FOMAML: take the inner gradients as constants; or one bool a step. For derivative-order annealing
+            pass ``epoch < 50``.
+        parameters: glob pattern, or list of them, of the names to adapt, ``"head.*"`` for ANIL; None adapts all that
+            require a gradient. The others are shared by the tasks and receive meta-gradients. Adapted parameters that
+            the loss has no use for stay as they are.
+        clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
+        support_mask: bool [T, S], False at padding, for support sets of different sizes. ``loss`` must then take
+            ``reduction="none"``; the task's loss is the mean over its samples. Batch norm sees the padding, as copies
+            of the task's first sample.
+        checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
+            backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
+            differentiated again.
+        vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap refuses
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit, by name; labels outside the model's outputs among them
+        RuntimeError: for a loss that depends on no adapted parameter, and inside ``torch.inference_mode()``.
+
+    Example:
+        >>> adapted = adapt(net, support_x, support_y, loss=F.cross_entropy, steps=5, lr=0.4)
+        >>> accuracy = (adapted(query_x).argmax(-1) == query_y).float().mean()
+    """
+    masked = support_mask is not None
+    loop, task_loss = _inner_loop(
+        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked
+    )
+    support = task_batch("support", (support_x, support_y), support_mask, task_loss)
+    _explain("adapt", loop, support)
+    return Adapted(loop.run(support)[0], loop.model)
+
+
+def meta_loss(
+    model: nn.Module,
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    *,
+    loss: Callable[..., Tensor] = F.mse_loss,
+    steps: int = 1,
+    lr: Rates = 0.01,
+    first_order: bool | Sequence[bool] = False,
+    parameters: str | Sequence[str] | None = None,
+    clip_norm: float | None = None,
+    support_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    step_weights: Sequence[float] | Tensor | None = None,
+    checkpoint_every: int | None = None,
+    vectorize: bool = True,
+) -> Tensor:
+    """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
+
+    ``meta_loss(...).mean().backward()`` leaves exact meta-gradients in ``model.parameters()``, and in ``lr`` where it
+    holds tensors that require them. Works in ``torch.compile(fullgraph=True)`` and the transforms of torch.func, but
+    there not with ``checkpoint_every`` or ``vectorize=False``; compiled, it does not look for labels out of range.
+
+    Args:
+        model: as for :func:`adapt`
+        support: (x, y), [T, S, ...] each
+        query: (x, y), [T, Q, ...] each
+        loss: as for :func:`adapt`, of support and query sets
+        steps: K
+        lr: as for :func:`adapt`
+        first_order: as for :func:`adapt`
+        parameters: as for :func:`adapt`
+        clip_norm: as for :func:`adapt`
+        support_mask: as for :func:`adapt`
+        query_mask: bool [T, Q], the same for query sets
+        step_weights: [K], MAML++'s multi-step loss: Σ_k w_k L_query(θ_k) over the parameters after every step, in place
+            of L_query(θ_K); see :func:`multi_step_weights`
+        checkpoint_every: as for :func:`adapt`
+        vectorize: as for :func:`adapt`
+
+    Returns:
+        losses [T]
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`adapt`.
+
+    Example:
+        >>> optimizer.zero_grad()
+        >>> meta_loss(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01).mean().backward()
+        >>> optimizer.step()
+    """
+    masked = support_mask is not None or query_mask is not None
+    loop, task_loss = _inner_loop(
+        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked, step_weights
+    )
+    support_batch = task_batch("support", support, support_mask, task_loss)
+    query_batch = task_batch("query", query, query_mask, task_loss, support_batch.x.shape[0])
+    _explain("meta_loss", loop, support_batch)
+    if step_weights is None:
+        params, _ = loop.run(support_batch)
+        return loop.model.losses(params, loop.model.shared, query_batch)
+    _, losses = loop.run(support_batch, query_batch)
+    if losses is None:
+        raise ValueError(f"step_weights must not all be zero, got {step_weights}")
+    return losses
+
+
+def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:
+    """MAML++'s annealed weights [K] of the query losses after every inner step; they sum to 1.
+
+    Antoniou et al. 2018, arXiv 1810.09502: max(1/K − e/(K·E), 0.03/K) for all but the last step, the last takes the
+    rest.
+
+    Args:
+        steps: K
+        epoch: e, from 0
+        epochs: E, the epochs over which the weight moves to the last step
+
+    Raises:
+        TypeError, ValueError: unless K and E are at least 1 and e is not negative.
+    """
+    check_count("steps", steps)
+    check_count("epochs", epochs)
+    check_count("epoch", epoch, minimum=0)
+    weights = torch.full((steps,), max(1 / steps - epoch / (steps * epochs), 0.03 / steps))
+    weights[-1] = 1 - weights[:-1].sum()
+    return weights
+
+
+@torch.no_grad()
+def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
+    """Reptile's outer step, in place: θ += ε (mean over tasks of φ − θ), for the adapted parameters.
+
+    Nichol et al. 2018, arXiv 1803.02999.
+
+    Args:
+        model: the module that was adapted
+        adapted: φ, from :func:`adapt`, best under ``torch.no_grad()``
+        epsilon: ε, 0 to 1
+
+    Raises:
+        TypeError, ValueError: for an ``epsilon`` that is no finite number, and parameters that the model does not have.
+    """
+    check_rate("epsilon", epsilon)
+    parameters = dict(model.named_parameters())
+    for name, phi in adapted.parameters.items():
+        if name not in parameters or parameters[name].shape != phi.shape[1:]:
+            raise ValueError(f"model must be the one that was adapted: it has no {name} of shape {list(phi.shape[1:])}")
+    for name, phi in adapted.parameters.items():
+        parameters[name].add_(epsilon * (phi.mean(0) - parameters[name]))
+
+
+def _inner_loop(
+    model: nn.Module,
+    loss: Callable[..., Tensor],
+    steps: int,
+    lr: Rates,
+    first_order: bool | Sequence[bool],
+    parameters: str | Sequence[str] | None,
+    clip_norm: float | None,
+    checkpoint_every: int | None,
+    vectorize: bool,
+    masked: bool,
+    step_weights: Sequence[float] | Tensor | None = None,
+) -> tuple[InnerLoop, TaskLoss]:
+    """The inner loop that the options describe, checked."""
+    if is_transformed():
+        if checkpoint_every is not None or not vectorize:
+            raise RuntimeError("checkpoint_every and vectorize=False do not work in torch.compile and torch.func")
+    elif torch.is_inference_mode_enabled():
+        raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
+    check_count("steps", steps)
+    check_clip_norm(clip_norm)
+    if checkpoint_every is not None:
+        check_count("checkpoint_every", checkpoint_every)
+    if step_weights is not None:
+        step_weights = check_step_weights(step_weights, steps)
+    task_loss = TaskLoss(loss, masked)
+    task_model = TaskModel(model, task_loss, adapted_names(model, parameters), vectorize)
+    rates = learning_rates(lr, task_model.initial, steps)
+    orders = first_order_steps(first_order, steps)
+    return InnerLoop(task_model, rates, orders, clip_norm, step_weights, checkpoint_every), task_loss
+
+
+def _explain(call: str, loop: InnerLoop, support: TaskBatch) -> None:
+    """Log which implementation serves a call, and why."""
+    if torch.compiler.is_compiling() or not _log.isEnabledFor(logging.DEBUG):
+        return
+    how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
+    _log.debug(
+        "%s: T=%d, S=%d, K=%d: generic path, %s; there is no fused inner loop yet",
+        call,
+        *support.x.shape[:2],
+        loop.num_steps,
+        how,
+    )

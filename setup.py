@@ -39,6 +39,7 @@ SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp", "
 CUDA_KERNELS = ["csrc/cuda/lstm_step.cu"]
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
 # The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
 OLDEST_TORCH = "0x020b000000000000"
@@ -71,21 +72,35 @@ class Cuda(NamedTuple):
                 raise SystemExit(f"METAKERN_CUDA=1, but there is no nvcc in {f'{home}/bin' if home else 'PATH'}")
             return None
         # Where nvcc itself thinks that it lives: the one on PATH may be a script or a link.
+        architectures = cls.served(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES)
         report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.*)$", report.stderr, re.MULTILINE)
         if report.returncode or top is None:
             raise SystemExit(f"{nvcc} does not work (METAKERN_CUDA=0 builds without it):\n{report.stderr}")
-        return cls(
-            nvcc, Path(top[1].strip()).resolve(), os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES
-        )
+        return cls(nvcc, Path(top[1].strip()).resolve(), architectures)
+
+    @staticmethod
+    def served(architectures: str) -> str:
+        """The entries of a TORCH_CUDA_ARCH_LIST that the kernels are written for: 8.0 and newer."""
+        kept = []
+        for name in architectures.replace(";", " ").split():
+            match = ARCHITECTURE.fullmatch(name)
+            if match is None:
+                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 9.0 or 10.0+PTX, got {name!r}")
+            if int(match[1]) >= 8:
+                kept.append(name)
+            else:
+                print(f"no CUDA kernels for {name}: they need 8.0 or newer")
+        if not kept:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold 8.0 or newer for METAKERN_CUDA, got {architectures!r}")
+        return ";".join(kept)
 
     def targets(self) -> list[str]:
         """The architecture list as nvcc's options."""
         flags = []
-        for name in self.architectures.replace(";", " ").split():
-            match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", name)
-            if match is None:
-                raise SystemExit(f"TORCH_CUDA_ARCH_LIST must hold entries like 9.0 or 10.0+PTX, got {name!r}")
+        for name in self.architectures.split(";"):
+            match = ARCHITECTURE.fullmatch(name)
+            assert match is not None
             number = match[1] + match[2]
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
             if match[3]:

@@ -110,8 +110,8 @@ def missing(name: str, device: torch.device) -> str:
 
 
 def prefers_triton() -> bool:
-    """Whether Triton's kernels are likely to be asked for: they are there, and so is something that runs them."""
-    return _HAS_TRITON and (torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1")
+    """Whether Triton's kernels may be asked for. No GPU is asked: that would start CUDA, and forks could not use it."""
+    return _HAS_TRITON and (torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def check_backend(backend: str | None) -> None:

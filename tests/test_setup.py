@@ -93,7 +93,7 @@ def test_an_unknown_value_of_metakern_cuda_is_an_error(setup: ModuleType, monkey
 
 
 def test_architectures_become_options_of_nvcc(setup: ModuleType) -> None:
-    assert setup.Cuda("nvcc", ROOT, "8.0;9.0a 10.0+PTX").targets() == [
+    assert setup.Cuda("nvcc", ROOT, "8.0;9.0a;10.0+PTX").targets() == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
         "-gencode=arch=compute_100,code=sm_100",
@@ -104,7 +104,13 @@ def test_architectures_become_options_of_nvcc(setup: ModuleType) -> None:
 @pytest.mark.parametrize("entry", ["Hopper", "90", "9.0+ptx", "sm_90"])
 def test_architectures_of_another_form_are_errors(setup: ModuleType, entry: str) -> None:
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must hold entries like 9\.0 or 10\.0"):
-        setup.Cuda("nvcc", ROOT, f"8.0;{entry}").targets()
+        setup.Cuda.served(f"8.0;{entry}")
+
+
+def test_architectures_before_8_are_left_out(setup: ModuleType) -> None:
+    assert setup.Cuda.served("7.0 7.5+PTX;8.6 9.0+PTX") == "8.6;9.0+PTX"
+    with pytest.raises(SystemExit, match=r"must hold 8\.0 or newer .*, got '6\.0;7\.5'"):
+        setup.Cuda.served("6.0;7.5")
 
 
 def test_the_library_needs_libtorch() -> None:

@@ -76,6 +76,20 @@ CudaWeights pointers(const std::vector<Tensor>& weights, std::vector<Tensor>& ke
   return result;
 }
 
+// What torch's shims tell of a failed allocation is where it happened, not why.
+template <class Allocate>
+Tensor allocated(const char* what, int64_t bytes, Allocate allocate) {
+  try {
+    return allocate();
+  } catch (const std::exception& error) {
+    fail("out of memory? lstm_step could not allocate ", bytes, " bytes for ", what, ": ", error.what());
+  }
+}
+
+Tensor empty_like(const char* what, const Tensor& t) {
+  return allocated(what, t.numel() * int64_t(t.element_size()), [&] { return torch::stable::new_empty(t, t.sizes()); });
+}
+
 // Tiles are read by 16 bytes at once; a view may start anywhere.
 Tensor aligned(const Tensor& t) {
   const Tensor c = as_contiguous(t);
@@ -90,8 +104,8 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   const OnDevice on(grads_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = aligned(state_);
   std::vector<Tensor> kept;
-  Tensor new_params = torch::stable::new_empty(params, params.sizes());
-  Tensor new_state = torch::stable::new_empty(state, state.sizes());
+  Tensor new_params = empty_like("the new parameters", params);
+  Tensor new_state = empty_like("the new state", state);
   check_cuda(
       cuda_lstm_step_forward(p,
                              {pointers(weights, kept), params.const_data_ptr(), grads.const_data_ptr(),
@@ -133,15 +147,17 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
   std::vector<Tensor> kept;
   CudaLstmStepBackward args{};
   args.weights = pointers(weights, kept);
-  Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
-  Tensor grad_state = torch::stable::new_empty(state, state.sizes());
+  Tensor grad_grads = empty_like("the gradient of grads", grads);
+  Tensor grad_state = empty_like("the gradient of the state", state);
   std::vector<Tensor> grad_weights;
   for (size_t i = 0; i < weights.size(); ++i) {
-    grad_weights.push_back(torch::stable::new_empty(weights[i], weights[i].sizes()));
+    grad_weights.push_back(empty_like("the gradient of a weight", weights[i]));
     args.grad_weights[i] = grad_weights.back().mutable_data_ptr();
   }
   const int64_t workspace_bytes = cuda_lstm_step_workspace_bytes(p);
-  const Tensor workspace = torch::stable::new_empty(grads, {workspace_bytes}, ScalarType::Byte);
+  const Tensor workspace = allocated("partial gradients of the weights", workspace_bytes, [&] {
+    return torch::stable::new_empty(grads, {workspace_bytes}, ScalarType::Byte);
+  });
   args.grads = grads.const_data_ptr();
   args.state = state.const_data_ptr();
   args.grad_new_params = grad_new_params.const_data_ptr();

@@ -36,7 +36,9 @@ struct FmaUnits {
   using Scalar = S;
   using Store = StoreType;
   static constexpr int fixed_hidden = FixedH;
-  static constexpr int max_warps = sizeof(S) == 8 ? 8 : FixedH == 32 ? 16 : 12;  // what leaves registers enough
+  static constexpr int max_warps = sizeof(S) == 8 ? 8
+                                   : FixedH == 32 ? 8
+                                                  : 12;  // what registers and shared memory allow
   static constexpr int x_stride = tile_lanes;
   static constexpr int state_stride = tile_lanes;
   static constexpr bool single_pass = Sizes<FixedH>::single_pass;

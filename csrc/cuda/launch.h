@@ -61,7 +61,7 @@ CudaResult launch(void (*kernel)(Arguments), std::atomic<bool> (&prepared)[cache
   if (!cached || !prepared[facts.device].load(std::memory_order_relaxed)) {
     MK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, facts.shared_bytes),
-                  name);
+                  "cudaFuncSetAttribute(MaxDynamicSharedMemorySize) for lstm_step");
     if (cached) prepared[facts.device].store(true, std::memory_order_relaxed);
   }
   cudaLaunchConfig_t config = {};

@@ -116,7 +116,9 @@ CudaResult cuda_lstm_step_forward(const LstmStepProblem& p, const CudaLstmStepFo
       p.dtype == DType::float64          ? launch_forward<FmaUnits<double, double, 0>>(p, args, facts, stream, &result)
       : p.state_dtype == DType::bfloat16 ? launch_forward_float<BFloat16>(p, args, facts, stream, &result)
                                          : launch_forward_float<float>(p, args, facts, stream, &result);
-  if (!launched) return {cudaErrorInvalidConfiguration, "shared memory for lstm_step's forward kernel"};
+  if (!launched)
+    return {cudaErrorInvalidConfiguration,
+            "lstm_step's forward kernel, which needs more shared memory than a block of this device has,"};
   return result;
 }
 
@@ -133,7 +135,9 @@ CudaResult cuda_lstm_step_backward(const LstmStepProblem& p, const CudaLstmStepB
         p.dtype == DType::float64          ? launch_backward<double, double, 0>(p, args, facts, stream, &result)
         : p.state_dtype == DType::bfloat16 ? launch_backward_float<BFloat16>(p, args, facts, stream, &result)
                                            : launch_backward_float<float>(p, args, facts, stream, &result);
-    if (!launched) return {cudaErrorInvalidConfiguration, "shared memory for lstm_step's backward kernel"};
+    if (!launched)
+      return {cudaErrorInvalidConfiguration,
+              "lstm_step's backward kernel, which needs more shared memory than a block of this device has,"};
     if (!result.ok()) return result;
   }
   return p.dtype == DType::float64 ? launch_reduce<double>(p, args, facts, stream)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib
 import itertools
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -120,14 +119,17 @@ def lstm_step_(
     """
     options = _options(preprocess, preprocess_scale, output_scale, precision)
     operators = _operators(params, grads, state, weights, preprocess, backend)
-    if operators is None:
+    if operators is not _compiled or torch.compiler.is_compiling():  # they look for themselves
         _check_contiguous(params, state)
+    if operators is None:
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
         )
         params.copy_(new_params)
         state.data.copy_(new_state.data)
         return
+    if operators is not _compiled and not torch.compiler.is_compiling():
+        _check_memory(params, grads, state)
     try:
         operators.step_(params, grads, state.data, weights, *options)
     except Exception:
@@ -245,6 +247,20 @@ def _check_contiguous(params: Tensor, state: LSTMState) -> None:
             raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
 
 
+def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
+    """Raise ValueError where one block's results would be another's input."""
+
+    def overlap(a: Tensor, b: Tensor) -> bool:
+        first, second = a.data_ptr(), b.data_ptr()
+        return first < second + b.nbytes and second < first + a.nbytes
+
+    grads = grads.contiguous()  # a copy where it was not
+    if overlap(params, state.data) or overlap(grads, state.data):
+        raise ValueError("params, grads and state must not share memory")
+    if overlap(params, grads) and params.data_ptr() != grads.data_ptr():
+        raise ValueError("grads must not share a part of params' memory")
+
+
 def check_precision(precision: Any) -> None:
     """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
     if not isinstance(precision, str) or precision not in _PRECISION_INDEX:
@@ -265,8 +281,8 @@ def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
             )
     if not MIN_SCALE <= preprocess_scale <= MAX_SCALE:
         raise ValueError(f"preprocess_scale must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
-    if not -math.inf < output_scale < math.inf:
-        raise ValueError(f"output_scale must be finite, got {output_scale}")
+    if not abs(output_scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"output_scale must be finite in float32, got {output_scale}")
 
 
 def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

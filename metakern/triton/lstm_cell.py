@@ -216,9 +216,12 @@ def to_arithmetic(x):
 
 @triton.jit
 def round_to_tf32(x):
-    """The nearest number of 11 significant bits, which a TF32 product takes as it is; NaN stays."""
-    t = x * 8193.0  # 2^13 + 1
-    return t - (t - x)
+    """The nearest number of 11 significant bits, which a TF32 product takes as it is; NaN stays.
+
+    On the bits: arithmetic that rounds by adding and subtracting would be fused into something that does not.
+    """
+    bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
 
 
 @triton.jit

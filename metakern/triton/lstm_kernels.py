@@ -53,7 +53,7 @@ def forward_kernel(
     lanes = tl.arange(0, BLOCK)
     coordinates = block * BLOCK + lanes
     valid = coordinates < n
-    inside = coordinates < (n + 31) // 32 * 32
+    inside = coordinates < (tl.cast(n, tl.int64) + 31) // 32 * 32
     state += block * (BLOCK // 32) * TILE
     new_state += block * (BLOCK // 32) * TILE
 
@@ -153,7 +153,7 @@ def backward_kernel(
     lanes = tl.arange(0, BLOCK)
     coordinates = block * BLOCK + lanes
     valid = coordinates < n
-    inside = coordinates < (n + 31) // 32 * 32
+    inside = coordinates < (tl.cast(n, tl.int64) + 31) // 32 * 32
     x_tiles += block * (BLOCK // 32) * X_TILE
     state += block * (BLOCK // 32) * TILE
     grad_new_state += block * (BLOCK // 32) * TILE

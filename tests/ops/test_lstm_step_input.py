@@ -262,8 +262,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "preprocess_scale must be 1e-06 to 88.0, got inf",
     ),
     "scale NaN": ({"preprocess_scale": math.nan}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got nan"),
-    "output scale NaN": ({"output_scale": math.nan}, ValueError, "output_scale must be finite, got nan"),
-    "output scale infinite": ({"output_scale": -math.inf}, ValueError, "output_scale must be finite, got -inf"),
+    "output scale NaN": ({"output_scale": math.nan}, ValueError, "output_scale must be finite in float32, got nan"),
+    "output scale infinite": (
+        {"output_scale": -math.inf},
+        ValueError,
+        "output_scale must be finite in float32, got -inf",
+    ),
     "unknown backend": (
         {"backend": "gpu"},
         ValueError,

@@ -224,7 +224,7 @@ def test_modules_that_the_kernels_do_not_serve_are_named(case: str) -> None:
         ({"preprocess": "log"}, ValueError, "preprocess must be one of none, log_sign, log_and_clip, got 'log'"),
         ({"preprocess_scale": 0.0}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got 0.0"),
         ({"preprocess_scale": math.inf}, ValueError, "preprocess_scale must be 1e-06 to 88.0, got inf"),
-        ({"output_scale": math.nan}, ValueError, "output_scale must be finite, got nan"),
+        ({"output_scale": math.nan}, ValueError, "output_scale must be finite in float32, got nan"),
         ({"preprocess_scale": "10"}, TypeError, "preprocess_scale must be a number, got '10' of type str"),
         ({"backend": "gpu"}, ValueError, "backend must be one of auto, cpp, cuda, triton, reference, got 'gpu'"),
     ],

@@ -220,7 +220,7 @@ def test_a_config_that_is_damaged_is_refused(content: str, folder: Path) -> None
         ({"hidden_size": 65}, "hidden_size must be 1 to 64, got 65"),
         ({"hidden_size": "6"}, "hidden_size must be an integer, got '6' of type str"),
         ({"preprocess": "log"}, "preprocess must be one of none, log_sign, log_and_clip, got 'log'"),
-        ({"output_scale": float("nan")}, "output_scale must be finite, got nan"),
+        ({"output_scale": float("nan")}, "output_scale must be finite in float32, got nan"),
     ],
 )
 def test_a_config_with_options_out_of_range_is_refused(change: dict[str, Any], message: str, folder: Path) -> None:

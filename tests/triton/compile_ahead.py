@@ -29,7 +29,10 @@ INTEGERS = ("n", "blocks", "blocks_per_chunk", "row_length", "chunks")
 def compile_kernel(
     kernel: Any, arch: int, config: Config, params: str, state: str, constants: dict[str, Any]
 ) -> dict[str, Any]:
-    """Registers, stack bytes a thread and cubin size of one kernel. Pointers are aligned as those of tensors are."""
+    """Registers, stack bytes a thread, cubin size and roundings to TF32 of one kernel.
+
+    Pointers are aligned as those of tensors are.
+    """
     work = "fp64" if state == "fp64" else "fp32"
     signature = {}
     for name in kernel.arg_names:
@@ -49,14 +52,15 @@ def compile_kernel(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    cubin = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm["cubin"]
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    cubin, roundings = compiled["cubin"], len(re.findall(r"and\.b32 .*, -8192;", compiled["ptx"]))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     registers, stack = re.findall(r"REG:(\d+) STACK:(\d+)", report.stdout + report.stderr)[0]
-    return {"registers": int(registers), "stack": int(stack), "bytes": len(cubin)}
+    return {"registers": int(registers), "stack": int(stack), "bytes": len(cubin), "roundings": roundings}
 
 
 def cases(arch: int) -> list[tuple[str, Any, Config, str, str, dict[str, Any]]]:

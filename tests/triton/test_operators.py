@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
-from metakern.ops import LSTMState, lstm_step
+from metakern.ops import LSTMState, lstm_step, lstm_step_
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 from tests.problems import evaluate, evaluate_reference, make_problem
 from tests.triton.evaluation import options
@@ -151,3 +151,15 @@ def test_vmap_is_one_launch_over_all_coordinates(device: torch.device) -> None:
     got = vmap(step)(problem.params.view(3, 2), problem.grads.view(3, 2), batched)
     rows = [step(p, g, state) for p, g in zip(problem.params.view(3, 2), problem.grads.view(3, 2), strict=True)]
     assert_close("new params", got, torch.stack(rows), FORWARD_TOLERANCE[torch.float32])
+
+
+def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
+    problem = make_problem(64, 3, 1, device=device)
+    state, memory = problem.state, torch.zeros(65, device=device)
+    with pytest.raises(ValueError, match="grads must not share a part of params' memory"):
+        lstm_step_(memory[:64], memory[1:], state, problem.weights, backend="triton")
+    with pytest.raises(ValueError, match="params, grads and state must not share memory"):
+        lstm_step_(state.data.view(-1)[:64], problem.grads, state, problem.weights, backend="triton")
+    assert not memory.any()
+    lstm_step_(memory[:64], memory[:64], state, problem.weights, backend="triton")
+    assert memory[:64].all()

@@ -109,9 +109,11 @@ def missing(name: str, device: torch.device) -> str:
     )
 
 
-def prefers_triton() -> bool:
-    """Whether Triton's kernels may be asked for. No GPU is asked: that would start CUDA, and forks could not use it."""
-    return _HAS_TRITON and (torch.backends.cuda.is_built() or os.environ.get("TRITON_INTERPRET") == "1")
+def prefers_triton(backend: str | None = None) -> bool:
+    """Whether Triton's kernels will serve GPUs. None is asked: that would start CUDA, and forks could not use it."""
+    name = _override if backend in (None, "auto") else backend
+    by_auto = name == "auto" and torch.backends.cuda.is_built() and not _ARCHITECTURES
+    return _HAS_TRITON and (name == "triton" or by_auto)
 
 
 def check_backend(backend: str | None) -> None:

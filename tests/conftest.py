@@ -17,8 +17,8 @@ from metakern import _backend
 #: Devices that have kernels; one joins the list with its first kernel.
 DEVICES = ("cpu",)
 
-#: Backends that can serve a call on some device.
-BACKENDS = ("cpp", "triton", "reference")
+#: Backends that serve tensors on the CPU; where there is a GPU, Triton's kernels are compiled for it (tests/gpu).
+BACKENDS = ("cpp", "reference") if torch.cuda.is_available() else ("cpp", "triton", "reference")
 
 #: Instruction sets that the CPU kernels are compiled for, slowest first.
 CAPABILITIES = ("baseline", "avx2", "avx512")

@@ -1,8 +1,8 @@
 // Memory of large results, kept for the next result of its size.
 //
 // A fresh result of hundreds of megabytes comes from the system page by page, and goes back when it is freed; an
-// optimizer step then spends more time in page faults than in arithmetic (measured at N = 1e6: 196 against 86 ns a
-// coordinate). So freed blocks stay here, up to a limit, the oldest leaving first.
+// optimizer step then spends more time in page faults than in arithmetic (METAKERN_CPU_CACHE_MB=0 make bench shows
+// it). So freed blocks stay here, up to a limit, the oldest leaving first.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 

@@ -339,5 +339,10 @@ def triton_operators() -> Operators:
     return Operators("lstm_step_triton")
 
 
-if _backend.prefers_triton():
-    triton_operators()  # not at the first call: torch.compile may be tracing that one
+def prepare(backend: str | None) -> None:
+    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    if _backend.prefers_triton(backend):
+        triton_operators()
+
+
+prepare(None)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from metakern._backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_
 from metakern.ops.lstm_state import check_layout, check_sizes
-from metakern.ops.lstm_step import check_precision, check_scales
+from metakern.ops.lstm_step import check_precision, check_scales, prepare
 from metakern.reference.lstm_step import PREPROCESS, num_features
 from metakern.rules.pretrained import PretrainedRule
 
@@ -88,6 +88,7 @@ class CoordinatewiseLSTM(PretrainedRule):
         check_scales(preprocess_scale, output_scale)
         check_precision(precision)
         check_backend(backend)
+        prepare(backend)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
         self.output_scale, self.backend = output_scale, backend

@@ -138,15 +138,19 @@ struct TileBackward {
 #pragma unroll 1
     for (int l = 0; l + 1 < weights.layers; ++l) {
       stage_old_h(l);
-      const auto w = weights.layer(l);
-      for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Size::pass_units) {
-        S acc[J][4][4];
-        preactivations(acc, w, unit, memory.input(l) + first, stride, memory.old_h() + first, stride);
-#pragma unroll
-        for (int j = 0; j < J; ++j)
-          if (Size::exact || unit + j * unit_groups < H()) recompute_unit(acc[j], l, unit + j * unit_groups);
-      }
+      each_unit(weights.layer(l), l, [&](const S(&acc)[4][4], int unit) { recompute_unit(acc, l, unit); });
       __syncwarp();
+    }
+  }
+  // use(pre-activations [gate][coordinate], unit) for this thread's units of a layer whose old h is staged.
+  template <class Layer, class Use>
+  __device__ __forceinline__ void each_unit(const Layer& w, int l, Use use) const {
+    for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Size::pass_units) {
+      S acc[J][4][4];
+      preactivations(acc, w, unit, memory.input(l) + first, stride, memory.old_h() + first, stride);
+#pragma unroll
+      for (int j = 0; j < J; ++j)
+        if (Size::exact || unit + j * unit_groups < H()) use(acc[j], unit + j * unit_groups);
     }
   }
   __device__ __forceinline__ S grad() const {
@@ -164,13 +168,7 @@ struct TileBackward {
   __device__ void layer(int l) const {
     stage_old_h(l);
     const auto w = weights.layer(l);
-    for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Size::pass_units) {
-      S acc[J][4][4];
-      preactivations(acc, w, unit, memory.input(l) + first, stride, memory.old_h() + first, stride);
-#pragma unroll
-      for (int j = 0; j < J; ++j)
-        if (Size::exact || unit + j * unit_groups < H()) unit_backward(acc[j], l, unit + j * unit_groups);
-    }
+    each_unit(w, l, [&](const S(&acc)[4][4], int unit) { unit_backward(acc, l, unit); });
     __syncwarp();
     for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Size::pass_units) {
       if (l == 0)

@@ -274,15 +274,8 @@ def _backward_slab(
     config, wide = _config("backward", state), _config("weights", state)
     *preprocess_scalars, scale, scale_low = _scalars(preprocess_scale, output_scale)
     sizes = {"H": hidden, "L": layers, "HP": _padded_hidden(hidden)}
-    _launch(
-        features_kernel,
-        triton.cdiv(n, FEATURES_CONFIG.block),
-        FEATURES_CONFIG,
-        *(grads, x, n, *preprocess_scalars),
-        PREPROCESS=preprocess,
-        F=features,
-        BLOCK=FEATURES_CONFIG.block,
-    )
+    elementwise = {"PREPROCESS": preprocess, "F": features}
+    _launch_elementwise(features_kernel, n, grads, x, n, *preprocess_scalars, **elementwise)
     if layers > 1:
         _forward(
             *(forward_kernel, grads, grads, state, grads, below, weights),
@@ -294,12 +287,8 @@ def _backward_slab(
     for layer in reversed(range(layers)):
         # h' of the layer below is a row of its tiles; features have tiles of their own.
         inputs = below[2 * (layer - 1) * hidden * _LANES :] if layer else x
-        shape = {
-            **sizes,
-            "K": hidden if layer else features,
-            "X_TILE": (2 * layers * hidden if layer else features) * _LANES,
-            "LAYER": layer,
-        }
+        shape = sizes | {"LAYER": layer, "K": hidden if layer else features}
+        shape["X_TILE"] = (2 * layers * hidden if layer else features) * _LANES
         _launch(
             backward_kernel,
             triton.cdiv(n, config.block),
@@ -318,16 +307,14 @@ def _backward_slab(
             **shape,
             BLOCK=wide.block,
         )
-    _launch(
-        features_backward_kernel,
-        triton.cdiv(n, FEATURES_CONFIG.block),
-        FEATURES_CONFIG,
-        *(grads, work, grad_grads, n, *preprocess_scalars),
-        PREPROCESS=preprocess,
-        F=features,
-        H=hidden,
-        BLOCK=FEATURES_CONFIG.block,
-    )
+    arguments = (grads, work, grad_grads, n, *preprocess_scalars)
+    _launch_elementwise(features_backward_kernel, n, *arguments, **elementwise, H=hidden)
+
+
+def _launch_elementwise(kernel: Any, n: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel that takes every coordinate by itself."""
+    block = FEATURES_CONFIG.block
+    _launch(kernel, triton.cdiv(n, block), FEATURES_CONFIG, *args, **constants, BLOCK=block)
 
 
 # -------------------------------------------------------------------------------------------------------- operators

@@ -33,8 +33,14 @@ if IS_X86:
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
     CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
-KERNELS = ["csrc/cpu/lstm_step.cpp"]
-SOURCES = ["csrc/ops.cpp", "csrc/cpu/bindings.cpp", "csrc/cpu/capability.cpp", "csrc/cpu/result_cache.cpp"]
+KERNELS = ["csrc/cpu/lstm_step.cpp", "csrc/cpu/mlp_inner_loop.cpp"]
+SOURCES = [
+    "csrc/ops.cpp",
+    "csrc/cpu/bindings.cpp",
+    "csrc/cpu/mlp_inner_loop_bindings.cpp",
+    "csrc/cpu/capability.cpp",
+    "csrc/cpu/result_cache.cpp",
+]
 
 CUDA_KERNELS = ["csrc/cuda/lstm_step.cu"]
 CUDA_SOURCES = ["csrc/cuda/bindings.cpp"]

@@ -3,6 +3,7 @@
 // They guard memory: an operator that is called directly, past the Python function, must not read out of bounds. They
 // raise RuntimeError; the Python functions check the same things first and raise ValueError or TypeError.
 #pragma once
+#include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
@@ -80,5 +81,8 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& o
       (!t.is_cpu() && t.get_device_index() != other.get_device_index()))
     fail(name, " must be on the device of ", other_name, ", ", device_name(other), ", got ", device_name(t));
 }
+
+// Asking first is cheaper than the dispatcher.
+inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 }  // namespace metakern

@@ -80,9 +80,6 @@ inline void check_like(const Tensor& t, const char* name, const Tensor& other, c
   check_same_device(t, name, other, other_name);
 }
 
-// Asking first is cheaper than the dispatcher.
-inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 inline bool overlap(const Tensor& a, const Tensor& b) {
   const char* x = static_cast<const char*>(a.const_data_ptr());
   const char* y = static_cast<const char*>(b.const_data_ptr());

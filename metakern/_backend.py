@@ -116,6 +116,16 @@ def prefers_triton(backend: str | None = None) -> bool:
     return _HAS_TRITON and (name == "triton" or by_auto)
 
 
+def requested(backend: str | None) -> str:
+    """The name that a call asks for, ``METAKERN_BACKEND`` in place of auto.
+
+    Raises:
+        ValueError: for a name that is not one of :data:`BACKENDS`
+    """
+    check_backend(backend)
+    return _override if backend is None or backend == "auto" else backend
+
+
 def check_backend(backend: str | None) -> None:
     """Raise ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
     if backend is not None and backend not in BACKENDS:

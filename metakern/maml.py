@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern import _backend
+from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_loss
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
     TaskBatch,
@@ -36,6 +38,7 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._learner import Learner
+from metakern._mlp import Unserved
 
 _log = logging.getLogger("metakern")
 
@@ -232,6 +235,7 @@ def adapt(
     support_mask: Tensor | None = None,
     checkpoint_every: int | None = None,
     vectorize: bool = True,
+    backend: str | None = None,
 ) -> Adapted:
     """K gradient steps on the support sets of T tasks at once, each from the model's parameters (MAML's inner loop).
 
@@ -262,6 +266,11 @@ def adapt(
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
         vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap refuses
+        backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
+            or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
+            fit the processor's cache; plain PyTorch otherwise. The logger "metakern" says at level DEBUG which serves,
+            and why. ``"cpp"`` raises where the fused one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients
+            can be differentiated again. None is ``"auto"``.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name; labels outside the model's outputs among them
@@ -272,11 +281,16 @@ def adapt(
         >>> accuracy = (adapted(query_x).argmax(-1) == query_y).float().mean()
     """
     masked = support_mask is not None
+    _check_options(steps, clip_norm, checkpoint_every, vectorize)
+    options = Options(model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend)
+    fused, reason = _attempt("adapt", options, lambda: fused_adapt(options, support_x, support_y, support_mask))
     loop, task_loss = _inner_loop(
         model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked
     )
+    if fused is not None:
+        return Adapted(fused, loop.model)
     support = task_batch("support", (support_x, support_y), support_mask, task_loss)
-    _explain("adapt", loop, support)
+    _explain("adapt", loop, support, reason)
     return Adapted(loop.run(support)[0], loop.model)
 
 
@@ -296,6 +310,7 @@ def meta_loss(
     step_weights: Sequence[float] | Tensor | None = None,
     checkpoint_every: int | None = None,
     vectorize: bool = True,
+    backend: str | None = None,
 ) -> Tensor:
     """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
 
@@ -319,6 +334,7 @@ def meta_loss(
             of L_query(θ_K); see :func:`multi_step_weights`
         checkpoint_every: as for :func:`adapt`
         vectorize: as for :func:`adapt`
+        backend: as for :func:`adapt`
 
     Returns:
         losses [T]
@@ -332,19 +348,28 @@ def meta_loss(
         >>> optimizer.step()
     """
     masked = support_mask is not None or query_mask is not None
+    _check_options(steps, clip_norm, checkpoint_every, vectorize)
+    options = Options(model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend)
+    masks = support_mask, query_mask
+    fused, reason = _attempt(
+        "meta_loss", options, lambda: fused_meta_loss(options, support, query, masks, step_weights)
+    )
+    if fused is not None:
+        losses: Tensor = fused
+        return losses
     loop, task_loss = _inner_loop(
         model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked, step_weights
     )
     support_batch = task_batch("support", support, support_mask, task_loss)
     query_batch = task_batch("query", query, query_mask, task_loss, support_batch.x.shape[0])
-    _explain("meta_loss", loop, support_batch)
+    _explain("meta_loss", loop, support_batch, reason)
     if step_weights is None:
         params, _ = loop.run(support_batch)
         return loop.model.losses(params, loop.model.shared, query_batch)
-    _, losses = loop.run(support_batch, query_batch)
-    if losses is None:
+    _, weighted = loop.run(support_batch, query_batch)
+    if weighted is None:
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
-    return losses
+    return weighted
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:
@@ -406,15 +431,6 @@ def _inner_loop(
     step_weights: Sequence[float] | Tensor | None = None,
 ) -> tuple[InnerLoop, TaskLoss]:
     """The inner loop that the options describe, checked."""
-    if is_transformed():
-        if checkpoint_every is not None or not vectorize:
-            raise RuntimeError("checkpoint_every and vectorize=False do not work in torch.compile and torch.func")
-    elif torch.is_inference_mode_enabled():
-        raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
-    check_count("steps", steps)
-    check_clip_norm(clip_norm)
-    if checkpoint_every is not None:
-        check_count("checkpoint_every", checkpoint_every)
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, steps)
     task_loss = TaskLoss(loss, masked)
@@ -424,15 +440,42 @@ def _inner_loop(
     return InnerLoop(task_model, rates, orders, clip_norm, step_weights, checkpoint_every), task_loss
 
 
-def _explain(call: str, loop: InnerLoop, support: TaskBatch) -> None:
-    """Log which implementation serves a call, and why."""
+def _check_options(steps: int, clip_norm: float | None, checkpoint_every: int | None, vectorize: bool) -> None:
+    if is_transformed():
+        if checkpoint_every is not None or not vectorize:
+            raise RuntimeError("checkpoint_every and vectorize=False do not work in torch.compile and torch.func")
+    elif torch.is_inference_mode_enabled():
+        raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
+    check_count("steps", steps)
+    check_clip_norm(clip_norm)
+    if checkpoint_every is not None:
+        check_count("checkpoint_every", checkpoint_every)
+
+
+def _attempt(call: str, options: Options, fused: Callable[[], Any]) -> tuple[Any, str]:
+    """What the fused inner loop returns, or None and the reason why it does not serve."""
+    try:
+        result = fused()
+    except Unserved as unserved:
+        name = _backend.requested(options.backend)
+        if name in ("auto", "reference"):
+            return None, str(unserved)
+        raise RuntimeError(f"backend {name!r} cannot run: {unserved}") from unserved
+    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
+        _log.debug("%s: K=%d: fused inner loop, %s", call, options.steps, type(options.model).__name__)
+    return result, ""
+
+
+def _explain(call: str, loop: InnerLoop, support: TaskBatch, reason: str) -> None:
+    """Log how the generic path serves a call, and why."""
     if torch.compiler.is_compiling() or not _log.isEnabledFor(logging.DEBUG):
         return
     how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
     _log.debug(
-        "%s: T=%d, S=%d, K=%d: generic path, %s; there is no fused inner loop yet",
+        "%s: T=%d, S=%d, K=%d: generic path, %s; the fused inner loop does not serve: %s",
         call,
         *support.x.shape[:2],
         loop.num_steps,
         how,
+        reason,
     )

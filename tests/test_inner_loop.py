@@ -178,7 +178,7 @@ def saved_bytes(**options: Any) -> int:
 
     episode, net = regression(2, 10, 10, 1, 1), mlp(1, 40, 40, 1)
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda k: k.tensor):
-        losses = meta_loss(net, episode.support, episode.query, lr=0.01, **options)
+        losses = meta_loss(net, episode.support, episode.query, lr=0.01, backend="reference", **options)
     storages = {k.tensor.untyped_storage().data_ptr(): k.tensor.untyped_storage().nbytes() for k in kept}
     assert losses.requires_grad
     return sum(storages.values())
@@ -209,10 +209,11 @@ def test_checkpoints_need_all_that_they_recompute_from() -> None:
 
 def test_checkpointed_gradients_cannot_be_differentiated_again() -> None:
     episode, net = regression(2, 4, 4, 2, 1), mlp(2, 5, 1)
-    loss = meta_loss(net, episode.support, episode.query, steps=2, checkpoint_every=1).sum()
-    gradient = torch.autograd.grad(loss, net[0].weight, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    for backend, message in (("reference", "differentiate twice"), ("cpp", "cannot be differentiated again")):
+        loss = meta_loss(net, episode.support, episode.query, steps=2, checkpoint_every=1, backend=backend).sum()
+        gradient = torch.autograd.grad(loss, net[0].weight, create_graph=True)[0]
+        with pytest.raises(RuntimeError, match=message):
+            gradient.sum().backward()
 
 
 def test_autocast_is_kept_in_recomputation() -> None:
@@ -286,8 +287,11 @@ def test_which_path_serves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
     with caplog.at_level(logging.DEBUG, "metakern"):
         meta_loss(net, episode.support, episode.query, steps=2)
+        meta_loss(net, episode.support, episode.query, steps=2, clip_norm=1.0)
         adapt(net, *episode.support, vectorize=False)
-    first, second = caplog.messages
+    fused, first, second = caplog.messages
+    assert fused == "meta_loss: K=2: fused inner loop, Sequential"
+    assert first.endswith("does not serve: clip_norm clips gradients")
     assert first.startswith("meta_loss: T=3, S=4, K=2: generic path, all tasks at once by torch.vmap")
     assert second.startswith("adapt: T=3, S=4, K=1: generic path, one task after another")
 

@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
     activation=st.sampled_from((nn.Tanh, nn.ReLU, nn.Sigmoid, nn.GELU)),
     first_order=st.booleans(),
     every=st.sampled_from((None, 1, 2, 9)),
-    vectorize=st.booleans(),
+    backend=st.sampled_from(("vmap", "loop", "cpp")),
     seed=st.integers(0, 99),
 )
 def test_equals_a_hand_written_loop(
@@ -53,12 +53,14 @@ def test_equals_a_hand_written_loop(
     activation: type[nn.Module],
     first_order: bool,
     every: int | None,
-    vectorize: bool,
+    backend: str,
     seed: int,
 ) -> None:
     episode = regression(tasks, shots, 3, widths[0], widths[-1], seed)
     net = mlp(*widths, activation=activation, seed=seed)
-    check(net, episode, steps, first_order=first_order, checkpoint_every=every, vectorize=vectorize)
+    generic = {"backend": "reference", "vectorize": backend == "vmap"}
+    options = {"backend": "cpp"} if backend == "cpp" else generic
+    check(net, episode, steps, first_order=first_order, checkpoint_every=every, **options)
 
 
 def test_float32() -> None:

@@ -94,19 +94,32 @@ void give_back(void* data) { Cache::instance().give(static_cast<char*>(data) - h
 
 }  // namespace
 
-Tensor empty_result(const Tensor& like) {
-  const int64_t bytes = like.numel() * int64_t(like.element_size());
-  if (bytes < smallest) return torch::stable::new_empty(like, like.sizes());
-  std::vector<int64_t> strides(like.dim());
+namespace {
+
+Tensor empty_of_shape(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
+  std::vector<int64_t> strides(shape.size());
   int64_t stride = 1;
-  for (int64_t axis = like.dim() - 1; axis >= 0; --axis) {
+  for (size_t axis = shape.size(); axis-- > 0;) {
     strides[axis] = stride;
-    stride *= like.size(axis);
+    stride *= shape[axis];
   }
+  const int64_t bytes = stride * int64_t(like.element_size());
+  if (bytes < smallest) return torch::stable::new_empty(like, shape);
   char* base = Cache::instance().take(bytes);
-  return torch::stable::from_blob(base + header, like.sizes(), {strides.data(), strides.size()}, like.device(),
+  return torch::stable::from_blob(base + header, shape, {strides.data(), strides.size()}, like.device(),
                                   like.scalar_type(), &give_back);
 }
+
+}  // namespace
+
+Tensor empty_result(const Tensor& like) { return empty_of_shape(like, like.sizes()); }
+
+Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return empty_of_shape(like, {shape.begin(), shape.size()});
+}
+
+CachedMemory::CachedMemory(int64_t bytes) : data_(Cache::instance().take(bytes) + header) {}
+CachedMemory::~CachedMemory() { give_back(data_); }
 
 void empty_cache() { Cache::instance().clear(); }
 int64_t cached_bytes() { return Cache::instance().bytes(); }

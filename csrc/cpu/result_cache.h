@@ -7,11 +7,28 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace metakern {
 
 // A contiguous tensor of the shape and dtype of `like`, on the CPU, its contents undefined.
 torch::stable::Tensor empty_result(const torch::stable::Tensor& like);
+
+// The same of another shape, one axis.
+torch::stable::Tensor empty_result(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape);
+
+// Working memory, aligned to 64 bytes and kept like a result's.
+class CachedMemory {
+ public:
+  explicit CachedMemory(int64_t bytes);
+  ~CachedMemory();
+  CachedMemory(const CachedMemory&) = delete;
+  CachedMemory& operator=(const CachedMemory&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_;
+};
 
 // Free what is kept.
 void empty_cache();

@@ -1,0 +1,171 @@
+"""adapt and meta_loss by the fused inner loop, where model, loss and data are of its kind.
+
+Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern import _backend
+from metakern._inner_loop import is_transformed
+from metakern._inner_loop_input import (
+    TaskLoss,
+    adapted_names,
+    check_step_weights,
+    first_order_steps,
+    learning_rates,
+    task_batch,
+)
+from metakern._mlp import Mlp, Unserved, check_data, check_size, find_loss, find_mlp
+from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
+
+#: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
+_LABEL_ERROR = "as the model has"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What adapt and meta_loss have in common; see :func:`metakern.adapt`."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor]
+    steps: int
+    lr: Any
+    first_order: bool | Sequence[bool]
+    parameters: str | Sequence[str] | None
+    clip_norm: float | None
+    checkpoint_every: int | None
+    vectorize: bool
+    backend: str | None
+
+
+def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    """Adapted parameters by name, [T, *shape] each.
+
+    Raises:
+        Unserved: where the generic path must serve
+    """
+    mlp, names, arguments = _arguments(options)
+    x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
+    check_size(mlp, x)
+    results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, **arguments))
+    by_name = dict(zip(mlp.names, results, strict=True))
+    return {name: by_name[name] for name in names}
+
+
+def fused_meta_loss(
+    options: Options,
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    masks: tuple[Tensor | None, Tensor | None],
+    step_weights: Sequence[float] | Tensor | None,
+) -> Tensor:
+    """Query losses [T].
+
+    Raises:
+        Unserved: where the generic path must serve
+    """
+    mlp, _, arguments = _arguments(options)
+    if step_weights is not None:
+        step_weights = check_step_weights(step_weights, options.steps)
+        if isinstance(step_weights, Tensor):
+            if torch.compiler.is_compiling() or step_weights.requires_grad:
+                raise Unserved("step_weights is a tensor that requires a gradient, or that is not known yet")
+            step_weights = step_weights.tolist()
+        if not any(step_weights):
+            raise Unserved("step_weights are all zero")
+    sets = []
+    for name, data, mask in (("support", support, masks[0]), ("query", query, masks[1])):
+        if not isinstance(data, (tuple, list)) or len(data) != 2:
+            raise Unserved(f"{name} is no pair")
+        sets.append(_samples(name, options, mlp, arguments["loss"], *data, mask))
+    if sets[0][0].shape[0] != sets[1][0].shape[0]:
+        raise Unserved("support and query do not share the task axis")
+    check_size(mlp, *(x for x, _ in sets))
+    losses: Tensor = _served(
+        lambda: mlp_meta_loss(
+            mlp.params,
+            *sets,
+            support_mask=masks[0],
+            query_mask=masks[1],
+            step_weights=step_weights,
+            **arguments,
+        )
+    )
+    return losses
+
+
+def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
+    """The model, names of its adapted parameters, and the operator's options."""
+    name = _backend.requested(options.backend)
+    if name == "reference":
+        raise Unserved("backend='reference' asks for it")
+    if not isinstance(options.model, nn.Module):
+        raise Unserved("the model is no nn.Module")
+    if torch._C._functorch.maybe_current_level() is not None:
+        raise Unserved("torch.func transforms the call")
+    if is_transformed() and options.checkpoint_every is not None:
+        raise Unserved("checkpoint_every is not traced")
+    if options.clip_norm is not None:
+        raise Unserved("clip_norm clips gradients")
+    if not options.vectorize:
+        raise Unserved("vectorize=False asks for it")
+    if torch.is_autocast_enabled("cpu"):
+        raise Unserved("autocast is on")
+    mlp, loss = find_mlp(options.model), find_loss(options.loss)
+    reason = _backend.missing("cpp" if name == "auto" else name, mlp.params[0].device)
+    if name not in ("auto", "cpp"):
+        reason = reason or "it has no fused inner loop yet"
+    if reason:
+        raise Unserved(reason)
+    names = adapted_names(options.model, options.parameters)
+    by_name = dict(zip(mlp.names, mlp.params, strict=True))
+    rates = learning_rates(options.lr, {n: by_name[n] for n in names}, options.steps)
+    adapted = [n in names for n in mlp.names]
+    return (
+        mlp,
+        names,
+        {
+            "lr": mlp.rates(rates, names, options.steps),
+            "steps": options.steps,
+            "per_step": rates.per_step,
+            "adapted": None if all(adapted) else adapted,
+            "activation": mlp.activation,
+            "loss": loss,
+            "first_order": first_order_steps(options.first_order, options.steps),
+            "checkpoint_every": options.checkpoint_every,
+            "backend": "cpp",
+        },
+    )
+
+
+def _samples(
+    name: str, options: Options, mlp: Mlp, loss: str, x: Any, y: Any, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() < 2 or not x.shape[0] or not x.shape[1]:
+        raise Unserved(f"{name} is no pair of tensors with a task and a sample")
+    if not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference()):
+        raise Unserved(f"{name} was made in inference mode")
+    if mask is not None:  # padding may hold anything: it becomes a sample that counts nothing
+        batch = task_batch(name, (x, y), mask, TaskLoss(options.loss, True))
+        x, y = batch.x, batch.y
+    x = mlp.samples(x)
+    check_data(mlp, loss, x, y)
+    return x, y
+
+
+def _served(call: Callable[[], Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return call()
+    try:
+        return call()
+    except RuntimeError as error:
+        if _LABEL_ERROR in str(error):
+            raise Unserved(str(error)) from error
+        raise

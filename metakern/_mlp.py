@@ -1,0 +1,167 @@
+"""Which models and losses the fused inner loop serves: chains of linear layers with one kind of activation.
+
+Axis legend: T tasks, S samples of a task, I inputs and O outputs of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern._inner_loop_input import LearningRates
+from metakern.ops.mlp_inner_loop import unserved
+
+_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
+
+_LOSS_FUNCTIONS = {
+    F.mse_loss: "mse",
+    F.cross_entropy: "cross_entropy",
+    F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
+}
+_LOSS_MODULES: dict[type, str] = {
+    nn.MSELoss: "mse",
+    nn.CrossEntropyLoss: "cross_entropy",
+    nn.BCEWithLogitsLoss: "binary_cross_entropy_with_logits",
+}
+
+
+class Unserved(Exception):
+    """Why the fused inner loop does not serve a call."""
+
+
+class Mlp(NamedTuple):
+    """A model as the fused inner loop takes it.
+
+    Attributes:
+        names: of the parameters; empty where a layer has no bias
+        params: weight [O, I] and bias [O] of every layer in turn
+        activation: between the layers
+        flattens: whether the model flattens a sample first
+    """
+
+    names: list[str]
+    params: list[Tensor]
+    activation: str
+    flattens: bool
+
+    @property
+    def widths(self) -> list[int]:
+        """Inputs, then the units of every layer."""
+        return [self.params[0].shape[1], *(p.shape[0] for p in self.params[::2])]
+
+    def samples(self, x: Tensor) -> Tensor:
+        """[T, S, I] from what the model takes."""
+        x = x.flatten(2) if self.flattens else x
+        if x.dim() != 3 or x.shape[2] != self.params[0].shape[1]:
+            raise Unserved(f"the samples are {list(x.shape)}, not [T, S, {self.params[0].shape[1]}]")
+        return x
+
+    def rates(self, rates: LearningRates, names: Sequence[str], steps: int) -> float | Tensor | list[Tensor]:
+        """Learning rates of the adapted parameters ``names`` as rates of all ``params``."""
+        values: Any = rates.values
+        if isinstance(values, float):
+            return values
+        dtype = self.params[0].dtype
+        if isinstance(values, Tensor):
+            return values.to(dtype)
+        by_name = dict(zip(names, values, strict=True))
+        nothing = self.params[0].new_zeros((steps,) if rates.per_step else ())
+        return [by_name[name].to(dtype) if name in by_name else nothing for name in self.names]
+
+
+def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """The modules of nested nn.Sequential in order."""
+    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
+        _check_plain(model)
+        for name, child in model._modules.items():
+            yield from _layers(child, f"{prefix}{name}.")
+        return
+    yield prefix, model
+
+
+def _check_plain(module: nn.Module) -> None:
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        raise Unserved("the model has hooks")
+
+
+def find_mlp(model: nn.Module) -> Mlp:
+    """The chain of layers that the model is.
+
+    Raises:
+        Unserved: for any other model
+    """
+    names: list[str] = []
+    params: list[Tensor] = []
+    activation, flattens, after_linear = "", False, False
+    for prefix, module in _layers(model):
+        _check_plain(module)
+        kind = type(module)
+        if kind is nn.Identity:
+            continue
+        if kind is nn.Flatten and not params and module.start_dim == 1 and module.end_dim == -1:
+            flattens = True
+        elif kind is nn.Linear and not after_linear:
+            weight: Any = module.weight
+            bias: Any = module.bias
+            names += [f"{prefix}weight", "" if bias is None else f"{prefix}bias"]
+            params += [weight, weight.new_zeros(weight.shape[0]) if bias is None else bias]
+            after_linear = True
+        elif kind in _ACTIVATIONS and after_linear and activation in ("", _ACTIVATIONS[kind]):
+            if kind is nn.GELU and module.approximate != "none":
+                raise Unserved("the model has an approximate GELU")
+            activation, after_linear = _ACTIVATIONS[kind], False
+        else:
+            raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
+    if not params or not after_linear:
+        raise Unserved("the model does not end in nn.Linear")
+    if len({id(p) for p in params}) != len(params):
+        raise Unserved("the model has tied parameters")
+    first = params[0]
+    if any(p.dtype != first.dtype or p.device != first.device for p in params):
+        raise Unserved("the parameters differ in dtype or device")
+    return Mlp(names, params, activation or "relu", flattens)
+
+
+def find_loss(loss: Callable[..., Tensor]) -> str:
+    """Its name among the losses of the fused inner loop.
+
+    Raises:
+        Unserved: for any other loss
+    """
+    if isinstance(loss, nn.Module):
+        name = _LOSS_MODULES.get(type(loss))
+        options = [getattr(loss, option, None) for option in ("weight", "pos_weight")]
+        plain = loss.reduction == "mean" and options == [None, None] if name else False
+        if name and plain and not getattr(loss, "label_smoothing", 0) and getattr(loss, "ignore_index", -100) == -100:
+            return name
+    else:
+        for function, name in _LOSS_FUNCTIONS.items():
+            if loss is function:
+                return name
+    raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
+
+
+def check_size(mlp: Mlp, *sets: Tensor) -> None:
+    """Raise Unserved where the kernels do not serve this many parameters and samples, [T, S, I] each."""
+    reason = unserved(mlp.widths, max(x.shape[1] for x in sets), mlp.params[0].dtype)
+    if reason:
+        raise Unserved(reason)
+
+
+def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:
+    """Raise Unserved for samples of one set that the kernels do not take."""
+    first = mlp.params[0]
+    if x.dtype != first.dtype or x.device != first.device or y.device != first.device:
+        raise Unserved("samples and parameters differ in dtype or device")
+    if loss == "cross_entropy":
+        fits = y.dtype == torch.int64 and y.shape == x.shape[:2]
+    else:
+        fits = y.dtype == first.dtype and y.shape == (*x.shape[:2], mlp.widths[-1])
+    if not fits:
+        raise Unserved(f"the targets are {y.dtype} of shape {list(y.shape)}")
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        raise Unserved("the samples require gradients")

@@ -1,0 +1,235 @@
+"""mlp_inner_loop: whole inner loops of T small MLPs in one call: forward, loss, backward, update, K times.
+
+Finn et al. 2017, arXiv 1703.03400. The definition is :mod:`metakern.reference.mlp_inner_loop`. Meta-gradients are exact
+to second order, by products of the Hessian with a vector along the way back (Pearlmutter 1994, "Fast exact
+multiplication by the Hessian").
+
+Axis legend: T tasks, S support and Q query samples of a task, K inner steps, I inputs and O outputs of a layer.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern import _backend
+from metakern.ops.mlp_inner_loop_autograd import Problem, adapt_call, meta_loss_call
+from metakern.reference import mlp_inner_loop as reference
+
+#: Keep in step with csrc/mlp_inner_loop.h.
+MAX_LAYERS, MAX_WIDTH, TASK_LANES = 8, 1024, 16
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+#: Bytes of a group of tasks, parameters three times and activations eight times: they must stay in the cache.
+MAX_GROUP_BYTES = 2**23
+
+_UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
+
+
+def unserved(widths: Sequence[int], samples: int, dtype: torch.dtype) -> str:
+    """Why the kernels do not serve MLPs of these widths and so many samples of a task; empty where they do."""
+    if dtype not in (torch.float32, torch.float64):
+        return f"the parameters are {dtype}; float32 and float64 are served"
+    if len(widths) - 1 > MAX_LAYERS or max(widths[1:]) > MAX_WIDTH:
+        return f"the model has more than {MAX_LAYERS} layers or {MAX_WIDTH} units"
+    params = sum((inputs + 1) * units for inputs, units in itertools.pairwise(widths))
+    size = (3 * params + 8 * sum(widths[1:]) * samples) * TASK_LANES * dtype.itemsize
+    if size > MAX_GROUP_BYTES:
+        limit = MAX_GROUP_BYTES >> 20
+        return f"{TASK_LANES} tasks of this size take {size >> 20} MiB; {limit} at most stay in the cache"
+    return ""
+
+
+def mlp_inner_loop(
+    params: Sequence[Tensor],
+    support_x: Tensor,
+    support_y: Tensor,
+    *,
+    lr: float | Tensor | Sequence[Tensor],
+    steps: int,
+    per_step: bool = False,
+    adapted: Sequence[bool] | None = None,
+    activation: str = "relu",
+    loss: str = "mse",
+    first_order: bool | Sequence[bool] = False,
+    support_mask: Tensor | None = None,
+    checkpoint_every: int | None = None,
+    backend: str | None = None,
+) -> list[Tensor]:
+    """Parameters of T MLPs after K gradient steps on their support sets.
+
+    Differentiable once, exact to second order, in ``params`` and ``lr``. For the backward the parameters of every
+    ``checkpoint_every``-th step are kept, and the steps are computed again from them.
+
+    Args:
+        params: weight and bias of every layer in turn, float32 or float64: [O, I] and [O], which all tasks start from,
+            or [T, O, I] and [T, O]
+        support_x: [T, S, I]
+        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``
+        lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
+            shape; with ``per_step`` tensors have one more leading axis [K]
+        steps: K
+        per_step: whether the rates differ from step to step
+        adapted: for each of ``params`` whether the steps change it; None for all
+        activation: between the layers: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``
+        loss: mean over samples and outputs: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy_with_logits"``
+        first_order: take the steps' gradients as constants; or one bool a step
+        support_mask: bool [T, S], False at samples that do not count
+        checkpoint_every: steps between parameters that are kept; None keeps those of every step
+        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``
+
+    Returns:
+        new parameters, [T, O, I] and [T, O] in turn
+
+    Raises:
+        TypeError, ValueError: for options that do not fit
+        RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
+    """
+    problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
+    serves = _backend.resolve(backend, support_x.device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    if serves == "reference":
+        trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
+        return trajectory[-1]
+    return adapt_call(problem, params, _rate_tensors(lr), support_x, support_y, support_mask)
+
+
+def mlp_meta_loss(
+    params: Sequence[Tensor],
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    *,
+    lr: float | Tensor | Sequence[Tensor],
+    steps: int,
+    per_step: bool = False,
+    adapted: Sequence[bool] | None = None,
+    activation: str = "relu",
+    loss: str = "mse",
+    first_order: bool | Sequence[bool] = False,
+    support_mask: Tensor | None = None,
+    query_mask: Tensor | None = None,
+    step_weights: Sequence[float] | None = None,
+    checkpoint_every: int | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Query losses [T] of T MLPs after K gradient steps, and on the way back their meta-gradients.
+
+    Where a gradient is wanted it is computed in the same pass, while the steps are in the cache: the graph keeps one
+    gradient for every task, whatever K is.
+
+    Args:
+        params: as for :func:`mlp_inner_loop`
+        support: (x, y) as for :func:`mlp_inner_loop`
+        query: (x [T, Q, I], y)
+        lr: as for :func:`mlp_inner_loop`
+        steps: K
+        per_step: as for :func:`mlp_inner_loop`
+        adapted: as for :func:`mlp_inner_loop`
+        activation: as for :func:`mlp_inner_loop`
+        loss: of both sets, as for :func:`mlp_inner_loop`
+        first_order: as for :func:`mlp_inner_loop`
+        support_mask: as for :func:`mlp_inner_loop`
+        query_mask: bool [T, Q]
+        step_weights: [K], of the query loss after every step (MAML++'s multi-step loss); None takes the last alone
+        checkpoint_every: steps between parameters that are kept within the pass; None keeps all of a group of tasks
+        backend: as for :func:`mlp_inner_loop`
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`mlp_inner_loop`.
+    """
+    problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps)
+    weights = _weights(step_weights, steps)
+    serves = _backend.resolve(backend, support[0].device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    if serves == "reference":
+        trajectory = _reference(problem, params, *support, support_mask, lr, activation, loss)
+        total: Any = 0.0
+        for weight, now in zip(weights, trajectory[1:], strict=True):
+            if weight:
+                prediction = reference.predict(now, query[0], activation)
+                total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
+        return total  # type: ignore[no-any-return]
+    return meta_loss_call(problem, params, _rate_tensors(lr), support, query, support_mask, query_mask, weights)
+
+
+def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
+    if step_weights is None:
+        return (0.0,) * (steps - 1) + (1.0,)
+    if len(step_weights) != steps or not any(step_weights):
+        raise ValueError(f"step_weights must hold {steps} weights, not all zero, got {list(step_weights)}")
+    return tuple(float(weight) for weight in step_weights)
+
+
+def _reference(
+    problem: Problem,
+    params: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
+    lr: Any,
+    activation: str,
+    loss: str,
+) -> list[list[Tensor]]:
+    adapted = [bool(problem.adapted >> i & 1) for i in range(len(params))]
+    return reference.mlp_inner_loop(
+        params,
+        x,
+        y,
+        mask,
+        lr,
+        steps=problem.steps,
+        per_step=problem.per_step,
+        adapted=adapted,
+        first_order=[not second for second in problem.second_order],
+        activation=activation,
+        loss=loss,
+    )
+
+
+def _rate_tensors(lr: Any) -> list[Tensor]:
+    if isinstance(lr, Tensor):
+        return [lr]
+    return list(lr) if isinstance(lr, Sequence) else []
+
+
+def _problem(
+    params: Sequence[Tensor],
+    lr: Any,
+    steps: int,
+    per_step: bool,
+    adapted: Sequence[bool] | None,
+    activation: str,
+    loss: str,
+    first_order: bool | Sequence[bool],
+    checkpoint_every: int,
+) -> Problem:
+    """The operators' scalars, checked; tensors are checked by the operators."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise TypeError(f"steps must be an integer, got {steps!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    for name, value, choices in (("activation", activation, ACTIVATIONS), ("loss", loss, reference.LOSSES)):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if len(params) % 2 or not 2 <= len(params) <= 2 * MAX_LAYERS:
+        raise ValueError(f"params must hold weight and bias of 1 to {MAX_LAYERS} layers, got {len(params)} tensors")
+    if adapted is not None and (len(adapted) != len(params) or not any(adapted)):
+        raise ValueError(f"adapted must hold a bool for each of {len(params)} params, one True, got {list(adapted)}")
+    orders = (first_order,) * steps if isinstance(first_order, bool) else tuple(first_order)
+    if len(orders) != steps:
+        raise ValueError(f"first_order must have one bool a step, {steps}, got {len(orders)}")
+    bits = -1 if adapted is None else sum(1 << i for i, flag in enumerate(adapted) if flag)
+    rate = 0.0 if isinstance(lr, (Tensor, Sequence)) else float(lr)
+    return Problem(
+        rate,
+        steps,
+        per_step,
+        bits,
+        ACTIVATIONS.index(activation),
+        reference.LOSSES.index(loss),
+        min(checkpoint_every, steps),
+        tuple(not order for order in orders),
+    )

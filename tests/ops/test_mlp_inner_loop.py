@@ -1,0 +1,335 @@
+"""mlp_inner_loop and mlp_meta_loss: the compiled inner loops against the reference, bit by bit and from bad input."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from metakern.ops import mlp_inner_loop, mlp_meta_loss
+from metakern.ops.mlp_inner_loop import ACTIVATIONS
+from metakern.reference.mlp_inner_loop import LOSSES
+from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
+
+F64 = torch.float64
+
+
+class Case:
+    """T MLPs with support and query sets, and leaves for their meta-gradients."""
+
+    def __init__(
+        self,
+        widths: list[int],
+        tasks: int,
+        samples: int = 5,
+        queries: int = 4,
+        loss: str = "mse",
+        own: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.generator, self.loss, self.widths = torch.Generator().manual_seed(seed), loss, widths
+        self.params = []
+        for inputs, units in itertools.pairwise(widths):
+            lead = (tasks,) if own else ()
+            self.params += [self.draw(*lead, units, inputs) / inputs**0.5, self.draw(*lead, units) / 4]
+        self.support, self.query = self.sets(tasks, samples), self.sets(tasks, queries)
+
+    def draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator, dtype=F64)
+
+    def sets(self, tasks: int, samples: int) -> tuple[Tensor, Tensor]:
+        x, y = self.draw(tasks, samples, self.widths[0]), self.draw(tasks, samples, self.widths[-1])
+        if self.loss == "cross_entropy":
+            return x, y.argmax(2)
+        return x, y if self.loss == "mse" else (y > 0).to(F64)
+
+    def meta(self, backend: str, dtype: torch.dtype = F64, lr: Any = 0.1, **options: Any) -> list[Tensor]:
+        """Query losses [T], then the gradient of a weighted sum of them by every parameter and rate."""
+        params = [p.detach().to(dtype, copy=True).requires_grad_() for p in self.params]
+        rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
+        support, query = self.data(dtype)
+        losses = mlp_meta_loss(params, support, query, lr=rates, loss=self.loss, backend=backend, **options)
+        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=dtype)
+        leaves = [*params, *(rates if isinstance(rates, list) else [])]
+        return [losses, *torch.autograd.grad((losses * weights).sum(), leaves)]
+
+    def adapt(self, backend: str, dtype: torch.dtype = F64, lr: Any = 0.1, **options: Any) -> list[Tensor]:
+        """Adapted parameters, then the gradient of a fixed linear function of them."""
+        params = [p.detach().to(dtype, copy=True).requires_grad_() for p in self.params]
+        rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
+        (x, y), _ = self.data(dtype)
+        results = mlp_inner_loop(params, x, y, lr=rates, loss=self.loss, backend=backend, **options)
+        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=dtype).view(r.shape)).sum() for r in results)
+        leaves = [*params, *(rates if isinstance(rates, list) else [])]
+        return [*results, *torch.autograd.grad(total, leaves)]
+
+    def data(self, dtype: torch.dtype) -> list[tuple[Tensor, ...]]:
+        return [tuple(t.to(dtype) if t.is_floating_point() else t for t in s) for s in (self.support, self.query)]
+
+
+def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    """One scale for all: the gradient of one bias may be a sum that cancels."""
+    for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == b.shape, f"result {index} has shape {list(a.shape)}, expected {list(b.shape)}"
+    assert_close("results", *(torch.cat([r.flatten() for r in results]) for results in (actual, expected)), tolerance)
+
+
+# ------------------------------------------------------------------------------------ against the reference
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    tasks=st.sampled_from((1, 2, 7, 16, 33)),
+    samples=st.integers(1, 8),
+    steps=st.integers(1, 4),
+    widths=st.lists(st.integers(1, 14), min_size=2, max_size=5),
+    activation=st.sampled_from(ACTIVATIONS),
+    loss=st.sampled_from(LOSSES),
+    first_order=st.booleans(),
+    every=st.sampled_from((None, 1, 2, 3)),
+    own=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_equals_the_reference(
+    tasks: int,
+    samples: int,
+    steps: int,
+    widths: list[int],
+    activation: str,
+    loss: str,
+    first_order: bool,
+    every: int | None,
+    own: bool,
+    seed: int,
+) -> None:
+    assume(loss != "cross_entropy" or widths[-1] > 1)  # of one class it is zero, and so is every gradient
+    case = Case(widths, tasks, samples, loss=loss, own=own, seed=seed)
+    options = {"steps": steps, "activation": activation, "first_order": first_order, "checkpoint_every": every}
+    assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
+    assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_float32_on_every_instruction_set(activation: str, loss: str, capability: str) -> None:
+    case = Case([3, 40, 17, 5], 17, 10, 10, loss)
+    options = {"steps": 5, "activation": activation, "lr": 0.05}
+    expected = case.meta("reference", **options)
+    assert_equal(case.meta("cpp", torch.float32, **options), expected, GRADIENT_TOLERANCE[torch.float32])
+    assert_equal(case.meta("cpp", **options), expected, 1e-10)
+    assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
+
+
+@pytest.mark.parametrize("steps_of", ["tensor", "parameter", "step", "step and parameter"])
+@pytest.mark.parametrize("first_order", [False, True, (False, True, False)])
+def test_learned_rates(steps_of: str, first_order: Any) -> None:
+    case, steps = Case([2, 9, 3], 7), 3
+    lead = (steps,) if "step" in steps_of else ()
+    shapes = [(*lead, *p.shape) if "parameter" in steps_of else lead for p in case.params]
+    lr = [0.1 + 0.05 * case.draw(*shape) for shape in shapes]
+    options = {"lr": lr, "steps": steps, "per_step": bool(lead), "first_order": first_order, "activation": "tanh"}
+    assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
+    assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
+    if steps_of == "tensor":  # one for everything
+        params, rate = [p.requires_grad_() for p in case.params], torch.tensor(0.1, dtype=F64, requires_grad=True)
+        gradients = []
+        for backend in ("cpp", "reference"):
+            losses = mlp_meta_loss(params, case.support, case.query, lr=rate, steps=2, backend=backend)
+            gradients.append(torch.autograd.grad(losses.sum(), [rate, *params]))
+        assert_equal(*(list(g) for g in gradients), 1e-10)
+
+
+def test_parameters_that_do_not_adapt_receive_meta_gradients() -> None:
+    case = Case([2, 9, 3], 7)
+    options = {"steps": 3, "adapted": [False, False, True, True], "activation": "sigmoid"}
+    got = case.adapt("cpp", **options)
+    assert_same_bits("body", got[0], case.params[0].expand(7, 9, 2))
+    assert_equal(got, case.adapt("reference", **options), 1e-10)
+    assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("every", [None, 2])
+def test_masks_and_weights_of_steps(loss: str, every: int | None) -> None:
+    case = Case([2, 9, 3], 18, 6, 5, loss)
+    masks = [torch.rand(18, n, generator=case.generator) < 0.6 for n in (6, 5)]
+    for mask in masks:
+        mask[:, 1] = True
+    options = {"steps": 4, "support_mask": masks[0], "query_mask": masks[1], "checkpoint_every": every}
+    options["step_weights"] = [0.3, 0.0, 0.2, 0.5]
+    assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
+
+
+def test_central_differences() -> None:
+    case = Case([2, 4, 1], 3)
+    gradients = case.meta("cpp", steps=3, activation="gelu")[1:]
+    weights = torch.linspace(0.5, 1.5, 3, dtype=F64)
+    for p, gradient in zip(case.params, gradients, strict=True):
+        for index in range(p.numel()):
+            values = []
+            for offset in (1e-5, -1e-5):
+                p.view(-1)[index] += offset
+                losses = mlp_meta_loss(case.params, case.support, case.query, lr=0.1, steps=3, activation="gelu")
+                values.append((losses * weights).sum())
+                p.view(-1)[index] -= offset
+            assert_close("derivative", gradient.view(-1)[index], (values[0] - values[1]) / 2e-5, 1e-6)
+
+
+def test_large_arguments_of_the_losses() -> None:
+    for loss in ("cross_entropy", "binary_cross_entropy_with_logits"):
+        case = Case([2, 3, 3], 5, loss=loss)
+        case.params[2] *= 300
+        options = {"steps": 1, "lr": 1e-4, "activation": "tanh"}
+        got, want = case.meta("cpp", **options), case.meta("reference", **options)
+        assert want[0].isfinite().all()
+        assert_equal(got, want, 1e-10)
+
+
+# ------------------------------------------------------------------------------------ bits
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    case, results = Case([3, 20, 4], 67), []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(case.meta("cpp", dtype, steps=3) + case.adapt("cpp", dtype, steps=3))
+    for other in results[1:]:
+        for index, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(f"result {index}", a, b)
+
+
+def test_same_bits_with_and_without_a_graph_and_checkpoints() -> None:
+    case = Case([3, 20, 4], 19)
+    expected = case.meta("cpp", steps=7, step_weights=[0.1] * 7)
+    for every in (1, 3, 7, 100):
+        got = case.meta("cpp", steps=7, step_weights=[0.1] * 7, checkpoint_every=every)
+        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(f"result {index}", a, b)
+    with torch.no_grad():
+        plain = mlp_meta_loss(case.params, case.support, case.query, lr=0.1, steps=7, step_weights=[0.1] * 7)
+    assert_same_bits("losses", plain, expected[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["support", "query", "params"])
+def test_a_task_that_is_not_finite_leaves_the_others_alone(where: str, value: float) -> None:
+    case = Case([2, 9, 3], 18, own=True)
+    before = case.meta("cpp", steps=2)
+    spoiled = {"support": case.support[0], "query": case.query[0], "params": case.params[0]}[where]
+    spoiled[5].view(-1)[0] = value
+    after = case.meta("cpp", steps=2)
+    others = torch.arange(18) != 5
+    for index, (a, b) in enumerate(zip(after, before, strict=True)):
+        assert_same_bits(f"result {index}", a[others], b[others])
+    assert not after[0][5].isfinite()
+    assert not after[1][5].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------ torch
+
+
+def arguments(case: Case, steps: int = 2) -> tuple[Any, ...]:
+    params = [p.requires_grad_() for p in case.params]
+    return params, *case.support, None, [], 0.1, steps, False, -1, 1, 0, steps
+
+
+@pytest.mark.parametrize("name", ["mlp_inner_loop", "mlp_meta_loss"])
+def test_opcheck(name: str) -> None:
+    case, steps = Case([2, 4, 1], 3), 2
+    params, x, y, mask, *rest = arguments(case, steps)
+    flags = torch.ones(steps, dtype=torch.bool)
+    if name == "mlp_inner_loop":
+        args = (params, x, y, mask, *rest, True, flags)
+    else:
+        weights = torch.tensor([0.0, 1.0], dtype=F64)
+        args = (params, x, y, mask, *case.query, None, *rest, flags, weights, True)
+    torch.library.opcheck(getattr(torch.ops.metakern, name).default, args)
+
+
+@pytest.mark.parametrize("call", ["meta", "adapt"])
+def test_torch_compile(call: str) -> None:
+    case = Case([2, 6, 3], 5)
+    lr = [torch.full((3,), 0.1, dtype=F64) for _ in case.params]
+    expected = getattr(case, call)("cpp", lr=lr, steps=3, per_step=True)
+
+    def function(params: list[Tensor], rates: list[Tensor]) -> Any:
+        if call == "meta":
+            return mlp_meta_loss(params, case.support, case.query, lr=rates, steps=3, per_step=True)
+        return mlp_inner_loop(params, *case.support, lr=rates, steps=3, per_step=True)
+
+    params, rates = [p.requires_grad_() for p in case.params], [r.requires_grad_() for r in lr]
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(params, rates)
+    if call == "meta":
+        total, results = (got * torch.linspace(0.5, 1.5, 5, dtype=F64)).sum(), [got]
+    else:
+        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=F64).view(r.shape)).sum() for r in got)
+        results = list(got)
+    for index, (a, b) in enumerate(
+        zip([*results, *torch.autograd.grad(total, [*params, *rates])], expected, strict=True)
+    ):
+        assert_same_bits(f"result {index}", a, b)
+
+
+@pytest.mark.parametrize("call", [mlp_inner_loop, mlp_meta_loss])
+def test_a_second_derivative_raises(call: Any) -> None:
+    case = Case([2, 4, 1], 3)
+    params = [p.requires_grad_() for p in case.params]
+    sets = (case.support, case.query) if call is mlp_meta_loss else case.support
+    result = call(params, *sets, lr=0.1, steps=2)
+    total = result.sum() if isinstance(result, Tensor) else sum(r.sum() for r in result)
+    gradient = torch.autograd.grad(total, params, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated again; backend='reference' takes"):
+        (total + gradient.sum()).backward()
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"steps": 0}, ValueError, "steps must be at least 1, got 0"),
+        ({"steps": 1.5}, TypeError, "steps must be an integer, got 1.5"),
+        ({"activation": "elu"}, ValueError, "activation must be one of relu, tanh, sigmoid, gelu, got 'elu'"),
+        ({"loss": "l1"}, ValueError, "loss must be one of mse, .*, got 'l1'"),
+        ({"first_order": [True]}, ValueError, "first_order must have one bool a step, 2, got 1"),
+        ({"adapted": [True]}, ValueError, "adapted must hold a bool for each of 4 params"),
+        ({"adapted": [False] * 4}, ValueError, "adapted must hold a bool for each of 4 params, one True"),
+        ({"params": []}, ValueError, "params must hold weight and bias of 1 to 8 layers, got 0 tensors"),
+        ({"x": torch.ones(3, 5, 7, dtype=F64)}, RuntimeError, r"support_x must be \[3, samples, 2\], got \[3, 5, 7\]"),
+        ({"x": torch.ones(3, 0, 2, dtype=F64)}, RuntimeError, r"support_x must be .*, got \[3, 0, 2\]"),
+        ({"x": torch.ones(3, 5, 2)}, RuntimeError, "x must be float64, got float32"),
+        ({"y": torch.ones(3, 4, 1, dtype=F64)}, RuntimeError, r"targets must have shape \[3, 5, 1\], got \[3, 4, 1\]"),
+        ({"support_mask": torch.ones(3, 4) > 0}, RuntimeError, r"mask must have shape \[3, 5\], got \[3, 4\]"),
+        ({"lr": [torch.ones((), dtype=F64)] * 3}, RuntimeError, "lr must hold no tensor, 1 or one for each of the 4"),
+        ({"lr": [torch.ones(3, dtype=F64)] * 4}, RuntimeError, r"lr\[0\] must hold 1 or 8 rates, got \[3\]"),
+        ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run: mlp_inner_loop has no kernels"),
+    ],
+)
+def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:
+    case = Case([2, 4, 1], 3)
+    values: dict[str, Any] = {"params": case.params, "x": case.support[0], "y": case.support[1], "lr": 0.1, "steps": 2}
+    values |= change
+    with pytest.raises(error, match=message):
+        mlp_inner_loop(values.pop("params"), values.pop("x"), values.pop("y"), **values)
+
+
+@pytest.mark.parametrize("label", [-1, 3, 2**40])
+def test_labels_without_an_output(label: int) -> None:
+    case = Case([2, 4, 3], 3, loss="cross_entropy")
+    case.query[1][1, 2] = label
+    with pytest.raises(RuntimeError, match=f"query_y must be 0 to 2, as the model has 3 outputs, got {label}"):
+        mlp_meta_loss(case.params, case.support, case.query, lr=0.1, steps=1, loss="cross_entropy")
+
+
+def test_tasks_of_own_parameters_must_be_as_many() -> None:
+    case = Case([2, 4, 1], 3, own=True)
+    with pytest.raises(RuntimeError, match=r"params\[0\] must share the task axis, T = 2, got \[3, 4, 2\]"):
+        mlp_inner_loop(case.params, case.support[0][:2], case.support[1][:2], lr=0.1, steps=1)

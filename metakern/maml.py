@@ -165,6 +165,8 @@ class MetaSGD(Learner):
         if lrs is not None and len(lrs) != len(params):
             raise ValueError(f"lrs must have one tensor a parameter, {len(params)}, got {len(lrs)}")
         for index, (rate, p) in enumerate(zip(lrs or (), params, strict=False)):
+            if not isinstance(rate, Tensor):
+                raise TypeError(f"lrs[{index}] must be a tensor, got {type(rate).__name__}")
             if rate.shape != p.shape:
                 raise ValueError(f"lrs[{index}] must have shape {list(p.shape)}, got {list(rate.shape)}")
         self.lrs = lrs or nn.ParameterList([nn.Parameter(torch.full_like(p, float(lr))) for p in params])
@@ -419,6 +421,8 @@ def _inner_loop(
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     check_count("steps", steps)
     check_clip_norm(clip_norm)
+    if not isinstance(vectorize, bool):
+        raise TypeError(f"vectorize must be a bool, got {vectorize!r}")
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every)
     if step_weights is not None:

@@ -258,6 +258,10 @@ def test_bad_arguments() -> None:
         learner.adapt(learner(torch.ones(3, 2).double()).squeeze(1))
     with pytest.raises(RuntimeError, match=r"loss must depend on the learner's parameters"):
         learner.adapt(torch.ones(()))
+    with pytest.raises(TypeError, match=r"lrs\[1\] must be a tensor, got float"):
+        MetaSGD(net, lrs=[torch.ones(1, 2), 0.1])
+    with pytest.raises(ValueError, match=r"lr must be a number or a tensor of 1 element, got shape \[2\]"):
+        MetaSGD(net, torch.ones(2))
     with pytest.raises(ValueError, match=r"lrs must have one tensor a parameter, 2, got 1"):
         MetaSGD(net, lrs=[torch.ones(1, 2)])
     with pytest.raises(ValueError, match=r"lrs\[1\] must have shape \[1\], got \[2\]"):

@@ -251,6 +251,7 @@ class InnerLoop:
             steps = range(start, min(start + every, self.num_steps))
             arguments = (state, shared, self._arguments(), support.tensors, query and query.tensors)
             params, total, statistics = recomputed(self._segment(support, query, steps), arguments)
+            # Autograd takes them for results with a gradient, along which the next segment would ask for zeros.
             state = params, total, {name: tensor.detach() for name, tensor in statistics.items()}
         return state
 

@@ -35,8 +35,8 @@ def episode() -> Episode:
 def net() -> nn.Module:
     """With statistics that differ from step to step."""
     made = per_step_batch_norm(plain(), STEPS)
-    made[1].running_mean.copy_(torch.randn(STEPS + 1, 4))
-    made[1].running_var.copy_(torch.rand(STEPS + 1, 4) + 0.5)
+    made[1].running_mean.copy_(torch.randn(STEPS + 1, 4, dtype=F64))
+    made[1].running_var.copy_(torch.rand(STEPS + 1, 4, dtype=F64) + 0.5)
     return made
 
 
@@ -103,6 +103,7 @@ def test_equals_one_batch_norm_a_step(
 
 
 def test_fewer_steps_move_their_rows_alone(net: nn.Module, episode: Episode) -> None:
+    """To the bit, though the mean over three tasks of the same number may be another."""
     before = copy.deepcopy(net[1].state_dict())
     _, statistics = by_hand(net, episode, 1)
     meta_loss(net, episode.support, episode.query, steps=1, lr=0.1)

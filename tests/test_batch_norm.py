@@ -20,6 +20,8 @@ F64 = torch.float64
 STEPS = 3
 STATISTICS = ("running_mean", "running_var")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 def plain(seed: int = 0) -> nn.Sequential:
     torch.manual_seed(seed)

@@ -18,11 +18,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from metakern._batch_norm import PerStepBatchNorm
 from metakern._inner_loop_input import LearningRates, TaskBatch, TaskLoss, check_labels
 from metakern.reference.inner_update import inner_update
 
 #: Parameters or buffers by name.
 Tensors = dict[str, Tensor]
+#: Between inner steps: parameters, the weighted sum of query losses so far, running statistics.
+State = tuple[Tensors, Tensor | None, Tensors]
 
 _VMAP_NOTE = (
     "metakern evaluates all tasks at once with torch.vmap. If the model cannot run so, because it writes into a buffer "
@@ -49,7 +52,9 @@ def is_transformed() -> bool:
 class TaskModel:
     """A model and a loss, evaluated for T tasks that have parameters of their own.
 
-    Every evaluation starts from the model's buffers as they are, and what the model writes into them is discarded.
+    Every evaluation starts from the model's buffers as they are, and what the model writes into them is discarded. The
+    running statistics of PerStepBatchNorm in ``train()`` mode are the exception: an evaluation puts their means over
+    the tasks into the dict ``shared`` that it is given.
 
     Args:
         model: any module
@@ -64,14 +69,44 @@ class TaskModel:
         self.initial = {name: parameters[name] for name in names}
         self.shared: Tensors = {name: p for name, p in parameters.items() if name not in self.initial} | buffers
         self.buffers = list(buffers)
+        per_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
         # Batch norm writes each task's statistics into its running ones, so each task gets a copy.
         statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        statistics |= {id(b) for m in per_step for b in (m.running_mean, m.running_var)}
         self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
         self._slots = _slots(model, parameters | buffers)
+        names_of = {id(buffer): name for name, buffer in buffers.items()}
+        self.max_steps = min([m.steps for m in per_step]) if per_step else None
+        self._step_buffers = [names_of[id(m.step)] for m in per_step]
+        self._gathered = {
+            names_of[id(b)]: names_of[id(m.step)]
+            for m in per_step
+            if m.training
+            for b in (m.running_mean, m.running_var)
+        }
 
     def expand(self, num_tasks: int) -> Tensors:
         """The initial parameters, [T, *shape] each, the same for every task."""
         return {name: p.unsqueeze(0).expand(num_tasks, *p.shape) for name, p in self.initial.items()}
+
+    def at_step(self, shared: Tensors, step: int) -> Tensors:
+        """A copy of ``shared`` for evaluations after so many inner steps."""
+        return {**shared, **{name: torch.full_like(shared[name], step) for name in self._step_buffers}}
+
+    def gathered(self, shared: Tensors) -> Tensors:
+        """Of ``shared``, the running statistics that evaluations change."""
+        return {name: shared[name].detach() for name in self._gathered}
+
+    def store(self, statistics: Tensors) -> None:
+        """Write running statistics into the model."""
+        if statistics and not torch.compiler.is_compiling() and is_transformed():
+            raise RuntimeError(
+                "transforms of torch.func cannot move the running statistics of PerStepBatchNorm: call model.eval() or "
+                "use nn.BatchNorm"
+            )
+        with torch.no_grad():
+            for name, tensor in statistics.items():
+                self.shared[name].copy_(tensor)
 
     def predict(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
         """Predictions [T, S, ...] for x [T, S, ...]."""
@@ -134,10 +169,13 @@ class TaskModel:
     ) -> Any:
         """``function(params, shared, *data)`` of every task, stacked."""
         if not self.vectorize:
-            outputs = []
+            outputs, owns = [], []
             for task in range(data[0].shape[0]):
-                own = {**shared, **{name: shared[name].clone() for name in self.buffers}}
-                outputs.append(function({n: p[task] for n, p in params.items()}, own, *(d[task] for d in data)))
+                own = {name: shared[name].clone() for name in self.buffers}
+                arguments = {n: p[task] for n, p in params.items()}, {**shared, **own}, *(d[task] for d in data)
+                outputs.append(function(*arguments))
+                owns.append({name: own[name] for name in self._gathered})
+            self._gather(shared, {name: torch.stack([own[name] for own in owns]) for name in self._gathered})
             return torch.stack(outputs)
         num_tasks = data[0].shape[0]
         own = {name: shared[name].clone() for name in self.buffers if name not in self.statistics}
@@ -145,10 +183,16 @@ class TaskModel:
             own[name] = shared[name].expand(num_tasks, *shared[name].shape).clone()
         axes = {name: 0 if name in self.statistics else None for name in shared}
         batched = vmap(function, in_dims=(0, axes, *[0] * len(data)), randomness="different")
-        if torch.compiler.is_compiling():
-            return batched(params, {**shared, **own}, *data)
-        with _vmap_noted():
-            return batched(params, {**shared, **own}, *data)
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else _vmap_noted():
+            output = batched(params, {**shared, **own}, *data)
+        self._gather(shared, own)
+        return output
+
+    def _gather(self, shared: Tensors, own: Tensors) -> None:
+        """Put the means over the tasks of their running statistics, [T, K+1, C] each, into ``shared``."""
+        for name, step in self._gathered.items():
+            # Means of the rows that are the same for all tasks would differ from these by rounding.
+            shared[name] = PerStepBatchNorm.replaced(shared[name], own[name].detach().mean(0), shared[step])
 
 
 def _slots(model: nn.Module, tensors: Tensors) -> dict[str, str]:
@@ -188,21 +232,27 @@ class InnerLoop:
     def __post_init__(self) -> None:
         object.__setattr__(self, "num_steps", len(self.first_order))
 
-    def run(self, support: TaskBatch, query: TaskBatch | None = None) -> tuple[Tensors, Tensor | None]:
+    def run(self, support: TaskBatch, query: TaskBatch | None = None) -> State:
         """Adapt to the support sets.
 
         Returns:
-            adapted parameters, [T, *shape] each, and the weighted sum of the query losses [T], if asked for
+            adapted parameters, [T, *shape] each; the weighted sum of the query losses [T], if asked for; and the
+            running statistics that the evaluations lead to
         """
-        state = self.model.expand(support.x.shape[0]), None
+        # Copies, as the backward may still need what the call was given when the model's have been written.
+        statistics = {name: tensor.clone() for name, tensor in self.model.gathered(self.model.shared).items()}
+        shared = {name: tensor for name, tensor in self.model.shared.items() if name not in statistics}
+        state: State = self.model.expand(support.x.shape[0]), None, statistics
         every = self.checkpoint_every
         if every is None or not torch.is_grad_enabled():
-            return self._steps(state, self.model.shared, self._arguments(), support, query, range(self.num_steps))
+            return self._steps(state, shared, self._arguments(), support, query, range(self.num_steps))
         self._check_captured(state[0], support, query)
         for start in range(0, self.num_steps, every):
             steps = range(start, min(start + every, self.num_steps))
-            arguments = (state, self.model.shared, self._arguments(), support.tensors, query and query.tensors)
-            state = recomputed(self._segment(support, query, steps), arguments)
+            arguments = (state, shared, self._arguments(), support.tensors, query and query.tensors)
+            params, total, statistics = recomputed(self._segment(support, query, steps), arguments)
+            # Autograd takes them for results with a gradient, along which the next segment would ask for zeros.
+            state = params, total, {name: tensor.detach() for name, tensor in statistics.items()}
         return state
 
     def _arguments(self) -> tuple[Any, Any]:
@@ -211,14 +261,15 @@ class InnerLoop:
 
     def _steps(
         self,
-        state: tuple[Tensors, Tensor | None],
+        state: State,
         shared: Tensors,
         arguments: tuple[Any, Any],
         support: TaskBatch,
         query: TaskBatch | None,
         steps: range,
-    ) -> tuple[Tensors, Tensor | None]:
-        params, total = state
+    ) -> State:
+        params, total, statistics = state
+        shared = self.model.at_step({**shared, **statistics}, steps.start)
         rates, weights = arguments
         names = self.model.names
         for step in steps:
@@ -231,10 +282,11 @@ class InnerLoop:
                 clip_norm=self.clip_norm,
             )
             params = dict(zip(names, updated, strict=True))
+            shared = self.model.at_step(shared, step + 1)
             if weights is not None and query is not None and (isinstance(weights, Tensor) or weights[step]):
                 losses = weights[step] * self.model.losses(params, shared, query)
                 total = losses if total is None else total + losses
-        return params, total
+        return params, total, self.model.gathered(shared)
 
     def _segment(self, support: TaskBatch, query: TaskBatch | None, steps: range) -> Callable[..., Any]:
         """Some of the steps as a function of all the tensors that they depend on."""

@@ -99,6 +99,8 @@ class TaskLoss:
             ignored = options.get("ignore_index", -100)
         else:
             return None
+        if y.dtype not in (torch.int64, torch.int32) and (not y.is_floating_point() or y.dim() == 2):
+            raise TypeError(f"{name} must hold class labels as int64, got {y.dtype}")
         capturing = y.is_cuda and torch.cuda.is_current_stream_capturing()
         if y.is_floating_point() or torch.compiler.is_compiling() or capturing:
             return None
@@ -200,7 +202,10 @@ def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> lis
         raise ValueError("model must have a parameter that requires a gradient, got none")
     if patterns is None:
         return names
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"parameters must be a glob pattern or a list of them, got {patterns!r}")
     if not patterns:
         raise ValueError("parameters must name at least one pattern, got none")
     first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
@@ -255,6 +260,8 @@ def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:
         raise TypeError(f"step_weights must be a tensor or a sequence of numbers, got {weights!r}")
     if len(weights) != steps:
         raise ValueError(f"step_weights must have one weight a step, {steps}, got {len(weights)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"step_weights must be finite, got {weights}")
     return weights
 
 

@@ -3,8 +3,8 @@
 - MAML, FOMAML: Finn et al. 2017, arXiv 1703.03400
 - Meta-SGD, a learned learning rate a parameter: Li et al. 2017, arXiv 1707.09835
 - Reptile: Nichol et al. 2018, arXiv 1803.02999
-- MAML++, learned learning rates a tensor and step (LSLR), multi-step loss (MSL), derivative-order annealing:
-  Antoniou et al. 2018, arXiv 1810.09502
+- MAML++, learned learning rates a tensor and step (LSLR), multi-step loss (MSL), derivative-order annealing,
+  per-step batch-norm statistics (:func:`per_step_batch_norm`): Antoniou et al. 2018, arXiv 1810.09502
 - ANIL, only the head adapts: Raghu et al. 2019, arXiv 1909.09157
 
 Axis legend: T tasks, S support samples and Q query samples of a task, K inner steps, ``*shape`` the shape of one
@@ -22,6 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import _backend
+from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
+from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_loss
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -166,6 +168,8 @@ class MetaSGD(Learner):
         if lrs is not None and len(lrs) != len(params):
             raise ValueError(f"lrs must have one tensor a parameter, {len(params)}, got {len(lrs)}")
         for index, (rate, p) in enumerate(zip(lrs or (), params, strict=False)):
+            if not isinstance(rate, Tensor):
+                raise TypeError(f"lrs[{index}] must be a tensor, got {type(rate).__name__}")
             if rate.shape != p.shape:
                 raise ValueError(f"lrs[{index}] must have shape {list(p.shape)}, got {list(rate.shape)}")
         self.lrs = lrs or nn.ParameterList([nn.Parameter(torch.full_like(p, float(lr))) for p in params])
@@ -204,9 +208,9 @@ class Adapted:
         parameters: the adapted parameters by name, [T, *shape] each; meta-gradients flow through them to the model's
     """
 
-    def __init__(self, parameters: dict[str, Tensor], model: TaskModel) -> None:
+    def __init__(self, parameters: dict[str, Tensor], model: TaskModel, steps: int) -> None:
         self.parameters = parameters
-        self._model = model
+        self._model, self._steps = model, steps
 
     def __call__(self, query_x: Tensor) -> Tensor:
         """Predictions [T, Q, ...] of every task's model for its own ``query_x`` [T, Q, ...].
@@ -217,8 +221,7 @@ class Adapted:
             TypeError, ValueError: for an input of another kind, or of another T.
         """
         check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
-        prediction: Tensor = self._model.predict(self.parameters, self._model.shared, query_x)
-        return prediction
+        return self._model.predict(self.parameters, self._model.at_step(self._model.shared, self._steps), query_x)
 
 
 def adapt(
@@ -246,7 +249,8 @@ def adapt(
         model: any module that takes [S, ...] and whose parameters are the initialisation of every task. Each evaluation
             starts from its buffers, and what it writes into them is discarded: in ``train()`` mode batch norm uses the
             statistics of the task's current batch, support or query, and running statistics stay as they are; in
-            ``eval()`` mode it uses the running ones. Dropout draws for each task and step.
+            ``eval()`` mode it uses the running ones. See :func:`per_step_batch_norm` for running statistics of every
+            step. Dropout draws for each task and step.
         support_x: [T, S, ...]
         support_y: [T, S, ...]
         loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; a function or a module
@@ -288,10 +292,10 @@ def adapt(
         model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked
     )
     if fused is not None:
-        return Adapted(fused, loop.model)
+        return Adapted(fused, loop.model, steps)
     support = task_batch("support", (support_x, support_y), support_mask, task_loss)
     _explain("adapt", loop, support, reason)
-    return Adapted(loop.run(support)[0], loop.model)
+    return Adapted(loop.run(support)[0], loop.model, steps)
 
 
 def meta_loss(
@@ -319,7 +323,8 @@ def meta_loss(
     there not with ``checkpoint_every`` or ``vectorize=False``; compiled, it does not look for labels out of range.
 
     Args:
-        model: as for :func:`adapt`
+        model: as for :func:`adapt`, but in ``train()`` mode, under ``torch.no_grad()`` too, the running statistics of
+            :class:`PerStepBatchNorm` move
         support: (x, y), [T, S, ...] each
         query: (x, y), [T, Q, ...] each
         loss: as for :func:`adapt`, of support and query sets
@@ -340,7 +345,8 @@ def meta_loss(
         losses [T]
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`adapt`.
+        TypeError, ValueError, RuntimeError: as :func:`adapt`; RuntimeError also for running statistics that would move
+            within a transform of torch.func.
 
     Example:
         >>> optimizer.zero_grad()
@@ -363,12 +369,14 @@ def meta_loss(
     support_batch = task_batch("support", support, support_mask, task_loss)
     query_batch = task_batch("query", query, query_mask, task_loss, support_batch.x.shape[0])
     _explain("meta_loss", loop, support_batch, reason)
+    params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
     if step_weights is None:
-        params, _ = loop.run(support_batch)
-        return loop.model.losses(params, loop.model.shared, query_batch)
-    _, weighted = loop.run(support_batch, query_batch)
+        shared = loop.model.at_step({**loop.model.shared, **statistics}, steps)
+        weighted = loop.model.losses(params, shared, query_batch)
+        statistics = loop.model.gathered(shared)
     if weighted is None:
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
+    loop.model.store(statistics)
     return weighted
 
 
@@ -435,6 +443,10 @@ def _inner_loop(
         step_weights = check_step_weights(step_weights, steps)
     task_loss = TaskLoss(loss, masked)
     task_model = TaskModel(model, task_loss, adapted_names(model, parameters), vectorize)
+    if task_model.max_steps is not None and steps > task_model.max_steps:
+        raise ValueError(
+            f"steps must be at most {task_model.max_steps}, for which the model has batch norm, got {steps}"
+        )
     rates = learning_rates(lr, task_model.initial, steps)
     orders = first_order_steps(first_order, steps)
     return InnerLoop(task_model, rates, orders, clip_norm, step_weights, checkpoint_every), task_loss
@@ -448,6 +460,8 @@ def _check_options(steps: int, clip_norm: float | None, checkpoint_every: int | 
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     check_count("steps", steps)
     check_clip_norm(clip_norm)
+    if not isinstance(vectorize, bool):
+        raise TypeError(f"vectorize must be a bool, got {vectorize!r}")
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every)
 

@@ -56,6 +56,14 @@ def test_counts(name: str) -> None:
             r"support_y must share \[T, S\] .*, \[3, 4\], got \[3, 3\]",
         ),
         (SUPPORT, (QUERY[0][:2], QUERY[1][:2]), r"query_x must share the task axis, T = 3, got shape \[2, 5, 2\]"),
+        (SUPPORT, (QUERY[0][:, :0], QUERY[1][:, :0]), r"query_x must be .* at least 1 .*, got shape \[3, 0, 2\]"),
+        (SUPPORT, (QUERY[0][:0], QUERY[1][:0]), r"query_x must be .* at least 1 .*, got shape \[0, 5, 2\]"),
+        (SUPPORT, (QUERY[0], QUERY[1][:, :4]), r"query_y must share \[T, S\] with query_x, \[3, 5\], got \[3, 4\]"),
+        (
+            (SUPPORT[0].transpose(0, 1), SUPPORT[1].transpose(0, 1)),
+            QUERY,
+            r"query_x must share the task axis, T = 4, got shape \[3, 5, 2\]",
+        ),
         (SUPPORT, (QUERY[0], QUERY[1][:1]), r"query_y must share the task axis, T = 3, got shape \[1, 5, 2\]"),
     ],
 )
@@ -67,6 +75,8 @@ def test_shapes(support: Any, query: Any, message: str) -> None:
 def test_kinds_of_data() -> None:
     with pytest.raises(TypeError, match=r"support must be a pair \(support_x, support_y\), got Tensor"):
         call(None, SUPPORT[0])
+    with pytest.raises(TypeError, match=r"support must be a pair \(support_x, support_y\), got tuple"):
+        call(None, (*SUPPORT, None))
     with pytest.raises(TypeError, match=r"query_y must be a tensor, got list"):
         call(None, SUPPORT, (QUERY[0], [1]))
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
@@ -74,6 +84,12 @@ def test_kinds_of_data() -> None:
     adapted = adapt(mlp(2, 3, 2), *SUPPORT)
     with pytest.raises(ValueError, match=r"query_x must share the task axis, T = 3, got shape \[2, 5, 2\]"):
         adapted(QUERY[0][:2])
+    with pytest.raises(ValueError, match=r"query_x must be \[T, S, ...\] with .* 1 sample, got shape \[3, 0, 2\]"):
+        adapted(QUERY[0][:, :0])
+    with pytest.raises(TypeError, match=r"query_x must be a tensor, got list"):
+        adapted([1])
+    with pytest.raises(ValueError, match=r"model must have a parameter that requires a gradient, got none"):
+        adapt(nn.ReLU(), *SUPPORT)
 
 
 def test_inference_mode() -> None:
@@ -108,6 +124,12 @@ def test_losses() -> None:
         call(loss="mse")
     with pytest.raises(ValueError, match=r"loss must return one number a task, .*, got shape \[4, 2\]"):
         call(loss=partial(F.mse_loss, reduction="none"))
+    for vectorize in (True, False):
+        for shape in ([1], [4]):
+            with pytest.raises(ValueError, match=rf"one number a task, a tensor of shape \[\], got shape \{shape}"):
+                call(loss=lambda prediction, y, n=shape[0]: (prediction - y).mean(1)[:n], vectorize=vectorize)
+    with pytest.raises(ValueError, match=r"loss must return one number a task, .*, got tuple"):
+        call(loss=lambda prediction, y: ((prediction - y).mean(), y))
     with pytest.raises(ValueError, match=r"loss must return one number a task, .*, got float"):
         call(loss=lambda prediction, y: 1.0, vectorize=False)
     with pytest.raises(RuntimeError, match=r"loss must depend on the adapted parameters, \['0.weight', .*; it"):
@@ -150,7 +172,25 @@ def test_which_labels_are_ignored() -> None:
         assert call(None, (SUPPORT[0], y), query, loss=loss).isfinite().all()
 
 
+@pytest.mark.parametrize("loss", [F.cross_entropy, nn.NLLLoss()])
+def test_labels_of_another_kind(loss: Any) -> None:
+    query = (QUERY[0], torch.ones(3, 5, dtype=torch.int64))
+    for dtype in (torch.float32, torch.uint8, torch.bool):
+        with pytest.raises(TypeError, match=rf"support_y must hold class labels as int64, got {dtype}"):
+            call(None, (SUPPORT[0], torch.ones(3, 4, dtype=dtype)), query, loss=loss)
+    with pytest.raises(TypeError, match=r"query_y must hold class labels as int64, got torch.float64"):
+        call(None, (SUPPORT[0], torch.ones(3, 4, dtype=torch.int64)), (QUERY[0], QUERY[1][..., 0]), loss=loss)
+    assert (
+        call(None, (SUPPORT[0], SUPPORT[1].softmax(-1)), (QUERY[0], QUERY[1].softmax(-1)), loss=F.cross_entropy)
+        .ge(0)
+        .all()
+    )
+
+
 def test_parameters() -> None:
+    for patterns in (1, [1], ["0.*", None]):
+        with pytest.raises(TypeError, match=r"parameters must be a glob pattern or a list of them, got "):
+            call(parameters=patterns)
     with pytest.raises(ValueError, match=r"parameters: 'head.\*' matches none .* gradient; there are \['0"):
         call(parameters="head.*")
     with pytest.raises(ValueError, match=r"parameters must name at least one pattern, got none"):
@@ -174,6 +214,21 @@ RATES = {name: torch.rand_like(p) for name, p in NET.named_parameters()}
         (True, TypeError, r"lr must be a number or a tensor, got bool"),
         (float("inf"), ValueError, r"lr must be finite, got inf"),
         (torch.ones(2), ValueError, r"lr as one tensor must have 1 element, got shape \[2\]"),
+        (None, TypeError, r"lr must be a number or a tensor, got NoneType"),
+        (
+            torch.ones(5).double(),
+            ValueError,
+            r"1 element, got shape \[5\]; for one a parameter or step give a dict or a",
+        ),
+        ([0.1] * 5, ValueError, r"lr must have one entry an adapted parameter, 4, got 5"),
+        ([0.1] * 3 + [float("nan")], ValueError, r"lr\['2.bias'\] must be finite, got nan"),
+        (nn.ParameterList([torch.ones(())] * 3), ValueError, r"one entry an adapted parameter, 4, got 3"),
+        (dict.fromkeys(RATES, torch.ones(6).double()), ValueError, r"\['0.weight'\] .* or \[5\] or .*, got \[6\]"),
+        (
+            {n: torch.ones(4, *p.shape).double() for n, p in RATES.items()},
+            ValueError,
+            r"lr\['0.weight'\] must have .* or \[5, 3, 2\], got \[4, 3, 2\]",
+        ),
         ([0.1], ValueError, r"lr must have one entry an adapted parameter, 4, got 1"),
         ({"0.weight": 0.1}, ValueError, r"missing \['0.bias', '2.weight', '2.bias'\], not among them \[\]"),
         ({**RATES, "5.bias": 0.1}, ValueError, r"missing \[\], not among them \['5.bias'\]"),
@@ -198,8 +253,13 @@ def test_other_options() -> None:
         call(first_order=[True] * 3, steps=2)
     with pytest.raises(TypeError, match=r"clip_norm must be a number, got '1'"):
         call(clip_norm="1")
-    with pytest.raises(ValueError, match=r"clip_norm must be positive and finite, got 0"):
-        call(clip_norm=0)
+    for clip_norm in (0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"clip_norm must be positive and finite, got {clip_norm}"):
+            call(clip_norm=clip_norm)
+    with pytest.raises(TypeError, match=r"vectorize must be a bool, got 'yes'"):
+        call(vectorize="yes")
+    with pytest.raises(ValueError, match=r"step_weights must be finite, got \[nan\]"):
+        call(step_weights=[float("nan")])
     with pytest.raises(ValueError, match=r"step_weights must have one weight a step, 2, got 3"):
         call(step_weights=[1, 1, 1], steps=2)
     with pytest.raises(ValueError, match=r"step_weights must have one weight a step, \[2\], got \[3\]"):

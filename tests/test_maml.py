@@ -39,10 +39,11 @@ def assert_same_gradients(a: Tensor, b: Tensor, parameters: list[Tensor], tolera
         assert_close(f"meta-gradient {index}", x, y, tolerance)
 
 
+@pytest.mark.parametrize("kind", [MAML, MetaSGD])
 @pytest.mark.parametrize("first_order", [False, True])
-def test_meta_gradients_equal_a_hand_written_loop(episode: Episode, first_order: bool) -> None:
+def test_meta_gradients_equal_a_hand_written_loop(episode: Episode, first_order: bool, kind: type) -> None:
     net = mlp(2, 5, 1)
-    loss = run(MAML(net, 0.1, first_order=first_order).clone(), episode)
+    loss = run(kind(net, 0.1, first_order=first_order).clone(), episode)
     expected = hand_written(net, episode, 2, lambda *_: 0.1, first_order=first_order)[0]
     assert_close("query loss", loss, expected, 1e-14)
     assert_same_gradients(loss, expected, list(net.parameters()))
@@ -81,6 +82,55 @@ def test_clones_of_clones(episode: Episode) -> None:
     assert isinstance(clone, MAML)
 
 
+@pytest.mark.parametrize("kind", [MAML, MetaSGD])
+def test_a_clone_of_an_adapted_clone_goes_on_and_leaves_it(episode: Episode, kind: type) -> None:
+    net = mlp(2, 5, 1)
+    learner = kind(net, 0.1)
+    leaves = list(learner.parameters())  # MetaSGD's learning rates among them
+    names = [name for name, _ in net.named_parameters()]
+    rates = dict(zip(names, learner.lrs if kind is MetaSGD else [0.1] * 4, strict=True))
+    expected = [hand_written(net, episode, steps, lambda name, _: rates[name])[0] for steps in (1, 2, 3)]
+    first = learner.clone()
+    run(first, episode, 1)
+    held = [p.clone() for p in first.module.parameters()]
+    second = first.clone().clone()
+    for steps, loss in (
+        (2, run(second, episode, 1)),
+        (3, run(second.clone(), episode, 1)),
+        (1, run(first, episode, 0)),
+    ):
+        assert_close(f"after {steps} steps", loss, expected[steps - 1], 1e-14)
+        assert_same_gradients(loss, expected[steps - 1], leaves)
+    for a, b in zip(first.module.parameters(), held, strict=True):
+        assert_same_bits("the first clone", a, b)
+
+
+def test_options_of_clones_of_clones() -> None:
+    clone = MAML(mlp(2, 1), 0.1).clone(first_order=True, allow_nograd=True)
+    again = clone.clone()
+    assert (again.first_order, again.allow_nograd, again.allow_unused) == (True, True, False)
+    again = clone.clone(first_order=False)
+    assert (again.first_order, clone.first_order) == (False, True)
+    assert MetaSGD(mlp(2, 1), 0.1, first_order=True).clone().clone().first_order
+
+
+def test_modes_of_a_clone_are_its_own() -> None:
+    net = nn.Sequential(nn.Linear(2, 2), nn.Dropout())
+    clone = MAML(net, 0.1).clone()
+    clone.eval()
+    assert not clone.module[1].training
+    assert net[1].training
+    assert not clone.clone().module[1].training
+
+
+def test_an_adapted_learner_without_a_clone(episode: Episode) -> None:
+    """learn2learn allows it: the parameters that the model had before are leaves, and receive the meta-gradient."""
+    net = mlp(2, 5, 1)
+    leaves = list(net.parameters())
+    expected = hand_written(net, episode, 2, lambda *_: 0.1)[0]
+    assert_same_gradients(run(MAML(net, 0.1), episode), expected, leaves)
+
+
 def test_options_are_inherited_and_replaced() -> None:
     maml = MAML(mlp(2, 1), 0.1, first_order=True, allow_nograd=True)
     assert maml.allow_unused
@@ -111,6 +161,29 @@ def test_frozen_parameters(episode: Episode) -> None:
     assert_same_bits("frozen weight", learner.module[0].weight, net[0].weight)
 
 
+@pytest.mark.parametrize("kind", [MAML, MetaSGD])
+def test_frozen_parameters_of_clones_of_clones(episode: Episode, kind: type) -> None:
+    net = mlp(2, 5, 1)
+    net[0].weight.requires_grad_(False)
+    options = {"allow_nograd": True} if kind is MAML else {}
+    clone = kind(net, 0.1, **options).clone()
+    run(clone, episode, 1)
+    clone = clone.clone()
+    assert not clone.module[0].weight.requires_grad
+    expected = hand_written(net, episode, 2, lambda *_: 0.1)[0]
+    assert_same_gradients(run(clone, episode, 1), expected, [p for p in net.parameters() if p.requires_grad])
+    assert_same_bits("frozen weight", clone.module[0].weight, net[0].weight)
+
+
+def test_a_model_that_is_frozen_stays_as_it_is(episode: Episode) -> None:
+    net = mlp(2, 5, 1).requires_grad_(False)
+    learner = MAML(net, 0.1, allow_nograd=True).clone()
+    x = episode.support[0][0].requires_grad_()
+    learner.adapt(learner(x).sum())
+    for a, b in zip(learner.module.parameters(), net.parameters(), strict=True):
+        assert_same_bits("parameter", a, b)
+
+
 class Unused(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -130,9 +203,13 @@ def test_unused_parameters(episode: Episode) -> None:
     assert_same_bits("unused weight", learner.module.unused.weight, net.unused.weight)
 
 
-def test_tied_parameters_and_modules_stay_tied(episode: Episode) -> None:
+@pytest.mark.parametrize("kind", [MAML, MetaSGD])
+@pytest.mark.parametrize("clones", [1, 2])
+def test_tied_parameters_and_modules_stay_tied(episode: Episode, kind: type, clones: int) -> None:
     net = Tied()
-    learner = MAML(net, 0.1).clone()
+    learner = kind(net, 0.1)
+    for _ in range(clones):
+        learner = learner.clone()
     loss = run(learner, episode)
     assert learner.module.a is learner.module.again
     assert learner.module.a.weight is learner.module.b.weight
@@ -155,6 +232,29 @@ class WithTensors(nn.Module):
         return self.linear(x) * self.double + self.offset
 
 
+def test_buffers_of_clones_of_clones(episode: Episode) -> None:
+    net = WithTensors()
+    maml = MAML(net, 0.1, allow_unused=True)
+    clone = maml.clone().clone()
+    assert clone.module.calls is net.calls
+    assert clone.module.offset is not net.offset
+    expected, loss = run(maml.clone(), episode), run(clone, episode)
+    assert net.calls == 6
+    assert_same_gradients(loss, expected, [net.offset, net.linear.weight, net.linear.bias])
+    clone.module.register_buffer("calls", torch.ones(()))
+    assert net.calls == 6
+
+
+def test_parameters_that_are_none(episode: Episode) -> None:
+    net = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1)).double()
+    net.register_parameter("nothing", None)
+    net.register_buffer("nothing_either", None)
+    for learner in (MAML(net, 0.1).clone().clone(), MetaSGD(net, 0.1).clone().clone()):
+        loss = run(learner, episode)
+        assert_same_gradients(loss, hand_written(net, episode, 2, lambda *_: 0.1)[0], list(net.parameters()))
+        assert learner.module.nothing is None
+
+
 def test_buffers_and_tensors_that_are_no_leaves(episode: Episode) -> None:
     net = WithTensors()
     maml = MAML(net, 0.1, allow_unused=True)
@@ -164,9 +264,10 @@ def test_buffers_and_tensors_that_are_no_leaves(episode: Episode) -> None:
     assert net.calls == 3  # shared by the clones
 
 
-def test_batch_norm_statistics_are_shared(episode: Episode) -> None:
+@pytest.mark.parametrize("kind", [MAML, MetaSGD])
+def test_batch_norm_statistics_are_shared(episode: Episode, kind: type) -> None:
     net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)).double()
-    run(MAML(net, 0.1).clone(), episode).backward()
+    run(kind(net, 0.1).clone().clone(), episode).backward()
     assert net[1].num_batches_tracked == 3
     assert (net[1].running_mean != 0).all()
 
@@ -258,6 +359,10 @@ def test_bad_arguments() -> None:
         learner.adapt(learner(torch.ones(3, 2).double()).squeeze(1))
     with pytest.raises(RuntimeError, match=r"loss must depend on the learner's parameters"):
         learner.adapt(torch.ones(()))
+    with pytest.raises(TypeError, match=r"lrs\[1\] must be a tensor, got float"):
+        MetaSGD(net, lrs=[torch.ones(1, 2), 0.1])
+    with pytest.raises(ValueError, match=r"lr must be a number or a tensor of 1 element, got shape \[2\]"):
+        MetaSGD(net, torch.ones(2))
     with pytest.raises(ValueError, match=r"lrs must have one tensor a parameter, 2, got 1"):
         MetaSGD(net, lrs=[torch.ones(1, 2)])
     with pytest.raises(ValueError, match=r"lrs\[1\] must have shape \[1\], got \[2\]"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,18 +15,11 @@ from torch import Tensor, nn
 from metakern import adapt, meta_loss
 from metakern.maml import multi_step_weights, reptile_step
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.inner_loops import Episode, assert_same, check, hand_written, mlp, regression, sinusoids
+from tests.inner_loops import Episode, assert_same, check, evaluate, hand_written, mlp, regression, sinusoids
 
 F64 = torch.float64
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Tensors this small gain nothing from more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ------------------------------------------------------------------------------------ exact meta-gradients
@@ -125,19 +117,49 @@ def test_no_grad_records_nothing() -> None:
         assert_same_bits("prediction", adapted(episode.query[0]), expected)
 
 
-def test_nan_in_one_task_leaves_the_others_bits() -> None:
-    episode, net = regression(3, 5, 4, 2, 1), mlp(2, 5, 1)
-    clean = adapt(net, *episode.support, steps=2, clip_norm=1.0)
-    losses = meta_loss(net, episode.support, episode.query, steps=2, clip_norm=1.0)
-    episode.support[0][1, 2] = float("nan")
-    adapted = adapt(net, *episode.support, steps=2, clip_norm=1.0)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    "options",
+    [{"clip_norm": 1.0}, {"vectorize": False}, {"checkpoint_every": 1}, {"first_order": True}, {"parameters": "2.*"}],
+    ids=str,
+)
+def test_nan_in_one_task_leaves_the_others_bits(options: dict[str, Any], value: float) -> None:
+    episode, net = regression(3, 5, 4, 2, 1), mlp(2, 5, 1, activation=nn.GELU)
+    episode.query[0].requires_grad_()
     others = torch.tensor([0, 2])
-    for name, p in adapted.parameters.items():
-        assert_same_bits(name, p[others], clean.parameters[name][others])
-        assert p[1].isnan().all()
-    got = meta_loss(net, episode.support, episode.query, steps=2, clip_norm=1.0)
+
+    def run() -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        losses = meta_loss(net, episode.support, episode.query, steps=2, **options)
+        gradient = torch.autograd.grad(losses.sum(), episode.query[0])[0]
+        return adapt(net, *episode.support, steps=2, **options).parameters, losses, gradient
+
+    clean, losses, gradient = run()
+    assert losses.isfinite().all()
+    with torch.no_grad():
+        episode.support[1][1, 2] = value
+    parameters, got, got_gradient = run()
+    for name, p in parameters.items():
+        assert_same_bits(name, p[others], clean[name][others])
+        assert p[1].isnan().any() or p[1].isinf().any()
     assert_same_bits("losses", got[others], losses[others])
-    assert got[1].isnan()
+    assert_same_bits("gradients of the data", got_gradient[others], gradient[others])
+    assert not got[1].isfinite()
+
+
+def test_nan_in_a_query_set_leaves_the_others_bits() -> None:
+    episode, net = regression(3, 5, 4, 2, 1), mlp(2, 5, 1)
+    options: dict[str, Any] = {"steps": 2, "step_weights": [0.5, 0.5]}
+    losses = meta_loss(net, episode.support, episode.query, **options)
+    episode.query[0][0, 1] = float("nan")
+    got = meta_loss(net, episode.support, episode.query, **options)
+    assert_same_bits("losses", got[1:], losses[1:])
+    assert got[0].isnan()
+
+
+def test_nan_in_a_learning_rate_comes_out() -> None:
+    episode, net = regression(3, 5, 4, 2, 1), mlp(2, 5, 1)
+    lr = torch.tensor(float("nan"), dtype=F64)
+    assert meta_loss(net, episode.support, episode.query, lr=lr).isnan().all()
 
 
 # ------------------------------------------------------------------------------------ options of the family
@@ -239,6 +261,80 @@ def test_reptile() -> None:
         ValueError, match=r"model must be the one that was adapted: it has no 0.weight of shape \[5, 2\]"
     ):
         reptile_step(mlp(2, 6, 1), adapted, 0.5)
+
+
+def test_reptile_equals_a_hand_written_loop() -> None:
+    """Of the head alone, with Meta-SGD's rates."""
+    episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
+    lr = {"2.weight": torch.rand(1, 5, dtype=F64) / 5, "2.bias": torch.rand(1, dtype=F64) / 5}
+    names = list(lr)
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    ends = []
+    for x, y in zip(*episode.support, strict=True):
+        params = {name: p.detach().clone().requires_grad_() for name, p in net.named_parameters()}
+        for _ in range(3):
+            grads = torch.autograd.grad(evaluate(net, params, (x, y), F.mse_loss), [params[name] for name in names])
+            for name, g in zip(names, grads, strict=True):
+                params[name] = (params[name] - lr[name] * g).detach().requires_grad_()
+        ends.append(params)
+    with torch.no_grad():
+        reptile_step(net, adapt(net, *episode.support, steps=3, lr=lr, parameters="2.*"), 0.25)
+    for name, p in net.named_parameters():
+        mean = torch.stack([end[name] for end in ends]).mean(0)
+        assert_close(name, p, before[name] + 0.25 * (mean - before[name]), 1e-13)
+        assert (name in names) is bool((p != before[name]).any())
+
+
+@pytest.mark.parametrize(("every", "vectorize"), [(None, True), (2, True), (2, False)])
+@pytest.mark.parametrize("kind", ["meta-sgd", "lslr", "one rate"])
+@pytest.mark.parametrize("order", ["first", "second", "annealed"])
+@pytest.mark.parametrize("names", [["2.weight", "2.bias"], None], ids=["anil", "all"])
+def test_the_options_of_the_family_work_together(
+    names: list[str] | None, order: str, kind: str, every: int | None, vectorize: bool
+) -> None:
+    """MAML++'s multi-step loss with clipping, each order of derivatives, ANIL or not, and rates that are learned."""
+    episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
+    params = {name: p for name, p in net.named_parameters() if names is None or name in names}
+    torch.manual_seed(1)
+    shapes = {"meta-sgd": {n: tuple(p.shape) for n, p in params.items()}, "lslr": dict.fromkeys(params, (3,))}
+    lr: Any = torch.tensor(0.1, dtype=F64, requires_grad=True)
+    if kind in shapes:
+        lr = {name: (torch.rand(shape, dtype=F64) / 5).requires_grad_() for name, shape in shapes[kind].items()}
+
+    def rate(name: str, step: int) -> Tensor:
+        if kind == "one rate":
+            return lr
+        return lr[name][step] if kind == "lslr" else lr[name]
+
+    options: dict[str, Any] = {"parameters": "2.*"} if names else {}
+    options["first_order"] = {"first": True, "second": False, "annealed": [True, True, False]}[order]
+    losses = check(
+        net,
+        episode,
+        3,
+        lr,
+        rate,
+        names=names,
+        clip_norm=0.5,
+        step_weights=[0.2, 0.3, 0.5],
+        checkpoint_every=every,
+        vectorize=vectorize,
+        **options,
+    )
+    plain = meta_loss(net, episode.support, episode.query, steps=3, lr=lr, **options)
+    assert (losses != plain).all()  # the multi-step loss and the clipping have their part
+
+
+def test_orders_of_derivatives_differ() -> None:
+    """First order, annealed and second order agree in the losses and not in the meta-gradients."""
+    episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
+    gradients = []
+    for order in (True, [True, False], False):
+        losses = meta_loss(net, episode.support, episode.query, steps=2, lr=0.1, first_order=order)
+        assert_close("losses", losses, hand_written(net, episode, 2, lambda *_: 0.1), 1e-13)
+        gradients.append(torch.autograd.grad(losses.sum(), net[0].weight)[0])
+    assert (gradients[0] != gradients[1]).all()
+    assert (gradients[1] != gradients[2]).all()
 
 
 def test_meta_gradients_of_the_data() -> None:

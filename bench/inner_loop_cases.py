@@ -89,10 +89,10 @@ class Case:
         return {"title": self.title, **{key: getattr(self, key) for key in keys}}
 
     def _sinusoids(self, samples: int, generator: torch.Generator) -> Set:
-        """A·sin(x − φ), A from 0.1 to 5, φ from 0 to π, x from −5 to 5 (Finn et al. 2017)."""
+        """A·sin(x − φ), A from 0.1 to 5, φ from 0 to π, x from −5 to 5 (Finn et al. 2017); of several inputs, their mean."""
         amplitude, phase = (torch.rand(self.tasks, 1, 1, generator=generator) for _ in range(2))
         x = torch.rand(self.tasks, samples, *self.shape, generator=generator) * 10 - 5
-        return x, (amplitude * 4.9 + 0.1) * torch.sin(x - phase * torch.pi)
+        return x, (amplitude * 4.9 + 0.1) * torch.sin(x.mean(-1, keepdim=True) - phase * torch.pi)
 
     def _classes(self, samples: int, generator: torch.Generator) -> Set:
         """Gaussian inputs, as many of every class."""

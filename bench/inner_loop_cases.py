@@ -89,7 +89,7 @@ class Case:
         return {"title": self.title, **{key: getattr(self, key) for key in keys}}
 
     def _sinusoids(self, samples: int, generator: torch.Generator) -> Set:
-        """A·sin(x − φ), A from 0.1 to 5, φ from 0 to π, x from −5 to 5 (Finn et al. 2017); of several inputs, their mean."""
+        """A·sin(x − φ), A from 0.1 to 5, φ from 0 to π, x from −5 to 5 (Finn et al. 2017); of more inputs the mean."""
         amplitude, phase = (torch.rand(self.tasks, 1, 1, generator=generator) for _ in range(2))
         x = torch.rand(self.tasks, samples, *self.shape, generator=generator) * 10 - 5
         return x, (amplitude * 4.9 + 0.1) * torch.sin(x.mean(-1, keepdim=True) - phase * torch.pi)

@@ -65,9 +65,10 @@ def test_all_contenders_agree(case: Case, first_order: bool) -> None:
     assert check_agreement(contenders, [case.batch(0), case.batch(1)]) < 1e-5
 
 
-def test_the_compiled_contender_agrees() -> None:
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_compiled_contender_agrees(first_order: bool) -> None:
     torch._dynamo.reset()
-    case = replace(SMALL, steps=1)
+    case = replace(SMALL, steps=1, first_order=first_order)
     pair = {name: make_contender(name, case, {}) for name in ("metakern", "compiled")}
     assert check_agreement({n: c for n, c in pair.items() if c is not None}, [case.batch(0)]) < 1e-5
     assert pair["compiled"] is not None

@@ -6,24 +6,21 @@ python -m bench.compare --quick    small sizes, no compiled peer, nothing writte
 
 from __future__ import annotations
 
-import json
 import math
-import shlex
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
 from bench import machine
 from bench.contenders import Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
+from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge
 from bench.timing import Calls, alternate, quantiles
 from bench.unroll import KINDS, in_subprocess
@@ -32,13 +29,10 @@ from metakern import build_info
 from metakern.optim import LearnedOptimizer
 from metakern.reference.lstm_step import PREPROCESS
 
-RESULTS = Path(__file__).parent / "results"
 OPS = {"forward": False, "forward_backward": True}
 
 #: Inputs of a cell rotate through at most so many sets.
 MAX_SETS = 16
-
-Advance = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -181,25 +175,16 @@ def measure_optimizer(plan: Plan, advance: Advance) -> dict[str, Any]:
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
     """Everything that a run measures, with a progress bar."""
-    jobs: list[tuple[str, str, int]] = [(f"{op}, N = {n:,}", op, n) for n in plan.sizes for op in OPS]
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("matrix product", total=len(jobs) + 3)
-        done = 0
-
-        def start(description: str) -> Advance:
-            nonlocal done
-            first, done = done, done + 1
-            bar.update(task, description=description, completed=first)
-            return lambda share: bar.update(task, completed=first + share)
-
-        gflops = machine.sgemm_gflops(plan.sgemm_size)
-        results: dict[str, Any] = {
-            "unroll": measure_unroll(plan, start("unroll")),
-            "overhead": measure_overhead(plan, start("overhead of a call")),
-            "optimizer": measure_optimizer(plan, start("optimizer step")),
-            "cells": [measure_cell(op, n, plan, gflops, start(description)) for description, op, n in jobs],
-        }
+    gflops = machine.sgemm_gflops(plan.sgemm_size)
+    sizes = [(op, n) for n in plan.sizes for op in OPS]
+    jobs: dict[str, Job] = {
+        "unroll": partial(measure_unroll, plan),
+        "overhead of a call": partial(measure_overhead, plan),
+        "optimizer step": partial(measure_optimizer, plan),
+        **{f"{op}, N = {n:,}": partial(measure_cell, op, n, plan, gflops) for op, n in sizes},
+    }
+    unroll, overhead, optimizer, *cells = run_jobs(jobs, console)
+    results = {"unroll": unroll, "overhead": overhead, "optimizer": optimizer, "cells": cells}
     return {
         "hidden_size": HIDDEN,
         "num_layers": LAYERS,
@@ -236,14 +221,7 @@ def show(results: dict[str, Any], console: Console) -> None:
         f"µs, eager {optimizer['eager_us']:.0f} µs, Adam {optimizer['adam_us']:.0f} µs\n"
         f"float32 matrix product: {results['sgemm_gflops']:.0f} GFLOP/s"
     )
-    table = Table(title="targets")
-    for column in ("kind", "what", "required", "measured", ""):
-        table.add_column(column)
-    for target in results["targets"]:
-        verdict = "[green]met[/]" if target["met"] else "[red]missed[/]"
-        required = f"{target['relation']} {target['required']:g} {target['unit']}".rstrip()
-        table.add_row(target["kind"], target["name"], required, f"{target['measured']:.2f}", verdict)
-    console.print(table)
+    show_targets(results["targets"], console)
 
 
 def main(
@@ -260,19 +238,11 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     plan = QUICK if quick else replace(FULL, seconds=seconds)
-    arguments = shlex.join(sys.argv[1:])
-    results = {
-        "command": f"python -m bench.compare {arguments}".strip(),
-        "machine": machine.describe(),
-        **measure(plan, console),
-    }
+    results = describe_run("lstm_step", "bench.compare") | measure(plan, console)
     show(results, console)
     if output is None and not quick:
         output = RESULTS / f"{machine.device_name()}.json"
-    if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")
-        console.print(f"written to {output}")
+    write(results, output, console)
 
 
 if __name__ == "__main__":

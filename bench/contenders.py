@@ -5,7 +5,7 @@ Axis legend: N coordinates, F features, H hidden units, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -159,17 +159,21 @@ def make_problem(
 
 
 def check_agreement(problems: Sequence[Problem], *, backward: bool = False) -> float:
-    """The largest relative error of any peer against the first contender; AssertionError above 1e-4.
+    """:func:`largest_error` of one step of every contender, of its gradients with ``backward``."""
+    return largest_error({problem.contender.name: _results(problem, backward) for problem in problems})
 
-    Relative to the largest magnitude of each tensor: float32 sums over N coordinates in another order differ.
+
+def largest_error(results: Mapping[str, Sequence[Tensor]]) -> float:
+    """The largest relative error of any contender's results against the first one's; AssertionError above 1e-4.
+
+    Relative to the largest magnitude of each tensor: float32 sums in another order differ.
     """
     worst = 0.0
-    results = [_results(problem, backward) for problem in problems]
-    for problem, result in zip(problems[1:], results[1:], strict=True):
-        for index, (actual, expected) in enumerate(zip(result, results[0], strict=True)):
-            error = float((actual - expected).abs().max() / expected.abs().max())
-            name = problem.contender.name
-            assert error < 1e-4, f"{name} and {problems[0].contender.name} differ by {error:.1e} in result {index}"
+    (first, expected), *others = results.items()
+    for name, actual in others:
+        for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
+            error = float((got - want).abs().max() / want.abs().max())
+            assert error < 1e-4, f"{name} and {first} differ by {error:.1e} in result {index}"
             worst = max(worst, error)
     return worst
 

@@ -1,35 +1,37 @@
 """Puts the measured tables into the README, between their markers.
 
-python -m bench.report [RESULTS.json]
+python -m bench.report [RESULTS.json ...]
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "bench" / "results"
 END = "<!-- /bench -->"
 
 #: What `metakern eval optimizer digits_lstm --speed` wrote.
-DIGITS = ROOT / "bench" / "results" / "digits_lstm" / "results.json"
+DIGITS = FOLDER / "digits_lstm" / "results.json"
 
 
-def newest_results(folder: Path = ROOT / "bench" / "results") -> Path:
-    """The file with the latest date inside among those of bench.compare, which measures a processor.
+def benchmark_of(path: Path) -> str:
+    """Which benchmark a file of results is of; those of lstm_step did not always say so."""
+    return str(json.loads(path.read_text()).get("benchmark", "lstm_step"))
 
-    Raises:
-        FileNotFoundError: where there is none
-    """
-    machines = {path: json.loads(path.read_text()).get("machine", {}) for path in folder.glob("*.json")}
+
+def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> Path | None:
+    """The file with the latest date inside among those of one benchmark that measures a processor; None without one."""
+    files = [path for path in folder.glob("*.json") if benchmark_of(path) == benchmark]
+    machines = {path: json.loads(path.read_text()).get("machine", {}) for path in files}
     dates = {path: str(machine["date"]) for path, machine in machines.items() if "cpu" in machine}
-    if not dates:
-        raise FileNotFoundError(f"{folder} holds no results; run python -m bench.compare first")
-    return max(dates, key=dates.__getitem__)
+    return max(dates, key=dates.__getitem__, default=None)
 
 
 def render(results: dict[str, Any], source: str) -> str:
@@ -42,7 +44,7 @@ def render(results: dict[str, Any], source: str) -> str:
         ratios = [f"{cell['speedup'][peer]:.1f}x" for peer in peers]
         first = [cell["op"].replace("_", " + "), f"{cell['n']:,}"]
         lines.append(f"| {' | '.join([*first, *times, *ratios, format(cell['share_of_fma_floor'], '.0%')])} |")
-    unroll, machine = results["unroll"], results["machine"]
+    unroll = results["unroll"]
     ours, peer = unroll["metakern"], unroll["eager"]
     lines += [
         "",
@@ -53,17 +55,80 @@ def render(results: dict[str, Any], source: str) -> str:
         f"The FMA floor is the time of the FLOPs at {results['sgemm_gflops']:.0f} GFLOP/s, what a large float32 matrix "
         "product reached in the same run.",
         "",
-        f"`{results['command']}` on {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}, "
-        f"torch {machine['versions']['torch']}, {machine['date']}; all figures in `{source}`.",
+        _provenance(results, source),
     ]
+    return "\n".join(lines + _missed(results))
+
+
+def _provenance(results: dict[str, Any], source: str) -> str:
+    """The command, machine, date and file of the figures."""
+    machine = results["machine"]
+    return (
+        f"`{results['command']}` on {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}, "
+        f"torch {machine['versions']['torch']}, {machine['date']}; all figures in `{source}`."
+    )
+
+
+def _missed(results: dict[str, Any]) -> list[str]:
+    """A paragraph with the targets that were missed, if there are any."""
     missed = [
         f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {t['measured']:.1f}"
         for t in results["targets"]
         if not t["met"]
     ]
-    if missed:
-        lines += ["", f"Targets missed in this run: {'; '.join(missed)}."]
-    return "\n".join(lines)
+    return ["", f"Targets missed in this run: {'; '.join(missed)}."] if missed else []
+
+
+def render_inner_loop(results: dict[str, Any], source: str) -> str:
+    """Meta-iterations of metakern and of its peers, one task's adaptation, memory, and the targets missed."""
+    peers = list(dict.fromkeys(name for cell in results["cells"] for name in cell["speedup"]))
+    header = ["case", "metakern", *peers, "of sgemm"]
+    lines = [f"| {' | '.join(header)} |", f"|---|{'--:|' * (len(header) - 1)}"]
+    for cell in results["cells"]:
+        ours = f"{cell['contenders']['metakern']['median_s'] * 1e3:.2f} ms"
+        ratios = [f"{cell['speedup'][peer]:.1f}x" if peer in cell["speedup"] else "" for peer in peers]
+        lines.append(f"| {' | '.join([cell['title'], ours, *ratios, format(cell['share_of_sgemm'], '.1%')])} |")
+    lines += [
+        "",
+        "Median time of a meta-iteration: all query losses and the backward of their mean. The other columns say how "
+        "many times as long the peers take, the last one the share of the FLOPs in a second of a large float32 matrix "
+        f"product, {results['sgemm_gflops']:.0f} GFLOP/s in the same run.",
+        *_first_results(results["cells"]),
+        _adapt_sentence(results["adapt"]),
+        *(_memory_sentence(memory) for memory in results["memory"]),
+        "",
+        _provenance(results, source),
+    ]
+    absent = [f"{name} ({note})" for name, note in results["libraries"].items() if note.startswith("not importable")]
+    if absent:
+        lines += ["", f"Not measured: {'; '.join(absent)}."]
+    return "\n".join(lines + _missed(results))
+
+
+def _first_results(cells: list[dict[str, Any]]) -> list[str]:
+    """What torch.compile takes to its first result, where it was measured."""
+    pairs = [cell["first_result_s"] for cell in cells if "compiled" in cell["first_result_s"]]
+    if not pairs:
+        return []
+    ours, compiled = (sorted(pair[name] for pair in pairs) for name in ("metakern", "compiled"))
+    return [
+        f"The first result takes {compiled[0]:.0f} to {compiled[-1]:.0f} s with torch.compile, "
+        f"{ours[0]:.3f} to {ours[-1]:.3f} s with metakern."
+    ]
+
+
+def _adapt_sentence(adapt: dict[str, Any]) -> str:
+    """One task, with learn2learn's calls."""
+    times = {name: f"{time['median_s'] * 1e6:.0f} µs" for name, time in adapt["contenders"].items()}
+    ours = times.pop("metakern.MAML")
+    peers = ", ".join(f"{name} {time}" for name, time in times.items())
+    return f"One task by `MAML.adapt`, forward and backward ({adapt['title']}): {ours}; {peers}."
+
+
+def _memory_sentence(memory: dict[str, Any]) -> str:
+    """Peak memory of every contender."""
+    peaks = (f"{name} {run['peak_bytes'] / 2**20:.0f} MiB" for name, run in memory["contenders"].items())
+    return f"Peak memory, {memory['title']}: {'; '.join(peaks)}."
 
 
 def render_optimizers(results: dict[str, Any], source: str) -> str:
@@ -99,16 +164,32 @@ def insert(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text)
 
 
+#: Every table's name in the README, and what renders it.
+TABLES = {"lstm_step": render, "digits_lstm": render_optimizers, "mlp_inner_loop": render_inner_loop}
+
+
+def sources(files: Sequence[Path]) -> dict[str, Path]:
+    """The file of each table: of those given its last one, else the newest; none where nothing was measured.
+
+    Raises:
+        ValueError: for a file of a benchmark that has no table
+    """
+    given = {benchmark_of(path): path.resolve() for path in files}
+    if unknown := given.keys() - TABLES.keys():
+        raise ValueError(f"the files must be results of {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
+    newest = {name: newest_results(FOLDER, name) for name in TABLES} | {"digits_lstm": DIGITS}
+    return {name: path for name, path in newest.items() if path is not None} | given
+
+
 def main(
-    results: Annotated[Path | None, typer.Argument(help="Default: the newest in bench/results.")] = None,
+    results: Annotated[list[Path] | None, typer.Argument(help="Default: the newest in bench/results.")] = None,
     readme: Annotated[Path, typer.Option(help="The file that holds the markers.")] = ROOT / "README.md",
 ) -> None:
-    """Put the measured tables into the README."""
-    path = (results or newest_results()).resolve()
+    """Put the measured tables into the README; what was not measured stays as it is."""
     text = readme.read_text()
-    for name, renderer, file in (("lstm_step", render, path), ("digits_lstm", render_optimizers, DIGITS)):
+    for name, file in sources(results or []).items():
         source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
-        text = insert(text, name, renderer(json.loads(file.read_text()), source))
+        text = insert(text, name, TABLES[name](json.loads(file.read_text()), source))
     readme.write_text(text)
 
 

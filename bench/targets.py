@@ -30,6 +30,18 @@ GPU_SMALL, GPU_SMALL_SPEEDUP = 10**4, 8.0
 MEMORY_RATIO = 0.5
 PYTHON_US = 15.0
 
+#: kind, title of the case, peer, speed-up of a meta-iteration that is required
+INNER_LOOP_SPEEDUPS = (
+    ("must", "sinusoid 1-40-40-1, T = 32, K = 5, second order", "compiled", 2.0),
+    ("must", "sinusoid 1-40-40-1, T = 32, K = 5, second order", "loop", 60.0),
+    ("aim", "sinusoid 1-40-40-1, T = 32, K = 5, second order", "compiled", 4.0),
+    ("must", "sinusoid 1-40-40-1, T = 32, K = 5, first order", "compiled", 2.0),
+    ("must", "sinusoid 1-40-40-1, T = 32, K = 5, first order", "loop", 60.0),
+    ("aim", "sinusoid 1-40-40-1, T = 32, K = 5, first order", "compiled", 4.0),
+    ("must", "5-way 64-64-64-5, T = 32, K = 5, second order", "compiled", 1.5),
+    ("aim", "5-way 64-64-64-5, T = 32, K = 5, second order", "compiled", 3.0),
+)
+
 _RELATIONS = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
 
@@ -65,6 +77,22 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
     add("must", "Python around the operator, no graph", "<", PYTHON_US, overhead["python_us"], "µs")
     add("aim", "Python around the operator, with a graph", "<", PYTHON_US, overhead["python_with_graph_us"], "µs")
     return targets
+
+
+def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target of the inner loop that ``results`` has a measurement for.
+
+    One task's adaptation is held against learn2learn, or against the plain loop where learn2learn is not here.
+    """
+    speedups = {cell["title"]: cell["speedup"] for cell in results["cells"]}
+    targets = [
+        _judged(kind, f"{title}, against {peer}", "≥", required, speedups[title][peer], "x")
+        for kind, title, peer, required in INNER_LOOP_SPEEDUPS
+        if peer in speedups.get(title, {})
+    ]
+    adapt = results["adapt"]["speedup"]
+    peer = "learn2learn" if "learn2learn" in adapt else "loop"
+    return [*targets, _judged("must", f"MAML.adapt on one task, against {peer}", "≥", 1.0, adapt[peer], "x")]
 
 
 def judge_gpu(results: dict[str, Any]) -> list[dict[str, Any]]:

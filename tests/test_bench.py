@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,7 @@ from bench.timing import alternate
 from bench.unroll import in_subprocess
 from metakern import _backend
 from metakern.ops import LSTMState
-
-ROOT = Path(__file__).parent.parent
+from tests.bench_runs import run_quick
 
 needs_kernels = pytest.mark.skipif(not _backend.is_compiled(), reason="the compiled kernels are what is measured")
 
@@ -30,12 +27,7 @@ needs_kernels = pytest.mark.skipif(not _backend.is_compiled(), reason="the compi
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Results of ``python -m bench.compare --quick``."""
-    output = tmp_path_factory.mktemp("bench") / "results.json"
-    command = [sys.executable, "-m", "bench.compare", "--quick", "--threads", "1", "--output", str(output)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert "ns per coordinate" in run.stdout
-    return output
+    return run_quick("compare", tmp_path_factory.mktemp("bench"), "ns per coordinate")
 
 
 @needs_kernels
@@ -64,19 +56,78 @@ def test_quick_comparison_writes_everything(quick: Path) -> None:
 @needs_kernels
 def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
-    places = "".join(f"<!-- bench:{name} -->\nold figures\n{report.END}\n" for name in ("lstm_step", "digits_lstm"))
+    places = "".join(f"<!-- bench:{name} -->\nold figures\n{report.END}\n" for name in report.TABLES)
     readme.write_text(f"# title\n\n{places}\nend\n")
-    report.main(quick, readme)
+    inner_loop = tmp_path / "inner-loop.json"
+    inner_loop.write_text(json.dumps(INNER_LOOP))
+    report.main([quick, inner_loop], readme)
     text = readme.read_text()
     assert "old figures" not in text
     assert text.startswith("# title\n")
     assert text.endswith("\nend\n")
     assert "| forward | 2,000 |" in text
     assert "| Learned LSTM |" in text
+    assert "| sinusoid |" in text
     assert "`python -m bench.compare --quick" in text
     assert "all figures in `results.json`" in text
-    report.main(quick, readme)
+    report.main([quick, inner_loop], readme)
     assert readme.read_text() == text
+
+
+INNER_LOOP: dict[str, Any] = {
+    "benchmark": "mlp_inner_loop",
+    "command": "python -m bench.compare_inner_loop",
+    "machine": {"cpu": "c", "threads": 2, "cpu_capability": "avx2", "versions": {"torch": "2"}, "date": "2026-01-02"},
+    "libraries": {"higher": "0.2.1", "learn2learn": "not importable: not installed"},
+    "sgemm_gflops": 190.6,
+    "cells": [
+        {
+            "title": "sinusoid",
+            "contenders": {"metakern": {"median_s": 0.0015}, "compiled": {"median_s": 0.003}},
+            "speedup": {"compiled": 2.0, "loop": 65.04},
+            "share_of_sgemm": 0.251,
+            "first_result_s": {"metakern": 0.0123, "compiled": 50.4},
+        },
+        {
+            "title": "conv4",
+            "contenders": {"metakern": {"median_s": 0.1}},
+            "speedup": {"loop": 1.26},
+            "share_of_sgemm": 0.3,
+            "first_result_s": {"metakern": 0.1},
+        },
+    ],
+    "adapt": {
+        "title": "one task",
+        "contenders": {"metakern.MAML": {"median_s": 0.0004}, "loop": {"median_s": 0.0005}},
+    },
+    "memory": [
+        {"title": "many steps", "contenders": {"metakern": {"peak_bytes": 2**20}, "loop": {"peak_bytes": 2**21}}},
+    ],
+    "targets": [{"name": "t", "kind": "aim", "relation": "≥", "required": 4.0, "measured": 2.0, "met": False}],
+}
+
+
+def test_the_table_of_the_inner_loop() -> None:
+    """A peer that was not in a case leaves its place empty; what was missed or could not be measured is said."""
+    assert report.render_inner_loop(INNER_LOOP, "file.json").splitlines() == [
+        "| case | metakern | compiled | loop | of sgemm |",
+        "|---|--:|--:|--:|--:|",
+        "| sinusoid | 1.50 ms | 2.0x | 65.0x | 25.1% |",
+        "| conv4 | 100.00 ms |  | 1.3x | 30.0% |",
+        "",
+        "Median time of a meta-iteration: all query losses and the backward of their mean. The other columns say how "
+        "many times as long the peers take, the last one the share of the FLOPs in a second of a large float32 matrix "
+        "product, 191 GFLOP/s in the same run.",
+        "The first result takes 50 to 50 s with torch.compile, 0.012 to 0.012 s with metakern.",
+        "One task by `MAML.adapt`, forward and backward (one task): 400 µs; loop 500 µs.",
+        "Peak memory, many steps: metakern 1 MiB; loop 2 MiB.",
+        "",
+        "`python -m bench.compare_inner_loop` on c, 2 threads, avx2, torch 2, 2026-01-02; all figures in `file.json`.",
+        "",
+        "Not measured: learn2learn (not importable: not installed).",
+        "",
+        "Targets missed in this run: t: aim ≥ 4, measured 2.0.",
+    ]
 
 
 BEGIN = "<!-- bench:lstm_step -->"
@@ -89,12 +140,19 @@ def test_report_refuses_a_file_without_its_markers(text: str) -> None:
 
 
 def test_newest_results(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="holds no results"):
-        report.newest_results(tmp_path)
+    assert report.newest_results(tmp_path) is None
     for name, device, date in (("a", "cpu", "2025-01-02"), ("b", "cpu", "2024-01-02"), ("c", "gpu", "2026-01-02")):
         (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {device: "its name", "date": date}}))
     (tmp_path / "ptxas.json").write_text(json.dumps({"kernels": []}))
-    assert report.newest_results(tmp_path).name == "a.json"
+    (tmp_path / "d.json").write_text(json.dumps(INNER_LOOP))
+    assert report.newest_results(tmp_path) == tmp_path / "a.json"
+    assert report.newest_results(tmp_path, "mlp_inner_loop") == tmp_path / "d.json"
+
+
+def test_report_refuses_results_that_have_no_table(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps({"benchmark": "another"}))
+    with pytest.raises(ValueError, match="must be results of lstm_step, digits_lstm, mlp_inner_loop, got another"):
+        report.sources([tmp_path / "a.json"])
 
 
 def test_work_of_one_coordinate() -> None:

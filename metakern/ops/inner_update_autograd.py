@@ -15,6 +15,9 @@ from torch.autograd import forward_ad
 
 from metakern.reference import inner_update as reference
 
+#: With fewer elements the kernel does not win back what an autograd.Function in Python costs (bench_inner_update).
+FUSED_ELEMENTS = 2**17
+
 
 class Options(NamedTuple):
     """The operators' scalars: α where no tensor holds it, the inner step or -1, the largest norm or None."""
@@ -51,15 +54,44 @@ def call(
     active: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    """The operator, by the way that serves the caller; for the ways see :func:`metakern.ops.lstm_step_autograd.call`."""
+    """The operator, by the way that serves the caller; see :func:`metakern.ops.lstm_step_autograd.call` for the ways.
+
+    Few elements, of which a graph is recorded, take PyTorch's own operators: they give the same bits, and an
+    autograd.Function in Python costs more than it saves.
+    """
     if torch.compiler.is_compiling():
         return operators.update(params, grads, lr, *options, active)
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if transformed or (torch.is_grad_enabled() and any(x.requires_grad for x in (*params, *grads, *lr))):
-        function = _Update if transformed else _EagerUpdate
-        return list(function.apply(operators, options, len(params), active, *params, *grads, *lr))
+    if is_transformed():
+        return list(_Update.apply(operators, options, len(params), active, *params, *grads, *lr))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in (*params, *grads, *lr)):
+        if active is None and options.clip_norm is None and is_small((*params, *lr)):
+            return subtract(params, grads, _rates(lr, options, len(params)))
+        return list(_EagerUpdate.apply(operators, options, len(params), active, *params, *grads, *lr))
     with torch._C._AutoDispatchBelowAutograd():
         return operators.update(params, grads, lr, *options, active)
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile, torch.func or forward-mode differentiation is at work around the call."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_small(tensors: Sequence[Tensor]) -> bool:
+    """Whether these are few elements, and of one dtype whose arithmetic is its own."""
+    dtype, elements = tensors[0].dtype, 0
+    for x in tensors:
+        if x.dtype is not dtype:
+            return False
+        elements += x.numel()
+    return elements < FUSED_ELEMENTS and dtype in (torch.float32, torch.float64)
+
+
+def subtract(params: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Any]) -> list[Tensor]:
+    """θ − α ⊙ g in two operators with autograd formulas of their own, the cheapest with the formula's bits."""
+    factor: Any = rates if isinstance(rates[0], Tensor) else rates[0]  # a number is one for all
+    return list(torch._foreach_sub(list(params), torch._foreach_mul(list(grads), factor)))
 
 
 def formula(
@@ -80,7 +112,7 @@ def _is_shared(lr: Sequence[Tensor]) -> bool:
     return len(lr) == 1 and lr[0].numel() == 1
 
 
-def _rates(lr: Sequence[Tensor], options: Options, count: int) -> Sequence[float | Tensor]:
+def _rates(lr: Sequence[Tensor], options: Options, count: int) -> list[Any]:
     """The step's α of each of ``count`` tensors."""
     if not lr:
         return [options.rate] * count

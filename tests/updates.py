@@ -33,7 +33,7 @@ def draw(tasks: int | None, dtype: torch.dtype, seed: int, shapes: Sequence[Sequ
     """Normal numbers, one tensor for each of ``shapes``, with a leading axis of tasks unless that is None."""
     generator = torch.Generator().manual_seed(seed)
     leading = () if tasks is None else (tasks,)
-    return [torch.randn(*leading, *shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+    return [torch.randn((*leading, *shape), generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
 
 
 def make_lr(layout: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]] = SHAPES) -> Any:
@@ -42,7 +42,7 @@ def make_lr(layout: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]] = S
     steps = (STEPS,) if layout.endswith("step") else ()
 
     def rate(*shape: int) -> Tensor:
-        return torch.rand(*steps, *shape, generator=generator, dtype=torch.float64).to(dtype)
+        return torch.rand((*steps, *shape), generator=generator, dtype=torch.float64).to(dtype)
 
     if layout == "number":
         return 0.3

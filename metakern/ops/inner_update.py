@@ -80,7 +80,7 @@ def inner_update(
         >>> params = inner_update(params, grads, 0.1, clip_norm=1.0)
     """
     rates, options = _rates_and_options(lr, step, clip_norm)
-    if not _is_plain(params, grads, rates, active):
+    if not isinstance(lr, (float, int)) or not _is_plain(params, grads, active):
         check(params, grads, lr, step, active, clip_norm)
     if not params:
         return []
@@ -155,18 +155,13 @@ def _check_step(step: int, rate: Tensor, name: str) -> None:
         raise ValueError(f"step must be less than the {rate.shape[0]} inner steps that {name} holds, got {step}")
 
 
-def _is_plain(params: Any, grads: Any, rates: Sequence[Any], active: Any) -> bool:
-    """Whether the operators see all there is: lists of tensors, one α a tensor, none that leads past kernels."""
-    if not isinstance(params, (list, tuple)) or not isinstance(grads, (list, tuple)) or not params:
+def _is_plain(params: Any, grads: Any, active: Any) -> bool:
+    """Whether the operators, PyTorch's own too, see all there is: nothing to broadcast, none that leads past kernels."""
+    if not isinstance(params, (list, tuple)) or not isinstance(grads, (list, tuple)) or len(params) != len(grads):
         return False
-    if len(rates) not in (0, 1, len(params)):
-        return False
-    for x in (*params, *grads, *rates) if active is None else (*params, *grads, *rates, active):
+    for x in (*params, *grads) if active is None else (*params, *grads, active):
         if not isinstance(x, Tensor) or x.is_meta:
             return False
-    # What PyTorch's own operators would broadcast or promote.
-    if rates or len(params) != len(grads):
-        return False
     return all(p.shape == g.shape and p.dtype is g.dtype for p, g in zip(params, grads, strict=True))
 
 
@@ -242,10 +237,12 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
             raise ValueError(f"active must have shape [T], got {list(active.shape)}")
         if params and active.device != params[0].device:
             raise ValueError(f"active must be on the device of params, {params[0].device}, got {active.device}")
-    tasks = {len(p) for p in params if p.dim()} | (set() if active is None else {len(active)})
-    if len(tasks) > 1 or not all(p.dim() for p in params):
+    if not params:
+        return
+    count = params[0].shape[:1] if active is None else active.shape  # no len(): it would fix the count for a compiler
+    if not all(p.dim() and p.shape[:1] == count for p in params):
         shapes = [list(p.shape) for p in params]
-        wanted = "one leading axis of tasks" if active is None else f"a leading axis of the {len(active)} tasks"
+        wanted = "one leading axis of tasks" if active is None else f"a leading axis of the {count[0]} tasks"
         raise ValueError(f"params must have {wanted} for clip_norm and active, got shapes {shapes}")
 
 

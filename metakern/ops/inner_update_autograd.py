@@ -5,6 +5,7 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -39,7 +40,10 @@ class Operators:
         def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
             params, grads, lr, rate, step, clip_norm, active = args
             tensors, dims = (params, grads, lr, active), (*in_dims[:3], in_dims[-1])
-            return _batched(self, info.batch_size, dims, tensors, Options(rate, step, clip_norm))
+            return _batched(update, info.batch_size, dims, tensors, Options(rate, step, clip_norm))
+
+        def update(params: Any, grads: Any, lr: Any, active: Any, options: Options) -> list[Tensor]:
+            return self.update(params, grads, lr, *options, active)
 
         torch.library.register_fake(name, _fake)
         torch.library.register_autograd(name, _backward, setup_context=_setup_context)
@@ -168,7 +172,8 @@ class _Update(torch.autograd.Function):
         operators, options, count, active, *tensors = args
         lists = tensors[:count], tensors[count : 2 * count], tensors[2 * count :], active
         dims = in_dims[4 : 4 + count], in_dims[4 + count : 4 + 2 * count], in_dims[4 + 2 * count :], in_dims[3]
-        updated, out_dims = _batched(operators, info.batch_size, dims, lists, options)
+        update = functools.partial(call, operators)
+        updated, out_dims = _batched(update, info.batch_size, dims, lists, options)
         return tuple(updated), tuple(out_dims)
 
 
@@ -256,10 +261,17 @@ def _grad_of_rates(sums: Sequence[Tensor], lr: Sequence[Tensor], step: int) -> l
 # ------------------------------------------------------------------------------------------------------ batching
 
 
-def _batched(operators: Operators, batch: int, dims: Any, tensors: Any, options: Options) -> tuple[Any, Any]:
+def _batched(update: Callable[..., Any], batch: int, dims: Any, tensors: Any, options: Options) -> tuple[Any, Any]:
     """torch.func.vmap of inner_update: more tasks, or one more leading axis that α is repeated along.
 
-    A batch of α, or an α with the task axis of clipped or resting tasks, is left to the reference.
+    Where α is batched, or has the task axis of clipped or resting tasks, elements are taken one after another.
+
+    Args:
+        update: takes params, grads, lr, active and options to the new params
+        batch: size of the axis
+        dims: where it is in ``tensors``, None where it is not
+        tensors: params, grads, lr, active
+        options: the scalars
     """
     lr, active = tensors[2:]
     params, grads = ([_leading(x, dim, batch) for x, dim in zip(tensors[i], dims[i], strict=True)] for i in range(2))
@@ -268,16 +280,16 @@ def _batched(operators: Operators, batch: int, dims: Any, tensors: Any, options:
     own_axes = [] if _is_shared(lr) else [rate.dim() - (options.step >= 0) for rate in lr]
     has_task_axis = by_task and any(own > p.dim() - 2 for own, p in zip(own_axes, params, strict=False))
     if any(dim is not None for dim in dims[2]) or has_task_axis:
-
-        def element(params: Any, grads: Any, lr: Any, active: Any) -> Any:
-            return formula(params, grads, lr, active, options)
-
-        in_dims = (0, 0, list(dims[2]), dims[3])
-        return torch.vmap(element, in_dims)(params, grads, list(lr), active), out_dims
+        rows = []
+        for index in range(batch):
+            rates = [x if dim is None else x.select(dim, index) for x, dim in zip(lr, dims[2], strict=True)]
+            own_active = active if dims[3] is None else active.select(dims[3], index)
+            rows.append(update([p[index] for p in params], [g[index] for g in grads], rates, own_active, options))
+        return [torch.stack(news) for news in zip(*rows, strict=True)], out_dims
     if by_task:
         params, grads = ([x.flatten(0, 1) for x in xs] for xs in (params, grads))
         active = None if active is None else _leading(active, dims[3], batch).flatten()
-    updated = call(operators, params, grads, lr, active, options)
+    updated = update(params, grads, lr, active, options)
     return [new.view(shape) for new, shape in zip(updated, shapes, strict=True)], out_dims
 
 

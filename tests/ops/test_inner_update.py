@@ -138,12 +138,12 @@ def test_lr_of_another_dtype(dtype: torch.dtype, lr_dtype: torch.dtype, layout: 
         assert_close("updated", new, want, tolerance(dtype, backend))
 
 
-def test_tensors_of_different_dtypes_share_a_norm(backend: str) -> None:
+def test_tensors_of_different_dtypes_share_a_norm() -> None:
     params = [x.to(dtype) for x, dtype in zip(draw(2, torch.float64, 0), [*DTYPES, *DTYPES], strict=False)]
     grads = [x.to(p.dtype) for x, p in zip(draw(2, torch.float64, 1), params, strict=True)]
-    got = inner_update(params, grads, 0.1, clip_norm=5.0, backend=backend)
+    got = inner_update(params, grads, 0.1, clip_norm=5.0, backend="cpp")
     for new, p, want in zip(got, params, expected(params, grads, 0.1, clip_norm=5.0), strict=True):
-        assert_close("updated", new, want, tolerance(p.dtype, backend))
+        assert_close("updated", new, want, FORWARD_TOLERANCE[p.dtype])
 
 
 def test_tensors_that_are_not_contiguous() -> None:
@@ -262,8 +262,8 @@ def test_first_and_second_derivatives(layout: str, options: str, backend: str) -
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("options", ["plain", "clipped, some rest"])
+@pytest.mark.parametrize("layout", ["number", "tensor", "per tensor and step", "per parameter"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_of_large_lists_in_every_dtype(dtype: torch.dtype, layout: str, options: str) -> None:
     shapes: list[tuple[int, ...]] = [(FUSED_ELEMENTS // 2,), (3,), ()]

@@ -156,7 +156,7 @@ def _check_step(step: int, rate: Tensor, name: str) -> None:
 
 
 def _is_plain(params: Any, grads: Any, active: Any) -> bool:
-    """Whether the operators, PyTorch's own too, see all there is: nothing to broadcast, none that leads past kernels."""
+    """Whether the operators, PyTorch's own too, see all there is: nothing to broadcast, no tensor without memory."""
     if not isinstance(params, (list, tuple)) or not isinstance(grads, (list, tuple)) or len(params) != len(grads):
         return False
     for x in (*params, *grads) if active is None else (*params, *grads, active):

@@ -89,6 +89,8 @@ def test_inner_update(
         if backward:
             torch.autograd.grad(updated, leaves, cotangents)
 
-    benchmark.pedantic(call, rounds=50, iterations=5, warmup_rounds=3)
+    elements = sum(p.numel() for p in params)
+    iterations = max(1, min(50, 10**5 // elements))
+    benchmark.pedantic(call, rounds=max(5, min(40, 10**7 // elements)), iterations=iterations, warmup_rounds=2)
     if benchmark.stats is not None:  # None with --benchmark-disable
-        benchmark.extra_info["elements"] = sum(p.numel() for p in params)
+        benchmark.extra_info["elements"] = elements

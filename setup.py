@@ -33,10 +33,16 @@ if IS_X86:
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
     CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
-KERNELS = ["csrc/cpu/lstm_step.cpp", "csrc/cpu/mlp_inner_loop.cpp"]
+# With the options that a file asks for: inner_update gives PyTorch's bits on every instruction set.
+KERNELS: dict[str, list[str]] = {
+    "csrc/cpu/lstm_step.cpp": [],
+    "csrc/cpu/inner_update.cpp": ["-ffp-contract=off"],
+    "csrc/cpu/mlp_inner_loop.cpp": [],
+}
 SOURCES = [
     "csrc/ops.cpp",
     "csrc/cpu/bindings.cpp",
+    "csrc/cpu/inner_update_bindings.cpp",
     "csrc/cpu/mlp_inner_loop_bindings.cpp",
     "csrc/cpu/capability.cpp",
     "csrc/cpu/result_cache.cpp",
@@ -179,9 +185,9 @@ class BuildExtension(build_ext):
             ]
             includes.append(str(cuda.home / "include"))
         kernels = [
-            Job(kernel, f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability_flags])
+            Job(kernel, f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability_flags, *own])
             for name, capability_flags in CAPABILITY_FLAGS.items()
-            for kernel in KERNELS
+            for kernel, own in KERNELS.items()
         ]
         return kernels + [Job(source, self.build_temp, macros, includes, flags) for source in sources]
 

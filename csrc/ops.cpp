@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(metakern, m) {
   m.def(
       "mlp_meta_loss_backward(Tensor grad_losses, Tensor task_grads, Tensor[] params, Tensor x, Tensor y, "
       "Tensor[] lr, int steps, bool per_step, int loss) -> (Tensor[], Tensor[])");
+  m.def(
+      "inner_update(Tensor[] params, Tensor[] grads, Tensor[] lr, float rate, int step, float? clip_norm, "
+      "Tensor? active) -> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -20,7 +20,8 @@ from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
 from metakern._inner_loop_input import LearningRates, TaskBatch, TaskLoss, check_labels
-from metakern.reference.inner_update import inner_update
+from metakern.ops.inner_update import inner_update
+from metakern.reference import inner_update as reference
 
 #: Parameters or buffers by name.
 Tensors = dict[str, Tensor]
@@ -274,7 +275,9 @@ class InnerLoop:
         names = self.model.names
         for step in steps:
             grads = self.model.gradients(params, shared, support, self.first_order[step])
-            updated = inner_update(
+            # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
+            update: Callable[..., list[Tensor]] = reference.inner_update if is_transformed() else inner_update
+            updated = update(
                 [params[name] for name in names],
                 grads,
                 rates,

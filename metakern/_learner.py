@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metakern.reference.inner_update import inner_update
+from metakern.ops.inner_update import step_of_one_task
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -65,12 +65,12 @@ class Learner(nn.Module):
         """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it."""
         kept = [index for index, g in enumerate(grads) if g is not None]
         rates = [lr[index] for index in kept] if isinstance(lr, list) else lr
-        updated = inner_update([params[index] for index in kept], [g for g in grads if g is not None], rates)
+        updated = step_of_one_task([params[index] for index in kept], [g for g in grads if g is not None], rates)
         replacement = {id(params[index]): new for index, new in zip(kept, updated, strict=True)}
         for module in self.module.modules():
             for name, p in module._parameters.items():
                 if id(p) in replacement:
-                    module._parameters[name] = replacement[id(p)]  # type: ignore[assignment]
+                    module._parameters[name] = replacement[id(p)]
             _refresh_flat_weights(module)
 
 

@@ -1,7 +1,17 @@
 """The operators, one file each: public function, shape rules for tracing, autograd formula, choice of backend."""
 
+from metakern.ops.inner_update import inner_update
 from metakern.ops.lstm_state import LSTMState, pack_state, unpack_state
 from metakern.ops.lstm_step import lstm_step, lstm_step_
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 
-__all__ = ["LSTMState", "lstm_step", "lstm_step_", "mlp_inner_loop", "mlp_meta_loss", "pack_state", "unpack_state"]
+__all__ = [
+    "LSTMState",
+    "inner_update",
+    "lstm_step",
+    "lstm_step_",
+    "mlp_inner_loop",
+    "mlp_meta_loss",
+    "pack_state",
+    "unpack_state",
+]

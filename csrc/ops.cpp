@@ -18,6 +18,9 @@ STABLE_TORCH_LIBRARY(metakern, m) {
   m.def(
       "lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, Tensor[] weights, "
       "int preprocess, float preprocess_scale, float output_scale, int precision) -> (Tensor, Tensor, Tensor[])");
+  m.def(
+      "inner_update(Tensor[] params, Tensor[] grads, Tensor[] lr, float rate, int step, float? clip_norm, "
+      "Tensor? active) -> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, m) {

@@ -5,8 +5,9 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +39,20 @@ class Update:
     def arguments(self) -> tuple[object, ...]:
         """In the operator's order."""
         return self.params, self.grads, self.lr, self.rate, self.step, self.clip_norm, self.active
+
+    def to(self, device: torch.device | str) -> Update:
+        """The same on a device."""
+        params, grads, lr = ([x.to(device) for x in xs] for xs in (self.params, self.grads, self.lr))
+        active = None if self.active is None else self.active.to(device)
+        return replace(self, params=params, grads=grads, lr=lr, active=active)
+
+    def run(self, backend: str) -> list[Tensor]:
+        """Results of the operator that ``backend`` has, without the public function."""
+        if backend == "triton":
+            importlib.import_module("metakern.triton.inner_update")
+        name = "inner_update_triton" if backend == "triton" else "inner_update"
+        results: list[Tensor] = getattr(torch.ops.metakern, name)(*self.arguments())
+        return results
 
     def expected(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The reference's results in ``dtype``; without one, in the dtype that each tensor's arithmetic has."""

@@ -1,4 +1,4 @@
-// csrc/cuda/inner_update.cu on the emulated device, behind a C interface for ctypes (tests/cuda/inner_update_emulator.py).
+// csrc/cuda/inner_update.cu on the emulated device, behind a C interface for tests/cuda/inner_update_emulator.py.
 #include "../../../csrc/cuda/inner_update.cu"
 
 extern "C" {

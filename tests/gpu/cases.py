@@ -20,7 +20,7 @@ import torch
 from metakern.ops import LSTMState, lstm_step_
 from tests.gpu.common import BACKENDS, with_bfloat16_state
 from tests.problems import evaluate, make_problem
-from tests.updates import make_update
+from tests.update_problems import make_update
 
 PRECISIONS = ("highest", "high", "medium")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.gpu_device import CudaDevice
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.gpu.common import BACKENDS, assert_all_same_bits, captured, needs_cuda, shifted, strided
-from tests.updates import RATES, Update, make_update
+from tests.update_problems import RATES, Update, make_update
 
 pytestmark = needs_cuda
 

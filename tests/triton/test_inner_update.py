@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metakern.triton import inner_update as triton_inner_update
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
-from tests.updates import RATES, SHAPES, Update, make_update
+from tests.update_problems import RATES, SHAPES, Update, make_update
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

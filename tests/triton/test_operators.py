@@ -105,7 +105,7 @@ for function in (forward, in_place, backward):
 
 INNER_UPDATE = """
 import metakern.triton.inner_update
-from tests.updates import make_update
+from tests.update_problems import make_update
 
 problem = make_update(2, "per parameter", shapes=[(3, 2), (5,)], resting=(1,))
 

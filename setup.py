@@ -48,8 +48,8 @@ SOURCES = [
     "csrc/cpu/result_cache.cpp",
 ]
 
-CUDA_KERNELS = ["csrc/cuda/lstm_step.cu"]
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp"]
+CUDA_KERNELS = ["csrc/cuda/lstm_step.cu", "csrc/cuda/inner_update.cu"]
+CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/inner_update_bindings.cpp"]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 

@@ -78,6 +78,13 @@ __device__ __forceinline__ void store_global(void* p, const uint2& x) {
   asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(p), "r"(x.x), "r"(x.y) : "memory");
 }
 
+// What the lane whose number differs in the bits of `mask` gave. All lanes of the warp must call it.
+__device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+
+// Products that the compiler does not fuse with a sum.
+__device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }
+__device__ __forceinline__ double rounded_product(double x, double y) { return __dmul_rn(x, y); }
+
 // x in the low half, y in the high one, rounded to nearest even.
 __device__ __forceinline__ uint32_t pack_bfloat16(float x, float y) {
   uint32_t bits;

@@ -2,7 +2,8 @@
 #pragma once
 #include <atomic>
 
-#include "lstm_step.h"
+#include "../math/portable.h"
+#include "result.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
@@ -53,6 +54,19 @@ struct LaunchShape {
   int shared_bytes;
 };
 
+// A kernel that takes its arguments by value, with up to 48 KB of shared memory.
+template <class Arguments>
+CudaResult launch(void (*kernel)(Arguments), const LaunchShape& shape, const Arguments& args, cudaStream_t stream,
+                  const char* name) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(unsigned(shape.blocks));
+  config.blockDim = dim3(unsigned(shape.threads));
+  config.dynamicSmemBytes = size_t(shape.shared_bytes);
+  config.stream = stream;
+  MK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), name);
+  return {};
+}
+
 // More than 48 KB of shared memory must be asked for once per kernel and device.
 template <class Arguments>
 CudaResult launch(void (*kernel)(Arguments), std::atomic<bool> (&prepared)[cached_devices], const DeviceFacts& facts,
@@ -64,13 +78,7 @@ CudaResult launch(void (*kernel)(Arguments), std::atomic<bool> (&prepared)[cache
                   "cudaFuncSetAttribute(MaxDynamicSharedMemorySize) for lstm_step");
     if (cached) prepared[facts.device].store(true, std::memory_order_relaxed);
   }
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(shape.blocks));
-  config.blockDim = dim3(unsigned(shape.threads));
-  config.dynamicSmemBytes = size_t(shape.shared_bytes);
-  config.stream = stream;
-  MK_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args), name);
-  return {};
+  return launch(kernel, shape, args, stream, name);
 }
 
 }  // namespace MK_CAPABILITY

@@ -4,9 +4,8 @@
 // host and never waits: calls can be captured in a CUDA graph. All pointers are device pointers to contiguous memory,
 // aligned to 16 bytes where a state is meant.
 #pragma once
-#include <cuda_runtime_api.h>
-
 #include "../lstm_step.h"
+#include "result.h"
 
 namespace metakern {
 
@@ -35,15 +34,6 @@ struct CudaLstmStepBackward {
   void* grad_state;             // dtype and shape of state
   void* grad_weights[max_weights];
   void* workspace;  // cuda_lstm_step_workspace_bytes(problem), aligned to 16 bytes
-};
-
-// What a launcher did: `error` and, unless it is cudaSuccess, the call that returned it, for a message such as
-// "launch of lstm_step's forward kernel failed: invalid device function (cudaErrorInvalidDeviceFunction)".
-struct CudaResult {
-  cudaError_t error = cudaSuccess;
-  const char* call = "";
-
-  bool ok() const { return error == cudaSuccess; }
 };
 
 // Of backward; a function of the problem alone. Never 0.

@@ -9,8 +9,11 @@ inline namespace MK_CAPABILITY {
 
 constexpr int warp_lanes = 32;
 
-// A state element in memory.
+// Elements in memory.
 struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
   uint16_t bits;
 };
 
@@ -35,6 +38,11 @@ __device__ __forceinline__ Vec4<float> load4(const BFloat16* p) {
   return {{bit_copy<float>(x.x << 16), bit_copy<float>(x.x & 0xffff0000u), bit_copy<float>(x.y << 16),
            bit_copy<float>(x.y & 0xffff0000u)}};
 }
+__device__ __forceinline__ Vec4<float> load4(const Float16* p) {
+  const uint2 x = *reinterpret_cast<const uint2*>(p);
+  return {{from_float16(uint16_t(x.x)), from_float16(uint16_t(x.x >> 16)), from_float16(uint16_t(x.y)),
+           from_float16(uint16_t(x.y >> 16))}};
+}
 
 __device__ __forceinline__ void store4(float* p, const Vec4<float>& x) {
   *reinterpret_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
@@ -52,6 +60,10 @@ __device__ __forceinline__ void store4_global(float* p, const Vec4<float>& x) {
 __device__ __forceinline__ void store4_global(double* p, const Vec4<double>& x) { store4(p, x); }
 __device__ __forceinline__ void store4_global(BFloat16* p, const Vec4<float>& x) {
   store_global(p, make_uint2(pack_bfloat16(x[0], x[1]), pack_bfloat16(x[2], x[3])));
+}
+__device__ __forceinline__ void store4_global(Float16* p, const Vec4<float>& x) {
+  const auto pair = [](float low, float high) { return to_float16(low) | uint32_t(to_float16(high)) << 16; };
+  store_global(p, make_uint2(pair(x[0], x[1]), pair(x[2], x[3])));
 }
 
 // Two neighbours, as the tensor cores' fragments hold them.

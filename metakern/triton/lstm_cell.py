@@ -16,6 +16,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from metakern.triton.arithmetic import to_arithmetic
+
 # Keep in step with LOG_AND_CLIP_EPSILON in metakern/reference/lstm_step.py.
 _LOG_AND_CLIP_EPSILON = tl.constexpr(1.1920928955078125e-07)
 _LANES = tl.constexpr(32)
@@ -199,19 +201,6 @@ def load_gate(base, gate: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, K: tl
     inputs = tl.arange(0, HP)
     mask = (units < H)[:, None] & (inputs < K)[None, :]
     return tl.load(base + gate * H * K + units[:, None] * K + inputs[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
-def to_arithmetic(x):
-    """float64 stays, everything else becomes float32."""
-    if x.dtype == tl.float64:
-        result = x
-    else:
-        result = x.to(tl.float32)
-    return result
-
-
-# ------------------------------------------------------------------------------------------------------------ products
 
 
 @triton.jit

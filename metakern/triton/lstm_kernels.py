@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: SIM108
 """Kernels of lstm_step: forward or in place, backward, and the weights' gradients.
 
 Forward, per coordinate: features x of the gradient g; per layer, in PyTorch's gate order,
@@ -13,7 +12,7 @@ where h' is the x of the layer above; θ' = θ + output_scale (w · h' + b). Bac
 
 Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers, HP = H padded to a power of two, P numbers of
 all weights. States are [ceil(N/32), L, 2 (h, c), H, 32]; n is N, or the coordinates of a slab of it. A number of the
-host arrives in two arguments, see :func:`_scalar`.
+host arrives in two arguments, see :func:`metakern.triton.arithmetic.scalar`.
 """
 
 from __future__ import annotations
@@ -22,20 +21,7 @@ import triton
 import triton.language as tl
 
 from metakern.triton import lstm_cell as cell
-
-
-@triton.jit
-def _scalar(high, low, like):
-    """A number of the host in the dtype of ``like``, from the float32 nearest to it and what is left.
-
-    Eager mode passes a float argument as float32, torch.compile as float64: both give the same bits here.
-    """
-    high = tl.cast(high, tl.float32)
-    if like.dtype == tl.float64:
-        result = high.to(tl.float64) + tl.cast(low, tl.float32).to(tl.float64)
-    else:
-        result = high
-    return result
+from metakern.triton.arithmetic import scalar, to_arithmetic
 
 
 @triton.jit
@@ -57,9 +43,9 @@ def forward_kernel(
     state += block * (BLOCK // 32) * TILE
     new_state += block * (BLOCK // 32) * TILE
 
-    g = cell.to_arithmetic(tl.load(grads + coordinates, mask=valid, other=0.0))
+    g = to_arithmetic(tl.load(grads + coordinates, mask=valid, other=0.0))
     x0, x1 = cell.features(
-        g, _scalar(p, p_low, g), _scalar(exp_p, exp_p_low, g), _scalar(exp_neg_p, exp_neg_p_low, g), PREPROCESS
+        g, scalar(p, p_low, g), scalar(exp_p, exp_p_low, g), scalar(exp_neg_p, exp_neg_p_low, g), PREPROCESS
     )
     h = cell.load_units(state, lanes, valid, 0, H, HP, TILE)
     c = cell.load_units(state, lanes, valid, H, H, HP, TILE)
@@ -79,8 +65,8 @@ def forward_kernel(
         _store_layer(new_state, lanes, valid, inside, 4 * H, h, c, H, HP, TILE, IN_PLACE)
     if DEPTH == L:
         out = tl.sum(h * cell.load_vector(head_w, 0, H, HP)[None, :], axis=1) + tl.load(head_b)
-        theta = cell.to_arithmetic(tl.load(params + coordinates, mask=valid, other=0.0))
-        theta += _scalar(output_scale, output_scale_low, g) * out
+        theta = to_arithmetic(tl.load(params + coordinates, mask=valid, other=0.0))
+        theta += scalar(output_scale, output_scale_low, g) * out
         tl.store(new_params + coordinates, theta.to(new_params.dtype.element_ty), mask=valid)
 
 
@@ -105,7 +91,7 @@ def features_kernel(
     valid = coordinates < n
     g = tl.load(grads + coordinates, mask=valid, other=0.0).to(features.dtype.element_ty)
     first, second = cell.features(
-        g, _scalar(p, p_low, g), _scalar(exp_p, exp_p_low, g), _scalar(exp_neg_p, exp_neg_p_low, g), PREPROCESS
+        g, scalar(p, p_low, g), scalar(exp_p, exp_p_low, g), scalar(exp_neg_p, exp_neg_p_low, g), PREPROCESS
     )
     at = features + coordinates // 32 * (F * 32) + coordinates % 32
     tl.store(at, first, mask=valid)
@@ -128,7 +114,7 @@ def features_backward_kernel(
     if F == 2:
         second = tl.load(at + 32, mask=valid, other=0.0)
     result = cell.features_backward(
-        g, first, second, _scalar(p, p_low, g), _scalar(exp_p, exp_p_low, g), _scalar(exp_neg_p, exp_neg_p_low, g),
+        g, first, second, scalar(p, p_low, g), scalar(exp_p, exp_p_low, g), scalar(exp_neg_p, exp_neg_p_low, g),
         PREPROCESS,
     )  # fmt: skip
     tl.store(grad_grads + coordinates, result.to(grad_grads.dtype.element_ty), mask=valid)
@@ -168,8 +154,8 @@ def backward_kernel(
     grad_h = cell.load_units(grad_new_state, lanes, valid, 2 * LAYER * H, H, HP, TILE)
     if LAYER == L - 1:
         cell.store_units(work, lanes, valid, inside, 4 * H, y, H, HP, WORK)
-        grad_out = cell.to_arithmetic(tl.load(grad_new_params + coordinates, mask=valid, other=0.0))
-        grad_out *= _scalar(output_scale, output_scale_low, grad_out)
+        grad_out = to_arithmetic(tl.load(grad_new_params + coordinates, mask=valid, other=0.0))
+        grad_out *= scalar(output_scale, output_scale_low, grad_out)
         grad_h += grad_out[:, None] * cell.load_vector(head_w, 0, H, HP)[None, :]
     else:
         grad_h += cell.load_units(work, lanes, valid, 5 * H, H, HP, WORK)
@@ -220,8 +206,8 @@ def weights_kernel(
         ih += cell.product(da, tl.trans(x), 0)
         bias += tl.sum(da, axis=1)
         if LAYER == L - 1:
-            grad_out = cell.to_arithmetic(tl.load(grad_new_params + coordinates, mask=valid, other=0.0))
-            grad_out *= _scalar(output_scale, output_scale_low, grad_out)
+            grad_out = to_arithmetic(tl.load(grad_new_params + coordinates, mask=valid, other=0.0))
+            grad_out *= scalar(output_scale, output_scale_low, grad_out)
             y = cell.load_rows(work + tile * WORK, lanes, valid, 4 * H + units, units < H, WORK)
             head += tl.sum(y * grad_out[None, :], axis=1)
             out += grad_out

@@ -12,22 +12,15 @@ from __future__ import annotations
 
 import functools
 import math
-import struct
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 from torch.library import custom_op, triton_op, wrap_triton
 
-try:
-    import triton
-except ImportError as error:
-    raise ImportError(
-        f"the Triton kernels need the package triton, 3.6 or newer: pip install triton ({error})"
-    ) from error
-
+from metakern.triton.launch import Config, is_interpreted, launch, split
 from metakern.triton.lstm_kernels import (
     backward_kernel,
     features_backward_kernel,
@@ -38,13 +31,6 @@ from metakern.triton.lstm_kernels import (
 )
 
 _LANES = 32
-
-
-class Config(NamedTuple):
-    """How a kernel is cut: coordinates of a block (a multiple of 32) and warps of a program."""
-
-    block: int
-    num_warps: int
 
 
 #: By kernel, padded hidden units, and whether the GPU has compute capability 9 or 10. Chosen by what the compiler
@@ -106,34 +92,9 @@ def _config(kernel: str, state: Tensor) -> Config:
     return CONFIGS[kernel, _padded_hidden(state.shape[3]), _has_warpgroups(state.device.index)]
 
 
-def _is_interpreted() -> bool:
-    return not isinstance(forward_kernel, triton.runtime.JITFunction)
-
-
-def _launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any) -> None:
-    """Run a kernel over ``grid`` programs on the current stream of its tensors' device."""
-    options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": 1}
-    guard: AbstractContextManager[Any] = nullcontext()
-    if isinstance(kernel, triton.runtime.JITFunction):  # not what wrap_triton makes of one while a graph is traced
-        options["enable_fp_fusion"] = True  # Triton 3.10 turns the default over
-        if args[0].is_cuda:
-            guard = torch.cuda.device(args[0].device)
-    with guard:
-        kernel[(grid,)](*args, **constants, **options)
-
-
-def _split(*numbers: float) -> list[float]:
-    """Each number as the float32 nearest to it and the rest, so that float64 arithmetic gets 48 bits of it."""
-    pairs = []
-    for number in numbers:
-        high = struct.unpack("f", struct.pack("f", number))[0]
-        pairs += [high, number - high]
-    return pairs
-
-
 def _scalars(preprocess_scale: float, output_scale: float) -> list[float]:
     p = float(preprocess_scale)
-    return _split(p, math.exp(p), math.exp(-p), float(output_scale))
+    return split(p, math.exp(p), math.exp(-p), float(output_scale))
 
 
 def _fourteen(weights: Sequence[Tensor]) -> list[Tensor]:
@@ -166,7 +127,7 @@ def _forward(
         return
     _, layers, _, hidden, _ = state.shape
     config = _config("forward", state)
-    _launch(
+    launch(
         kernel,
         triton.cdiv(n, config.block),
         config,
@@ -235,7 +196,7 @@ def _backward(
             *(flat, tiled, work.view(-1), partials, weights, sums),
             *(preprocess, preprocess_scale, output_scale),
         )
-    _launch(
+    launch(
         sum_kernel,
         triton.cdiv(sums.length, SUM_WEIGHTS),
         Config(0, 4),
@@ -289,7 +250,7 @@ def _backward_slab(
         inputs = below[2 * (layer - 1) * hidden * _LANES :] if layer else x
         shape = sizes | {"LAYER": layer, "K": hidden if layer else features}
         shape["X_TILE"] = (2 * layers * hidden if layer else features) * _LANES
-        _launch(
+        launch(
             backward_kernel,
             triton.cdiv(n, config.block),
             config,
@@ -298,7 +259,7 @@ def _backward_slab(
             **shape,
             BLOCK=config.block,
         )
-        _launch(
+        launch(
             weights_kernel,
             triton.cdiv(blocks, blocks_per_chunk),
             wide,
@@ -314,7 +275,7 @@ def _backward_slab(
 def _launch_elementwise(kernel: Any, n: int, *args: Any, **constants: Any) -> None:
     """Run a kernel that takes every coordinate by itself."""
     block = FEATURES_CONFIG.block
-    _launch(kernel, triton.cdiv(n, block), FEATURES_CONFIG, *args, **constants, BLOCK=block)
+    launch(kernel, triton.cdiv(n, block), FEATURES_CONFIG, *args, **constants, BLOCK=block)
 
 
 # -------------------------------------------------------------------------------------------------------- operators
@@ -351,7 +312,7 @@ def lstm_step_triton(
     params, grads, state = params.contiguous(), grads.contiguous(), state.contiguous()
     new_params, new_state = torch.empty_like(params), torch.empty_like(state)
     _forward(
-        forward_kernel if _is_interpreted() else wrap_triton(forward_kernel),
+        forward_kernel if is_interpreted() else wrap_triton(forward_kernel),
         *(params, grads, state, new_params, new_state, weights),
         *(preprocess, preprocess_scale, output_scale, precision),
     )
@@ -371,7 +332,7 @@ def lstm_step_triton_(
 ) -> None:
     """:func:`lstm_step_triton` in place: overwrites ``params`` and ``state``, both contiguous."""
     _forward(
-        forward_kernel if _is_interpreted() else wrap_triton(forward_kernel),
+        forward_kernel if is_interpreted() else wrap_triton(forward_kernel),
         *(params, grads.contiguous(), state, params, state, weights),
         *(preprocess, preprocess_scale, output_scale, precision),
     )

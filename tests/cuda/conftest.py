@@ -1,13 +1,20 @@
-"""The emulated device that the CUDA kernels run on, built once a session."""
+"""The CUDA kernels on the emulated device, built once a session."""
 
 from __future__ import annotations
 
 import pytest
 
 from tests.cuda.emulator import Emulator
+from tests.cuda.inner_update_emulator import InnerUpdateEmulator
 
 
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
     """csrc/cuda/lstm_step.cu, compiled for the CPU."""
     return Emulator()
+
+
+@pytest.fixture(scope="session")
+def inner_update() -> InnerUpdateEmulator:
+    """csrc/cuda/inner_update.cu, compiled for the CPU."""
+    return InnerUpdateEmulator()

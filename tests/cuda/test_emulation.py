@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.cuda.emulator import ORDERS, ROOT, Device, build
+from tests.cuda.device import ORDERS, ROOT, Device, build
 
 BARRIER_ERROR = 719  # cudaErrorLaunchFailure
 
@@ -78,6 +78,14 @@ def test_what_no_kernel_may_do_is_reported(kernel: str, message: str) -> None:
 
 def test_shared_memory_holds_nan_until_it_is_written() -> None:
     assert run("read before written", torch.rand(64), 64)[2].isnan().all()
+
+
+@pytest.mark.parametrize("device", EVERY_ORDER, ids=ORDERS)
+def test_lanes_exchange_values(device: Device) -> None:
+    data = torch.randint(-99, 99, (64,)).float()
+    error, report, out = run("warp sums", data, 64, device=device)
+    assert (error, report) == (0, "")
+    assert torch.equal(out, data.view(2, 32).sum(1, keepdim=True).expand(2, 32).flatten())
 
 
 @pytest.mark.parametrize("eager", [False, True])

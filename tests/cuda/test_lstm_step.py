@@ -15,7 +15,8 @@ from torch import Tensor
 from metakern.ops import LSTMState, pack_state, unpack_state
 from metakern.reference import lstm_step as reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.cuda.emulator import DTYPES, Device, EmulationError, Emulator
+from tests.cuda.device import DTYPES, Device, EmulationError
+from tests.cuda.emulator import Emulator
 from tests.problems import Problem, evaluate_reference, make_problem, state_dtype, weight_names
 
 #: Devices that schedule threads, and land asynchronous copies, in all the ways that the emulation knows.

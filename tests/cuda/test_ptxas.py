@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,23 +44,25 @@ def test_a_report_that_breaks_off_is_refused() -> None:
         ptxas.parse(REPORT[: REPORT.rindex("ptxas info    : Used")])
 
 
-def test_only_kernels_of_a_particular_size_must_keep_to_their_registers() -> None:
-    assert [k.is_specialised for k in (REDUCE, GENERAL, SPECIALISED)] == [False, False, True]
+def test_every_kernel_but_the_general_ones_must_keep_to_its_registers() -> None:
+    assert [k.is_general for k in (REDUCE, GENERAL, SPECIALISED)] == [False, True, False]
     assert ptxas.faults([REDUCE, GENERAL]) == []
     assert ptxas.faults([SPECIALISED]) == [
         "forward_kernel<FmaUnits<float, float, 20>> on sm_90: 72 bytes of stack frame, 184 of spill stores, "
         "196 of spill loads"
     ]
+    assert ptxas.faults([replace(REDUCE, stack_bytes=8)])
 
 
 @pytest.mark.parametrize(("kernels", "status"), [([REDUCE, GENERAL], 0), ([SPECIALISED], 1), ([], 1)])
 def test_status_and_table(
     kernels: list[ptxas.Kernel], status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    found = {"lstm_step": kernels}
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(ptxas, "nvcc_version", lambda nvcc: "release 13.0")
     monkeypatch.setattr(ptxas, "ARCHITECTURES", ("sm_90",))
-    monkeypatch.setattr(ptxas, "compile_kernels", lambda nvcc, source, architecture: kernels)
+    monkeypatch.setattr(ptxas, "compile_kernels", lambda nvcc, source, architecture: found.get(source.stem, []))
     app = ptxas.typer.Typer()
     app.command()(ptxas.main)
     result = CliRunner().invoke(app, ["--output", str(tmp_path / "ptxas.json")])

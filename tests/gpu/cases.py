@@ -20,6 +20,7 @@ import torch
 from metakern.ops import LSTMState, lstm_step_
 from tests.gpu.common import BACKENDS, with_bfloat16_state
 from tests.problems import evaluate, make_problem
+from tests.update_problems import make_update
 
 PRECISIONS = ("highest", "high", "medium")
 
@@ -59,6 +60,25 @@ class Case:
                 raise ArithmeticError(f"{name} holds NaN")
 
 
+@dataclass(frozen=True)
+class UpdateCase:
+    """The layout of α, dtype and options of one call of inner_update, on the sizes that the other tests have."""
+
+    rates: str = "number"
+    dtype: torch.dtype = torch.float32
+    clip_norm: float | None = None
+    resting: bool = False
+
+    def run(self, backend: str, device: str) -> None:
+        """Raise unless the tasks that step get numbers."""
+        resting = (1,) if self.resting else None
+        problem = make_update(3, self.rates, self.dtype, clip_norm=self.clip_norm, resting=resting).to(device)
+        updated = problem.expected() if backend == "reference" else problem.run(backend)
+        for index, x in enumerate(updated):
+            if bool(x.cpu().isnan().any()):
+                raise ArithmeticError(f"tensor {index} holds NaN")
+
+
 #: Sizes with kernels of their own in every precision and storage; those of the general kernel; every dtype; several
 #: blocks and chunks.
 CUDA_CASES = [
@@ -83,7 +103,18 @@ TRITON_CASES = [
     Case(hidden=5, dtype=torch.float64, preprocess="none"),
 ]
 
-CASES = {"cuda": CUDA_CASES, "triton": TRITON_CASES, "reference": CUDA_CASES[:3] + TRITON_CASES}
+UPDATE_CASES = [
+    UpdateCase("per parameter and step", clip_norm=2.0, resting=True),
+    *(UpdateCase(dtype=dtype) for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16)),
+    *(UpdateCase("per parameter", dtype, 2.0) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+    UpdateCase("per tensor", resting=True),
+]
+
+CASES: dict[str, list[Case | UpdateCase]] = {
+    "cuda": [*CUDA_CASES, *UPDATE_CASES],
+    "triton": [*TRITON_CASES, UPDATE_CASES[0]],
+    "reference": [*CUDA_CASES[:3], *TRITON_CASES, UPDATE_CASES[0]],
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
-"""What the tests on a GPU share: backends, problems with a bfloat16 state, results in the order of their names."""
+"""What the tests on a GPU share: backends, problems with a bfloat16 state, named results, odd layouts, graphs."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -72,3 +74,29 @@ def assert_all_same_bits(actual: list[Tensor], expected: list[Tensor], what: str
     """Fail unless every tensor has the same bits."""
     for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
         assert_same_bits(f"tensor {index} of {what}", got, want)
+
+
+def shifted(x: Tensor) -> Tensor:
+    """The same numbers one element behind the start of an allocation: contiguous, not aligned to 16 bytes."""
+    memory = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype, device=x.device)
+    memory[1:] = x.reshape(-1)
+    return memory[1:].view(x.shape)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers with NaN between them."""
+    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
+
+
+def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    """The call as a graph, and where its results come to lie."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call()
+    return graph, results

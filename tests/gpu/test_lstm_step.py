@@ -17,7 +17,7 @@ from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
 from metakern.reference import lstm_step as reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.test_lstm_step import PRODUCT_ERROR, error_bounds
-from tests.gpu.common import BACKENDS, forward, needs_cuda, with_bfloat16_state
+from tests.gpu.common import BACKENDS, forward, needs_cuda, shifted, strided, with_bfloat16_state
 from tests.problems import Problem, assert_matches_reference, evaluate, evaluate_reference, make_problem
 
 pytestmark = needs_cuda
@@ -229,18 +229,6 @@ def test_arguments_are_untouched(backend: str) -> None:
     evaluate(problem, backend)
     for index, (x, old) in enumerate(zip(arguments, before, strict=True)):
         assert_same_bits(f"argument {index}", x, old)
-
-
-def shifted(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers one element behind the start of an allocation: contiguous, not aligned to 16 bytes."""
-    memory = torch.full((x.numel() + 1,), math.nan, dtype=x.dtype, device=x.device)
-    memory[1:] = x.reshape(-1)
-    return memory[1:].view(x.shape)
-
-
-def strided(x: torch.Tensor) -> torch.Tensor:
-    """The same numbers with NaN between them."""
-    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

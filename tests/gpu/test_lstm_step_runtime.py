@@ -17,7 +17,7 @@ from bench.gpu_device import CudaDevice
 from metakern import _backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.gpu.common import BACKENDS, Arguments, assert_all_same_bits, forward, needs_cuda
+from tests.gpu.common import BACKENDS, Arguments, assert_all_same_bits, captured, forward, needs_cuda
 from tests.problems import evaluate, make_problem
 
 pytestmark = needs_cuda
@@ -46,20 +46,6 @@ def test_auto_takes_the_kernels_in_cuda() -> None:
 def test_one_launch(call: str, backend: str) -> None:
     each = arguments(10_000, backend, call)
     assert CudaDevice().launches(getattr(each, call)) == 1
-
-
-def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """The call as a graph, and where its results come to lie."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = call()
-    return graph, results
 
 
 @pytest.mark.parametrize(("backend", "hidden"), [("cuda", 20), ("cuda", 7), ("triton", 20)])

@@ -18,12 +18,17 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from metakern.triton import inner_update_kernels
 from metakern.triton import lstm_kernels as kernels
-from metakern.triton.lstm_step import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS, Config
+from metakern.triton.inner_update import MAX_BLOCK, NUM_WARPS
+from metakern.triton.launch import Config
+from metakern.triton.lstm_step import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS
 
-IN_PARAMS_DTYPE = ("params", "grads", "new_params", "grad_new_params", "grad_grads")
+IN_PARAMS_DTYPE = ("params", "grads", "new_params", "grad_new_params", "grad_grads", "rates", "updated")
 IN_STATE_DTYPE = ("state", "new_state", "grad_state", "grad_new_state")
-INTEGERS = ("n", "blocks", "blocks_per_chunk", "row_length", "chunks")
+IN_FLOAT64 = ("sums", "coefficients")
+INTEGERS = ("n", "blocks", "blocks_per_chunk", "row_length", "chunks", "row", "task_size", "rate_period")
+NUMBERS = ("p", "rate", "rate_low")
 
 
 def compile_kernel(
@@ -44,7 +49,11 @@ def compile_kernel(
             signature[name] = f"*{state}"
         elif name in INTEGERS:
             signature[name] = "i32"
-        elif name.startswith(("p_", "exp_", "output_")) or name == "p":
+        elif name in IN_FLOAT64:
+            signature[name] = "*fp64"
+        elif name == "active":
+            signature[name] = "*u8"
+        elif name in NUMBERS or name.startswith(("p_", "exp_", "output_", "clip_")):
             signature[name] = "fp32"
         else:
             signature[name] = f"*{work}"
@@ -87,7 +96,7 @@ def cases(arch: int) -> list[tuple[str, Any, Config, str, str, dict[str, Any]]]:
         add(f"backward (20, 2) layer {layer}", "backward", 20, 2, LAYER=layer)
         add(f"weights (20, 2) layer {layer}", "weights", 20, 2, LAYER=layer)
     if arch != 90:
-        return rows
+        return rows + inner_update_cases()
     add("forward (20, 2) in place", "forward", 20, 2, IN_PLACE=True)
     for precision in (1, 2):
         add(f"forward (20, 2) precision {precision}", "forward", 20, 2, PRECISION=precision)
@@ -100,6 +109,23 @@ def cases(arch: int) -> list[tuple[str, Any, Config, str, str, dict[str, Any]]]:
     flat |= {"WEIGHTS": SUM_WEIGHTS, "CHUNKS": SUM_CHUNKS}
     for key, config in (("features", FEATURES_CONFIG), ("features_backward", FEATURES_CONFIG), ("sum", Config(0, 4))):
         rows.append((key, getattr(kernels, f"{key}_kernel"), config, "fp32", "fp32", flat))
+    return rows + inner_update_cases()
+
+
+def inner_update_cases() -> list[tuple[str, Any, Config, str, str, dict[str, Any]]]:
+    """The same of inner_update: every layout of α, every dtype, with and without what tells tasks apart."""
+    config = Config(MAX_BLOCK, NUM_WARPS)
+    block = {"BLOCK": MAX_BLOCK}
+    rows = []
+    for rate, dtype, by_task in ((0, "fp32", False), (1, "bf16", True), (2, "fp32", True), (2, "fp64", True)):
+        constants = {"RATE": rate, "CLIP": by_task, "ACTIVE": by_task, **block}
+        name = f"update, rate {rate}, {dtype}"
+        rows.append((name, inner_update_kernels.update_kernel, config, dtype, "fp32", constants))
+    rows += [
+        (f"squares {dtype}", inner_update_kernels.squares_kernel, config, dtype, "fp32", block)
+        for dtype in ("fp32", "fp16", "fp64")
+    ]
+    rows.append(("coefficients", inner_update_kernels.coefficients_kernel, config, "fp32", "fp32", block))
     return rows
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="needs the package triton")
 
 from metakern.ops.lstm_step import triton_operators
 from metakern.triton import lstm_step as triton_lstm_step
+from metakern.triton.launch import is_interpreted
 
 triton_operators()
 
@@ -36,7 +37,7 @@ def interpreter_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
     It also pays for every program, so the last sum gets few.
     """
-    if not triton_lstm_step._is_interpreted():
+    if not is_interpreted():
         return
     import triton.language as tl
     from triton.runtime import interpreter

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from metakern.reference import lstm_step as reference
 from metakern.triton import lstm_step as triton_lstm_step
-from metakern.triton.lstm_step import CONFIGS, FLOAT64_CONFIG, Config
+from metakern.triton.launch import Config, is_interpreted, split
+from metakern.triton.lstm_step import CONFIGS, FLOAT64_CONFIG
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.problems import evaluate_reference, make_problem
 from tests.triton.evaluation import assert_matches_reference, backward, forward, options
@@ -201,7 +202,7 @@ def test_results_of_a_coordinate_depend_on_no_block_size(
     for block in (32, 64, 128):
         with_blocks(monkeypatch, block)
         outcomes.append(forward(problem) | backward(problem))
-    bits_of_a_product_differ = triton_lstm_step._is_interpreted()  # NumPy picks its loop by the matrix's shape
+    bits_of_a_product_differ = is_interpreted()  # NumPy picks its loop by the matrix's shape
     for other in outcomes[1:]:
         for name, want in outcomes[0].items():
             if "weight" in name or "bias" in name or bits_of_a_product_differ:
@@ -250,7 +251,7 @@ def test_state_stored_in_bfloat16(dtype: torch.dtype, device: torch.device) -> N
 
 
 def test_scalars_reach_float64_arithmetic_unrounded() -> None:
-    values: Any = triton_lstm_step._split(0.1, 10.0, math.exp(10), math.exp(-10))
+    values: Any = split(0.1, 10.0, math.exp(10), math.exp(-10))
     for number, high, low in zip((0.1, 10.0, math.exp(10), math.exp(-10)), values[::2], values[1::2], strict=True):
         assert torch.tensor(high, dtype=torch.float32).item() == high
         low = torch.tensor(low, dtype=torch.float32).double().item()

@@ -59,10 +59,6 @@ TRACE = """
 import torch, triton
 from torch._dynamo.backends.common import aot_autograd
 from triton.backends.compiler import GPUTarget
-from metakern.ops.lstm_step import triton_operators
-from tests.problems import make_problem
-
-triton_operators()
 
 class Driver:  # what tracing asks of a GPU
     def get_current_target(self):
@@ -71,8 +67,6 @@ class Driver:  # what tracing asks of a GPU
         return 0
 
 triton.runtime.driver.set_active(Driver())
-problem = make_problem(100, 5, 2)
-inputs = (problem.params, problem.grads, problem.state.data, problem.weights)
 
 class Traced(Exception): pass
 
@@ -82,6 +76,22 @@ def show(graph, _):
             print(node.target, node.kwargs.get("tensors_to_clone", ""))
     raise Traced
 
+def trace(function, *inputs):
+    print(function.__name__)
+    try:
+        torch.compile(function, backend=aot_autograd(fw_compiler=show), fullgraph=True)(*inputs)
+    except Exception as error:
+        assert "Traced" in repr(error), error
+"""
+
+LSTM_STEP = """
+from metakern.ops.lstm_step import triton_operators
+from tests.problems import make_problem
+
+triton_operators()
+problem = make_problem(100, 5, 2)
+inputs = (problem.params, problem.grads, problem.state.data, problem.weights)
+
 def forward(p, g, s, w):
     return torch.ops.metakern.lstm_step_triton(p, g, s, w, 1, 10.0, 0.1, 0)
 def in_place(p, g, s, w):
@@ -90,11 +100,22 @@ def backward(p, g, s, w):
     return torch.ops.metakern.lstm_step_triton_backward(p, s, g, s, w, 1, 10.0, 0.1, 0)
 
 for function in (forward, in_place, backward):
-    print(function.__name__)
-    try:
-        torch.compile(function, backend=aot_autograd(fw_compiler=show), fullgraph=True)(*inputs)
-    except Exception as error:
-        assert "Traced" in repr(error), error
+    trace(function, *inputs)
+"""
+
+INNER_UPDATE = """
+import metakern.triton.inner_update
+from tests.update_problems import make_update
+
+problem = make_update(2, "per parameter", shapes=[(3, 2), (5,)], resting=(1,))
+
+def plain(params, grads, lr, active):
+    return torch.ops.metakern.inner_update_triton(params, grads, lr, 0.3, -1, None, None)
+def clipped(params, grads, lr, active):
+    return torch.ops.metakern.inner_update_triton(params, grads, lr, 0.3, -1, 1.0, active)
+
+for function in (plain, clipped):
+    trace(function, problem.params, problem.grads, problem.lr, problem.active)
 """
 
 
@@ -104,7 +125,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_compile_sees_the_forward_kernel_and_what_it_writes() -> None:
-    result = run_python(TRACE)
+    result = run_python(TRACE + LSTM_STEP)
     assert result.returncode == 0, result.stderr
     written = "triton_kernel_wrapper_functional ['new_params', 'new_state']"
     assert result.stdout.splitlines() == [
@@ -112,6 +133,14 @@ def test_compile_sees_the_forward_kernel_and_what_it_writes() -> None:
         *("in_place", written),
         *("backward", "metakern.lstm_step_triton_backward.default "),
     ]
+
+
+def test_compile_sees_every_kernel_of_inner_update() -> None:
+    result = run_python(TRACE + INNER_UPDATE)
+    assert result.returncode == 0, result.stderr
+    kernels = [line.split()[-1] for line in result.stdout.splitlines() if "aten" not in line]
+    update, sums, factors = "['updated']", "['sums']", "['coefficients']"
+    assert kernels == ["plain", update, update, "clipped", sums, sums, factors, update, update]
 
 
 def test_metakern_works_without_triton_and_says_what_is_missing() -> None:

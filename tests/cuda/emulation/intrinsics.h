@@ -40,6 +40,22 @@ inline void store_global(void* p, const Words& x) {
   std::memcpy(p, &x, sizeof(x));
 }
 
+inline double from_lane_xor(double x, int mask) {
+  unsigned char value[64] = {};
+  std::memcpy(value, &x, sizeof(x));
+  emulation::warp_barrier(MK_SITE, value);
+  double y;
+  std::memcpy(&y, emulation::lane_value(emulation::lane() ^ mask), sizeof(y));
+  return y;
+}
+
+// Neither may be fused on a processor that could: a volatile product is rounded.
+template <class S>
+inline S rounded_product(S x, S y) {
+  volatile S product = x * y;
+  return product;
+}
+
 inline uint32_t bfloat16_bits(float x) {
   const uint32_t bits = bit_copy<uint32_t>(x);
   if (x != x) return (bits >> 16) | 0x40;

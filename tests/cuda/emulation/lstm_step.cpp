@@ -3,9 +3,6 @@
 
 extern "C" {
 
-void emulation_configure(const emulation::Device* device) { emulation::device() = *device; }
-const char* emulation_report() { return emulation::report().c_str(); }
-
 int64_t workspace_bytes(const metakern::LstmStepProblem* p) { return metakern::cuda_lstm_step_workspace_bytes(*p); }
 
 int forward(const metakern::LstmStepProblem* p, const metakern::CudaLstmStepForward* args, const char** call) {

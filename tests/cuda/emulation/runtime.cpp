@@ -295,3 +295,10 @@ cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int value) {
   return emulation::failure_if_due();
 }
 cudaError_t cudaGetLastError() { return std::exchange(emulation::state().last_error, cudaSuccess); }
+
+extern "C" {
+
+void emulation_configure(const emulation::Device* device) { emulation::device() = *device; }
+const char* emulation_report() { return emulation::report().c_str(); }
+
+}  // extern "C"

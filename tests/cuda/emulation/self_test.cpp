@@ -113,6 +113,12 @@ __global__ void product_bfloat16(Arguments a) {
   mma_bfloat16(d, rows, columns);
   for (int i = 0; i < 4; ++i) a.out[(g + i / 2 * 8) * 8 + 2 * t + i % 2] = d[i];
 }
+// Each lane adds what the others of its warp gave, in steps that double.
+__global__ void warp_sums(Arguments a) {
+  double x = a.in[threadIdx.x];
+  for (int mask = 16; mask > 0; mask /= 2) x += from_lane_xor(x, mask);
+  a.out[threadIdx.x] = float(x);
+}
 __global__ void approximations(Arguments a) {
   const int i = int(threadIdx.x), n = int(blockDim.x);
   a.out[i] = exp2_approx(a.in[i]);
@@ -143,14 +149,12 @@ const Entry kernels[] = {{"reverse", reverse<true>},
                          {"copy too early", copy_too_early},
                          {"product in TF32", product_tf32},
                          {"product in bfloat16", product_bfloat16},
+                         {"warp sums", warp_sums},
                          {"approximations", approximations}};
 
 }  // namespace
 
 extern "C" {
-
-void emulation_configure(const emulation::Device* device) { emulation::device() = *device; }
-const char* emulation_report() { return emulation::report().c_str(); }
 
 // -1 for a name that is not known.
 int run_kernel(const char* name, int blocks, int threads, int shared_bytes, const float* in, float* out) {

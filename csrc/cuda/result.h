@@ -1,0 +1,16 @@
+// What every launcher returns.
+#pragma once
+#include <cuda_runtime_api.h>
+
+namespace metakern {
+
+// What a launcher did: `error` and, unless it is cudaSuccess, the call that returned it, for a message such as
+// "launch of lstm_step's forward kernel failed: invalid device function (cudaErrorInvalidDeviceFunction)".
+struct CudaResult {
+  cudaError_t error = cudaSuccess;
+  const char* call = "";
+
+  bool ok() const { return error == cudaSuccess; }
+};
+
+}  // namespace metakern

@@ -1,0 +1,16 @@
+// csrc/cuda/inner_update.cu on the emulated device, behind a C interface for tests/cuda/inner_update_emulator.py.
+#include "../../../csrc/cuda/inner_update.cu"
+
+extern "C" {
+
+int64_t workspace_bytes(const metakern::InnerUpdateProblem* p) {
+  return metakern::cuda_inner_update_workspace_bytes(*p);
+}
+
+int update(const metakern::InnerUpdateProblem* p, void* workspace, const char** call) {
+  const auto result = metakern::cuda_inner_update(*p, workspace, nullptr);
+  *call = result.call;
+  return result.error;
+}
+
+}  // extern "C"

@@ -28,12 +28,6 @@ from metakern.ops.inner_update_autograd import (
 )
 from metakern.reference import inner_update as reference
 
-#: Backends without a kernel for this operator.
-_UNSERVED = {
-    "cuda": "there is no CUDA kernel for inner_update yet",
-    "triton": "there is no Triton kernel for inner_update yet",
-}
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -84,7 +78,7 @@ def inner_update(
         check(params, grads, lr, step, active, clip_norm)
     if not params:
         return []
-    name = _backend.resolve(backend, params[0].device, _UNSERVED)
+    name = _backend.resolve(backend, params[0].device)
     if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
         assert _compiled is not None
         try:
@@ -258,7 +252,7 @@ def triton_operators() -> Operators:
 
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend) and "triton" not in _UNSERVED:
+    if _backend.prefers_triton(backend):
         triton_operators()
 
 

@@ -29,7 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend that serves inner_update on the CPU."""
+    """What serves every dtype on the CPU; Triton, whose interpreter cuts bfloat16, has its tests in tests/triton."""
     return str(request.param)
 
 

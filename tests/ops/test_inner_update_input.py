@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import inner_update
-
-BACKENDS = ("cpp", "reference")
+from tests.conftest import BACKENDS
 
 ONES = [torch.ones(2, 3), torch.ones(2)]
 ACTIVE = torch.tensor([True, False])

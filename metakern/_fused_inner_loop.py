@@ -6,8 +6,7 @@ Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +28,7 @@ from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 _LABEL_ERROR = "as the model has"
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """What adapt and meta_loss have in common; see :func:`metakern.adapt`."""
 
     model: nn.Module
@@ -124,7 +122,9 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         reason = reason or "it has no fused inner loop yet"
     if reason:
         raise Unserved(reason)
-    names = adapted_names(options.model, options.parameters)
+    names = mlp.trainable if options.parameters is None else adapted_names(options.model, options.parameters)
+    if not names:
+        raise Unserved("the model has no parameter that requires a gradient")
     by_name = dict(zip(mlp.names, mlp.params, strict=True))
     rates = learning_rates(options.lr, {n: by_name[n] for n in names}, options.steps)
     adapted = [n in names for n in mlp.names]

@@ -273,6 +273,8 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> Learnin
         params: what is adapted, each [*shape]
         steps: K
     """
+    if isinstance(lr, float) and math.isfinite(lr):  # what most calls bring, before the kinds that cost to recognise
+        return LearningRates(lr, False)
     if isinstance(lr, (Mapping, nn.ParameterDict)):
         missing, unknown = [n for n in params if n not in lr], [n for n in lr if n not in params]
         if missing or unknown:

@@ -53,6 +53,11 @@ class Mlp(NamedTuple):
         """Inputs, then the units of every layer."""
         return [self.params[0].shape[1], *(p.shape[0] for p in self.params[::2])]
 
+    @property
+    def trainable(self) -> list[str]:
+        """Names of the parameters that require gradients."""
+        return [name for name, p in zip(self.names, self.params, strict=True) if name and p.requires_grad]
+
     def samples(self, x: Tensor) -> Tensor:
         """[T, S, I] from what the model takes."""
         x = x.flatten(2) if self.flattens else x
@@ -74,18 +79,14 @@ class Mlp(NamedTuple):
 
 
 def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of nested nn.Sequential in order."""
+    """The modules of nested nn.Sequential in order, none with hooks."""
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+        raise Unserved("the model has hooks")
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
-        _check_plain(model)
         for name, child in model._modules.items():
-            yield from _layers(child, f"{prefix}{name}.")
+            yield from _layers(child, f"{prefix}{name}.")  # type: ignore[arg-type]
         return
     yield prefix, model
-
-
-def _check_plain(module: nn.Module) -> None:
-    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
-        raise Unserved("the model has hooks")
 
 
 def find_mlp(model: nn.Module) -> Mlp:
@@ -95,20 +96,18 @@ def find_mlp(model: nn.Module) -> Mlp:
         Unserved: for any other model
     """
     names: list[str] = []
-    params: list[Tensor] = []
+    params: list[Any] = []
     activation, flattens, after_linear = "", False, False
     for prefix, module in _layers(model):
-        _check_plain(module)
         kind = type(module)
         if kind is nn.Identity:
             continue
         if kind is nn.Flatten and not params and module.start_dim == 1 and module.end_dim == -1:
             flattens = True
         elif kind is nn.Linear and not after_linear:
-            weight: Any = module.weight
-            bias: Any = module.bias
-            names += [f"{prefix}weight", "" if bias is None else f"{prefix}bias"]
-            params += [weight, weight.new_zeros(weight.shape[0]) if bias is None else bias]
+            weight, bias = module._parameters["weight"], module._parameters["bias"]  # nn.Module.__getattr__ is slow
+            names += (f"{prefix}weight", "" if bias is None else f"{prefix}bias")
+            params += (weight, bias)
             after_linear = True
         elif kind in _ACTIVATIONS and after_linear and activation in ("", _ACTIVATIONS[kind]):
             if kind is nn.GELU and module.approximate != "none":
@@ -118,10 +117,12 @@ def find_mlp(model: nn.Module) -> Mlp:
             raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
     if not params or not after_linear:
         raise Unserved("the model does not end in nn.Linear")
+    if any(p is None for p in params):
+        params = [params[i - 1].new_zeros(params[i - 1].shape[0]) if p is None else p for i, p in enumerate(params)]
     if len({id(p) for p in params}) != len(params):
         raise Unserved("the model has tied parameters")
     first = params[0]
-    if any(p.dtype != first.dtype or p.device != first.device for p in params):
+    if any(p.dtype is not first.dtype or p.device != first.device for p in params):
         raise Unserved("the parameters differ in dtype or device")
     return Mlp(names, params, activation or "relu", flattens)
 
@@ -147,7 +148,7 @@ def find_loss(loss: Callable[..., Tensor]) -> str:
 
 def check_size(mlp: Mlp, *sets: Tensor) -> None:
     """Raise Unserved where the kernels do not serve this many parameters and samples, [T, S, I] each."""
-    reason = unserved(mlp.widths, max(x.shape[1] for x in sets), mlp.params[0].dtype)
+    reason = unserved(tuple(mlp.widths), max(x.shape[1] for x in sets), mlp.params[0].dtype)
     if reason:
         raise Unserved(reason)
 

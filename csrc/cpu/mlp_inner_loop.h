@@ -11,7 +11,8 @@ struct MlpSamples {
   const uint8_t* mask;  // [T, samples], null where all count
 };
 
-// Pointers of a call. Arrays "in lanes" are private to the instruction set: [groups of tasks][elements][lanes].
+// Pointers of a call. Arrays "in lanes" are private to the instruction set: for every group of tasks
+// [elements][lanes], then for every single task [elements].
 struct MlpInnerLoopCall {
   const void* params[max_mlp_tensors];
   MlpSamples support;
@@ -38,14 +39,28 @@ struct MlpReduction {
   void* out;
 };
 
-// The loops of one instruction set and dtype. Groups are lanes() tasks.
+// How tasks are cut into units of work: first groups, a task in each lane, then single tasks.
+struct MlpUnits {
+  int64_t groups;
+  int64_t lanes;
+  int64_t singles;
+
+  MK_INLINE int64_t count() const { return groups + singles; }
+  MK_INLINE int64_t first_task(int64_t unit) const {
+    return unit < groups ? unit * lanes : groups * lanes + unit - groups;
+  }
+};
+
+using MlpRun = void (*)(const MlpInnerLoopProblem&, const MlpInnerLoopCall&, void* scratch, int64_t first_unit,
+                        int64_t last_unit);
+
+// The loops of one instruction set and dtype.
 struct MlpInnerLoopKernels {
-  int (*lanes)();
+  MlpUnits (*units)(const MlpInnerLoopProblem&);  // by the problem alone, so that results of its operators fit
   int64_t (*scratch_bytes)(const MlpInnerLoopProblem&, const MlpInnerLoopCall&);
-  void (*adapt)(const MlpInnerLoopProblem&, const MlpInnerLoopCall&, void* scratch, int64_t first, int64_t last);
-  void (*adapt_backward)(const MlpInnerLoopProblem&, const MlpInnerLoopCall&, void* scratch, int64_t first,
-                         int64_t last);
-  void (*meta_loss)(const MlpInnerLoopProblem&, const MlpInnerLoopCall&, void* scratch, int64_t first, int64_t last);
+  MlpRun adapt;
+  MlpRun adapt_backward;
+  MlpRun meta_loss;
   void (*reduce)(const MlpInnerLoopProblem&, const MlpReduction&);
 };
 

@@ -73,11 +73,10 @@ class Call {
     return set;
   }
 
-  // Runs the loops over all groups of tasks.
-  template <class Run>
-  void run(const MlpInnerLoopKernels& k, Run loop) {
-    const int64_t bytes = k.scratch_bytes(p_, call_), groups = (p_.num_tasks + k.lanes() - 1) / k.lanes();
-    torch::stable::parallel_for(0, groups, 1, [&](int64_t first, int64_t last) {
+  // Runs the loops over all units of tasks.
+  void run(const MlpInnerLoopKernels& k, MlpRun loop) {
+    const int64_t bytes = k.scratch_bytes(p_, call_);
+    torch::stable::parallel_for(0, k.units(p_).count(), 1, [&](int64_t first, int64_t last) {
       const CachedMemory scratch(bytes);
       loop(p_, call_, scratch.data(), first, last);
     });
@@ -95,11 +94,12 @@ class Call {
   MlpInnerLoopCall call_{};
 };
 
-// A result in lanes: `elements` for every task. What lies behind the last group is zero: results hold nothing by
+// A result in lanes: `elements` for every task. What lies behind the last unit is zero: results hold nothing by
 // chance.
 Tensor in_lanes(const MlpInnerLoopProblem& p, const Tensor& like, int64_t elements) {
   Tensor result = empty_result(like, {p.padded_tasks() * elements});
-  const int64_t lanes = mlp_kernels(p).lanes(), used = (p.num_tasks + lanes - 1) / lanes * lanes * elements;
+  const MlpUnits u = mlp_kernels(p).units(p);
+  const int64_t used = u.first_task(u.count()) * elements;
   const int64_t size = int64_t(like.element_size());
   std::memset(static_cast<char*>(result.mutable_data_ptr()) + used * size, 0, size_t((result.numel() - used) * size));
   return result;

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
+from metakern._memo import memoized
 from metakern.ops.mlp_inner_loop_autograd import Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
@@ -31,7 +32,8 @@ MAX_GROUP_BYTES = 2**23
 _UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
 
 
-def unserved(widths: Sequence[int], samples: int, dtype: torch.dtype) -> str:
+@memoized
+def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     """Why the kernels do not serve MLPs of these widths and so many samples of a task; empty where they do."""
     if dtype not in (torch.float32, torch.float64):
         return f"the parameters are {dtype}; float32 and float64 are served"
@@ -209,25 +211,41 @@ def _problem(
     """The operators' scalars, checked; tensors are checked by the operators."""
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"steps must be an integer, got {steps!r}")
+    rate = 0.0 if isinstance(lr, (Tensor, Sequence)) else float(lr)
+    orders = first_order if isinstance(first_order, bool) else tuple(first_order)
+    flags = None if adapted is None else tuple(adapted)
+    return _checked(len(params), rate, steps, per_step, flags, activation, loss, orders, checkpoint_every)
+
+
+@memoized
+def _checked(
+    num_params: int,
+    rate: float,
+    steps: int,
+    per_step: bool,
+    adapted: tuple[bool, ...] | None,
+    activation: str,
+    loss: str,
+    first_order: bool | tuple[bool, ...],
+    checkpoint_every: int,
+) -> Problem:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
     for name, value, choices in (("activation", activation, ACTIVATIONS), ("loss", loss, reference.LOSSES)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    if len(params) % 2 or not 2 <= len(params) <= 2 * MAX_LAYERS:
-        raise ValueError(f"params must hold weight and bias of 1 to {MAX_LAYERS} layers, got {len(params)} tensors")
-    if adapted is not None and (len(adapted) != len(params) or not any(adapted)):
-        raise ValueError(f"adapted must hold a bool for each of {len(params)} params, one True, got {list(adapted)}")
-    orders = (first_order,) * steps if isinstance(first_order, bool) else tuple(first_order)
+    if num_params % 2 or not 2 <= num_params <= 2 * MAX_LAYERS:
+        raise ValueError(f"params must hold weight and bias of 1 to {MAX_LAYERS} layers, got {num_params} tensors")
+    if adapted is not None and (len(adapted) != num_params or not any(adapted)):
+        raise ValueError(f"adapted must hold a bool for each of {num_params} params, one True, got {list(adapted)}")
+    orders = (first_order,) * steps if isinstance(first_order, bool) else first_order
     if len(orders) != steps:
         raise ValueError(f"first_order must have one bool a step, {steps}, got {len(orders)}")
-    bits = -1 if adapted is None else sum(1 << i for i, flag in enumerate(adapted) if flag)
-    rate = 0.0 if isinstance(lr, (Tensor, Sequence)) else float(lr)
     return Problem(
         rate,
         steps,
         per_step,
-        bits,
+        -1 if adapted is None else sum(1 << i for i, flag in enumerate(adapted) if flag),
         ACTIVATIONS.index(activation),
         reference.LOSSES.index(loss),
         min(checkpoint_every, steps),

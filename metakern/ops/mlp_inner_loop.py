@@ -22,12 +22,12 @@ from metakern.ops.mlp_inner_loop_autograd import Problem, adapt_call, meta_loss_
 from metakern.reference import mlp_inner_loop as reference
 
 #: Keep in step with csrc/mlp_inner_loop.h.
-MAX_LAYERS, MAX_WIDTH, TASK_LANES = 8, 1024, 16
+MAX_LAYERS, MAX_WIDTH = 8, 1024
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
-#: Bytes of a group of tasks, parameters three times and activations eight times: they must stay in the cache.
-MAX_GROUP_BYTES = 2**23
+#: Bytes of a task on the CPU, parameters three times and activations eight times: they must stay in the cache.
+MAX_TASK_BYTES = 2**24
 
 _UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
 
@@ -40,10 +40,9 @@ def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     if len(widths) - 1 > MAX_LAYERS or max(widths[1:]) > MAX_WIDTH:
         return f"the model has more than {MAX_LAYERS} layers or {MAX_WIDTH} units"
     params = sum((inputs + 1) * units for inputs, units in itertools.pairwise(widths))
-    size = (3 * params + 8 * sum(widths[1:]) * samples) * TASK_LANES * dtype.itemsize
-    if size > MAX_GROUP_BYTES:
-        limit = MAX_GROUP_BYTES >> 20
-        return f"{TASK_LANES} tasks of this size take {size >> 20} MiB; {limit} at most stay in the cache"
+    size = (3 * params + 8 * sum(widths[1:]) * samples) * dtype.itemsize
+    if size > MAX_TASK_BYTES:
+        return f"a task of this size takes {size >> 20} MiB; {MAX_TASK_BYTES >> 20} at most stay in the cache"
     return ""
 
 

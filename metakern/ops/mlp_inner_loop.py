@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
-from metakern.ops.mlp_inner_loop_autograd import Problem, adapt_call, meta_loss_call
+from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
 #: Keep in step with csrc/mlp_inner_loop.h.
@@ -95,7 +95,8 @@ def mlp_inner_loop(
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
-    return adapt_call(problem, params, _rate_tensors(lr), support_x, support_y, support_mask)
+    assert _compiled is not None
+    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support_x, support_y, support_mask)
 
 
 def mlp_meta_loss(
@@ -152,7 +153,9 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
-    return meta_loss_call(problem, params, _rate_tensors(lr), support, query, support_mask, query_mask, weights)
+    assert _compiled is not None
+    sets = support, query, support_mask, query_mask
+    return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
 
 
 def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
@@ -233,3 +236,6 @@ def _problem(
         min(checkpoint_every, steps),
         tuple(not order for order in orders),
     )
+
+
+_compiled = Operators("") if _backend.is_compiled() else None

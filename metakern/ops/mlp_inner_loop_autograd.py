@@ -1,4 +1,4 @@
-"""Tracing and autograd formulas of mlp_inner_loop's operators.
+"""Tracing and autograd formulas of mlp_inner_loop's operators, the same for every implementation.
 
 Axis legend: T tasks, K inner steps, P parameters of a task.
 """
@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-
-from metakern import _backend
 
 _TASK_LANES = 16
 
@@ -41,6 +39,42 @@ class Problem(NamedTuple):
         return self[:7]
 
 
+class Operators:
+    """One implementation's operators. They travel through autograd as one opaque argument."""
+
+    def __init__(self, suffix: str) -> None:
+        """The operators mlp_inner_loop<suffix>, mlp_meta_loss<suffix> and their _backward, given their formulas."""
+        names = [f"mlp_inner_loop{suffix}", f"mlp_meta_loss{suffix}"]
+        names += [f"{name}_backward" for name in names]
+        operators: list[Callable[..., Any]] = [getattr(torch.ops.metakern, name).default for name in names]
+        self.adapt, self.meta_loss, self.adapt_backward, self.meta_loss_backward = operators
+        self._register(*(f"metakern::{name}" for name in names))
+
+    def _register(self, adapt: str, meta_loss: str, adapt_backward: str, meta_loss_backward: str) -> None:
+        def backward(ctx: Any, grad_adapted: Any, _: Any) -> Any:
+            x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
+            params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
+            arguments = (trajectory, params, x, y, mask, lr, *ctx.scalars, second_order)
+            found, rates = self.adapt_backward(list(grad_adapted), *arguments)
+            return found, None, None, None, rates, *(None,) * 9
+
+        def backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
+            x, y, task_grads, *tensors = ctx.saved_tensors
+            params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
+            found, rates = self.meta_loss_backward(grad, task_grads, params, x, y, lr, *ctx.options)
+            return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
+
+        library = torch.library
+        library.register_fake(adapt, _fake)
+        library.register_fake(meta_loss, _fake_meta_loss)
+        library.register_autograd(adapt, backward, setup_context=_setup)
+        library.register_autograd(meta_loss, backward_meta_loss, setup_context=_setup_meta_loss)
+        library.register_fake(adapt_backward, _fake_backward)
+        library.register_fake(meta_loss_backward, _fake_meta_loss_backward)
+        library.register_autograd(adapt_backward, _no_second_derivative)
+        library.register_autograd(meta_loss_backward, _no_second_derivative)
+
+
 def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of a few constants; made once for each, but while a graph is traced."""
     if torch.compiler.is_compiling():
@@ -59,20 +93,27 @@ def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
 
 
 def adapt_call(
-    problem: Problem, params: Sequence[Tensor], lr: Sequence[Tensor], x: Tensor, y: Tensor, mask: Tensor | None
+    operators: Operators,
+    problem: Problem,
+    params: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    x: Tensor,
+    y: Tensor,
+    mask: Tensor | None,
 ) -> list[Tensor]:
     """New parameters, [T, *shape] each."""
     keep = _wants_gradient([*params, *lr])
     second_order = _constant(problem.second_order, torch.bool)
     if torch.compiler.is_compiling() or not keep:
-        results: list[Tensor] = torch.ops.metakern.mlp_inner_loop.default(
+        results: list[Tensor] = operators.adapt(
             list(params), x, y, mask, list(lr), *problem.scalars, keep, second_order
         )[0]
         return results
-    return list(_Adapt.apply(problem, x, y, mask, second_order, len(params), *params, *lr))
+    return list(_Adapt.apply(operators, problem, x, y, mask, second_order, len(params), *params, *lr))
 
 
 def meta_loss_call(
+    operators: Operators,
     problem: Problem,
     params: Sequence[Tensor],
     lr: Sequence[Tensor],
@@ -87,11 +128,9 @@ def meta_loss_call(
     sets = (*support, support_mask, *query, query_mask)
     constants = _constant(problem.second_order, torch.bool), _constant(weights, params[0].dtype)
     if torch.compiler.is_compiling() or not with_grads:
-        losses: Tensor = torch.ops.metakern.mlp_meta_loss.default(
-            list(params), *sets, list(lr), *problem.scalars, *constants, with_grads
-        )[0]
+        losses: Tensor = operators.meta_loss(list(params), *sets, list(lr), *problem.scalars, *constants, with_grads)[0]
         return losses
-    result: Tensor = _MetaLoss.apply(problem, sets, constants, len(params), *params, *lr)
+    result: Tensor = _MetaLoss.apply(operators, problem, sets, constants, len(params), *params, *lr)
     return result
 
 
@@ -102,14 +141,12 @@ class _Adapt(torch.autograd.Function):
     """mlp_inner_loop; the tensors that receive gradients travel one by one."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, x: Tensor, y: Tensor, mask: Any, second_order: Tensor, *rest: Any) -> Any:
-        count, tensors = rest[0], rest[1:]
+    def forward(ctx: Any, operators: Operators, problem: Problem, x: Tensor, y: Tensor, *rest: Any) -> Any:
+        mask, second_order, count, *tensors = rest
         params, lr = list(tensors[:count]), list(tensors[count:])
         with torch._C._AutoDispatchBelowAutograd():
-            results, trajectory = torch.ops.metakern.mlp_inner_loop.default(
-                params, x, y, mask, lr, *problem.scalars, True, second_order
-            )
-        ctx.problem, ctx.count = problem, count
+            results, trajectory = operators.adapt(params, x, y, mask, lr, *problem.scalars, True, second_order)
+        ctx.operators, ctx.problem, ctx.count = operators, problem, count
         ctx.save_for_backward(x, y, mask, second_order, trajectory, *tensors)
         return tuple(results)
 
@@ -118,21 +155,20 @@ class _Adapt(torch.autograd.Function):
         x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
         params, lr = tensors[: ctx.count], tensors[ctx.count :]
         arguments = (trajectory, params, x, y, mask, lr, *ctx.problem.scalars, second_order)
-        operator = torch.ops.metakern.mlp_inner_loop_backward.default
-        return *(None,) * 6, *_once(lambda: operator(list(grads), *arguments), *grads, *tensors)
+        operator = ctx.operators.adapt_backward
+        return *(None,) * 7, *_once(lambda: operator(list(grads), *arguments), *grads, *tensors)
 
 
 class _MetaLoss(torch.autograd.Function):
     """mlp_meta_loss: the gradient of every task is there after forward."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, sets: Any, constants: Any, count: int, *tensors: Tensor) -> Any:
+    def forward(ctx: Any, operators: Operators, problem: Problem, sets: Any, constants: Any, *rest: Any) -> Any:
+        count, *tensors = rest
         params, lr = list(tensors[:count]), list(tensors[count:])
         with torch._C._AutoDispatchBelowAutograd():
-            losses, task_grads = torch.ops.metakern.mlp_meta_loss.default(
-                params, *sets, lr, *problem.scalars, *constants, True
-            )
-        ctx.problem, ctx.count = problem, count
+            losses, task_grads = operators.meta_loss(params, *sets, lr, *problem.scalars, *constants, True)
+        ctx.operators, ctx.problem, ctx.count = operators, problem, count
         ctx.save_for_backward(sets[0], sets[1], task_grads, *tensors)
         return losses
 
@@ -141,8 +177,8 @@ class _MetaLoss(torch.autograd.Function):
         x, y, task_grads, *tensors = ctx.saved_tensors
         params, lr, problem = tensors[: ctx.count], tensors[ctx.count :], ctx.problem
         arguments = (task_grads, params, x, y, lr, problem.steps, problem.per_step, problem.loss)
-        operator = torch.ops.metakern.mlp_meta_loss_backward.default
-        return *(None,) * 4, *_once(lambda: operator(grad, *arguments), grad, *tensors)
+        operator = ctx.operators.meta_loss_backward
+        return *(None,) * 5, *_once(lambda: operator(grad, *arguments), grad, *tensors)
 
 
 def _once(function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -197,23 +233,14 @@ def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
     return x.new_empty(x.shape[0]), params[0].new_empty(_padded(x.shape[0]) * flat)
 
 
-def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *_: Any) -> Any:
-    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:
+    return _fake_backward(grad, task_grads, params, x, y, None, lr, *rest)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, x, y, mask, lr, *scalars, _, second_order = inputs
     ctx.counts, ctx.scalars = (len(params), len(lr)), scalars
     ctx.save_for_backward(x, y, mask, second_order, output[1], *params, *lr)
-
-
-def _backward(ctx: Any, grad_adapted: Any, _: Any) -> Any:
-    x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
-    params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
-    found, rates = torch.ops.metakern.mlp_inner_loop_backward.default(
-        list(grad_adapted), trajectory, params, x, y, mask, lr, *ctx.scalars, second_order
-    )
-    return found, None, None, None, rates, *(None,) * 9
 
 
 def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -223,28 +250,5 @@ def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, y, output[1], *params, *lr)
 
 
-def _backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
-    x, y, task_grads, *tensors = ctx.saved_tensors
-    params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
-    found, rates = torch.ops.metakern.mlp_meta_loss_backward.default(grad, task_grads, params, x, y, lr, *ctx.options)
-    return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
-
-
 def _no_second_derivative(ctx: Any, *_: Any) -> None:
     raise RuntimeError(_ONCE)
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("metakern::mlp_inner_loop", _fake)
-    library.register_fake("metakern::mlp_inner_loop_backward", _fake_backward)
-    library.register_fake("metakern::mlp_meta_loss", _fake_meta_loss)
-    library.register_fake("metakern::mlp_meta_loss_backward", _fake_meta_loss_backward)
-    library.register_autograd("metakern::mlp_inner_loop", _backward, setup_context=_setup)
-    library.register_autograd("metakern::mlp_meta_loss", _backward_meta_loss, setup_context=_setup_meta_loss)
-    for name in ("mlp_inner_loop_backward", "mlp_meta_loss_backward"):
-        library.register_autograd(f"metakern::{name}", _no_second_derivative)
-
-
-if _backend.is_compiled():
-    _register()

@@ -96,7 +96,8 @@ def mlp_inner_loop(
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
     assert _compiled is not None
-    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support_x, support_y, support_mask)
+    support = support_x, support_y, support_mask
+    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -154,7 +155,7 @@ def mlp_meta_loss(
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
     assert _compiled is not None
-    sets = support, query, support_mask, query_mask
+    sets = (*support, support_mask), (*query, query_mask)
     return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
 
 

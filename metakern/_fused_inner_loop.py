@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._inner_loop import is_transformed
@@ -75,7 +76,7 @@ def fused_meta_loss(
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
         if isinstance(step_weights, Tensor):
-            if torch.compiler.is_compiling() or step_weights.requires_grad:
+            if is_transformed() or step_weights.requires_grad:
                 raise Unserved("step_weights is a tensor that requires a gradient, or that is not known yet")
             step_weights = step_weights.tolist()
         if not any(step_weights):
@@ -108,8 +109,9 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("backend='reference' asks for it")
     if not isinstance(options.model, nn.Module):
         raise Unserved("the model is no nn.Module")
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise Unserved("torch.func transforms the call")
+    reason = _untransformed()
+    if reason:
+        raise Unserved(reason)
     if is_transformed() and options.checkpoint_every is not None:
         raise Unserved("checkpoint_every is not traced")
     if options.clip_norm is not None:
@@ -143,6 +145,20 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "backend": "cpp",
         },
     )
+
+
+def _untransformed() -> str:
+    """Why the operators do not serve the transforms of torch.func around the call; empty where they do."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        return "" if functorch.maybe_current_level() is None else "torch.func transforms it within torch.compile"
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
+    grad, vmap = functorch.TransformType.Grad, functorch.TransformType.Vmap
+    if kinds.count(grad) > 1:
+        return "torch.func differentiates it twice"
+    return "" if all(kind in (grad, vmap) for kind in kinds) else "it has no forward-mode derivative"
 
 
 def _samples(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -204,15 +204,21 @@ def _call(
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether it requires a gradient, if only outside of a torch.func.vmap, within which it does not say so."""
-    if x.requires_grad:
-        return True
+    return x.requires_grad or any(inner.requires_grad for inner in _levels(x))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether it differs between the elements of a torch.func.vmap."""
+    return any(torch._C._functorch.is_batchedtensor(level) for level in (x, *_levels(x)))
+
+
+def _levels(x: Tensor) -> Iterator[Tensor]:
+    """What the transforms of torch.func have wrapped, from the outside in."""
     if torch.compiler.is_compiling():
-        return False
+        return
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
-        if x.requires_grad:
-            return True
-    return False
+        yield x
 
 
 # ---------------------------------------------------------------------------------------- eager mode and torch.func

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._inner_loop import is_transformed
@@ -23,6 +24,7 @@ from metakern._inner_loop_input import (
 )
 from metakern._mlp import Mlp, Unserved, check_data, check_size, find_loss, find_mlp
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
+from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
 _LABEL_ERROR = "as the model has"
@@ -41,6 +43,7 @@ class Options(NamedTuple):
     checkpoint_every: int | None
     vectorize: bool
     backend: str | None
+    explain: bool
 
 
 def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -73,8 +76,8 @@ def fused_meta_loss(
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
         if isinstance(step_weights, Tensor):
-            if torch.compiler.is_compiling() or step_weights.requires_grad:
-                raise Unserved("step_weights is a tensor that requires a gradient, or that is not known yet")
+            if torch.compiler.is_compiling() or wants_gradient(step_weights) or is_batched(step_weights):
+                raise Unserved("step_weights is a tensor that requires a gradient, or whose values are not known")
             step_weights = step_weights.tolist()
         if not any(step_weights):
             raise Unserved("step_weights are all zero")
@@ -106,10 +109,9 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("backend='reference' asks for it")
     if not isinstance(options.model, nn.Module):
         raise Unserved("the model is no nn.Module")
-    if torch._C._functorch.maybe_current_level() is not None:
-        raise Unserved("torch.func transforms the call")
-    if is_transformed() and options.checkpoint_every is not None:
-        raise Unserved("checkpoint_every is not traced")
+    reason = _untransformed()
+    if reason:
+        raise Unserved(reason)
     if options.clip_norm is not None:
         raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
@@ -122,7 +124,10 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         reason = reason or "it has no fused inner loop yet"
     if reason:
         raise Unserved(reason)
-    names = mlp.trainable if options.parameters is None else adapted_names(options.model, options.parameters)
+    if options.parameters is None and not is_transformed():
+        names = [name for name, p in zip(mlp.names, mlp.params, strict=True) if name and p.requires_grad]
+    else:
+        names = adapted_names(options.model, options.parameters)
     if not names:
         raise Unserved("the model has no parameter that requires a gradient")
     by_name = dict(zip(mlp.names, mlp.params, strict=True))
@@ -143,6 +148,21 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "backend": "cpp",
         },
     )
+
+
+def _untransformed() -> str:
+    """Why the operators do not serve the transforms of torch.func around the call; empty where they do."""
+    functorch = torch._C._functorch
+    if torch.compiler.is_compiling():
+        inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
+        return "torch.func transforms it within torch.compile" if inside else ""
+    if forward_ad._current_level >= 0:
+        return "it has no forward-mode derivative"
+    kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
+    grad, vmap = functorch.TransformType.Grad, functorch.TransformType.Vmap
+    if kinds.count(grad) > 1:
+        return "torch.func differentiates it twice"
+    return "" if all(kind in (grad, vmap) for kind in kinds) else "it has no forward-mode derivative"
 
 
 def _samples(

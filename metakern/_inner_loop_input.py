@@ -18,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.ops.mlp_inner_loop_autograd import wants_gradient
+
 #: Losses of integer class labels, which index memory.
 _LABEL_LOSSES = (F.cross_entropy, F.nll_loss)
 _LABEL_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
@@ -197,7 +199,7 @@ def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> lis
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    names = [name for name, p in model.named_parameters() if wants_gradient(p)]
     if not names:
         raise ValueError("model must have a parameter that requires a gradient, got none")
     if patterns is None:
@@ -214,7 +216,7 @@ def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> lis
         aliases = model.named_parameters(remove_duplicate=False)
         # fnmatch would be the same; torch.compile does not trace it.
         expression = "".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern)
-        hits = {first[id(p)] for name, p in aliases if p.requires_grad and re.fullmatch(expression, name)}
+        hits = {first[id(p)] for name, p in aliases if wants_gradient(p) and re.fullmatch(expression, name)}
         if not hits:
             raise ValueError(f"parameters: {pattern!r} matches none that requires a gradient; there are {names}")
         matched |= hits

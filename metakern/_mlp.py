@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from metakern._inner_loop_input import LearningRates
 from metakern.ops.mlp_inner_loop import unserved
+from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
 
@@ -52,11 +53,6 @@ class Mlp(NamedTuple):
     def widths(self) -> list[int]:
         """Inputs, then the units of every layer."""
         return [self.params[0].shape[1], *(p.shape[0] for p in self.params[::2])]
-
-    @property
-    def trainable(self) -> list[str]:
-        """Names of the parameters that require gradients."""
-        return [name for name, p in zip(self.names, self.params, strict=True) if name and p.requires_grad]
 
     def samples(self, x: Tensor) -> Tensor:
         """[T, S, I] from what the model takes."""
@@ -164,5 +160,5 @@ def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:
         fits = y.dtype == first.dtype and y.shape == (*x.shape[:2], mlp.widths[-1])
     if not fits:
         raise Unserved(f"the targets are {y.dtype} of shape {list(y.shape)}")
-    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+    if torch.is_grad_enabled() and (wants_gradient(x) or wants_gradient(y)):
         raise Unserved("the samples require gradients")

@@ -13,7 +13,6 @@ parameter tensor of the model.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
@@ -21,13 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern import _backend
 from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
 from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_loss
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
-    TaskBatch,
     TaskLoss,
     adapted_names,
     check_clip_norm,
@@ -40,9 +37,7 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._learner import Learner
-from metakern._mlp import Unserved
-
-_log = logging.getLogger("metakern")
+from metakern._path import attempt, say_generic
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -239,6 +234,7 @@ def adapt(
     checkpoint_every: int | None = None,
     vectorize: bool = True,
     backend: str | None = None,
+    explain: bool = False,
 ) -> Adapted:
     """K gradient steps on the support sets of T tasks at once, each from the model's parameters (MAML's inner loop).
 
@@ -272,9 +268,10 @@ def adapt(
         vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap refuses
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
             or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
-            fit the processor's cache; plain PyTorch otherwise. The logger "metakern" says at level DEBUG which serves,
-            and why. ``"cpp"`` raises where the fused one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients
-            can be differentiated again. None is ``"auto"``.
+            fit the processor's cache; plain PyTorch otherwise. ``"cpp"`` raises where the fused one cannot;
+            ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is ``"auto"``.
+        explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
+            at level DEBUG. Compiled calls say nothing.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name; labels outside the model's outputs among them
@@ -286,15 +283,15 @@ def adapt(
     """
     masked = support_mask is not None
     _check_options(steps, clip_norm, checkpoint_every, vectorize)
-    options = Options(model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend)
-    fused, reason = _attempt("adapt", options, lambda: fused_adapt(options, support_x, support_y, support_mask))
-    loop, task_loss = _inner_loop(
-        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked
+    options = Options(
+        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend, explain
     )
+    fused, reason = attempt("adapt", options, lambda: fused_adapt(options, support_x, support_y, support_mask))
+    loop, task_loss = _inner_loop(options, masked)
     if fused is not None:
         return Adapted(fused, loop.model, steps)
     support = task_batch("support", (support_x, support_y), support_mask, task_loss)
-    _explain("adapt", loop, support, reason)
+    say_generic("adapt", options, loop, support, reason)
     return Adapted(loop.run(support)[0], loop.model, steps)
 
 
@@ -315,12 +312,15 @@ def meta_loss(
     checkpoint_every: int | None = None,
     vectorize: bool = True,
     backend: str | None = None,
+    explain: bool = False,
 ) -> Tensor:
     """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
 
     ``meta_loss(...).mean().backward()`` leaves exact meta-gradients in ``model.parameters()``, and in ``lr`` where it
     holds tensors that require them. Works in ``torch.compile(fullgraph=True)`` and the transforms of torch.func, but
-    there not with ``checkpoint_every`` or ``vectorize=False``; compiled, it does not look for labels out of range.
+    there without ``vectorize=False``, and ``checkpoint_every`` alone where the fused inner loop serves; plain PyTorch
+    serves derivatives of derivatives, forward mode, and torch.func within torch.compile. Compiled, it does not look for
+    labels out of range.
 
     Args:
         model: as for :func:`adapt`, but in ``train()`` mode, under ``torch.no_grad()`` too, the running statistics of
@@ -340,6 +340,7 @@ def meta_loss(
         checkpoint_every: as for :func:`adapt`
         vectorize: as for :func:`adapt`
         backend: as for :func:`adapt`
+        explain: as for :func:`adapt`
 
     Returns:
         losses [T]
@@ -355,20 +356,18 @@ def meta_loss(
     """
     masked = support_mask is not None or query_mask is not None
     _check_options(steps, clip_norm, checkpoint_every, vectorize)
-    options = Options(model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend)
-    masks = support_mask, query_mask
-    fused, reason = _attempt(
-        "meta_loss", options, lambda: fused_meta_loss(options, support, query, masks, step_weights)
+    options = Options(
+        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend, explain
     )
+    masks = support_mask, query_mask
+    fused, reason = attempt("meta_loss", options, lambda: fused_meta_loss(options, support, query, masks, step_weights))
     if fused is not None:
         losses: Tensor = fused
         return losses
-    loop, task_loss = _inner_loop(
-        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, masked, step_weights
-    )
+    loop, task_loss = _inner_loop(options, masked, step_weights)
     support_batch = task_batch("support", support, support_mask, task_loss)
     query_batch = task_batch("query", query, query_mask, task_loss, support_batch.x.shape[0])
-    _explain("meta_loss", loop, support_batch, reason)
+    say_generic("meta_loss", options, loop, support_batch, reason)
     params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
     if step_weights is None:
         shared = loop.model.at_step({**loop.model.shared, **statistics}, steps)
@@ -426,37 +425,25 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
 
 
 def _inner_loop(
-    model: nn.Module,
-    loss: Callable[..., Tensor],
-    steps: int,
-    lr: Rates,
-    first_order: bool | Sequence[bool],
-    parameters: str | Sequence[str] | None,
-    clip_norm: float | None,
-    checkpoint_every: int | None,
-    vectorize: bool,
-    masked: bool,
-    step_weights: Sequence[float] | Tensor | None = None,
+    options: Options, masked: bool, step_weights: Sequence[float] | Tensor | None = None
 ) -> tuple[InnerLoop, TaskLoss]:
     """The inner loop that the options describe, checked."""
+    model, steps = options.model, options.steps
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, steps)
-    task_loss = TaskLoss(loss, masked)
-    task_model = TaskModel(model, task_loss, adapted_names(model, parameters), vectorize)
+    task_loss = TaskLoss(options.loss, masked)
+    task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
     if task_model.max_steps is not None and steps > task_model.max_steps:
         raise ValueError(
             f"steps must be at most {task_model.max_steps}, for which the model has batch norm, got {steps}"
         )
-    rates = learning_rates(lr, task_model.initial, steps)
-    orders = first_order_steps(first_order, steps)
-    return InnerLoop(task_model, rates, orders, clip_norm, step_weights, checkpoint_every), task_loss
+    rates = learning_rates(options.lr, task_model.initial, steps)
+    orders = first_order_steps(options.first_order, steps)
+    return InnerLoop(task_model, rates, orders, options.clip_norm, step_weights, options.checkpoint_every), task_loss
 
 
 def _check_options(steps: int, clip_norm: float | None, checkpoint_every: int | None, vectorize: bool) -> None:
-    if is_transformed():
-        if checkpoint_every is not None or not vectorize:
-            raise RuntimeError("checkpoint_every and vectorize=False do not work in torch.compile and torch.func")
-    elif torch.is_inference_mode_enabled():
+    if not is_transformed() and torch.is_inference_mode_enabled():
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     check_count("steps", steps)
     check_clip_norm(clip_norm)
@@ -464,32 +451,3 @@ def _check_options(steps: int, clip_norm: float | None, checkpoint_every: int | 
         raise TypeError(f"vectorize must be a bool, got {vectorize!r}")
     if checkpoint_every is not None:
         check_count("checkpoint_every", checkpoint_every)
-
-
-def _attempt(call: str, options: Options, fused: Callable[[], Any]) -> tuple[Any, str]:
-    """What the fused inner loop returns, or None and the reason why it does not serve."""
-    try:
-        result = fused()
-    except Unserved as unserved:
-        name = _backend.requested(options.backend)
-        if name in ("auto", "reference"):
-            return None, str(unserved)
-        raise RuntimeError(f"backend {name!r} cannot run: {unserved}") from unserved
-    if not torch.compiler.is_compiling() and _log.isEnabledFor(logging.DEBUG):
-        _log.debug("%s: K=%d: fused inner loop, %s", call, options.steps, type(options.model).__name__)
-    return result, ""
-
-
-def _explain(call: str, loop: InnerLoop, support: TaskBatch, reason: str) -> None:
-    """Log how the generic path serves a call, and why."""
-    if torch.compiler.is_compiling() or not _log.isEnabledFor(logging.DEBUG):
-        return
-    how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
-    _log.debug(
-        "%s: T=%d, S=%d, K=%d: generic path, %s; the fused inner loop does not serve: %s",
-        call,
-        *support.x.shape[:2],
-        loop.num_steps,
-        how,
-        reason,
-    )

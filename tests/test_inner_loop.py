@@ -264,10 +264,10 @@ def test_torch_compile_of_a_convolutional_network() -> None:
     assert_same(compiled(*data), losses(*data), [p for p in net.parameters() if id(p) not in cancelled])
 
 
-@pytest.mark.parametrize("options", [{"checkpoint_every": 1}, {"vectorize": False}])
+@pytest.mark.parametrize("options", [{"checkpoint_every": 1, "clip_norm": 1.0}, {"vectorize": False}])
 def test_transforms_refuse_what_they_cannot_trace(options: dict[str, Any]) -> None:
     episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
-    message = r"checkpoint_every and vectorize=False do not work in torch\.compile and torch\.func"
+    message = r"checkpoint_every and vectorize=False do not work in torch\.compile and torch\.func where the fused"
     compiled = torch.compile(meta_loss, backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=message):
         compiled(net, episode.support, episode.query, **options)
@@ -275,13 +275,20 @@ def test_transforms_refuse_what_they_cannot_trace(options: dict[str, Any]) -> No
         torch.func.jacrev(lambda lr: meta_loss(net, *vars(episode).values(), lr=lr, **options))(torch.tensor(0.1))
 
 
-def test_which_path_serves_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("printed", [False, True])
+def test_which_path_serves_is_logged_or_printed(
+    printed: bool, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
     episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
-    with caplog.at_level(logging.DEBUG, "metakern"):
-        meta_loss(net, episode.support, episode.query, steps=2)
-        meta_loss(net, episode.support, episode.query, steps=2, clip_norm=1.0)
-        adapt(net, *episode.support, vectorize=False)
-    fused, first, second = caplog.messages
+    with caplog.at_level(logging.INFO if printed else logging.DEBUG, "metakern"):
+        meta_loss(net, episode.support, episode.query, steps=2, explain=printed)
+        meta_loss(net, episode.support, episode.query, steps=2, clip_norm=1.0, explain=printed)
+        adapt(net, *episode.support, vectorize=False, explain=printed)
+    heard, other = capsys.readouterr().out.splitlines(), caplog.messages
+    if not printed:
+        heard, other = other, heard
+    assert not other
+    fused, first, second = heard
     assert fused == "meta_loss: K=2: fused inner loop, Sequential"
     assert first.endswith("does not serve: clip_norm clips gradients")
     assert first.startswith("meta_loss: T=3, S=4, K=2: generic path, all tasks at once by torch.vmap")

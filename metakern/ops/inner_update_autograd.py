@@ -274,7 +274,7 @@ def _batched(update: Callable[..., Any], batch: int, dims: Any, tensors: Any, op
         options: the scalars
     """
     lr, active = tensors[2:]
-    params, grads = ([_leading(x, dim, batch) for x, dim in zip(tensors[i], dims[i], strict=True)] for i in range(2))
+    params, grads = ([leading(x, dim, batch) for x, dim in zip(tensors[i], dims[i], strict=True)] for i in range(2))
     shapes, out_dims = [p.shape for p in params], [0] * len(params)
     by_task = options.clip_norm is not None or active is not None
     own_axes = [] if _is_shared(lr) else [rate.dim() - (options.step >= 0) for rate in lr]
@@ -288,11 +288,11 @@ def _batched(update: Callable[..., Any], batch: int, dims: Any, tensors: Any, op
         return [torch.stack(news) for news in zip(*rows, strict=True)], out_dims
     if by_task:
         params, grads = ([x.flatten(0, 1) for x in xs] for xs in (params, grads))
-        active = None if active is None else _leading(active, dims[3], batch).flatten()
+        active = None if active is None else leading(active, dims[3], batch).flatten()
     updated = update(params, grads, lr, active, options)
     return [new.view(shape) for new, shape in zip(updated, shapes, strict=True)], out_dims
 
 
-def _leading(x: Tensor, dim: int | None, batch: int) -> Tensor:
+def leading(x: Tensor, dim: int | None, batch: int) -> Tensor:
     """With the batch axis first."""
     return x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)

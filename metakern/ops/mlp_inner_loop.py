@@ -18,7 +18,7 @@ from torch import Tensor
 
 from metakern import _backend
 from metakern._memo import memoized
-from metakern.ops.mlp_inner_loop_autograd import Problem, adapt_call, meta_loss_call
+from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
 #: Keep in step with csrc/mlp_inner_loop.h.
@@ -96,7 +96,9 @@ def mlp_inner_loop(
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
-    return adapt_call(problem, params, _rate_tensors(lr), support_x, support_y, support_mask)
+    assert _compiled is not None
+    support = support_x, support_y, support_mask
+    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -153,7 +155,9 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
-    return meta_loss_call(problem, params, _rate_tensors(lr), support, query, support_mask, query_mask, weights)
+    assert _compiled is not None
+    sets = (*support, support_mask), (*query, query_mask)
+    return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
 
 
 def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
@@ -250,3 +254,6 @@ def _checked(
         min(checkpoint_every, steps),
         tuple(not order for order in orders),
     )
+
+
+_compiled = Operators("") if _backend.is_compiled() else None

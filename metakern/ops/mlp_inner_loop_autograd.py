@@ -1,4 +1,4 @@
-"""Tracing and autograd formulas of mlp_inner_loop's operators.
+"""Tracing and autograd formulas of mlp_inner_loop's operators, the same for every implementation.
 
 Axis legend: T tasks, K inner steps, P parameters of a task.
 """
@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from metakern import _backend
+from metakern.ops.inner_update_autograd import is_transformed
+from metakern.ops.mlp_inner_loop_batching import backward_rule, batched, batched_backward, forward_rule
 
 _TASK_LANES = 16
 
@@ -21,6 +24,14 @@ _ONCE = (
     "meta-gradients of the fused inner loop cannot be differentiated again; backend='reference' takes plain PyTorch, "
     "which can"
 )
+_FORWARD = "the fused inner loop has no forward-mode derivative; backend='reference' takes plain PyTorch, which has"
+_DATA = (
+    "the fused inner loop differentiates by params and lr alone, but the samples require a gradient; "
+    "backend='reference' takes plain PyTorch, which gives it"
+)
+
+#: Some of an operator's tensors, None among them.
+Tensors = Sequence[Any]
 
 
 class Problem(NamedTuple):
@@ -41,6 +52,95 @@ class Problem(NamedTuple):
         return self[:7]
 
 
+class Operators:
+    """One implementation's operators. They travel through autograd as one opaque argument."""
+
+    def __init__(self, suffix: str) -> None:
+        """The operators mlp_inner_loop<suffix>, mlp_meta_loss<suffix> and their _backward, given their formulas."""
+        names = [f"mlp_inner_loop{suffix}", f"mlp_meta_loss{suffix}"]
+        names += [f"{name}_backward" for name in names]
+        operators: list[Callable[..., Any]] = [getattr(torch.ops.metakern, name).default for name in names]
+        self.adapt, self.meta_loss, self.adapt_backward, self.meta_loss_backward = operators
+        self._register(*(f"metakern::{name}" for name in names))
+
+    def _register(self, adapt: str, meta_loss: str, adapt_backward: str, meta_loss_backward: str) -> None:
+        def backward(ctx: Any, grad_adapted: Any, _: Any) -> Any:
+            x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
+            params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
+            arguments = (trajectory, params, x, y, mask, lr, *ctx.scalars, second_order)
+            found, rates = self.adapt_backward(list(grad_adapted), *arguments)
+            return found, None, None, None, rates, *(None,) * 9
+
+        def backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
+            x, y, task_grads, *tensors = ctx.saved_tensors
+            params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
+            found, rates = self.meta_loss_backward(grad, task_grads, params, x, y, lr, *ctx.options)
+            return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
+
+        library = torch.library
+        library.register_fake(adapt, _fake)
+        library.register_fake(meta_loss, _fake_meta_loss)
+        library.register_autograd(adapt, backward, setup_context=_setup)
+        library.register_autograd(meta_loss, backward_meta_loss, setup_context=_setup_meta_loss)
+        library.register_fake(adapt_backward, _fake_backward)
+        library.register_fake(meta_loss_backward, _fake_meta_loss_backward)
+        library.register_autograd(adapt_backward, _refuse_second_derivative)
+        library.register_autograd(meta_loss_backward, _refuse_second_derivative)
+        library.register_vmap(adapt, forward_rule(self.adapt, 3, keep=12))
+        library.register_vmap(meta_loss, forward_rule(self.meta_loss, 6, keep=17))
+        library.register_vmap(adapt_backward, backward_rule(self.adapt_backward, 3))
+        library.register_vmap(meta_loss_backward, backward_rule(self.meta_loss_backward, 2))
+
+
+@dataclass(slots=True)  # a frozen one takes 2 µs to make
+class Run:
+    """One of the two operators and its options, both ways; opaque to autograd, which looks into tuples.
+
+    ``data`` are x, y and mask of the support sets, and of the query sets for mlp_meta_loss.
+
+    Attributes:
+        operators: of one implementation
+        problem: the scalars
+        weights: step_weights of mlp_meta_loss; None for mlp_inner_loop
+        keep: whether a gradient is wanted
+        rates: whether one of the rates is
+    """
+
+    operators: Operators
+    problem: Problem
+    weights: tuple[float, ...] | None
+    keep: bool
+    rates: bool
+
+    def forward(self, params: Tensors, data: Tensors, lr: Tensors) -> tuple[list[Tensor], Tensor]:
+        """Results [T, ...], and what the way back needs."""
+        second_order = _constant(self.problem.second_order, torch.bool)
+        arguments = (list(params), *data, list(lr), *self.problem.scalars)
+        if self.weights is None:
+            results, kept = self.operators.adapt(*arguments, self.keep, second_order)
+            return results, kept
+        weights = _constant(self.weights, params[0].dtype)
+        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep)
+        return [losses], kept
+
+    def backward(self, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> list[Tensor]:
+        """Gradients of params, and of the rates where they are wanted."""
+        problem, lists = self.problem, (list(params), list(lr))
+        if self.weights is None:
+            second_order = _constant(problem.second_order, torch.bool)
+            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order)
+            found, rates = self.operators.adapt_backward(list(grads), kept, *arguments)
+        else:
+            options = problem.steps, problem.per_step, problem.loss
+            found, rates = self.operators.meta_loss_backward(grads[0], kept, lists[0], *data[:2], lists[1], *options)
+        return [*found, *rates] if self.rates else list(found)
+
+    def split(self, count: int, tensors: Tensors) -> tuple[Tensors, Tensors, Tensors]:
+        """params, data and lr, of which there are ``count`` params."""
+        end = count + (3 if self.weights is None else 6)
+        return tensors[:count], tensors[count:end], tensors[end:]
+
+
 def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     """A tensor of a few constants; made once for each, but while a graph is traced."""
     if torch.compiler.is_compiling():
@@ -54,118 +154,176 @@ def _cached_constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype)
 
 
-def _wants_gradient(tensors: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
 def adapt_call(
-    problem: Problem, params: Sequence[Tensor], lr: Sequence[Tensor], x: Tensor, y: Tensor, mask: Tensor | None
-) -> list[Tensor]:
-    """New parameters, [T, *shape] each."""
-    keep = _wants_gradient([*params, *lr])
-    second_order = _constant(problem.second_order, torch.bool)
-    if torch.compiler.is_compiling() or not keep:
-        results: list[Tensor] = torch.ops.metakern.mlp_inner_loop.default(
-            list(params), x, y, mask, list(lr), *problem.scalars, keep, second_order
-        )[0]
-        return results
-    return list(_Adapt.apply(problem, x, y, mask, second_order, len(params), *params, *lr))
-
-
-def meta_loss_call(
+    operators: Operators,
     problem: Problem,
     params: Sequence[Tensor],
     lr: Sequence[Tensor],
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
-    support_mask: Tensor | None,
-    query_mask: Tensor | None,
+    support: tuple[Tensor, Tensor, Tensor | None],
+) -> list[Tensor]:
+    """New parameters, [T, *shape] each; ``support`` is x, y and mask."""
+    return _call(operators, problem, None, params, support, lr)
+
+
+def meta_loss_call(
+    operators: Operators,
+    problem: Problem,
+    params: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    support: tuple[Tensor, Tensor, Tensor | None],
+    query: tuple[Tensor, Tensor, Tensor | None],
     weights: tuple[float, ...],
 ) -> Tensor:
-    """Weighted query losses [T]."""
-    with_grads = _wants_gradient([*params, *lr])
-    sets = (*support, support_mask, *query, query_mask)
-    constants = _constant(problem.second_order, torch.bool), _constant(weights, params[0].dtype)
-    if torch.compiler.is_compiling() or not with_grads:
-        losses: Tensor = torch.ops.metakern.mlp_meta_loss.default(
-            list(params), *sets, list(lr), *problem.scalars, *constants, with_grads
-        )[0]
-        return losses
-    result: Tensor = _MetaLoss.apply(problem, sets, constants, len(params), *params, *lr)
-    return result
+    """Weighted query losses [T]; ``support`` and ``query`` are x, y and mask."""
+    return _call(operators, problem, weights, params, (*support, *query), lr)[0]
 
 
-# ------------------------------------------------------------------------------------------------------ eager mode
+def _call(
+    operators: Operators,
+    problem: Problem,
+    weights: tuple[float, ...] | None,
+    params: Sequence[Tensor],
+    data: tuple[Tensor | None, ...],
+    lr: Sequence[Tensor],
+) -> list[Tensor]:
+    """Results, by the way that serves the caller; see :func:`metakern.ops.lstm_step_autograd.call` for the ways."""
+    rates = keep = False
+    transformed = is_transformed()
+    if torch.is_grad_enabled():
+        wanted = wants_gradient if transformed else _requires_grad
+        rates = any(map(wanted, lr))
+        keep = rates or any(map(wanted, params))
+        if any(map(wanted, [x for x in data if x is not None])):
+            raise RuntimeError(_DATA)
+    run = Run(operators, problem, weights, keep, rates)
+    if not transformed and keep:
+        return list(_Eager.apply(run, len(params), *params, *data, *lr))
+    if transformed and not torch.compiler.is_compiling():
+        return list(_Transformed.apply(run, len(params), *params, *data, *lr)[:-1])
+    return run.forward(params, data, lr)[0]
 
 
-class _Adapt(torch.autograd.Function):
-    """mlp_inner_loop; the tensors that receive gradients travel one by one."""
+_requires_grad = operator.attrgetter("requires_grad")
+
+
+def wants_gradient(x: Tensor) -> bool:
+    """Whether it requires a gradient, if only outside of a torch.func.vmap, within which it does not say so."""
+    if x.requires_grad:
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(inner.requires_grad for inner in _levels(x))
+
+
+def is_batched(x: Tensor) -> bool:
+    """Whether it differs between the elements of a torch.func.vmap."""
+    return any(torch._C._functorch.is_batchedtensor(level) for level in (x, *_levels(x)))
+
+
+def _levels(x: Tensor) -> Iterator[Tensor]:
+    """What the transforms of torch.func have wrapped, from the outside in."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+        yield x
+
+
+# ---------------------------------------------------------------------------------------- eager mode and torch.func
+
+
+def _refuse_second_derivative(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(_ONCE)
+
+
+def _refuse_forward_mode(ctx: Any, *_: Any) -> None:
+    raise RuntimeError(_FORWARD)
+
+
+class _Transformed(torch.autograd.Function):
+    """One run with its formula for torch.func; the tensors travel one by one: params, data, lr."""
 
     @staticmethod
-    def forward(ctx: Any, problem: Problem, x: Tensor, y: Tensor, mask: Any, second_order: Tensor, *rest: Any) -> Any:
-        count, tensors = rest[0], rest[1:]
-        params, lr = list(tensors[:count]), list(tensors[count:])
+    def forward(run: Run, count: int, *tensors: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            results, trajectory = torch.ops.metakern.mlp_inner_loop.default(
-                params, x, y, mask, lr, *problem.scalars, True, second_order
-            )
-        ctx.problem, ctx.count = problem, count
-        ctx.save_for_backward(x, y, mask, second_order, trajectory, *tensors)
+            results, kept = run.forward(*run.split(count, tensors))
+        return *results, kept
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.run, ctx.count, *tensors = inputs
+        ctx.mark_non_differentiable(output[-1])
+        ctx.save_for_backward(output[-1], *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        kept, *tensors = ctx.saved_tensors
+        run, count = ctx.run, ctx.count
+        wanted = grads[: count if run.weights is None else 1]  # none of what is kept
+        params, data, lr = run.split(count, tensors)
+        found = _backward(run, wanted, kept, params, data, lr)
+        rates = found[count:] if run.rates else (None,) * len(lr)
+        return None, None, *found[:count], *(None,) * len(data), *rates
+
+    jvp = staticmethod(_refuse_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], run: Run, count: int, *tensors: Any) -> tuple[Any, Any]:
+        def forward(params: Tensors, data: Tensors, lr: Tensors) -> tuple[Tensors, Tensor]:
+            *results, kept = _Transformed.apply(run, count, *params, *data, *lr)
+            return results, kept
+
+        dims = run.split(count, in_dims[2:])
+        results, kept = batched(forward, info.batch_size, dims, run.split(count, tensors), not run.rates)
+        return (*results, kept), (0,) * (len(results) + 1)
+
+
+class _Eager(torch.autograd.Function):
+    """The same for eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, count: int, *tensors: Any) -> tuple[Tensor, ...]:
+        with torch._C._AutoDispatchBelowAutograd():
+            results, kept = run.forward(*run.split(count, tensors))
+        ctx.run, ctx.count = run, count
+        ctx.save_for_backward(kept, *tensors)
         return tuple(results)
 
+    backward = _Transformed.backward
+
+
+def _backward(run: Run, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> Sequence[Tensor]:
+    """Gradients of params and rates; where a graph of them is recorded, using that graph raises."""
+    if torch.is_grad_enabled() or is_transformed():
+        found: tuple[Tensor, ...] = _Backward.apply(run, len(params), len(grads), kept, *grads, *params, *data, *lr)
+        return found
+    with torch._C._AutoDispatchBelowAutograd():
+        return run.backward(grads, kept, params, data, lr)
+
+
+class _Backward(torch.autograd.Function):
+    """Gradients that have no derivative; grads, params, data and lr travel one by one."""
+
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
-        params, lr = tensors[: ctx.count], tensors[ctx.count :]
-        arguments = (trajectory, params, x, y, mask, lr, *ctx.problem.scalars, second_order)
-        operator = torch.ops.metakern.mlp_inner_loop_backward.default
-        return *(None,) * 6, *_once(lambda: operator(list(grads), *arguments), *grads, *tensors)
-
-
-class _MetaLoss(torch.autograd.Function):
-    """mlp_meta_loss: the gradient of every task is there after forward."""
-
-    @staticmethod
-    def forward(ctx: Any, problem: Problem, sets: Any, constants: Any, count: int, *tensors: Tensor) -> Any:
-        params, lr = list(tensors[:count]), list(tensors[count:])
+    def forward(run: Run, count: int, num_grads: int, kept: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
         with torch._C._AutoDispatchBelowAutograd():
-            losses, task_grads = torch.ops.metakern.mlp_meta_loss.default(
-                params, *sets, lr, *problem.scalars, *constants, True
-            )
-        ctx.problem, ctx.count = problem, count
-        ctx.save_for_backward(sets[0], sets[1], task_grads, *tensors)
-        return losses
+            return tuple(run.backward(tensors[:num_grads], kept, *run.split(count, tensors[num_grads:])))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, y, task_grads, *tensors = ctx.saved_tensors
-        params, lr, problem = tensors[: ctx.count], tensors[ctx.count :], ctx.problem
-        arguments = (task_grads, params, x, y, lr, problem.steps, problem.per_step, problem.loss)
-        operator = torch.ops.metakern.mlp_meta_loss_backward.default
-        return *(None,) * 4, *_once(lambda: operator(grad, *arguments), grad, *tensors)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing is kept: there is no derivative."""
 
-
-def _once(function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of parameters and rates; where a graph of them is recorded, using that graph raises."""
-    if torch.is_grad_enabled():
-        recorded: tuple[Tensor, ...] = _Once.apply(function, *inputs)
-        return recorded
-    gradients: tuple[Tensor, ...] = _Once.forward(None, function)
-    return gradients
-
-
-class _Once(torch.autograd.Function):
-    """Gradients that have no derivative."""
+    backward = staticmethod(_refuse_second_derivative)
+    jvp = staticmethod(_refuse_forward_mode)
 
     @staticmethod
-    def forward(ctx: Any, function: Any, *inputs: Tensor) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
-            found, rates = function()
-        return *found, *rates
+    def vmap(info: Any, in_dims: tuple[Any, ...], run: Run, count: int, num_grads: int, *tensors: Any) -> Any:
+        def backward(grads: Tensors, kept: Tensors, params: Tensors, data: Tensors, lr: Tensors) -> Any:
+            return _Backward.apply(run, count, num_grads, *kept, *grads, *params, *data, *lr)
 
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Any:
-        raise RuntimeError(_ONCE)
+        def split(values: Any) -> Any:
+            return values[1 : num_grads + 1], values[:1], *run.split(count, values[num_grads + 1 :])
+
+        found = batched_backward(backward, info.batch_size, split(in_dims[3:]), split(tensors), not run.rates)
+        return tuple(found), (0,) * len(found)
 
 
 # --------------------------------------------------------------------------------------------- tracing and compiling
@@ -197,8 +355,8 @@ def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
     return x.new_empty(x.shape[0]), params[0].new_empty(_padded(x.shape[0]) * flat)
 
 
-def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *_: Any) -> Any:
-    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:
+    return _fake_backward(grad, task_grads, params, x, y, None, lr, *rest)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -207,44 +365,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(x, y, mask, second_order, output[1], *params, *lr)
 
 
-def _backward(ctx: Any, grad_adapted: Any, _: Any) -> Any:
-    x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
-    params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
-    found, rates = torch.ops.metakern.mlp_inner_loop_backward.default(
-        list(grad_adapted), trajectory, params, x, y, mask, lr, *ctx.scalars, second_order
-    )
-    return found, None, None, None, rates, *(None,) * 9
-
-
 def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, x, y, *_ = inputs
     lr, steps, per_step, loss = inputs[7], inputs[9], inputs[10], inputs[13]
     ctx.options, ctx.count, ctx.arguments = (steps, per_step, loss), len(params), len(inputs)
     ctx.save_for_backward(x, y, output[1], *params, *lr)
-
-
-def _backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
-    x, y, task_grads, *tensors = ctx.saved_tensors
-    params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
-    found, rates = torch.ops.metakern.mlp_meta_loss_backward.default(grad, task_grads, params, x, y, lr, *ctx.options)
-    return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
-
-
-def _no_second_derivative(ctx: Any, *_: Any) -> None:
-    raise RuntimeError(_ONCE)
-
-
-def _register() -> None:
-    library = torch.library
-    library.register_fake("metakern::mlp_inner_loop", _fake)
-    library.register_fake("metakern::mlp_inner_loop_backward", _fake_backward)
-    library.register_fake("metakern::mlp_meta_loss", _fake_meta_loss)
-    library.register_fake("metakern::mlp_meta_loss_backward", _fake_meta_loss_backward)
-    library.register_autograd("metakern::mlp_inner_loop", _backward, setup_context=_setup)
-    library.register_autograd("metakern::mlp_meta_loss", _backward_meta_loss, setup_context=_setup_meta_loss)
-    for name in ("mlp_inner_loop_backward", "mlp_meta_loss_backward"):
-        library.register_autograd(f"metakern::{name}", _no_second_derivative)
-
-
-if _backend.is_compiled():
-    _register()

@@ -81,13 +81,18 @@ def mlp_inner_loop(
     wanted = [i for i, flag in enumerate(adapted) if flag]
     rates = [lr[i] for i in wanted] if isinstance(lr, Sequence) else lr
     trajectory = [now]
-    record = torch.is_grad_enabled()
+
+    def support_loss(changing: Sequence[Tensor], now: Sequence[Tensor]) -> Tensor:
+        at = list(now)
+        for i, p in zip(wanted, changing, strict=True):
+            at[i] = p
+        return task_losses(predict(at, support_x, activation), support_y, loss, support_mask).sum()
+
     for step in range(steps):
-        with torch.enable_grad():
-            at = [p if record and p.requires_grad else p.detach().requires_grad_() for p in now]
-            losses = task_losses(predict(at, support_x, activation), support_y, loss, support_mask)
-            create = record and not first_order[step]
-            grads = torch.autograd.grad(losses.sum(), [at[i] for i in wanted], create_graph=create)
+        # No task's loss depends on another's parameters. The transforms of torch.func see through its own gradient.
+        grads = torch.func.grad(support_loss)([now[i] for i in wanted], now)
+        if first_order[step]:
+            grads = [g.detach() for g in grads]
         stepped = inner_update([now[i] for i in wanted], grads, rates, step=step if per_step else None)
         now = list(now)
         for i, p in zip(wanted, stepped, strict=True):

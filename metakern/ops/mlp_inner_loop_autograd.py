@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -91,7 +92,7 @@ class Operators:
         library.register_vmap(meta_loss_backward, backward_rule(self.meta_loss_backward, 2))
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)  # a frozen one takes 2 µs to make
 class Run:
     """One of the two operators and its options, both ways; opaque to autograd, which looks into tuples.
 
@@ -187,24 +188,31 @@ def _call(
 ) -> list[Tensor]:
     """Results, by the way that serves the caller; see :func:`metakern.ops.lstm_step_autograd.call` for the ways."""
     rates = keep = False
+    transformed = is_transformed()
     if torch.is_grad_enabled():
-        rates = any(wants_gradient(x) for x in lr)
-        keep = rates or any(wants_gradient(x) for x in params)
-        if any(x is not None and wants_gradient(x) for x in data):
+        wanted = wants_gradient if transformed else _requires_grad
+        rates = any(map(wanted, lr))
+        keep = rates or any(map(wanted, params))
+        if any(map(wanted, [x for x in data if x is not None])):
             raise RuntimeError(_DATA)
     run = Run(operators, problem, weights, keep, rates)
-    if torch.compiler.is_compiling():
-        return run.forward(params, data, lr)[0]
-    if is_transformed():
-        return list(_Transformed.apply(run, len(params), *params, *data, *lr)[:-1])
-    if keep:
+    if not transformed and keep:
         return list(_Eager.apply(run, len(params), *params, *data, *lr))
+    if transformed and not torch.compiler.is_compiling():
+        return list(_Transformed.apply(run, len(params), *params, *data, *lr)[:-1])
     return run.forward(params, data, lr)[0]
+
+
+_requires_grad = operator.attrgetter("requires_grad")
 
 
 def wants_gradient(x: Tensor) -> bool:
     """Whether it requires a gradient, if only outside of a torch.func.vmap, within which it does not say so."""
-    return x.requires_grad or any(inner.requires_grad for inner in _levels(x))
+    if x.requires_grad:
+        return True
+    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
+        return False
+    return any(inner.requires_grad for inner in _levels(x))
 
 
 def is_batched(x: Tensor) -> bool:
@@ -214,8 +222,6 @@ def is_batched(x: Tensor) -> bool:
 
 def _levels(x: Tensor) -> Iterator[Tensor]:
     """What the transforms of torch.func have wrapped, from the outside in."""
-    if torch.compiler.is_compiling():
-        return
     while torch._C._functorch.is_functorch_wrapped_tensor(x):
         x = torch._C._functorch.get_unwrapped(x)
         yield x

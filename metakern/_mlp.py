@@ -5,6 +5,7 @@ Axis legend: T tasks, S samples of a task, I inputs and O outputs of the model.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -74,15 +75,88 @@ class Mlp(NamedTuple):
         return [by_name[name].to(dtype) if name in by_name else nothing for name in self.names]
 
 
-def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """The modules of nested nn.Sequential in order, none with hooks."""
-    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
-        raise Unserved("the model has hooks")
-    if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
-        for name, child in model._modules.items():
-            yield from _layers(child, f"{prefix}{name}.")  # type: ignore[arg-type]
-        return
+class _Chain(NamedTuple):
+    """How a model was recognised: what later calls compare it with, and take its parameters from."""
+
+    modules: list[tuple[nn.Module | None, type, tuple[nn.Module, ...]]]  # None for the model; types and children
+    linears: list[nn.Module]
+    names: list[str]
+    activation: str
+    flattens: bool
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the model still consists of these modules, with biases where there were some and without hooks."""
+        for known, kind, children in self.modules:
+            module = model if known is None else known
+            if type(module) is not kind or (module._modules and tuple(module._modules.values()) != children):
+                return False
+            if _has_hooks(module):
+                return False
+        biases = [linear._parameters["bias"] is not None for linear in self.linears]
+        return biases == [name != "" for name in self.names[1::2]]
+
+
+#: Recognised once; every call looks whether it still holds. Not with GELU and Flatten, whose options may change, and
+#: of nn.Sequential alone: a value must not hold its key.
+_chains: weakref.WeakKeyDictionary[nn.Module, _Chain] = weakref.WeakKeyDictionary()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """A model of nested nn.Sequential: these, and the modules within, in order."""
     yield prefix, model
+    if _is_sequential(model):
+        for name, child in model._modules.items():
+            yield from _modules(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _recognise(model: nn.Module) -> _Chain:
+    modules: list[Any] = []
+    linears: list[nn.Module] = []
+    names: list[str] = []
+    activation, flattens, after_linear = "", False, False
+    for prefix, module in _modules(model):
+        if _has_hooks(module):
+            raise Unserved("the model has hooks")
+        kind: type = type(module)
+        modules.append((None if module is model else module, kind, tuple(module._modules.values())))
+        if kind is nn.Identity or _is_sequential(module):
+            continue
+        if kind is nn.Flatten and not linears and module.start_dim == 1 and module.end_dim == -1:
+            flattens = True
+        elif kind is nn.Linear and not after_linear:
+            names += [f"{prefix}weight", "" if module.bias is None else f"{prefix}bias"]
+            linears.append(module)
+            after_linear = True
+        elif kind in _ACTIVATIONS and after_linear and activation in ("", _ACTIVATIONS[kind]):
+            if kind is nn.GELU and module.approximate != "none":
+                raise Unserved("the model has an approximate GELU")
+            activation, after_linear = _ACTIVATIONS[kind], False
+        else:
+            raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
+    if not linears or not after_linear:
+        raise Unserved("the model does not end in nn.Linear")
+    return _Chain(modules, linears, names, activation or "relu", flattens)
+
+
+def _chain(model: nn.Module) -> _Chain:
+    if torch.compiler.is_compiling():  # which cannot see memories
+        return _recognise(model)
+    chain = _chains.get(model)
+    if chain is None or not chain.is_of(model):
+        chain = _recognise(model)
+        if _is_sequential(model) and chain.activation != "gelu" and not chain.flattens:
+            _chains[model] = chain
+    return chain
 
 
 def find_mlp(model: nn.Module) -> Mlp:
@@ -91,36 +165,18 @@ def find_mlp(model: nn.Module) -> Mlp:
     Raises:
         Unserved: for any other model
     """
-    names: list[str] = []
+    chain = _chain(model)
     params: list[Any] = []
-    activation, flattens, after_linear = "", False, False
-    for prefix, module in _layers(model):
-        kind = type(module)
-        if kind is nn.Identity:
-            continue
-        if kind is nn.Flatten and not params and module.start_dim == 1 and module.end_dim == -1:
-            flattens = True
-        elif kind is nn.Linear and not after_linear:
-            weight, bias = module._parameters["weight"], module._parameters["bias"]  # nn.Module.__getattr__ is slow
-            names += (f"{prefix}weight", "" if bias is None else f"{prefix}bias")
-            params += (weight, bias)
-            after_linear = True
-        elif kind in _ACTIVATIONS and after_linear and activation in ("", _ACTIVATIONS[kind]):
-            if kind is nn.GELU and module.approximate != "none":
-                raise Unserved("the model has an approximate GELU")
-            activation, after_linear = _ACTIVATIONS[kind], False
-        else:
-            raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
-    if not params or not after_linear:
-        raise Unserved("the model does not end in nn.Linear")
-    if any(p is None for p in params):
-        params = [params[i - 1].new_zeros(params[i - 1].shape[0]) if p is None else p for i, p in enumerate(params)]
-    if len({id(p) for p in params}) != len(params):
+    for linear in chain.linears:  # past nn.Module.__getattr__, which is slow
+        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
+        params += (weight, weight.new_zeros(weight.shape[0]) if bias is None else bias)  # type: ignore[union-attr]
+    if len(set(map(id, params))) != len(params):
         raise Unserved("the model has tied parameters")
-    first = params[0]
-    if any(p.dtype is not first.dtype or p.device != first.device for p in params):
-        raise Unserved("the parameters differ in dtype or device")
-    return Mlp(names, params, activation or "relu", flattens)
+    dtype, device = params[0].dtype, params[0].device
+    for p in params:
+        if p.dtype is not dtype or p.device != device:
+            raise Unserved("the parameters differ in dtype or device")
+    return Mlp(chain.names, params, chain.activation, chain.flattens)
 
 
 def find_loss(loss: Callable[..., Tensor]) -> str:

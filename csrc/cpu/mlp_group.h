@@ -41,13 +41,15 @@ class MlpGroup {
     support_ = take_samples(p.support_samples);
     query_ = take_samples(p.query_samples);
     const int64_t kept = walks_back_ ? p.checkpoint_every : 1;
-    steps_ = take_activations(p.support_samples, kept, false);
-    if (walks_back_) tangents_ = take_activations(p.support_samples, 1, true);
-    query_activations_ = take_activations(p.query_samples, 1, false);
+    // Query sets and tangents never need their memory at once; without a way back, nor do query and support sets.
+    const int most = p.query_samples > p.support_samples ? p.query_samples : p.support_samples;
+    query_activations_ = take_activations(most, 1, walks_back_);
+    tangents_ = query_activations_;
+    steps_ = walks_back_ ? take_activations(p.support_samples, kept, false) : query_activations_;
     thetas_ = arena_.take(size_ * (walks_back_ ? kept + 1 : 1));
     checkpoints_ = arena_.take(call.trajectory == nullptr && p.num_checkpoints() > 1 ? size_ * p.num_checkpoints() : 0);
     direction_ = arena_.take(walks_back_ ? size_ : 0);
-    adjoint_ = arena_.take(call.task_grads == nullptr ? 0 : flat_);
+    adjoint_ = arena_.take(Layout::packed || call.task_grads == nullptr ? 0 : flat_);
     rates_ = arena_.take(Layout::transposes ? size_ : 0);
   }
   int64_t bytes() const { return arena_.used() * int64_t(sizeof(V)); }
@@ -101,7 +103,7 @@ class MlpGroup {
   V* thetas_;       // parameters along one segment of steps, or of the present one alone
   V* checkpoints_;  // [checkpoints][size_], unless the trajectory keeps them
   V* direction_;    // [size_]
-  V* adjoint_;      // [flat_]
+  V* adjoint_;      // [flat_], in the result where the layouts are one
   V* rates_;        // [size_]
   int64_t first_task_ = 0;
   int tasks_ = 0;
@@ -346,9 +348,11 @@ class MlpGroup {
   }
 
   void clear_adjoint() {
+    if constexpr (Layout::packed) adjoint_ = reinterpret_cast<V*>(region(call_.task_grads, call_.flat));
     for (int64_t i = 0; i < flat_; ++i) adjoint_[i] = broadcast<V>(0);
   }
   void write_adjoint() const {
+    if constexpr (Layout::packed) return;
     S* out = region(call_.task_grads, call_.flat);
     const auto pack = [&](int64_t from, int64_t rows, int64_t columns) {
       Layout::pack(adjoint_ + from, rows, columns, out);

@@ -18,6 +18,7 @@ struct TaskLanes {
   using Rate = S;    // of one parameter: all tasks share it
   static constexpr int tasks = lanes<V>;
   static constexpr bool transposes = false;
+  static constexpr bool packed = true;  // results in lanes have the layout of the vectors here
 
   static constexpr int64_t row(int64_t n) { return n; }
   // Where a lane's number of a feature and a sample stands, and how many samples there are with padding.
@@ -83,6 +84,7 @@ struct SampleLanes {
   static constexpr int tasks = 1;
   static constexpr int width = lanes<V>;
   static constexpr bool transposes = true;
+  static constexpr bool packed = false;
 
   static constexpr int64_t row(int64_t n) { return (n + width - 1) / width; }
   static MK_INLINE int64_t at(int64_t feature, int64_t sample, int64_t samples, int) {

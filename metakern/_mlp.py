@@ -80,7 +80,7 @@ def _layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module
         raise Unserved("the model has hooks")
     if isinstance(model, nn.Sequential) and type(model).forward is nn.Sequential.forward:
         for name, child in model._modules.items():
-            yield from _layers(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from _layers(child, f"{prefix}{name}.")
         return
     yield prefix, model
 

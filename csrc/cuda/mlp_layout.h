@@ -1,4 +1,5 @@
-// How a block's shared memory holds one task of mlp_inner_loop: the one rule of what fits. For host and device.
+// How a block's shared memory holds one task of mlp_inner_loop: the one rule of what fits, for host and device. Keep
+// cuda_shared_bytes in metakern/ops/mlp_inner_loop.py in step, which must be plain Python for torch.compile.
 //
 // The bias of a layer is one more column of its weight: a layer's matrix is [units][inputs + 1], and its inputs have
 // one more row that is 1. Rows are padded to an odd length, so that neither rows nor columns meet in one memory bank.
@@ -60,12 +61,12 @@ class LayoutCounter {
   int64_t used_ = 0;
 };
 
+// By the largest product of a pass.
 MK_INLINE int threads_of(const MlpInnerLoopProblem& p) {
   const int samples = p.support_samples > p.query_samples ? p.support_samples : p.query_samples;
   int64_t widest = 0;
   for (int l = 0; l < p.num_layers; ++l) {
-    const int64_t columns = p.widths[l] >= samples ? p.widths[l] + 1 : samples;
-    const int64_t outputs = p.widths[l + 1] * columns;
+    const int64_t outputs = int64_t(p.widths[l + 1]) * (p.widths[l] >= samples ? p.widths[l] + 1 : samples);
     widest = outputs > widest ? outputs : widest;
   }
   return widest <= 512 ? 128 : widest <= 4096 ? 256 : max_mlp_threads;

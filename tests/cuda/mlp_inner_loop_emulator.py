@@ -194,9 +194,7 @@ class MlpEmulator:
         self._library.call("plan", device, ctypes.byref(problem), mode, flag, ctypes.byref(plan))
         return plan
 
-    def mlp_inner_loop(
-        self, a: Arguments, keep: bool = True, device: Device = DEVICE
-    ) -> tuple[list[Tensor], Tensor]:
+    def mlp_inner_loop(self, a: Arguments, keep: bool = True, device: Device = DEVICE) -> tuple[list[Tensor], Tensor]:
         """Adapted parameters, and the trajectory where it is kept."""
         memory = Guarded()
         call = a.call(ADAPT, memory)

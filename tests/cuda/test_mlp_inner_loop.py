@@ -259,6 +259,23 @@ def test_python_knows_the_rule_of_what_fits(
             assert cuda_shared_bytes(widths, samples, q, activation, loss, dtype) == mlp.shared_bytes(a, resident=False)
 
 
+def test_results_are_those_that_a_trace_expects(mlp: MlpEmulator) -> None:
+    case = Case([2, 4, 1], 3)
+    for dtype in (torch.bfloat16, F32, F64):
+        lr = [torch.full((), 0.1) for _ in case.params]
+        a = arguments(case, dtype, lr, 3, checkpoint_every=2)
+        params, rates, sets = (
+            [x if x is None else x.to("meta") for x in xs] for xs in (a.params, a.lr, a.support + a.query)
+        )
+        flags, weights = torch.ones(3, dtype=torch.bool), torch.ones(3, dtype=a.arithmetic)
+        operators = torch.ops.metakern
+        adapted = operators.mlp_inner_loop(params, *sets[:3], rates, *a.problem.scalars, True, flags)
+        losses = operators.mlp_meta_loss(params, *sets, rates, *a.problem.scalars, flags, weights, True)
+        got = [*mlp.mlp_inner_loop(Arguments(a.problem, a.params, a.lr, a.support)), *mlp.mlp_meta_loss(a, [1.0] * 3)]
+        for x, want in zip([*got[0], *got[1:]], [*adapted[0], adapted[1], *losses], strict=True):
+            assert (x.shape, x.dtype) == (want.shape, want.dtype)
+
+
 def test_without_a_way_back_one_step_is_held(mlp: MlpEmulator) -> None:
     a = arguments(Case([1, 40, 40, 1], 3, 5, 10), F32, 0.1, 5)
     training, evaluation = (mlp.plan(a, META_LOSS, flag) for flag in (True, False))

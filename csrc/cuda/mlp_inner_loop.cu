@@ -53,7 +53,7 @@ CudaResult cuda_mlp_inner_loop(const MlpInnerLoopProblem& p, const MlpCudaCall& 
   DeviceFacts facts;
   const CudaResult result = device_facts(&facts);
   if (!result.ok()) return result;
-  const MlpArguments a{p, call, mlp_layout(p, plan.resident), plan.resident};
+  const MlpArguments a{p, call, mlp_layout(p, plan.resident), plan.resident, has_one_rate(p)};
   return p.is_double ? launch_mlp<double>(a, plan, facts, stream) : launch_mlp<float>(a, plan, facts, stream);
 }
 

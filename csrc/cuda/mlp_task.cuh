@@ -11,8 +11,20 @@ struct MlpArguments {
   MlpCudaCall call;
   MlpLayout m;
   bool resident;
+  bool one_rate;  // of all parameters, which all adapt
 };
 static_assert(sizeof(MlpArguments) <= 4096, "the kernel's arguments must fit what every architecture takes");
+
+// Whether one number is the rate of a whole tensor.
+MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p, int tensor) {
+  return !p.rates[tensor].per_parameter || p.tensor_size(tensor) == 1;
+}
+// Whether it is that of all parameters, which all adapt.
+MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p) {
+  for (int i = 0; i < p.num_tensors(); ++i)
+    if (!p.adapted[i] || !has_one_rate(p, i) || p.rates[i].data != p.rates[0].data) return false;
+  return true;
+}
 
 // Elements of a block's scratch: its checkpoints, then its steps where they do not stay in shared memory.
 struct MlpScratch {
@@ -239,15 +251,20 @@ class MlpTask {
     for (int step = first_step(segment); step < last_step(segment); ++step) {
       const MlpSet set = support(step);
       const int now = theta(step), next = next_theta(step);
+      const S first_rate = rate(0, step, 0);
       pass_.forward(now, set);
       pass_.backward(now, set);
       if (keep && !a_.resident) save(step);
       for (int l = 0; l < p_.num_layers; ++l) {
         const int first = m_.weights[l], row = matrix_row(p_.widths[l]);
         pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
-          const Place to = place(l, unit, input);
           const int at = first + unit * row + input;
           const S old = memory()[now + at];
+          if (a_.one_rate) {
+            memory()[next + at] = old - gradient * first_rate;
+            return;
+          }
+          const Place to = place(l, unit, input);
           memory()[next + at] = p_.adapted[to.tensor] ? old - gradient * rate(to.tensor, step, to.number) : old;
         });
       }
@@ -321,18 +338,24 @@ class MlpTask {
   __device__ __forceinline__ void step_backward(int step) const {
     const MlpSet set = support(step);
     rate_gradients(step, set);
-    for (int i = 0; i < p_.num_tensors(); ++i)
-      each_of_tensor(i, [&](int number, int at) {
-        memory()[m_.direction + at] = p_.adapted[i] ? -rate(i, step, number) * memory()[m_.adjoint + at] : S(0);
-      });
+    write_direction(step);
     __syncthreads();
     if (a_.call.second_order[step / 32] >> (step % 32) & 1) pass_.add_hessian_product(theta(step), set);
   }
 
-  // Whether one number is the rate of a whole tensor.
-  __device__ __forceinline__ bool is_one(int tensor) const {
-    return !p_.rates[tensor].per_parameter || p_.tensor_size(tensor) == 1;
+  // Minus the rates times the adjoint.
+  __device__ __forceinline__ void write_direction(int step) const {
+    if (a_.one_rate) {  // the padding too, which nobody reads
+      const S factor = -rate(0, step, 0);
+      each(m_.params, [=](int i) { memory()[m_.direction + i] = factor * memory()[m_.adjoint + i]; });
+      return;
+    }
+    for (int i = 0; i < p_.num_tensors(); ++i)
+      each_of_tensor(i, [&](int number, int at) {
+        memory()[m_.direction + at] = p_.adapted[i] ? -rate(i, step, number) * memory()[m_.adjoint + at] : S(0);
+      });
   }
+
   __device__ __forceinline__ S* rate_slot(int tensor, int step) const {
     return task_grads() + a_.call.rate_slots[tensor] + step * p_.rates[tensor].step;
   }
@@ -347,7 +370,7 @@ class MlpTask {
         const Place to = place(l, unit, input);
         const S term = gradient * memory()[first + unit * row + input];
         if (!p_.adapted[to.tensor]) return;
-        if (!is_one(to.tensor))
+        if (!has_one_rate(p_, to.tensor))
           rate_slot(to.tensor, step)[to.number] -= term;
         else if (to.tensor % 2)
           bias_sum += term;
@@ -371,9 +394,9 @@ class MlpTask {
     if (first >= (shared ? 1 : p_.num_tensors())) return;
     S sum = 0;
     for (int tensor = first; tensor < last; ++tensor)
-      if (is_one(tensor))
+      if (has_one_rate(p_, tensor))
         for (int i = 0; i < warps; ++i) sum += memory()[m_.partials + tensor * warps + i];
-    if (is_one(first)) *rate_slot(first, step) -= sum;
+    if (has_one_rate(p_, first)) *rate_slot(first, step) -= sum;
   }
 };
 

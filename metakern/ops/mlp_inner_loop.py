@@ -236,7 +236,7 @@ def _check_labels(name: str, labels: Tensor, params: Sequence[Tensor]) -> None:
     While a CUDA graph is captured, a function compiled or transformed, nothing can be asked, and that is what comes.
     """
     outputs = params[-1].shape[-1]
-    if labels.dtype != torch.int64 or not labels.numel() or is_transformed() or _is_captured(labels):
+    if is_transformed() or labels.dtype != torch.int64 or not labels.numel() or _is_captured(labels):
         return
     for label in torch.stack(torch.aminmax(labels)).tolist():
         if not 0 <= label < outputs:

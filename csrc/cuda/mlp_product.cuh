@@ -5,8 +5,6 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-constexpr int max_product_shift = 3;
-
 template <class S>
 __device__ __forceinline__ S* shared_elements() {
   return reinterpret_cast<S*>(dynamic_shared());
@@ -24,56 +22,85 @@ struct ProductTerm {
   int inner;
 };
 
-// acc += the share of one of `lanes` lanes in a tile of 2 rows and 2 columns.
+// A thread's share of a product: elements (tile_m + i * tiles_m, tile_n + j * tiles_n), as number i * tile_columns + j.
+constexpr int tile_rows = 4;
+constexpr int tile_columns = 2;
+constexpr int tile_size = tile_rows * tile_columns;
+
+// acc += every `lanes`-th summand of a tile's elements, from number `lane` on; m and n are its rows and columns.
 template <class S>
-__device__ __forceinline__ void add_term(const ProductTerm& t, const int (&m)[2], const int (&n)[2], int lane,
-                                         int lanes, S (&acc)[2][2]) {
-  const S* memory = shared_elements<S>();
-  const S* a = memory + t.a.start + lane * t.a.column;
-  const S* b = memory + t.b.start + lane * t.b.row;
-  const int a0 = m[0] * t.a.row, a1 = m[1] * t.a.row, b0 = n[0] * t.b.column, b1 = n[1] * t.b.column;
+__device__ __forceinline__ void add_term(const ProductTerm& t, const int (&m)[tile_rows], const int (&n)[tile_columns],
+                                         int lane, int lanes, S (&acc)[tile_size]) {
+  const S* a = shared_elements<S>() + t.a.start + lane * t.a.column;
+  const S* b = shared_elements<S>() + t.b.start + lane * t.b.row;
+  int a_at[tile_rows], b_at[tile_columns];
+#pragma unroll
+  for (int i = 0; i < tile_rows; ++i) a_at[i] = m[i] * t.a.row;
+#pragma unroll
+  for (int j = 0; j < tile_columns; ++j) b_at[j] = n[j] * t.b.column;
   const int a_step = lanes * t.a.column, b_step = lanes * t.b.row;
-#pragma unroll 4
+#pragma unroll 2
   for (int k = lane; k < t.inner; k += lanes, a += a_step, b += b_step) {
-    const S x[2] = {a[a0], a[a1]}, y[2] = {b[b0], b[b1]};
+    S y[tile_columns];
 #pragma unroll
-    for (int i = 0; i < 2; ++i)
+    for (int j = 0; j < tile_columns; ++j) y[j] = b[b_at[j]];
 #pragma unroll
-      for (int j = 0; j < 2; ++j) acc[i][j] += x[i] * y[j];
+    for (int i = 0; i < tile_rows; ++i) {
+      const S x = a[a_at[i]];
+#pragma unroll
+      for (int j = 0; j < tile_columns; ++j) acc[i * tile_columns + j] += x * y[j];
+    }
+  }
+}
+
+// One step of sharing out a tile's sums: the lane keeps one half of the first 2 * half, adds what its partner has of
+// it, and gives the partner the other half.
+template <int half, class S>
+__device__ __forceinline__ void share_sums(int lane, int mask, S (&acc)[tile_size]) {
+  const bool upper = lane & mask;
+#pragma unroll
+  for (int i = 0; i < half; ++i) {
+    const S kept = upper ? acc[i + half] : acc[i], given = upper ? acc[i] : acc[i + half];
+    acc[i] = kept + from_lane_xor(given, mask);
   }
 }
 
 // sink(m, n, sum over both terms of (a b)(m, n)) for every element [M, N]; a term with an inner size of 0 is none.
 //
-// Where there are fewer tiles than threads, up to 2^max_product_shift neighbouring lanes share the inner size of a tile
-// and then its elements. A tile's rows and columns are far apart: so neighbouring threads read neighbouring ones. The
-// order of every sum is a function of the sizes and of the threads of the block. All threads of the block must call it.
+// Where there are fewer tiles than threads, up to 8 neighbouring lanes share the summands of a tile and then its
+// elements. A tile's rows and columns are far apart: so neighbouring threads read neighbouring ones. The order of every
+// sum is a function of the sizes and of the threads of the block. All threads of the block must call it.
 template <class S, class Sink>
 __device__ __forceinline__ void product(int M, int N, const ProductTerm& first, const ProductTerm& second,
                                         const Sink& sink) {
-  const int tiles_m = (M + 1) / 2, tiles_n = (N + 1) / 2, tiles = tiles_m * tiles_n;
+  const int tiles_m = (M + tile_rows - 1) / tile_rows, tiles_n = (N + tile_columns - 1) / tile_columns;
+  const int tiles = tiles_m * tiles_n;
   int shift = 0;
-  while (shift < max_product_shift && (tiles << (shift + 1)) <= int(blockDim.x) && (4 << shift) <= first.inner) ++shift;
+  while ((1 << shift) < tile_size && tiles << (shift + 1) <= int(blockDim.x)) ++shift;
   const int lanes = 1 << shift, lane = int(threadIdx.x) & (lanes - 1), warp_lane = int(threadIdx.x) % warp_lanes;
   for (int item = int(threadIdx.x); item - warp_lane < tiles << shift; item += int(blockDim.x)) {
     const int at = item >> shift, tile_m = at / tiles_n, tile_n = at - tile_m * tiles_n;
-    const bool used = at < tiles;
-    const int m[2] = {tile_m, tile_m + tiles_m < M ? tile_m + tiles_m : tile_m};
-    const int n[2] = {tile_n, tile_n + tiles_n < N ? tile_n + tiles_n : tile_n};
-    S acc[2][2] = {};
-    if (used) {
+    int m[tile_rows], n[tile_columns];
+#pragma unroll
+    for (int i = 0; i < tile_rows; ++i) m[i] = tile_m + i * tiles_m < M ? tile_m + i * tiles_m : M - 1;
+#pragma unroll
+    for (int j = 0; j < tile_columns; ++j) n[j] = tile_n + j * tiles_n < N ? tile_n + j * tiles_n : N - 1;
+    S acc[tile_size] = {};
+    if (at < tiles) {
       add_term(first, m, n, lane, lanes, acc);
       add_term(second, m, n, lane, lanes, acc);
     }
-    for (int mask = lanes / 2; mask > 0; mask /= 2)
+    static_assert(tile_size == 8, "three steps share out a tile");
+    if (shift > 0) share_sums<4>(lane, lanes >> 1, acc);
+    if (shift > 1) share_sums<2>(lane, lanes >> 2, acc);
+    if (shift > 2) share_sums<1>(lane, lanes >> 3, acc);
+    if (at >= tiles) continue;
+    const int end = (lane + 1) * (tile_size >> shift);
+    for (int i = lane * (tile_size >> shift); i < end; ++i) {
+      const int row = tile_m + i / tile_columns * tiles_m, column = tile_n + i % tile_columns * tiles_n;
+      if (row < M && column < N) sink(row, column, acc[0]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) acc[i / 2][i % 2] += from_lane_xor(acc[i / 2][i % 2], mask);
-    if (!used) continue;
-    for (int i = lane; i < 4; i += lanes) {
-      const int row = i / 2, column = i % 2;
-      if ((row && m[1] == m[0]) || (column && n[1] == n[0])) continue;
-      const S upper = column ? acc[0][1] : acc[0][0], lower = column ? acc[1][1] : acc[1][0];
-      sink(row ? m[1] : m[0], column ? n[1] : n[0], row ? lower : upper);
+      for (int j = 1; j < tile_size; ++j) acc[j - 1] = acc[j];
     }
   }
 }

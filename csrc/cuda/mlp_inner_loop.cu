@@ -32,10 +32,15 @@ CudaResult cuda_mlp_plan(const MlpInnerLoopProblem& p, MlpMode mode, bool with_g
   DeviceFacts facts;
   const CudaResult result = device_facts(&facts);
   if (!result.ok()) return result;
-  // Without a way back each step overwrites the one before it.
-  MlpLayout layout = mlp_layout(p, true);
-  plan->resident = with_grads && layout.elements * element_bytes(p) <= facts.shared_bytes;
-  if (!plan->resident) layout = mlp_layout(p, false);
+  // The first that fits, or the last.
+  MlpPlacement& placement = plan->placement;
+  placement = with_grads ? MlpPlacement::all_steps : MlpPlacement::no_way_back;
+  MlpLayout layout = mlp_layout(p, placement);
+  while (layout.elements * element_bytes(p) > facts.shared_bytes &&
+         placement < MlpPlacement::one_step_without_adjoint) {
+    placement = MlpPlacement(int(placement) + 1);
+    layout = mlp_layout(p, placement);
+  }
   plan->threads = threads_of(p);
   plan->shared_limit = facts.shared_bytes;
   plan->shared_bytes = layout.elements * element_bytes(p);
@@ -43,7 +48,7 @@ CudaResult cuda_mlp_plan(const MlpInnerLoopProblem& p, MlpMode mode, bool with_g
   const int64_t at_once = by_memory < 1 ? 1 : by_memory < by_threads ? by_memory : by_threads;
   const int64_t blocks = facts.multiprocessors * at_once;
   plan->blocks = p.num_tasks < blocks ? p.num_tasks : blocks;
-  const MlpScratch scratch(p, layout, mode, with_grads, plan->resident);
+  const MlpScratch scratch(p, layout, mode, placement);
   plan->scratch_bytes = plan->blocks * scratch.elements() * element_bytes(p);
   return {};
 }
@@ -53,7 +58,7 @@ CudaResult cuda_mlp_inner_loop(const MlpInnerLoopProblem& p, const MlpCudaCall& 
   DeviceFacts facts;
   const CudaResult result = device_facts(&facts);
   if (!result.ok()) return result;
-  const MlpArguments a{p, call, mlp_layout(p, plan.resident), plan.resident, has_one_rate(p)};
+  const MlpArguments a{p, call, mlp_layout(p, plan.placement), plan.placement, has_one_rate(p)};
   return p.is_double ? launch_mlp<double>(a, plan, facts, stream) : launch_mlp<float>(a, plan, facts, stream);
 }
 

@@ -7,6 +7,7 @@
 #pragma once
 #include "../lstm_step.h"
 #include "../mlp_inner_loop.h"
+#include "mlp_layout.h"
 #include "result.h"
 
 namespace metakern {
@@ -49,8 +50,8 @@ struct MlpCudaPlan {
   int threads;
   int64_t shared_bytes;
   int64_t scratch_bytes;
-  bool resident;         // all steps of a segment stay in shared memory
-  int64_t shared_limit;  // of a block on this device; without room for one step the problem is not served
+  MlpPlacement placement;
+  int64_t shared_limit;  // of a block on this device; a problem that takes more is not served
 };
 
 // `with_grads`: whether meta_loss computes gradients.

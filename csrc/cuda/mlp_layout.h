@@ -16,6 +16,15 @@ MK_INLINE int64_t odd(int64_t n) { return n + 1 - n % 2; }
 // Elements from one row of a layer's matrix to the next.
 MK_INLINE int matrix_row(int inputs) { return int(odd(int64_t(inputs) + 1)); }
 
+// What of a task is in shared memory beside the latest parameters and one step, most first; scratch memory has the
+// rest.
+enum class MlpPlacement : int {
+  all_steps,  // of a segment
+  one_step,
+  one_step_without_adjoint,
+  no_way_back,  // nothing that gradients ask for
+};
+
 // Where the samples of one set lie, and what its passes write; in elements of the shared memory.
 struct MlpSet {
   int count;
@@ -36,10 +45,10 @@ struct MlpLayout {
   MlpSet support;                   // its passes: those of the first slot
   MlpSet query;
   int params;              // elements of a task's parameters
-  int slots;               // steps that are held at once: checkpoint_every, or 1, which a step overwrites
+  int slots;               // steps that are held at once: checkpoint_every, or 1, which the next overwrites
   int thetas;              // [slots + 1, or 1][params]
   int slot_elements;       // of what the passes of one step write
-  int direction, adjoint;  // [params]
+  int direction, adjoint;  // [params]; -1 where it is elsewhere or not needed
   int tangent_z, tangent_h, tangent_delta;  // [all units ...][row of the support set], where the query's passes write
   int sample_losses;                        // [query samples]
   int partials;                             // [tensors][warps]
@@ -91,8 +100,8 @@ MK_INLINE void passes_layout(const MlpInnerLoopProblem& p, int64_t units, bool w
   set.delta = memory.take(units * set.row);
 }
 
-// With all steps of a segment in shared memory, or with one that the next overwrites.
-MK_INLINE MlpLayout mlp_layout(const MlpInnerLoopProblem& p, bool resident) {
+MK_INLINE MlpLayout mlp_layout(const MlpInnerLoopProblem& p, MlpPlacement placement) {
+  const bool all_steps = placement == MlpPlacement::all_steps, way_back = placement != MlpPlacement::no_way_back;
   MlpLayout m{};
   int64_t params = 0, units = 0;
   for (int l = 0; l < p.num_layers; ++l) {
@@ -103,12 +112,12 @@ MK_INLINE MlpLayout mlp_layout(const MlpInnerLoopProblem& p, bool resident) {
   }
   LayoutCounter memory;
   m.params = int(params);
-  m.slots = resident ? p.checkpoint_every : 1;
+  m.slots = all_steps ? p.checkpoint_every : 1;
   m.support = samples_layout(p, p.support_samples, memory);
   m.query = samples_layout(p, p.query_samples, memory);
-  m.thetas = memory.take(params * (resident ? m.slots + 1 : 1));
-  m.direction = memory.take(params);
-  m.adjoint = memory.take(params);
+  m.thetas = memory.take(params * (all_steps ? m.slots + 1 : 1));
+  m.direction = way_back ? memory.take(params) : -1;
+  m.adjoint = way_back && placement != MlpPlacement::one_step_without_adjoint ? memory.take(params) : -1;
   const int64_t before = memory.used();
   passes_layout(p, units, true, m.support, memory);
   m.slot_elements = int(memory.used() - before);
@@ -118,9 +127,10 @@ MK_INLINE MlpLayout mlp_layout(const MlpInnerLoopProblem& p, bool resident) {
   passes_layout(p, units, false, m.query, memory);
   const int64_t query_end = memory.used();
   memory.rewind(shared_start);
-  m.tangent_z = memory.take(units * m.support.row);
-  m.tangent_h = memory.take(units * m.support.row);
-  m.tangent_delta = memory.take(units * m.support.row);
+  const int64_t tangents = way_back ? units * m.support.row : 0;
+  m.tangent_z = memory.take(tangents);
+  m.tangent_h = memory.take(tangents);
+  m.tangent_delta = memory.take(tangents);
   if (query_end > memory.used()) memory.rewind(query_end);
   m.sample_losses = memory.take(p.query_samples);
   m.partials = memory.take(int64_t(p.num_tensors()) * (threads_of(p) / mlp_warp_lanes));

@@ -69,16 +69,17 @@ class MlpPass {
                sink);
   }
 
-  // adjoint += the Hessian of the support loss times the direction, after backward. Ends in a barrier.
-  __device__ __forceinline__ void add_hessian_product(int theta, const MlpSet& set) const {
+  // adjoint, in the layout of the parameters, += the Hessian of the support loss times the direction, after backward.
+  // Ends in a barrier.
+  __device__ __forceinline__ void add_hessian_product(int theta, const MlpSet& set, S* adjoint) const {
     tangent_forward(theta, set);
     tangent_backward(theta, set);
     for (int l = 0; l < p_.num_layers; ++l) {
-      const int adjoint = m_.adjoint + m_.weights[l], row = matrix_row(p_.widths[l]);
+      const int first = m_.weights[l], row = matrix_row(p_.widths[l]);
       product<S>(p_.widths[l + 1], p_.widths[l] + 1,
                  {rows(m_.tangent_delta, set, l), input(set, l).transposed(), set.count},
                  {rows(set.delta, set, l), input_tangent(set, l).transposed(), l == 0 ? 0 : set.count},
-                 [=](int unit, int n, S value) { memory()[adjoint + unit * row + n] += value; });
+                 [=](int unit, int n, S value) { adjoint[first + unit * row + n] += value; });
     }
     __syncthreads();
   }

@@ -10,7 +10,7 @@ struct MlpArguments {
   MlpInnerLoopProblem p;
   MlpCudaCall call;
   MlpLayout m;
-  bool resident;
+  MlpPlacement placement;
   bool one_rate;  // of all parameters, which all adapt
 };
 static_assert(sizeof(MlpArguments) <= 4096, "the kernel's arguments must fit what every architecture takes");
@@ -26,17 +26,20 @@ MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p) {
   return true;
 }
 
-// Elements of a block's scratch: its checkpoints, then its steps where they do not stay in shared memory.
+// Elements of a block's scratch: its checkpoints, then what is not in shared memory.
 struct MlpScratch {
   int64_t checkpoints = 0;  // [checkpoints][P]
   int64_t steps = 0;        // [checkpoint_every][parameters, what the passes wrote]
+  int64_t adjoint = 0;      // [parameters]
 
-  MK_INLINE MlpScratch(const MlpInnerLoopProblem& p, const MlpLayout& m, MlpMode mode, bool with_grads, bool resident) {
-    if (!with_grads) return;
+  MK_INLINE MlpScratch(const MlpInnerLoopProblem& p, const MlpLayout& m, MlpMode mode, MlpPlacement placement) {
+    if (placement == MlpPlacement::no_way_back) return;
     if (mode == MlpMode::meta_loss && p.num_checkpoints() > 1) checkpoints = p.num_params() * p.num_checkpoints();
-    if (!resident) steps = (int64_t(m.params) + m.slot_elements) * p.checkpoint_every;
+    if (placement == MlpPlacement::all_steps) return;
+    steps = (int64_t(m.params) + m.slot_elements) * p.checkpoint_every;
+    if (placement == MlpPlacement::one_step_without_adjoint) adjoint = m.params;
   }
-  MK_INLINE int64_t elements() const { return checkpoints + steps; }
+  MK_INLINE int64_t elements() const { return checkpoints + steps + adjoint; }
 };
 
 template <class S>
@@ -44,9 +47,10 @@ class MlpTask {
  public:
   __device__ __forceinline__ MlpTask(const MlpArguments& a, int64_t task)
       : a_(a), p_(a.p), m_(a.m), pass_(a.p, a.m), task_(task) {
-    const MlpScratch scratch(a.p, a.m, a.call.mode, a.call.task_grads != nullptr, a.resident);
+    const MlpScratch scratch(a.p, a.m, a.call.mode, a.placement);
     S* own = static_cast<S*>(a.call.scratch) + int64_t(blockIdx.x) * scratch.elements();
     steps_ = own + scratch.checkpoints;
+    adjoint_ = scratch.adjoint > 0 ? steps_ + scratch.steps : memory() + m_.adjoint;
     checkpoints_ = scratch.checkpoints > 0 ? own : nullptr;
     if (a.call.trajectory != nullptr)
       checkpoints_ = static_cast<S*>(a.call.trajectory) + task * p_.num_params() * p_.num_checkpoints();
@@ -74,6 +78,7 @@ class MlpTask {
   MlpPass<S> pass_;
   int64_t task_;
   S* steps_;        // of this block
+  S* adjoint_;      // in the layout of the parameters
   S* checkpoints_;  // [checkpoints][P] of this task, or null
 
   static __device__ __forceinline__ S* memory() { return shared_elements<S>(); }
@@ -86,10 +91,11 @@ class MlpTask {
     const int end = first_step(segment) + p_.checkpoint_every;
     return end < p_.steps ? end : p_.steps;
   }
-  __device__ __forceinline__ int slot(int step) const { return a_.resident ? step % p_.checkpoint_every : 0; }
+  __device__ __forceinline__ bool keeps_all() const { return a_.placement == MlpPlacement::all_steps; }
+  __device__ __forceinline__ int slot(int step) const { return keeps_all() ? step % p_.checkpoint_every : 0; }
   // Parameters before and after a step. One slot holds what is the latest.
   __device__ __forceinline__ int theta(int step) const { return m_.thetas + slot(step) * m_.params; }
-  __device__ __forceinline__ int next_theta(int step) const { return theta(step) + (a_.resident ? m_.params : 0); }
+  __device__ __forceinline__ int next_theta(int step) const { return theta(step) + (keeps_all() ? m_.params : 0); }
   __device__ __forceinline__ MlpSet support(int step) const {
     MlpSet set = m_.support;
     const int offset = slot(step) * m_.slot_elements;
@@ -165,15 +171,15 @@ class MlpTask {
 
   // Samples, the first parameters, gradients of zero or of the adapted parameters. Ends in a barrier.
   __device__ __forceinline__ void start() const {
+    const bool of_results = a_.call.mode == MlpMode::adapt_backward;
     read_set(a_.call.support, m_.support);
     read_set(a_.call.query, m_.query);
     for (int i = 0; i < p_.num_tensors(); ++i) {
       const int64_t own = task_ * p_.tensor_size(i), first = p_.shared[i] ? 0 : own;
-      const bool backward = a_.call.mode == MlpMode::adapt_backward;
       each_of_tensor(i, [&](int number, int at) {
         memory()[m_.thetas + at] = read_lane<S>(a_.call.params[i], a_.call.dtype, first + number);
-        memory()[m_.adjoint + at] =
-            backward ? read_lane<S>(a_.call.grad_adapted[i], a_.call.dtype, own + number) : S(0);
+        if (a_.placement != MlpPlacement::no_way_back)
+          adjoint_[at] = of_results ? read_lane<S>(a_.call.grad_adapted[i], a_.call.dtype, own + number) : S(0);
       });
     }
     if (a_.call.task_grads != nullptr) {
@@ -208,7 +214,7 @@ class MlpTask {
   // The parameters behind one full segment become the first of the next.
   __device__ __forceinline__ void begin_segment() const {
     const int last = m_.thetas + m_.slots * m_.params;
-    if (!a_.resident) return;
+    if (!keeps_all()) return;
     each(m_.params, [&](int i) { memory()[m_.thetas + i] = memory()[last + i]; });
     __syncthreads();
   }
@@ -254,7 +260,7 @@ class MlpTask {
       const S first_rate = rate(0, step, 0);
       pass_.forward(now, set);
       pass_.backward(now, set);
-      if (keep && !a_.resident) save(step);
+      if (keep && !keeps_all()) save(step);
       for (int l = 0; l < p_.num_layers; ++l) {
         const int first = m_.weights[l], row = matrix_row(p_.widths[l]);
         pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
@@ -311,12 +317,12 @@ class MlpTask {
       }
       for (int step = last_step(segment) - 1; step >= first_step(segment); --step) {
         if (query_weight(step) != S(0)) query_backward(step);
-        if (!a_.resident) load(step);
+        if (!keeps_all()) load(step);
         step_backward(step);
       }
     }
     S* grads = task_grads();
-    each_parameter([&](int64_t number, int at) { grads[number] = memory()[m_.adjoint + at]; });
+    each_parameter([&](int64_t number, int at) { grads[number] = adjoint_[at]; });
   }
 
   __device__ __forceinline__ void query_backward(int step) const {
@@ -326,10 +332,10 @@ class MlpTask {
     pass_.backward(next_theta(step), m_.query);
     write_step_loss(step);
     for (int l = 0; l < p_.num_layers; ++l) {
-      const int first = m_.adjoint + m_.weights[l], row = matrix_row(p_.widths[l]);
-      pass_.layer_gradient(l, m_.query, [&](int unit, int input, S gradient) {
-        memory()[first + unit * row + input] += gradient * weight;
-      });
+      S* adjoint = adjoint_ + m_.weights[l];
+      const int row = matrix_row(p_.widths[l]);
+      pass_.layer_gradient(l, m_.query,
+                           [&](int unit, int input, S gradient) { adjoint[unit * row + input] += gradient * weight; });
     }
     __syncthreads();
   }
@@ -340,19 +346,19 @@ class MlpTask {
     rate_gradients(step, set);
     write_direction(step);
     __syncthreads();
-    if (a_.call.second_order[step / 32] >> (step % 32) & 1) pass_.add_hessian_product(theta(step), set);
+    if (a_.call.second_order[step / 32] >> (step % 32) & 1) pass_.add_hessian_product(theta(step), set, adjoint_);
   }
 
   // Minus the rates times the adjoint.
   __device__ __forceinline__ void write_direction(int step) const {
     if (a_.one_rate) {  // the padding too, which nobody reads
       const S factor = -rate(0, step, 0);
-      each(m_.params, [=](int i) { memory()[m_.direction + i] = factor * memory()[m_.adjoint + i]; });
+      each(m_.params, [=](int i) { memory()[m_.direction + i] = factor * adjoint_[i]; });
       return;
     }
     for (int i = 0; i < p_.num_tensors(); ++i)
       each_of_tensor(i, [&](int number, int at) {
-        memory()[m_.direction + at] = p_.adapted[i] ? -rate(i, step, number) * memory()[m_.adjoint + at] : S(0);
+        memory()[m_.direction + at] = p_.adapted[i] ? -rate(i, step, number) * adjoint_[at] : S(0);
       });
   }
 
@@ -364,11 +370,12 @@ class MlpTask {
     if (a_.call.rate_slots[0] < 0) return;
     const int warps = int(blockDim.x) / warp_lanes, warp = int(threadIdx.x) / warp_lanes;
     for (int l = 0; l < p_.num_layers; ++l) {
-      const int first = m_.adjoint + m_.weights[l], row = matrix_row(p_.widths[l]);
+      const S* adjoint = adjoint_ + m_.weights[l];
+      const int row = matrix_row(p_.widths[l]);
       S weight_sum = 0, bias_sum = 0;
       pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
         const Place to = place(l, unit, input);
-        const S term = gradient * memory()[first + unit * row + input];
+        const S term = gradient * adjoint[unit * row + input];
         if (!p_.adapted[to.tensor]) return;
         if (!has_one_rate(p_, to.tensor))
           rate_slot(to.tensor, step)[to.number] -= term;

@@ -53,9 +53,9 @@ def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
 def cuda_shared_bytes(
     widths: Sequence[int], samples: int, queries: int, activation: str, loss: str, dtype: torch.dtype
 ) -> int:
-    """Shared memory of a block that holds one task and one step of it: csrc/cuda/mlp_layout.h in Python.
+    """Shared memory that a block needs for one task at least: csrc/cuda/mlp_layout.h in Python.
 
-    Where all steps fit they stay there; otherwise those before go to global memory.
+    Of a task that takes more, which is faster, the kernels keep the rest in global memory.
     """
 
     def odd(n: int) -> int:
@@ -70,7 +70,7 @@ def cuda_shared_bytes(
     passes = max(3 * units * support, (kept - units) * query)
     widest = max(units * max(inputs + 1, samples, queries) for inputs, units in layers)
     warps = 4 if widest <= 512 else 8 if widest <= 4096 else 16
-    elements = (widths[0] + targets + 2) * (support + query) + 3 * params + kept * support + passes
+    elements = (widths[0] + targets + 2) * (support + query) + 2 * params + kept * support + passes
     return (elements + queries + 2 * len(layers) * warps) * (8 if dtype == torch.float64 else 4)
 
 

@@ -19,6 +19,7 @@ from tests.cuda.device import DEVICE, DTYPES, Device, Guarded, Library
 _LAYERS, _TENSORS, _STEPS = 8, 16, 256
 _Pointers = ctypes.c_void_p * _TENSORS
 ADAPT, ADAPT_BACKWARD, META_LOSS = range(3)
+ALL_STEPS, ONE_STEP, WITHOUT_ADJOINT, NO_WAY_BACK = range(4)
 
 
 class _Rates(ctypes.Structure):
@@ -77,7 +78,7 @@ class Plan(ctypes.Structure):
         ("threads", ctypes.c_int),
         ("shared_bytes", ctypes.c_int64),
         ("scratch_bytes", ctypes.c_int64),
-        ("resident", ctypes.c_bool),
+        ("placement", ctypes.c_int),
         ("shared_limit", ctypes.c_int64),
     )
 
@@ -183,9 +184,9 @@ class MlpEmulator:
         self._library = Library("mlp_inner_loop")
         self._library.functions.shared_bytes.restype = ctypes.c_int64
 
-    def shared_bytes(self, arguments: Arguments, resident: bool) -> int:
-        """Of a block, with all steps of a segment in there or with one."""
-        return int(self._library.functions.shared_bytes(ctypes.byref(arguments.structure(Guarded())), resident))
+    def shared_bytes(self, arguments: Arguments, placement: int) -> int:
+        """Of a block."""
+        return int(self._library.functions.shared_bytes(ctypes.byref(arguments.structure(Guarded())), placement))
 
     def plan(self, arguments: Arguments, mode: int, with_grads: bool, device: Device = DEVICE) -> Plan:
         """What a call takes of ``device``."""

@@ -6,6 +6,7 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,16 @@ from metakern.ops.mlp_inner_loop import ACTIVATIONS, _problem, cuda_shared_bytes
 from metakern.reference.mlp_inner_loop import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE, assert_same_bits
 from tests.cuda.device import DEVICE, Device, EmulationError
-from tests.cuda.mlp_inner_loop_emulator import ADAPT, META_LOSS, Arguments, MlpEmulator
+from tests.cuda.mlp_inner_loop_emulator import (
+    ADAPT,
+    ALL_STEPS,
+    META_LOSS,
+    NO_WAY_BACK,
+    ONE_STEP,
+    WITHOUT_ADJOINT,
+    Arguments,
+    MlpEmulator,
+)
 from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
 
 F32 = torch.float32
@@ -146,12 +156,12 @@ def test_half_types_are_rounded_at_the_end_alone(dtype: torch.dtype, mlp: MlpEmu
 # ------------------------------------------------------------------------------------------------- sizes and bits
 
 
-def small(case: Case, mlp: MlpEmulator, steps: int, every: int, activation: str) -> Device:
-    """A device whose shared memory holds one step and not all."""
+def small(case: Case, mlp: MlpEmulator, placement: int, steps: int, every: int, activation: str) -> Device:
+    """A device whose shared memory holds no more of a task than that."""
     a = arguments(case, F32, 0.1, steps, activation=activation, checkpoint_every=every)
-    device = Device(shared_kilobytes=mlp.shared_bytes(a, resident=False) // 1024 + 1)
-    assert mlp.plan(a, META_LOSS, True, DEVICE).resident
-    assert not mlp.plan(a, META_LOSS, True, device).resident
+    device = Device(shared_kilobytes=mlp.shared_bytes(a, placement) // 1024 + 1)
+    assert mlp.plan(a, META_LOSS, True, DEVICE).placement == ALL_STEPS
+    assert mlp.plan(a, META_LOSS, True, device).placement == placement
     return device
 
 
@@ -160,8 +170,8 @@ def test_steps_that_do_not_fit_give_the_same_bits_as_those_that_do(activation: s
     case = Case([17, 20, 4], 5)
     options = {"steps": 5, "step_weights": [0.1] * 5, "activation": activation}
     expected, adapted = meta(mlp, case, F32, **options), adapt(mlp, case, F32, steps=5, activation=activation)
-    for every in (5, 2, 1):
-        device = small(case, mlp, 5, every, activation)
+    for placement, every in ((ONE_STEP, 5), (ONE_STEP, 2), (ONE_STEP, 1), (WITHOUT_ADJOINT, 5), (WITHOUT_ADJOINT, 2)):
+        device = small(case, mlp, placement, 5, every, activation)
         assert_same(meta(mlp, case, F32, device=device, checkpoint_every=every, **options), expected)
         assert_same(meta(mlp, case, F32, checkpoint_every=every, **options), expected)
         got = adapt(mlp, case, F32, device=device, checkpoint_every=every, steps=5, activation=activation)
@@ -188,6 +198,21 @@ def test_same_bits_in_every_schedule_and_for_every_number_of_multiprocessors(mlp
     assert mlp.plan(arguments(case, F32, 0.1, 2), META_LOSS, True, tight).blocks < 37
     for device in (tight, Device(order="reverse"), Device(multiprocessors=2, order="shuffled", seed=1)):
         assert_same(meta(mlp, case, F32, device=device, **options), expected)
+
+
+@pytest.mark.parametrize("order", ["reverse", "shuffled"])
+@pytest.mark.parametrize("placement", [ALL_STEPS, WITHOUT_ADJOINT])
+def test_same_bits_in_every_schedule_of_every_path(placement: int, order: str, mlp: MlpEmulator) -> None:
+    case = Case([17, 20, 4], 2, 6, 5, "cross_entropy")
+    device = DEVICE if placement == ALL_STEPS else small(case, mlp, placement, 4, 2, "relu")
+    masks = [torch.rand(2, n, generator=case.generator) < 0.6 for n in (6, 5)]
+    shared = {"steps": 4, "checkpoint_every": 2, "first_order": (False, True, False, False)}
+    weights = {"step_weights": [0.1, 0.0, 0.4, 0.5], "support_mask": masks[0], "query_mask": masks[1]}
+    for lr in (0.1, [torch.full((), 0.1)], [0.1 + 0.05 * case.draw(*p.shape) for p in case.params]):
+        scheduled = replace(device, order=order, seed=2)
+        got = [meta(mlp, case, F32, lr, on, **shared, **weights) for on in (device, scheduled)]
+        assert_same(*got)
+        assert_same(*(adapt(mlp, case, F32, lr, on, **shared) for on in (device, scheduled)))
 
 
 def test_what_lies_behind_the_last_task_is_zero(mlp: MlpEmulator) -> None:
@@ -256,7 +281,9 @@ def test_python_knows_the_rule_of_what_fits(
         case = Case(widths, 2, samples, queries, loss)
         both = arguments(case, dtype, 0.1, 3, activation=activation)
         for a, q in ((both, queries), (Arguments(both.problem, both.params, [], both.support), 0)):
-            assert cuda_shared_bytes(widths, samples, q, activation, loss, dtype) == mlp.shared_bytes(a, resident=False)
+            assert cuda_shared_bytes(widths, samples, q, activation, loss, dtype) == mlp.shared_bytes(
+                a, WITHOUT_ADJOINT
+            )
 
 
 def test_results_are_those_that_a_trace_expects(mlp: MlpEmulator) -> None:
@@ -280,6 +307,6 @@ def test_without_a_way_back_one_step_is_held(mlp: MlpEmulator) -> None:
     a = arguments(Case([1, 40, 40, 1], 3, 5, 10), F32, 0.1, 5)
     training, evaluation = (mlp.plan(a, META_LOSS, flag) for flag in (True, False))
     adaptation = mlp.plan(a, ADAPT, False)
-    assert training.resident
+    assert training.placement == ALL_STEPS
     assert training.scratch_bytes == evaluation.scratch_bytes == adaptation.scratch_bytes == 0
-    assert evaluation.shared_bytes == mlp.shared_bytes(a, resident=False) < training.shared_bytes
+    assert evaluation.shared_bytes == mlp.shared_bytes(a, NO_WAY_BACK) < training.shared_bytes / 3

@@ -3,8 +3,8 @@
 
 extern "C" {
 
-int64_t shared_bytes(const metakern::MlpInnerLoopProblem* p, bool resident) {
-  return metakern::mlp_layout(*p, resident).elements * metakern::element_bytes(*p);
+int64_t shared_bytes(const metakern::MlpInnerLoopProblem* p, int placement) {
+  return metakern::mlp_layout(*p, metakern::MlpPlacement(placement)).elements * metakern::element_bytes(*p);
 }
 
 int plan(const metakern::MlpInnerLoopProblem* p, int mode, bool with_grads, metakern::MlpCudaPlan* out,

@@ -7,7 +7,6 @@
 #pragma once
 #include "../lstm_step.h"
 #include "../mlp_inner_loop.h"
-#include "mlp_layout.h"
 #include "result.h"
 
 namespace metakern {
@@ -42,6 +41,15 @@ struct MlpCudaCall {
   void* scratch;                                   // of MlpCudaPlan::scratch_bytes
   uint32_t second_order[max_cuda_mlp_steps / 32];  // a bit a step
   double step_weights[max_cuda_mlp_steps];         // meta_loss: of the query loss after every step
+};
+
+// What of a task is in shared memory beside the latest parameters and one step, most first; scratch memory has the
+// rest.
+enum class MlpPlacement : int {
+  all_steps,  // of a segment
+  one_step,
+  one_step_without_adjoint,
+  no_way_back,  // nothing that gradients ask for
 };
 
 // What a call takes on the current device: a function of the problem, the mode and the device.

@@ -4,7 +4,7 @@
 // The bias of a layer is one more column of its weight: a layer's matrix is [units][inputs + 1], and its inputs have
 // one more row that is 1. Rows are padded to an odd length, so that neither rows nor columns meet in one memory bank.
 #pragma once
-#include "../mlp_inner_loop.h"
+#include "mlp_inner_loop.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
@@ -15,15 +15,6 @@ constexpr int mlp_warp_lanes = 32;
 MK_INLINE int64_t odd(int64_t n) { return n + 1 - n % 2; }
 // Elements from one row of a layer's matrix to the next.
 MK_INLINE int matrix_row(int inputs) { return int(odd(int64_t(inputs) + 1)); }
-
-// What of a task is in shared memory beside the latest parameters and one step, most first; scratch memory has the
-// rest.
-enum class MlpPlacement : int {
-  all_steps,  // of a segment
-  one_step,
-  one_step_without_adjoint,
-  no_way_back,  // nothing that gradients ask for
-};
 
 // Where the samples of one set lie, and what its passes write; in elements of the shared memory.
 struct MlpSet {

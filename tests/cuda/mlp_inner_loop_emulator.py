@@ -12,8 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metakern.ops.mlp_inner_loop import TASK_LANES
-from metakern.ops.mlp_inner_loop_autograd import Problem
+from metakern.ops.mlp_inner_loop_autograd import Problem, _padded
 from tests.cuda.device import DEVICE, DTYPES, Device, Guarded, Library
 
 _LAYERS, _TENSORS, _STEPS = 8, 16, 256
@@ -245,8 +244,7 @@ class MlpEmulator:
 
     @staticmethod
     def _private(a: Arguments, memory: Guarded, elements: int) -> Tensor:
-        padded = -(-a.num_tasks // TASK_LANES) * TASK_LANES
-        return memory.like(torch.empty(padded * elements, dtype=a.arithmetic))
+        return memory.like(torch.empty(_padded(a.num_tasks) * elements, dtype=a.arithmetic))
 
     def _run(self, a: Arguments, call: _Call, with_grads: bool, memory: Guarded, device: Device) -> None:
         plan, problem = self.plan(a, call.mode, with_grads, device), a.structure(memory)

@@ -27,7 +27,7 @@ from tests.cuda.mlp_inner_loop_emulator import (
     Arguments,
     MlpEmulator,
 )
-from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
+from tests.mlp_problems import F64, Case, assert_equal
 
 F32 = torch.float32
 

@@ -19,7 +19,7 @@ import torch
 
 from metakern.ops import LSTMState, lstm_step_
 from tests.gpu.common import BACKENDS, with_bfloat16_state
-from tests.ops.test_mlp_inner_loop import Case as MlpProblem
+from tests.mlp_problems import Case as MlpProblem
 from tests.problems import evaluate, make_problem
 from tests.update_problems import make_update
 

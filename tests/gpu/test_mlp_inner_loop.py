@@ -20,7 +20,7 @@ from metakern.ops.mlp_inner_loop import ACTIVATIONS
 from metakern.reference.mlp_inner_loop import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.gpu.common import assert_all_same_bits, captured, needs_cuda, shifted, strided
-from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
+from tests.mlp_problems import F64, Case, assert_equal
 
 pytestmark = needs_cuda
 

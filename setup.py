@@ -48,8 +48,12 @@ SOURCES = [
     "csrc/cpu/result_cache.cpp",
 ]
 
-CUDA_KERNELS = ["csrc/cuda/lstm_step.cu", "csrc/cuda/inner_update.cu"]
-CUDA_SOURCES = ["csrc/cuda/bindings.cpp", "csrc/cuda/inner_update_bindings.cpp"]
+CUDA_KERNELS = ["csrc/cuda/lstm_step.cu", "csrc/cuda/inner_update.cu", "csrc/cuda/mlp_inner_loop.cu"]
+CUDA_SOURCES = [
+    "csrc/cuda/bindings.cpp",
+    "csrc/cuda/inner_update_bindings.cpp",
+    "csrc/cuda/mlp_inner_loop_bindings.cpp",
+]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 

@@ -30,7 +30,9 @@ inline void check_mlp_params(MlpInnerLoopProblem& p, const std::vector<Tensor>& 
         "params must hold a weight and a bias for 1 to ", max_mlp_layers, " layers, got ", params.size(), " tensors");
   p.num_layers = int(params.size() / 2);
   const ScalarType dtype = params[0].scalar_type();
-  check(dtype == ScalarType::Float || dtype == ScalarType::Double, "params must be float32 or float64");
+  const bool half = dtype == ScalarType::Half || dtype == ScalarType::BFloat16;
+  check(dtype == ScalarType::Float || dtype == ScalarType::Double || (half && params[0].is_cuda()),
+        "params must be float32 or float64, on a GPU also bfloat16 or float16");
   p.is_double = dtype == ScalarType::Double;
   for (size_t i = 0; i < params.size(); ++i) {
     const Tensor& t = params[i];

@@ -54,7 +54,7 @@ def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> 
     """
     mlp, names, arguments = _arguments(options)
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
-    check_size(mlp, x)
+    check_size(mlp, arguments["loss"], options.steps, x)
     results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, **arguments))
     by_name = dict(zip(mlp.names, results, strict=True))
     return {name: by_name[name] for name in names}
@@ -88,7 +88,7 @@ def fused_meta_loss(
         sets.append(_samples(name, options, mlp, arguments["loss"], *data, mask))
     if sets[0][0].shape[0] != sets[1][0].shape[0]:
         raise Unserved("support and query do not share the task axis")
-    check_size(mlp, *(x for x, _ in sets))
+    check_size(mlp, arguments["loss"], options.steps, *(x for x, _ in sets))
     losses: Tensor = _served(
         lambda: mlp_meta_loss(
             mlp.params,
@@ -116,11 +116,13 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
-    if torch.is_autocast_enabled("cpu"):
-        raise Unserved("autocast is on")
     mlp, loss = find_mlp(options.model), find_loss(options.loss)
-    reason = _backend.missing("cpp" if name == "auto" else name, mlp.params[0].device)
-    if name not in ("auto", "cpp"):
+    device = mlp.params[0].device
+    if torch.is_autocast_enabled(device.type):
+        raise Unserved("autocast is on")
+    serves = ("cuda" if device.type == "cuda" else "cpp") if name == "auto" else name
+    reason = _backend.missing(serves, device)
+    if serves not in ("cpp", "cuda"):
         reason = reason or "it has no fused inner loop yet"
     if reason:
         raise Unserved(reason)
@@ -145,7 +147,7 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
             "checkpoint_every": options.checkpoint_every,
-            "backend": "cpp",
+            "backend": serves,
         },
     )
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern._inner_loop_input import LearningRates
-from metakern.ops.mlp_inner_loop import unserved
+from metakern.ops.mlp_inner_loop import unserved, unserved_on_cuda
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
@@ -67,7 +67,9 @@ class Mlp(NamedTuple):
         values: Any = rates.values
         if isinstance(values, float):
             return values
-        dtype = self.params[0].dtype
+        dtype, device = self.params[0].dtype, self.params[0].device
+        if any(rate.device != device for rate in ([values] if isinstance(values, Tensor) else values)):
+            raise Unserved("the learning rates are on another device than the parameters")
         if isinstance(values, Tensor):
             return values.to(dtype)
         by_name = dict(zip(names, values, strict=True))
@@ -198,9 +200,13 @@ def find_loss(loss: Callable[..., Tensor]) -> str:
     raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
 
 
-def check_size(mlp: Mlp, *sets: Tensor) -> None:
+def check_size(mlp: Mlp, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> None:
     """Raise Unserved where the kernels do not serve this many parameters and samples, [T, S, I] each."""
-    reason = unserved(tuple(mlp.widths), max(x.shape[1] for x in sets), mlp.params[0].dtype)
+    first, sizes = mlp.params[0], (support.shape[1], 0 if query is None else query.shape[1])
+    if first.device.type == "cuda":
+        reason = unserved_on_cuda(tuple(mlp.widths), *sizes, steps, mlp.activation, loss, first.dtype, first.device)
+    else:
+        reason = unserved(tuple(mlp.widths), max(sizes), first.dtype)
     if reason:
         raise Unserved(reason)
 

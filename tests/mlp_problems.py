@@ -26,8 +26,10 @@ class Case:
         loss: str = "mse",
         own: bool = False,
         seed: int = 0,
+        device: str = "cpu",
     ) -> None:
         self.generator, self.loss, self.widths = torch.Generator().manual_seed(seed), loss, widths
+        self.device = device
         self.params = []
         for inputs, units in itertools.pairwise(widths):
             lead = (tasks,) if own else ()
@@ -35,7 +37,7 @@ class Case:
         self.support, self.query = self.sets(tasks, samples), self.sets(tasks, queries)
 
     def draw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, dtype=F64)
+        return torch.randn(shape, generator=self.generator, dtype=F64).to(self.device)
 
     def sets(self, tasks: int, samples: int) -> tuple[Tensor, Tensor]:
         x, y = self.draw(tasks, samples, self.widths[0]), self.draw(tasks, samples, self.widths[-1])
@@ -49,7 +51,7 @@ class Case:
         rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
         support, query = self.data(dtype)
         losses = mlp_meta_loss(params, support, query, lr=rates, loss=self.loss, backend=backend, **options)
-        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=dtype)
+        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=dtype, device=losses.device)
         leaves = [*params, *(rates if isinstance(rates, list) else [])]
         return [losses, *torch.autograd.grad((losses * weights).sum(), leaves)]
 
@@ -59,7 +61,8 @@ class Case:
         rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
         (x, y), _ = self.data(dtype)
         results = mlp_inner_loop(params, x, y, lr=rates, loss=self.loss, backend=backend, **options)
-        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=dtype).view(r.shape)).sum() for r in results)
+        weights = [torch.linspace(-1, 1, r.numel(), dtype=dtype, device=r.device).view(r.shape) for r in results]
+        total = sum((r * weight).sum() for r, weight in zip(results, weights, strict=True))
         leaves = [*params, *(rates if isinstance(rates, list) else [])]
         return [*results, *torch.autograd.grad(total, leaves)]
 

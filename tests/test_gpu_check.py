@@ -50,7 +50,7 @@ def test_dry_run_goes_through_every_stage(dry: tuple[str, Path]) -> None:
     assert "METAKERN_CUDA=1" in printed
     for tool in ("memcheck", "racecheck"):
         assert re.search(rf"compute-sanitizer --tool {tool} --error-exitcode=9 .* -m tests\.gpu\.cases$", printed, re.M)
-    assert "7 of 7 cases ran" in (logs / "memcheck.log").read_text()
+    assert "8 of 8 cases ran" in (logs / "memcheck.log").read_text()
     assert "test_a_replayed_graph_equals_the_call_on_changed_inputs" in (logs / "tests.log").read_text()
 
 

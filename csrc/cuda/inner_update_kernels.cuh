@@ -127,13 +127,6 @@ __device__ __forceinline__ void write4(typename Stored<dtype>::Element* p, int i
     if (i + q < count) write_lane(p, dtype, i + q, x[q]);
 }
 
-// By all lanes of the warp, which get the same bits.
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int mask = warp_lanes / 2; mask > 0; mask /= 2) x += from_lane_xor(x, mask);
-  return x;
-}
-
 // α of a unit.
 template <DType dtype>
 class Rates {

@@ -79,7 +79,10 @@ __device__ __forceinline__ void store_global(void* p, const uint2& x) {
 }
 
 // What the lane whose number differs in the bits of `mask` gave. All lanes of the warp must call it.
-__device__ __forceinline__ double from_lane_xor(double x, int mask) { return __shfl_xor_sync(0xffffffffu, x, mask); }
+template <class S>
+__device__ __forceinline__ S from_lane_xor(S x, int mask) {
+  return __shfl_xor_sync(0xffffffffu, x, mask);
+}
 
 // Products that the compiler does not fuse with a sum.
 __device__ __forceinline__ float rounded_product(float x, float y) { return __fmul_rn(x, y); }

@@ -75,7 +75,7 @@ CudaResult launch(void (*kernel)(Arguments), std::atomic<bool> (&prepared)[cache
   if (!cached || !prepared[facts.device].load(std::memory_order_relaxed)) {
     MK_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
                                        cudaFuncAttributeMaxDynamicSharedMemorySize, facts.shared_bytes),
-                  "cudaFuncSetAttribute(MaxDynamicSharedMemorySize) for lstm_step");
+                  "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)");
     if (cached) prepared[facts.device].store(true, std::memory_order_relaxed);
   }
   return launch(kernel, shape, args, stream, name);

@@ -1,4 +1,5 @@
-// Loads and stores of four neighbouring coordinates at once, between memory of any dtype and the arithmetic's.
+// Loads and stores of four neighbouring coordinates at once, between memory of any dtype and the arithmetic's; sums of
+// a warp.
 #pragma once
 #include "../lstm_step.h"
 #include "../math/half_precision.h"
@@ -8,6 +9,14 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 
 constexpr int warp_lanes = 32;
+
+// By all lanes of the warp, which get the same bits.
+template <class S>
+__device__ __forceinline__ S warp_sum(S x) {
+#pragma unroll
+  for (int mask = warp_lanes / 2; mask > 0; mask /= 2) x += from_lane_xor(x, mask);
+  return x;
+}
 
 // Elements in memory.
 struct BFloat16 {

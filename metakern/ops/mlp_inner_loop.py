@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metakern import _backend
 from metakern._memo import memoized
+from metakern.ops.inner_update_autograd import is_transformed
 from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
@@ -28,6 +29,9 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 #: Bytes of a task on the CPU, parameters three times and activations eight times: they must stay in the cache.
 MAX_TASK_BYTES = 2**24
+
+#: Keep in step with csrc/cuda/mlp_inner_loop.h.
+MAX_CUDA_STEPS = 256
 
 _UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
 
@@ -43,6 +47,53 @@ def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     size = (3 * params + 8 * sum(widths[1:]) * samples) * dtype.itemsize
     if size > MAX_TASK_BYTES:
         return f"a task of this size takes {size >> 20} MiB; {MAX_TASK_BYTES >> 20} at most stay in the cache"
+    return ""
+
+
+def cuda_shared_bytes(
+    widths: Sequence[int], samples: int, queries: int, activation: str, loss: str, dtype: torch.dtype
+) -> int:
+    """Shared memory that a block needs for one task at least: csrc/cuda/mlp_layout.h in Python.
+
+    Of a task that takes more, which is faster, the kernels keep the rest in global memory.
+    """
+
+    def odd(n: int) -> int:
+        return n + 1 - n % 2
+
+    layers = list(itertools.pairwise(widths))
+    params = sum(units * odd(inputs + 1) for inputs, units in layers)
+    units = sum(units + 1 for _, units in layers)
+    targets = 1 if loss == "cross_entropy" else widths[-1]
+    support, query = odd(samples), odd(queries)
+    kept = units * (4 if activation == "gelu" else 3)
+    passes = max(3 * units * support, (kept - units) * query)
+    widest = max(units * max(inputs + 1, samples, queries) for inputs, units in layers)
+    warps = 4 if widest <= 512 else 8 if widest <= 4096 else 16
+    elements = (widths[0] + targets + 2) * (support + query) + 2 * params + kept * support + passes
+    return (elements + queries + 2 * len(layers) * warps) * (8 if dtype == torch.float64 else 4)
+
+
+@memoized
+def unserved_on_cuda(
+    widths: tuple[int, ...],
+    samples: int,
+    queries: int,
+    steps: int,
+    activation: str,
+    loss: str,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str:
+    """Why the CUDA kernels do not serve such MLPs on ``device``; empty where they do."""
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        return f"the parameters are {dtype}; float32, float64, bfloat16 and float16 are served"
+    if len(widths) - 1 > MAX_LAYERS or steps > MAX_CUDA_STEPS:
+        return f"the model has more than {MAX_LAYERS} layers, or there are more than {MAX_CUDA_STEPS} steps"
+    size = cuda_shared_bytes(widths, samples, queries, activation, loss, dtype)
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    if size > limit:
+        return f"a task of this size takes {size} bytes of a block's shared memory; {device} has {limit}"
     return ""
 
 
@@ -68,8 +119,8 @@ def mlp_inner_loop(
     ``checkpoint_every``-th step are kept, and the steps are computed again from them.
 
     Args:
-        params: weight and bias of every layer in turn, float32 or float64: [O, I] and [O], which all tasks start from,
-            or [T, O, I] and [T, O]
+        params: weight and bias of every layer in turn, float32 or float64, on a GPU also bfloat16 or float16, whose
+            arithmetic is float32: [O, I] and [O], which all tasks start from, or [T, O, I] and [T, O]
         support_x: [T, S, I]
         support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``
         lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
@@ -82,7 +133,7 @@ def mlp_inner_loop(
         first_order: take the steps' gradients as constants; or one bool a step
         support_mask: bool [T, S], False at samples that do not count
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``
 
     Returns:
         new parameters, [T, O, I] and [T, O] in turn
@@ -92,10 +143,12 @@ def mlp_inner_loop(
         RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
     """
     problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
-    serves = _backend.resolve(backend, support_x.device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    serves = _backend.resolve(backend, support_x.device, _reasons(params, support_x, None, steps, activation, loss))
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
+    if serves == "cuda" and loss == "cross_entropy":
+        _check_labels("support", support_y, params)
     assert _compiled is not None
     support = support_x, support_y, support_mask
     return adapt_call(_compiled, problem, params, _rate_tensors(lr), support)
@@ -146,7 +199,8 @@ def mlp_meta_loss(
     """
     problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps)
     weights = _weights(step_weights, steps)
-    serves = _backend.resolve(backend, support[0].device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    reasons = _reasons(params, support[0], query[0], steps, activation, loss)
+    serves = _backend.resolve(backend, support[0].device, reasons)
     if serves == "reference":
         trajectory = _reference(problem, params, *support, support_mask, lr, activation, loss)
         total: Any = 0.0
@@ -155,9 +209,42 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
+    if serves == "cuda" and loss == "cross_entropy":
+        _check_labels("support", support[1], params)
+        _check_labels("query", query[1], params)
     assert _compiled is not None
     sets = (*support, support_mask), (*query, query_mask)
     return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
+
+
+def _reasons(
+    params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str, loss: str
+) -> dict[str, str]:
+    """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
+    reasons = {"triton": _UNSERVED}
+    queries = x if query_x is None else query_x
+    if x.device.type == "cuda" and x.dim() == queries.dim() == 3 and all(p.dim() for p in params):
+        widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
+        sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
+        reasons["cuda"] = unserved_on_cuda(widths, *sizes, steps, activation, loss, params[0].dtype, x.device)
+    return reasons
+
+
+def _check_labels(name: str, labels: Tensor, params: Sequence[Tensor]) -> None:
+    """On the host, which waits for the device: the kernels make the loss of a label that names no output NaN.
+
+    While a CUDA graph is captured, a function compiled or transformed, nothing can be asked, and that is what comes.
+    """
+    outputs = params[-1].shape[-1]
+    if is_transformed() or labels.dtype != torch.int64 or not labels.numel() or _is_captured(labels):
+        return
+    for label in torch.stack(torch.aminmax(labels)).tolist():
+        if not 0 <= label < outputs:
+            raise RuntimeError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:

@@ -119,7 +119,7 @@ class Run:
         if self.weights is None:
             results, kept = self.operators.adapt(*arguments, self.keep, second_order)
             return results, kept
-        weights = _constant(self.weights, params[0].dtype)
+        weights = _constant(self.weights, _arithmetic(params[0]))
         losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep)
         return [losses], kept
 
@@ -152,6 +152,11 @@ def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
 def _cached_constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(values, dtype=dtype)
+
+
+def _arithmetic(like: Tensor) -> torch.dtype:
+    """Of what the operators compute, and of what is private to them."""
+    return torch.promote_types(like.dtype, torch.float32)
 
 
 def adapt_call(
@@ -342,7 +347,7 @@ def _fake(params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int
     num_tasks = x.shape[0]
     results = [p.new_empty((num_tasks, *p.shape[(-2 if i % 2 == 0 else -1) :])) for i, p in enumerate(params)]
     kept = -(-steps // every) * _task_elements(params) if keep else 0
-    return results, params[0].new_empty(_padded(num_tasks) * kept)
+    return results, params[0].new_empty(_padded(num_tasks) * kept, dtype=_arithmetic(params[0]))
 
 
 def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *_: Any) -> Any:
@@ -352,7 +357,7 @@ def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: A
 def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
     lr, with_grads = rest[5], rest[-1]
     flat = _task_elements(params) + sum(r.numel() for r in lr) if with_grads else 0
-    return x.new_empty(x.shape[0]), params[0].new_empty(_padded(x.shape[0]) * flat)
+    return x.new_empty(x.shape[0]), x.new_empty(_padded(x.shape[0]) * flat, dtype=_arithmetic(x))
 
 
 def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:

@@ -6,6 +6,7 @@ import pytest
 
 from tests.cuda.emulator import Emulator
 from tests.cuda.inner_update_emulator import InnerUpdateEmulator
+from tests.cuda.mlp_inner_loop_emulator import MlpEmulator
 
 
 @pytest.fixture(scope="session")
@@ -18,3 +19,9 @@ def emulator() -> Emulator:
 def inner_update() -> InnerUpdateEmulator:
     """csrc/cuda/inner_update.cu, compiled for the CPU."""
     return InnerUpdateEmulator()
+
+
+@pytest.fixture(scope="session")
+def mlp() -> MlpEmulator:
+    """csrc/cuda/mlp_inner_loop.cu, compiled for the CPU."""
+    return MlpEmulator()

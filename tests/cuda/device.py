@@ -122,7 +122,6 @@ class Library:
         kernels = [p for folder in ("", "cuda", "math") for p in (ROOT / "csrc" / folder).iterdir() if p.is_file()]
         self.functions = ctypes.CDLL(str(build(name, (f"{name}.cpp", "runtime.cpp"), kernels)))
         self.functions.emulation_report.restype = ctypes.c_char_p
-        self.functions.workspace_bytes.restype = ctypes.c_int64
 
     def call(self, name: str, device: Device, *arguments: object) -> None:
         """Run a launcher on ``device``; raise what it or the device reports."""

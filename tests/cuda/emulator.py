@@ -67,6 +67,7 @@ class Emulator:
 
     def __init__(self) -> None:
         self._library = Library("lstm_step")
+        self._library.functions.workspace_bytes.restype = ctypes.c_int64
 
     @staticmethod
     def _problem(grads: Tensor, state: Tensor, options: dict[str, object], precision: str) -> _Problem:

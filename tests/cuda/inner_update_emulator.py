@@ -44,6 +44,7 @@ class InnerUpdateEmulator:
 
     def __init__(self) -> None:
         self._library = Library("inner_update")
+        self._library.functions.workspace_bytes.restype = ctypes.c_int64
 
     def __call__(
         self,

@@ -380,7 +380,7 @@ def test_lanes_behind_the_last_coordinate_carry_no_meaning(
 
 def test_an_error_of_any_call_names_the_call(emulator: Emulator) -> None:
     problem = make_problem(5)
-    attribute = "cudaFuncSetAttribute(MaxDynamicSharedMemorySize) for lstm_step"
+    attribute = "cudaFuncSetAttribute(MaxDynamicSharedMemorySize)"
     forward_calls = [
         "cudaGetDevice",
         "cudaDeviceGetAttribute(MultiProcessorCount)",

@@ -19,6 +19,7 @@ import torch
 
 from metakern.ops import LSTMState, lstm_step_
 from tests.gpu.common import BACKENDS, with_bfloat16_state
+from tests.mlp_problems import Case as MlpProblem
 from tests.problems import evaluate, make_problem
 from tests.update_problems import make_update
 
@@ -79,6 +80,29 @@ class UpdateCase:
                 raise ArithmeticError(f"tensor {index} holds NaN")
 
 
+@dataclass(frozen=True)
+class MlpCase:
+    """Sizes, dtype and options of one call of mlp_inner_loop and mlp_meta_loss, both ways, with learned rates."""
+
+    widths: tuple[int, ...] = (3, 20, 5)
+    dtype: torch.dtype = torch.float32
+    activation: str = "tanh"
+    loss: str = "mse"
+    steps: int = 3
+    per_parameter: bool = False
+    checkpoint_every: int = 2
+
+    def run(self, backend: str, device: str) -> None:
+        """Raise unless adapted parameters, losses and meta-gradients are numbers."""
+        problem = MlpProblem(list(self.widths), 3, loss=self.loss, device=device)
+        lr = [torch.full(p.shape if self.per_parameter else (), 0.01, device=device) for p in problem.params]
+        options = {"steps": self.steps, "activation": self.activation, "checkpoint_every": self.checkpoint_every}
+        for call in (problem.meta, problem.adapt):
+            for index, x in enumerate(call(backend, self.dtype, lr, **options)):
+                if bool(x.cpu().isnan().any()):
+                    raise ArithmeticError(f"{call.__name__}: result {index} holds NaN")
+
+
 #: Sizes with kernels of their own in every precision and storage; those of the general kernel; every dtype; several
 #: blocks and chunks.
 CUDA_CASES = [
@@ -110,10 +134,19 @@ UPDATE_CASES = [
     UpdateCase("per tensor", resting=True),
 ]
 
-CASES: dict[str, list[Case | UpdateCase]] = {
-    "cuda": [*CUDA_CASES, *UPDATE_CASES],
+#: The last one's steps do not fit the shared memory that any device has.
+MLP_CASES = [
+    *(MlpCase(activation=activation) for activation in ("relu", "tanh", "sigmoid", "gelu")),
+    *(MlpCase(loss=loss) for loss in ("cross_entropy", "binary_cross_entropy_with_logits")),
+    *(MlpCase(dtype=dtype, per_parameter=True) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
+    MlpCase((1, 40, 40, 1), per_parameter=True),
+    MlpCase((20, 40, 10), torch.float64, "gelu", steps=20, checkpoint_every=20),
+]
+
+CASES: dict[str, list[Case | UpdateCase | MlpCase]] = {
+    "cuda": [*CUDA_CASES, *UPDATE_CASES, *MLP_CASES],
     "triton": [*TRITON_CASES, UPDATE_CASES[0]],
-    "reference": [*CUDA_CASES[:3], *TRITON_CASES, UPDATE_CASES[0]],
+    "reference": [*CUDA_CASES[:3], *TRITON_CASES, UPDATE_CASES[0], MLP_CASES[0]],
 }
 
 

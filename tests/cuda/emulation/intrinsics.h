@@ -40,11 +40,12 @@ inline void store_global(void* p, const Words& x) {
   std::memcpy(p, &x, sizeof(x));
 }
 
-inline double from_lane_xor(double x, int mask) {
+template <class S>
+inline S from_lane_xor(S x, int mask) {
   unsigned char value[64] = {};
   std::memcpy(value, &x, sizeof(x));
   emulation::warp_barrier(MK_SITE, value);
-  double y;
+  S y;
   std::memcpy(&y, emulation::lane_value(emulation::lane() ^ mask), sizeof(y));
   return y;
 }

@@ -174,7 +174,7 @@ def loss_tangent_pass(
         if LOSS == 0:
             result = 2 * weight * t
         elif LOSS == 1:
-            e, total, _ = shares(p, (o < outputs)[None, :])
+            e, total, largest = shares(p, (o < outputs)[None, :])
             share = e / total[:, None]
             result = weight * share * (t - tl.sum(share * t, axis=1)[:, None])
         else:

@@ -46,7 +46,7 @@ _NUMBERS = (
 @triton.jit
 def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
     """θ' = θ − α g; a tensor that is not adapted keeps its bits."""
-    table, layers, _ = net
+    table, layers, units = net
     rates, rate, rate_low = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -67,7 +67,7 @@ def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
 @triton.jit
 def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED: tl.constexpr):
     """The direction −α ⊙ adjoint of the Hessian's product, zero where nothing adapts; gradients of α are added up."""
-    table, layers, _ = net
+    table, layers, units = net
     rates, rate, rate_low = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -145,7 +145,7 @@ def gradient_phases(
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
     """``out`` (+)= factor · the gradient of the loss that the record is of."""
-    x, _, _, _, samples = data
+    x, samples = data[0], data[4]
     backward_pass(theta, record, samples, net, ACTIVATION, BS, BU)
     deltas = record + 3 * net[2] * samples
     gradient_pass(out, factor, x, deltas, record, record, samples, net, ADD, False, BS, BU)
@@ -158,7 +158,7 @@ def hessian_phases(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """adjoint += the Hessian of the loss times ``direction``."""
-    x, _, mask, factor, samples = data
+    x, y, mask, factor, samples = data
     last, top = (net[2] - outputs) * samples, (4 * net[2] - outputs) * samples
     tangent_forward_pass(theta, direction, x, record, tangents, samples, net, ACTIVATION, BS, BU)
     loss_tangent_pass(
@@ -218,7 +218,7 @@ def forward_step(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """The inner step ``step``, as number ``slot`` of its segment."""
-    thetas, gradients, records, _, _, _, params_size, record_size = scratch
+    thetas, gradients, records, direction, tangents, params_size, record_size = scratch
     now, gradient = thetas + slot * params_size, gradients + slot * params_size
     record = records + slot * record_size
     loss_phases(now, record, support, outputs, net, ACTIVATION, LOSS, MASKED, BS, BU, OP)
@@ -246,7 +246,7 @@ def backward_step(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """From the adjoint of the parameters after a step to that of those before it."""
-    thetas, gradients, records, direction, tangents, _, params_size, record_size = scratch
+    thetas, gradients, records, direction, tangents, params_size, record_size = scratch
     gradient = gradients + slot * params_size
     direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED)
     if second != 0:
@@ -283,7 +283,7 @@ def inner_loop_kernel(
     tangents = records + every * record_size
     query_record = tangents + record_size
     support_x = query_record + 4 * units * query_samples
-    scratch = (thetas, gradients, records, direction, tangents, query_record, params_size, record_size)
+    scratch = (thetas, gradients, records, direction, tangents, params_size, record_size)
     for index in range(tl.program_id(0), tasks, tl.num_programs(0)):
         task = tl.cast(index, tl.int64)
         adjoint = adjoints + task * flat

@@ -31,6 +31,9 @@ from metakern.triton.mlp_functions import activation, derivatives
 OFFSET, SIZE, INPUTS, UNITS, BEFORE, ADAPTED, SLOT, PER_PARAMETER, STEP = map(tl.constexpr, range(9))
 COLUMNS = tl.constexpr(9)
 
+#: Of a block of a product: the least that tl.dot takes, which needs the fewest registers.
+DEPTH = tl.constexpr(16)
+
 
 @triton.jit
 def entry(table, tensor, column: tl.constexpr):
@@ -57,11 +60,11 @@ def layer_input(x, h, layer, inputs, before, samples):
 
 @triton.jit
 def add_product(
-    total, a, a_row, a_column, rows, b, b_row, b_column, columns, depth, m, n, BLOCK: tl.constexpr
+    total, a, a_row, a_column, rows, b, b_row, b_column, columns, depth, m, n
 ):  # fmt: skip
     """``total`` + A B of rows ``m`` of A [rows, depth] and columns ``n`` of B [depth, columns], given by strides."""
-    for start in range(0, depth, BLOCK):
-        k = start + tl.arange(0, BLOCK)
+    for start in range(0, depth, DEPTH):
+        k = start + tl.arange(0, DEPTH)
         at_a = m[:, None] * a_row + k[None, :] * a_column
         at_b = k[:, None] * b_row + n[None, :] * b_column
         x = tl.load(a + at_a, mask=(m < rows)[:, None] & (k < depth)[None, :], other=0.0)
@@ -87,7 +90,7 @@ def forward_pass(
                 u = unit + tl.arange(0, BU)
                 z = tl.zeros([BS, BU], theta.dtype.element_ty)
                 z += tl.load(theta + bias + u, mask=u < units, other=0.0)[None, :]
-                z = add_product(z, below, inputs, 1, samples, theta + weight, 1, inputs, units, inputs, s, u, BU)
+                z = add_product(z, below, inputs, 1, samples, theta + weight, 1, inputs, units, inputs, s, u)
                 at = before * samples + s[:, None] * units + u[None, :]
                 inside = (s < samples)[:, None] & (u < units)[None, :]
                 tl.store(record + at, z, mask=inside)
@@ -105,18 +108,18 @@ def backward_pass(
     size = units_total * samples
     for done in range(1, layers):
         layer = layers - done
-        inputs, units, before, weight, _ = layer_sizes(table, layer)
+        inputs, units, before, weight, bias = layer_sizes(table, layer)
         delta = record + 3 * size + before * samples
         for first in range(0, samples, BS):
             s = first + tl.arange(0, BS)
             for unit in range(0, inputs, BU):
                 u = unit + tl.arange(0, BU)
                 e = tl.zeros([BS, BU], theta.dtype.element_ty)
-                e = add_product(e, delta, units, 1, samples, theta + weight, inputs, 1, inputs, units, s, u, BU)
+                e = add_product(e, delta, units, 1, samples, theta + weight, inputs, 1, inputs, units, s, u)
                 at = (before - inputs) * samples + s[:, None] * inputs + u[None, :]
                 inside = (s < samples)[:, None] & (u < inputs)[None, :]
                 z = tl.load(record + at, mask=inside, other=0.0)
-                slope, _ = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)
+                slope = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)[0]
                 tl.store(record + 2 * size + at, e, mask=inside)
                 tl.store(record + 3 * size + at, e * slope, mask=inside)
         tl.debug_barrier()
@@ -142,12 +145,12 @@ def gradient_pass(
             for start in range(0, inputs, BU):
                 i = start + tl.arange(0, BU)
                 g = tl.zeros([BU, BU], out.dtype.element_ty)
-                g = add_product(g, delta, 1, units, units, below, inputs, 1, inputs, samples, u, i, BS)
+                g = add_product(g, delta, 1, units, units, below, inputs, 1, inputs, samples, u, i)
                 if TANGENT:
                     moved = layer_input(tangents, tangents + size, layer, inputs, before, samples)
                     count = tl.where(layer > 0, samples, 0)  # the samples themselves do not move
                     own = record + 3 * size + before * samples
-                    g = add_product(g, own, 1, units, units, moved, inputs, 1, inputs, count, u, i, BS)
+                    g = add_product(g, own, 1, units, units, moved, inputs, 1, inputs, count, u, i)
                 at = out + weight + u[:, None] * inputs + i[None, :]
                 inside = (u < units)[:, None] & (i < inputs)[None, :]
                 g *= factor
@@ -185,12 +188,12 @@ def tangent_forward_pass(
                 u = unit + tl.arange(0, BU)
                 tz = tl.zeros([BS, BU], theta.dtype.element_ty)
                 tz += tl.load(direction + bias + u, mask=u < units, other=0.0)[None, :]
-                tz = add_product(tz, below, inputs, 1, samples, direction + weight, 1, inputs, units, inputs, s, u, BU)
-                tz = add_product(tz, moved, inputs, 1, samples, theta + weight, 1, inputs, units, depth, s, u, BU)
+                tz = add_product(tz, below, inputs, 1, samples, direction + weight, 1, inputs, units, inputs, s, u)
+                tz = add_product(tz, moved, inputs, 1, samples, theta + weight, 1, inputs, units, depth, s, u)
                 at = before * samples + s[:, None] * units + u[None, :]
                 inside = (s < samples)[:, None] & (u < units)[None, :]
                 z = tl.load(record + at, mask=inside, other=0.0)
-                slope, _ = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)
+                slope = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)[0]
                 tl.store(tangents + at, tz, mask=inside)
                 tl.store(tangents + size + at, tz * slope, mask=inside)
         tl.debug_barrier()
@@ -206,7 +209,7 @@ def tangent_backward_pass(
     size = units_total * samples
     for done in range(1, layers):
         layer = layers - done
-        inputs, units, before, weight, _ = layer_sizes(table, layer)
+        inputs, units, before, weight, bias = layer_sizes(table, layer)
         delta = 3 * size + before * samples
         for first in range(0, samples, BS):
             s = first + tl.arange(0, BS)
@@ -214,10 +217,10 @@ def tangent_backward_pass(
                 u = unit + tl.arange(0, BU)
                 te = tl.zeros([BS, BU], theta.dtype.element_ty)
                 te = add_product(
-                    te, tangents + delta, units, 1, samples, theta + weight, inputs, 1, inputs, units, s, u, BU
+                    te, tangents + delta, units, 1, samples, theta + weight, inputs, 1, inputs, units, s, u
                 )  # fmt: skip
                 te = add_product(
-                    te, record + delta, units, 1, samples, direction + weight, inputs, 1, inputs, units, s, u, BU
+                    te, record + delta, units, 1, samples, direction + weight, inputs, 1, inputs, units, s, u
                 )  # fmt: skip
                 at = (before - inputs) * samples + s[:, None] * inputs + u[None, :]
                 inside = (s < samples)[:, None] & (u < inputs)[None, :]

@@ -73,6 +73,7 @@ def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas,
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
         adapted, per = entry(table, tensor, ADAPTED) != 0, entry(table, tensor, PER_PARAMETER)
         slot = entry(table, tensor, SLOT) + step * entry(table, tensor, STEP)
+        own_rates = tl.where(adapted & (per != 0), size, 0)
         total = tl.zeros([BLOCK], adjoint.dtype.element_ty)
         for start in range(0, size, BLOCK):
             i = start + tl.arange(0, BLOCK)
@@ -81,14 +82,15 @@ def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas,
                 alpha = tl.load(rates + slot + i * per, mask=i < size, other=0.0).to(v.dtype)
                 product = v * tl.load(gradient + offset + i, mask=i < size, other=0.0)
                 total += product
-                own, at = (i < size) & adapted & (per != 0), grad_rates + slot + i
-                tl.store(at, tl.load(at, mask=own, other=0.0) - product, mask=own)
+                at = grad_rates + slot + i
+                tl.store(at, tl.load(at, mask=i < own_rates, other=0.0) - product, mask=i < own_rates)
             else:
                 alpha = scalar(rate, rate_low, v)
             tl.store(direction + offset + i, tl.where(adapted, -alpha * v, 0.0), mask=i < size)
         if RATED:
             whole = tl.sum(total, axis=0)
-            tl.store(grad_rates + slot, tl.load(grad_rates + slot) - whole, mask=adapted & (per == 0))
+            if adapted & (per == 0):
+                tl.store(grad_rates + slot, tl.load(grad_rates + slot) - whole)
             tl.debug_barrier()  # the next tensor may have the same rate
     tl.debug_barrier()
 
@@ -259,7 +261,7 @@ def backward_step(
 
 @triton.jit(do_not_specialize=_NUMBERS)
 def inner_loop_kernel(
-    x, y, mask, params, ends, query_x, query_y, query_mask, rates, second_order, step_weights,
+    x, y, mask, initial, ends, query_x, query_y, query_mask, rates, second_order, step_weights,
     losses, totals, checkpoints, adjoints, work, table,
     tasks, support_samples, query_samples, steps, every, layers, units, params_size, flat, inputs, outputs, work_size,
     rate, rate_low,
@@ -300,7 +302,7 @@ def inner_loop_kernel(
         if BACKWARD and not QUERY:
             gather(ends, task, adjoint, table, TENSORS, 0)
         else:
-            gather(params, task, thetas, table, TENSORS, SHARED)
+            gather(initial, task, thetas, table, TENSORS, SHARED)
         # There, the segments one after another; back, from the last, whose steps are still here, to the first.
         for visit in range(segments - 1 if BACKWARD and not QUERY else 0, 2 * segments - 1 if BACKWARD else segments):
             first = tl.where(visit < segments, visit, 2 * segments - 2 - visit) * every
@@ -333,6 +335,7 @@ def inner_loop_kernel(
                         support, outputs, net, alphas, ACTIVATION, LOSS, RATED, MASKED, BS, BU, OP,
                     )  # fmt: skip
         if QUERY:
+            tl.debug_barrier()
             tl.store(totals + task, add_losses(losses, step_weights, task, tasks, steps).to(totals.dtype.element_ty))
         elif not BACKWARD:
             scatter(thetas + (steps - (segments - 1) * every) * params_size, task, ends, table, TENSORS)

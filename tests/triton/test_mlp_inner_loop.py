@@ -15,7 +15,7 @@ from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop import ACTIVATIONS
 from metakern.reference.mlp_inner_loop import LOSSES
 from metakern.triton import mlp_inner_loop as triton_mlp
-from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
@@ -89,8 +89,7 @@ def test_parameters_that_do_not_adapt_receive_meta_gradients(device: torch.devic
     assert_same_bits("body", case.adapt("triton", **options)[0], case.params[0].expand(2, 5, 2))
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("every", [None, 2])
+@pytest.mark.parametrize(("loss", "every"), zip(LOSSES, (None, 2, 1), strict=True))
 def test_masks_weights_of_steps_and_checkpoints(loss: str, every: int | None, device: torch.device) -> None:
     case = make_case(device, [2, 5, 3], loss=loss)
     masks = [torch.rand(2, n, generator=case.generator) < 0.6 for n in (4, 3)]
@@ -98,7 +97,7 @@ def test_masks_weights_of_steps_and_checkpoints(loss: str, every: int | None, de
         mask[:, 1] = True
     options = {"steps": 3, "support_mask": masks[0].to(device), "query_mask": masks[1].to(device)}
     step_weights = [0.3, 0.0, 0.7]
-    assert_matches_reference(case, every is not None, checkpoint_every=every, step_weights=step_weights, **options)
+    assert_matches_reference(case, every == 2, checkpoint_every=every, step_weights=step_weights, **options)
 
 
 @pytest.mark.parametrize("own", [(0, 1, 2, 3), (1, 2)])
@@ -115,13 +114,14 @@ def test_half_precision_takes_float32_arithmetic(dtype: torch.dtype, device: tor
         x.copy_(x.to(dtype))
     lr = [torch.tensor(0.125, dtype=F64, device=device) for _ in case.params]
     options = {"steps": 2, "lr": lr, "checkpoint_every": 1}
-    for got, expected in (
-        (case.meta("triton", dtype, **options), case.meta("reference", **options)),
-        (case.adapt("triton", dtype, **options), case.adapt("reference", **options)),
+    for count, got, expected in (
+        (1, case.meta("triton", dtype, **options), case.meta("reference", **options)),
+        (4, case.adapt("triton", dtype, **options), case.adapt("reference", **options)),
     ):
         assert {x.dtype for x in got} == {dtype}
-        # The incoming gradient, a factor of each task, is rounded as well.
-        assert_equal(got, expected, 2 * GRADIENT_TOLERANCE[dtype])
+        assert_equal(got[:count], expected[:count], FORWARD_TOLERANCE[dtype])
+        # The incoming gradients are rounded as well, and the rates' gradients are sums of many.
+        assert_equal(got, expected, 4 * GRADIENT_TOLERANCE[dtype])
 
 
 def test_large_arguments_of_the_losses(device: torch.device) -> None:
@@ -140,11 +140,12 @@ def test_large_arguments_of_the_losses(device: torch.device) -> None:
 def test_bits_depend_on_no_graph_checkpoints_programs_or_other_tasks(
     device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    case = make_case(device, [3, 5, 2], 3)
+    case = make_case(device, [3, 2], 3)
     options = {"steps": 3, "step_weights": [0.1] * 3}
     expected = case.meta("triton", F32, **options)
     for every in (1, 2):
-        for index, (a, b) in enumerate(zip(case.meta("triton", F32, checkpoint_every=every, **options), expected)):
+        got = case.meta("triton", F32, checkpoint_every=every, **options)
+        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
             assert_same_bits(f"result {index} with checkpoint_every={every}", a, b)
     params, (support, query) = [p.float() for p in case.params], case.data(F32)
     sets = [[(x[tasks], y[tasks]) for x, y in (support, query)] for tasks in (slice(3), slice(2, 3))]

@@ -116,7 +116,7 @@ class _Loop:
         back = adjoints is not None and query is not None
         if back:
             checkpoints = self.empty(programs * self.segments * network.params)
-        size = self._work_size(queries)
+        size = self._work_size(queries, a.checkpoint_every if adjoints is not None else 1)
         work = self.empty(programs * size)
         losses = unused if query is None else self.empty(a.steps * network.tasks)
         rates = self.rates[0] if len(self.rates) == 1 else torch.cat(self.rates) if self.rates else unused
@@ -148,12 +148,11 @@ class _Loop:
             OP=triton.next_power_of_2(network.outputs),
         )
 
-    def _work_size(self, queries: int) -> int:
-        """Elements of a program's scratch: what lies there is listed in inner_loop_kernel."""
-        a, network, samples = self.arguments, self.network, self.support.x.shape[1]
-        every = a.checkpoint_every
-        size = (2 * every + 2) * network.params
-        size += 4 * network.units * ((every + 1) * samples + queries) + (samples + queries) * network.widths[0]
+    def _work_size(self, queries: int, span: int) -> int:
+        """Elements of a program's scratch, of which ``span`` steps stay; inner_loop_kernel lists what lies there."""
+        network, samples = self.network, self.support.x.shape[1]
+        size = (2 * span + 2) * network.params
+        size += 4 * network.units * ((span + 1) * samples + queries) + (samples + queries) * network.widths[0]
         # The kernels index what belongs to one task with 32 bits.
         most = max(size, self.segments * network.params, self.flat)
         check(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)

@@ -174,15 +174,15 @@ def hessian_phases(
 
 @triton.jit
 def begin_segment(
-    thetas, checkpoint, visit, segments, every, params_size,
+    thetas, checkpoint, visit, segments, last_size, params_size,
     QUERY: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
     """The parameters before its first step: those behind the segment before, or the ones that were kept."""
     if (visit >= segments) | (BACKWARD and not QUERY):
         copy(checkpoint, thetas, params_size)
     else:
-        if visit > 0:
-            copy(thetas + every * params_size, thetas, params_size)
+        if BACKWARD and visit > 0:
+            copy(thetas + last_size, thetas, params_size)
             tl.debug_barrier()
         if KEEP:
             copy(thetas, checkpoint, params_size)
@@ -220,12 +220,12 @@ def forward_step(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """The inner step ``step``, as number ``slot`` of its segment."""
-    thetas, gradients, records, direction, tangents, params_size, record_size = scratch
-    now, gradient = thetas + slot * params_size, gradients + slot * params_size
+    thetas, gradients, records, direction, tangents, theta_size, record_size = scratch
+    now, gradient = thetas + slot * theta_size, gradients + slot * theta_size
     record = records + slot * record_size
     loss_phases(now, record, support, outputs, net, ACTIVATION, LOSS, MASKED, BS, BU, OP)
     gradient_phases(now, record, gradient, 1.0, support, net, ACTIVATION, False, BS, BU)
-    update_phase(now, now + params_size, gradient, step, net, alphas, RATED)
+    update_phase(now, now + theta_size, gradient, step, net, alphas, RATED)
 
 
 @triton.jit
@@ -248,11 +248,11 @@ def backward_step(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """From the adjoint of the parameters after a step to that of those before it."""
-    thetas, gradients, records, direction, tangents, params_size, record_size = scratch
-    gradient = gradients + slot * params_size
+    thetas, gradients, records, direction, tangents, theta_size, record_size = scratch
+    gradient = gradients + slot * theta_size
     direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED)
     if second != 0:
-        theta, record = thetas + slot * params_size, records + slot * record_size
+        theta, record = thetas + slot * theta_size, records + slot * record_size
         hessian_phases(
             theta, direction, adjoint, record, tangents, support, outputs, net,
             ACTIVATION, LOSS, MASKED, BS, BU, OP,
@@ -277,15 +277,17 @@ def inner_loop_kernel(
     """
     net, alphas = (table, layers, units), (rates, rate, rate_low)
     segments = (steps + every - 1) // every
+    # The steps of a segment stay for the way back; without one, every step takes the place of the one before.
+    span, theta_size = (every, params_size) if BACKWARD else (1, 0)
     record_size = 4 * units * support_samples
     thetas = work + tl.program_id(0).to(tl.int64) * work_size
-    gradients = thetas + (every + 1) * params_size
-    direction = gradients + every * params_size
+    gradients = thetas + (span + 1) * params_size
+    direction = gradients + span * params_size
     records = direction + params_size
-    tangents = records + every * record_size
+    tangents = records + span * record_size
     query_record = tangents + record_size
     support_x = query_record + 4 * units * query_samples
-    scratch = (thetas, gradients, records, direction, tangents, params_size, record_size)
+    scratch = (thetas, gradients, records, direction, tangents, theta_size, record_size if BACKWARD else 0)
     for index in range(tl.program_id(0), tasks, tl.num_programs(0)):
         task = tl.cast(index, tl.int64)
         adjoint = adjoints + task * flat
@@ -308,7 +310,8 @@ def inner_loop_kernel(
             first = tl.where(visit < segments, visit, 2 * segments - 2 - visit) * every
             last = tl.minimum(first + every, steps)
             begin_segment(
-                thetas, kept + first // every * params_size, visit, segments, every, params_size, QUERY, BACKWARD, KEEP
+                thetas, kept + first // every * params_size, visit, segments, every * params_size, params_size,
+                QUERY, BACKWARD, KEEP,
             )  # fmt: skip
             for step in range(first, last):
                 forward_step(
@@ -317,7 +320,7 @@ def inner_loop_kernel(
                 )  # fmt: skip
                 if QUERY and not BACKWARD:
                     query_step(
-                        thetas + (step - first + 1) * params_size, query_record, adjoint,
+                        thetas + (step - first + 1) * theta_size, query_record, adjoint,
                         losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query, outputs, net,
                         ACTIVATION, LOSS, QUERY_MASKED, False, BS, BU, OP,
                     )  # fmt: skip
@@ -326,7 +329,7 @@ def inner_loop_kernel(
                     step = last - 1 - (done - first)
                     if QUERY:
                         query_step(
-                            thetas + (step - first + 1) * params_size, query_record, adjoint,
+                            thetas + (step - first + 1) * theta_size, query_record, adjoint,
                             losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query, outputs,
                             net, ACTIVATION, LOSS, QUERY_MASKED, True, BS, BU, OP,
                         )  # fmt: skip
@@ -338,7 +341,7 @@ def inner_loop_kernel(
             tl.debug_barrier()
             tl.store(totals + task, add_losses(losses, step_weights, task, tasks, steps).to(totals.dtype.element_ty))
         elif not BACKWARD:
-            scatter(thetas + (steps - (segments - 1) * every) * params_size, task, ends, table, TENSORS)
+            scatter(thetas, task, ends, table, TENSORS)
 
 
 # ------------------------------------------------------------------------------------------------- sums over the tasks

@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: SIM108
 """Device functions of lstm_step: activations, preprocessing, and one LSTM layer of a block of coordinates.
 
 Formulas (PyTorch's gate order): i, f, o = σ(a), g = tanh(a), a = W_ih x + b_ih + W_hh h + b_hh, c' = f c + i g,
@@ -16,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.triton.arithmetic import exp, log, sigmoid, tanh, to_arithmetic
+from metakern.triton.arithmetic import log, sigmoid, tanh, to_arithmetic
 
 # Keep in step with LOG_AND_CLIP_EPSILON in metakern/reference/lstm_step.py.
 _LOG_AND_CLIP_EPSILON = tl.constexpr(1.1920928955078125e-07)

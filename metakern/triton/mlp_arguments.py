@@ -22,6 +22,9 @@ MAX_LAYERS, TASK_LANES = 8, 16
 #: Steps, and units, inputs or samples of a task, at most.
 _MOST = 2**20
 
+#: Outputs at most: a program takes all of a sample's at once in the loss.
+MAX_OUTPUTS = 4096
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -90,6 +93,9 @@ class Network:
         check(params[0].dtype in _DTYPES, "params must be float32, float64, bfloat16 or float16")
         for index, p in enumerate(params):
             self._add(index, p, params[0])
+        check(
+            self.outputs <= MAX_OUTPUTS, "the last layer must have at most ", MAX_OUTPUTS, " units, got ", self.outputs
+        )
         self._check_rates(arguments)
 
     def _add(self, index: int, p: Tensor, first: Tensor) -> None:

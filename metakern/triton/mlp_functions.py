@@ -1,5 +1,4 @@
 # mypy: disable-error-code="no-untyped-def"
-# ruff: noqa: SIM108
 """Activations and losses of small MLPs with their first and second derivatives, over the samples of one task.
 
 Axis legend: S samples of the task, O outputs of the model; predictions are [S, O], with which everything here walks in
@@ -13,7 +12,6 @@ import triton
 import triton.language as tl
 
 from metakern.triton.arithmetic import exp, log, sigmoid, tanh, to_arithmetic
-
 
 #: Elements that a program takes at once where every element is for itself.
 BLOCK = tl.constexpr(512)
@@ -174,8 +172,8 @@ def loss_tangent_pass(
         if LOSS == 0:
             result = 2 * weight * t
         elif LOSS == 1:
-            e, total, largest = shares(p, (o < outputs)[None, :])
-            share = e / total[:, None]
+            share, total, _largest = shares(p, (o < outputs)[None, :])
+            share /= total[:, None]
             result = weight * share * (t - tl.sum(share * t, axis=1)[:, None])
         else:
             h = sigmoid(p)

@@ -1,7 +1,7 @@
 """mlp_inner_loop by Triton kernels: how they are cut and launched, and the operators.
 
-One launch runs whole inner loops, and the way back through them; meta-gradients take one or two more, which sum over the
-tasks in a fixed order. Nothing depends on the order in which programs run.
+One launch runs whole inner loops, and the way back through them; meta-gradients take one or two more, which sum over
+the tasks in a fixed order. Nothing depends on the order in which programs run.
 
 What is private in layout, the trajectory and the tasks' gradients, is [T, ...] in the arithmetic dtype, with zeros
 behind it up to the size that every implementation gives it. Results are of the params' dtype.
@@ -40,7 +40,7 @@ from metakern.triton.mlp_inner_loop_kernels import (
     shared_gradients_kernel,
 )
 
-#: Warps of a program, and the programs for each processor of a GPU: more tasks wait, so that scratch stays in the cache.
+#: Warps of a program, and programs for each processor of a GPU: other tasks wait, so that scratch stays in the cache.
 NUM_WARPS, PROGRAMS = 4, 4
 
 #: Programs where no GPU is there to ask.
@@ -163,33 +163,30 @@ def _gradients(
     network: Network, arguments: Arguments, values: Tensor, weights: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Of params and rates, summed over the tasks that share them, from adjoints [T, P + R] times their weights [T]."""
-    like, tasks = arguments.params[0], network.tasks
+    count = len(network.sizes)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*arguments.params, *arguments.lr)]
     sizes = [*network.sizes, *(rate.numel() for rate in arguments.lr)]
-    length = sum(sizes)
-    at, blocks = starts(sizes, like.device), triton.cdiv(length, SUM_COLUMNS)
-    weighted = {"WEIGHTED": weights is not None}
-    factors = values if weights is None else weights.contiguous()  # stands in for a tensor that is not read
-    own = sum(1 << i for i in range(len(network.sizes)) if not network.shared >> i & 1)
+    rows, length = network.tasks, sum(sizes)
+    blocks, config = triton.cdiv(length, SUM_COLUMNS), Config(0, NUM_WARPS)
+    targets: Any = (tuple(outs), starts(sizes, values.device))
+    # Where there are no weights, a tensor that is not read stands in.
+    rows_of: Any = (values, values if weights is None else weights.contiguous())
+    constants = {"WEIGHTED": weights is not None, "OUTS": len(outs), "BC": SUM_COLUMNS}
+    own = sum(1 << i for i in range(count) if not network.shared >> i & 1)
     shared = ((1 << len(outs)) - 1) & ~own
-    tensors = {"OUTS": len(outs), "BC": SUM_COLUMNS}
-    config = Config(0, NUM_WARPS)
     if own:
-        arguments_ = (values, factors, tuple(outs), at, length, blocks)
-        launch(own_gradients_kernel, tasks * blocks, config, *arguments_, **weighted, **tensors, CHOSEN=own)
-    if not shared:
-        return outs[: len(network.sizes)], outs[len(network.sizes) :]
-    if tasks > SUM_CHUNK:
-        chunks = triton.cdiv(tasks, SUM_CHUNK)
+        launch(own_gradients_kernel, rows * blocks, config, *rows_of, *targets, length, blocks, **constants, CHOSEN=own)
+    if shared and rows > SUM_CHUNK:
+        chunks = triton.cdiv(rows, SUM_CHUNK)
         sums = values.new_empty(chunks * length)
-        arguments_ = (values, factors, sums, tasks, SUM_CHUNK, length, blocks)
-        cut = {"BT": SUM_TASKS, "BC": SUM_COLUMNS}
-        launch(partial_sums_kernel, chunks * blocks, config, *arguments_, **weighted, **cut)
-        values, factors, tasks, weighted = sums, sums, chunks, {"WEIGHTED": False}
-    arguments_ = (values, factors, tuple(outs), at, tasks, length)
-    cut = {"BT": SUM_TASKS, "CHOSEN": shared}
-    launch(shared_gradients_kernel, blocks, config, *arguments_, **weighted, **tensors, **cut)
-    return outs[: len(network.sizes)], outs[len(network.sizes) :]
+        cut = {"WEIGHTED": weights is not None, "BT": SUM_TASKS, "BC": SUM_COLUMNS}
+        numbers = (rows, SUM_CHUNK, length, blocks)
+        launch(partial_sums_kernel, chunks * blocks, config, *rows_of, sums, *numbers, **cut)
+        rows_of, rows, constants["WEIGHTED"] = (sums, sums), chunks, False
+    if shared:
+        cut = {"CHOSEN": shared, "BT": SUM_TASKS}
+        launch(shared_gradients_kernel, blocks, config, *rows_of, *targets, rows, length, **constants, **cut)
+    return outs[:count], outs[count:]
 
 
 # -------------------------------------------------------------------------------------------------------- operators

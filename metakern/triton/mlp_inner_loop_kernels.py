@@ -2,8 +2,8 @@
 """Kernels of mlp_inner_loop: whole inner loops of one task after another by one program, and sums over the tasks.
 
 One launch takes all K steps and the way back through them. A program has scratch of its own in global memory, small
-enough for the cache; :mod:`metakern.triton.mlp_pass` says how its threads share it. Widths, numbers of samples and steps
-are no compile-time constants: a compiled kernel serves every network whose blocks are as large.
+enough for the cache; :mod:`metakern.triton.mlp_pass` says how its threads share it. Widths, numbers of samples and of
+steps are no compile-time constants: a compiled kernel serves every network of as many layers and as large blocks.
 
 Axis legend: T tasks; S support and Q query samples of a task; K inner steps; P parameters of a task, R rates that
 receive gradients; U units of all layers. A segment is the steps between two parameters that are kept. Arguments that
@@ -46,7 +46,7 @@ _NUMBERS = (
 @triton.jit
 def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
     """θ' = θ − α g; a tensor that is not adapted keeps its bits."""
-    table, layers, units = net
+    table, layers, _units = net
     rates, rate, rate_low = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -67,7 +67,7 @@ def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
 @triton.jit
 def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED: tl.constexpr):
     """The direction −α ⊙ adjoint of the Hessian's product, zero where nothing adapts; gradients of α are added up."""
-    table, layers, units = net
+    table, layers, _units = net
     rates, rate, rate_low = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -159,8 +159,8 @@ def hessian_phases(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """adjoint += the Hessian of the loss times ``direction``."""
-    x, y, mask, factor, samples = data
+    """Adds to ``adjoint`` the Hessian of the loss times ``direction``."""
+    x, _y, mask, factor, samples = data
     last, top = (net[2] - outputs) * samples, (4 * net[2] - outputs) * samples
     tangent_forward_pass(theta, direction, x, record, tangents, samples, net, ACTIVATION, BS, BU)
     loss_tangent_pass(
@@ -220,7 +220,7 @@ def forward_step(
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """The inner step ``step``, as number ``slot`` of its segment."""
-    thetas, gradients, records, direction, tangents, theta_size, record_size = scratch
+    thetas, gradients, records, _direction, _tangents, theta_size, record_size = scratch
     now, gradient = thetas + slot * theta_size, gradients + slot * theta_size
     record = records + slot * record_size
     loss_phases(now, record, support, outputs, net, ACTIVATION, LOSS, MASKED, BS, BU, OP)
@@ -321,8 +321,8 @@ def inner_loop_kernel(
                 if QUERY and not BACKWARD:
                     query_step(
                         thetas + (step - first + 1) * theta_size, query_record, adjoint,
-                        losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query, outputs, net,
-                        ACTIVATION, LOSS, QUERY_MASKED, False, BS, BU, OP,
+                        losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query,
+                        outputs, net, ACTIVATION, LOSS, QUERY_MASKED, False, BS, BU, OP,
                     )  # fmt: skip
             if BACKWARD:
                 for done in range(first, tl.where(visit >= segments - 1, last, first)):
@@ -330,8 +330,8 @@ def inner_loop_kernel(
                     if QUERY:
                         query_step(
                             thetas + (step - first + 1) * theta_size, query_record, adjoint,
-                            losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query, outputs,
-                            net, ACTIVATION, LOSS, QUERY_MASKED, True, BS, BU, OP,
+                            losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query,
+                            outputs, net, ACTIVATION, LOSS, QUERY_MASKED, True, BS, BU, OP,
                         )  # fmt: skip
                     backward_step(
                         step, step - first, tl.load(second_order + step), adjoint, adjoint + params_size, scratch,

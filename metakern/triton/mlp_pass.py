@@ -9,13 +9,13 @@ activation, h after it, the gradients e by h and δ by z, in each [S, units] of 
 are a record of their derivatives.
 
 Everything lies in global memory, in the cache, and threads read there what other threads of the program wrote:
-``tl.debug_barrier()`` stands between. It becomes ``ttg.barrier all``, then ``bar.sync 0`` (``__syncthreads``), which
-makes every thread's accesses of shared and of global memory before it visible to all threads of the block after it.
-The compiler itself places barriers for shared memory alone (triton-lang/triton issues 9887 and 10924: a store and a load
-of the same address without one are a race), and moves no load across a barrier or a store: neither states what memory it
-touches, so that the hoisting of loop invariants and of common subexpressions keeps off. Two rules follow. Every function
-here ends in a barrier once it has written. And a value that is read, changed and written back to the same address is not
-used again in that phase: where a layout gives an element to several threads, one stores and another may load after that.
+``tl.debug_barrier()`` stands between. It becomes ``ttg.barrier all``, then ``bar.sync 0``, CUDA's ``__syncthreads``:
+accesses of shared and global memory before it are visible after it to all threads of the block. Of itself the compiler
+places barriers for shared memory alone: a store and a load of one global address without one are a race (triton-lang
+issues 9887 and 10924). It moves no load across a barrier, not even out of a loop that has nothing else in it, nor
+across a store (looked up in the PTX of Triton 3.6 and 3.9). Two rules follow. Every function here ends in a barrier
+once it has written. And what is read, changed and written back to one address is not used again in that phase: where
+a layout gives an element to several threads, one of them stores, and another may load after that.
 
 Products of BS samples by BU units are float32 sums of float32 products, or float64.
 """
@@ -108,7 +108,7 @@ def backward_pass(
     size = units_total * samples
     for done in range(1, layers):
         layer = layers - done
-        inputs, units, before, weight, bias = layer_sizes(table, layer)
+        inputs, units, before, weight, _bias = layer_sizes(table, layer)
         delta = record + 3 * size + before * samples
         for first in range(0, samples, BS):
             s = first + tl.arange(0, BS)
@@ -209,7 +209,7 @@ def tangent_backward_pass(
     size = units_total * samples
     for done in range(1, layers):
         layer = layers - done
-        inputs, units, before, weight, bias = layer_sizes(table, layer)
+        inputs, units, before, weight, _bias = layer_sizes(table, layer)
         delta = 3 * size + before * samples
         for first in range(0, samples, BS):
             s = first + tl.arange(0, BS)

@@ -15,8 +15,10 @@ from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop import ACTIVATIONS
 from metakern.reference.mlp_inner_loop import LOSSES
 from metakern.triton import mlp_inner_loop as triton_mlp
+from metakern.triton.launch import is_interpreted
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
+from tests.triton.memory_model import Watch
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
@@ -156,6 +158,33 @@ def test_bits_depend_on_no_graph_checkpoints_programs_or_other_tasks(
     monkeypatch.setattr(triton_mlp, "_most_programs", lambda _: 1)
     for index, (a, b) in enumerate(zip(case.meta("triton", F32, **options), expected, strict=True)):
         assert_same_bits(f"result {index} of one program", a, b)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="the interpreter is what is watched")
+@pytest.mark.parametrize("call", ["meta", "losses", "adapt"])
+def test_barriers_order_every_access_and_none_is_out_of_bounds(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([3, 18, 17, 2], 3, 17, 2, own=True)
+    case.params[1] = case.params[1][0]
+    rates = [torch.full((2, *p.shape[-2 + i % 2 :]) if i % 3 else (2,), 0.1, dtype=F64) for i, p in enumerate(case.params)]
+    options = {"steps": 2, "per_step": True, "lr": rates, "activation": "gelu", "checkpoint_every": 1}
+    options["support_mask"] = torch.arange(17).remainder(3).ne(0).expand(3, 17)
+    watch = Watch(monkeypatch, triton_mlp)
+    if call == "losses":
+        with torch.no_grad():
+            mlp_meta_loss(case.params, case.support, case.query, **options, step_weights=[0.5, 0.5], backend="triton")
+    else:
+        getattr(case, call)("triton", **options)
+    assert watch.accesses > 1000
+    assert watch.phases > 30
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="the interpreter is what is watched")
+def test_a_missing_barrier_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, triton_mlp)
+    monkeypatch.setattr(Watch, "_new_phase", lambda _: None)
+    with pytest.raises(Exception, match="the same phase has"):
+        Case([3, 5, 2], 1).adapt("triton", steps=1)
+    assert watch.accesses
 
 
 @pytest.mark.parametrize("where", ["support", "query", "params"])

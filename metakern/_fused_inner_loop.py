@@ -23,7 +23,7 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._mlp import Mlp, Unserved, check_data, check_size, find_loss, find_mlp
-from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
+from metakern.ops.mlp_inner_loop import UNSERVED, mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
@@ -116,14 +116,11 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
-    if torch.is_autocast_enabled("cpu"):
-        raise Unserved("autocast is on")
     mlp, loss = find_mlp(options.model), find_loss(options.loss)
-    reason = _backend.missing("cpp" if name == "auto" else name, mlp.params[0].device)
-    if name not in ("auto", "cpp"):
-        reason = reason or "it has no fused inner loop yet"
-    if reason:
-        raise Unserved(reason)
+    device = mlp.params[0].device
+    if torch.is_autocast_enabled(device.type):
+        raise Unserved("autocast is on")
+    serves = _serving(name, device)
     if options.parameters is None and not is_transformed():
         names = [name for name, p in zip(mlp.names, mlp.params, strict=True) if name and p.requires_grad]
     else:
@@ -145,9 +142,20 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
             "checkpoint_every": options.checkpoint_every,
-            "backend": "cpp",
+            "backend": serves,
         },
     )
+
+
+def _serving(name: str, device: torch.device) -> str:
+    """The backend whose kernels serve, of those that ``name`` stands for."""
+    reasons = []
+    for candidate in _backend.PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
+        reason = UNSERVED.get(candidate) or _backend.missing(candidate, device)
+        if not reason:
+            return candidate
+        reasons.append(reason)
+    raise Unserved("; ".join(reasons))
 
 
 def _untransformed() -> str:

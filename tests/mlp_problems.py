@@ -49,7 +49,7 @@ class Case:
         rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
         support, query = self.data(dtype)
         losses = mlp_meta_loss(params, support, query, lr=rates, loss=self.loss, backend=backend, **options)
-        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=dtype)
+        weights = torch.linspace(0.5, 1.5, losses.numel(), dtype=dtype, device=losses.device)
         leaves = [*params, *(rates if isinstance(rates, list) else [])]
         return [losses, *torch.autograd.grad((losses * weights).sum(), leaves)]
 
@@ -59,7 +59,8 @@ class Case:
         rates = [r.detach().to(dtype, copy=True).requires_grad_() for r in lr] if isinstance(lr, list) else lr
         (x, y), _ = self.data(dtype)
         results = mlp_inner_loop(params, x, y, lr=rates, loss=self.loss, backend=backend, **options)
-        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=dtype).view(r.shape)).sum() for r in results)
+        factors = [torch.linspace(-1, 1, r.numel(), dtype=dtype, device=r.device).view(r.shape) for r in results]
+        total = sum((r * factor).sum() for r, factor in zip(results, factors, strict=True))
         leaves = [*params, *(rates if isinstance(rates, list) else [])]
         return [*results, *torch.autograd.grad(total, leaves)]
 

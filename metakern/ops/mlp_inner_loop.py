@@ -9,6 +9,7 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps, I 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
-from metakern._memo import memoized
+from metakern._memo import memoized, once
 from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
@@ -29,7 +30,8 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 #: Bytes of a task on the CPU, parameters three times and activations eight times: they must stay in the cache.
 MAX_TASK_BYTES = 2**24
 
-_UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
+#: Backends without kernels, and what is said of them.
+UNSERVED = {"cuda": "mlp_inner_loop has no kernels for this backend yet"}
 
 
 @memoized
@@ -68,10 +70,11 @@ def mlp_inner_loop(
     ``checkpoint_every``-th step are kept, and the steps are computed again from them.
 
     Args:
-        params: weight and bias of every layer in turn, float32 or float64: [O, I] and [O], which all tasks start from,
-            or [T, O, I] and [T, O]
+        params: weight and bias of every layer in turn: [O, I] and [O], which all tasks start from, or [T, O, I] and
+            [T, O]; float32 or float64, on a GPU also bfloat16 and float16, with float32 arithmetic
         support_x: [T, S, I]
-        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``
+        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``; on a GPU a label that names no output
+            makes its task's results NaN
         lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
             shape; with ``per_step`` tensors have one more leading axis [K]
         steps: K
@@ -82,7 +85,7 @@ def mlp_inner_loop(
         first_order: take the steps' gradients as constants; or one bool a step
         support_mask: bool [T, S], False at samples that do not count
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
     Returns:
         new parameters, [T, O, I] and [T, O] in turn
@@ -92,13 +95,12 @@ def mlp_inner_loop(
         RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
     """
     problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
-    serves = _backend.resolve(backend, support_x.device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    serves = _backend.resolve(backend, support_x.device, UNSERVED)
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
-    assert _compiled is not None
     support = support_x, support_y, support_mask
-    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support)
+    return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -146,7 +148,7 @@ def mlp_meta_loss(
     """
     problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps)
     weights = _weights(step_weights, steps)
-    serves = _backend.resolve(backend, support[0].device, {"cuda": _UNSERVED, "triton": _UNSERVED})
+    serves = _backend.resolve(backend, support[0].device, UNSERVED)
     if serves == "reference":
         trajectory = _reference(problem, params, *support, support_mask, lr, activation, loss)
         total: Any = 0.0
@@ -155,9 +157,8 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
-    assert _compiled is not None
     sets = (*support, support_mask), (*query, query_mask)
-    return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
+    return meta_loss_call(_operators(serves), problem, params, _rate_tensors(lr), *sets, weights)
 
 
 def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
@@ -257,3 +258,25 @@ def _checked(
 
 
 _compiled = Operators("") if _backend.is_compiled() else None
+
+
+@once
+def triton_operators() -> Operators:
+    """Triton's operators with their formulas; defined at the first call."""
+    importlib.import_module("metakern.triton.mlp_inner_loop")
+    return Operators("_triton")
+
+
+def _operators(backend: str) -> Operators:
+    operators = triton_operators() if backend == "triton" else _compiled
+    assert operators is not None
+    return operators
+
+
+def prepare(backend: str | None) -> None:
+    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    if _backend.prefers_triton(backend):
+        triton_operators()
+
+
+prepare(None)

@@ -329,8 +329,10 @@ class _Backward(torch.autograd.Function):
 # --------------------------------------------------------------------------------------------- tracing and compiling
 
 
-def _padded(num_tasks: int) -> int:
-    return (num_tasks + _TASK_LANES - 1) // _TASK_LANES * _TASK_LANES
+def _private(params: Sequence[Tensor], num_tasks: int, elements: int) -> Tensor:
+    """What the operators alone read: ``elements`` for every task, in the dtype of the arithmetic."""
+    dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
+    return params[0].new_empty((num_tasks + _TASK_LANES - 1) // _TASK_LANES * _TASK_LANES * elements, dtype=dtype)
 
 
 def _task_elements(params: Sequence[Tensor]) -> int:
@@ -342,7 +344,7 @@ def _fake(params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int
     num_tasks = x.shape[0]
     results = [p.new_empty((num_tasks, *p.shape[(-2 if i % 2 == 0 else -1) :])) for i, p in enumerate(params)]
     kept = -(-steps // every) * _task_elements(params) if keep else 0
-    return results, params[0].new_empty(_padded(num_tasks) * kept)
+    return results, _private(params, num_tasks, kept)
 
 
 def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *_: Any) -> Any:
@@ -352,7 +354,7 @@ def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: A
 def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
     lr, with_grads = rest[5], rest[-1]
     flat = _task_elements(params) + sum(r.numel() for r in lr) if with_grads else 0
-    return x.new_empty(x.shape[0]), params[0].new_empty(_padded(x.shape[0]) * flat)
+    return x.new_empty(x.shape[0]), _private(params, x.shape[0], flat)
 
 
 def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:

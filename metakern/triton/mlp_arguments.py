@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: As in metakern/ops/mlp_inner_loop.py and csrc/mlp_inner_loop.h; the operators pad results by TASK_LANES.
+#: Keep in step with csrc/mlp_inner_loop.h; what the operators alone read is padded by TASK_LANES.
 MAX_LAYERS, TASK_LANES = 8, 16
 
 #: Steps, and units, inputs or samples of a task, at most.

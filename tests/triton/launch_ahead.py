@@ -21,7 +21,7 @@ from triton.runtime import JITFunction
 from metakern import _backend
 from metakern.ops.lstm_step import triton_operators
 from metakern.triton import mlp_inner_loop_kernels
-from tests.ops.test_mlp_inner_loop import Case
+from tests.mlp_problems import Case
 from tests.problems import make_problem
 from tests.triton.compile_ahead import cubin_facts
 from tests.triton.evaluation import backward, forward

@@ -17,8 +17,8 @@ from triton.runtime import interpreter
 class Watch:
     """Fails at an access out of a launch's tensors, and where two threads or two programs could race.
 
-    Between two barriers nothing is loaded or stored that was stored, and nothing stored that was loaded, but by the same
-    operation's addresses: a value that is read, changed and written back.
+    Between two barriers nothing is loaded or stored that was stored. Nothing is stored that was loaded either, but at the
+    addresses of one load: a value that is read, changed and written back.
 
     Attributes:
         accesses: operations that were watched

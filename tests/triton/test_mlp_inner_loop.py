@@ -5,20 +5,26 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
-from metakern.ops.mlp_inner_loop import ACTIVATIONS
+from metakern.ops.mlp_inner_loop import ACTIVATIONS, triton_operators
 from metakern.reference.mlp_inner_loop import LOSSES
 from metakern.triton import mlp_inner_loop as triton_mlp
 from metakern.triton.launch import is_interpreted
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.ops.test_mlp_inner_loop import F64, Case, assert_equal
+from tests.inner_loops import mlp, regression
+from tests.mlp_problems import F64, Case, assert_equal
 from tests.triton.memory_model import Watch
+
+triton_operators()
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 
@@ -165,7 +171,9 @@ def test_bits_depend_on_no_graph_checkpoints_programs_or_other_tasks(
 def test_barriers_order_every_access_and_none_is_out_of_bounds(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case([3, 18, 17, 2], 3, 17, 2, own=True)
     case.params[1] = case.params[1][0]
-    rates = [torch.full((2, *p.shape[-2 + i % 2 :]) if i % 3 else (2,), 0.1, dtype=F64) for i, p in enumerate(case.params)]
+    rates = [
+        torch.full((2, *p.shape[-2 + i % 2 :]) if i % 3 else (2,), 0.1, dtype=F64) for i, p in enumerate(case.params)
+    ]
     options = {"steps": 2, "per_step": True, "lr": rates, "activation": "gelu", "checkpoint_every": 1}
     options["support_mask"] = torch.arange(17).remainder(3).ne(0).expand(3, 17)
     watch = Watch(monkeypatch, triton_mlp)
@@ -288,6 +296,35 @@ def test_torch_compile(device: torch.device) -> None:
     results = [losses, *torch.autograd.grad(total, params)]
     for index, (a, b) in enumerate(zip(results, expected, strict=True)):
         assert_same_bits(f"result {index}", a, b)
+
+
+def test_vmap_and_grad_of_torch_func(device: torch.device) -> None:
+    case = make_case(device, [2, 3, 1])
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device)
+
+    def loss(scale: Tensor, backend: str) -> Tensor:
+        params = [scale * p for p in case.params]
+        return mlp_meta_loss(params, case.support, case.query, lr=0.1, steps=1, backend=backend).sum()
+
+    got, expected = (
+        torch.func.vmap(torch.func.grad(functools.partial(loss, backend=backend)))(scales)
+        for backend in ("triton", "reference")
+    )
+    assert_close("gradient", got, expected, 1e-10)
+
+
+def test_adapt_and_meta_loss_take_the_kernels(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+    model = mlp(3, 4, 2).to(device)
+    episode = regression(2, 4, 3, 3, 2)
+    sets = [tuple(x.to(device) for x in part) for part in (episode.support, episode.query)]
+    results = []
+    for backend in ("triton", "reference"):
+        losses = metakern.meta_loss(model, *sets, steps=1, lr=0.1, loss=F.mse_loss, backend=backend, explain=True)
+        with torch.no_grad():
+            adapted = metakern.adapt(model, sets[0], steps=1, lr=0.1, loss=F.mse_loss, backend=backend)
+        results.append([losses, *adapted.values(), *torch.autograd.grad(losses.sum(), list(model.parameters()))])
+    assert_equal(*results, 1e-10)
+    assert "fused inner loop" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("call", [mlp_inner_loop, mlp_meta_loss])

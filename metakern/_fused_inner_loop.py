@@ -120,12 +120,7 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
     device = mlp.params[0].device
     if torch.is_autocast_enabled(device.type):
         raise Unserved("autocast is on")
-    serves = ("cuda" if device.type == "cuda" else "cpp") if name == "auto" else name
-    reason = _backend.missing(serves, device)
-    if serves not in ("cpp", "cuda"):
-        reason = reason or "it has no fused inner loop yet"
-    if reason:
-        raise Unserved(reason)
+    serves = _serving(name, device)
     if options.parameters is None and not is_transformed():
         names = [name for name, p in zip(mlp.names, mlp.params, strict=True) if name and p.requires_grad]
     else:
@@ -150,6 +145,17 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "backend": serves,
         },
     )
+
+
+def _serving(name: str, device: torch.device) -> str:
+    """The backend whose kernels serve, of those that ``name`` stands for."""
+    reasons = []
+    for candidate in _backend.PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
+        reason = _backend.missing(candidate, device)
+        if not reason:
+            return candidate
+        reasons.append(reason)
+    raise Unserved("; ".join(reasons))
 
 
 def _untransformed() -> str:

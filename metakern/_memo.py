@@ -20,3 +20,19 @@ def memoized(function: Function) -> Function:
         return function(*args) if torch.compiler.is_compiling() else remembered(*args)
 
     return call  # type: ignore[return-value]
+
+
+def once(function: Function) -> Function:
+    """Remember what a function without arguments returned; torch.compile finds it there and calls nothing.
+
+    It would look through functools.cache, and call the function that imports what it cannot trace.
+    """
+    returned: list[Any] = []
+
+    @functools.wraps(function)
+    def call() -> Any:
+        if not returned:
+            returned.append(function())
+        return returned[0]
+
+    return call  # type: ignore[return-value]

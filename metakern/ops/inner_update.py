@@ -7,7 +7,6 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 
 from __future__ import annotations
 
-import functools
 import importlib
 import math
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
+from metakern._memo import once
 from metakern.ops.inner_update_autograd import (
     Operators,
     Options,
@@ -243,7 +243,7 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
 _compiled = Operators("inner_update") if _backend.is_compiled() else None
 
 
-@functools.cache
+@once
 def triton_operators() -> Operators:
     """Triton's operator with its formulas; defined at the first call."""
     importlib.import_module("metakern.triton.inner_update")

@@ -7,7 +7,6 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
-import functools
 import importlib
 import itertools
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
+from metakern._memo import once
 from metakern.ops.lstm_state import LAYOUT, MAX_HIDDEN, MAX_LAYERS, LSTMState, check_layout, pack_state, unpack_state
 from metakern.ops.lstm_step_autograd import Operators, Options, call
 from metakern.reference import lstm_step as reference
@@ -332,7 +332,7 @@ def _check_weights(
 _compiled = Operators("lstm_step") if _backend.is_compiled() else None
 
 
-@functools.cache
+@once
 def triton_operators() -> Operators:
     """Triton's operators with their formulas; defined at the first call."""
     importlib.import_module("metakern.triton.lstm_step")

@@ -9,6 +9,7 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps, I 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from metakern import _backend
-from metakern._memo import memoized
+from metakern._memo import memoized, once
 from metakern.ops.inner_update_autograd import is_transformed
 from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
@@ -32,8 +33,6 @@ MAX_TASK_BYTES = 2**24
 
 #: Keep in step with csrc/cuda/mlp_inner_loop.h.
 MAX_CUDA_STEPS = 256
-
-_UNSERVED = "mlp_inner_loop has no kernels for this backend yet"
 
 
 @memoized
@@ -122,7 +121,8 @@ def mlp_inner_loop(
         params: weight and bias of every layer in turn, float32 or float64, on a GPU also bfloat16 or float16, whose
             arithmetic is float32: [O, I] and [O], which all tasks start from, or [T, O, I] and [T, O]
         support_x: [T, S, I]
-        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``
+        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``; on a GPU a label that names no output
+            makes its task's results NaN
         lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
             shape; with ``per_step`` tensors have one more leading axis [K]
         steps: K
@@ -133,7 +133,7 @@ def mlp_inner_loop(
         first_order: take the steps' gradients as constants; or one bool a step
         support_mask: bool [T, S], False at samples that do not count
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
-        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
     Returns:
         new parameters, [T, O, I] and [T, O] in turn
@@ -149,9 +149,8 @@ def mlp_inner_loop(
         return trajectory[-1]
     if serves == "cuda" and loss == "cross_entropy":
         _check_labels("support", support_y, params)
-    assert _compiled is not None
     support = support_x, support_y, support_mask
-    return adapt_call(_compiled, problem, params, _rate_tensors(lr), support)
+    return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -212,16 +211,15 @@ def mlp_meta_loss(
     if serves == "cuda" and loss == "cross_entropy":
         _check_labels("support", support[1], params)
         _check_labels("query", query[1], params)
-    assert _compiled is not None
     sets = (*support, support_mask), (*query, query_mask)
-    return meta_loss_call(_compiled, problem, params, _rate_tensors(lr), *sets, weights)
+    return meta_loss_call(_operators(serves), problem, params, _rate_tensors(lr), *sets, weights)
 
 
 def _reasons(
     params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str, loss: str
 ) -> dict[str, str]:
     """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
-    reasons = {"triton": _UNSERVED}
+    reasons = {}
     queries = x if query_x is None else query_x
     if x.device.type == "cuda" and x.dim() == queries.dim() == 3 and all(p.dim() for p in params):
         widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
@@ -344,3 +342,25 @@ def _checked(
 
 
 _compiled = Operators("") if _backend.is_compiled() else None
+
+
+@once
+def triton_operators() -> Operators:
+    """Triton's operators with their formulas; defined at the first call."""
+    importlib.import_module("metakern.triton.mlp_inner_loop")
+    return Operators("_triton")
+
+
+def _operators(backend: str) -> Operators:
+    operators = triton_operators() if backend == "triton" else _compiled
+    assert operators is not None
+    return operators
+
+
+def prepare(backend: str | None) -> None:
+    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    if _backend.prefers_triton(backend):
+        triton_operators()
+
+
+prepare(None)

@@ -15,7 +15,7 @@ from metakern.triton.arithmetic import scalar, to_arithmetic
 
 @triton.jit
 def update_kernel(
-    params, grads, rates, updated, coefficients, active,
+    old_params, grads, rates, updated, coefficients, active,
     row, blocks, task_size, rate_period, rate, rate_low,
     RATE: tl.constexpr, CLIP: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -25,7 +25,7 @@ def update_kernel(
     lanes = program % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = lanes < row
     at = first + lanes
-    theta = tl.load(params + at, mask=valid, other=0.0)
+    theta = tl.load(old_params + at, mask=valid, other=0.0)
     g = to_arithmetic(tl.load(grads + at, mask=valid, other=0.0))
     if CLIP:
         g *= tl.load(coefficients + first // task_size).to(g.dtype)

@@ -26,7 +26,7 @@ from metakern.triton.arithmetic import scalar, to_arithmetic
 
 @triton.jit
 def forward_kernel(
-    params, grads, state, new_params, new_state,
+    old_params, grads, state, new_params, new_state,
     w_ih_0, w_hh_0, b_ih_0, b_hh_0, w_ih_1, w_hh_1, b_ih_1, b_hh_1, w_ih_2, w_hh_2, b_ih_2, b_hh_2, head_w, head_b,
     n, p, p_low, exp_p, exp_p_low, exp_neg_p, exp_neg_p_low, output_scale, output_scale_low,
     PREPROCESS: tl.constexpr, H: tl.constexpr, L: tl.constexpr, HP: tl.constexpr, PRECISION: tl.constexpr,
@@ -65,7 +65,7 @@ def forward_kernel(
         _store_layer(new_state, lanes, valid, inside, 4 * H, h, c, H, HP, TILE, IN_PLACE)
     if DEPTH == L:
         out = tl.sum(h * cell.load_vector(head_w, 0, H, HP)[None, :], axis=1) + tl.load(head_b)
-        theta = to_arithmetic(tl.load(params + coordinates, mask=valid, other=0.0))
+        theta = to_arithmetic(tl.load(old_params + coordinates, mask=valid, other=0.0))
         theta += scalar(output_scale, output_scale_low, g) * out
         tl.store(new_params + coordinates, theta.to(new_params.dtype.element_ty), mask=valid)
 

@@ -24,7 +24,7 @@ from metakern.triton.inner_update import MAX_BLOCK, NUM_WARPS
 from metakern.triton.launch import Config
 from metakern.triton.lstm_step import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS
 
-IN_PARAMS_DTYPE = ("params", "grads", "new_params", "grad_new_params", "grad_grads", "rates", "updated")
+IN_PARAMS_DTYPE = ("old_params", "grads", "new_params", "grad_new_params", "grad_grads", "rates", "updated")
 IN_STATE_DTYPE = ("state", "new_state", "grad_state", "grad_new_state")
 IN_FLOAT64 = ("sums", "coefficients")
 INTEGERS = ("n", "blocks", "blocks_per_chunk", "row_length", "chunks", "row", "task_size", "rate_period")
@@ -34,10 +34,7 @@ NUMBERS = ("p", "rate", "rate_low")
 def compile_kernel(
     kernel: Any, arch: int, config: Config, params: str, state: str, constants: dict[str, Any]
 ) -> dict[str, Any]:
-    """Registers, stack bytes a thread, cubin size and roundings to TF32 of one kernel.
-
-    Pointers are aligned as those of tensors are.
-    """
+    """:func:`cubin_facts` of one kernel; pointers are aligned as those of tensors are."""
     work = "fp64" if state == "fp64" else "fp32"
     signature = {}
     for name in kernel.arg_names:
@@ -61,7 +58,11 @@ def compile_kernel(
     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
     source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     options = {"num_warps": config.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm
+    return cubin_facts(triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options).asm)
+
+
+def cubin_facts(compiled: Any) -> dict[str, int]:
+    """Registers, stack bytes a thread, cubin size and roundings to TF32 of one compiled kernel."""
     cubin, roundings = compiled["cubin"], len(re.findall(r"and\.b32 .*, -8192;", compiled["ptx"]))
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -57,3 +57,26 @@ def interpreter_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interpreter, "_convert_float", nearest)
     monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", bfloat16_dot)
     monkeypatch.setattr(triton_lstm_step, "SUM_WEIGHTS", 8192)
+
+
+@pytest.fixture
+def quick_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For kernels of many device functions: Triton's module, which a kernel's start changes, is left so by its calls.
+
+    32-bit indices are not checked for an overflow either; a problem as small as a test's has none.
+    """
+    if not is_interpreted():
+        return
+    from triton.runtime import interpreter
+
+    started: set[Any] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__.startswith("triton.") and self.fn not in started:
+            started.add(self.fn)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    options = type(interpreter.interpreter_builder.options)(sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)

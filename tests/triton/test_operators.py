@@ -12,10 +12,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
-from metakern.ops import LSTMState, lstm_step, lstm_step_
+from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_
+from metakern.ops.inner_update import triton_operators
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 from tests.problems import evaluate, evaluate_reference, make_problem
 from tests.triton.evaluation import options
+from tests.update_problems import make_update
 
 NAMES = ("lstm_step_triton", "lstm_step_triton_", "lstm_step_triton_backward")
 
@@ -192,3 +194,17 @@ def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
     assert not memory.any()
     lstm_step_(memory[:64], memory[:64], state, problem.weights, backend="triton")
     assert memory[:64].all()
+
+
+def test_torch_compile_finds_the_operators(device: torch.device) -> None:
+    problem, update = make_problem(5, 3, 1, device=device), make_update(2, shapes=[(3,)], device=device)
+    triton_operators()
+
+    def function(params: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        stepped = lstm_step(params, problem.grads, problem.state, problem.weights, backend="triton")[0]
+        return stepped, inner_update(update.params, grads, 0.1, backend="triton")
+
+    inputs = (problem.params, update.grads)
+    got, expected = torch.compile(function, fullgraph=True, backend="eager")(*inputs), function(*inputs)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1][0], expected[1][0])

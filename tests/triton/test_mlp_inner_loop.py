@@ -1,0 +1,393 @@
+"""mlp_inner_loop by Triton kernels, held to the reference and to the compiled operators.
+
+Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import metakern
+from metakern.ops import mlp_inner_loop, mlp_meta_loss
+from metakern.ops.mlp_inner_loop import ACTIVATIONS, triton_operators
+from metakern.reference.mlp_inner_loop import LOSSES
+from metakern.triton import mlp_inner_loop as triton_mlp
+from metakern.triton.launch import is_interpreted
+from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from tests.inner_loops import mlp, regression
+from tests.mlp_problems import F64, Case, assert_equal
+from tests.triton.memory_model import Watch
+
+triton_operators()
+
+pytestmark = pytest.mark.usefixtures("quick_interpreter")
+
+F32 = torch.float32
+
+
+def make_case(device: torch.device, widths: list[int], tasks: int = 2, *sizes: int, **options: Any) -> Case:
+    """A case on a device, 4 support and 3 query samples where ``sizes`` says no other."""
+    case = Case(widths, tasks, *(sizes or (4, 3)), **options)
+    case.params = [p.to(device) for p in case.params]
+    case.support, case.query = ((x.to(device), y.to(device)) for x, y in (case.support, case.query))
+    return case
+
+
+def assert_matches_reference(case: Case, adapt: bool = True, **options: Any) -> None:
+    """Losses, adapted parameters and every gradient, in float64."""
+    assert_equal(case.meta("triton", **options), case.meta("reference", **options), 1e-10)
+    for name in ("query_mask", "step_weights"):
+        options.pop(name, None)
+    if adapt:
+        assert_equal(case.adapt("triton", **options), case.adapt("reference", **options), 1e-10)
+
+
+# ------------------------------------------------------------------------------------ against the reference
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_losses_and_orders(activation: str, loss: str, device: torch.device) -> None:
+    case = make_case(device, [3, 7, 3], loss=loss)
+    options = {"steps": 2, "activation": activation, "first_order": (False, True)}
+    assert_matches_reference(case, loss == "mse", **options)
+    options["first_order"] = False
+    expected = case.meta("reference", **options)
+    assert_equal(case.meta("triton", F32, **options), expected, GRADIENT_TOLERANCE[F32])
+
+
+@pytest.mark.parametrize(
+    ("widths", "samples"),
+    [([1, 1], 1), ([35, 33, 34, 17], 33), ([3, 17, 16, 1], 17), ([2, 3, 4, 3, 2, 1], 2)],
+)
+def test_every_tail_of_a_block(widths: list[int], samples: int, device: torch.device) -> None:
+    case = make_case(device, widths, 1, samples, samples + 1)
+    assert_matches_reference(case, False, steps=1, activation="tanh")
+
+
+@pytest.mark.parametrize("lr_of", ["all", "all and step", "tensor", "parameter", "step", "step and parameter"])
+def test_learned_rates(lr_of: str, device: torch.device) -> None:
+    case, steps = make_case(device, [2, 5, 3]), 2
+    lead = (steps,) if "step" in lr_of else ()
+    shapes = [(*lead, *p.shape) if "parameter" in lr_of else lead for p in case.params]
+    lr = [0.1 + 0.05 * case.draw(*shape).to(device) for shape in (shapes[:1] if "all" in lr_of else shapes)]
+    if "all" not in lr_of:
+        options = {"lr": lr, "steps": steps, "per_step": bool(lead), "first_order": (False, True)}
+        assert_matches_reference(case, **options, activation="tanh")
+        return
+    gradients = []
+    for backend in ("triton", "reference"):
+        params, rate = [p.detach().requires_grad_() for p in case.params], lr[0].detach().requires_grad_()
+        options = {"lr": rate, "steps": steps, "per_step": bool(lead), "backend": backend}
+        losses = mlp_meta_loss(params, case.support, case.query, **options)
+        gradients.append([losses, *torch.autograd.grad(losses.sum(), [rate, *params])])
+    assert_equal(*gradients, 1e-10)
+
+
+def test_parameters_that_do_not_adapt_receive_meta_gradients(device: torch.device) -> None:
+    case = make_case(device, [2, 5, 3])
+    options = {"steps": 2, "adapted": [False, False, True, True], "activation": "sigmoid"}
+    assert_matches_reference(case, **options)
+    assert_same_bits("body", case.adapt("triton", **options)[0], case.params[0].expand(2, 5, 2))
+
+
+@pytest.mark.parametrize(("loss", "every"), zip(LOSSES, (None, 2, 1), strict=True))
+def test_masks_weights_of_steps_and_checkpoints(loss: str, every: int | None, device: torch.device) -> None:
+    case = make_case(device, [2, 5, 3], loss=loss)
+    masks = [torch.rand(2, n, generator=case.generator) < 0.6 for n in (4, 3)]
+    for mask in masks:
+        mask[:, 1] = True
+    options = {"steps": 3, "support_mask": masks[0].to(device), "query_mask": masks[1].to(device)}
+    step_weights = [0.3, 0.0, 0.7]
+    assert_matches_reference(case, every == 2, checkpoint_every=every, step_weights=step_weights, **options)
+
+
+@pytest.mark.parametrize("own", [(0, 1, 2, 3), (1, 2)])
+def test_parameters_of_every_task(own: tuple[int, ...], device: torch.device) -> None:
+    case = make_case(device, [2, 5, 3], 3, own=True)
+    case.params = [p if i in own else p[0] for i, p in enumerate(case.params)]
+    assert_matches_reference(case, steps=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_takes_float32_arithmetic(dtype: torch.dtype, device: torch.device) -> None:
+    case = make_case(device, [3, 7, 2])
+    for x in (*case.params, *case.support, *case.query):
+        x.copy_(x.to(dtype))
+    lr = [torch.tensor(0.125, dtype=F64, device=device) for _ in case.params]
+    options = {"steps": 2, "lr": lr, "checkpoint_every": 1}
+    for count, got, expected in (
+        (1, case.meta("triton", dtype, **options), case.meta("reference", **options)),
+        (4, case.adapt("triton", dtype, **options), case.adapt("reference", **options)),
+    ):
+        assert {x.dtype for x in got} == {dtype}
+        assert_equal(got[:count], expected[:count], FORWARD_TOLERANCE[dtype])
+        # The incoming gradients are rounded as well, and the rates' gradients are sums of many.
+        assert_equal(got, expected, 4 * GRADIENT_TOLERANCE[dtype])
+
+
+def test_large_arguments_of_the_losses(device: torch.device) -> None:
+    for loss in ("cross_entropy", "binary_cross_entropy_with_logits"):
+        case = make_case(device, [2, 3, 3], loss=loss)
+        case.params[2] *= 300
+        options = {"steps": 1, "lr": 1e-4, "activation": "tanh"}
+        got, want = case.meta("triton", **options), case.meta("reference", **options)
+        assert want[0].isfinite().all()
+        assert_equal(got, want, 1e-10)
+
+
+# ------------------------------------------------------------------------------------ bits and isolation
+
+
+def test_bits_depend_on_no_graph_checkpoints_programs_or_other_tasks(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = make_case(device, [3, 2], 3)
+    options = {"steps": 3, "step_weights": [0.1] * 3}
+    expected = case.meta("triton", F32, **options)
+    for every in (1, 2):
+        got = case.meta("triton", F32, checkpoint_every=every, **options)
+        for index, (a, b) in enumerate(zip(got, expected, strict=True)):
+            assert_same_bits(f"result {index} with checkpoint_every={every}", a, b)
+    params, (support, query) = [p.float() for p in case.params], case.data(F32)
+    sets = [[(x[tasks], y[tasks]) for x, y in (support, query)] for tasks in (slice(3), slice(2, 3))]
+    with torch.no_grad():
+        plain, last = (mlp_meta_loss(params, *s, lr=0.1, backend="triton", **options) for s in sets)
+    assert_same_bits("losses without a graph", plain, expected[0])
+    assert_same_bits("loss of the last task alone", last, plain[2:])
+    monkeypatch.setattr(triton_mlp, "_most_programs", lambda _: 1)
+    for index, (a, b) in enumerate(zip(case.meta("triton", F32, **options), expected, strict=True)):
+        assert_same_bits(f"result {index} of one program", a, b)
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="the interpreter is what is watched")
+@pytest.mark.parametrize("call", ["meta", "losses", "adapt"])
+def test_barriers_order_every_access_and_none_is_out_of_bounds(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([3, 18, 17, 2], 3, 17, 2, own=True)
+    case.params[1] = case.params[1][0]
+    rates = [
+        torch.full((2, *p.shape[-2 + i % 2 :]) if i % 3 else (2,), 0.1, dtype=F64) for i, p in enumerate(case.params)
+    ]
+    options = {"steps": 2, "per_step": True, "lr": rates, "activation": "gelu", "checkpoint_every": 1}
+    options["support_mask"] = torch.arange(17).remainder(3).ne(0).expand(3, 17)
+    watch = Watch(monkeypatch, triton_mlp)
+    if call == "losses":
+        with torch.no_grad():
+            mlp_meta_loss(case.params, case.support, case.query, **options, step_weights=[0.5, 0.5], backend="triton")
+    else:
+        getattr(case, call)("triton", **options)
+    assert watch.accesses > 1000
+    assert watch.phases > 30
+
+
+@pytest.mark.skipif(not is_interpreted(), reason="the interpreter is what is watched")
+def test_a_missing_barrier_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = Watch(monkeypatch, triton_mlp)
+    monkeypatch.setattr(Watch, "_new_phase", lambda _: None)
+    with pytest.raises(Exception, match="the same phase has"):
+        Case([3, 5, 2], 1).adapt("triton", steps=1)
+    assert watch.accesses
+
+
+@pytest.mark.parametrize("where", ["support", "query", "params"])
+def test_a_task_that_is_not_finite_leaves_the_others_alone(where: str, device: torch.device) -> None:
+    # A program's next task gets the scratch that the first one leaves.
+    assert triton_mlp.PROGRAMS_ON_CPU == 2
+    case = make_case(device, [2, 5, 3], 3, own=True)
+    before = case.meta("triton", steps=1)
+    {"support": case.support[0], "query": case.query[0], "params": case.params[0]}[where][0].view(-1)[0] = torch.nan
+    after = case.meta("triton", steps=1)
+    for index, (a, b) in enumerate(zip(after, before, strict=True)):
+        assert_same_bits(f"result {index}", a[1:], b[1:])
+    assert after[0][0].isnan()
+    assert after[1][0].isnan().any()
+
+
+@pytest.mark.parametrize("label", [-1, 3, -100, 2**40])
+def test_a_label_without_an_output_spoils_its_task_alone(label: int, device: torch.device) -> None:
+    case = make_case(device, [2, 4, 3], loss="cross_entropy")
+    options: dict[str, Any] = {"lr": 0.1, "steps": 1, "loss": "cross_entropy", "backend": "triton"}
+    with torch.no_grad():
+        expected = mlp_meta_loss(case.params, case.support, case.query, **options)
+        for labels in (case.support[1], case.query[1]):
+            kept = labels[1, 2].clone()
+            labels[1, 2] = label
+            losses = mlp_meta_loss(case.params, case.support, case.query, **options)
+            assert_same_bits("the other task", losses[:1], expected[:1])
+            assert losses[1].isnan()
+            labels[1, 2] = kept
+        case.query[1][1, 2] = label
+        mask = torch.ones(2, 3, dtype=torch.bool, device=device)
+        mask[1, 2] = False
+        assert mlp_meta_loss(case.params, case.support, case.query, query_mask=mask, **options).isfinite().all()
+
+
+@pytest.mark.parametrize("tasks", [31, 600])
+def test_sums_over_many_tasks(tasks: int, device: torch.device) -> None:
+    case = make_case(device, [2, 3, 2], tasks, 1, 1)
+    for index in (0, 3):
+        case.params[index] = case.params[index].expand(tasks, *case.params[index].shape)
+    lr = [torch.ones(3, dtype=F64, device=device)]
+    elements = sum((3 * 2, 3, 2 * 3, 2, 3))
+    values = case.draw(-(-tasks // 16) * 16, elements).to(device)
+    weights = case.draw(tasks).to(device)
+    arguments = (weights, values.view(-1), case.params, *case.support, lr, 3, True, 0)
+    grads, rates = torch.ops.metakern.mlp_meta_loss_triton_backward(*arguments)
+    weighted = (values[:tasks] * weights[:, None]).split([6, 3, 6, 2, 3], dim=1)
+    for index, (got, rows) in enumerate(zip([*grads, *rates], weighted, strict=True)):
+        expected = rows if index in (0, 3) else rows.sum(0)
+        assert_close(f"gradient {index}", got.flatten(1 if index in (0, 3) else 0), expected, 1e-13)
+
+
+# ------------------------------------------------------------------------------------ torch
+
+
+NAMES = ("mlp_inner_loop", "mlp_inner_loop_backward", "mlp_meta_loss", "mlp_meta_loss_backward")
+
+
+def arguments(name: str, device: torch.device) -> tuple[Any, ...]:
+    """Of the operator ``name``, with every kind of optional tensor."""
+    case = make_case(device, [2, 4, 1])
+    rates = [torch.full((2,), 0.1, dtype=F64, device=device) for _ in case.params]
+    masks = [torch.ones(y.shape[:2], dtype=torch.bool, device=device) for _, y in (case.support, case.query)]
+    flags, options = torch.ones(2, dtype=torch.bool), (0.1, 2, True, -1, 1, 0, 1)
+    private = torch.zeros(16 * 2 * 17, dtype=F64, device=device)
+    grads = [p.expand(2, *p.shape) for p in case.params]
+    support, query = (*case.support, masks[0]), (*case.query, masks[1])
+    if name == "mlp_inner_loop":
+        return case.params, *support, rates, *options, True, flags
+    if name == "mlp_inner_loop_backward":
+        return grads, private, case.params, *support, rates, *options, flags
+    if name == "mlp_meta_loss":
+        weights = torch.tensor([0.0, 1.0], dtype=F64)
+        return case.params, *support, *query, rates, *options, flags, weights, True
+    values = torch.zeros(16 * (17 + 8), dtype=F64, device=device)
+    return torch.ones(2, dtype=F64, device=device), values, case.params, *case.support, rates, 2, True, 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_schema_and_fake_kernel_are_those_of_the_compiled_operator(name: str, device: torch.device) -> None:
+    triton_name = name.replace("_backward", "_triton_backward") if "backward" in name else f"{name}_triton"
+    operator, compiled = (getattr(torch.ops.metakern, n).default for n in (triton_name, name))
+    assert str(operator._schema).replace("_triton", "") == str(compiled._schema)
+    args = arguments(name, device)
+    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
+    cpu = [x.cpu() if isinstance(x, Tensor) else x for x in args]
+    got, expected = (torch.utils._pytree.tree_leaves(f(*a)) for f, a in ((operator, args), (compiled, cpu)))
+    assert [x.shape for x in got] == [x.shape for x in expected]
+
+
+def test_torch_compile(device: torch.device) -> None:
+    case = make_case(device, [3, 4, 2])
+    expected = case.meta("triton", steps=2)
+
+    def function(params: list[Tensor]) -> Tensor:
+        return mlp_meta_loss(params, case.support, case.query, lr=0.1, steps=2, backend="triton")
+
+    params = [p.requires_grad_() for p in case.params]
+    losses = torch.compile(function, fullgraph=True, backend="aot_eager")(params)
+    total = (losses * torch.linspace(0.5, 1.5, 2, dtype=F64, device=device)).sum()
+    results = [losses, *torch.autograd.grad(total, params)]
+    for index, (a, b) in enumerate(zip(results, expected, strict=True)):
+        assert_same_bits(f"result {index}", a, b)
+
+
+def test_vmap_and_grad_of_torch_func(device: torch.device) -> None:
+    case = make_case(device, [2, 3, 1])
+    scales = torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device)
+
+    def loss(scale: Tensor, backend: str) -> Tensor:
+        params = [scale * p for p in case.params]
+        return mlp_meta_loss(params, case.support, case.query, lr=0.1, steps=1, backend=backend).sum()
+
+    got, expected = (
+        torch.func.vmap(torch.func.grad(functools.partial(loss, backend=backend)))(scales)
+        for backend in ("triton", "reference")
+    )
+    assert_close("gradient", got, expected, 1e-10)
+
+
+def test_adapt_and_meta_loss_take_the_kernels(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
+    model = mlp(3, 4, 2).to(device)
+    episode = regression(2, 4, 3, 3, 2)
+    sets = [tuple(x.to(device) for x in part) for part in (episode.support, episode.query)]
+    results = []
+    for backend in ("triton", "reference"):
+        losses = metakern.meta_loss(model, *sets, steps=1, lr=0.1, loss=F.mse_loss, backend=backend, explain=True)
+        with torch.no_grad():
+            adapted = metakern.adapt(model, sets[0], steps=1, lr=0.1, loss=F.mse_loss, backend=backend)
+        results.append([losses, *adapted.values(), *torch.autograd.grad(losses.sum(), list(model.parameters()))])
+    assert_equal(*results, 1e-10)
+    assert "fused inner loop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("call", [mlp_inner_loop, mlp_meta_loss])
+def test_a_second_derivative_raises(call: Any, device: torch.device) -> None:
+    case = make_case(device, [2, 4, 1])
+    params = [p.requires_grad_() for p in case.params]
+    sets = (case.support, case.query) if call is mlp_meta_loss else case.support
+    result = call(params, *sets, lr=0.1, steps=1, backend="triton")
+    total = result.sum() if isinstance(result, Tensor) else sum(r.sum() for r in result)
+    gradient = torch.autograd.grad(total, params, create_graph=True)[0]
+    with pytest.raises(RuntimeError, match="cannot be differentiated again; backend='reference' takes"):
+        (total + gradient.sum()).backward()
+
+
+# ------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"x": torch.ones(3, 5, 7, dtype=F64)},
+        {"x": torch.ones(3, 0, 2, dtype=F64)},
+        {"x": torch.ones(3, 5, 2)},
+        {"x": torch.ones(5, 2, dtype=F64)},
+        {"y": torch.ones(3, 4, 1, dtype=F64)},
+        {"y": torch.ones(3, 5, 1)},
+        {"y": torch.ones(3, 5), "loss": "cross_entropy"},
+        {"y": torch.ones(3, 4, dtype=torch.long), "loss": "cross_entropy"},
+        {"support_mask": torch.ones(3, 4) > 0},
+        {"support_mask": torch.ones(3, 5)},
+        {"lr": [torch.ones((), dtype=F64)] * 3},
+        {"lr": [torch.ones(3, dtype=F64)] * 4},
+        {"lr": [torch.ones((), dtype=F64)] * 4, "per_step": True},
+        {"lr": [torch.ones(())] * 4},
+        {"lr": float("nan")},
+        {"params": [torch.ones(4, 2, dtype=F64), torch.ones(3, dtype=F64)]},
+        {"params": [torch.ones(2, dtype=F64), torch.ones(3, dtype=F64)]},
+        {"params": [torch.ones(2, 4, 2, dtype=F64), torch.ones(4, dtype=F64)]},
+        {"params": [torch.ones(1, 2, dtype=F64), torch.ones(1)]},
+        {"params": [torch.ones(0, 2, dtype=F64), torch.ones(0, dtype=F64)]},
+        {"params": [x for n in (4, 3) for x in (torch.ones(n, 2, dtype=F64), torch.ones(n, dtype=F64))]},
+    ],
+)
+def test_bad_input_raises_what_the_compiled_operator_raises(change: dict[str, Any], device: torch.device) -> None:
+    case = Case([2, 4, 1], 3)
+    values: dict[str, Any] = {"params": case.params, "x": case.support[0], "y": case.support[1], "lr": 0.1, "steps": 2}
+    values |= change
+    messages = []
+    for backend, place in (("cpp", torch.device("cpu")), ("triton", device)):
+        moved = torch.utils._pytree.tree_map_only(Tensor, lambda x, place=place: x.to(place), values)
+        args = [moved.pop(name) for name in ("params", "x", "y")]
+        with pytest.raises(RuntimeError) as error:
+            mlp_inner_loop(*args, **moved, backend=backend)
+        messages.append(str(error.value).partition("\n")[0])
+    assert messages[1] == messages[0]
+
+
+def test_private_results_of_another_problem(device: torch.device) -> None:
+    for name, index, message in (
+        ("mlp_inner_loop_triton_backward", 1, "trajectory must be the one of this problem, got 8 elements"),
+        ("mlp_meta_loss_triton_backward", 1, "task_grads must be the one of this problem, got 8 elements"),
+    ):
+        args = list(arguments(name.replace("_triton", ""), device))
+        args[index] = torch.zeros(8, dtype=F64, device=device)
+        with pytest.raises(RuntimeError, match=message):
+            getattr(torch.ops.metakern, name)(*args)

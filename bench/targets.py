@@ -47,8 +47,8 @@ INNER_LOOP_SPEEDUPS = (
     ("aim", "5-way 64-64-64-5, T = 32, K = 5, second order", "compiled", 3.0),
 )
 
-#: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch.
-SINUSOID_DIFFERENCE = 1e-4
+#: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch, in float64.
+SINUSOID_DIFFERENCE = 1e-12
 
 _RELATIONS = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
@@ -106,11 +106,12 @@ def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
 def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Whether training through metakern and through plain PyTorch leads to the same.
 
-    The meta-losses agree while rounding has not grown; then the intervals of the paired differences must cover zero.
+    In float64 the meta-losses agree to rounding; in float32, in the long run, the intervals of the paired differences
+    cover zero.
     """
     first = results["first_iterations"]
-    name = f"relative difference of the meta-loss, first {first['iterations']} iterations"
-    targets = [_judged("must", name, "≤", SINUSOID_DIFFERENCE, first["max_relative_difference"])]
+    name = f"relative difference of the meta-loss in float64, first {first['iterations']} iterations"
+    targets = [_judged("must", name, "≤", SINUSOID_DIFFERENCE, first["float64"])]
     for steps, difference in results["difference"].items():
         name = f"difference of the test loss, {steps} steps, in half-widths of its 95 % interval"
         half = (difference["high"] - difference["low"]) / 2

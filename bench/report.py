@@ -66,8 +66,9 @@ def render(results: dict[str, Any], source: str) -> str:
 def _provenance(results: dict[str, Any], source: str) -> str:
     """The command, machine, date and file of the figures."""
     machine = results["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     return (
-        f"`{results['command']}` on {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}, "
+        f"`{results['command']}` on {machine['cpu']}, {threads}, {machine['cpu_capability']}, "
         f"torch {machine['versions']['torch']}, {machine['date']}; all figures in `{source}`."
     )
 

@@ -5,44 +5,20 @@ pytest bench/bench_inner_update.py --benchmark-only --benchmark-group-by=group
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
-from torch import Tensor
 
-from metakern.ops import inner_update
-from metakern.reference import inner_update as reference
+from bench.update_contenders import Update, foreach, fused, loop, make_tensors
 
 THREADS = 2
-LR = 0.01
 #: T tasks, hidden units and layers of the perceptron that adapts: two tensors a layer.
 PROBLEMS = ((1, 40, 2), (1, 40, 5), (25, 40, 3), (32, 256, 4))
 
-Update = Callable[[list[Tensor], list[Tensor], float | None], list[Tensor]]
-
-
-def fused(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
-    """metakern.ops.inner_update."""
-    return inner_update(params, grads, LR, clip_norm=clip_norm, backend="cpp")
-
-
-def loop(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
-    """A Python loop over the tensors, as learn2learn writes it."""
-    return reference.inner_update(params, grads, LR, clip_norm=clip_norm)
-
-
-def foreach(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
-    """Two of PyTorch's operators for lists; clipping by task has none."""
-    if clip_norm is not None:
-        factors = reference.clip_coefficients(grads, clip_norm)
-        grads = list(torch._foreach_mul(grads, [factors.view(-1, *[1] * (g.dim() - 1)) for g in grads]))
-    return list(torch._foreach_sub(params, torch._foreach_mul(grads, LR)))
-
-
 PROVIDERS: dict[str, Update] = {
-    "metakern": fused,
+    "metakern": fused("cpp"),
     "loop": loop,
     "foreach": foreach,
     "compiled": torch.compile(loop, fullgraph=True, dynamic=False),
@@ -56,13 +32,6 @@ def _threads() -> Iterator[None]:
     torch._dynamo.reset()  # a compiled update of another list would count against the limit of recompilations
     yield
     torch.set_num_threads(before)
-
-
-def make_tensors(tasks: int, hidden: int, layers: int, seed: int) -> list[Tensor]:
-    """Weights and biases, [T, *shape] each."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = [shape for _ in range(layers) for shape in ((hidden, hidden), (hidden,))]
-    return [torch.randn(tasks, *shape, generator=generator) for shape in shapes]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)

@@ -1,12 +1,16 @@
-"""lstm_step on a GPU against its peers, in one process and one run; results go to bench/results/<device>.json.
+"""All operators on a GPU against their peers, in one process and one run; results go to bench/results/<device>.json.
 
 python -m bench.gpu [--seconds 200]     minutes; `make gpu-check` calls it last, on an idle device
 python -m bench.gpu --dry --output F    the same logic on the CPU, with tiny sizes: its figures mean nothing
 
-Peers: eager PyTorch, nn.LSTM (cuDNN, in float32 and with its default, TF32) and torch.compile(mode="max-autotune") of
-the eager step, after a check that all compute the same; all but the compiled step, which captures graphs of its own,
-also as one CUDA graph that runs the call on every set of inputs. Consecutive calls take consecutive sets, together
-larger than the L2 cache at N >= 1e5. Only the standard library, torch and metakern are needed.
+The inner loop and inner_update come first, with a share of the time; bench.gpu_inner_loop says against what.
+
+Peers of lstm_step: eager PyTorch, nn.LSTM (cuDNN, in float32 and with its default, TF32) and
+torch.compile(mode="max-autotune") of the eager step, after a check that all compute the same; all but the compiled
+step, which captures graphs of its own, also as one CUDA graph that runs the call on every set of inputs. Consecutive
+calls take consecutive sets, together larger than the L2 cache at N >= 1e5.
+
+Only the standard library, torch and metakern are needed.
 
 The memory floor of a cell is the bytes that a step must move, over the rate of a large copy measured in the same run.
 """
@@ -17,22 +21,21 @@ import argparse
 import json
 import math
 import shlex
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench import machine
+from bench import gpu_inner_loop, machine
 from bench.contenders import Problem, make_rule
 from bench.gpu_contenders import GpuContender, Inputs, largest_difference, make_contenders, results
-from bench.gpu_device import CpuStandIn, CudaDevice, Device
-from bench.targets import judge_gpu
+from bench.gpu_device import CpuStandIn, CudaDevice, Device, reason, time_limit
+from bench.gpu_inner_loop import LoopPlan
+from bench.targets import judge_gpu, judge_gpu_inner_loop
 from bench.timing import Calls, alternate, quantiles
 from bench.work import (
     BACKWARD_FORWARDS,
@@ -66,6 +69,7 @@ class Plan:
     host_n: int
     host_rounds: int
     seconds: float  # budget of the run
+    loops: LoopPlan  # the inner loop and inner_update
 
 
 FULL = Plan(
@@ -81,12 +85,13 @@ FULL = Plan(
     ),
     compiled=(("forward", 10**6), ("forward_backward", 10**6), ("forward", 10**4)),
     compile_seconds=60.0,
-    cell_seconds=4.0,
+    cell_seconds=3.0,
     min_rounds=5,
     largest_graph=10**6,
     host_n=10**4,
     host_rounds=15,
-    seconds=200.0,
+    seconds=300.0,
+    loops=gpu_inner_loop.FULL,
 )
 DRY = Plan(
     cells=(("forward", 100), ("forward_backward", 70)),
@@ -97,7 +102,8 @@ DRY = Plan(
     largest_graph=100,
     host_n=100,
     host_rounds=1,
-    seconds=60.0,
+    seconds=120.0,
+    loops=gpu_inner_loop.DRY,
 )
 
 
@@ -107,22 +113,6 @@ class Ceilings:
 
     bytes_per_second: float
     flops_per_second: float
-
-
-@contextmanager
-def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise TimeoutError in the main thread when the block takes longer."""
-
-    def stop(*_: Any) -> None:
-        raise TimeoutError(f"{what} took more than {seconds:.0f} s")
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def bytes_of(op: str, state_bytes: int) -> int:
@@ -169,9 +159,8 @@ class Cell:
         self.contenders[contender.name], self.problems[contender.name] = contender, problems
 
     def _refuse(self, contender: GpuContender, error: Exception) -> None:
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        print(f"  {contender.name} is not measured: {reason}", flush=True)
-        self.unavailable[contender.name] = reason
+        self.unavailable[contender.name] = reason(error)
+        print(f"  {contender.name} is not measured: {reason(error)}", flush=True)
         if contender.ours and not isinstance(error, torch.OutOfMemoryError):
             self.failed.append(contender.name)
         self.device.release()
@@ -199,7 +188,7 @@ class Cell:
             try:
                 graphs[name] = [self.device.capture(all_sets)]
             except Exception as error:  # a peer that cannot be captured is one figure less
-                self.unavailable[f"{name} graph"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                self.unavailable[f"{name} graph"] = reason(error)
                 if self.contenders[name].ours:
                     self.failed.append(f"{name} graph")
         times = self._alternate(graphs, self.plan.cell_seconds / 3)
@@ -274,7 +263,7 @@ def measure_host(device: Device, plan: Plan) -> dict[str, Any]:
             device.synchronize()
             microseconds[contender.name] = quantiles(samples)["median_s"] * 1e6
         except Exception as error:  # the cells say what fails
-            unavailable[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0]
+            unavailable[contender.name] = reason(error)
     return {"n": plan.host_n, "microseconds": microseconds, "launches": launches, "unavailable": unavailable}
 
 
@@ -283,12 +272,14 @@ def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None])
     start = time.monotonic()
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32; one peer turns it on for its calls
     found: dict[str, Any] = {
+        "benchmark": "gpu",
         "machine": machine.describe_gpu(device.name),
         "complete": False,
         "state_before": machine.gpu_state(),
         "hidden_size": HIDDEN,
         "num_layers": LAYERS,
         "subject": f"{device.backends[0]} highest",
+        "backends": list(device.backends),
         "cache_bytes": device.cache_bytes,
         "memory_floor": "bytes that a step must move over the rate of a large device-to-device copy, of this run",
         "fastest_peer": "of eager, nn.LSTM in float32 and in TF32, and the compiled step; calls and captured graphs",
@@ -302,6 +293,11 @@ def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None])
         "skipped": {},
         "cells": [],
     }
+
+    def write_loops(loops: dict[str, Any]) -> None:
+        write(found | {"loops": loops})
+
+    found["loops"] = gpu_inner_loop.measure(device, plan.loops, plan.loops.share * plan.seconds, write_loops)
     for index, (op, n) in enumerate(plan.cells):
         name, left = f"{op}, N = {n:,}", plan.seconds - (time.monotonic() - start)
         print(f"{name}: {left:.0f} s left", flush=True)
@@ -320,7 +316,11 @@ def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None])
             found["skipped"][name] = f"out of memory: {error}".splitlines()[0]
         device.release()
         write(found)
-    found |= {"state_after": machine.gpu_state(), "targets": judge_gpu(found), "complete": True}
+    found |= {
+        "state_after": machine.gpu_state(),
+        "targets": judge_gpu(found) + judge_gpu_inner_loop(found),
+        "complete": True,
+    }
     write(found)
     return found
 
@@ -379,7 +379,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(1)  # other stages run beside it
     found = measure(device, plan, write)
     failed = [f"{cell['op']}, N = {cell['n']:,}: {name}" for cell in found["cells"] for name in cell["failed"]]
-    print(f"\n{table(found)}\n\n{verdicts(found)}\n{output}")
+    failed += gpu_inner_loop.failures(found["loops"])
+    print(f"\n{gpu_inner_loop.table(found['loops'])}\n\n{table(found)}\n\n{verdicts(found)}\n{output}")
     for name in failed:
         print(f"FAILED: {name}")
     return 1 if failed or not found["cells"] else 0

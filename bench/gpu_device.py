@@ -6,7 +6,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +24,27 @@ COPY_BYTES = 2**32
 SGEMM_SIZE = 8192
 
 
+@contextmanager
+def time_limit(seconds: float, what: str) -> Iterator[None]:
+    """Raise TimeoutError in the main thread when the block takes longer."""
+
+    def stop(*_: Any) -> None:
+        raise TimeoutError(f"{what} took more than {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def reason(error: Exception) -> str:
+    """Why a contender is not measured: the first line of what it raised."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
 class Device(Protocol):
     """What a measurement asks of a device."""
 
@@ -29,7 +52,8 @@ class Device(Protocol):
     torch_device: torch.device
     backends: tuple[str, ...]  # of metakern, the one that the targets judge first
     state_dtypes: tuple[torch.dtype, ...]  # that those backends keep
-    compile_options: dict[str, Any]  # of torch.compile, for the compiled peer
+    compile_options: dict[str, Any]  # of torch.compile, for the compiled peer of one large step
+    graph_options: dict[str, Any]  # the same for a peer of many small steps
     cache_bytes: int  # of the last level
 
     def seconds(self, work: Call) -> float:
@@ -68,6 +92,7 @@ class CudaDevice:
         self.name = properties.name
         self.cache_bytes = int(properties.L2_cache_size)
         self.compile_options: dict[str, Any] = {"mode": "max-autotune"}
+        self.graph_options: dict[str, Any] = {"mode": "reduce-overhead"}
 
     def seconds(self, work: Call) -> float:
         """Between two events around the work."""
@@ -141,6 +166,7 @@ class CpuStandIn:
     def __init__(self) -> None:
         self.torch_device = torch.device("cpu")
         self.compile_options: dict[str, Any] = {"backend": "eager"}
+        self.graph_options = self.compile_options
         self.cache_bytes = machine.last_level_cache_bytes()
 
     def seconds(self, work: Call) -> float:

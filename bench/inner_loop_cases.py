@@ -73,7 +73,7 @@ class Case:
         """Support and query sets of T tasks."""
         generator = torch.Generator().manual_seed(seed)
         if not self.is_classification:
-            return self._sinusoids(self.support, generator), self._sinusoids(self.query, generator)
+            return self._sinusoids(generator)
         return self._classes(self.support, generator), self._classes(self.query, generator)
 
     def flops(self) -> int:
@@ -88,11 +88,15 @@ class Case:
         keys = ("name", "shape", "widths", "tasks", "support", "query", "steps", "lr", "first_order")
         return {"title": self.title, **{key: getattr(self, key) for key in keys}}
 
-    def _sinusoids(self, samples: int, generator: torch.Generator) -> Set:
+    def _sinusoids(self, generator: torch.Generator) -> tuple[Set, Set]:
         """A·sin(x − φ), A from 0.1 to 5, φ from 0 to π, x from −5 to 5 (Finn et al. 2017); of more inputs the mean."""
         amplitude, phase = (torch.rand(self.tasks, 1, 1, generator=generator) for _ in range(2))
-        x = torch.rand(self.tasks, samples, *self.shape, generator=generator) * 10 - 5
-        return x, (amplitude * 4.9 + 0.1) * torch.sin(x.mean(-1, keepdim=True) - phase * torch.pi)
+
+        def samples(count: int) -> Set:
+            x = torch.rand(self.tasks, count, *self.shape, generator=generator) * 10 - 5
+            return x, (amplitude * 4.9 + 0.1) * torch.sin(x.mean(-1, keepdim=True) - phase * torch.pi)
+
+        return samples(self.support), samples(self.query)
 
     def _classes(self, samples: int, generator: torch.Generator) -> Set:
         """Gaussian inputs, as many of every class."""

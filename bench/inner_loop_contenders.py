@@ -49,13 +49,17 @@ class Batched:
         """Query losses [T] with their graph."""
         raise NotImplementedError
 
+    def predictions(self, support: Set, x: Tensor) -> Tensor:
+        """Of every task's adapted model, for its own ``x`` [T, Q, ...]."""
+        raise NotImplementedError
+
 
 class Fused(Batched):
     """metakern.meta_loss."""
 
-    def __init__(self, case: Case, checkpoint_every: int | None = None) -> None:
+    def __init__(self, case: Case, checkpoint_every: int | None = None, backend: str | None = None) -> None:
         super().__init__(case)
-        self.checkpoint_every = checkpoint_every
+        self.checkpoint_every, self.backend = checkpoint_every, backend
 
     def query_losses(self, support: Set, query: Set) -> Tensor:
         """One call."""
@@ -69,7 +73,16 @@ class Fused(Batched):
             lr=case.lr,
             first_order=case.first_order,
             checkpoint_every=self.checkpoint_every,
+            backend=self.backend,
         )
+
+    def predictions(self, support: Set, x: Tensor) -> Tensor:
+        """metakern.adapt, and the result called."""
+        case = self.case
+        adapted = metakern.adapt(
+            self.model, *support, loss=case.loss, steps=case.steps, lr=case.lr, first_order=case.first_order
+        )
+        return adapted(x)
 
 
 class Vmap(Batched):
@@ -83,16 +96,28 @@ class Vmap(Batched):
     def _loss(self, params: Mapping[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
         return self.case.loss(functional_call(self.model, dict(params), (x,)), y)
 
-    def _task(self, params: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+    def _adapted(self, params: dict[str, Tensor], x: Tensor, y: Tensor) -> dict[str, Tensor]:
         for _ in range(self.case.steps):
             point = {name: p.detach() for name, p in params.items()} if self.case.first_order else params
             grads = grad(self._loss)(point, x, y)
             params = {name: p - self.case.lr * grads[name] for name, p in params.items()}
-        return self._loss(params, query_x, query_y)
+        return params
+
+    def _task(self, params: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor, query_y: Tensor) -> Tensor:
+        return self._loss(self._adapted(params, x, y), query_x, query_y)
+
+    def _prediction(self, params: dict[str, Tensor], x: Tensor, y: Tensor, query_x: Tensor) -> Tensor:
+        result: Tensor = functional_call(self.model, self._adapted(params, x, y), (query_x,))
+        return result
 
     def query_losses(self, support: Set, query: Set) -> Tensor:
         """Launch by launch, each for all tasks."""
         return self.batched(self.params, *support, *query)
+
+    def predictions(self, support: Set, x: Tensor) -> Tensor:
+        """The same loop without a loss behind it."""
+        predict: Callable[..., Tensor] = vmap(self._prediction, in_dims=(None, 0, 0, 0))
+        return predict(self.params, *support, x)
 
 
 class Compiled(Vmap):
@@ -101,9 +126,9 @@ class Compiled(Vmap):
     Its backward is torch.func.grad's, inside: compiling the losses alone and calling ``backward`` on them was slower.
     """
 
-    def __init__(self, case: Case) -> None:
+    def __init__(self, case: Case, **options: Any) -> None:
         super().__init__(case)
-        self.whole = torch.compile(grad(self._mean, has_aux=True), fullgraph=True, dynamic=False)
+        self.whole = torch.compile(grad(self._mean, has_aux=True), fullgraph=True, dynamic=False, **options)
 
     def _mean(self, params: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, Tensor]:
         losses = self.batched(params, *batch)

@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from bench import gpu_inner_loop
+
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
 END = "<!-- /bench -->"
@@ -27,10 +29,11 @@ def benchmark_of(path: Path) -> str:
 
 
 def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> Path | None:
-    """The file with the latest date inside among those of one benchmark that measures a processor; None without one."""
+    """The file with the latest date inside among those of one benchmark on its kind of device; None without one."""
     files = [path for path in folder.glob("*.json") if benchmark_of(path) == benchmark]
     machines = {path: json.loads(path.read_text()).get("machine", {}) for path in files}
-    dates = {path: str(machine["date"]) for path, machine in machines.items() if "cpu" in machine}
+    kind = "gpu" if benchmark == "gpu" else "cpu"
+    dates = {path: str(machine["date"]) for path, machine in machines.items() if kind in machine}
     return max(dates, key=dates.__getitem__, default=None)
 
 
@@ -63,8 +66,9 @@ def render(results: dict[str, Any], source: str) -> str:
 def _provenance(results: dict[str, Any], source: str) -> str:
     """The command, machine, date and file of the figures."""
     machine = results["machine"]
+    threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     return (
-        f"`{results['command']}` on {machine['cpu']}, {machine['threads']} threads, {machine['cpu_capability']}, "
+        f"`{results['command']}` on {machine['cpu']}, {threads}, {machine['cpu_capability']}, "
         f"torch {machine['versions']['torch']}, {machine['date']}; all figures in `{source}`."
     )
 
@@ -131,6 +135,38 @@ def _memory_sentence(memory: dict[str, Any]) -> str:
     return f"Peak memory, {memory['title']}: {'; '.join(peaks)}."
 
 
+def render_sinusoid(results: dict[str, Any], source: str) -> str:
+    """Test losses of both ways of training, their paired difference and the seconds that they took."""
+    ways, case = results["ways"], results["training"]
+    lines = [f"| steps at test | {' | '.join(ways)} | difference |", f"|--:|{'--:|' * (len(ways) + 1)}"]
+
+    def shown(entry: dict[str, Any], digits: int) -> str:
+        low, high = (f"{entry[key]:.{digits}f}" for key in ("low", "high"))
+        return f"{entry['mean']:.{digits}f} ({low} to {high})"
+
+    for steps, difference in results["difference"].items():
+        losses = [shown(way["test_loss"][steps], 3) for way in ways.values()]
+        lines.append(f"| {steps} | {' | '.join(losses)} | {shown(difference, 4)} |")
+    seconds = (
+        f"{name} {way['seconds']['mean']:.0f} s, {way['cpu_seconds']['mean']:.0f} s of them on the processor"
+        for name, way in ways.items()
+    )
+    first = results["first_iterations"]
+    lines += [
+        "",
+        f"Mean squared error on the query samples of {results['held_out_tasks']:,} held-out tasks, "
+        f"{results['held_out_queries']} each: mean and 95 % interval (Student's t) of {results['seeds']} seeds; the "
+        f"difference is paired by seed. Each run takes {results['iterations']:,} meta-iterations of {case['tasks']} "
+        f"tasks, {case['support']} support and {case['query']} query samples, K = {case['steps']}, second order, "
+        f"α = {case['lr']:g}, Adam with {results['outer_lr']:g}, from the same weights on the same tasks: "
+        f"{'; '.join(seconds)}; making the tasks and Adam included. Over the first {first['iterations']} iterations "
+        f"the losses of both agree to {first['float64']:.0e} in float64, to {first['float32']:.0e} in float32.",
+        "",
+        _provenance(results, source),
+    ]
+    return "\n".join(lines + _missed(results))
+
+
 def render_optimizers(results: dict[str, Any], source: str) -> str:
     """The learned optimizer beside its baselines, and the seconds of a meta-iteration, from `metakern eval`."""
     lines = ["| optimizer | learning rate | training loss | standard deviation |", "|---|--:|--:|--:|"]
@@ -151,6 +187,40 @@ def render_optimizers(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
+NOT_MEASURED = "not measured yet"
+
+
+def render_gpu(results: dict[str, Any], source: str) -> str:
+    """What a GPU gave: a meta-iteration of the inner loop and an update of a list, by both backends."""
+    lines = [
+        "| operation | case | CUDA C++ | Triton | against the best peer |",
+        "|---|---|--:|--:|--:|",
+    ]
+    loops = results.get("loops", {})
+    for key, operation in (("inner_loop", "meta-iteration"), ("inner_update", "`inner_update`")):
+        cells = {cell["title"]: cell for cell in loops.get(key, [])}
+        rows = ((title, " | ".join(_gpu_figures(cells.get(title)))) for title in GPU_CASES[key])
+        lines += [f"| {operation} | {title} | {figures} |" for title, figures in rows]
+    if results:
+        gpu, versions = results["machine"]["gpu"], results["machine"]["versions"]
+        lines += [
+            "",
+            f"`{results['command']}` on {gpu}, CUDA {versions['cuda']}, torch {versions['torch']}, "
+            f"{results['machine']['date']}; all figures in `{source}`.",
+        ]
+    return "\n".join(lines)
+
+
+def _gpu_figures(cell: dict[str, Any] | None) -> list[str]:
+    """Microseconds of both backends, and how many times as long the fastest peer takes as the faster of them."""
+    ours = {} if cell is None else {n: cell["contenders"][n] for n in ("cuda", "triton") if n in cell["contenders"]}
+    times = [f"{ours[n]['median_s'] * 1e6:.0f} µs" if n in ours else NOT_MEASURED for n in ("cuda", "triton")]
+    ratios = [ratio for entry in ours.values() if (ratio := entry["speedup_over_fastest_peer"]) is not None]
+    if cell is None or not ratios:
+        return [*times, NOT_MEASURED]
+    return [*times, f"{max(ratios):.1f}x ({cell['fastest_peer']})"]
+
+
 def insert(text: str, name: str, table: str) -> str:
     """``text`` with ``table`` between the markers of ``name``.
 
@@ -165,7 +235,19 @@ def insert(text: str, name: str, table: str) -> str:
 
 
 #: Every table's name in the README, and what renders it.
-TABLES = {"lstm_step": render, "digits_lstm": render_optimizers, "mlp_inner_loop": render_inner_loop}
+TABLES = {
+    "lstm_step": render,
+    "digits_lstm": render_optimizers,
+    "mlp_inner_loop": render_inner_loop,
+    "sinusoid": render_sinusoid,
+    "gpu": render_gpu,
+}
+
+#: Rows of the GPU's table, measured or not.
+GPU_CASES = {
+    "inner_loop": [case.title for case in gpu_inner_loop.FULL.loops],
+    "inner_update": [case.title for case in gpu_inner_loop.FULL.updates],
+}
 
 
 def sources(files: Sequence[Path]) -> dict[str, Path]:
@@ -187,6 +269,7 @@ def main(
 ) -> None:
     """Put the measured tables into the README; what was not measured stays as it is."""
     text = readme.read_text()
+    text = insert(text, "gpu", render_gpu({}, ""))
     for name, file in sources(results or []).items():
         source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
         text = insert(text, name, TABLES[name](json.loads(file.read_text()), source))

@@ -27,6 +27,11 @@ GPU_SPEEDUPS = (
 GPU_FLOOR_MULTIPLES = (("must", 2.0), ("aim", 1.3))
 GPU_SMALL, GPU_SMALL_SPEEDUP = 10**4, 8.0
 
+#: kind, speed-up of a meta-iteration on a GPU that is required against each peer
+GPU_INNER_LOOP_SPEEDUPS = (("must", 3.0), ("aim", 10.0))
+GPU_INNER_LOOP_TITLES = tuple(f"sinusoid 1-40-40-1, T = {tasks:,}, K = 5, second order" for tasks in (32, 1024))
+GPU_INNER_LOOP_PEERS = ("vmap", "compiled")
+
 MEMORY_RATIO = 0.5
 PYTHON_US = 15.0
 
@@ -41,6 +46,9 @@ INNER_LOOP_SPEEDUPS = (
     ("must", "5-way 64-64-64-5, T = 32, K = 5, second order", "compiled", 1.5),
     ("aim", "5-way 64-64-64-5, T = 32, K = 5, second order", "compiled", 3.0),
 )
+
+#: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch, in float64.
+SINUSOID_DIFFERENCE = 1e-12
 
 _RELATIONS = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
@@ -95,6 +103,22 @@ def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
     return [*targets, _judged("must", f"MAML.adapt on one task, against {peer}", "≥", 1.0, adapt[peer], "x")]
 
 
+def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Whether training through metakern and through plain PyTorch leads to the same.
+
+    In float64 the meta-losses agree to rounding; in float32, in the long run, the intervals of the paired differences
+    cover zero.
+    """
+    first = results["first_iterations"]
+    name = f"relative difference of the meta-loss in float64, first {first['iterations']} iterations"
+    targets = [_judged("must", name, "≤", SINUSOID_DIFFERENCE, first["float64"])]
+    for steps, difference in results["difference"].items():
+        name = f"difference of the test loss, {steps} steps, in half-widths of its 95 % interval"
+        half = (difference["high"] - difference["low"]) / 2
+        targets.append(_judged("must", name, "≤", 1.0, abs(difference["mean"]) / half if half else 0.0))
+    return targets
+
+
 def judge_gpu(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every target of a GPU for the contender ``results["subject"]``; one that was not measured is missed."""
     subject = results["subject"]
@@ -119,3 +143,22 @@ def judge_gpu(results: dict[str, Any]) -> list[dict[str, Any]]:
     launches = results["host"].get("launches", {}).get(subject)
     targets.append(_judged("must", f"launches of forward, N = {GPU_SMALL:,}", "≤", 1, launches))
     return targets
+
+
+def judge_gpu_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target of the inner loop on a GPU, for its first backend; one that was not measured is missed."""
+    subject = results["backends"][0]
+    cells = {cell["title"]: cell["contenders"].get(subject, {}) for cell in results["loops"]["inner_loop"]}
+    return [
+        _judged(
+            kind,
+            f"{title}, against {peer}",
+            "≥",
+            required,
+            cells.get(title, {}).get("speedup", {}).get(peer),
+            "x",
+        )
+        for kind, required in GPU_INNER_LOOP_SPEEDUPS
+        for title in GPU_INNER_LOOP_TITLES
+        for peer in GPU_INNER_LOOP_PEERS
+    ]

@@ -151,7 +151,9 @@ def test_newest_results(tmp_path: Path) -> None:
 
 def test_report_refuses_results_that_have_no_table(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"benchmark": "another"}))
-    with pytest.raises(ValueError, match="must be results of lstm_step, digits_lstm, mlp_inner_loop, got another"):
+    with pytest.raises(
+        ValueError, match="must be results of lstm_step, digits_lstm, mlp_inner_loop, sinusoid, gpu, got"
+    ):
         report.sources([tmp_path / "a.json"])
 
 
@@ -233,7 +235,7 @@ def test_a_twenty_step_unroll_takes_at_most_half_the_memory_of_eager() -> None:
 
 def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
     text = (report.ROOT / "README.md").read_text()
-    for name in ("lstm_step", "digits_lstm"):
+    for name in ("lstm_step", "digits_lstm", "sinusoid"):
         table = text.split(f"<!-- bench:{name} -->")[1].split(report.END)[0]
         assert "| --" in table or "--:|" in table, f"no table of {name} in the README"
     for source in re.findall(r"all figures in `(.*?)`", text):

@@ -61,6 +61,11 @@ def test_dry_run_writes_results(dry: tuple[str, Path]) -> None:
     assert found["command"].startswith("python -m bench.gpu --dry")
     assert set(found) >= {"state_before", "state_after", "copy_gigabytes_per_second", "sgemm_teraflops", "host"}
     assert set(found["machine"]["versions"]) >= {"torch", "triton", "driver", "nvcc", "metakern"}
+    assert found["benchmark"] == "gpu"
+    assert [cell["title"] for cell in found["loops"]["inner_loop"]] == [case.title for case in gpu.DRY.loops.loops]
+    assert len(found["loops"]["inner_update"]) == len(gpu.DRY.loops.updates)
+    assert set(found["loops"]["inner_loop"][0]["contenders"]) == {"vmap", "cpp", "reference", "compiled"}
+    assert sum("sinusoid" in target["name"] for target in found["targets"]) == 8
     assert [(cell["op"], cell["n"]) for cell in found["cells"]] == list(gpu.DRY.cells)
     for cell in found["cells"]:
         assert set(cell["contenders"]) >= {

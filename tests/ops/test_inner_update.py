@@ -27,6 +27,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+# Under the sanitizers a test takes twenty times as long.
+SANITIZED_TAILS = [pytest.param(n, marks=pytest.mark.sanitize) for n in (0, 1, 33, 4097)]
+
+
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
     """What serves every dtype on the CPU; Triton, whose interpreter cuts bfloat16, has its tests in tests/triton."""
@@ -60,7 +64,7 @@ def test_every_dtype_layout_and_option(dtype: torch.dtype, layout: str, options:
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("layout", ["number", "per parameter and step"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 3, 31, 33, 1023, 1025, 4096, 4097, 9001])
+@pytest.mark.parametrize("n", [*SANITIZED_TAILS, 3, 31, 1023, 1025, 4096, 9001])
 def test_every_tail_on_every_instruction_set(
     n: int, dtype: torch.dtype, layout: str, options: str, capability: str
 ) -> None:
@@ -138,6 +142,7 @@ def test_lr_of_another_dtype(dtype: torch.dtype, lr_dtype: torch.dtype, layout: 
         assert_close("updated", new, want, tolerance(dtype, backend))
 
 
+@pytest.mark.sanitize
 def test_tensors_of_different_dtypes_share_a_norm() -> None:
     params = [x.to(dtype) for x, dtype in zip(draw(2, torch.float64, 0), [*DTYPES, *DTYPES], strict=False)]
     grads = [x.to(p.dtype) for x, p in zip(draw(2, torch.float64, 1), params, strict=True)]
@@ -146,6 +151,7 @@ def test_tensors_of_different_dtypes_share_a_norm() -> None:
         assert_close("updated", new, want, FORWARD_TOLERANCE[p.dtype])
 
 
+@pytest.mark.sanitize
 def test_tensors_that_are_not_contiguous() -> None:
     params, grads = ([x[:, ::2].transpose(0, 2) for x in draw(5, torch.float32, s, [(6, 3)])] for s in (0, 1))
     lr = [torch.rand(5, 3).t()]
@@ -159,12 +165,14 @@ def test_a_gradient_whose_squares_overflow_float32_is_clipped_to_the_norm() -> N
     assert_close("updated", got, torch.full((1, 4), -1.0), 1e-6)
 
 
+@pytest.mark.sanitize
 def test_nothing_to_update(backend: str) -> None:
     assert inner_update([], [], 0.1, backend=backend) == []
     (got,) = inner_update([torch.ones(0, 3)], [torch.ones(0, 3)], 0.1, clip_norm=1.0, backend=backend)
     assert got.shape == (0, 3)
 
 
+@pytest.mark.sanitize
 def test_the_callers_tensors_are_untouched(backend: str) -> None:
     params, grads = draw(3, torch.float32, 0), draw(3, torch.float32, 1)
     kept = [x.clone() for x in (*params, *grads)]
@@ -177,6 +185,7 @@ def test_the_callers_tensors_are_untouched(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------- isolation of tasks
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_tasks_that_rest_keep_their_bits(dtype: torch.dtype, clip_norm: float | None, backend: str) -> None:
@@ -218,6 +227,7 @@ def test_nan_in_one_element_stays_there_without_clipping(backend: str) -> None:
 # --------------------------------------------------------------------------------------------------- determinism
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bits_do_not_depend_on_threads(dtype: torch.dtype, threads: None) -> None:
     shapes = [(40_000,), (3,), (257, 129)]
@@ -281,6 +291,7 @@ def test_gradients_of_large_lists_in_every_dtype(dtype: torch.dtype, layout: str
         assert_close(f"gradient {index}", a, b, GRADIENT_TOLERANCE[dtype] * slack)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("kind", range(3))
 def test_only_what_requires_a_gradient_gets_one(kind: int) -> None:
     shapes: list[tuple[int, ...]] = [(2,), (3,)]

@@ -134,6 +134,7 @@ OPERATOR: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("case", OPERATOR)
 def test_the_operator_checks_for_itself(case: str) -> None:
     changes, message = OPERATOR[case]

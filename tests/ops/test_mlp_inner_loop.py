@@ -54,6 +54,7 @@ def test_equals_the_reference(
     assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_float32_on_every_instruction_set(activation: str, loss: str, capability: str) -> None:
@@ -65,12 +66,34 @@ def test_float32_on_every_instruction_set(activation: str, loss: str, capability
     assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("loss", LOSSES)
-def test_models_too_large_for_lanes(loss: str) -> None:
+def test_models_too_large_for_lanes(loss: str, capability: str) -> None:
     case = Case([90, 100, 3], 3, 9, 11, loss)
     options = {"steps": 2, "activation": "tanh", "lr": 0.05}
     assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
     assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+@pytest.mark.parametrize("tasks", [1, 15, 16, 17, 33])
+def test_groups_of_tasks_that_are_not_full(tasks: int, dtype: torch.dtype, own: bool, capability: str) -> None:
+    """With odd widths, learned rates of every step, masks, weights of steps and a last segment of one step."""
+    case, steps = Case([3, 7, 5, 1], tasks, 17, 3, own=own), 5
+    masks = [torch.rand(tasks, samples, generator=case.generator) < 0.6 for samples in (17, 3)]
+    for mask in masks:
+        mask[:, -1] = True
+    lr = [0.1 + 0.05 * case.draw(steps, *(p.shape[1:] if own else p.shape)) for p in case.params]
+    options = {"lr": lr, "steps": steps, "per_step": True, "support_mask": masks[0], "checkpoint_every": 2}
+    weights = {"query_mask": masks[1], "step_weights": [0.2, 0.0, 0.1, 0.0, 0.7]}
+    pairs = [
+        [case.adapt(backend, d, **options), case.meta(backend, d, **options, **weights)]
+        for backend, d in (("cpp", dtype), ("reference", F64))
+    ]
+    for got, expected in zip(*pairs, strict=True):
+        assert_equal(got, expected, 1e-10 if dtype == F64 else GRADIENT_TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("steps_of", ["tensor", "parameter", "step", "step and parameter"])
@@ -92,6 +115,7 @@ def test_learned_rates(steps_of: str, first_order: Any) -> None:
         assert_equal(*(list(g) for g in gradients), 1e-10)
 
 
+@pytest.mark.sanitize
 def test_parameters_that_do_not_adapt_receive_meta_gradients() -> None:
     case = Case([2, 9, 3], 11)
     options = {"steps": 3, "adapted": [False, False, True, True], "activation": "sigmoid"}
@@ -141,6 +165,7 @@ def test_large_arguments_of_the_losses() -> None:
 # ------------------------------------------------------------------------------------ bits
 
 
+@pytest.mark.sanitize
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
@@ -153,6 +178,7 @@ def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
             assert_same_bits(f"result {index}", a, b)
 
 
+@pytest.mark.sanitize
 def test_same_bits_with_and_without_a_graph_and_checkpoints() -> None:
     case = Case([3, 20, 4], 19)
     expected = case.meta("cpp", steps=7, step_weights=[0.1] * 7)
@@ -241,6 +267,7 @@ def test_a_second_derivative_raises(call: Any) -> None:
 # ------------------------------------------------------------------------------------ bad input
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
@@ -271,6 +298,7 @@ def test_bad_input(change: dict[str, Any], error: type[Exception], message: str)
         mlp_inner_loop(values.pop("params"), values.pop("x"), values.pop("y"), **values)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("label", [-1, 3, 2**40])
 def test_labels_without_an_output(label: int) -> None:
     case = Case([2, 4, 3], 3, loss="cross_entropy")
@@ -279,7 +307,53 @@ def test_labels_without_an_output(label: int) -> None:
         mlp_meta_loss(case.params, case.support, case.query, lr=0.1, steps=1, loss="cross_entropy")
 
 
+@pytest.mark.sanitize
 def test_tasks_of_own_parameters_must_be_as_many() -> None:
     case = Case([2, 4, 1], 3, own=True)
     with pytest.raises(RuntimeError, match=r"params\[0\] must share the task axis, T = 2, got \[3, 4, 2\]"):
         mlp_inner_loop(case.params, case.support[0][:2], case.support[1][:2], lr=0.1, steps=1)
+
+
+def backward_arguments(name: str) -> list[Any]:
+    """Of the backward operator, for 3 tasks, 2 steps and 17 parameters a task."""
+    case, steps = Case([2, 4, 1], 3), 2
+    params, x, y, mask, lr, rate, *scalars = arguments(case, steps)
+    params = [p.detach() for p in params]
+    second_order = torch.ones(steps, dtype=torch.bool)
+    if name == "mlp_inner_loop":
+        adapted, trajectory = torch.ops.metakern.mlp_inner_loop(
+            params, x, y, mask, lr, rate, *scalars, True, second_order
+        )
+        return [adapted, trajectory, params, x, y, mask, lr, rate, *scalars, second_order]
+    weights = torch.tensor([0.0, 1.0], dtype=F64)
+    sets = x, y, mask, *case.query, None
+    losses, task_grads = torch.ops.metakern.mlp_meta_loss(
+        params, *sets, lr, rate, *scalars, second_order, weights, True
+    )
+    return [losses, task_grads, params, x, y, lr, steps, False, 0]
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("name", "index", "change", "message"),
+    [
+        ("mlp_inner_loop", 0, lambda xs: xs[:3], "grad_adapted must have one tensor for each of params"),
+        ("mlp_inner_loop", 0, lambda xs: [xs[0][:2], *xs[1:]], r"grad_adapted\[0\] must have the adapted tensor's"),
+        ("mlp_inner_loop", 0, lambda xs: [x.float() for x in xs], "grad_adapted must be float64, got float32"),
+        ("mlp_inner_loop", 1, lambda x: x[:-1], "trajectory must be the one of this problem, got 271 elements"),
+        ("mlp_inner_loop", 1, lambda x: x.float(), "trajectory must be float64, got float32"),
+        ("mlp_inner_loop", -2, lambda _: 1, "trajectory must be the one of this problem, got 272 elements"),
+        ("mlp_inner_loop", -2, lambda _: 0, "checkpoint_every must be 1 to 2, got 0"),
+        ("mlp_inner_loop", -1, lambda x: x[:1], r"second_order must have shape \[2\], got \[1\]"),
+        ("mlp_meta_loss", 0, lambda x: x[:2], r"grad_losses must have shape \[3\], got \[2\]"),
+        ("mlp_meta_loss", 0, lambda x: x.float(), "grad_losses must be float64, got float32"),
+        ("mlp_meta_loss", 1, lambda x: x[:-1], "task_grads must be those of this problem, got 271 elements"),
+    ],
+)
+def test_backward_operators_called_directly_guard_memory(name: str, index: int, change: Any, message: str) -> None:
+    call = backward_arguments(name)
+    operator = getattr(torch.ops.metakern, f"{name}_backward")
+    operator(*call)
+    call[index] = change(call[index])
+    with pytest.raises(RuntimeError, match=message):
+        operator(*call)

@@ -1,0 +1,42 @@
+"""The contenders for one update of a list of tensors: inner_update and what users write today."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from metakern.ops import inner_update
+from metakern.reference import inner_update as reference
+
+#: α, one number.
+LR = 0.01
+
+#: Takes params, grads and the largest norm of a task's gradient, if there is one, to new params.
+Update = Callable[[list[Tensor], list[Tensor], float | None], list[Tensor]]
+
+
+def fused(backend: str) -> Update:
+    """metakern.ops.inner_update by one backend."""
+    return lambda params, grads, clip_norm: inner_update(params, grads, LR, clip_norm=clip_norm, backend=backend)
+
+
+def loop(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
+    """A Python loop over the tensors, as learn2learn writes it."""
+    return reference.inner_update(params, grads, LR, clip_norm=clip_norm)
+
+
+def foreach(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
+    """Two of PyTorch's operators for lists; clipping by task has none."""
+    if clip_norm is not None:
+        factors = reference.clip_coefficients(grads, clip_norm)
+        grads = list(torch._foreach_mul(grads, [factors.view(-1, *[1] * (g.dim() - 1)) for g in grads]))
+    return list(torch._foreach_sub(params, torch._foreach_mul(grads, LR)))
+
+
+def make_tensors(tasks: int, hidden: int, layers: int, seed: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Weights and biases of a perceptron for each of T tasks, [T, *shape] each."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shapes = [shape for _ in range(layers) for shape in ((hidden, hidden), (hidden,))]
+    return [torch.randn(tasks, *shape, generator=generator, device=device) for shape in shapes]

@@ -101,6 +101,7 @@ Tensor in_lanes(const MlpInnerLoopProblem& p, const Tensor& like, int64_t elemen
   const MlpUnits u = mlp_kernels(p).units(p);
   const int64_t used = u.first_task(u.count()) * elements;
   const int64_t size = int64_t(like.element_size());
+  if (result.numel() == used) return result;  // memset takes no null pointer, of nothing either
   std::memset(static_cast<char*>(result.mutable_data_ptr()) + used * size, 0, size_t((result.numel() - used) * size));
   return result;
 }
@@ -224,7 +225,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_meta_loss_backward(
   check_dtype(grad_losses, "grad_losses", params[0].scalar_type());
   check(task_grads.numel() == p.padded_tasks() * call->flat, "task_grads must be those of this problem, got ",
         task_grads.numel(), " elements");
-  return reduced(p, a, *call, call.pointer(grad_losses), task_grads);
+  check_dtype(task_grads, "task_grads", params[0].scalar_type());
+  return reduced(p, a, *call, call.pointer(grad_losses), as_contiguous(task_grads));
 }
 
 }  // namespace

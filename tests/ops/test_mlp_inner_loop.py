@@ -347,6 +347,7 @@ def backward_arguments(name: str) -> list[Any]:
         ("mlp_inner_loop", -1, lambda x: x[:1], r"second_order must have shape \[2\], got \[1\]"),
         ("mlp_meta_loss", 0, lambda x: x[:2], r"grad_losses must have shape \[3\], got \[2\]"),
         ("mlp_meta_loss", 0, lambda x: x.float(), "grad_losses must be float64, got float32"),
+        ("mlp_meta_loss", 1, lambda x: x.float(), "task_grads must be float64, got float32"),
         ("mlp_meta_loss", 1, lambda x: x[:-1], "task_grads must be those of this problem, got 271 elements"),
     ],
 )

@@ -54,7 +54,7 @@ def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> 
     """
     mlp, names, arguments = _arguments(options)
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
-    check_size(mlp, arguments["loss"], options.steps, x)
+    check_size(mlp, arguments["backend"], arguments["loss"], options.steps, x)
     results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, **arguments))
     by_name = dict(zip(mlp.names, results, strict=True))
     return {name: by_name[name] for name in names}
@@ -88,7 +88,7 @@ def fused_meta_loss(
         sets.append(_samples(name, options, mlp, arguments["loss"], *data, mask))
     if sets[0][0].shape[0] != sets[1][0].shape[0]:
         raise Unserved("support and query do not share the task axis")
-    check_size(mlp, arguments["loss"], options.steps, *(x for x, _ in sets))
+    check_size(mlp, arguments["backend"], arguments["loss"], options.steps, *(x for x, _ in sets))
     losses: Tensor = _served(
         lambda: mlp_meta_loss(
             mlp.params,

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern._inner_loop_input import LearningRates
-from metakern.ops.mlp_inner_loop import unserved, unserved_on_cuda
+from metakern.ops.mlp_inner_loop import unserved, unserved_by_triton, unserved_on_cuda
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
 _ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
@@ -200,10 +200,12 @@ def find_loss(loss: Callable[..., Tensor]) -> str:
     raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
 
 
-def check_size(mlp: Mlp, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> None:
-    """Raise Unserved where the kernels do not serve this many parameters and samples, [T, S, I] each."""
+def check_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> None:
+    """Raise Unserved where the kernels of ``backend`` do not serve so many parameters and samples, [T, S, I] each."""
     first, sizes = mlp.params[0], (support.shape[1], 0 if query is None else query.shape[1])
-    if first.device.type == "cuda":
+    if backend == "triton":
+        reason = unserved_by_triton(tuple(mlp.widths))
+    elif backend == "cuda":
         reason = unserved_on_cuda(tuple(mlp.widths), *sizes, steps, mlp.activation, loss, first.dtype, first.device)
     else:
         reason = unserved(tuple(mlp.widths), max(sizes), first.dtype)

@@ -34,6 +34,9 @@ MAX_TASK_BYTES = 2**24
 #: Keep in step with csrc/cuda/mlp_inner_loop.h.
 MAX_CUDA_STEPS = 256
 
+#: Keep in step with metakern/triton/mlp_arguments.py.
+MAX_TRITON_OUTPUTS = 4096
+
 
 @memoized
 def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
@@ -46,6 +49,13 @@ def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     size = (3 * params + 8 * sum(widths[1:]) * samples) * dtype.itemsize
     if size > MAX_TASK_BYTES:
         return f"a task of this size takes {size >> 20} MiB; {MAX_TASK_BYTES >> 20} at most stay in the cache"
+    return ""
+
+
+def unserved_by_triton(widths: tuple[int, ...]) -> str:
+    """Why Triton's kernels, whose working memory is global, do not serve MLPs of these widths; empty where they do."""
+    if len(widths) - 1 > MAX_LAYERS or widths[-1] > MAX_TRITON_OUTPUTS:
+        return f"the model has more than {MAX_LAYERS} layers or {MAX_TRITON_OUTPUTS} outputs"
     return ""
 
 
@@ -121,8 +131,8 @@ def mlp_inner_loop(
         params: weight and bias of every layer in turn, float32 or float64, on a GPU also bfloat16 or float16, whose
             arithmetic is float32: [O, I] and [O], which all tasks start from, or [T, O, I] and [T, O]
         support_x: [T, S, I]
-        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``; on a GPU a label that names no output
-            makes its task's results NaN
+        support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``; on a GPU, where a CUDA graph is captured
+            or torch.compile or torch.func is at work, a label that names no output makes its task's results NaN
         lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
             shape; with ``per_step`` tensors have one more leading axis [K]
         steps: K
@@ -147,7 +157,7 @@ def mlp_inner_loop(
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
-    if serves == "cuda" and loss == "cross_entropy":
+    if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
         _check_labels("support", support_y, params)
     support = support_x, support_y, support_mask
     return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
@@ -208,7 +218,7 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
-    if serves == "cuda" and loss == "cross_entropy":
+    if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
         _check_labels("support", support[1], params)
         _check_labels("query", query[1], params)
     sets = (*support, support_mask), (*query, query_mask)

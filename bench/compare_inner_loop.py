@@ -42,6 +42,9 @@ LEARNERS = ("metakern.MAML", "learn2learn", "loop")
 #: The meta-batches that a case rotates through.
 BATCHES = 3
 
+#: A sample is a stretch of a training loop: meta-iterations of one contender follow one another for this long.
+SAMPLE_SECONDS = 20e-3
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -117,7 +120,9 @@ def measure_cell(
         first = {n: wall_seconds(partial(iterate, c, batches[0])) for n, c in contenders.items() if n in BATCHED}
     error = check_agreement(contenders, batches)
     calls: dict[str, Calls] = {n: [partial(iterate, c, batch) for batch in batches] for n, c in contenders.items()}
-    times = alternate(calls, seconds=plan.seconds, min_rounds=plan.min_rounds, progress=advance)
+    times = alternate(
+        calls, seconds=plan.seconds, min_rounds=plan.min_rounds, sample_seconds=SAMPLE_SECONDS, progress=advance
+    )
     ours, *peers = times
     rate = case.flops() / times[ours]["median_s"] / 1e9
     return {
@@ -170,6 +175,7 @@ def measure(plan: Plan, console: Console) -> dict[str, Any]:
     return {
         "libraries": notes,
         "sgemm_gflops": gflops,
+        "sample_s": SAMPLE_SECONDS,
         "flops": f"of the products; share_of_sgemm is of a float32 product of {plan.sgemm_size}³, measured in this run",
         **results,
         "targets": judge_inner_loop(results),

@@ -35,6 +35,7 @@ def alternate(
     seconds: float,
     min_rounds: int = 5,
     max_rounds: int = 200,
+    sample_seconds: float = SAMPLE_SECONDS,
     progress: Callable[[float], None] = lambda _: None,
     clock: Callable[[Callable[[], Any]], float] = wall_seconds,
 ) -> dict[str, dict[str, float]]:
@@ -45,6 +46,8 @@ def alternate(
         seconds: budget; at least ``min_rounds`` and at most ``max_rounds`` rounds are measured.
         min_rounds: see above
         max_rounds: see above
+        sample_seconds: a sample repeats a shorter call until it lasts this long. The first calls of a sample find the
+            caches and the branch predictors as another contender left them; a long sample is the steady state of a loop.
         progress: is told the share that is done.
         clock: seconds that a function keeps the device busy.
 
@@ -66,7 +69,7 @@ def alternate(
     repeats = {}
     for name, calls in contenders.items():
         sample(name, len(calls))  # warm-up: every input is touched, code is loaded
-        repeats[name] = max(1, round(SAMPLE_SECONDS / max(sample(name, 2), 1e-7)))
+        repeats[name] = max(1, round(sample_seconds / max(sample(name, 2), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(1, max_rounds + 1):

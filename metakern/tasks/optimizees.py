@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.tasks.distribution import check_num_tasks, check_split
+
 
 class OptimizeeBatch(Protocol):
     """T problems of one kind, each with its data, solved side by side."""
@@ -45,12 +47,6 @@ class Optimizees(Protocol):
         ...
 
 
-def check_num_tasks(num_tasks: int) -> None:
-    """Raise ValueError unless there is at least one problem."""
-    if num_tasks < 1:
-        raise ValueError(f"num_tasks must be at least 1, got {num_tasks}")
-
-
 class Quadratics:
     """f(θ) = ‖Wθ - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1)."""
 
@@ -67,7 +63,7 @@ class Quadratics:
 
     def split(self, name: str) -> Quadratics:
         """Itself: problems are drawn without end, so no two splits share one."""
-        _check_split(name)
+        check_split(name)
         return self
 
 
@@ -95,17 +91,12 @@ class QuadraticBatch:
 DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)}
 
 
-def _check_split(name: str) -> None:
-    if name not in DIGITS_SPLITS:
-        raise ValueError(f"split must be one of {', '.join(DIGITS_SPLITS)}, got {name!r}")
-
-
 @functools.cache
 def load_digits(split: str) -> tuple[Tensor, Tensor]:
     """Images [n, 64] in [0, 1] and labels [n] of a split of scikit-learn's handwritten digits, shuffled once."""
     from sklearn.datasets import load_digits as load
 
-    _check_split(split)
+    check_split(split)
     data = load()
     order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
     first, last = DIGITS_SPLITS[split]

@@ -47,7 +47,7 @@ def alternate(
         min_rounds: see above
         max_rounds: see above
         sample_seconds: a sample repeats a shorter call until it lasts this long. The first calls of a sample find the
-            caches and the branch predictors as another contender left them; a long sample is the steady state of a loop.
+            caches and the branch predictors as another contender left them; a long sample is a loop's steady state.
         progress: is told the share that is done.
         clock: seconds that a function keeps the device busy.
 

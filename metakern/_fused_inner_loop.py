@@ -22,7 +22,7 @@ from metakern._inner_loop_input import (
     learning_rates,
     task_batch,
 )
-from metakern._mlp import Mlp, Unserved, check_data, check_size, find_loss, find_mlp
+from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
 
@@ -54,8 +54,8 @@ def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> 
     """
     mlp, names, arguments = _arguments(options)
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
-    check_size(mlp, arguments["backend"], arguments["loss"], options.steps, x)
-    results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, **arguments))
+    serves = _serving(options, mlp, arguments["loss"], x)
+    results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, backend=serves, **arguments))
     by_name = dict(zip(mlp.names, results, strict=True))
     return {name: by_name[name] for name in names}
 
@@ -88,7 +88,7 @@ def fused_meta_loss(
         sets.append(_samples(name, options, mlp, arguments["loss"], *data, mask))
     if sets[0][0].shape[0] != sets[1][0].shape[0]:
         raise Unserved("support and query do not share the task axis")
-    check_size(mlp, arguments["backend"], arguments["loss"], options.steps, *(x for x, _ in sets))
+    serves = _serving(options, mlp, arguments["loss"], *(x for x, _ in sets))
     losses: Tensor = _served(
         lambda: mlp_meta_loss(
             mlp.params,
@@ -96,6 +96,7 @@ def fused_meta_loss(
             support_mask=masks[0],
             query_mask=masks[1],
             step_weights=step_weights,
+            backend=serves,
             **arguments,
         )
     )
@@ -104,8 +105,7 @@ def fused_meta_loss(
 
 def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
     """The model, names of its adapted parameters, and the operator's options."""
-    name = _backend.requested(options.backend)
-    if name == "reference":
+    if _backend.requested(options.backend) == "reference":
         raise Unserved("backend='reference' asks for it")
     if not isinstance(options.model, nn.Module):
         raise Unserved("the model is no nn.Module")
@@ -117,10 +117,8 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
     mlp, loss = find_mlp(options.model), find_loss(options.loss)
-    device = mlp.params[0].device
-    if torch.is_autocast_enabled(device.type):
+    if torch.is_autocast_enabled(mlp.params[0].device.type):
         raise Unserved("autocast is on")
-    serves = _serving(name, device)
     if options.parameters is None and not is_transformed():
         names = [name for name, p in zip(mlp.names, mlp.params, strict=True) if name and p.requires_grad]
     else:
@@ -142,16 +140,17 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
             "checkpoint_every": options.checkpoint_every,
-            "backend": serves,
         },
     )
 
 
-def _serving(name: str, device: torch.device) -> str:
-    """The backend whose kernels serve, of those that ``name`` stands for."""
+def _serving(options: Options, mlp: Mlp, loss: str, *samples: Tensor) -> str:
+    """The backend whose kernels serve the model and support and query samples of this size."""
+    name, device = _backend.requested(options.backend), mlp.params[0].device
     reasons = []
     for candidate in _backend.PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
-        reason = _backend.missing(candidate, device)
+        missing = _backend.missing(candidate, device)
+        reason = missing or unserved_size(mlp, candidate, loss, options.steps, *samples)
         if not reason:
             return candidate
         reasons.append(reason)

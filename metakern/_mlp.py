@@ -200,17 +200,14 @@ def find_loss(loss: Callable[..., Tensor]) -> str:
     raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
 
 
-def check_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> None:
-    """Raise Unserved where the kernels of ``backend`` do not serve so many parameters and samples, [T, S, I] each."""
+def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> str:
+    """Why the kernels of ``backend`` do not serve models and samples, [T, S, I], of this size; empty where they do."""
     first, sizes = mlp.params[0], (support.shape[1], 0 if query is None else query.shape[1])
     if backend == "triton":
-        reason = unserved_by_triton(tuple(mlp.widths))
-    elif backend == "cuda":
-        reason = unserved_on_cuda(tuple(mlp.widths), *sizes, steps, mlp.activation, loss, first.dtype, first.device)
-    else:
-        reason = unserved(tuple(mlp.widths), max(sizes), first.dtype)
-    if reason:
-        raise Unserved(reason)
+        return unserved_by_triton(tuple(mlp.widths))
+    if backend == "cuda":
+        return unserved_on_cuda(tuple(mlp.widths), *sizes, steps, mlp.activation, loss, first.dtype, first.device)
+    return unserved(tuple(mlp.widths), max(sizes), first.dtype)
 
 
 def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:

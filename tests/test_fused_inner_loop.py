@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 from torch.utils import _pytree as pytree
 
-from metakern import adapt, meta_loss
+from metakern import _backend, _fused_inner_loop, _mlp, adapt, meta_loss
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 
@@ -223,3 +223,28 @@ def test_compiled_transforms_take_plain_pytorch() -> None:
 def test_checkpoints_in_torch_func() -> None:
     got = transformed(SERVED["grad"], "meta_loss", backend="cpp", checkpoint_every=1)
     assert_all_close(got, transformed(SERVED["grad"], "meta_loss", backend="reference"))
+
+
+def test_a_model_too_large_for_one_backend_goes_to_the_next(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served = []
+    operator = _fused_inner_loop.mlp_meta_loss
+
+    def spy(*args: Any, **options: Any) -> Tensor:
+        served.append(options["backend"])
+        return operator(*args, **options)
+
+    monkeypatch.setattr(_fused_inner_loop, "mlp_meta_loss", spy)
+    monkeypatch.setitem(_backend.PREFERRED, "cpu", ("cpp", "triton"))
+    data = episode(tasks=1)
+    objective = Objective(mlp(2, 4, 1), "meta_loss", steps=1, explain=True)
+    with torch.no_grad():
+        expected = objective(*data)
+        monkeypatch.setattr(_mlp, "unserved", lambda *size: "it is too large")
+        assert_close("losses", objective(*data), expected, 1e-12)
+        assert served == ["cpp", "triton"]
+        monkeypatch.setattr(_mlp, "unserved_by_triton", lambda widths: "it is too wide")
+        assert_close("losses", objective(*data), expected, 1e-12)
+    assert served == ["cpp", "triton"]
+    assert "it is too large; it is too wide" in capsys.readouterr().out

@@ -127,7 +127,7 @@ def measure_cell(
     rate = case.flops() / times[ours]["median_s"] / 1e9
     return {
         **case.describe(),
-        "max_relative_difference": error,
+        "max_relative_difference_float64": error,
         "first_result_s": first,
         "contenders": times,
         "absent": [name for name in names if name not in times],

@@ -163,8 +163,8 @@ def check_agreement(problems: Sequence[Problem], *, backward: bool = False) -> f
     return largest_error({problem.contender.name: _results(problem, backward) for problem in problems})
 
 
-def largest_error(results: Mapping[str, Sequence[Tensor]]) -> float:
-    """The largest relative error of any contender's results against the first one's; AssertionError above 1e-4.
+def largest_error(results: Mapping[str, Sequence[Tensor]], tolerance: float = 1e-4) -> float:
+    """The largest relative error of any contender's results against the first one's; AssertionError above a tolerance.
 
     Relative to the largest magnitude of each tensor: float32 sums in another order differ.
     """
@@ -173,7 +173,7 @@ def largest_error(results: Mapping[str, Sequence[Tensor]]) -> float:
     for name, actual in others:
         for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
             error = float((got - want).abs().max() / want.abs().max())
-            assert error < 1e-4, f"{name} and {first} differ by {error:.1e} in result {index}"
+            assert error < tolerance, f"{name} and {first} differ by {error:.1e} in result {index}"
             worst = max(worst, error)
     return worst
 

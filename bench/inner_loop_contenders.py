@@ -23,6 +23,9 @@ from bench.inner_loop_cases import Case, Set
 #: Libraries that take one task after another.
 LIBRARIES = ("learn2learn", "higher", "torchopt")
 
+#: Largest relative difference between the results of two contenders in float64.
+AGREEMENT = 1e-9
+
 
 class Contender(Protocol):
     """One way to a meta-gradient; its model's parameters are the meta-parameters."""
@@ -289,7 +292,24 @@ def results(contender: Contender, batch: tuple[Set, Set]) -> list[Tensor]:
 
 
 def check_agreement(contenders: Mapping[str, Contender], batches: Sequence[tuple[Set, Set]]) -> float:
-    """:func:`largest_error` of the query losses and meta-gradients, over all batches."""
-    return max(
-        largest_error({name: results(contender, batch) for name, contender in contenders.items()}) for batch in batches
+    """:func:`largest_error` of the query losses and meta-gradients, over all batches, in float64.
+
+    In float32 one unit on the other side of a ReLU's kink is enough for correct gradients to differ by some percent.
+    """
+    for contender in contenders.values():
+        contender.model.double()
+    try:
+        return max(
+            largest_error({name: results(c, _doubled(batch)) for name, c in contenders.items()}, AGREEMENT)
+            for batch in batches
+        )
+    finally:
+        for contender in contenders.values():
+            contender.model.float()
+
+
+def _doubled(batch: tuple[Set, Set]) -> tuple[Set, Set]:
+    (x, y), (query_x, query_y) = (
+        tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in pair) for pair in batch
     )
+    return (x, y), (query_x, query_y)

@@ -41,25 +41,22 @@ class Mlp(NamedTuple):
     Attributes:
         names: of the parameters; empty where a layer has no bias
         params: weight [O, I] and bias [O] of every layer in turn
+        widths: inputs, then the units of every layer
         activation: between the layers
         flattens: whether the model flattens a sample first
     """
 
     names: list[str]
     params: list[Tensor]
+    widths: tuple[int, ...]
     activation: str
     flattens: bool
-
-    @property
-    def widths(self) -> list[int]:
-        """Inputs, then the units of every layer."""
-        return [self.params[0].shape[1], *(p.shape[0] for p in self.params[::2])]
 
     def samples(self, x: Tensor) -> Tensor:
         """[T, S, I] from what the model takes."""
         x = x.flatten(2) if self.flattens else x
-        if x.dim() != 3 or x.shape[2] != self.params[0].shape[1]:
-            raise Unserved(f"the samples are {list(x.shape)}, not [T, S, {self.params[0].shape[1]}]")
+        if x.dim() != 3 or x.shape[2] != self.widths[0]:
+            raise Unserved(f"the samples are {list(x.shape)}, not [T, S, {self.widths[0]}]")
         return x
 
     def rates(self, rates: LearningRates, names: Sequence[str], steps: int) -> float | Tensor | list[Tensor]:
@@ -178,7 +175,8 @@ def find_mlp(model: nn.Module) -> Mlp:
     for p in params:
         if p.dtype is not dtype or p.device != device:
             raise Unserved("the parameters differ in dtype or device")
-    return Mlp(chain.names, params, chain.activation, chain.flattens)
+    widths = (params[0].shape[1], *(p.shape[0] for p in params[::2]))
+    return Mlp(chain.names, params, widths, chain.activation, chain.flattens)
 
 
 def find_loss(loss: Callable[..., Tensor]) -> str:
@@ -204,10 +202,10 @@ def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor
     """Why the kernels of ``backend`` do not serve models and samples, [T, S, I], of this size; empty where they do."""
     first, sizes = mlp.params[0], (support.shape[1], 0 if query is None else query.shape[1])
     if backend == "triton":
-        return unserved_by_triton(tuple(mlp.widths))
+        return unserved_by_triton(mlp.widths)
     if backend == "cuda":
-        return unserved_on_cuda(tuple(mlp.widths), *sizes, steps, mlp.activation, loss, first.dtype, first.device)
-    return unserved(tuple(mlp.widths), max(sizes), first.dtype)
+        return unserved_on_cuda(mlp.widths, *sizes, steps, mlp.activation, loss, first.dtype, first.device)
+    return unserved(mlp.widths, max(sizes), first.dtype)
 
 
 def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:

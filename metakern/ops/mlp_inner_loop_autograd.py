@@ -202,6 +202,8 @@ def _call(
             raise RuntimeError(_DATA)
     run = Run(operators, problem, weights, keep, rates)
     if not transformed and keep:
+        if weights is not None:
+            return [_EagerMetaLoss.apply(run, data, len(params), *params, *lr)]
         return list(_Eager.apply(run, len(params), *params, *data, *lr))
     if transformed and not torch.compiler.is_compiling():
         return list(_Transformed.apply(run, len(params), *params, *data, *lr)[:-1])
@@ -282,7 +284,7 @@ class _Transformed(torch.autograd.Function):
 
 
 class _Eager(torch.autograd.Function):
-    """The same for eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call."""
+    """mlp_inner_loop in eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs."""
 
     @staticmethod
     def forward(ctx: Any, run: Run, count: int, *tensors: Any) -> tuple[Tensor, ...]:
@@ -293,6 +295,26 @@ class _Eager(torch.autograd.Function):
         return tuple(results)
 
     backward = _Transformed.backward
+
+
+class _EagerMetaLoss(torch.autograd.Function):
+    """mlp_meta_loss in eager mode. Its gradients are there already, the way back asks the other tensors for shapes."""
+
+    @staticmethod
+    def forward(ctx: Any, run: Run, data: Tensors, count: int, *tensors: Tensor) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            (losses,), kept = run.forward(tensors[:count], data, tensors[count:])
+        ctx.run, ctx.data, ctx.count, ctx.tensors = run, data, count, tensors
+        ctx.save_for_backward(kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        (kept,) = ctx.saved_tensors
+        run, count, tensors = ctx.run, ctx.count, ctx.tensors
+        found = _backward(run, (grad,), kept, tensors[:count], ctx.data, tensors[count:])
+        rates = () if run.rates else (None,) * (len(tensors) - count)
+        return None, None, None, *found, *rates
 
 
 def _backward(run: Run, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> Sequence[Tensor]:

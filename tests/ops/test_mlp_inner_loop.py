@@ -287,7 +287,6 @@ def test_a_second_derivative_raises(call: Any) -> None:
         ({"lr": [torch.ones((), dtype=F64)] * 3}, RuntimeError, "lr must hold no tensor, 1 or one for each of the 4"),
         ({"lr": [torch.ones(3, dtype=F64)] * 4}, RuntimeError, r"lr\[0\] must hold 1 or 8 rates, got \[3\]"),
         ({"backend": "cuda"}, RuntimeError, "backend 'cuda' cannot run: the CUDA kernels serve tensors on cuda"),
-        ({"backend": "triton"}, RuntimeError, "backend 'triton' cannot run: Triton's kernels serve tensors on cuda"),
     ],
 )
 def test_bad_input(change: dict[str, Any], error: type[Exception], message: str) -> None:

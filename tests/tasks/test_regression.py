@@ -4,16 +4,12 @@ import math
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from metakern.tasks import Abs, Family, Linear, Mixture, Quadratic, Sinusoid, Tanh, TaskDistribution, mixture
 from metakern.tasks.distribution import SPLITS
+from tests.tasks.draws import assert_same, count_calls, generator
 
 FAMILIES = (Sinusoid, Linear, Quadratic, Tanh, Abs)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def fitted(basis, batch):
@@ -111,26 +107,15 @@ def test_the_noise_is_on_support_and_query_targets():
 @pytest.mark.parametrize("tasks", [*(family() for family in FAMILIES), mixture(5)], ids=lambda t: type(t).__name__)
 def test_the_generator_decides_everything(tasks):
     first, again, other = (tasks.sample(4, generator(seed)) for seed in (1, 1, 2))
+    assert_same(first, again)
     for name in ("support_x", "support_y", "query_x", "query_y"):
-        assert torch.equal(getattr(first, name), getattr(again, name))
         assert not torch.equal(getattr(first, name), getattr(other, name))
 
 
 @pytest.mark.parametrize("tasks", [Sinusoid(), mixture(5)], ids=["sinusoid", "mixture"])
 def test_a_thousand_tasks_are_as_many_calls_as_one(tasks):
-    class Count(TorchDispatchMode):
-        calls = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.calls += 1
-            return func(*args, **(kwargs or {}))
-
-    counts = []
-    for num_tasks in (1, 1000):
-        with Count() as count:
-            tasks.sample(num_tasks, generator())
-        counts.append(count.calls)
-    assert counts[0] == counts[1] < 60
+    few, many = (count_calls(lambda n=n: tasks.sample(n, generator())) for n in (2, 1000))
+    assert 0 < few == many
 
 
 @pytest.mark.parametrize("tasks", [Sinusoid(noise=0), mixture(3, noise=0)], ids=["sinusoid", "mixture"])
@@ -187,6 +172,7 @@ def test_select_takes_the_same_tasks_as_the_whole_batch_has():
     batch = mixture(3).sample(6, generator())
     part = batch.select(slice(2, 5))
     assert part.num_tasks == 3
+    assert torch.equal(part.support_x, batch.support_x[2:5])
     assert torch.equal(part.query_y, batch.query_y[2:5])
     assert torch.equal(part.modes, batch.modes[2:5])
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,44 +53,21 @@ class Digits(FewShotEpisodes):
     9: the training split has these, so its accuracy stays below 1 (and that of validation too, for the turned 2).
 
     Args:
-        ways: N, at most 8 for validation and test
-        support: images of each class to adapt to
-        query: images of each class to be judged by
         domains: names out of :data:`DOMAINS`; every task sees its images through one of them, and ``modes`` says
             through which, counted as they are given here. Default: the images as they are, without ``modes``
         flat: images as vectors [64], otherwise [1, 8, 8]; float32 from 0, paper, to 1
-        split: "train", "valid" or "test"
+        options: ``ways``, at most 8 for validation and test, ``support``, ``query`` and ``split`` of
+            :class:`FewShotEpisodes`
 
     Raises:
         ValueError: for unknown domains, and as :class:`FewShotEpisodes` does.
     """
 
-    def __init__(
-        self,
-        *,
-        ways: int = 5,
-        support: int = 1,
-        query: int = 15,
-        domains: Sequence[str] = (),
-        flat: bool = True,
-        split: str = "train",
-    ) -> None:
+    def __init__(self, *, domains: Sequence[str] = (), flat: bool = True, **options: Any) -> None:
         unknown = [name for name in domains if name not in DOMAINS]
         if unknown:
             raise ValueError(f"domains must be out of {', '.join(DOMAINS)}, got {', '.join(map(repr, unknown))}")
-        self.flat = flat
-        super().__init__(
-            _classes(),
-            ways=ways,
-            support=support,
-            query=query,
-            domains=[DOMAINS[name] for name in domains],
-            split=split,
-        )
-
-    def _look_up(self, rows: Tensor) -> Tensor:
-        images = super()._look_up(rows)
-        return images.flatten(2) if self.flat else images
+        super().__init__(_classes(), domains=[DOMAINS[name] for name in domains], flat=flat, **options)
 
 
 @functools.cache
@@ -100,5 +78,6 @@ def _classes() -> dict[str, ImageClasses]:
     data = load_digits()
     images, labels = torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
     return {
-        split: ImageClasses([images[labels == digit] for digit in digits]).rotated() for split, digits in DIGITS.items()
+        split: ImageClasses.from_list([images[labels == digit] for digit in digits]).rotated()
+        for split, digits in DIGITS.items()
     }

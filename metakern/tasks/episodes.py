@@ -20,48 +20,54 @@ class ImageClasses:
     """Images of C classes, in one tensor.
 
     Args:
-        images: for every class its images [n, ...], n as it may be; floating point, or ``uint8`` for 0 to 1 in steps of
-            1/255
+        images: [M, ...], those of a class beside each other; floating point, or ``uint8`` for 0 to 1 in steps of 1/255
+        counts: how many images each class has, C numbers
 
     Raises:
-        ValueError: for no classes, and for images of different shapes or types.
+        ValueError: for no classes, and for counts that do not add up to M.
     """
 
-    def __init__(self, images: Sequence[Tensor]) -> None:
-        if not images:
-            raise ValueError("images must hold at least one class, got none")
-        kinds = {(tuple(x.shape[1:]), x.dtype) for x in images}
-        if len(kinds) > 1:
-            raise ValueError(f"images of all classes must have one shape and dtype, got {sorted(map(str, kinds))}")
-        self.images = torch.cat(list(images))  # [M, ...]
-        self.counts = torch.tensor([len(x) for x in images])  # [C]
+    def __init__(self, images: Tensor, counts: Sequence[int]) -> None:
+        if len(counts) == 0 or min(counts) < 0 or sum(counts) != len(images):
+            raise ValueError(f"counts must add up to the {len(images)} images and be at least one, got {list(counts)}")
+        self.images, self.counts = images, torch.tensor(counts)
         self.starts = self.counts.cumsum(0) - self.counts  # [C]: where the images of a class begin
 
     @classmethod
+    def from_list(cls, images: Sequence[Tensor]) -> ImageClasses:
+        """From the images [n, ...] of each class, n as it may be.
+
+        Raises:
+            ValueError: for no classes, and for images of different shapes or dtypes.
+        """
+        kinds = {(tuple(x.shape[1:]), x.dtype) for x in images}
+        if len(kinds) != 1:
+            found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "no class"
+            raise ValueError(f"images must be of one shape and dtype in every class, got {found}")
+        return cls(torch.cat(list(images)), [len(x) for x in images])
+
+    @classmethod
     def from_labels(cls, images: Tensor, labels: Tensor) -> ImageClasses:
-        """Images [M, ...] whose classes ``labels`` [M] names, by any integers; classes in ascending order.
+        """From images [M, ...] in any order, whose classes ``labels`` [M] names by any integers.
 
         Raises:
             ValueError: where there is not one label for every image.
         """
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be [{len(images)}], one for every image, got {list(labels.shape)}")
-        return cls([images[labels == label] for label in labels.unique()])
+        order = labels.argsort(stable=True)
+        return cls(images[order], labels.unique(return_counts=True)[1].tolist())
 
     def __len__(self) -> int:
         return len(self.counts)
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> ImageClasses:
-        """The classes with ``function`` of all images [M, ...]."""
-        return ImageClasses(function(self.images).split(self.counts.tolist()))
-
     def rotated(self) -> ImageClasses:
         """4·C classes of images [..., H, W]: those here, then those turned by 90, 180 and 270 degrees.
 
-        So Santoro et al. 2016 (arXiv 1605.06065) multiply the characters of Omniglot.
+        So Santoro et al. 2016, arXiv 1605.06065, multiply the characters of Omniglot.
         """
-        classes = self.images.split(self.counts.tolist())
-        return ImageClasses([x.rot90(turns, (-2, -1)) for turns in range(4) for x in classes])
+        turned = [self.images.rot90(turns, (-2, -1)) for turns in range(4)]
+        return ImageClasses(torch.cat(turned), self.counts.tolist() * 4)
 
 
 class FewShotEpisodes:
@@ -76,8 +82,10 @@ class FewShotEpisodes:
         ways: N
         support: S
         query: Q
-        domains: functions of images [M, ...]; every task sees all its images through one of them, drawn for each task,
-            and ``modes`` of a batch says through which. Default: the images as they are
+        domains: functions of images [M, ...] as ``classes`` holds them; every task sees all its images through one of
+            them, drawn for each task, and ``modes`` of a batch says through which. The images are kept as each shows
+            them. Default: as they are
+        flat: images as vectors
         split: whose classes are drawn
 
     Raises:
@@ -93,12 +101,14 @@ class FewShotEpisodes:
         support: int = 1,
         query: int = 15,
         domains: Sequence[Callable[[Tensor], Tensor]] = (),
+        flat: bool = False,
         split: str = "train",
     ) -> None:
         if ways < 1 or support < 1 or query < 1:
             raise ValueError(f"ways, support and query must be at least 1, got {ways}, {support} and {query}")
-        self.classes = {k: v if isinstance(v, ImageClasses) else ImageClasses(v) for k, v in classes.items()}
-        self.ways, self.support, self.query, self.domains = ways, support, query, tuple(domains)
+        self.classes = {k: v if isinstance(v, ImageClasses) else ImageClasses.from_list(v) for k, v in classes.items()}
+        self.ways, self.support, self.query = ways, support, query
+        self.domains, self.flat = tuple(domains), flat
         self._choose(split)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:
@@ -146,7 +156,7 @@ class FewShotEpisodes:
     def _look_up(self, rows: Tensor) -> Tensor:
         """The images [T, N·k, ...] of rows [T, N, k]."""
         images = self._images.index_select(0, rows.flatten())
-        images = images.view(rows.shape[0], -1, *images.shape[1:])
+        images = images.view(rows.shape[0], -1, *([images[0].numel()] if self.flat else images.shape[1:]))
         return images.float().div_(255) if images.dtype == torch.uint8 else images
 
 

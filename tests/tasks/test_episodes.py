@@ -83,6 +83,12 @@ def test_a_hundred_tasks_are_as_many_calls_as_two():
     assert 0 < few == many
 
 
+def test_images_are_vectors_where_asked():
+    batch, flat = (episodes(flat=flat).sample(2, generator()) for flat in (False, True))
+    assert flat.query_x.shape == (2, 9, 2)
+    assert torch.equal(flat.query_x, batch.query_x.flatten(2))
+
+
 def test_splits_share_no_class():
     seen = {}
     for split in COUNTS:
@@ -127,7 +133,7 @@ def test_a_tensor_with_labels_is_the_same_as_images_by_class():
 
 def test_rotations_multiply_the_classes_by_four():
     pictures = [torch.arange(12.0).view(2, 1, 2, 3)[..., :2], torch.rand(3, 1, 2, 2)]
-    classes = ImageClasses(pictures).rotated()
+    classes = ImageClasses.from_list(pictures).rotated()
     assert classes.counts.tolist() == [2, 3] * 4
     quarter = classes.images[5:7]
     assert quarter[0, 0].tolist() == [[1.0, 4.0], [0.0, 3.0]]  # [[0, 1], [3, 4]] turned against the clock
@@ -151,11 +157,13 @@ def test_rotations_multiply_the_classes_by_four():
             "split must be one of those of classes, train, got 'test'",
         ),
         (lambda: episodes().sample(0, generator()), "num_tasks must be at least 1, got 0"),
-        (lambda: ImageClasses([]), "images must hold at least one class, got none"),
+        (lambda: ImageClasses.from_list([]), "images must be of one shape and dtype in every class, got no class"),
         (
-            lambda: ImageClasses([torch.zeros(2, 3), torch.zeros(2, 4)]),
-            r"images of all classes must have one shape and dtype, got .*\(3,\).*\(4,\)",
+            lambda: ImageClasses.from_list([torch.zeros(2, 3), torch.zeros(2, 4)]),
+            r"must be of one shape and dtype in every class, got \[3\] torch.float32, \[4\] torch.float32",
         ),
+        (lambda: ImageClasses(torch.zeros(3, 2), [1, 1]), r"counts must add up to the 3 images .* got \[1, 1\]"),
+        (lambda: ImageClasses(torch.zeros(0, 2), []), r"counts must add up to the 0 images .* got \[\]"),
         (
             lambda: ImageClasses.from_labels(torch.zeros(4, 2), torch.zeros(3)),
             r"labels must be \[4\], one for every image, got \[3\]",

@@ -97,7 +97,7 @@ def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None
                 other.unlink(missing_ok=True)
     except OSError as error:
         warnings.warn(
-            f"decoded images cannot be kept in {cache}, and are decoded again next time: {error}", stacklevel=5
+            f"decoded images cannot be kept in {cache}, and are decoded again next time: {error}", stacklevel=4
         )
 
 

@@ -110,13 +110,11 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(files, decoded
         raise OSError(30, "Read-only file system")
 
     owner = os if failing == "fsync" else Path
+    message = f"cannot be kept in {files[0].parent}.*, and are decoded again next time: .*Read-only"
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, refuse)
         for _ in range(2):
-            with pytest.warns(
-                UserWarning,
-                match=f"cannot be kept in {files[0].parent}.*, and are decoded again next time: .*Read-only",
-            ):
+            with pytest.warns(UserWarning, match=message):
                 assert shades(load(files)) == [10, 20, 30]
     assert len(decoded) == 6
     assert not list(files[0].parent.glob(f"{CACHE}/*"))  # nothing half-written is left

@@ -20,7 +20,8 @@ class ImageClasses:
     """Images of C classes, in one tensor.
 
     Args:
-        images: [M, ...], those of a class beside each other; floating point, or ``uint8`` for 0 to 1 in steps of 1/255
+        images: [M, ...], on the CPU, those of a class beside each other; floating point, or ``uint8`` for 0 to 1 in
+            steps of 1/255
         counts: how many images each class has, C numbers
 
     Raises:

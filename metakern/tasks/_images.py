@@ -1,0 +1,135 @@
+"""Images on disk: decoded once, then read from one file beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import uuid
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+#: The folder, within that of the data set, of decoded images.
+CACHE = ".metakern-cache"
+
+
+def load_images(root: Path, files: Sequence[Path], name: str, mode: str, size: int) -> Tensor:
+    """Images of ``files`` as ``uint8`` [M, channels, size, size], in their order.
+
+    The first call decodes them and writes them to a file in ``root``; later calls map that file into memory, as long as
+    the paths, sizes and modification times of all files are the same. Where it cannot be written, a warning says so.
+
+    Args:
+        root: the folder of the data set
+        files: image files within it
+        name: tells the caches of one folder apart
+        mode: Pillow's: "L" for one grey channel, "RGB" for three
+        size: height and width that images are resized to, by Lanczos's filter
+
+    Raises:
+        FileNotFoundError: for a file that is not there.
+        ValueError: for a file that is no image, or a damaged one.
+    """
+    shape = (len(files), len(mode), size, size)
+    prefix = f"{name}-{size}"
+    cache = root / CACHE / f"{prefix}-{_fingerprint(root, files, mode)}.npy"
+    images = _read_cache(cache, shape)
+    if images is None:
+        images = _decode(files, mode, shape, name)
+        _write_cache(cache, prefix, images)
+    return torch.from_numpy(images)
+
+
+def image_files(folder: Path, *suffixes: str) -> list[Path]:
+    """The files of a folder that end so, in upper or lower case, by name; hidden ones are left out."""
+    return sorted(x for x in folder.iterdir() if x.suffix.lower() in suffixes and not x.name.startswith("."))
+
+
+def subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, by name; hidden ones are left out."""
+    return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
+
+
+def _fingerprint(root: Path, files: Sequence[Path], mode: str) -> str:
+    """Of all that the decoded images depend on, but for their size."""
+    digest = hashlib.sha256(mode.encode())
+    for file in files:
+        try:
+            status = file.stat()
+        except FileNotFoundError:
+            raise FileNotFoundError(f"expected an image {file}, which is not there") from None
+        digest.update(f"\n{file.relative_to(root)}\0{status.st_size}\0{status.st_mtime_ns}".encode())
+    return digest.hexdigest()[:32]
+
+
+def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | None:
+    """The images of a cache; None where there is none, or a damaged one, which is then written anew."""
+    try:
+        # Copy-on-write: torch wants writable memory, the file stays as it is.
+        images = np.load(cache, mmap_mode="c", allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return images if images.shape == shape and images.dtype == np.uint8 else None
+
+
+def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None:
+    """Write images to a temporary file, then rename it: a cache is whole or not there. Others of the prefix go."""
+    temporary = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        cache.parent.mkdir(exist_ok=True)
+        try:
+            with open(temporary, "wb") as file:
+                np.save(file, images, allow_pickle=False)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(cache)
+        finally:
+            temporary.unlink(missing_ok=True)
+        for other in cache.parent.glob(f"{prefix}-*.npy"):
+            if other != cache:
+                other.unlink(missing_ok=True)
+    except OSError as error:
+        warnings.warn(
+            f"decoded images cannot be kept in {cache}, and are decoded again next time: {error}", stacklevel=4
+        )
+
+
+def _decode(files: Sequence[Path], mode: str, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
+    from rich.console import Console
+    from rich.progress import track
+
+    images = np.empty(shape, np.uint8)
+    with ThreadPoolExecutor() as pool:
+        decoded = pool.map(lambda file: _decode_one(file, mode, shape[2]), files)
+        shown = track(
+            decoded,
+            f"decoding {name}",
+            total=len(files),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not sys.stderr.isatty(),
+        )
+        for index, image in enumerate(shown):
+            images[index] = image
+    return images
+
+
+def _decode_one(file: Path, mode: str, size: int) -> np.ndarray[Any, Any]:
+    """One image [channels, size, size]."""
+    from PIL import Image
+
+    try:
+        with Image.open(file) as opened:
+            image = opened.convert(mode)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as Pillow's decoders raise
+        raise ValueError(f"expected an image that can be read, but {file} is damaged or no image: {error}") from error
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.LANCZOS)
+    return np.asarray(image).reshape(size, size, -1).transpose(2, 0, 1)

@@ -1,0 +1,168 @@
+"""Few-shot episodes: of which of N classes is an image, told from S images of each.
+
+Vinyals et al. 2016, arXiv 1606.04080. Axis legend: T tasks, C classes of a split, N ways, S support and Q query images
+of each class of a task, M images of a split, D domains.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from metakern.tasks.distribution import Episodes, check_num_tasks, check_split
+
+
+class ImageClasses:
+    """Images of C classes, in one tensor.
+
+    Args:
+        images: [M, ...], on the CPU, those of a class beside each other; floating point, or ``uint8`` for 0 to 1 in
+            steps of 1/255
+        counts: how many images each class has, C numbers
+
+    Raises:
+        ValueError: for no classes, and for counts that do not add up to M.
+    """
+
+    def __init__(self, images: Tensor, counts: Sequence[int]) -> None:
+        if len(counts) == 0 or min(counts) < 0 or sum(counts) != len(images):
+            raise ValueError(f"counts must add up to the {len(images)} images and be at least one, got {list(counts)}")
+        self.images, self.counts = images, torch.tensor(counts)
+        self.starts = self.counts.cumsum(0) - self.counts  # [C]: where the images of a class begin
+
+    @classmethod
+    def from_list(cls, images: Sequence[Tensor]) -> ImageClasses:
+        """From the images [n, ...] of each class, n as it may be.
+
+        Raises:
+            ValueError: for no classes, and for images of different shapes or dtypes.
+        """
+        kinds = {(tuple(x.shape[1:]), x.dtype) for x in images}
+        if len(kinds) != 1:
+            found = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "no class"
+            raise ValueError(f"images must be of one shape and dtype in every class, got {found}")
+        return cls(torch.cat(list(images)), [len(x) for x in images])
+
+    @classmethod
+    def from_labels(cls, images: Tensor, labels: Tensor) -> ImageClasses:
+        """From images [M, ...] in any order, whose classes ``labels`` [M] names by any integers.
+
+        Raises:
+            ValueError: where there is not one label for every image.
+        """
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"labels must be [{len(images)}], one for every image, got {list(labels.shape)}")
+        order = labels.argsort(stable=True)
+        return cls(images[order], labels.unique(return_counts=True)[1].tolist())
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    def rotated(self) -> ImageClasses:
+        """4·C classes of images [..., H, W]: those here, then those turned by 90, 180 and 270 degrees.
+
+        So Santoro et al. 2016, arXiv 1605.06065, multiply the characters of Omniglot.
+        """
+        turned = [self.images.rot90(turns, (-2, -1)) for turns in range(4)]
+        return ImageClasses(torch.cat(turned), self.counts.tolist() * 4)
+
+
+class FewShotEpisodes:
+    """N-way classification with S support and Q query images of each class.
+
+    Every task draws its classes, which of them has which label, and its images, all without replacement. Support and
+    query sets are ordered by label.
+
+    Args:
+        classes: for every split its classes: :class:`ImageClasses`, or the images [n, ...] of each; the splits should
+            have no class in common
+        ways: N
+        support: S
+        query: Q
+        domains: functions of images [M, ...] as ``classes`` holds them; every task sees all its images through one of
+            them, drawn for each task, and ``modes`` of a batch says through which. The images are kept as each shows
+            them. Default: as they are
+        flat: images as vectors
+        split: whose classes are drawn
+
+    Raises:
+        ValueError: for sizes below 1, a split that is not in ``classes``, one of fewer than ``ways`` classes, and one
+            with a class of fewer than ``support + query`` images.
+    """
+
+    def __init__(
+        self,
+        classes: Mapping[str, ImageClasses | Sequence[Tensor]],
+        *,
+        ways: int = 5,
+        support: int = 1,
+        query: int = 15,
+        domains: Sequence[Callable[[Tensor], Tensor]] = (),
+        flat: bool = False,
+        split: str = "train",
+    ) -> None:
+        if ways < 1 or support < 1 or query < 1:
+            raise ValueError(f"ways, support and query must be at least 1, got {ways}, {support} and {query}")
+        self.classes = {k: v if isinstance(v, ImageClasses) else ImageClasses.from_list(v) for k, v in classes.items()}
+        self.ways, self.support, self.query = ways, support, query
+        self.domains, self.flat = tuple(domains), flat
+        self._choose(split)
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:
+        """Draw tasks: images [T, N·S, ...] and [T, N·Q, ...], float32 unless the images are of another floating type.
+
+        Labels are 64-bit integers from 0 to N - 1, [T, N·S] and [T, N·Q]; ``modes`` [T] where there are domains.
+        """
+        check_num_tasks(num_tasks)
+        classes = self._chosen
+        chosen = _distinct(torch.full((num_tasks,), len(classes)), self.ways, generator)  # [T, N]
+        rows = _distinct(classes.counts[chosen], self.support + self.query, generator)  # [T, N, S + Q]
+        rows += classes.starts[chosen].unsqueeze(-1)
+        modes = None
+        if self.domains:
+            modes = torch.randint(len(self.domains), (num_tasks,), generator=generator)
+            rows += (modes * (len(self._images) // len(self.domains))).view(-1, 1, 1)
+        (support_x, support_y), (query_x, query_y) = (
+            (self._look_up(part), torch.arange(self.ways).repeat_interleave(part.shape[2]).repeat(num_tasks, 1))
+            for part in rows.split([self.support, self.query], dim=2)
+        )
+        return Episodes(support_x, support_y, query_x, query_y, modes)
+
+    def split(self, name: str) -> Self:
+        """The same episodes of the classes of another split."""
+        check_split(name)
+        other = copy.copy(self)
+        other._choose(name)
+        return other
+
+    def _choose(self, split: str) -> None:
+        if split not in self.classes:
+            raise ValueError(f"split must be one of those of classes, {', '.join(self.classes)}, got {split!r}")
+        chosen = self.classes[split]
+        if len(chosen) < self.ways:
+            raise ValueError(f"ways must be at most {len(chosen)}, the classes of split {split!r}, got {self.ways}")
+        few = int(chosen.counts.argmin())
+        if chosen.counts[few] < self.support + self.query:
+            raise ValueError(
+                f"support + query must be at most {chosen.counts[few]}, the images of class {few} of split {split!r}, "
+                f"got {self.support} + {self.query}"
+            )
+        self._chosen = chosen
+        self._images = torch.cat([f(chosen.images) for f in self.domains]) if self.domains else chosen.images
+
+    def _look_up(self, rows: Tensor) -> Tensor:
+        """The images [T, N·k, ...] of rows [T, N, k]."""
+        images = self._images.index_select(0, rows.flatten())
+        images = images.view(rows.shape[0], -1, *([images[0].numel()] if self.flat else images.shape[1:]))
+        return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _distinct(counts: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """For each entry n of ``counts`` [...], k different integers below n in random order: [..., k]."""
+    draws = torch.rand(*counts.shape, int(counts.max()), generator=generator)
+    draws.masked_fill_(torch.arange(draws.shape[-1]) >= counts.unsqueeze(-1), -1)
+    return draws.topk(k).indices

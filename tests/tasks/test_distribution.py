@@ -1,0 +1,103 @@
+"""Episodes, and that a distribution of a user's own needs two methods."""
+
+import pytest
+import torch
+from torch import nn
+
+from metakern.learners import MAMLLearner
+from metakern.tasks import SPLITS, Digits, Episodes, Sinusoid, TaskDistribution, mixture
+from metakern.tasks.distribution import check_num_tasks, check_split
+from tests.tasks.draws import generator
+
+
+class Decays:
+    """y = exp(-r·x); every split has rates r of its own."""
+
+    def __init__(self, low=0.5, high=2.0):
+        self.low, self.high = low, high
+
+    def split(self, name):
+        return Decays(*{"train": (0.5, 2.0), "valid": (2.0, 2.25), "test": (2.25, 2.5)}[name])
+
+    def sample(self, num_tasks, generator):
+        rates = torch.empty(num_tasks, 1, 1).uniform_(self.low, self.high, generator=generator)
+        x = torch.rand(num_tasks, 20, 1, generator=generator)
+        y = torch.exp(-rates * x)
+        return Episodes(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
+
+
+def batch(modes=True):
+    x = torch.arange(24.0).view(4, 3, 2)
+    y = torch.arange(12).view(4, 3)
+    return Episodes(x, y, x + 100, y + 100, torch.arange(4) % 2 if modes else None)
+
+
+def test_support_and_query_are_pairs():
+    episodes = batch()
+    assert episodes.num_tasks == 4
+    assert episodes.support == (episodes.support_x, episodes.support_y)
+    assert episodes.query == (episodes.query_x, episodes.query_y)
+
+
+@pytest.mark.parametrize("tasks", [slice(1, 3), torch.tensor([1, 2]), torch.tensor([False, True, True, False])])
+def test_tasks_are_selected_by_slice_indices_or_mask(tasks):
+    part = batch().select(tasks)
+    assert part.num_tasks == 2
+    for name in ("support_x", "support_y", "query_x", "query_y", "modes"):
+        assert torch.equal(getattr(part, name), getattr(batch(), name)[1:3])
+    assert batch(modes=False).select(tasks).modes is None
+
+
+def test_integers_keep_their_type_where_numbers_are_converted():
+    converted = batch().to(torch.float64)
+    assert converted.support_x.dtype == converted.query_x.dtype == torch.float64
+    assert converted.support_y.dtype == converted.modes.dtype == torch.int64
+    assert batch().to("meta").query_y.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", ["support_y", "query_x", "query_y", "modes"])
+def test_every_tensor_has_the_task_axis_first(name):
+    tensors = {"support_x": torch.zeros(4, 3), "support_y": torch.zeros(4, 3), "query_x": torch.zeros(4, 1)}
+    tensors |= {"query_y": torch.zeros(4, 1), "modes": torch.zeros(4)}
+    message = rf"{name} must have the task axis of support_x, \[4, 3\], first, got \[5\]"
+    with pytest.raises(ValueError, match=message):
+        Episodes(**tensors | {name: torch.zeros(5)})
+
+
+def test_numbers_of_tasks_and_names_of_splits_are_checked():
+    check_num_tasks(1)
+    with pytest.raises(ValueError, match="num_tasks must be at least 1, got 0"):
+        check_num_tasks(0)
+    for name in SPLITS:
+        check_split(name)
+    with pytest.raises(ValueError, match="split must be one of train, valid, test, got 'val'"):
+        check_split("val")
+
+
+@pytest.mark.parametrize(
+    ("tasks", "inputs", "outputs", "loss", "lr"),
+    [
+        (Decays(), 1, 1, nn.functional.mse_loss, 0.1),
+        (Sinusoid(noise=0), 1, 1, nn.functional.mse_loss, 0.01),
+        (mixture(3), 1, 1, nn.functional.mse_loss, 0.01),
+        (Digits(ways=3, query=5, domains=["identity", "blurred"]), 64, 3, nn.functional.cross_entropy, 0.5),
+    ],
+    ids=["own", "sinusoid", "mixture", "digits"],
+)
+def test_a_meta_learner_learns_from_every_distribution(tasks, inputs, outputs, loss, lr):
+    assert isinstance(tasks, TaskDistribution)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
+    learner = MAMLLearner(model, loss=loss, steps=3, lr=lr)
+    optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
+    held_out = tasks.split("valid").sample(100, generator())
+    before = learner.evaluate(held_out)["loss"].mean()
+    draws = generator(1)
+    for _ in range(40):
+        for losses in learner.meta_losses(tasks.sample(16, draws)):
+            assert losses.shape == (16,)
+            optimizer.zero_grad()
+            losses.mean().backward()
+            optimizer.step()
+    after = learner.evaluate(held_out)["loss"].mean()
+    assert after < 0.95 * before, (before, after)

@@ -3,8 +3,10 @@
 //
 // Hessian products by forward over reverse (Pearlmutter 1994): the derivative of the gradient in a direction.
 #pragma once
+#include <type_traits>
+
+#include "../math/mlp.h"
 #include "lane_product.h"
-#include "mlp_functions.h"
 #include "mlp_layout.h"
 
 namespace metakern {
@@ -188,7 +190,8 @@ class MlpPass {
     Layout::transpose(layer(a.h, l, samples), p_.widths[l + 1], samples, a.swapped + swapped_[l] * samples);
   }
   MK_INLINE LossSample<V> sample(const LaneSamples<V>& data, const Activations<V>& a, int s) const {
-    return {layer(a.z, layers_ - 1, data.count) + s, data.y + s, Layout::row(data.count), p_.outputs(), data.weight[s]};
+    const int stride = int(Layout::row(data.count));
+    return {layer(a.z, layers_ - 1, data.count) + s, data.y + s, stride, p_.outputs(), data.weight[s]};
   }
   MK_INLINE StoreWithBias<V, Number> store_with_bias(const V* theta, int l, V* out, int samples) const {
     return {layer(out, l, samples), Layout::row(samples), as_numbers(theta + offset_[2 * l + 1])};
@@ -198,50 +201,34 @@ class MlpPass {
     product<V>(terms, rows, int(Layout::row(samples)), sink);
   }
 
-  void activate(const V* z, V* h, int64_t count) const {
+  // body(activation), which the compiler knows: the loops are without branches.
+  template <class Body>
+  MK_INLINE void with_activation(const Body& body) const {
     switch (p_.activation) {
-      case Activation::relu:
-        for (int64_t i = 0; i < count; ++i) h[i] = curve<V>(Activation::relu, z[i]).value;
-        return;
-      case Activation::tanh:
-        for (int64_t i = 0; i < count; ++i) h[i] = tanh(z[i]);
-        return;
-      case Activation::sigmoid:
-        for (int64_t i = 0; i < count; ++i) h[i] = sigmoid(z[i]);
-        return;
-      default:
-        for (int64_t i = 0; i < count; ++i) h[i] = z[i] * normal_cdf(z[i]);
+      case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
+      case Activation::tanh: return body(std::integral_constant<Activation, Activation::tanh>());
+      case Activation::sigmoid: return body(std::integral_constant<Activation, Activation::sigmoid>());
+      default: return body(std::integral_constant<Activation, Activation::gelu>());
     }
   }
 
-  // use(i, phi'(z[i]), phi''(z[i])) for a layer; from h where that says it, which saves the exponential.
+  void activate(const V* z, V* h, int64_t count) const {
+    with_activation([=](auto activation) {
+      for (int64_t i = 0; i < count; ++i) h[i] = activation_value<V>(activation, z[i]);
+    });
+  }
+
+  // use(i, phi'(z[i]), phi''(z[i])) for a layer.
   template <class Use>
   MK_INLINE void each_slope(int l, int samples, const Activations<V>& a, const Use& use) const {
-    const V one = broadcast<V>(1), zero = broadcast<V>(0);
     const int64_t count = vectors(l, samples);
-    const V* h = layer(a.h, l, samples);
-    switch (p_.activation) {
-      case Activation::relu:
-        for (int64_t i = 0; i < count; ++i) use(i, h[i] <= zero ? zero : one, zero);
-        return;
-      case Activation::tanh:
-        for (int64_t i = 0; i < count; ++i) {
-          const V slope = one - h[i] * h[i];
-          use(i, slope, S(-2) * h[i] * slope);
-        }
-        return;
-      case Activation::sigmoid:
-        for (int64_t i = 0; i < count; ++i) {
-          const V slope = h[i] * (one - h[i]);
-          use(i, slope, slope * (one - S(2) * h[i]));
-        }
-        return;
-      default:
-        for (int64_t i = 0; i < count; ++i) {
-          const auto c = curve<V>(Activation::gelu, layer(a.z, l, samples)[i]);
-          use(i, c.slope, c.bend);
-        }
-    }
+    const V *z = layer(a.z, l, samples), *h = layer(a.h, l, samples);
+    with_activation([&](auto activation) {
+      for (int64_t i = 0; i < count; ++i) {
+        const auto s = activation_slopes<V>(activation, z[i], h[i]);
+        use(i, s.slope, s.bend);
+      }
+    });
   }
 
   void tangent_forward(const V* theta, const V* direction, const LaneSamples<V>& data, const Activations<V>& a,

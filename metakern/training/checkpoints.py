@@ -150,6 +150,7 @@ class Checkpoints:
         path = self.folder / f"{state['iteration']:08d}.pt"
         payload = to_bytes(state)
         try:
+            self._set_aside(state["iteration"])
             # The digest first: a file without one would be one that looks damaged.
             for target, data in ((_sidecar(path), _digest_line(path.name, payload)), (path, payload)):
                 temporary = target.with_name(target.name + _TEMPORARY)
@@ -185,10 +186,10 @@ class Checkpoints:
             raise CheckpointError("no checkpoint is whole: " + "; ".join(problems))
         raise FileNotFoundError(errno.ENOENT, "there is no checkpoint", str(self.folder))
 
-    def set_aside(self, iteration: int) -> None:
-        """Rename checkpoints of later iterations, damaged or of a course that is not followed, to ``.aside``."""
+    def _set_aside(self, iteration: int) -> None:
+        """Rename what is there of this iteration and later ones, damaged or of a course not followed, to ``.aside``."""
         for path in self.numbered():
-            if _number(path) > iteration:
+            if _number(path) >= iteration:
                 for file in (path, _sidecar(path)):
                     if file.exists():
                         file.replace(file.with_name(file.name + _ASIDE))

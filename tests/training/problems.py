@@ -62,6 +62,7 @@ class Learner(nn.Module):
 
     def __init__(self, outer_steps: int = 2, dropout: float = 0.2) -> None:
         super().__init__()
+        torch.manual_seed(7)  # every instance starts from the same weights, in every process
         self.body = nn.Linear(3, 4, dtype=torch.float64)
         self.head = nn.Linear(4, 1, dtype=torch.float64)
         self.unused = nn.Parameter(torch.ones(3, dtype=torch.float64))
@@ -148,7 +149,6 @@ def make_trainer(
     **settings: Any,
 ) -> Trainer:
     """A trainer of :class:`Learner` with :data:`FULL` settings but for those that are given."""
-    torch.manual_seed(7)
     learner = learner or Learner()
     steps = optimizer(learner.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steps, 6) if scheduled else None

@@ -15,7 +15,7 @@ from typing import Any
 PATIENCE = 120
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["tests.training.problems"])
+_context.set_forkserver_preload(["tests.training.problems", "torch._dynamo"])  # the first outer step imports the latter
 
 
 def start(target: Callable[..., Any], *arguments: Any, output: Path, environment: dict[str, str] | None = None) -> Any:

@@ -15,7 +15,6 @@ from tests.training.problems import FULL, Events, Learner, Lines, assert_same_st
 
 def plain(**settings):
     """A trainer of one outer step a batch with nothing switched on, by gradient descent of rate 0.05."""
-    torch.manual_seed(7)
     learner = settings.pop("learner", None) or Learner(outer_steps=1, dropout=0.0)
     off = {"accumulate": 1, "clip_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
     return make_trainer(learner=learner, **{**off, **settings})

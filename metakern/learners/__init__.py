@@ -1,6 +1,7 @@
 """Meta-learners for the trainer."""
 
+from metakern.learners.clustered import ClusteredLearner
 from metakern.learners.maml import MAMLLearner
 from metakern.learners.protocol import MetaLearner
 
-__all__ = ["MAMLLearner", "MetaLearner"]
+__all__ = ["ClusteredLearner", "MAMLLearner", "MetaLearner"]

@@ -101,20 +101,21 @@ class Embedding:
 class Clusters(nn.Module):
     """A mixture of Gaussians with diagonal covariances, fitted by scikit-learn and kept in plain tensors.
 
-    KMeans gives one of equal shares and of one variance for all. The buffers, empty before the first fit, take their
-    shapes from what is fitted or loaded.
+    KMeans gives one of equal shares and of one variance for all.
 
     Args:
         num_clusters: C; None: the number from 2 to ``max_clusters`` with the best silhouette (Rousseeuw 1987), chosen
             at the first fit
         method: one of :data:`METHODS`
         max_clusters: largest C to choose
+        dim: largest D; the tensors, whose shapes stay, have room for as many numbers
         seed: of the starting points
 
     Attributes:
-        means: [C, D]
-        variances: [C, D]
+        means: [C, dim], zeros behind D and before the first fit; ``max_clusters`` rows where C is chosen
+        variances: [C, dim], ones there
         shares: [C], of tasks
+        number: C, 0 before the first fit
 
     Raises:
         ValueError: for other methods and numbers below 1.
@@ -123,9 +124,16 @@ class Clusters(nn.Module):
     means: Tensor
     variances: Tensor
     shares: Tensor
+    number: Tensor
 
     def __init__(
-        self, num_clusters: int | None = None, *, method: str = "kmeans", max_clusters: int = 8, seed: int = 0
+        self,
+        num_clusters: int | None = None,
+        *,
+        method: str = "kmeans",
+        max_clusters: int = 8,
+        dim: int = 32,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         if method not in METHODS:
@@ -135,14 +143,13 @@ class Clusters(nn.Module):
         if num_clusters is None and max_clusters < 2:
             raise ValueError(f"max_clusters must be at least 2 where the number is chosen, got {max_clusters}")
         self.num_clusters, self.method, self.max_clusters, self.seed = num_clusters, method, max_clusters, seed
-        for name, shape in (("means", (0, 0)), ("variances", (0, 0)), ("shares", (0,))):
-            self.register_buffer(name, torch.empty(shape))
+        room = num_clusters or max_clusters
+        self.register_buffer("means", torch.zeros(room, dim))
+        self.register_buffer("variances", torch.ones(room, dim))
+        self.register_buffer("shares", torch.zeros(room))
+        self.register_buffer("number", torch.zeros((), dtype=torch.int64))
 
-    @property
-    def is_fitted(self) -> bool:
-        """Whether there are clusters."""
-        return self.means.shape[0] > 0
-
+    @torch.no_grad()
     def fit(self, points: Tensor) -> Tensor:
         """Labels [T] of ``points`` [T, D], after the clusters are fitted to them.
 
@@ -150,37 +157,41 @@ class Clusters(nn.Module):
         would have given their points to.
 
         Raises:
-            ValueError: for fewer points than clusters, and points that are not finite.
+            ValueError: for fewer points than clusters, points that are not finite, and D above ``dim``.
         """
-        wanted = self.num_clusters or (self.means.shape[0] if self.is_fitted else None)
-        if points.dim() != 2 or points.shape[0] < (wanted or 3) or not bool(points.isfinite().all()):
-            raise ValueError(f"points must be [T, D], finite, T at least {wanted or 3}, got {list(points.shape)}")
-        data = points.detach().double().cpu()
+        before = int(self.number)
+        wanted = self.num_clusters or before
+        least = wanted or 3
+        if points.dim() != 2 or points.shape[0] < least or not bool(points.isfinite().all()):
+            raise ValueError(f"points must be [T, D], finite, T at least {least}, got {list(points.shape)}")
+        data = self._padded(points).double().cpu()
         number = wanted or choose_number(data, self.max_clusters, self.method, self.seed)
-        means, variances, shares = _fit(data, number, self.method, self.seed)
-        if self.means.shape == means.shape:
-            old, new = self.assign(points), _log_densities(data, means, variances, shares).argmax(1)
-            order = _matching(old.cpu(), new, number)
-            means, variances, shares = means[order], variances[order], shares[order]
-        self.means, self.variances, self.shares = (x.to(points) for x in (means, variances, shares))
+        fitted = _fit(data, number, self.method, self.seed)
+        if before:
+            order = _matching(self.assign(points).cpu(), _log_densities(data, *fitted).argmax(1), number)
+            fitted = (fitted[0][order], fitted[1][order], fitted[2][order])
+        for buffer, tensor in zip((self.means, self.variances, self.shares), fitted, strict=True):
+            buffer[:number] = tensor.to(buffer)
+        self.number.fill_(number)
         return self.assign(points)
 
     def probabilities(self, points: Tensor) -> Tensor:
         """[C, T]: how likely each cluster is to have given each point; columns sum to one."""
-        if not self.is_fitted:
+        number = int(self.number)
+        if not number:
             raise RuntimeError("clusters must be fitted before points can be assigned; call fit")
-        return _log_densities(points, self.means, self.variances, self.shares).softmax(1).T
+        fitted = self.means[:number], self.variances[:number], self.shares[:number]
+        return _log_densities(self._padded(points).to(self.means), *fitted).softmax(1).T
 
     def assign(self, points: Tensor) -> Tensor:
         """Labels [T], 64-bit integers: the likeliest cluster of each point."""
         return self.probabilities(points).argmax(0)
 
-    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        """Buffers take the shapes that come: they are empty until a fit decides C and D."""
-        for name in ("means", "variances", "shares"):
-            if isinstance(loaded := state.get(prefix + name), Tensor):
-                setattr(self, name, torch.empty_like(loaded, device=self.shares.device))
-        super()._load_from_state_dict(state, prefix, *args)
+    def _padded(self, points: Tensor) -> Tensor:
+        room = self.means.shape[1]
+        if points.shape[1] > room:
+            raise ValueError(f"points must have at most dim = {room} numbers each, got {list(points.shape)}")
+        return nn.functional.pad(points.detach(), (0, room - points.shape[1]))
 
 
 def choose_number(points: Tensor, max_clusters: int, method: str = "kmeans", seed: int = 0) -> int:

@@ -132,9 +132,9 @@ def test_silhouette_chooses_the_number_of_separated_clusters(number: int) -> Non
     assert choose_number(points.double(), 8) == number
     clusters = Clusters(None, max_clusters=8)
     assert same_partition(clusters.fit(points), labels)
-    assert len(clusters.means) == number
+    assert int(clusters.number) == number
     clusters.fit(points[labels == 0])
-    assert len(clusters.means) == number  # chosen once
+    assert int(clusters.number) == number  # chosen once
 
 
 def test_points_that_are_all_the_same_make_one_cluster() -> None:
@@ -169,7 +169,7 @@ def test_the_state_goes_round_a_checkpoint_to_the_same_bits(method: str) -> None
         assert_same_bits(name, other.state_dict()[name], tensor)
     assert_same_bits("probabilities", other.probabilities(points), clusters.probabilities(points))
     other.load_state_dict(Clusters(None).state_dict())
-    assert not other.is_fitted
+    assert int(other.number) == 0
 
 
 def test_what_clusters_refuse() -> None:
@@ -187,6 +187,8 @@ def test_what_clusters_refuse() -> None:
         Clusters(3).fit(torch.zeros(2, 4))
     with pytest.raises(ValueError, match="finite"):
         Clusters(3).fit(torch.full((9, 4), torch.nan))
+    with pytest.raises(ValueError, match=r"points must have at most dim = 4 numbers each, got \[9, 5\]"):
+        Clusters(3, dim=4).fit(torch.zeros(9, 5))
     with pytest.raises(RuntimeError, match="clusters must be fitted before points can be assigned"):
         Clusters(3).assign(torch.zeros(2, 4))
 
@@ -243,9 +245,7 @@ def test_a_batch_of_one_cluster_is_of_one_and_clusters_come_by_their_shares() ->
 
 def test_a_uniform_batch_is_the_distributions_own() -> None:
     sampler = ClusterSampler(TwoFamilies(), ByMode(), "uniform")
-    assert_same_bits(
-        "x", sampler.sample(8, generator()).support_x, TwoFamilies().sample(8, generator()).support_x
-    )
+    assert_same_bits("x", sampler.sample(8, generator()).support_x, TwoFamilies().sample(8, generator()).support_x)
     assert sampler.drawn == 8
 
 
@@ -266,9 +266,7 @@ def test_tasks_come_as_they_are_before_there_are_clusters_and_in_evaluation() ->
     early = ByMode()
     early.num_active = 0
     sampler = ClusterSampler(TwoFamilies(), early, "one")
-    assert_same_bits(
-        "x", sampler.sample(8, generator()).support_x, TwoFamilies().sample(8, generator()).support_x
-    )
+    assert_same_bits("x", sampler.sample(8, generator()).support_x, TwoFamilies().sample(8, generator()).support_x)
     assert isinstance(sampler.split("train"), ClusterSampler)
     assert isinstance(sampler.split("valid"), TwoFamilies)
     with pytest.raises(ValueError, match="batches must be one of one, balanced, uniform, got 'some'"):

@@ -67,7 +67,7 @@ class ClusteredLearner(nn.Module):
         least_share: of a pool, below which a cluster counts as empty
         per_cluster: False: all clusters share one learner, and shape the batches of a
             :class:`metakern.clustering.ClusterSampler` alone
-        dim: numbers that embeddings are projected to
+        dim: numbers that embeddings are projected to; those of a function must not be more
         seed: of projection and clusterings
 
     Attributes:
@@ -120,7 +120,7 @@ class ClusteredLearner(nn.Module):
         self.temperature, self.anneal, self.eval_temperature = temperature, anneal, eval_temperature
         self.least_share, self.per_cluster = least_share, per_cluster
         self.embedding = Embedding(embedding, dim, seed)
-        self.clusters = Clusters(num_clusters, method=method, max_clusters=max_clusters, seed=seed)
+        self.clusters = Clusters(num_clusters, method=method, max_clusters=max_clusters, dim=dim, seed=seed)
         number = num_clusters or max_clusters
         self.shared = learner
         self.learners = nn.ModuleList(copy.deepcopy(learner) for _ in range(number if per_cluster else 0))
@@ -191,7 +191,7 @@ class ClusteredLearner(nn.Module):
             self.active.fill_(len(self.occupancy))
         elif starts or self._begins():
             self.clusters.fit(self._embed(pool))
-            self.active.fill_(len(self.clusters.shares))
+            self.active.copy_(self.clusters.number)
         labels = self.assign(pool)
         if self.assign_by == "losses" and not self._begins():
             labels = self._fill(pool, labels)

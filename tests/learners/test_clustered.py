@@ -45,7 +45,7 @@ def trained() -> ClusteredLearner:
     return learner
 
 
-# --------------------------------------------------------------------------------------------- what clusters are good for
+# --------------------------------------------------------------------------------------- what clusters are good for
 
 
 def test_two_families_that_no_single_learner_serves_are_separated(trained: ClusteredLearner) -> None:
@@ -68,7 +68,7 @@ def test_every_way_to_begin_separates_them(method: str, embedding: Any) -> None:
 
 
 def test_the_number_of_clusters_is_chosen_by_silhouette() -> None:
-    learner = clustered(None, max_clusters=4)
+    learner = clustered(None, max_clusters=4, embedding=lambda batch: (batch.support_x * batch.support_y).mean(1))
     assert len(learner.learners) == 4
     train(learner, 20)
     assert learner.num_active == 2
@@ -94,7 +94,7 @@ def test_assignment_by_mode_is_the_oracle() -> None:
             learner.assign(replace(batch, modes=wrong))
 
 
-# --------------------------------------------------------------------------------------------- from the support set alone
+# --------------------------------------------------------------------------------------- from the support set alone
 
 
 @pytest.mark.parametrize("options", [{}, {"assign": "embedding"}, {"eval_temperature": 0.3}])
@@ -164,7 +164,7 @@ def test_averaged_predictions_of_classes_are_probabilities() -> None:
     torch.testing.assert_close(measures["accuracy"], (expected.argmax(2) == batch.query_y).float().mean(1))
 
 
-# ----------------------------------------------------------------------------------------------------------------- stages
+# --------------------------------------------------------------------------------------- stages
 
 
 def test_the_shared_learner_learns_first_and_is_what_clusters_start_from() -> None:
@@ -209,6 +209,7 @@ def test_a_pool_is_drawn_every_r_iterations_from_the_distribution_itself() -> No
 
 def test_losses_are_those_of_the_learners_that_tasks_are_assigned_to(trained: ClusteredLearner) -> None:
     batch = TwoFamilies().sample(20, generator(9))
+    trained.zero_grad()
     labels = trained.assign(batch)
     (losses,) = trained.meta_losses(batch)
     every = torch.stack([next(learner.meta_losses(batch)) for learner in trained.learners])
@@ -270,7 +271,7 @@ def test_one_learner_for_all_clusters_is_what_it_is_by_itself() -> None:
     assert sampled.modes.bincount().tolist() == [8, 8]
 
 
-# --------------------------------------------------------------------------------------------------------- empty clusters
+# --------------------------------------------------------------------------------------- empty clusters
 
 
 def serve(learner: ClusteredLearner, weights: tuple[float, ...]) -> None:
@@ -300,10 +301,10 @@ def test_an_empty_cluster_starts_from_the_worst_served_tasks() -> None:
     train(learner, 6)
     serve(learner, (10.0, 0.0, 900.0))
     learner.on_iteration(10, TwoFamilies(), generator())
-    slopes = [float(one.model[0].weight) for one in learner.learners]
+    slopes = [one.model[0].weight.item() for one in learner.learners]
     assert slopes[:2] == [10.0, 0.0]
     assert -10 < slopes[2] < -0.3  # towards falling lines
-    assert learner.occupancy.min() >= 0.02
+    assert learner.occupancy[2] > 0.3
 
 
 def test_a_pool_of_occupied_clusters_changes_no_learner(trained: ClusteredLearner) -> None:
@@ -313,7 +314,7 @@ def test_a_pool_of_occupied_clusters_changes_no_learner(trained: ClusteredLearne
         assert_same_bits(name, tensor, before[name])
 
 
-# ------------------------------------------------------------------------------------------------------------------ state
+# --------------------------------------------------------------------------------------- state
 
 
 @pytest.mark.parametrize("stop", [2, 6, 12])

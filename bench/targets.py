@@ -119,6 +119,11 @@ def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
     return targets
 
 
+def judge_clusters(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target of training in clusters."""
+    return []
+
+
 def judge_gpu(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Every target of a GPU for the contender ``results["subject"]``; one that was not measured is missed."""
     subject = results["subject"]

@@ -1,0 +1,360 @@
+"""Whether training tasks in clusters shortens training and raises accuracy: seeds, intervals, oracles, equal time.
+
+python -m bench.clusters                       everything (an hour or two); what is done already is not done again
+python -m bench.clusters --problem digits      one problem's runs; the last of such commands writes the results
+python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
+
+Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and sees the same number
+of tasks. Those that share the time of one learner out among several also run once more in the processor time that plain
+MAML took. Each run is kept in build/clusters as one file, so that the command goes on where it was stopped. Temperatures
+are chosen on validation tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+
+from bench.cluster_cases import PROBLEMS, WAYS, Problem, Way
+from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.targets import judge_clusters
+from bench.train_sinusoid import summary
+from metakern.clustering import ClusterSampler
+from metakern.figures import COLOURS
+from metakern.learners import ClusteredLearner
+
+#: Where runs are kept.
+PARTS = Path(__file__).parent.parent / "build" / "clusters"
+
+#: Decay of the moving average of weights where training is settled, and Adam's learning rate.
+AVERAGING, OUTER_LR = 0.998, 1e-3
+
+#: Seeds of the generators of validation and test tasks.
+VALID_SEED, TEST_SEED = 10**6, 2 * 10**6
+
+#: Of averaged predictions; 0 takes the best learner alone.
+TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much a run trains."""
+
+    seeds: int
+    iterations: int
+    tasks: int  # of an iteration
+    points: int  # of a learning curve, evenly spaced
+    held_out: int  # tasks to validate and to test
+
+
+FULL = Plan(seeds=5, iterations=9000, tasks=32, points=60, held_out=2000)
+QUICK = Plan(seeds=2, iterations=20, tasks=8, points=2, held_out=20)
+
+
+class Run:
+    """One training run under way.
+
+    Attributes:
+        seconds: processor time of the meta-iterations so far, evaluation excluded
+        wall_seconds: wall-clock time of the same
+    """
+
+    def __init__(self, problem: Problem, way: Way, seed: int, plan: Plan) -> None:
+        self.problem, self.way, self.plan = problem, way, plan
+        self.learner = way.learner(problem, seed, plan.iterations)
+        tasks = problem.tasks()
+        self.tasks: Any = tasks if way.batches == "uniform" else ClusterSampler(tasks, self.learner, way.batches)  # type: ignore[arg-type]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), OUTER_LR)
+        self.scheduler: LRScheduler | None = None
+        self.averaged: nn.Module = self.learner
+        if way.settled:
+            self.scheduler = CosineAnnealingLR(self.optimizer, plan.iterations)
+            average = torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGING)
+            self.averaged = torch.optim.swa_utils.AveragedModel(self.learner, multi_avg_fn=average)
+        self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
+
+    @property
+    def result(self) -> Any:
+        """The learner to evaluate: of averaged weights, where they are averaged."""
+        return self.averaged.module if self.way.settled else self.learner
+
+    def advance(self, to: int) -> None:
+        """Train up to this iteration."""
+        start, wall_start = time.process_time(), time.perf_counter()
+        while self.iteration < to:
+            self._iterate()
+        self.seconds += time.process_time() - start
+        self.wall_seconds += time.perf_counter() - wall_start
+
+    def _iterate(self) -> None:
+        learner: Any = self.learner
+        if isinstance(learner, ClusteredLearner):
+            learner.on_iteration(self.iteration, self.tasks, self.generator)
+        for losses in learner.meta_losses(self.tasks.sample(self.plan.tasks, self.generator)):
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+            self.averaged.update_parameters(self.learner)  # type: ignore[operator]
+        self.iteration += 1
+
+
+# ---------------------------------------------------------------------------------------------------------- one run's part
+
+
+def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
+    """Mean measure of tasks, each assigned from its support set, or told its mode."""
+    if not isinstance(learner, ClusteredLearner):
+        return float(learner.evaluate(batch)[measure].mean())
+    before = learner.eval_temperature, learner.assign_by
+    learner.eval_temperature = temperature
+    if learner.assign_by == "modes" and not told:
+        learner.assign_by = "losses"
+    value = float(learner.evaluate(batch)[measure].mean())
+    learner.eval_temperature, learner.assign_by = before
+    return value
+
+
+def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
+    """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
+    problem, way = PROBLEMS[problem_name], WAYS[way_name]
+    run, better = Run(problem, way, seed, plan), max if problem.measure == "accuracy" else min
+    valid, test = (
+        problem.tasks().split(name).sample(plan.held_out, torch.Generator().manual_seed(of))
+        for name, of in (("valid", VALID_SEED), ("test", TEST_SEED))
+    )
+    curve = []
+    for point in range(plan.points + 1):
+        run.advance(point * plan.iterations // plan.points)
+        value = evaluated(run.result, valid, problem.measure)
+        curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
+        advance(point / plan.points)
+    learner = run.result
+    clustered = isinstance(learner, ClusteredLearner) and learner.per_cluster and way_name != "oracle"
+    choices = {t: evaluated(learner, valid, problem.measure, t) for t in (TEMPERATURES if clustered else (0.0,))}
+    temperature = better(choices, key=choices.__getitem__)
+    found = {
+        "curve": curve,
+        "temperature": temperature,
+        "valid": choices[temperature],
+        "test": evaluated(learner, test, problem.measure, temperature),
+        "test_chosen": evaluated(learner, test, problem.measure),
+        "seconds": run.seconds,
+        "wall_seconds": run.wall_seconds,
+        "iterations": plan.iterations,
+    }
+    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes":
+        found["test_told"] = evaluated(learner, test, problem.measure, told=True)
+    if clustered:
+        found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
+    return found
+
+
+def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
+    """Tasks by cluster and true mode."""
+    table = torch.zeros(int(labels.max()) + 1, int(modes.max()) + 1, dtype=torch.int64)
+    table.index_put_((labels, modes), torch.ones((), dtype=torch.int64), accumulate=True)
+    return table.tolist()
+
+
+# ------------------------------------------------------------------------------------------------------- all runs' parts
+
+
+def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
+    """A run, from its file where it was made with the same settings."""
+    described = repr((PROBLEMS[problem].described(), WAYS[way], plan, AVERAGING, OUTER_LR, TEMPERATURES))
+    key = hashlib.sha256(described.encode()).hexdigest()
+    path = None if folder is None else folder / f"{problem}-{way}-{plan.iterations}-{seed}.json"
+    if path is not None and path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        if kept["key"] == key:
+            return kept
+    found = train(problem, way, seed, plan, advance) | {"key": key}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").replace(path)
+    return found
+
+
+def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
+    """As many iterations as take the processor time of plain MAML, by the medians of all seeds; rounded to points."""
+    plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in ("plain", way))
+    return replace(plan, iterations=max(1, int(plain / ours * plan.iterations / plan.points)) * plan.points)
+
+
+def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: Console) -> dict[str, Any]:
+    """All runs of these problems."""
+    found = {}
+    for name in problems:
+        runs = _runs(name, dict.fromkeys(WAYS, plan), plan, folder, console)
+        shorter = {way: equal_time(runs, way, plan) for way in WAYS if WAYS[way].options is not None}
+        timed = {way: runs[way] for way in WAYS} | _runs(name, shorter, plan, folder, console)
+        found[name] = gathered(name, runs, timed)
+    results = {
+        "iterations": plan.iterations,
+        "tasks": plan.tasks,
+        "seeds": plan.seeds,
+        "held_out_tasks": plan.held_out,
+        "outer_lr": OUTER_LR,
+        "averaging": AVERAGING,
+        "interval": "Student's t over the seeds, 95 %",
+        "problems": found,
+    }
+    return results | {"targets": judge_clusters(results)}
+
+
+def _runs(
+    problem: str, plans: dict[str, Plan], plan: Plan, folder: Path | None, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every way, of all seeds; one seed after the other."""
+    jobs: dict[str, Job] = {
+        f"{problem}, seed {seed}, {way}": partial(part, problem, way, seed, of, folder)
+        for seed in range(plan.seeds)
+        for way, of in plans.items()
+    }
+    done = iter(run_jobs(jobs, console))
+    by_seed = [{way: next(done) for way in plans} for _ in range(plan.seeds)]
+    return {way: [runs[way] for runs in by_seed] for way in plans}
+
+
+def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
+    """Every way's figures over the seeds, and its differences from plain MAML and from that of the same settings."""
+    ways = {}
+    higher = PROBLEMS[problem].measure == "accuracy"
+    for name, of in runs.items():
+        way, tests = WAYS[name], [run["test"] for run in of]
+        peer = "plain-settled" if way.settled else "plain"
+        entry: dict[str, Any] = {
+            "title": way.title,
+            "test": summary(tests),
+            "seconds": summary([run["seconds"] for run in of]),
+            "wall_seconds": summary([run["wall_seconds"] for run in of]),
+            "temperatures": [run["temperature"] for run in of],
+            "difference": summary([a - b["test"] for a, b in zip(tests, runs[peer], strict=True)]),
+            "ratio": summary([a / b["test"] for a, b in zip(tests, runs["plain"], strict=True)]),
+            "ratio_same_settings": summary([a / b["test"] for a, b in zip(tests, runs[peer], strict=True)]),
+            "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs["plain"], strict=True)],
+            "equal_time": {
+                "iterations": timed[name][0]["iterations"],
+                "test": summary([run["test"] for run in timed[name]]),
+                "seconds": summary([run["seconds"] for run in timed[name]]),
+            },
+            "curve": [summary([p["valid"] for p in points]) for points in zip(*(r["curve"] for r in of), strict=True)],
+            "curve_seconds": [p["seconds"] for p in of[0]["curve"]],
+            "curve_iterations": [p["iteration"] for p in of[0]["curve"]],
+        }
+        for key in ("test_told", "clusters_by_mode"):
+            if key in of[0]:
+                entry[key] = summary([run[key] for run in of]) if key == "test_told" else of[0][key]
+        ways[name] = entry
+    return {"settings": PROBLEMS[problem].described(), "ways": ways}
+
+
+def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[str, float] | None:
+    """Where a run's validation curve first is as good as plain MAML's last point, as shares of its iterations and time."""
+    last = plain["curve"][-1]
+    for point in run["curve"]:
+        if point["valid"] >= last["valid"] if higher else point["valid"] <= last["valid"]:
+            return {
+                "iterations": point["iteration"] / last["iteration"],
+                "seconds": point["seconds"] / last["seconds"],
+            }
+    return None
+
+
+# ------------------------------------------------------------------------------------------------- what is made of it
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Learning curves of every problem by tasks seen, above, and by processor time, below."""
+    problems = results["problems"]
+    figure, rows = plt.subplots(2, len(problems), figsize=(5.2 * len(problems), 8), layout="constrained", squeeze=False)
+    for column, found in enumerate(problems.values()):
+        measure = found["settings"]["measure"]
+        for axes, by in zip(rows[:, column], ("curve_iterations", "curve_seconds"), strict=True):
+            for index, way in enumerate(found["ways"].values()):
+                colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+                mean, low, high = ([point[key] for point in way["curve"]] for key in ("mean", "low", "high"))
+                axes.plot(way[by], mean, line, color=colour, label=way["title"], linewidth=1.4)
+                axes.fill_between(way[by], low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set(xlabel="meta-iteration" if by == "curve_iterations" else "seconds of one processor core")
+            axes.set(ylabel=f"validation {measure} after adaptation", yscale="log" if measure == "loss" else "linear")
+            axes.grid(alpha=0.3)
+        rows[0, column].set_title(found["settings"]["title"], fontsize=11)
+    rows[0, -1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Mean and 95 % interval of {results['seeds']} seeds", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """A table of every problem, and the targets."""
+    for found in results["problems"].values():
+        settings = found["settings"]
+        table = Table(title=f"{settings['title']}: test {settings['measure']}, {results['seeds']} seeds")
+        for column in ("way", "equal tasks", "ratio to plain", "equal time", "told", "reaches plain's last"):
+            table.add_column(column)
+        for way in found["ways"].values():
+            shares = [of["iterations"] for of in way["reaches_plain"] if of is not None]
+            table.add_row(
+                way["title"],
+                shown(way["test"]),
+                f"{way['ratio']['mean']:.2f}",
+                shown(way["equal_time"]["test"]),
+                shown(way["test_told"]) if "test_told" in way else "",
+                f"{sum(shares) / len(shares):.0%} ({len(shares)} of {results['seeds']})" if shares else "never",
+            )
+        console.print(table)
+    show_targets(results["targets"], console)
+
+
+def shown(entry: dict[str, Any]) -> str:
+    """Mean and interval."""
+    return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="A few iterations, nothing kept.")] = False,
+    problem: Annotated[list[str] | None, typer.Option(help="Of these problems alone; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds of every way.")] = FULL.seeds,
+    threads: Annotated[int, typer.Option(min=1, help="Tensors this small gain nothing from more.")] = 1,
+    parts: Annotated[Path, typer.Option(help="Where runs are kept.")] = PARTS,
+    output: Annotated[Path | None, typer.Option(help="JSON to write; default bench/results/clusters.json.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Picture; default bench/results/clusters.png.")] = None,
+) -> None:
+    """Train with and without clusters, and compare."""
+    console = Console()
+    torch.set_num_threads(threads)
+    chosen = problem or list(PROBLEMS)
+    if unknown := set(chosen) - PROBLEMS.keys():
+        raise typer.BadParameter(f"problem must be one of {', '.join(PROBLEMS)}, got {', '.join(sorted(unknown))}")
+    plan = QUICK if quick else replace(FULL, seeds=seeds)
+    found = measure(chosen, plan, None if quick else parts, console)
+    results = describe_run("clusters", "bench.clusters") | found
+    show(results, console)
+    if not quick and set(chosen) == PROBLEMS.keys():
+        output, figure = output or RESULTS / "clusters.json", figure or RESULTS / "clusters.png"
+    write(results, output, console)
+    if figure is not None:
+        plot(results, figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

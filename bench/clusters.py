@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel
 
 from bench.cluster_cases import PROBLEMS, WAYS, Problem, Way
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
@@ -40,8 +42,9 @@ from metakern.learners import ClusteredLearner
 #: Where runs are kept.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
 
-#: Decay of the moving average of weights where training is settled, and Adam's learning rate.
-AVERAGING, OUTER_LR = 0.998, 1e-3
+#: Adam's learning rate; where training is settled, the last part of the iterations in which it falls to zero along a
+#: cosine, and the moving average of weights.
+OUTER_LR, DECAY, AVERAGING = 1e-3, 0.3, 0.998
 
 #: Seeds of the generators of validation and test tasks.
 VALID_SEED, TEST_SEED = 10**6, 2 * 10**6
@@ -65,6 +68,19 @@ FULL = Plan(seeds=5, iterations=9000, tasks=32, points=60, held_out=2000)
 QUICK = Plan(seeds=2, iterations=20, tasks=8, points=2, held_out=20)
 
 
+def rate(iteration: int, iterations: int) -> float:
+    """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
+    share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+@torch.no_grad()
+def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+    """A step of the moving average; early ones forget where training started, as TensorFlow's do."""
+    decay = min(AVERAGING, (1 + int(updates)) / (10 + int(updates)))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
 class Run:
     """One training run under way.
 
@@ -83,9 +99,8 @@ class Run:
         self.scheduler: LRScheduler | None = None
         self.averaged: nn.Module = self.learner
         if way.settled:
-            self.scheduler = CosineAnnealingLR(self.optimizer, plan.iterations)
-            average = torch.optim.swa_utils.get_ema_multi_avg_fn(AVERAGING)
-            self.averaged = torch.optim.swa_utils.AveragedModel(self.learner, multi_avg_fn=average)
+            self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=plan.iterations))
+            self.averaged = AveragedModel(self.learner, multi_avg_fn=average)
         self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
 
     @property

@@ -116,11 +116,14 @@ class Way:
         return ClusteredLearner(learner, self.clusters or problem.modes, seed=seed, **{**self.options, **counts})
 
 
-#: Every way to train, the uniform sampler first. The first of "plain" is MAML as published.
+#: Every way to train, MAML as published first.
 WAYS = {
     "plain": Way("MAML, uniform sampler"),
-    "plain-settled": Way("MAML, uniform sampler, decay and averaging", settled=True),
+    "plain-settled": Way("MAML, decay and averaging", settled=True),
     "oracle": Way("one learner per true mode", {"assign": "modes"}),
     "oracle-settled": Way("one learner per true mode, decay and averaging", {"assign": "modes"}, settled=True),
-    "hard": Way("clusters by least loss", {"begin": 0.02, "warmup": 0.02}, settled=True),
+    "clusters": Way("6 clusters by least loss", {"begin": 0.02, "warmup": 0.02}, clusters=6, settled=True),
 }
+
+#: Single learners that clusters are held against.
+PEERS = ("plain", "plain-settled")

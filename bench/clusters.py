@@ -1,13 +1,13 @@
 """Whether training tasks in clusters shortens training and raises accuracy: seeds, intervals, oracles, equal time.
 
 python -m bench.clusters                       everything (an hour or two); what is done already is not done again
-python -m bench.clusters --problem digits      one problem's runs; the last of such commands writes the results
+python -m bench.clusters --problem digits      one problem's runs alone; nothing is written
 python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
 
-Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and sees the same number
-of tasks. Those that share the time of one learner out among several also run once more in the processor time that plain
-MAML took. Each run is kept in build/clusters as one file, so that the command goes on where it was stopped. Temperatures
-are chosen on validation tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
+Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
+number of tasks. Ways with clusters also run once more, for the processor time that plain MAML took. Each run is kept in
+build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
+tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from bench.cluster_cases import PROBLEMS, WAYS, Problem, Way
+from bench.cluster_cases import PEERS, PROBLEMS, WAYS, Problem, Way
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_clusters
 from bench.train_sinusoid import summary
@@ -68,6 +68,9 @@ FULL = Plan(seeds=5, iterations=9000, tasks=32, points=60, held_out=2000)
 QUICK = Plan(seeds=2, iterations=20, tasks=8, points=2, held_out=20)
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def rate(iteration: int, iterations: int) -> float:
     """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
     share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
@@ -75,7 +78,7 @@ def rate(iteration: int, iterations: int) -> float:
 
 
 @torch.no_grad()
-def average(averages: list[Tensor], weights: list[Tensor], updates: Tensor | int) -> None:
+def average(averages: Tensors, weights: Tensors, updates: Tensor | int) -> None:
     """A step of the moving average; early ones forget where training started, as TensorFlow's do."""
     decay = min(AVERAGING, (1 + int(updates)) / (10 + int(updates)))
     torch._foreach_lerp_(averages, weights, 1 - decay)
@@ -130,7 +133,7 @@ class Run:
         self.iteration += 1
 
 
-# ---------------------------------------------------------------------------------------------------------- one run's part
+# ------------------------------------------------------------------------------------------------------ one run's part
 
 
 def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
@@ -188,7 +191,7 @@ def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
     return table.tolist()
 
 
-# ------------------------------------------------------------------------------------------------------- all runs' parts
+# ----------------------------------------------------------------------------------------------------- all runs' parts
 
 
 def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
@@ -250,21 +253,23 @@ def _runs(
 
 
 def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
-    """Every way's figures over the seeds, and its differences from plain MAML and from that of the same settings."""
+    """Every way's figures over the seeds, and its differences from plain MAML and from the best single learner."""
     ways = {}
     higher = PROBLEMS[problem].measure == "accuracy"
+    means = {peer: sum(run["test"] for run in runs[peer]) for peer in PEERS}
+    best = (max if higher else min)(means, key=means.__getitem__)
     for name, of in runs.items():
         way, tests = WAYS[name], [run["test"] for run in of]
-        peer = "plain-settled" if way.settled else "plain"
         entry: dict[str, Any] = {
             "title": way.title,
             "test": summary(tests),
             "seconds": summary([run["seconds"] for run in of]),
             "wall_seconds": summary([run["wall_seconds"] for run in of]),
             "temperatures": [run["temperature"] for run in of],
-            "difference": summary([a - b["test"] for a, b in zip(tests, runs[peer], strict=True)]),
+            "difference": summary([a - b["test"] for a, b in zip(tests, runs["plain"], strict=True)]),
+            "difference_best": summary([a - b["test"] for a, b in zip(tests, runs[best], strict=True)]),
             "ratio": summary([a / b["test"] for a, b in zip(tests, runs["plain"], strict=True)]),
-            "ratio_same_settings": summary([a / b["test"] for a, b in zip(tests, runs[peer], strict=True)]),
+            "ratio_best": summary([a / b["test"] for a, b in zip(tests, runs[best], strict=True)]),
             "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs["plain"], strict=True)],
             "equal_time": {
                 "iterations": timed[name][0]["iterations"],
@@ -279,11 +284,11 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
             if key in of[0]:
                 entry[key] = summary([run[key] for run in of]) if key == "test_told" else of[0][key]
         ways[name] = entry
-    return {"settings": PROBLEMS[problem].described(), "ways": ways}
+    return {"settings": PROBLEMS[problem].described(), "best_single_learner": best, "ways": ways}
 
 
 def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[str, float] | None:
-    """Where a run's validation curve first is as good as plain MAML's last point, as shares of its iterations and time."""
+    """Where a run is first as good on validation tasks as plain MAML at its end: shares of its iterations and time."""
     last = plain["curve"][-1]
     for point in run["curve"]:
         if point["valid"] >= last["valid"] if higher else point["valid"] <= last["valid"]:
@@ -294,7 +299,7 @@ def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[st
     return None
 
 
-# ------------------------------------------------------------------------------------------------- what is made of it
+# -------------------------------------------------------------------------------------------------- what is made of it
 
 
 def plot(results: dict[str, Any], path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_inner_loop
+from bench.targets import measured
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
@@ -76,7 +77,7 @@ def _provenance(results: dict[str, Any], source: str) -> str:
 def _missed(results: dict[str, Any]) -> list[str]:
     """A paragraph with the targets that were missed, if there are any."""
     missed = [
-        f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {t['measured']:.1f}"
+        f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {measured(t, 1)}"
         for t in results["targets"]
         if not t["met"]
     ]
@@ -187,6 +188,43 @@ def render_optimizers(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
+def render_clusters(results: dict[str, Any], source: str) -> str:
+    """Every way of training beside the uniform sampler, on equal tasks and on equal time, problem by problem."""
+    lines: list[str] = []
+    for found in results["problems"].values():
+        settings = found["settings"]
+        lines += [
+            f"**{settings['title']}**, test {'accuracy' if settings['measure'] == 'accuracy' else 'MSE'}",
+            "",
+            "| way | equal tasks | difference from plain | equal time | told the mode | reaches plain MAML's last |",
+            "|---|--:|--:|--:|--:|--:|",
+            *(f"| {' | '.join(_way_cells(way, results['seeds']))} |" for way in found["ways"].values()),
+            "",
+        ]
+    lines += [
+        f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
+        f"tasks that no choice was made by; {results['iterations']:,} meta-iterations of {results['tasks']} tasks, Adam "
+        f"with {results['outer_lr']:g}. Differences are paired by seed. Equal time: as many meta-iterations as plain MAML's "
+        "processor time allows. The last column: the share of its iterations, and of its time, after which the "
+        "validation curve is where plain MAML's ends.",
+        "",
+        _provenance(results, source),
+    ]
+    return "\n".join(lines + _missed(results))
+
+
+def _way_cells(way: dict[str, Any], seeds: int) -> list[str]:
+    def interval(entry: dict[str, Any]) -> str:
+        return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+    found = [of for of in way["reaches_plain"] if of is not None]
+    reaches = " / ".join(f"{sum(of[key] for of in found) / len(found):.0%}" for key in found[0]) if found else "never"
+    reaches += f" ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else ""
+    told = interval(way["test_told"]) if "test_told" in way else ""
+    equal = interval(way["equal_time"]["test"])
+    return [way["title"], interval(way["test"]), interval(way["difference"]), equal, told, reaches]
+
+
 NOT_MEASURED = "not measured yet"
 
 
@@ -240,6 +278,7 @@ TABLES = {
     "digits_lstm": render_optimizers,
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,
+    "clusters": render_clusters,
     "gpu": render_gpu,
 }
 

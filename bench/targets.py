@@ -50,7 +50,7 @@ INNER_LOOP_SPEEDUPS = (
 #: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch, in float64.
 SINUSOID_DIFFERENCE = 1e-12
 
-#: Problem, then kind and ratio of the MSE to plain MAML's; and the share of its iterations until its last MSE is reached.
+#: Problem, then kind and ratio of the MSE to plain MAML's; kind and share of its iterations until its MSE is reached.
 CLUSTERED_RATIOS = {"regression-3": (("must", 0.75), ("aim", 0.5))}
 CLUSTERED_SHARES = (("must", 0.5), ("aim", 1 / 3))
 
@@ -64,6 +64,11 @@ def _judged(
     met = measured is not None and bool(_RELATIONS[relation](measured, required))
     target = {"kind": kind, "name": name, "relation": relation, "required": required, "unit": unit}
     return target | {"measured": measured, "met": met}
+
+
+def measured(target: dict[str, Any], digits: int) -> str:
+    """A target's measurement in words."""
+    return "never" if target["measured"] is None else f"{target['measured']:.{digits}f}"
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -132,8 +137,8 @@ def judge_clusters(results: dict[str, Any]) -> list[dict[str, Any]]:
         if name in CLUSTERED_RATIOS:
             for kind, required in CLUSTERED_RATIOS[name]:
                 targets.append(_judged(kind, f"{title}: MSE to plain MAML's", "≤", required, ours["ratio"]["mean"]))
-            best = min(ways[way]["test"]["mean"] for way in CLUSTERED_PEERS)
-            targets.append(_judged("aim", f"{title}: MSE to the best single learner's", "≤", 0.75, ours["test"]["mean"] / best))
+            best = ours["ratio_best"]["mean"]
+            targets.append(_judged("aim", f"{title}: MSE to the best single learner's", "≤", 0.75, best))
             told = min(ways[way]["test_told"]["mean"] for way in ways if "test_told" in ways[way])
             targets.append(_judged("aim", f"{title}: MSE to the told oracle's", "<", 1.0, ours["test"]["mean"] / told))
             shares = [of["iterations"] for of in ours["reaches_plain"] if of is not None]

@@ -203,10 +203,10 @@ def render_clusters(results: dict[str, Any], source: str) -> str:
         ]
     lines += [
         f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
-        f"tasks that no choice was made by; {results['iterations']:,} meta-iterations of {results['tasks']} tasks, Adam "
-        f"with {results['outer_lr']:g}. Differences are paired by seed. Equal time: as many meta-iterations as plain MAML's "
-        "processor time allows. The last column: the share of its iterations, and of its time, after which the "
-        "validation curve is where plain MAML's ends.",
+        f"tasks that no choice was made by; {results['iterations']:,} meta-iterations of {results['tasks']} tasks, "
+        f"Adam with {results['outer_lr']:g}. Differences are paired by seed. Equal time: as many meta-iterations as "
+        "plain MAML's processor time allows. The last column: the share of its iterations, and of its time, after "
+        "which the validation curve is where plain MAML's ends.",
         "",
         _provenance(results, source),
     ]

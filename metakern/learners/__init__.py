@@ -2,5 +2,6 @@
 
 from metakern.learners.maml import MAMLLearner
 from metakern.learners.protocol import MetaLearner
+from metakern.learners.rule import RuleLearner
 
-__all__ = ["MAMLLearner", "MetaLearner"]
+__all__ = ["MAMLLearner", "MetaLearner", "RuleLearner"]

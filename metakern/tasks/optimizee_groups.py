@@ -86,6 +86,7 @@ class MixedBatch:
         Raises:
             ValueError: where no problem is left, or indices do not ascend.
         """
+        tasks = tasks.cpu() if isinstance(tasks, Tensor) else tasks
         rows = torch.arange(self.num_tasks)[tasks]
         if not len(rows) or bool((rows.diff() < 0).any()):
             raise ValueError(f"tasks must select at least one of the {self.num_tasks} problems, ascending, got {tasks}")

@@ -58,8 +58,9 @@ class ProblemBatch:
     """What batches of problems share: selections, devices, and draws that do not depend on what is selected.
 
     Draws are made on the CPU for all problems that were sampled, and the selected ones take their rows: so processes
-    that select parts of one batch together do what a single one would, and their generators stay in step. A batch and
-    its selections draw from one generator; whichever draws next moves all of them on.
+    that select parts of one batch together do what a single one would. A batch draws from a stream of its own, which
+    begins where the generator stood; a selection draws from a copy of it. Whatever is done with them, the generator
+    that they were sampled with does not move.
 
     Subclasses name their tensors with the task axis first in ``per_task``, those of all tasks together in ``shared``.
     """
@@ -70,7 +71,9 @@ class ProblemBatch:
     def __init__(self, num_tasks: int, generator: torch.Generator) -> None:
         check_num_tasks(num_tasks)
         self.num_tasks = self._sampled = num_tasks
-        self._generator, self._rows, self._device = generator, torch.arange(num_tasks), torch.device("cpu")
+        self._rows, self._device = torch.arange(num_tasks), torch.device("cpu")
+        self._generator = generator.clone_state()
+        generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))  # away from the batch's stream
 
     def select(self, tasks: slice | Tensor) -> Self:
         """Some of the problems: a slice, indices, or a mask [T].
@@ -78,6 +81,7 @@ class ProblemBatch:
         Raises:
             ValueError: where no problem is left.
         """
+        tasks = tasks.cpu() if isinstance(tasks, Tensor) else tasks
         rows = self._rows[tasks]
         if not len(rows):
             raise ValueError(f"tasks must select at least one of the {self.num_tasks} problems, got {tasks}")
@@ -98,6 +102,7 @@ class ProblemBatch:
 
     def _with(self, names: tuple[str, ...], function: Callable[[Tensor], Tensor]) -> Self:
         changed = copy.copy(self)
+        changed._generator = self._generator.clone_state()
         for name in names:
             setattr(changed, name, function(getattr(self, name)))
         return changed

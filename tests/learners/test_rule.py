@@ -123,7 +123,7 @@ def test_first_and_second_order_differ():
     assert not torch.allclose(first, second)
 
 
-@pytest.mark.parametrize("problems", [DigitsMLP(batch_size=16), MIXTURE], ids=["plain", "mixed"])
+@pytest.mark.parametrize("problems", [DigitsMLP(5, batch_size=8), MIXTURE], ids=["plain", "mixed"])
 @pytest.mark.parametrize("second_order", [False, True])
 def test_fused_and_plain_rules_have_the_same_meta_gradients(second_order, problems):
     rule = CoordinatewiseLSTM()

@@ -83,11 +83,27 @@ def test_selected_problems_start_and_draw_as_in_the_whole_batch(problems, tasks)
 
 
 @every_kind
-def test_the_generators_of_processes_stay_in_step(problems):
+def test_selections_of_one_batch_do_not_disturb_each_other(problems):
+    """So a process may split its share further."""
+    whole = losses_and_gradients(problems.sample(6, generator()))
+    batch = problems.sample(6, generator())
+    parts = [batch.select(slice(0, 2)), batch.select(slice(2, 6)).select(slice(1, 3))]
+    expected = [whole[0:2], whole[3:5]]
+    for part, want in zip(parts, expected, strict=True):
+        torch.testing.assert_close(losses_and_gradients(part), want, rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_the_generator_moves_with_samples_alone(problems):
+    """So processes that do different things with their shares go on to the same tasks, none of them seen before."""
     left, right = generator(), generator()
-    losses_and_gradients(problems.sample(6, left))
-    losses_and_gradients(problems.sample(6, right).select(slice(1, 3)).select(slice(1, 2)))
+    first = problems.sample(6, left)
+    losses_and_gradients(first)
+    problems.sample(6, right)
     assert torch.equal(left.get_state(), right.get_state())
+    met = [losses_and_gradients(problems.sample(6, stream)) for stream in (left, right)]
+    assert torch.equal(*met)
+    assert len(torch.cat([met[0], losses_and_gradients(problems.sample(6, generator()))]).unique(dim=0)) == 12
 
 
 @every_kind

@@ -168,6 +168,26 @@ def render_sinusoid(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines + _missed(results))
 
 
+def render_optimizee_groups(results: dict[str, Any], source: str) -> str:
+    """Seconds of a meta-iteration over problems one by one, grouped by shape, and grouped with one launch."""
+    names = {"one by one": "one by one", "grouped": "grouped by shape", "one launch": "grouped, one launch"}
+    lines = [f"| problems | kinds | {' | '.join(names.values())} |", f"|---|--:|{'--:|' * len(names)}"]
+    for cell in results["cells"]:
+        times = [f"{cell['contenders'][way]['median_s'] * 1e3:.0f} ms" for way in names]
+        ratios = [f" ({cell['speedup_over_one_by_one'][way]:.1f}x)" for way in names]
+        figures = [times[0], *(time + ratio for time, ratio in zip(times[1:], ratios[1:], strict=True))]
+        lines.append(f"| {cell['tasks']} {cell['mixture']} | {cell['groups']} | {' | '.join(figures)} |")
+    lines += [
+        "",
+        f"Median time of a meta-iteration of {results['steps']} inner steps with its backward, "
+        f"minibatches of {results['batch_size']}; in parentheses how many times as fast as problems one by one. All "
+        "three ways compute one meta-gradient. “Both” is of test functions and digit networks.",
+        "",
+        _provenance(results, source),
+    ]
+    return "\n".join(lines)
+
+
 def render_optimizers(results: dict[str, Any], source: str) -> str:
     """The learned optimizer beside its baselines, and the seconds of a meta-iteration, from `metakern eval`."""
     lines = ["| optimizer | learning rate | training loss | standard deviation |", "|---|--:|--:|--:|"]

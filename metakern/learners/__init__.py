@@ -3,5 +3,6 @@
 from metakern.learners.clustered import ClusteredLearner
 from metakern.learners.maml import MAMLLearner
 from metakern.learners.protocol import MetaLearner
+from metakern.learners.rule import RuleLearner
 
-__all__ = ["ClusteredLearner", "MAMLLearner", "MetaLearner"]
+__all__ = ["ClusteredLearner", "MAMLLearner", "MetaLearner", "RuleLearner"]

@@ -5,7 +5,7 @@ Axis legend: T tasks, C clusters, K inner steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,77 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.inner_loop_cases import mlp
-from metakern.learners import ClusteredLearner, MAMLLearner
-from metakern.tasks import Digits, TaskDistribution, mixture
+from metakern.learners import ClusteredLearner, MAMLLearner, RuleLearner
+from metakern.rules import CoordinatewiseLSTM
+from metakern.tasks import ClassicFunction, Digits, MixedOptimizees, Quadratics, TaskDistribution, mixture
 
 #: Domains that the digits are seen through.
 DOMAINS = ("identity", "inverted", "blurred", "permuted")
 
+#: Kinds of problems to optimise, the 10-dimensional quadratics first.
+FUNCTIONS = ("rosenbrock", "ackley", "styblinski_tang")
 
-@dataclass(frozen=True)
-class Problem:
-    """Tasks, and the model that adapts to them.
-
-    Attributes:
-        title: in words
-        tasks: the distribution
-        widths: of the MLP, inputs first
-        loss: of one task
-        steps: K
-        lr: α
-        modes: true modes of the tasks
-        measure: what is reported: "loss" or "accuracy"
-    """
-
-    title: str
-    tasks: Callable[[], TaskDistribution]
-    widths: tuple[int, ...]
-    loss: Callable[..., Tensor]
-    steps: int
-    lr: float
-    modes: int
-    measure: str
-
-    def described(self) -> dict[str, Any]:
-        """The settings, for the results."""
-        names = ("title", "widths", "steps", "lr", "modes", "measure")
-        return {name: getattr(self, name) for name in names}
-
-    def learner(self, seed: int, rates: str) -> MAMLLearner:
-        """A fresh one; the same weights for the same seed."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model: nn.Module = mlp(*self.widths)
-        return MAMLLearner(model, loss=self.loss, steps=self.steps, lr=self.lr, rates=rates)
-
-
-def _regression(modes: int) -> Problem:
-    return Problem(
-        f"{modes}-mode regression, 10-shot",
-        lambda: mixture(modes, support=10, query=10),
-        (1, 40, 40, 1),
-        F.mse_loss,
-        steps=5,
-        lr=0.001,
-        modes=modes,
-        measure="loss",
-    )
-
-
-PROBLEMS = {
-    "regression-3": _regression(3),
-    "regression-5": _regression(5),
-    "digits": Problem(
-        "5-way 1-shot digits in 4 domains",
-        lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
-        (64, 64, 64, 5),
-        F.cross_entropy,
-        steps=5,
-        lr=0.1,
-        modes=len(DOMAINS),
-        measure="accuracy",
-    ),
-}
+#: MAML as published, which everything is compared with, and the single learners that clusters are held against.
+PLAIN, SETTLED, WIDE = "plain", "plain-settled", "wide"
+PEERS = (PLAIN, SETTLED, WIDE)
 
 
 @dataclass(frozen=True)
@@ -95,35 +37,148 @@ class Way:
         title: in words
         options: of :class:`metakern.learners.ClusteredLearner`; None: one learner
         clusters: C; None: as many as there are true modes
-        settled: whether the learning rate falls to zero along a cosine and weights are averaged (:data:`AVERAGING`)
-        rates: of :class:`metakern.learners.MAMLLearner`
+        settled: whether the learning rate falls to zero in the end and weights are averaged
         batches: of :class:`metakern.clustering.ClusterSampler`
+        wide: one model of as many parameters as all clusters have together
     """
 
     title: str
-    options: dict[str, Any] | None = None
+    options: Mapping[str, Any] | None = None
     clusters: int | None = None
     settled: bool = False
-    rates: str = "fixed"
     batches: str = "uniform"
+    wide: bool = False
 
-    def learner(self, problem: Problem, seed: int, iterations: int) -> nn.Module:
-        """A fresh one. Options that are iterations are shares of the whole run."""
-        learner = problem.learner(seed, self.rates)
-        if self.options is None:
+
+@dataclass(frozen=True)
+class Problem:
+    """Tasks, the learner for them, and ways to train it.
+
+    Attributes:
+        title: in words
+        settings: further figures that describe it
+        tasks: the distribution
+        fresh: a learner, or a wide one
+        modes: true modes of the tasks
+        measure: what is reported: "loss", "accuracy", or "log_loss", the mean of log10 of losses of many scales
+        iterations: of training
+        outer_lr: Adam's
+        ways: by name, the first of them :data:`PLAIN`
+    """
+
+    title: str
+    settings: Mapping[str, Any]
+    tasks: Callable[[], TaskDistribution]
+    fresh: Callable[[bool], nn.Module]
+    modes: int
+    measure: str
+    iterations: int
+    outer_lr: float
+    ways: Mapping[str, Way]
+
+    def described(self) -> dict[str, Any]:
+        """The settings, for the results."""
+        names = ("title", "modes", "measure", "iterations", "outer_lr")
+        return {name: getattr(self, name) for name in names} | dict(self.settings)
+
+    def learner(self, way: Way, seed: int, iterations: int) -> nn.Module:
+        """A fresh one; the same weights for the same seed. Options that are iterations are shares of the whole run."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            learner = self.fresh(way.wide)
+        if way.options is None:
             return learner
-        counts = {k: round(v * iterations) for k, v in self.options.items() if k in ("warmup", "begin", "anneal")}
-        return ClusteredLearner(learner, self.clusters or problem.modes, seed=seed, **{**self.options, **counts})
+        counts = {k: round(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
+        return ClusteredLearner(learner, way.clusters or self.modes, seed=seed, **{**way.options, **counts})
 
 
-#: Every way to train, MAML as published first.
-WAYS = {
-    "plain": Way("MAML, uniform sampler"),
-    "plain-settled": Way("MAML, decay and averaging", settled=True),
+def _maml(
+    title: str, tasks: Callable[[], TaskDistribution], widths: tuple[int, ...], wide: tuple[int, ...], **rest: Any
+) -> Problem:
+    """Of tasks with support sets, for an MLP of ``widths``, the inputs first, or of ``wide``."""
+    loss: Callable[..., Tensor] = F.mse_loss if rest["measure"] == "loss" else F.cross_entropy
+    lr, steps = rest.pop("lr"), 5
+    settings = {"widths": widths, "wide": wide, "steps": steps, "lr": lr}
+
+    def fresh(is_wide: bool) -> nn.Module:
+        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, lr=lr)
+
+    return Problem(title, settings, tasks, fresh, outer_lr=1e-3, **rest)
+
+
+#: Stages of clusters by loss, as shares of the run.
+STAGES = {"warmup": 0.02, "begin": 0.02}
+
+_SINGLE = {
+    PLAIN: Way("MAML, uniform sampler"),
+    SETTLED: Way("MAML, decay and averaging", settled=True),
+    WIDE: Way("MAML, as many parameters as the clusters", wide=True),
     "oracle": Way("one learner per true mode", {"assign": "modes"}),
     "oracle-settled": Way("one learner per true mode, decay and averaging", {"assign": "modes"}, settled=True),
-    "clusters": Way("6 clusters by least loss", {"begin": 0.02, "warmup": 0.02}, clusters=6, settled=True),
 }
 
-#: Single learners that clusters are held against.
-PEERS = ("plain", "plain-settled")
+MANY = 12
+REGRESSION_WAYS = _SINGLE | {
+    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
+    "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
+    "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
+    "unsettled": Way("12 clusters, by least loss, no decay or averaging", STAGES, MANY),
+    "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
+    "balanced": Way("12 clusters, balanced batches", STAGES, MANY, settled=True, batches="balanced"),
+    "one": Way("12 clusters, batches from one", STAGES, MANY, settled=True, batches="one"),
+}
+
+DIGITS_WAYS = _SINGLE | {
+    "clusters": Way("4 clusters, by least loss", {"warmup": 0.05, "begin": 0.1}, settled=True),
+}
+
+_BY_KIND = {"assign": "modes", "per_cluster": False}
+RULE_WAYS = {
+    PLAIN: Way("one rule, uniform sampler"),
+    SETTLED: Way("one rule, decay and averaging", settled=True),
+    "balanced": Way("one rule, batches balanced over kinds", _BY_KIND, settled=True, batches="balanced"),
+    "one": Way("one rule, batches of one kind", _BY_KIND, settled=True, batches="one"),
+    "clusters": Way("a rule per kind, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True),
+}
+
+
+def _regression(modes: int) -> Problem:
+    return _maml(
+        f"{modes}-mode regression, 10-shot",
+        lambda: mixture(modes, support=10, query=10),
+        (1, 40, 40, 1),
+        (1, 144, 144, 1),
+        lr=0.001,
+        modes=modes,
+        measure="loss",
+        iterations=9000,
+        ways=REGRESSION_WAYS,
+    )
+
+
+PROBLEMS = {
+    "regression-3": _regression(3),
+    "regression-5": _regression(5),
+    "digits": _maml(
+        "5-way 1-shot digits in 4 domains",
+        lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
+        (64, 64, 64, 5),
+        (64, 156, 156, 5),
+        lr=0.1,
+        modes=len(DOMAINS),
+        measure="accuracy",
+        iterations=3000,
+        ways=DIGITS_WAYS,
+    ),
+    "optimizees": Problem(
+        "4 kinds of functions to minimise, 40 steps",
+        {"kinds": ("quadratics", *FUNCTIONS), "steps": 40, "unroll": 20},
+        lambda: MixedOptimizees([Quadratics(10), *map(ClassicFunction, FUNCTIONS)]),
+        lambda _: RuleLearner(CoordinatewiseLSTM(), steps=40, unroll=20),
+        modes=1 + len(FUNCTIONS),
+        measure="log_loss",
+        iterations=300,
+        outer_lr=3e-3,
+        ways=RULE_WAYS,
+    ),
+}

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel
 
-from bench.cluster_cases import PEERS, PROBLEMS, WAYS, Problem, Way
+from bench.cluster_cases import PEERS, PLAIN, PROBLEMS, Problem, Way
+from bench.report import CLUSTERED_COLUMNS, MEASURES, way_cells
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_clusters
 from bench.train_sinusoid import summary
@@ -42,12 +43,12 @@ from metakern.learners import ClusteredLearner
 #: Where runs are kept.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
 
-#: Adam's learning rate; where training is settled, the last part of the iterations in which it falls to zero along a
-#: cosine, and the moving average of weights.
-OUTER_LR, DECAY, AVERAGING = 1e-3, 0.3, 0.998
+#: Where training is settled: the last part of the iterations, in which the learning rate falls to zero along a cosine,
+#: and the decay of the moving average of weights.
+DECAY, AVERAGING = 0.3, 0.998
 
 #: Seeds of the generators of validation and test tasks.
-VALID_SEED, TEST_SEED = 10**6, 2 * 10**6
+HELD_OUT_SEEDS = {"valid": 10**6, "test": 2 * 10**6}
 
 #: Of averaged predictions; 0 takes the best learner alone.
 TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
@@ -58,14 +59,14 @@ class Plan:
     """How much a run trains."""
 
     seeds: int
-    iterations: int
+    share: float  # of a problem's iterations
     tasks: int  # of an iteration
     points: int  # of a learning curve, evenly spaced
     held_out: int  # tasks to validate and to test
 
 
-FULL = Plan(seeds=5, iterations=9000, tasks=32, points=60, held_out=2000)
-QUICK = Plan(seeds=2, iterations=20, tasks=8, points=2, held_out=20)
+FULL = Plan(seeds=5, share=1.0, tasks=32, points=60, held_out=2000)
+QUICK = Plan(seeds=2, share=0.002, tasks=8, points=2, held_out=20)
 
 
 Tensors = tuple[Tensor, ...] | list[Tensor]
@@ -93,16 +94,16 @@ class Run:
     """
 
     def __init__(self, problem: Problem, way: Way, seed: int, plan: Plan) -> None:
-        self.problem, self.way, self.plan = problem, way, plan
-        self.learner = way.learner(problem, seed, plan.iterations)
+        self.way, self.plan, self.iterations = way, plan, max(plan.points, round(plan.share * problem.iterations))
+        self.learner = problem.learner(way, seed, self.iterations)
         tasks = problem.tasks()
         self.tasks: Any = tasks if way.batches == "uniform" else ClusterSampler(tasks, self.learner, way.batches)  # type: ignore[arg-type]
         self.generator = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(self.learner.parameters(), OUTER_LR)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), problem.outer_lr)
         self.scheduler: LRScheduler | None = None
         self.averaged: nn.Module = self.learner
         if way.settled:
-            self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=plan.iterations))
+            self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=self.iterations))
             self.averaged = AveragedModel(self.learner, multi_avg_fn=average)
         self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
 
@@ -137,51 +138,57 @@ class Run:
 
 
 def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
-    """Mean measure of tasks, each assigned from its support set, or told its mode."""
-    if not isinstance(learner, ClusteredLearner):
-        return float(learner.evaluate(batch)[measure].mean())
-    before = learner.eval_temperature, learner.assign_by
-    learner.eval_temperature = temperature
-    if learner.assign_by == "modes" and not told:
-        learner.assign_by = "losses"
-    value = float(learner.evaluate(batch)[measure].mean())
-    learner.eval_temperature, learner.assign_by = before
-    return value
+    """Mean measure of tasks, each assigned from its support set or told its mode, as optimizee problems always are."""
+    if isinstance(learner, ClusteredLearner):
+        before = learner.eval_temperature, learner.assign_by
+        learner.eval_temperature = temperature
+        if learner.assign_by == "modes" and not told and hasattr(learner.shared, "support_losses"):
+            learner.assign_by = "losses"
+        measures = learner.evaluate(batch)
+        learner.eval_temperature, learner.assign_by = before
+    else:
+        measures = learner.evaluate(batch)
+    if measure == "log_loss":
+        return float(measures["loss"].clamp(1e-8, 1e8).log10().mean())
+    return float(measures[measure].mean())
 
 
 def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
     """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
-    problem, way = PROBLEMS[problem_name], WAYS[way_name]
-    run, better = Run(problem, way, seed, plan), max if problem.measure == "accuracy" else min
-    valid, test = (
-        problem.tasks().split(name).sample(plan.held_out, torch.Generator().manual_seed(of))
-        for name, of in (("valid", VALID_SEED), ("test", TEST_SEED))
-    )
+    problem, way = PROBLEMS[problem_name], PROBLEMS[problem_name].ways[way_name]
+    run, measure = Run(problem, way, seed, plan), problem.measure
     curve = []
     for point in range(plan.points + 1):
-        run.advance(point * plan.iterations // plan.points)
-        value = evaluated(run.result, valid, problem.measure)
+        run.advance(point * run.iterations // plan.points)
+        value = evaluated(run.result, held_out(problem, "valid", plan), measure)
         curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
         advance(point / plan.points)
     learner = run.result
-    clustered = isinstance(learner, ClusteredLearner) and learner.per_cluster and way_name != "oracle"
-    choices = {t: evaluated(learner, valid, problem.measure, t) for t in (TEMPERATURES if clustered else (0.0,))}
-    temperature = better(choices, key=choices.__getitem__)
+    averages = isinstance(learner, ClusteredLearner) and learner.assign_by == "losses"
+    valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
+    choices = {t: evaluated(learner, valid, measure, t) for t in (TEMPERATURES if averages else (0.0,))}
+    temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
     found = {
         "curve": curve,
         "temperature": temperature,
         "valid": choices[temperature],
-        "test": evaluated(learner, test, problem.measure, temperature),
-        "test_chosen": evaluated(learner, test, problem.measure),
+        "test": evaluated(learner, test, measure, temperature),
+        "test_of_one": evaluated(learner, test, measure),
         "seconds": run.seconds,
         "wall_seconds": run.wall_seconds,
-        "iterations": plan.iterations,
+        "iterations": run.iterations,
     }
-    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes":
-        found["test_told"] = evaluated(learner, test, problem.measure, told=True)
-    if clustered:
+    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes" and hasattr(learner.shared, "adapt"):
+        found["test_told"] = evaluated(learner, test, measure, told=True)
+    if averages:
         found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
     return found
+
+
+def held_out(problem: Problem, split: str, plan: Plan) -> Any:
+    """Validation or test tasks, drawn anew: batches of problems to optimise draw as they are solved."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEEDS[split])
+    return problem.tasks().split(split).sample(plan.held_out, generator)
 
 
 def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
@@ -196,9 +203,11 @@ def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
 
 def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
     """A run, from its file where it was made with the same settings."""
-    described = repr((PROBLEMS[problem].described(), WAYS[way], plan, AVERAGING, OUTER_LR, TEMPERATURES))
+    of = PROBLEMS[problem]
+    described = repr((of.described(), of.ways[way], plan.share, plan.tasks, plan.points, plan.held_out))
+    described += repr((DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS))
     key = hashlib.sha256(described.encode()).hexdigest()
-    path = None if folder is None else folder / f"{problem}-{way}-{plan.iterations}-{seed}.json"
+    path = None if folder is None else folder / f"{problem}-{way}-{plan.share:.4f}-{seed}.json"
     if path is not None and path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
         if kept["key"] == key:
@@ -212,25 +221,24 @@ def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, adv
 
 
 def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
-    """As many iterations as take the processor time of plain MAML, by the medians of all seeds; rounded to points."""
-    plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in ("plain", way))
-    return replace(plan, iterations=max(1, int(plain / ours * plan.iterations / plan.points)) * plan.points)
+    """So much of a run as takes the processor time of plain MAML, by the medians of all seeds; at least 1 %."""
+    plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in (PLAIN, way))
+    return replace(plan, share=plan.share * max(0.01, min(1.0, round(float(plain / ours), 2))))
 
 
 def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: Console) -> dict[str, Any]:
     """All runs of these problems."""
     found = {}
     for name in problems:
-        runs = _runs(name, dict.fromkeys(WAYS, plan), plan, folder, console)
-        shorter = {way: equal_time(runs, way, plan) for way in WAYS if WAYS[way].options is not None}
-        timed = {way: runs[way] for way in WAYS} | _runs(name, shorter, plan, folder, console)
-        found[name] = gathered(name, runs, timed)
+        ways = PROBLEMS[name].ways
+        runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console)
+        shorter = {way: equal_time(runs, way, plan) for way in ways if ways[way].options is not None}
+        found[name] = gathered(name, runs, runs | _runs(name, shorter, plan, folder, console))
     results = {
-        "iterations": plan.iterations,
         "tasks": plan.tasks,
         "seeds": plan.seeds,
         "held_out_tasks": plan.held_out,
-        "outer_lr": OUTER_LR,
+        "decay": DECAY,
         "averaging": AVERAGING,
         "interval": "Student's t over the seeds, 95 %",
         "problems": found,
@@ -256,21 +264,21 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
     """Every way's figures over the seeds, and its differences from plain MAML and from the best single learner."""
     ways = {}
     higher = PROBLEMS[problem].measure == "accuracy"
-    means = {peer: sum(run["test"] for run in runs[peer]) for peer in PEERS}
+    means = {peer: sum(run["test"] for run in runs[peer]) for peer in PEERS if peer in runs}
     best = (max if higher else min)(means, key=means.__getitem__)
     for name, of in runs.items():
-        way, tests = WAYS[name], [run["test"] for run in of]
+        tests = [run["test"] for run in of]
         entry: dict[str, Any] = {
-            "title": way.title,
+            "title": PROBLEMS[problem].ways[name].title,
             "test": summary(tests),
             "seconds": summary([run["seconds"] for run in of]),
             "wall_seconds": summary([run["wall_seconds"] for run in of]),
             "temperatures": [run["temperature"] for run in of],
-            "difference": summary([a - b["test"] for a, b in zip(tests, runs["plain"], strict=True)]),
+            "difference": summary([a - b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
             "difference_best": summary([a - b["test"] for a, b in zip(tests, runs[best], strict=True)]),
-            "ratio": summary([a / b["test"] for a, b in zip(tests, runs["plain"], strict=True)]),
+            "ratio": summary([a / b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
             "ratio_best": summary([a / b["test"] for a, b in zip(tests, runs[best], strict=True)]),
-            "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs["plain"], strict=True)],
+            "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs[PLAIN], strict=True)],
             "equal_time": {
                 "iterations": timed[name][0]["iterations"],
                 "test": summary([run["test"] for run in timed[name]]),
@@ -315,7 +323,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 axes.plot(way[by], mean, line, color=colour, label=way["title"], linewidth=1.4)
                 axes.fill_between(way[by], low, high, color=colour, alpha=0.15, linewidth=0)
             axes.set(xlabel="meta-iteration" if by == "curve_iterations" else "seconds of one processor core")
-            axes.set(ylabel=f"validation {measure} after adaptation", yscale="log" if measure == "loss" else "linear")
+            axes.set(ylabel=f"validation {MEASURES[measure]}", yscale="log" if measure == "loss" else "linear")
             axes.grid(alpha=0.3)
         rows[0, column].set_title(found["settings"]["title"], fontsize=11)
     rows[0, -1].legend(frameon=False, fontsize=8)
@@ -328,26 +336,13 @@ def show(results: dict[str, Any], console: Console) -> None:
     """A table of every problem, and the targets."""
     for found in results["problems"].values():
         settings = found["settings"]
-        table = Table(title=f"{settings['title']}: test {settings['measure']}, {results['seeds']} seeds")
-        for column in ("way", "equal tasks", "ratio to plain", "equal time", "told", "reaches plain's last"):
+        table = Table(title=f"{settings['title']}: test {MEASURES[settings['measure']]}, {results['seeds']} seeds")
+        for column in CLUSTERED_COLUMNS:
             table.add_column(column)
         for way in found["ways"].values():
-            shares = [of["iterations"] for of in way["reaches_plain"] if of is not None]
-            table.add_row(
-                way["title"],
-                shown(way["test"]),
-                f"{way['ratio']['mean']:.2f}",
-                shown(way["equal_time"]["test"]),
-                shown(way["test_told"]) if "test_told" in way else "",
-                f"{sum(shares) / len(shares):.0%} ({len(shares)} of {results['seeds']})" if shares else "never",
-            )
+            table.add_row(*way_cells(way, results["seeds"]))
         console.print(table)
     show_targets(results["targets"], console)
-
-
-def shown(entry: dict[str, Any]) -> str:
-    """Mean and interval."""
-    return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 
 
 def main(

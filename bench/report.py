@@ -208,32 +208,46 @@ def render_optimizers(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
+#: What a clustered problem's tasks are measured by, and the columns of its table.
+MEASURES = {"loss": "MSE", "accuracy": "accuracy", "log_loss": "log₁₀ loss"}
+CLUSTERED_COLUMNS = (
+    "way",
+    "equal tasks",
+    "difference from the first",
+    "equal time",
+    "told the mode",
+    "reaches it after",
+)
+
+
 def render_clusters(results: dict[str, Any], source: str) -> str:
     """Every way of training beside the uniform sampler, on equal tasks and on equal time, problem by problem."""
     lines: list[str] = []
     for found in results["problems"].values():
         settings = found["settings"]
         lines += [
-            f"**{settings['title']}**, test {'accuracy' if settings['measure'] == 'accuracy' else 'MSE'}",
+            f"**{settings['title']}**, test {MEASURES[settings['measure']]}, {settings['iterations']:,} "
+            f"meta-iterations, Adam with {settings['outer_lr']:g}",
             "",
-            "| way | equal tasks | difference from plain | equal time | told the mode | reaches plain MAML's last |",
-            "|---|--:|--:|--:|--:|--:|",
-            *(f"| {' | '.join(_way_cells(way, results['seeds']))} |" for way in found["ways"].values()),
+            f"| {' | '.join(CLUSTERED_COLUMNS)} |",
+            f"|---|{'--:|' * (len(CLUSTERED_COLUMNS) - 1)}",
+            *(f"| {' | '.join(way_cells(way, results['seeds']))} |" for way in found["ways"].values()),
             "",
         ]
     lines += [
         f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
-        f"tasks that no choice was made by; {results['iterations']:,} meta-iterations of {results['tasks']} tasks, "
-        f"Adam with {results['outer_lr']:g}. Differences are paired by seed. Equal time: as many meta-iterations as "
-        "plain MAML's processor time allows. The last column: the share of its iterations, and of its time, after "
-        "which the validation curve is where plain MAML's ends.",
+        f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. Differences are paired by seed. "
+        "Equal time: no more processor time than the first way took. The last column: the share of the first way's "
+        "iterations, and of its time, after which the validation curve is where that of the first way ends.",
         "",
         _provenance(results, source),
     ]
     return "\n".join(lines + _missed(results))
 
 
-def _way_cells(way: dict[str, Any], seeds: int) -> list[str]:
+def way_cells(way: dict[str, Any], seeds: int) -> list[str]:
+    """A way's figures under :data:`CLUSTERED_COLUMNS`."""
+
     def interval(entry: dict[str, Any]) -> str:
         return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
 

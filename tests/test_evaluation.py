@@ -15,7 +15,6 @@ from metakern.evaluation import (
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
 from metakern.tasks import DigitsMLP, Quadratics
-from metakern.trainer import MetaTrainingConfig
 
 SMALL = {"num_tasks": 3, "steps": 5, "seed": 0}
 
@@ -75,10 +74,9 @@ def test_the_summary_is_what_the_losses_say():
 
 
 def test_speed_is_compared_on_equal_work():
-    config = MetaTrainingConfig(num_tasks=2, steps=4, unroll=2)
     rule = CoordinatewiseLSTM(5)
     before = [p.detach().clone() for p in rule.parameters()]
-    speed = compare_speed(rule, DigitsMLP(batch_size=8), config, repeats=2)
+    speed = compare_speed(rule, DigitsMLP(batch_size=8), num_tasks=2, steps=4, unroll=2, repeats=2)
     assert speed.difference < 1e-5
     assert speed.coordinates == 2 * 1510
     assert speed.ratio == speed.plain_seconds / speed.fused_seconds
@@ -88,4 +86,4 @@ def test_speed_is_compared_on_equal_work():
 def test_a_speed_of_unequal_work_is_refused(monkeypatch):
     monkeypatch.setattr("metakern.evaluation.SPEED_TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match=r"meta-gradients of the fused and the plain rule differ by .* relative"):
-        compare_speed(CoordinatewiseLSTM(5), DigitsMLP(batch_size=8), MetaTrainingConfig(steps=2, unroll=2), repeats=1)
+        compare_speed(CoordinatewiseLSTM(5), DigitsMLP(batch_size=8), steps=2, unroll=2, repeats=1)

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern._inner_loop_input import adapted_names
-from metakern.maml import Adapted, adapt, meta_loss
+from metakern.maml import Adapted, adapt, meta_loss, reptile_step
 from metakern.tasks import Episodes
 
 #: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.
@@ -86,12 +86,23 @@ class MAMLLearner(nn.Module):
 
     @torch.no_grad()
     def displacements(self, batch: Episodes, steps: int | None = None) -> Tensor:
-        """[T, P]: where ``steps`` inner steps, ``eval_steps`` by default, take the adapted parameters, from here.
+        """[T, P]: where ``steps`` inner steps, ``eval_steps`` by default, take the adapted parameters, from here."""
+        return self._displacements(self.adapt(batch, steps))
 
-        One step with a rate for all gives the support gradient, but for its sign and length.
-        """
-        adapted, start = self.adapt(batch, steps).parameters, dict(self.model.named_parameters())
-        return torch.cat([(tensor - start[name]).flatten(1) for name, tensor in adapted.items()], 1)
+    @torch.no_grad()
+    def support_gradients(self, batch: Episodes) -> Tensor:
+        """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
+        arguments = {**self._arguments(1), "lr": 1.0}
+        return -self._displacements(adapt(self.model, *batch.support, **arguments))
+
+    @torch.no_grad()
+    def approach(self, batch: Episodes) -> None:
+        """Move the initialisation to the mean of where the inner steps on ``batch`` lead from it (a Reptile step)."""
+        reptile_step(self.model, self.adapt(batch), 1.0)
+
+    def _displacements(self, adapted: Adapted) -> Tensor:
+        start = dict(self.model.named_parameters())
+        return torch.cat([(tensor - start[name]).flatten(1) for name, tensor in adapted.parameters.items()], 1)
 
     def _arguments(self, steps: int) -> dict[str, Any]:
         lr = {self._names[key]: rate for key, rate in self.rates.items()} if len(self.rates) else self.lr

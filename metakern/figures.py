@@ -51,7 +51,8 @@ def plot_learning(iterations: Sequence[Line], evaluations: Sequence[Line], path:
     """A training run: loss of training and validation tasks, and accuracy below where there are classes.
 
     Args:
-        iterations, evaluations: lines of metrics.jsonl, see :func:`metakern.runs.read_metrics`; at least one iteration
+        iterations: lines of metrics.jsonl, at least one, see :func:`metakern.runs.read_metrics`
+        evaluations: lines of it too
         path: of the PNG
         word: what an iteration is called
     """
@@ -102,14 +103,14 @@ def plot_adaptation(adaptations: Sequence[Adaptation], path: Path) -> None:
 MARKERS = "os^Dvp*X"
 
 
-def plot_clusters(embeddings: Tensor, clusters: Tensor, path: Path, modes: Tensor | None = None) -> None:
+def plot_clusters(embeddings: Tensor, clusters: Tensor, modes: Tensor | None, path: Path) -> None:
     """Tasks on the first two principal components of their embeddings, coloured by cluster.
 
     Args:
         embeddings: [T, D]
         clusters: [T], integers
+        modes: [T], integers: what the tasks come from, shown by the shape of the marks; or None
         path: of the PNG
-        modes: [T], integers: what the tasks come from, shown by the shape of the marks
     """
     points = principal_components(embeddings)
     figure, axes = plt.subplots(figsize=(6, 5), layout="constrained")

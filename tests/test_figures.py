@@ -100,7 +100,7 @@ def test_adaptation_has_a_panel_for_every_measure_and_a_line_for_every_learner(t
 def test_a_cluster_map_shows_every_cluster_in_its_colour(tmp_path, boxes):
     clusters = torch.arange(3).repeat(20)
     embeddings = torch.nn.functional.one_hot(clusters, 3) * 4.0 + torch.rand(60, 3)
-    plot_clusters(embeddings, clusters, tmp_path / "clusters.png", modes=clusters % 2)
+    plot_clusters(embeddings, clusters, clusters % 2, tmp_path / "clusters.png")
     (share,) = coloured_shares(tmp_path / "clusters.png", boxes)
     assert share > 0.002
     texts = [text.get_text() for text in boxes[0][0].get_legend().get_texts()]

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from metakern.cli.common import Option, choose
 from metakern.cli.training import LAST_RATE
-from metakern.learners import MAMLLearner
+from metakern.clustering import BATCHES, EMBEDDINGS, METHODS, ClusterSampler
+from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.learners.clustered import ASSIGNMENTS
 from metakern.models import conv4, mlp
-from metakern.tasks import DOMAINS, Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
+from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
+from metakern.tasks.digits import DOMAINS
 
 #: Outer optimizers by name.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -35,7 +38,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "digits": _DIGITS,
     "digits-domains": _DIGITS,
     "omniglot": {
-        "shots": 1, "queries": 15, "steps": 1, "inner_lr": 0.4, "num_tasks": 16, "hidden": "256,128,64,64", "filters": 64,
+        "shots": 1, "queries": 15, "steps": 1, "inner_lr": 0.4, "num_tasks": 16, "hidden": "256,128,64,64",
+        "filters": 64,
     },
     "mini-imagenet": {
         "shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.01, "num_tasks": 4, "hidden": "256,64", "filters": 32,
@@ -78,6 +82,15 @@ class MAMLSettings:
     checkpoint_every: Annotated[int, Option(min=1, help="Iterations between checkpoints.")] = 100
     keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
     clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
+    cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
+    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
+    cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
+    cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
+    cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False
+    cluster_warmup: Annotated[int, Option(min=0, help="Iterations before clusters.")] = 0
+    cluster_begin: Annotated[int, Option(min=1, help="Iterations by embedding before those by losses.")] = 100
+    cluster_refresh: Annotated[int, Option(min=1, help="Iterations between two looks at all clusters.")] = 100
+    cluster_temperature: Annotated[float, Option(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
     seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
     threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
     device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
@@ -93,6 +106,8 @@ class MAMLSettings:
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
         choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
         choose("scheduler", self.scheduler, ("cosine", "none"))
+        if self.clusters != "auto" and not self.clusters.isdecimal():
+            raise ValueError(f"clusters must be a number, auto, or 0 for none, got {self.clusters!r}")
         if self.anil and self.parameters is not None:
             raise ValueError(f"parameters must be left out where anil chooses them, got {self.parameters!r}")
         for name in ("lr", "inner_lr"):
@@ -115,7 +130,8 @@ class MAMLSettings:
         """The run in a few words."""
         shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
         size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
-        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}"
+        clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
+        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{clusters}"
 
 
 REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
@@ -173,15 +189,14 @@ def widths(text: str) -> list[int]:
         raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {text!r}") from error
 
 
-def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner:
+def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
     """The learner that resolved settings describe, its weights drawn from ``seed``."""
     torch.manual_seed(settings.seed)
     model = make_model(settings, tasks)
     parameters = settings.parameters
     if settings.anil:
         parameters = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0] + ".*"
-    regression = settings.tasks in REGRESSION
-    loss: Callable[..., Tensor] = F.mse_loss if regression else F.cross_entropy
+    loss: Callable[..., Tensor] = F.mse_loss if settings.tasks in REGRESSION else F.cross_entropy
     learner = MAMLLearner(
         model,
         loss=loss,
@@ -191,8 +206,30 @@ def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner
         rates=settings.rates.replace("-", "_"),
         first_order=settings.first_order,
         parameters=parameters,
+    ).to(settings.device)
+    if settings.clusters == "0":
+        return learner
+    clustered = ClusteredLearner(
+        learner,
+        None if settings.clusters == "auto" else int(settings.clusters),
+        assign=settings.cluster_by,
+        warmup=settings.cluster_warmup,
+        begin=settings.cluster_begin,
+        refresh=settings.cluster_refresh,
+        embedding=settings.cluster_embedding,
+        method=settings.cluster_method,
+        temperature=settings.cluster_temperature,
+        per_cluster=not settings.cluster_shared,
+        seed=settings.seed,
     )
-    return learner.to(settings.device)
+    return clustered.to(settings.device)
+
+
+def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
+    """The distribution to train on: in batches by cluster where settings say so."""
+    if settings.clusters == "0" or settings.cluster_batches == "uniform":
+        return tasks
+    return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]
 
 
 def make_optimizer(settings: MAMLSettings, learner: nn.Module) -> torch.optim.Optimizer:

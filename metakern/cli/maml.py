@@ -11,11 +11,13 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch import Tensor
 
 from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
 from metakern.cli.common import ERRORS, RunOptions, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_optimizer, make_tasks, settings_of
+from metakern.cli.fewshot import MAMLSettings, make_learner, make_optimizer, make_tasks, sampler, settings_of
 from metakern.cli.training import begin, cosine, finish, fit
+from metakern.learners import ClusteredLearner
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
@@ -44,7 +46,7 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
     run.console.print(escape(settings.describe()), highlight=False)
     trainer = Trainer(
         learner,
-        tasks,
+        sampler(settings, tasks, learner),
         optimizer,
         trainer_config(settings),
         scheduler=cosine(optimizer, settings.iterations) if settings.scheduler == "cosine" else None,
@@ -101,14 +103,29 @@ def eval_maml(
 
 def report(console: Console, folder: Path, learner: Any, tasks: TaskDistribution, num_tasks: int, **how: Any) -> None:
     """Measure the learner on test tasks: a table, results.json and figures/adaptation.png."""
-    from metakern.figures import plot_adaptation  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters  # matplotlib takes a second to import
 
     adaptation = measure_adaptation(learner, tasks, num_tasks=num_tasks, **how)
     console.print(adaptation_table(adaptation))
     facts = {"test_tasks": num_tasks, "seed": how.get("seed", TEST_SEED), "measures": adaptation.summary()}
     write_json(folder / RESULTS, facts)
     plot_adaptation([adaptation], folder / FIGURES / "adaptation.png")
-    console.print(f"results are in {escape(str(folder))}/: {RESULTS}, {FIGURES}/adaptation.png", soft_wrap=True)
+    written = f"{RESULTS}, {FIGURES}/adaptation.png"
+    if isinstance(learner, ClusteredLearner) and learner.num_active:
+        plot_clusters(*cluster_map(learner, tasks, num_tasks), folder / FIGURES / "clusters.png")
+        written += f", {FIGURES}/clusters.png"
+    console.print(f"results are in {escape(str(folder))}/: {written}", highlight=False, soft_wrap=True)
+
+
+def cluster_map(
+    learner: ClusteredLearner, tasks: TaskDistribution, num_tasks: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embeddings [T, D] of test tasks, their clusters [T], and their true modes [T] where they have some."""
+    device = next(learner.parameters()).device
+    batch = tasks.split("test").sample(num_tasks, torch.Generator().manual_seed(TEST_SEED)).to(device)
+    points = learner.embedding(learner.shared, list(learner.learners)[: learner.num_active], batch)
+    modes = None if batch.modes is None else batch.modes.cpu()
+    return points.cpu(), learner.assign(batch).cpu(), modes
 
 
 def adaptation_table(adaptation: Adaptation) -> Table:

@@ -21,9 +21,6 @@ Option = typer.Option
 #: What a command raises for input that it cannot use, and for files that it cannot read or write.
 ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 
-#: Exit codes of a run that was interrupted, as shells give them: 128 and the number of the signal.
-INTERRUPTED, TERMINATED = 130, 143
-
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
@@ -104,6 +101,8 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
         ]
         try:
             function(*parts)
+        except typer.Exit:  # a RuntimeError, and no error
+            raise
         except ERRORS as error:
             raise fail(error) from error
 

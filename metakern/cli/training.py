@@ -71,11 +71,10 @@ def fit(run: Run, trainer: Trainer) -> History:
     try:
         return trainer.fit()
     except (Interrupted, KeyboardInterrupt) as stop:
-        code = stop.code if isinstance(stop, Interrupted) else 128 + signal.SIGINT
         if is_first_process():
-            line = f"{stop or 'interrupted'}; metakern train {run.learner} --resume --output {run.folder} goes on"
+            line = f"to go on: metakern train {run.learner} --resume --output {run.folder}"
             Console(stderr=True, soft_wrap=True).print(line, highlight=False, markup=False)
-        raise typer.Exit(int(code or 0)) from stop
+        raise typer.Exit(int(stop.code or 0) if isinstance(stop, Interrupted) else 128 + signal.SIGINT) from stop
 
 
 def finish(run: Run, trainer: Trainer, save: Callable[[Path], object]) -> bool:

@@ -43,8 +43,8 @@ RESULTS = "results.json"
 
 #: What a run writes, as patterns: what ``overwrite`` removes, and nothing else.
 _WRITTEN = (
-    CONFIG, ENVIRONMENT, METRICS, WEIGHTS, RESULTS, "events.out.tfevents.*", f"{FIGURES}/*.png", f"{CHECKPOINTS}/*.pt",
-    f"{CHECKPOINTS}/*.sha256",
+    CONFIG, ENVIRONMENT, METRICS, WEIGHTS, RESULTS, "training.json", "config.json", "events.out.tfevents.*",
+    f"{FIGURES}/*.png", f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
 )  # fmt: skip
 
 #: Packages whose versions a run notes, beside torch's in build_info.

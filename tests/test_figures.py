@@ -93,7 +93,7 @@ def test_adaptation_has_a_panel_for_every_measure_and_a_line_for_every_learner(t
     plot_adaptation(learners, tmp_path / "adaptation.png")
     shares = coloured_shares(tmp_path / "adaptation.png", boxes)
     assert len(shares) == 2
-    assert min(shares) > 0.01
+    assert min(shares) > 0.005
     assert all(len(axes.lines) == 2 and len(axes.lines[0].get_xdata()) == 6 for axes, _ in boxes)
 
 

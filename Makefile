@@ -9,7 +9,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo      meta-train an optimizer on handwritten digits and compare it with tuned baselines (runs/demo)"
+	@echo "make demo      meta-train on handwritten digits: an optimizer against tuned baselines, few shots with and without clusters (runs)"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
@@ -33,9 +33,15 @@ $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
+# Few-shot digits of the demo, seen through four domains.
+DIGITS := --tasks digits-domains --iterations 500
+
 demo: $(VENV)/built
-	$(BIN)/metakern train optimizer --output runs/demo
+	$(BIN)/metakern train optimizer --output runs/demo --overwrite
 	$(BIN)/metakern eval optimizer runs/demo --speed
+	$(BIN)/metakern train maml $(DIGITS) --output runs/digits --overwrite
+	$(BIN)/metakern train maml $(DIGITS) --clusters 4 --output runs/digits_clusters --overwrite
+	$(BIN)/metakern eval maml runs/digits runs/digits_clusters --output runs/digits_comparison
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(ARGS)

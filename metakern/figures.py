@@ -118,8 +118,8 @@ def plot_clusters(embeddings: Tensor, clusters: Tensor, modes: Tensor | None, pa
     for mode in kinds.unique().tolist():
         for cluster in clusters.unique().tolist():
             chosen = points[(kinds == mode) & (clusters == cluster)]
-            style = {"color": COLOURS[cluster % len(COLOURS)], "marker": MARKERS[mode % len(MARKERS)]}
-            axes.scatter(chosen[:, 0], chosen[:, 1], s=18, alpha=0.7, linewidths=0, **style)
+            colour, mark = COLOURS[cluster % len(COLOURS)], MARKERS[mode % len(MARKERS)]
+            axes.scatter(chosen[:, 0], chosen[:, 1], s=18, alpha=0.7, linewidths=0, color=colour, marker=mark)
     for cluster in clusters.unique().tolist():
         share = (clusters == cluster).float().mean()
         axes.scatter([], [], color=COLOURS[cluster % len(COLOURS)], label=f"cluster {cluster}: {share:.0%}")

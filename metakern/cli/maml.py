@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -55,7 +56,7 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
     )
     fit(run, trainer)
     if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(run.console, run.folder, learner, tasks, settings.test_tasks)
+        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
 
 
 def trainer_config(settings: MAMLSettings) -> TrainerConfig:
@@ -78,43 +79,87 @@ def trainer_config(settings: MAMLSettings) -> TrainerConfig:
 
 
 def eval_maml(
-    run: Annotated[Path, typer.Argument(help="Folder of `metakern train maml`.")],
-    output: Annotated[Path | None, typer.Option(help="Folder for results.json and the figure; default: RUN.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval for several.")
+    ] = None,
     num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
     steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
     data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the tasks; the same for all runs that are compared.")] = TEST_SEED,
+    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
 ) -> None:
-    """Adapt a trained initialisation to unseen tasks: loss and accuracy after every number of inner steps."""
+    """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
-        content = read_config(run / CONFIG, LEARNER) | {"device": device}
-        settings = settings_of(content | ({"data": data} if data else {})).resolved()
-        tasks = make_tasks(settings)
-        learner = make_learner(settings, tasks)
-        load_weights(run, learner)
-        folder = output or run
+        moved = {"device": device} | ({"data": data} if data else {})
+        trained = [_load(run, moved) for run in runs]
+        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval"))
         make_folder(folder)
-        report(Console(quiet=quiet), folder, learner, tasks, num_tasks, steps=steps, seed=seed)
+        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
         raise fail(error) from error
 
 
-def report(console: Console, folder: Path, learner: Any, tasks: TaskDistribution, num_tasks: int, **how: Any) -> None:
-    """Measure the learner on test tasks: a table, results.json and figures/adaptation.png."""
+@dataclass(frozen=True)
+class Trained:
+    """A learner and the tasks that it was trained for."""
+
+    name: str
+    settings: MAMLSettings
+    learner: Any
+    tasks: TaskDistribution
+
+
+def _load(run: Path, moved: Mapping[str, str]) -> Trained:
+    """What a run trained; ``moved`` replaces settings of where it was."""
+    settings = settings_of({**read_config(run / CONFIG, LEARNER), **moved}).resolved()
+    tasks = make_tasks(settings)
+    learner = make_learner(settings, tasks)
+    load_weights(run, learner)
+    return Trained(run.name, settings, learner, tasks)
+
+
+def report(
+    console: Console,
+    folder: Path,
+    trained: Sequence[Trained],
+    num_tasks: int,
+    *,
+    steps: int | None = None,
+    seed: int = TEST_SEED,
+) -> None:
+    """Measure learners on the same test tasks: a table, results.json, figures of adaptation and clusters.
+
+    Raises:
+        ValueError: for learners of different tasks.
+    """
     from metakern.figures import plot_adaptation, plot_clusters  # matplotlib takes a second to import
 
-    adaptation = measure_adaptation(learner, tasks, num_tasks=num_tasks, **how)
-    console.print(adaptation_table(adaptation))
-    facts = {"test_tasks": num_tasks, "seed": how.get("seed", TEST_SEED), "measures": adaptation.summary()}
-    write_json(folder / RESULTS, facts)
-    plot_adaptation([adaptation], folder / FIGURES / "adaptation.png")
-    written = f"{RESULTS}, {FIGURES}/adaptation.png"
-    if isinstance(learner, ClusteredLearner) and learner.num_active:
-        plot_clusters(*cluster_map(learner, tasks, num_tasks), folder / FIGURES / "clusters.png")
-        written += f", {FIGURES}/clusters.png"
-    console.print(f"results are in {escape(str(folder))}/: {written}", highlight=False, soft_wrap=True)
+    kinds = {_kind(each.settings) for each in trained}
+    if len(kinds) > 1:
+        raise ValueError(f"runs must be of the same tasks to be compared, got {'; '.join(sorted(kinds))}")
+    adaptations = [
+        measure_adaptation(each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name)
+        for each in trained
+    ]
+    console.print(adaptation_table(adaptations))
+    measures = [{"run": each.name, "measures": each.summary()} for each in adaptations]
+    write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
+    plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
+    written = [RESULTS, f"{FIGURES}/adaptation.png"]
+    for each in trained:
+        if isinstance(each.learner, ClusteredLearner) and each.learner.num_active:
+            name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name}.png"
+            plot_clusters(*cluster_map(each.learner, each.tasks, num_tasks), folder / FIGURES / name)
+            written.append(f"{FIGURES}/{name}")
+    line = f"results are in {escape(str(folder))}/: {', '.join(written)}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _kind(settings: MAMLSettings) -> str:
+    """What must be the same for results to be compared."""
+    return f"{settings.tasks} of {settings.ways} ways, {settings.shots} shots, {settings.queries} queries"
 
 
 def cluster_map(
@@ -128,15 +173,20 @@ def cluster_map(
     return points.cpu(), learner.assign(batch).cpu(), modes
 
 
-def adaptation_table(adaptation: Adaptation) -> Table:
-    """A row for every number of inner steps: mean and 95 % interval of loss and accuracy."""
-    summary = adaptation.summary()
-    table = Table(title=f"{adaptation.num_tasks} unseen tasks, ± 95 %")
-    for name in ("inner steps", *summary):
-        table.add_column(name, justify="right")
-    for step, row in enumerate(zip(*summary.values(), strict=True)):
-        cells = [_cell(name, entry["mean"], entry["interval"]) for name, entry in zip(summary, row, strict=True)]
-        table.add_row(str(step), *cells, style="bold green" if step == len(summary["loss"]) - 1 else "")
+def adaptation_table(adaptations: Sequence[Adaptation]) -> Table:
+    """A row for every number of inner steps: mean and 95 % interval of every learner's loss and accuracy."""
+    title = f"{adaptations[0].num_tasks} unseen tasks, ± half of the 95 % interval"
+    table = Table(title=title, title_justify="left")
+    table.add_column("inner steps", justify="right")
+    columns = []
+    for adaptation in adaptations:
+        for name, rows in adaptation.summary().items():
+            table.add_column(name if len(adaptations) == 1 else f"{adaptation.name}\n{name}", justify="right")
+            columns.append([_cell(name, row["mean"], row["interval"]) for row in rows])
+    last = max(len(column) for column in columns) - 1
+    for step in range(last + 1):
+        cells = [column[step] if step < len(column) else "" for column in columns]
+        table.add_row(str(step), *cells, style="bold green" if step == last else "")
     return table
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
+import yaml  # type: ignore[import-untyped]  # its stubs are another package
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
@@ -127,7 +127,7 @@ def finite(content: Any) -> Any:
 
 def write_environment(folder: Path) -> None:
     """environment.json: what a run's numbers may depend on, beside its configuration."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
             versions[name] = version(name)

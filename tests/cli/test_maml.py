@@ -23,6 +23,11 @@ DIGITS = f"train maml --tasks digits --queries 3 --iterations 4 --eval-every 2 -
 SINUSOID = f"train maml {SMALL} --scheduler none --eval-every 4 --checkpoint-every 3"
 
 
+def measures(folder) -> list:
+    """Of every run in results.json."""
+    return [run["measures"] for run in json.loads((folder / "results.json").read_text())["runs"]]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A short run on digits and what it printed."""
@@ -101,8 +106,7 @@ def test_the_configuration_repeats_a_run(run, tmp_path):
     assert metrics(tmp_path / "again") == metrics(folder)
     first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
     assert all(torch.equal(first[name], second[name]) for name in first)
-    results = [json.loads((path / "results.json").read_text())["measures"] for path in (folder, tmp_path / "again")]
-    assert results[0] == results[1]
+    assert measures(tmp_path / "again") == measures(folder)
 
 
 def test_options_beside_a_configuration_override_it(run, tmp_path):
@@ -200,10 +204,10 @@ def test_two_processes_of_torchrun_train_one_run(tmp_path):
 def test_evaluation_measures_test_tasks_after_every_number_of_steps(run, tmp_path):
     folder, _ = run
     printed = succeed(f"eval maml {folder} --num-tasks 6 --output {tmp_path}/eval")
-    results, trained = (json.loads((path / "results.json").read_text()) for path in (tmp_path / "eval", folder))
-    assert results["measures"] == trained["measures"]  # the weights of the file are those that training ended with
-    assert [row["steps"] for row in results["measures"]["loss"]] == [0, 1, 2]
-    accuracy = results["measures"]["accuracy"][2]
+    assert measures(tmp_path / "eval") == measures(folder)  # the weights in the file are those that training ended with
+    (found,) = measures(folder)
+    assert [row["steps"] for row in found["loss"]] == [0, 1, 2]
+    accuracy = found["accuracy"][2]
     assert f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['interval']:.1f} %" in printed
     assert coloured_share(tmp_path / "eval" / "figures" / "adaptation.png") > 0.002
 
@@ -211,8 +215,24 @@ def test_evaluation_measures_test_tasks_after_every_number_of_steps(run, tmp_pat
 def test_more_steps_than_in_training_can_be_evaluated(run, tmp_path):
     folder, _ = run
     succeed(f"eval maml {folder} --num-tasks 4 --steps 4 --output {tmp_path}/eval --quiet")
-    results = json.loads((tmp_path / "eval" / "results.json").read_text())
-    assert [row["steps"] for row in results["measures"]["loss"]] == [0, 1, 2, 3, 4]
+    assert [row["steps"] for row in measures(tmp_path / "eval")[0]["loss"]] == [0, 1, 2, 3, 4]
+
+
+def test_runs_are_compared_on_the_same_tasks(run, tmp_path):
+    folder, _ = run
+    succeed(f"train maml --config {folder}/config.yaml --seed 1 --clusters 2 --output {tmp_path}/other --quiet")
+    printed = succeed(f"eval maml {folder} {tmp_path}/other --num-tasks 6 --output {tmp_path}/eval")
+    assert "other" in printed
+    assert measures(tmp_path / "eval") == [*measures(folder), *measures(tmp_path / "other")]
+    assert coloured_share(tmp_path / "eval" / "figures" / "clusters-other.png") > 0.0005
+
+
+def test_runs_of_different_tasks_are_not_compared(run, tmp_path):
+    folder, _ = run
+    succeed(f"{SINUSOID} --iterations 2 --output {tmp_path}/other --quiet")
+    result = invoke(f"eval maml {folder} {tmp_path}/other --output {tmp_path}/eval")
+    assert result.exit_code == 1
+    assert "runs must be of the same tasks to be compared, got digits of 5 ways" in result.stderr
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):
@@ -249,9 +269,9 @@ def test_a_run_in_clusters_draws_their_map(clusters, tmp_path):
     printed = succeed(f"{SINUSOID} {options} --output {tmp_path}/run")
     assert f"clusters: {clusters}" in printed
     assert coloured_share(tmp_path / "run" / "figures" / "clusters.png") > 0.0005
-    before = json.loads((tmp_path / "run" / "results.json").read_text())["measures"]
+    before = measures(tmp_path / "run")
     succeed(f"eval maml {tmp_path}/run --num-tasks 6 --quiet")
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["measures"] == before
+    assert measures(tmp_path / "run") == before
 
 
 def test_batches_by_cluster_train_one_learner(tmp_path):
@@ -309,10 +329,7 @@ def test_a_value_of_another_type_in_a_configuration_is_a_usage_error(tmp_path, m
     assert "'--lr'" in result.stderr
 
 
-def test_the_real_entry_point_trains_and_evaluates(tmp_path):
+def test_the_real_entry_point_trains_into_runs(tmp_path):
     result = metakern(*f"{SINUSOID} --iterations 2".split(), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert (tmp_path / "runs" / "maml" / "model.safetensors").is_file()  # where a run goes that names no folder
-    result = metakern("eval", "maml", "runs/maml", "--num-tasks", "4", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
-    assert "4 unseen tasks" in result.stdout
+    assert (tmp_path / "runs" / "maml" / "model.safetensors").is_file()

@@ -33,15 +33,16 @@ $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# Few-shot digits of the demo, seen through four domains.
-DIGITS := --tasks digits-domains --iterations 500
+# Few-shot digits of the demo, seen through four domains, for seconds only.
+DIGITS := --tasks digits-domains --iterations 300
+CLUSTERS := --clusters 4 --cluster-warmup 200 --cluster-begin 50
 
 demo: $(VENV)/built
 	$(BIN)/metakern train optimizer --output runs/demo --overwrite
 	$(BIN)/metakern eval optimizer runs/demo --speed
-	$(BIN)/metakern train maml $(DIGITS) --output runs/digits --overwrite
-	$(BIN)/metakern train maml $(DIGITS) --clusters 4 --output runs/digits_clusters --overwrite
-	$(BIN)/metakern eval maml runs/digits runs/digits_clusters --output runs/digits_comparison
+	$(BIN)/metakern train maml $(DIGITS) --output runs/digits/plain --overwrite
+	$(BIN)/metakern train maml $(DIGITS) $(CLUSTERS) --output runs/digits/clusters --overwrite
+	$(BIN)/metakern eval maml runs/digits/plain runs/digits/clusters --output runs/digits
 
 test: $(VENV)/built
 	$(BIN)/python -m pytest $(ARGS)

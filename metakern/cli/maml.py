@@ -93,7 +93,8 @@ def eval_maml(
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
         moved = {"device": device} | ({"data": data} if data else {})
-        trained = [_load(run, moved) for run in runs]
+        unique = len({run.name for run in runs}) == len(runs)
+        trained = [_load(run, run.name if unique else str(run), moved) for run in runs]
         folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval"))
         make_folder(folder)
         report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
@@ -111,13 +112,13 @@ class Trained:
     tasks: TaskDistribution
 
 
-def _load(run: Path, moved: Mapping[str, str]) -> Trained:
+def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
     settings = settings_of({**read_config(run / CONFIG, LEARNER), **moved}).resolved()
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks)
     load_weights(run, learner)
-    return Trained(run.name, settings, learner, tasks)
+    return Trained(name, settings, learner, tasks)
 
 
 def report(
@@ -150,7 +151,7 @@ def report(
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
     for each in trained:
         if isinstance(each.learner, ClusteredLearner) and each.learner.num_active:
-            name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name}.png"
+            name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name.replace('/', '-')}.png"
             plot_clusters(*cluster_map(each.learner, each.tasks, num_tasks), folder / FIGURES / name)
             written.append(f"{FIGURES}/{name}")
     line = f"results are in {escape(str(folder))}/: {', '.join(written)}"

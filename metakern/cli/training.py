@@ -52,12 +52,12 @@ def begin(learner: str, settings: Mapping[str, object], options: RunOptions, wor
         ValueError, OSError: see :func:`metakern.runs.open_folder`.
     """
     folder = options.output or default_output(learner)
-    resume = options.resume or (is_restart() and (folder / CONFIG).is_file())
     if is_first_process():
-        open_folder(folder, resume=resume, overwrite=options.overwrite)
+        begun = is_restart() and (folder / CONFIG).is_file()
+        open_folder(folder, resume=options.resume or begun, overwrite=options.overwrite)
         write_config(folder, learner, settings)
         write_environment(folder)
-    return Run(learner, folder, options.console, resume, word)
+    return Run(learner, folder, options.console, options.resume or is_restart(), word)
 
 
 def fit(run: Run, trainer: Trainer) -> History:

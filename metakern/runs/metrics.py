@@ -16,6 +16,9 @@ from metakern.training import Callback, History, Record, Trainer
 
 Line = dict[str, Any]
 
+#: Iterations of a run that TensorBoard shows, at most.
+POINTS = 1000
+
 
 def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
     """Lines of iterations and lines of evaluations; an unfinished line at the end, of a process killed, is left out."""
@@ -82,7 +85,10 @@ def _order(line: Line) -> tuple[int, bool]:
 
 
 class TensorBoardLog(Callback):
-    """The same as TensorBoard events in the folder: ``tensorboard --logdir runs`` shows every run beside the others."""
+    """The same as TensorBoard events in the folder: ``tensorboard --logdir runs`` shows every run beside the others.
+
+    Of a long run every nth iteration, :data:`POINTS` in all: an event takes as long as a small meta-iteration.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -96,6 +102,8 @@ class TensorBoardLog(Callback):
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
         """One scalar for every number."""
+        if record.iteration % -(-trainer.config.iterations // POINTS):
+            return
         numbers = line_of(record)
         self._add("train", {key: numbers[key] for key in numbers.keys() - {"iteration", "seconds"}}, record.iteration)
 

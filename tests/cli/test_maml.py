@@ -179,6 +179,17 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
     assert metrics(tmp_path / "run") == before
 
 
+def test_a_process_that_torchrun_starts_anew_goes_on(tmp_path, monkeypatch):
+    """Where another one died: the command is the same, and the run in the folder is this one."""
+    command = f"{SINUSOID} --iterations 4 --output {tmp_path}/run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    succeed(command)  # it died before it wrote anything
+    whole = metrics(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "00000004.pt").unlink()  # it died after iteration 3
+    assert "goes on after iteration 3" in succeed(command)
+    assert metrics(tmp_path / "run") == whole
+
+
 def test_two_processes_of_torchrun_train_one_run(tmp_path):
     run = f"{SINUSOID} --iterations 4 --output"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from metakern.runs import metrics
 from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.training import Callback, History, Record
 
@@ -16,7 +17,7 @@ def record(iteration: int, loss: float = 1.0) -> Record:
 
 def play(log: Callback, iterations: range, evaluate_at: tuple[int, ...] = ()) -> None:
     """A training from ``iterations.start - 1`` that a callback hears of."""
-    trainer = SimpleNamespace(iteration=iterations.start - 1)
+    trainer = SimpleNamespace(iteration=iterations.start - 1, config=SimpleNamespace(iterations=iterations.stop - 1))
     log.on_start(trainer)
     for iteration in iterations:
         trainer.iteration = iteration
@@ -78,6 +79,15 @@ def test_tensorboard_drops_what_a_resumed_run_writes_again(tmp_path):
     events = EventAccumulator(str(tmp_path)).Reload()
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
     assert [event.step for event in events.Scalars("valid/loss")] == [6]
+
+
+def test_tensorboard_shows_a_long_run_at_as_many_iterations_as_a_screen_has_pixels(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setattr(metrics, "POINTS", 4)
+    play(TensorBoardLog(tmp_path), range(1, 11))
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == [3, 6, 9]
 
 
 @pytest.mark.parametrize("iterations", [0, 3])

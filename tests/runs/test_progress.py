@@ -13,7 +13,7 @@ from metakern.training import History, Record
 
 def play(console: Console, first: int = 0, skipped: int = 0) -> None:
     """Iterations up to the 40th of 40, with one evaluation."""
-    trainer = SimpleNamespace(iteration=first, config=SimpleNamespace(iterations=40))
+    trainer = SimpleNamespace(iteration=first, config=SimpleNamespace(iterations=40, eval_every=30))
     report = ProgressReport(console, "episode")
     report.on_start(trainer)
     for iteration in range(first + 1, 41):
@@ -39,7 +39,8 @@ def test_without_a_terminal_every_evaluation_has_a_plain_line():
 
 
 def test_a_long_wait_has_a_line_too(monkeypatch):
-    monkeypatch.setattr(progress, "LINE_SECONDS", -1.0)
+    for name in ("LINE_SECONDS", "UPDATE_SECONDS"):
+        monkeypatch.setattr(progress, name, -1.0)
     plain = console()
     play(plain)
     assert len(plain.file.getvalue().splitlines()) > 30

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_inner_loop
+from bench.targets import measured
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
@@ -76,7 +77,7 @@ def _provenance(results: dict[str, Any], source: str) -> str:
 def _missed(results: dict[str, Any]) -> list[str]:
     """A paragraph with the targets that were missed, if there are any."""
     missed = [
-        f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {t['measured']:.1f}"
+        f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {measured(t, 1)}"
         for t in results["targets"]
         if not t["met"]
     ]
@@ -167,6 +168,26 @@ def render_sinusoid(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines + _missed(results))
 
 
+def render_optimizee_groups(results: dict[str, Any], source: str) -> str:
+    """Seconds of a meta-iteration over problems one by one, grouped by shape, and grouped with one launch."""
+    names = {"one by one": "one by one", "grouped": "grouped by shape", "one launch": "grouped, one launch"}
+    lines = [f"| problems | kinds | {' | '.join(names.values())} |", f"|---|--:|{'--:|' * len(names)}"]
+    for cell in results["cells"]:
+        times = [f"{cell['contenders'][way]['median_s'] * 1e3:.0f} ms" for way in names]
+        ratios = [f" ({cell['speedup_over_one_by_one'][way]:.1f}x)" for way in names]
+        figures = [times[0], *(time + ratio for time, ratio in zip(times[1:], ratios[1:], strict=True))]
+        lines.append(f"| {cell['tasks']} {cell['mixture']} | {cell['groups']} | {' | '.join(figures)} |")
+    lines += [
+        "",
+        f"Median time of a meta-iteration of {results['steps']} inner steps with its backward, "
+        f"minibatches of {results['batch_size']}; in parentheses how many times as fast as problems one by one. All "
+        "three ways compute one meta-gradient. “Both” is of test functions and digit networks.",
+        "",
+        _provenance(results, source),
+    ]
+    return "\n".join(lines)
+
+
 def render_optimizers(results: dict[str, Any], source: str) -> str:
     """The learned optimizer beside its baselines, and the seconds of a meta-iteration, from `metakern eval`."""
     lines = ["| optimizer | learning rate | training loss | standard deviation |", "|---|--:|--:|--:|"]
@@ -185,6 +206,57 @@ def render_optimizers(results: dict[str, Any], source: str) -> str:
         f"torch {environment['torch']}, {results['date']}; all figures in `{source}`.",
     ]
     return "\n".join(lines)
+
+
+#: What a clustered problem's tasks are measured by, and the columns of its table.
+MEASURES = {"loss": "MSE", "accuracy": "accuracy", "log_loss": "log₁₀ loss"}
+CLUSTERED_COLUMNS = (
+    "way",
+    "equal tasks",
+    "difference from the first",
+    "equal time",
+    "told the mode",
+    "reaches it after",
+)
+
+
+def render_clusters(results: dict[str, Any], source: str) -> str:
+    """Every way of training beside the uniform sampler, on equal tasks and on equal time, problem by problem."""
+    lines: list[str] = []
+    for found in results["problems"].values():
+        settings = found["settings"]
+        lines += [
+            f"**{settings['title']}**, test {MEASURES[settings['measure']]}, {settings['iterations']:,} "
+            f"meta-iterations, Adam with {settings['outer_lr']:g}",
+            "",
+            f"| {' | '.join(CLUSTERED_COLUMNS)} |",
+            f"|---|{'--:|' * (len(CLUSTERED_COLUMNS) - 1)}",
+            *(f"| {' | '.join(way_cells(way, results['seeds']))} |" for way in found["ways"].values()),
+            "",
+        ]
+    lines += [
+        f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
+        f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. Differences are paired by seed. "
+        "Equal time: no more processor time than the first way took. The last column: the share of the first way's "
+        "iterations, and of its time, after which the validation curve is where that of the first way ends.",
+        "",
+        _provenance(results, source),
+    ]
+    return "\n".join(lines + _missed(results))
+
+
+def way_cells(way: dict[str, Any], seeds: int) -> list[str]:
+    """A way's figures under :data:`CLUSTERED_COLUMNS`."""
+
+    def interval(entry: dict[str, Any]) -> str:
+        return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
+
+    found = [of for of in way["reaches_plain"] if of is not None]
+    reaches = " / ".join(f"{sum(of[key] for of in found) / len(found):.0%}" for key in found[0]) if found else "never"
+    reaches += f" ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else ""
+    told = interval(way["test_told"]) if "test_told" in way else ""
+    equal = interval(way["equal_time"]["test"])
+    return [way["title"], interval(way["test"]), interval(way["difference"]), equal, told, reaches]
 
 
 NOT_MEASURED = "not measured yet"
@@ -240,6 +312,7 @@ TABLES = {
     "digits_lstm": render_optimizers,
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,
+    "clusters": render_clusters,
     "gpu": render_gpu,
 }
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import machine
+from bench.targets import measured
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -48,7 +49,7 @@ def show_targets(targets: list[dict[str, Any]], console: Console) -> None:
     for target in targets:
         verdict = "[green]met[/]" if target["met"] else "[red]missed[/]"
         required = f"{target['relation']} {target['required']:g} {target['unit']}".rstrip()
-        table.add_row(target["kind"], target["name"], required, f"{target['measured']:.2f}", verdict)
+        table.add_row(target["kind"], target["name"], required, measured(target, 2), verdict)
     console.print(table)
 
 

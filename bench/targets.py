@@ -50,7 +50,11 @@ INNER_LOOP_SPEEDUPS = (
 #: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch, in float64.
 SINUSOID_DIFFERENCE = 1e-12
 
-_RELATIONS = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
+#: Problem, then kind and ratio of the MSE to plain MAML's; kind and share of its iterations until its MSE is reached.
+CLUSTERED_RATIOS = {"regression-3": (("must", 0.75), ("aim", 0.5))}
+CLUSTERED_SHARES = (("must", 0.5), ("aim", 1 / 3))
+
+_RELATIONS = {">": operator.gt, "≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
 
 def _judged(
@@ -60,6 +64,11 @@ def _judged(
     met = measured is not None and bool(_RELATIONS[relation](measured, required))
     target = {"kind": kind, "name": name, "relation": relation, "required": required, "unit": unit}
     return target | {"measured": measured, "met": met}
+
+
+def measured(target: dict[str, Any], digits: int) -> str:
+    """A target's measurement in words."""
+    return "never" if target["measured"] is None else f"{target['measured']:.{digits}f}"
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -116,6 +125,29 @@ def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
         name = f"difference of the test loss, {steps} steps, in half-widths of its 95 % interval"
         half = (difference["high"] - difference["low"]) / 2
         targets.append(_judged("must", name, "≤", 1.0, abs(difference["mean"]) / half if half else 0.0))
+    return targets
+
+
+def judge_clusters(results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every target of training in clusters for the problems that ``results`` has, by its way "clusters"."""
+    targets: list[dict[str, Any]] = []
+    for name, found in results["problems"].items():
+        title, ways = found["settings"]["title"], found["ways"]
+        ours = ways["clusters"]
+        if name in CLUSTERED_RATIOS:
+            for kind, required in CLUSTERED_RATIOS[name]:
+                targets.append(_judged(kind, f"{title}: MSE to plain MAML's", "≤", required, ours["ratio"]["mean"]))
+            best = ours["ratio_best"]["mean"]
+            targets.append(_judged("aim", f"{title}: MSE to the best single learner's", "≤", 0.75, best))
+            told = min(ways[way]["test_told"]["mean"] for way in ways if "test_told" in ways[way])
+            targets.append(_judged("aim", f"{title}: MSE to the told oracle's", "<", 1.0, ours["test"]["mean"] / told))
+            shares = [of["iterations"] for of in ours["reaches_plain"] if of is not None]
+            share = sum(shares) / len(shares) if len(shares) == results["seeds"] else None
+            for kind, required in CLUSTERED_SHARES:
+                targets.append(_judged(kind, f"{title}: iterations to plain MAML's last MSE", "≤", required, share))
+        if found["settings"]["measure"] == "accuracy":
+            low = min(ours["difference"]["low"], ours["difference_best"]["low"])
+            targets.append(_judged("must", f"{title}: low end of the gain in accuracy", ">", 0.0, low))
     return targets
 
 

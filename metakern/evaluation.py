@@ -5,17 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
+from metakern.learners import RuleLearner
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
 from metakern.rules.plain_lstm import PlainLSTM
 from metakern.tasks import Optimizees
-from metakern.trainer import MetaTrainer, MetaTrainingConfig
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -69,20 +71,22 @@ def training_curve(
 ) -> Tensor:
     """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P].
+    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
 
     Returns:
         full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
     """
     batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
-    params = batch.init_params().requires_grad_()
-    optimizer = factory([params])
+    params = pytree.tree_map(Tensor.requires_grad_, batch.init_params())
+    leaves = pytree.tree_leaves(params)
+    optimizer = factory(leaves)
     losses = []
     for _ in range(steps):
         if every_step:
             with torch.no_grad():
                 losses.append(batch.full_loss(params))
-        (params.grad,) = torch.autograd.grad(batch.loss(params).sum(), params)
+        for leaf, grad in zip(leaves, torch.autograd.grad(batch.loss(params).sum(), leaves), strict=True):
+            leaf.grad = grad
         optimizer.step()
     with torch.no_grad():
         losses.append(batch.full_loss(params))
@@ -147,31 +151,75 @@ class SpeedComparison:
 
 
 def compare_speed(
-    rule: CoordinatewiseLSTM, problems: Optimizees, config: MetaTrainingConfig, *, repeats: int = 3
+    rule: CoordinatewiseLSTM,
+    problems: Optimizees,
+    *,
+    num_tasks: int = 8,
+    steps: int = 100,
+    unroll: int = 20,
+    lr: float = 1e-2,
+    repeats: int = 3,
 ) -> SpeedComparison:
     """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
 
-    Both train in every repeat, starting from ``rule``'s weights; the rule itself is left alone.
+    Both train by Adam in every repeat, starting from ``rule``'s weights; the rule itself is left alone.
+
+    Args:
+        rule: the rule
+        problems: what it trains on, their "train" split
+        num_tasks: T, problems of a meta-iteration
+        steps: inner steps of a meta-iteration
+        unroll: inner steps between two outer steps
+        lr: Adam's
+        repeats: meta-iterations that are timed, of each
 
     Raises:
         RuntimeError: where the two do not compute the same within :data:`SPEED_TOLERANCE`
     """
-    trainers = [MetaTrainer(each, problems, config) for each in (copy.deepcopy(rule), PlainLSTM(rule))]
-    fused, plain = (torch.cat([g.flatten() for g in trainer.meta_gradient()]) for trainer in trainers)
+    runs = [
+        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, lr)
+        for each in (copy.deepcopy(rule), PlainLSTM(rule))
+    ]
+    fused, plain = (run.meta_gradient() for run in runs)
     difference = ((fused - plain).norm() / plain.norm()).item()
     if not difference <= SPEED_TOLERANCE:
         raise RuntimeError(
             f"the meta-gradients of the fused and the plain rule differ by {difference:.1e} relative, allowed are "
             f"{SPEED_TOLERANCE}: a ratio of their times would mean nothing"
         )
-    for trainer in trainers:  # warm up
-        trainer.run_episode()
-    seconds = [[trainer.run_episode().seconds for trainer in trainers] for _ in range(repeats)]
-    batch = trainers[0].train_problems.sample(config.num_tasks, torch.Generator().manual_seed(0))
+    for run in runs:  # warm up
+        run.iterate()
+    seconds = [[run.iterate() for run in runs] for _ in range(repeats)]
+    batch = problems.sample(num_tasks, torch.Generator().manual_seed(0))
     return SpeedComparison(
         fused_seconds=statistics.median(row[0] for row in seconds),
         plain_seconds=statistics.median(row[1] for row in seconds),
         repeats=repeats,
-        coordinates=batch.init_params().numel(),
+        coordinates=sum(leaf.numel() for leaf in pytree.tree_leaves(batch.init_params())),
         difference=difference,
     )
+
+
+class _MetaTraining:
+    """A learner's outer loop as it is timed: fresh problems, Adam, clipped gradients."""
+
+    def __init__(self, learner: RuleLearner, problems: Optimizees, num_tasks: int, lr: float) -> None:
+        self.learner, self.problems, self.num_tasks = learner, problems, num_tasks
+        self.weights = list(learner.parameters())
+        self.optimizer = torch.optim.Adam(self.weights, lr)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def meta_gradient(self) -> Tensor:
+        """Of the first unroll on fresh problems, all weights in one vector; none moves."""
+        losses = next(iter(self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator))))
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(losses.mean(), self.weights)])
+
+    def iterate(self) -> float:
+        """Seconds of a meta-iteration: fresh problems solved once, with an outer step after every unroll."""
+        start = time.perf_counter()
+        for losses in self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator)):
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+        return time.perf_counter() - start

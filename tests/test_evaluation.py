@@ -14,8 +14,7 @@ from metakern.evaluation import (
 )
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
-from metakern.tasks import DigitsMLP, Quadratics
-from metakern.trainer import MetaTrainingConfig
+from metakern.tasks import ClassicFunction, DigitsMLP, MixedOptimizees, Quadratics
 
 SMALL = {"num_tasks": 3, "steps": 5, "seed": 0}
 
@@ -41,6 +40,21 @@ def test_networks_trained_side_by_side_are_trained_as_if_alone():
         residual = torch.bmm(batch.weight, params.unsqueeze(-1)) - batch.target.unsqueeze(-1)
         params = params - 0.01 * 2 * torch.bmm(batch.weight.mT, residual).squeeze(-1)
     torch.testing.assert_close(curve[-1], batch.full_loss(params))
+
+
+def test_problems_of_several_kinds_are_trained_as_each_kind_alone():
+    kinds = [Quadratics(4), ClassicFunction("matyas")]
+    options = {"num_tasks": 5, "steps": 3, "seed": 2}
+    curve = training_curve(BASELINES["Adam"](0.1), MixedOptimizees(kinds), **options)
+    batch = MixedOptimizees(kinds).sample(5, torch.Generator().manual_seed(2))
+    assert len(batch.groups) == 2
+    for mode, group in enumerate(batch.groups):
+        params = group.init_params().requires_grad_()
+        optimizer = torch.optim.Adam([params], 0.1)
+        for _ in range(3):
+            (params.grad,) = torch.autograd.grad(group.loss(params).sum(), params)
+            optimizer.step()
+        torch.testing.assert_close(curve[-1, batch.modes == mode], group.full_loss(params).detach())
 
 
 def test_tuning_finds_the_best_rate_of_the_grid():
@@ -75,10 +89,9 @@ def test_the_summary_is_what_the_losses_say():
 
 
 def test_speed_is_compared_on_equal_work():
-    config = MetaTrainingConfig(num_tasks=2, steps=4, unroll=2)
     rule = CoordinatewiseLSTM(5)
     before = [p.detach().clone() for p in rule.parameters()]
-    speed = compare_speed(rule, DigitsMLP(batch_size=8), config, repeats=2)
+    speed = compare_speed(rule, DigitsMLP(batch_size=8), num_tasks=2, steps=4, unroll=2, repeats=2)
     assert speed.difference < 1e-5
     assert speed.coordinates == 2 * 1510
     assert speed.ratio == speed.plain_seconds / speed.fused_seconds
@@ -88,4 +101,4 @@ def test_speed_is_compared_on_equal_work():
 def test_a_speed_of_unequal_work_is_refused(monkeypatch):
     monkeypatch.setattr("metakern.evaluation.SPEED_TOLERANCE", 0.0)
     with pytest.raises(RuntimeError, match=r"meta-gradients of the fused and the plain rule differ by .* relative"):
-        compare_speed(CoordinatewiseLSTM(5), DigitsMLP(batch_size=8), MetaTrainingConfig(steps=2, unroll=2), repeats=1)
+        compare_speed(CoordinatewiseLSTM(5), DigitsMLP(batch_size=8), steps=2, unroll=2, repeats=1)

@@ -1,4 +1,4 @@
-"""Meta-training: the meta-gradient is the one of the definition, training learns, bad settings are named."""
+"""Meta-training: training learns, bad settings are named."""
 
 import math
 
@@ -6,78 +6,13 @@ import pytest
 import torch
 
 from metakern.rules import CoordinatewiseLSTM
-from metakern.rules.plain_lstm import PlainLSTM
-from metakern.tasks import DigitsMLP, Quadratics
+from metakern.tasks import Quadratics
 from metakern.trainer import MAX_SKIPPED, MetaTrainer, MetaTrainingConfig
 
 
 def make_rule(seed: int = 0, **options) -> CoordinatewiseLSTM:
     torch.manual_seed(seed)
     return CoordinatewiseLSTM(hidden_size=5, preprocess="none", output_scale=1.0, **options)
-
-
-def unroll_by_definition(rule, problems, steps, second_order, objective):
-    """The meta-loss of one unroll as it is written in the paper: losses of the visited points, all in one graph."""
-    params = problems.init_params()
-    state = rule.init_state(params)
-    total = 0.0
-    for _ in range(steps):
-        point = params if params.requires_grad else params.requires_grad_()
-        (grads,) = torch.autograd.grad(problems.loss(point).sum(), point, create_graph=second_order)
-        params, state = rule(params, grads if second_order else grads.detach(), state)
-        losses = problems.loss(params)
-        total = total + (losses if objective == "sum" else (losses + 1e-3).log()).sum()
-    return total / (steps * problems.num_tasks)
-
-
-@pytest.mark.parametrize("objective", ["sum", "log"])
-@pytest.mark.parametrize("second_order", [False, True])
-def test_the_meta_gradient_is_that_of_the_definition(second_order, objective):
-    config = MetaTrainingConfig(num_tasks=3, steps=4, unroll=4, second_order=second_order, objective=objective)
-    rule = make_rule(backend="reference").double()
-    sample = Quadratics(3).sample(3, torch.Generator().manual_seed(0))
-    sample.weight, sample.target = sample.weight.double(), sample.target.double()
-    start = sample.init_params().double()
-    sample.init_params = lambda: start.clone()
-    expected = torch.autograd.grad(
-        unroll_by_definition(rule, sample, 4, second_order, objective), list(rule.parameters())
-    )
-    trainer = MetaTrainer(rule, Quadratics(3), config)
-    *_, meta_loss = trainer._unroll(sample, start, rule.init_state(start))
-    actual = torch.autograd.grad(meta_loss, list(rule.parameters()))
-    for a, e in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
-
-
-def test_first_and_second_order_differ():
-    trained = []
-    for second_order in (False, True):
-        rule = make_rule()
-        MetaTrainer(rule, Quadratics(3), MetaTrainingConfig(steps=4, unroll=4, second_order=second_order)).run_episode()
-        trained.append(torch.cat([p.detach().flatten() for p in rule.parameters()]))
-    assert not torch.equal(*trained)
-
-
-@pytest.mark.parametrize("second_order", [False, True])
-def test_fused_and_plain_rules_train_alike(second_order):
-    config = MetaTrainingConfig(num_tasks=4, steps=10, unroll=5, lr=1e-4, second_order=second_order)
-    rule = CoordinatewiseLSTM()
-    plain = PlainLSTM(rule)
-    episodes = [MetaTrainer(r, DigitsMLP(batch_size=16), config).run_episode() for r in (rule, plain)]
-    assert episodes[0].loss == pytest.approx(episodes[1].loss, rel=1e-4)
-    for fused, reference in zip(rule.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(fused, reference, rtol=0, atol=5e-5)  # two Adam steps of 1e-4
-
-
-def test_an_episode_carries_state_and_parameters_over_unrolls():
-    """Cutting an episode into unrolls changes where gradients stop, not where the problems go."""
-    losses = []
-    for unroll in (4, 12):
-        rule = make_rule()
-        trainer = MetaTrainer(rule, Quadratics(3), MetaTrainingConfig(steps=12, unroll=unroll))
-        trainer.optimizer = torch.optim.SGD(rule.parameters(), lr=0.0)  # the rule stays as it is
-        losses.append(trainer.run_episode().loss)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_same_seed_gives_the_same_bits():

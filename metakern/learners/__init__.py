@@ -1,6 +1,8 @@
 """Meta-learners for the trainer."""
 
+from metakern.learners.clustered import ClusteredLearner
 from metakern.learners.maml import MAMLLearner
 from metakern.learners.protocol import MetaLearner
+from metakern.learners.rule import RuleLearner
 
-__all__ = ["MAMLLearner", "MetaLearner"]
+__all__ = ["ClusteredLearner", "MAMLLearner", "MetaLearner", "RuleLearner"]

@@ -1,37 +1,44 @@
 """Problems for learned optimizers to solve: T of one kind at once, their parameters in one tensor [T, P].
 
-Problems of Andrychowicz et al. 2016, arXiv 1606.04474, section 3. Axis legend: T problems, P parameters of one
-problem, B samples of a minibatch.
+Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems; noisy gradients are those of Wichrowska
+et al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one problem.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import math
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from metakern.tasks.distribution import check_num_tasks, check_split
 
 
 class OptimizeeBatch(Protocol):
-    """T problems of one kind, each with its data, solved side by side."""
+    """T problems, each with its data, solved side by side.
+
+    Params are a tensor [T, P], or, where problems differ in size, a tuple of such, the T problems in order.
+    """
 
     num_tasks: int
 
-    def init_params(self) -> Tensor:
+    def init_params(self) -> Any:
         """Fresh starting points [T, P]; every call draws anew."""
         ...
 
-    def loss(self, params: Tensor) -> Tensor:
+    def loss(self, params: Any) -> Tensor:
         """Losses [T] of ``params`` [T, P] on the next minibatch of each problem."""
         ...
 
-    def full_loss(self, params: Tensor) -> Tensor:
+    def full_loss(self, params: Any) -> Tensor:
         """Losses [T] of ``params`` [T, P] on all data of each problem."""
+        ...
+
+    def select(self, tasks: slice) -> OptimizeeBatch:
+        """Some of the problems; they start and draw as they would in the whole batch."""
         ...
 
 
@@ -45,6 +52,60 @@ class Optimizees(Protocol):
     def split(self, name: str) -> Optimizees:
         """The same distribution over other data: "train", "valid" or "test"."""
         ...
+
+
+class ProblemBatch:
+    """What batches of problems share: selections, devices, and draws that do not depend on what is selected.
+
+    Draws are made on the CPU for all problems that were sampled, and the selected ones take their rows: so processes
+    that select parts of one batch together do what a single one would. A batch draws from a stream of its own, which
+    begins where the generator stood; a selection draws from a copy of it. Whatever is done with them, the generator
+    that they were sampled with does not move.
+
+    Subclasses name their tensors with the task axis first in ``per_task``, those of all tasks together in ``shared``.
+    """
+
+    per_task: ClassVar[tuple[str, ...]] = ()
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, num_tasks: int, generator: torch.Generator) -> None:
+        check_num_tasks(num_tasks)
+        self.num_tasks = self._sampled = num_tasks
+        self._rows, self._device = torch.arange(num_tasks), torch.device("cpu")
+        self._generator = generator.clone_state()
+        generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))  # away from the batch's stream
+
+    def select(self, tasks: slice | Tensor) -> Self:
+        """Some of the problems: a slice, indices, or a mask [T].
+
+        Raises:
+            ValueError: where no problem is left.
+        """
+        tasks = tasks.cpu() if isinstance(tasks, Tensor) else tasks
+        rows = self._rows[tasks]
+        if not len(rows):
+            raise ValueError(f"tasks must select at least one of the {self.num_tasks} problems, got {tasks}")
+        chosen = self._with(self.per_task, lambda tensor: tensor[tasks])
+        chosen._rows, chosen.num_tasks = rows, len(rows)
+        return chosen
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same problems, with the same draws, on another device."""
+        moved = self._with(self.per_task + self.shared, lambda tensor: tensor.to(device))
+        moved._device = torch.device(device)
+        return moved
+
+    def draw(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
+        """[T, *shape], drawn as by ``torch.randn``."""
+        whole = function((self._sampled, *shape), generator=self._generator)
+        return whole[self._rows].to(self._device)
+
+    def _with(self, names: tuple[str, ...], function: Callable[[Tensor], Tensor]) -> Self:
+        changed = copy.copy(self)
+        changed._generator = self._generator.clone_state()
+        for name in names:
+            setattr(changed, name, function(getattr(self, name)))
+        return changed
 
 
 class Quadratics:
@@ -67,18 +128,19 @@ class Quadratics:
         return self
 
 
-class QuadraticBatch:
+class QuadraticBatch(ProblemBatch):
     """T quadratics; every loss is on all data."""
 
+    per_task = ("weight", "target")
+
     def __init__(self, weight: Tensor, target: Tensor, generator: torch.Generator) -> None:
+        super().__init__(weight.shape[0], generator)
         self.weight = weight  # [T, dim, dim]
         self.target = target  # [T, dim]
-        self.num_tasks = weight.shape[0]
-        self._generator = generator
 
     def init_params(self) -> Tensor:
         """Standard normal starting points [T, dim]."""
-        return torch.randn(self.target.shape, generator=self._generator)
+        return self.draw(torch.randn, self.target.shape[1])
 
     def loss(self, params: Tensor) -> Tensor:
         """Losses [T] of params [T, dim]."""
@@ -87,93 +149,66 @@ class QuadraticBatch:
     full_loss = loss
 
 
-#: Images of each split of scikit-learn's 1,797 handwritten digits.
-DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)}
+class GradientNoise:
+    """Problems whose gradients are met with noise added: N(0, std²) for every parameter, drawn anew at every loss.
 
-
-@functools.cache
-def load_digits(split: str) -> tuple[Tensor, Tensor]:
-    """Images [n, 64] in [0, 1] and labels [n] of a split of scikit-learn's handwritten digits, shuffled once."""
-    from sklearn.datasets import load_digits as load
-
-    check_split(split)
-    data = load()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    first, last = DIGITS_SPLITS[split]
-    chosen = order[first:last]
-    return torch.from_numpy(data.data).float()[chosen] / 16, torch.from_numpy(data.target).long()[chosen]
-
-
-class DigitsMLP:
-    """Classifiers 64-20-10 of handwritten digits: one hidden layer, cross entropy, minibatches drawn with replacement.
-
-    The problem of arXiv 1606.04474, section 3.2, on scikit-learn's 8×8 digits in place of MNIST. A split has images of
-    its own, so that a test network learns from images that no training network has seen.
+    Values of losses, and full losses with their gradients, stay clean.
 
     Args:
-        hidden_size: units of the hidden layer
-        activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``
-        batch_size: B
-        split: ``"train"``, ``"valid"`` or ``"test"``
+        problems: problems with one tensor of params; mix noisy and clean ones by :class:`MixedOptimizees`
+        std: standard deviation of the noise
     """
 
-    def __init__(
-        self, hidden_size: int = 20, activation: str = "sigmoid", batch_size: int = 128, split: str = "train"
-    ) -> None:
-        if hidden_size < 1 or batch_size < 1:
-            raise ValueError(f"hidden_size and batch_size must be at least 1, got {hidden_size} and {batch_size}")
-        if activation not in ("sigmoid", "tanh", "relu"):
-            raise ValueError(f"activation must be sigmoid, tanh or relu, got {activation!r}")
-        self.hidden_size, self.activation, self.batch_size = hidden_size, activation, batch_size
-        self.images, self.labels = load_digits(split)
+    def __init__(self, problems: Optimizees, std: float) -> None:
+        if not 0 <= std < math.inf:
+            raise ValueError(f"std must be finite and at least 0, got {std}")
+        self.problems, self.std = problems, std
 
-    def split(self, name: str) -> DigitsMLP:
-        """The same networks on the images of another split."""
-        return DigitsMLP(self.hidden_size, self.activation, self.batch_size, name)
+    def split(self, name: str) -> GradientNoise:
+        """The same noise on another split."""
+        return GradientNoise(self.problems.split(name), self.std)
 
-    def sample(self, num_tasks: int, generator: torch.Generator) -> DigitsBatch:
-        """``num_tasks`` networks; they differ in their starting points and minibatches."""
-        check_num_tasks(num_tasks)
-        return DigitsBatch(self, num_tasks, generator)
+    def sample(self, num_tasks: int, generator: torch.Generator) -> NoisyBatch:
+        """Draw ``num_tasks`` problems."""
+        return NoisyBatch(self.problems.sample(num_tasks, generator), self.std, generator)
 
 
-class DigitsBatch:
-    """T digit classifiers with parameters [T, P]: per network weight1, bias1, weight2, bias2, flattened in turn."""
+class NoisyBatch(ProblemBatch):
+    """T problems with noisy gradients; ``batch`` are the same ones without."""
 
-    def __init__(self, problem: DigitsMLP, num_tasks: int, generator: torch.Generator) -> None:
-        self.problem, self.num_tasks, self._generator = problem, num_tasks, generator
-        inputs, hidden = problem.images.shape[1], problem.hidden_size
-        self.shapes = [(hidden, inputs), (hidden,), (10, hidden), (10,)]
-        self._sizes = [math.prod(shape) for shape in self.shapes]
+    def __init__(self, batch: Any, std: float, generator: torch.Generator) -> None:
+        super().__init__(batch.num_tasks, generator)
+        self.batch, self.std = batch, std
+
+    def select(self, tasks: slice | Tensor) -> Self:
+        """Some of the problems: a slice, indices, or a mask [T]."""
+        chosen = super().select(tasks)
+        chosen.batch = self.batch.select(tasks)
+        return chosen
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same problems, with the same draws, on another device."""
+        moved = super().to(device)
+        moved.batch = self.batch.to(device)
+        return moved
 
     def init_params(self) -> Tensor:
-        """Starting points [T, P] as ``nn.Linear`` draws them: U(±1/√fan_in)."""
-        inputs, hidden = self.shapes[0][1], self.shapes[0][0]
-        bounds = [inputs**-0.5, inputs**-0.5, hidden**-0.5, hidden**-0.5]
-        draws = [torch.rand(self.num_tasks, size, generator=self._generator) for size in self._sizes]
-        return torch.cat([(2 * draw - 1) * bound for draw, bound in zip(draws, bounds, strict=True)], dim=1)
+        """Starting points [T, P] of the problems."""
+        params = self.batch.init_params()
+        if not isinstance(params, Tensor):
+            raise TypeError(
+                f"the params of problems under GradientNoise must be one tensor [T, P], got a {type(params).__name__}; "
+                "put GradientNoise into MixedOptimizees, not around it"
+            )
+        return params
 
     def loss(self, params: Tensor) -> Tensor:
-        """Cross entropy [T] of params [T, P] on the next minibatch of each network."""
-        shape = (self.num_tasks, self.problem.batch_size)
-        index = torch.randint(len(self.problem.labels), shape, generator=self._generator)
-        return self._cross_entropy(params, self.problem.images[index], self.problem.labels[index])
+        """Losses [T] of params [T, P] on the next minibatches; their gradients have the noise."""
+        noise = self.std * self.draw(torch.randn, params.shape[1]).to(params.dtype)
+        losses: Tensor = self.batch.loss(params)
+        return losses + ((params - params.detach()) * noise).sum(1)
 
     def full_loss(self, params: Tensor) -> Tensor:
-        """Cross entropy [T] of params [T, P] on all images of the split."""
-        images, labels = self.problem.images, self.problem.labels
-        return self._cross_entropy(
-            params, images.expand(self.num_tasks, *images.shape), labels.expand(self.num_tasks, -1)
-        )
-
-    def _cross_entropy(self, params: Tensor, images: Tensor, labels: Tensor) -> Tensor:
-        w1, b1, w2, b2 = (
-            piece.view(self.num_tasks, *shape)
-            for piece, shape in zip(params.split(self._sizes, dim=1), self.shapes, strict=True)
-        )
-        hidden = torch.baddbmm(b1.unsqueeze(1), images, w1.mT)
-        hidden = getattr(torch, self.problem.activation)(hidden)
-        logits = torch.baddbmm(b2.unsqueeze(1), hidden, w2.mT)
-        return (
-            F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(self.num_tasks, -1).mean(1)
-        )
+        """Losses [T] of params [T, P] on all data, without noise."""
+        losses: Tensor = self.batch.full_loss(params)
+        return losses

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from metakern.learners import RuleLearner
 from metakern.ops import LSTMState
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
-from metakern.tasks import Quadratics
-from metakern.trainer import MetaTrainer, MetaTrainingConfig
+from metakern.tasks import DigitsMLP, MixedOptimizees, Quadratics
 from tests.conftest import FORWARD_TOLERANCE, assert_close
 from tests.gpu.common import BACKENDS, needs_cuda
 
@@ -69,40 +69,33 @@ def test_learned_optimizer_as_on_the_cpu(options: dict[str, Any], backend: str) 
         assert_close(f"parameter {index}", a, b, tolerance)
 
 
-class OnCuda:
-    """A distribution whose problems live on the GPU; the draws are those of the CPU."""
-
-    def __init__(self, problems: Quadratics) -> None:
-        self.problems = problems
-
-    def split(self, name: str) -> OnCuda:
-        return OnCuda(self.problems.split(name))
-
-    def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
-        batch = self.problems.sample(num_tasks, generator)
-        start = batch.init_params
-        batch.weight, batch.target = batch.weight.cuda(), batch.target.cuda()
-        batch.init_params = lambda: start().cuda()  # type: ignore[method-assign]
-        return batch
+def meta_gradient(learner: RuleLearner, device: str) -> list[Tensor]:
+    """Of one unroll on four quadratics, by weight; the draws are those of the CPU."""
+    batch = Quadratics(10).sample(4, torch.Generator().manual_seed(0)).to(device)
+    losses = next(learner.meta_losses(batch))
+    return list(torch.autograd.grad(losses.mean(), list(learner.parameters())))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("second_order", [False, True], ids=["first order", "second order"])
 def test_the_meta_gradient_is_that_of_the_cpu(second_order: bool, backend: str) -> None:
-    config = MetaTrainingConfig(num_tasks=4, steps=5, unroll=5, second_order=second_order)
-    problems = Quadratics(10)
+    options: dict[str, Any] = {"steps": 5, "unroll": 5, "second_order": second_order}
     rule = make_rule(backend=backend).cuda()
-    expected = MetaTrainer(make_rule(backend="reference"), problems, config).meta_gradient()
-    trainer = MetaTrainer(rule, OnCuda(problems), config)
-    for (name, _), a, b in zip(rule.named_parameters(), trainer.meta_gradient(), expected, strict=True):
+    expected = meta_gradient(RuleLearner(make_rule(backend="reference"), **options), "cpu")
+    actual = meta_gradient(RuleLearner(rule, **options), "cuda")
+    for (name, _), a, b in zip(rule.named_parameters(), actual, expected, strict=True):
         assert_close(f"meta-gradient of {name}", a.cpu(), b, 1e-3)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_meta_training_runs_and_moves_the_weights(backend: str) -> None:
-    config = MetaTrainingConfig(num_tasks=4, steps=10, unroll=5, eval_every=1, eval_tasks=4)
-    rule = make_rule(backend=backend).cuda()
-    before = [p.detach().clone() for p in rule.parameters()]
-    episode = MetaTrainer(rule, OnCuda(Quadratics(10)), config).run_episode()
-    assert episode.skipped == 0
-    assert all(bool((p != old).any()) for p, old in zip(rule.parameters(), before, strict=True))
+    learner = RuleLearner(make_rule(backend=backend).cuda(), steps=10, unroll=5)
+    optimizer = torch.optim.Adam(learner.parameters(), 1e-2)
+    before = [p.detach().clone() for p in learner.parameters()]
+    problems = MixedOptimizees([Quadratics(10), DigitsMLP(5)])
+    for losses in learner.meta_losses(problems.sample(4, torch.Generator().manual_seed(0)).to("cuda")):
+        optimizer.zero_grad()
+        losses.mean().backward()
+        optimizer.step()
+        assert losses.isfinite().all()
+    assert all(bool((p != old).any()) for p, old in zip(learner.parameters(), before, strict=True))

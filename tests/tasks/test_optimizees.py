@@ -1,46 +1,134 @@
-"""Problems for learned optimizers: shapes, draws, splits, and that each is the problem it says it is."""
+"""Problems for learned optimizers: what every kind promises, quadratics, and noisy gradients."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.func import functional_call
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
-from metakern.tasks import DigitsMLP, Quadratics
-from metakern.tasks.optimizees import DIGITS_SPLITS, load_digits
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-@pytest.mark.parametrize(
-    "problems", [Quadratics(3), DigitsMLP(hidden_size=5, batch_size=7)], ids=["quadratic", "digits"]
+from metakern.tasks import (
+    ClassicFunction,
+    DigitsCNN,
+    DigitsMLP,
+    DigitsRegression,
+    DigitsRNN,
+    GradientNoise,
+    MixedOptimizees,
+    Quadratics,
+    TaskDistribution,
 )
+from tests.tasks.draws import generator
+
+PROBLEMS = {
+    "quadratics": Quadratics(3),
+    "noisy quadratics": GradientNoise(Quadratics(3), 0.1),
+    "regression": DigitsRegression(batch_size=7),
+    "mlp": DigitsMLP(hidden_size=5, batch_size=7),
+    "cnn": DigitsCNN(channels=2, batch_size=7),
+    "rnn": DigitsRNN(hidden_size=4, batch_size=7),
+    "ackley": ClassicFunction("ackley", 3),
+    "mixture": MixedOptimizees([Quadratics(3), GradientNoise(DigitsMLP(5, batch_size=7), 0.1), Quadratics(2)]),
+}
+every_kind = pytest.mark.parametrize("problems", PROBLEMS.values(), ids=PROBLEMS)
+
+
+def losses_and_gradients(batch: Any, steps: int = 2) -> Tensor:
+    """What ``steps`` steps of gradient descent meet, for each problem: losses and norms of gradients, [T, ...]."""
+    params, met = batch.init_params(), []
+    for _ in range(steps):
+        leaves, structure = pytree.tree_flatten(params)
+        points = [leaf.requires_grad_() for leaf in leaves]
+        losses = batch.loss(pytree.tree_unflatten(points, structure))
+        grads = torch.autograd.grad(losses.sum(), points)
+        met += [losses.detach(), torch.cat([grad.norm(dim=1) for grad in grads])]
+        params = pytree.tree_unflatten([p.detach() - 0.01 * g for p, g in zip(points, grads, strict=True)], structure)
+    return torch.stack([*met, batch.full_loss(params)], 1)
+
+
+@every_kind
 @pytest.mark.parametrize("num_tasks", [1, 4])
 def test_a_batch_gives_a_loss_for_every_problem(problems, num_tasks):
+    assert isinstance(problems, TaskDistribution)
     batch = problems.sample(num_tasks, generator())
     params = batch.init_params()
-    assert params.shape[0] == num_tasks == batch.num_tasks
+    assert batch.num_tasks == num_tasks == sum(len(leaf) for leaf in pytree.tree_leaves(params))
     assert batch.loss(params).shape == batch.full_loss(params).shape == (num_tasks,)
 
 
-@pytest.mark.parametrize("problems", [Quadratics(3), DigitsMLP(batch_size=7)], ids=["quadratic", "digits"])
+@every_kind
 def test_the_generator_decides_everything(problems):
-    def draws(seed):
-        batch = problems.sample(2, generator(seed))
-        params = batch.init_params()
-        return torch.stack([batch.loss(params), batch.loss(params)])
-
-    assert torch.equal(draws(1), draws(1))
-    assert not torch.equal(draws(1), draws(2))
+    first, again, other = (losses_and_gradients(problems.sample(5, generator(seed))) for seed in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert (first != other).all()
+    assert len(first.unique(dim=0)) == 5  # no two problems meet the same
 
 
-def test_problems_of_a_batch_do_not_touch_each_other():
-    batch = DigitsMLP().sample(3, generator())
-    params = batch.init_params().requires_grad_()
-    (grads,) = torch.autograd.grad(batch.loss(params)[1], params)
-    assert grads[1].abs().max() > 0
-    assert grads[[0, 2]].abs().max() == 0
+@every_kind
+@pytest.mark.parametrize(
+    "tasks", [slice(0, 3), slice(3, 6), slice(1, 6, 2), torch.tensor([0, 4])], ids=["first", "last", "odd", "indices"]
+)
+def test_selected_problems_start_and_draw_as_in_the_whole_batch(problems, tasks):
+    """So that processes share a meta-batch: each takes a slice of what all of them draw."""
+    whole = losses_and_gradients(problems.sample(6, generator()))
+    selected = problems.sample(6, generator()).select(tasks)
+    assert selected.num_tasks == len(whole[tasks])
+    torch.testing.assert_close(losses_and_gradients(selected), whole[tasks], rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_selections_of_one_batch_do_not_disturb_each_other(problems):
+    """So a process may split its share further."""
+    whole = losses_and_gradients(problems.sample(6, generator()))
+    batch = problems.sample(6, generator())
+    parts = [batch.select(slice(0, 2)), batch.select(slice(2, 6)).select(slice(1, 3))]
+    expected = [whole[0:2], whole[3:5]]
+    for part, want in zip(parts, expected, strict=True):
+        torch.testing.assert_close(losses_and_gradients(part), want, rtol=1e-5, atol=1e-6)
+
+
+@every_kind
+def test_the_generator_moves_with_samples_alone(problems):
+    """So processes that do different things with their shares go on to the same tasks, none of them seen before."""
+    left, right = generator(), generator()
+    first = problems.sample(6, left)
+    losses_and_gradients(first)
+    problems.sample(6, right)
+    assert torch.equal(left.get_state(), right.get_state())
+    met = [losses_and_gradients(problems.sample(6, stream)) for stream in (left, right)]
+    assert torch.equal(*met)
+    assert len(torch.cat([met[0], losses_and_gradients(problems.sample(6, generator()))]).unique(dim=0)) == 12
+
+
+@every_kind
+def test_a_selection_of_nothing_is_an_error(problems):
+    with pytest.raises(
+        ValueError, match=r"tasks must select at least one of the 3 problems, .*got slice\(3, 5, None\)"
+    ):
+        problems.sample(3, generator()).select(slice(3, 5))
+
+
+@every_kind
+def test_problems_move_between_devices(problems):
+    """The meta device computes no values: what stays behind would raise."""
+    batch = problems.sample(4, generator()).to("meta").select(slice(0, 3))
+    params = batch.init_params()
+    assert {leaf.device.type for leaf in pytree.tree_leaves(params)} == {"meta"}
+    assert batch.full_loss(params).device.type == "meta"
+
+
+@every_kind
+def test_problems_of_a_batch_do_not_touch_each_other(problems):
+    batch = problems.sample(4, generator())
+    leaves, structure = pytree.tree_flatten(batch.init_params())
+    points = [leaf.requires_grad_() for leaf in leaves]
+    chosen = batch.loss(pytree.tree_unflatten(points, structure))[1]
+    grads = torch.autograd.grad(chosen, points, materialize_grads=True)
+    touched = torch.cat([grad.abs().amax(1) > 0 for grad in grads])
+    assert touched.tolist() == [False, True, False, False]
 
 
 def test_quadratics_are_the_squared_distance():
@@ -50,54 +138,36 @@ def test_quadratics_are_the_squared_distance():
     torch.testing.assert_close(batch.loss(params), torch.stack(expected))
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])
-def test_digit_classifiers_are_those_of_torch(activation):
-    problems = DigitsMLP(hidden_size=6, activation=activation)
-    batch = problems.sample(2, generator())
-    params = batch.init_params()
-    layer = {"sigmoid": torch.nn.Sigmoid, "tanh": torch.nn.Tanh, "relu": torch.nn.ReLU}[activation]
-    network = torch.nn.Sequential(torch.nn.Linear(64, 6), layer(), torch.nn.Linear(6, 10))
-    names = [name for name, _ in network.named_parameters()]
-    for flat, loss in zip(params, batch.full_loss(params), strict=True):
-        pieces = flat.split([p.numel() for p in network.parameters()])
-        weights = {n: x.view(p.shape) for n, x, p in zip(names, pieces, network.parameters(), strict=True)}
-        logits = functional_call(network, weights, (problems.images,))
-        torch.testing.assert_close(loss, F.cross_entropy(logits, problems.labels))
+def test_noise_is_added_to_gradients_and_to_nothing_else():
+    clean, noisy = Quadratics(50).sample(40, generator()), GradientNoise(Quadratics(50), 0.5).sample(40, generator())
+    point = clean.init_params().requires_grad_()
+    assert torch.equal(noisy.init_params(), point)
+    assert torch.equal(noisy.loss(point), clean.loss(point))
+    (expected,) = torch.autograd.grad(clean.loss(point).sum(), point)
+    noise = [torch.autograd.grad(noisy.loss(point).sum(), point)[0] - expected for _ in range(2)]
+    for each in noise:
+        assert abs(each.mean()) < 0.05
+        assert each.std() == pytest.approx(0.5, rel=0.05)
+    correlation = (noise[0] * noise[1]).mean() / 0.25
+    assert abs(correlation) < 0.1  # drawn anew
+    assert torch.equal(torch.autograd.grad(noisy.full_loss(point).sum(), point)[0], expected)
 
 
-def test_fresh_networks_start_within_the_bounds_of_nn_linear():
-    params = DigitsMLP(hidden_size=20).sample(50, generator()).init_params()
-    first, second = params[:, : 65 * 20], params[:, 65 * 20 :]
-    assert 0.98 / 8 < first.abs().max() <= 1 / 8
-    assert 0.98 / 20**0.5 < second.abs().max() <= 1 / 20**0.5
-
-
-def test_splits_share_no_image_and_hold_all():
-    images = {name: load_digits(name)[0] for name in DIGITS_SPLITS}
-    assert {name: len(x) for name, x in images.items()} == {"train": 1000, "valid": 397, "test": 400}
-    rows = torch.cat(list(images.values()))
-    assert len(rows) == 1797
-    assert len(torch.unique(rows, dim=0)) == 1797
-    assert rows.min() == 0
-    assert rows.max() == 1
-
-
-def test_a_split_keeps_the_network():
-    problems = DigitsMLP(hidden_size=7, activation="tanh", batch_size=9).split("test")
-    assert (problems.hidden_size, problems.activation, problems.batch_size) == (7, "tanh", 9)
-    assert len(problems.images) == 400
+def test_noise_around_a_mixture_is_refused():
+    noisy = GradientNoise(MixedOptimizees([Quadratics(2)]), 0.1).sample(2, generator())
+    with pytest.raises(TypeError, match=r"must be one tensor .*, got a tuple; put GradientNoise into MixedOptimizees"):
+        noisy.init_params()
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Quadratics(0), "dim must be at least 1, got 0"),
-        (lambda: DigitsMLP(hidden_size=0), "hidden_size and batch_size must be at least 1, got 0"),
-        (lambda: DigitsMLP(activation="gelu"), "activation must be sigmoid, tanh or relu, got 'gelu'"),
-        (lambda: DigitsMLP(split="all"), "split must be one of train, valid, test, got 'all'"),
         (lambda: Quadratics().split("all"), "split must be one of train, valid, test, got 'all'"),
         (lambda: Quadratics().sample(0, generator()), "num_tasks must be at least 1, got 0"),
-        (lambda: DigitsMLP().sample(-1, generator()), "num_tasks must be at least 1, got -1"),
+        (lambda: GradientNoise(Quadratics(), -1.0), "std must be finite and at least 0, got -1.0"),
+        (lambda: GradientNoise(Quadratics(), math.nan), "std must be finite and at least 0, got nan"),
+        (lambda: GradientNoise(Quadratics(), 0.1).split("all"), "split must be one of train, valid, test, got 'all'"),
     ],
 )
 def test_bad_arguments_are_named(make, message):

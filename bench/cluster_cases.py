@@ -1,0 +1,184 @@
+"""What training in clusters is measured on: problems, and ways to train on them.
+
+Axis legend: T tasks, C clusters, K inner steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.learners import ClusteredLearner, MAMLLearner, RuleLearner
+from metakern.models import mlp
+from metakern.rules import CoordinatewiseLSTM
+from metakern.tasks import ClassicFunction, Digits, MixedOptimizees, Quadratics, TaskDistribution, mixture
+
+#: Domains that the digits are seen through.
+DOMAINS = ("identity", "inverted", "blurred", "permuted")
+
+#: Kinds of problems to optimise, the 10-dimensional quadratics first.
+FUNCTIONS = ("rosenbrock", "ackley", "styblinski_tang")
+
+#: MAML as published, which everything is compared with, and the single learners that clusters are held against.
+PLAIN, SETTLED, WIDE = "plain", "plain-settled", "wide"
+PEERS = (PLAIN, SETTLED, WIDE)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to train.
+
+    Attributes:
+        title: in words
+        options: of :class:`metakern.learners.ClusteredLearner`; None: one learner
+        clusters: C; None: as many as there are true modes
+        settled: whether the learning rate falls to zero in the end and weights are averaged
+        batches: of :class:`metakern.clustering.ClusterSampler`
+        wide: one model of as many parameters as all clusters have together
+    """
+
+    title: str
+    options: Mapping[str, Any] | None = None
+    clusters: int | None = None
+    settled: bool = False
+    batches: str = "uniform"
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Tasks, the learner for them, and ways to train it.
+
+    Attributes:
+        title: in words
+        settings: further figures that describe it
+        tasks: the distribution
+        fresh: a learner, or a wide one
+        modes: true modes of the tasks
+        measure: what is reported: "loss", "accuracy", or "log_loss", the mean of log10 of losses of many scales
+        iterations: of training
+        outer_lr: Adam's
+        ways: by name, the first of them :data:`PLAIN`
+    """
+
+    title: str
+    settings: Mapping[str, Any]
+    tasks: Callable[[], TaskDistribution]
+    fresh: Callable[[bool], nn.Module]
+    modes: int
+    measure: str
+    iterations: int
+    outer_lr: float
+    ways: Mapping[str, Way]
+
+    def described(self) -> dict[str, Any]:
+        """The settings, for the results."""
+        names = ("title", "modes", "measure", "iterations", "outer_lr")
+        return {name: getattr(self, name) for name in names} | dict(self.settings)
+
+    def learner(self, way: Way, seed: int, iterations: int) -> nn.Module:
+        """A fresh one; the same weights for the same seed. Options that are iterations are shares of the whole run."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            learner = self.fresh(way.wide)
+        if way.options is None:
+            return learner
+        counts = {k: round(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
+        return ClusteredLearner(learner, way.clusters or self.modes, seed=seed, **{**way.options, **counts})
+
+
+def _maml(
+    title: str, tasks: Callable[[], TaskDistribution], widths: tuple[int, ...], wide: tuple[int, ...], **rest: Any
+) -> Problem:
+    """Of tasks with support sets, for an MLP of ``widths``, the inputs first, or of ``wide``."""
+    loss: Callable[..., Tensor] = F.mse_loss if rest["measure"] == "loss" else F.cross_entropy
+    lr, steps = rest.pop("lr"), 5
+    settings = {"widths": widths, "wide": wide, "steps": steps, "lr": lr}
+
+    def fresh(is_wide: bool) -> nn.Module:
+        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, lr=lr)
+
+    return Problem(title, settings, tasks, fresh, outer_lr=1e-3, **rest)
+
+
+#: Stages of clusters by loss, as shares of the run.
+STAGES = {"warmup": 0.02, "begin": 0.02}
+
+_SINGLE = {
+    PLAIN: Way("MAML, uniform sampler"),
+    SETTLED: Way("MAML, decay and averaging", settled=True),
+    WIDE: Way("MAML, as many parameters as the clusters", wide=True),
+    "oracle": Way("one learner per true mode", {"assign": "modes"}),
+    "oracle-settled": Way("one learner per true mode, decay and averaging", {"assign": "modes"}, settled=True),
+}
+
+MANY = 12
+REGRESSION_WAYS = _SINGLE | {
+    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
+    "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
+    "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
+    "unsettled": Way("12 clusters, by least loss, no decay or averaging", STAGES, MANY),
+    "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
+    "balanced": Way("12 clusters, balanced batches", STAGES, MANY, settled=True, batches="balanced"),
+    "one": Way("12 clusters, batches from one", STAGES, MANY, settled=True, batches="one"),
+}
+
+DIGITS_WAYS = _SINGLE | {
+    "clusters": Way("4 clusters, by least loss", {"warmup": 0.05, "begin": 0.1}, settled=True),
+}
+
+_BY_KIND = {"assign": "modes", "per_cluster": False}
+RULE_WAYS = {
+    PLAIN: Way("one rule, uniform sampler"),
+    SETTLED: Way("one rule, decay and averaging", settled=True),
+    "balanced": Way("one rule, batches balanced over kinds", _BY_KIND, settled=True, batches="balanced"),
+    "one": Way("one rule, batches of one kind", _BY_KIND, settled=True, batches="one"),
+    "clusters": Way("a rule per kind, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True),
+}
+
+
+def _regression(modes: int) -> Problem:
+    return _maml(
+        f"{modes}-mode regression, 10-shot",
+        lambda: mixture(modes, support=10, query=10),
+        (1, 40, 40, 1),
+        (1, 144, 144, 1),
+        lr=0.001,
+        modes=modes,
+        measure="loss",
+        iterations=9000,
+        ways=REGRESSION_WAYS,
+    )
+
+
+PROBLEMS = {
+    "regression-3": _regression(3),
+    "regression-5": _regression(5),
+    "digits": _maml(
+        "5-way 1-shot digits in 4 domains",
+        lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
+        (64, 64, 64, 5),
+        (64, 156, 156, 5),
+        lr=0.1,
+        modes=len(DOMAINS),
+        measure="accuracy",
+        iterations=3000,
+        ways=DIGITS_WAYS,
+    ),
+    "optimizees": Problem(
+        "4 kinds of functions to minimise, 40 steps",
+        {"kinds": ("quadratics", *FUNCTIONS), "steps": 40, "unroll": 20},
+        lambda: MixedOptimizees([Quadratics(10), *map(ClassicFunction, FUNCTIONS)]),
+        lambda _: RuleLearner(CoordinatewiseLSTM(), steps=40, unroll=20),
+        modes=1 + len(FUNCTIONS),
+        measure="log_loss",
+        iterations=300,
+        outer_lr=3e-3,
+        ways=RULE_WAYS,
+    ),
+}

@@ -1,0 +1,375 @@
+"""Whether training tasks in clusters shortens training and raises accuracy: seeds, intervals, oracles, equal time.
+
+python -m bench.clusters                       everything (an hour or two); what is done already is not done again
+python -m bench.clusters --problem digits      one problem's runs alone; nothing is written
+python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
+
+Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
+number of tasks. Ways with clusters also run once more, for the processor time that plain MAML took. Each run is kept in
+build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
+tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from matplotlib import pyplot as plt
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from bench.cluster_cases import PEERS, PLAIN, PROBLEMS, Problem, Way
+from bench.report import CLUSTERED_COLUMNS, MEASURES, way_cells
+from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.targets import judge_clusters
+from bench.train_sinusoid import summary
+from metakern.clustering import ClusterSampler
+from metakern.figures import COLOURS
+from metakern.learners import ClusteredLearner
+
+#: Where runs are kept.
+PARTS = Path(__file__).parent.parent / "build" / "clusters"
+
+#: Where training is settled: the last part of the iterations, in which the learning rate falls to zero along a cosine,
+#: and the decay of the moving average of weights.
+DECAY, AVERAGING = 0.3, 0.998
+
+#: Seeds of the generators of validation and test tasks.
+HELD_OUT_SEEDS = {"valid": 10**6, "test": 2 * 10**6}
+
+#: Of averaged predictions; 0 takes the best learner alone.
+TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much a run trains."""
+
+    seeds: int
+    share: float  # of a problem's iterations
+    tasks: int  # of an iteration
+    points: int  # of a learning curve, evenly spaced
+    held_out: int  # tasks to validate and to test
+
+
+FULL = Plan(seeds=5, share=1.0, tasks=32, points=60, held_out=2000)
+QUICK = Plan(seeds=2, share=0.002, tasks=8, points=2, held_out=20)
+
+
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+def rate(iteration: int, iterations: int) -> float:
+    """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
+    share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
+    return (1 + math.cos(math.pi * share)) / 2
+
+
+@torch.no_grad()
+def average(averages: Tensors, weights: Tensors, updates: Tensor | int) -> None:
+    """A step of the moving average; early ones forget where training started, as TensorFlow's do."""
+    decay = min(AVERAGING, (1 + int(updates)) / (10 + int(updates)))
+    torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+class Run:
+    """One training run under way.
+
+    Attributes:
+        seconds: processor time of the meta-iterations so far, evaluation excluded
+        wall_seconds: wall-clock time of the same
+    """
+
+    def __init__(self, problem: Problem, way: Way, seed: int, plan: Plan) -> None:
+        self.way, self.plan, self.iterations = way, plan, max(plan.points, round(plan.share * problem.iterations))
+        self.learner = problem.learner(way, seed, self.iterations)
+        tasks = problem.tasks()
+        self.tasks: Any = tasks if way.batches == "uniform" else ClusterSampler(tasks, self.learner, way.batches)  # type: ignore[arg-type]
+        self.generator = torch.Generator().manual_seed(seed)
+        self.optimizer = torch.optim.Adam(self.learner.parameters(), problem.outer_lr)
+        self.scheduler: LRScheduler | None = None
+        self.averaged: nn.Module = self.learner
+        if way.settled:
+            self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=self.iterations))
+            self.averaged = AveragedModel(self.learner, multi_avg_fn=average)
+        self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
+
+    @property
+    def result(self) -> Any:
+        """The learner to evaluate: of averaged weights, where they are averaged."""
+        return self.averaged.module if self.way.settled else self.learner
+
+    def advance(self, to: int) -> None:
+        """Train up to this iteration."""
+        start, wall_start = time.process_time(), time.perf_counter()
+        while self.iteration < to:
+            self._iterate()
+        self.seconds += time.process_time() - start
+        self.wall_seconds += time.perf_counter() - wall_start
+
+    def _iterate(self) -> None:
+        learner: Any = self.learner
+        if isinstance(learner, ClusteredLearner):
+            learner.on_iteration(self.iteration, self.tasks, self.generator)
+        for losses in learner.meta_losses(self.tasks.sample(self.plan.tasks, self.generator)):
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+            self.averaged.update_parameters(self.learner)  # type: ignore[operator]
+        self.iteration += 1
+
+
+# ------------------------------------------------------------------------------------------------------ one run's part
+
+
+def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
+    """Mean measure of tasks, each assigned from its support set or told its mode, as optimizee problems always are."""
+    if isinstance(learner, ClusteredLearner):
+        before = learner.eval_temperature, learner.assign_by
+        learner.eval_temperature = temperature
+        if learner.assign_by == "modes" and not told and hasattr(learner.shared, "support_losses"):
+            learner.assign_by = "losses"
+        measures = learner.evaluate(batch)
+        learner.eval_temperature, learner.assign_by = before
+    else:
+        measures = learner.evaluate(batch)
+    if measure == "log_loss":
+        return float(measures["loss"].clamp(1e-8, 1e8).log10().mean())
+    return float(measures[measure].mean())
+
+
+def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
+    """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
+    problem, way = PROBLEMS[problem_name], PROBLEMS[problem_name].ways[way_name]
+    run, measure = Run(problem, way, seed, plan), problem.measure
+    curve = []
+    for point in range(plan.points + 1):
+        run.advance(point * run.iterations // plan.points)
+        value = evaluated(run.result, held_out(problem, "valid", plan), measure)
+        curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
+        advance(point / plan.points)
+    learner = run.result
+    averages = isinstance(learner, ClusteredLearner) and learner.assign_by == "losses"
+    valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
+    choices = {t: evaluated(learner, valid, measure, t) for t in (TEMPERATURES if averages else (0.0,))}
+    temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
+    found = {
+        "curve": curve,
+        "temperature": temperature,
+        "valid": choices[temperature],
+        "test": evaluated(learner, test, measure, temperature),
+        "test_of_one": evaluated(learner, test, measure),
+        "seconds": run.seconds,
+        "wall_seconds": run.wall_seconds,
+        "iterations": run.iterations,
+    }
+    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes" and hasattr(learner.shared, "adapt"):
+        found["test_told"] = evaluated(learner, test, measure, told=True)
+    if averages:
+        found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
+    return found
+
+
+def held_out(problem: Problem, split: str, plan: Plan) -> Any:
+    """Validation or test tasks, drawn anew: batches of problems to optimise draw as they are solved."""
+    generator = torch.Generator().manual_seed(HELD_OUT_SEEDS[split])
+    return problem.tasks().split(split).sample(plan.held_out, generator)
+
+
+def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
+    """Tasks by cluster and true mode."""
+    table = torch.zeros(int(labels.max()) + 1, int(modes.max()) + 1, dtype=torch.int64)
+    table.index_put_((labels, modes), torch.ones((), dtype=torch.int64), accumulate=True)
+    return table.tolist()
+
+
+# ----------------------------------------------------------------------------------------------------- all runs' parts
+
+
+def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
+    """A run, from its file where it was made with the same settings."""
+    of = PROBLEMS[problem]
+    described = repr((of.described(), of.ways[way], plan.share, plan.tasks, plan.points, plan.held_out))
+    described += repr((DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS))
+    key = hashlib.sha256(described.encode()).hexdigest()
+    path = None if folder is None else folder / f"{problem}-{way}-{plan.share:.4f}-{seed}.json"
+    if path is not None and path.exists():
+        kept: dict[str, Any] = json.loads(path.read_text())
+        if kept["key"] == key:
+            return kept
+    found = train(problem, way, seed, plan, advance) | {"key": key}
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.with_suffix(".part").write_text(json.dumps(found))
+        path.with_suffix(".part").replace(path)
+    return found
+
+
+def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
+    """So much of a run as takes the processor time of plain MAML, by the medians of all seeds; at least 1 %."""
+    plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in (PLAIN, way))
+    return replace(plan, share=plan.share * max(0.01, min(1.0, round(float(plain / ours), 2))))
+
+
+def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: Console) -> dict[str, Any]:
+    """All runs of these problems."""
+    found = {}
+    for name in problems:
+        ways = PROBLEMS[name].ways
+        runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console)
+        shorter = {way: equal_time(runs, way, plan) for way in ways if ways[way].options is not None}
+        found[name] = gathered(name, runs, runs | _runs(name, shorter, plan, folder, console))
+    results = {
+        "tasks": plan.tasks,
+        "seeds": plan.seeds,
+        "held_out_tasks": plan.held_out,
+        "decay": DECAY,
+        "averaging": AVERAGING,
+        "interval": "Student's t over the seeds, 95 %",
+        "problems": found,
+    }
+    return results | {"targets": judge_clusters(results)}
+
+
+def _runs(
+    problem: str, plans: dict[str, Plan], plan: Plan, folder: Path | None, console: Console
+) -> dict[str, list[dict[str, Any]]]:
+    """The runs of every way, of all seeds; one seed after the other."""
+    jobs: dict[str, Job] = {
+        f"{problem}, seed {seed}, {way}": partial(part, problem, way, seed, of, folder)
+        for seed in range(plan.seeds)
+        for way, of in plans.items()
+    }
+    done = iter(run_jobs(jobs, console))
+    by_seed = [{way: next(done) for way in plans} for _ in range(plan.seeds)]
+    return {way: [runs[way] for runs in by_seed] for way in plans}
+
+
+def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
+    """Every way's figures over the seeds, and its differences from plain MAML and from the best single learner."""
+    ways = {}
+    higher = PROBLEMS[problem].measure == "accuracy"
+    means = {peer: sum(run["test"] for run in runs[peer]) for peer in PEERS if peer in runs}
+    best = (max if higher else min)(means, key=means.__getitem__)
+    for name, of in runs.items():
+        tests = [run["test"] for run in of]
+        entry: dict[str, Any] = {
+            "title": PROBLEMS[problem].ways[name].title,
+            "test": summary(tests),
+            "seconds": summary([run["seconds"] for run in of]),
+            "wall_seconds": summary([run["wall_seconds"] for run in of]),
+            "temperatures": [run["temperature"] for run in of],
+            "difference": summary([a - b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
+            "difference_best": summary([a - b["test"] for a, b in zip(tests, runs[best], strict=True)]),
+            "ratio": summary([a / b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
+            "ratio_best": summary([a / b["test"] for a, b in zip(tests, runs[best], strict=True)]),
+            "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs[PLAIN], strict=True)],
+            "equal_time": {
+                "iterations": timed[name][0]["iterations"],
+                "test": summary([run["test"] for run in timed[name]]),
+                "seconds": summary([run["seconds"] for run in timed[name]]),
+            },
+            "curve": [summary([p["valid"] for p in points]) for points in zip(*(r["curve"] for r in of), strict=True)],
+            "curve_seconds": [p["seconds"] for p in of[0]["curve"]],
+            "curve_iterations": [p["iteration"] for p in of[0]["curve"]],
+        }
+        for key in ("test_told", "clusters_by_mode"):
+            if key in of[0]:
+                entry[key] = summary([run[key] for run in of]) if key == "test_told" else of[0][key]
+        ways[name] = entry
+    return {"settings": PROBLEMS[problem].described(), "best_single_learner": best, "ways": ways}
+
+
+def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[str, float] | None:
+    """Where a run is first as good on validation tasks as plain MAML at its end: shares of its iterations and time."""
+    last = plain["curve"][-1]
+    for point in run["curve"]:
+        if point["valid"] >= last["valid"] if higher else point["valid"] <= last["valid"]:
+            return {
+                "iterations": point["iteration"] / last["iteration"],
+                "seconds": point["seconds"] / last["seconds"],
+            }
+    return None
+
+
+# -------------------------------------------------------------------------------------------------- what is made of it
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    """Learning curves of every problem by tasks seen, above, and by processor time, below."""
+    problems = results["problems"]
+    figure, rows = plt.subplots(2, len(problems), figsize=(5.2 * len(problems), 8), layout="constrained", squeeze=False)
+    for column, found in enumerate(problems.values()):
+        measure = found["settings"]["measure"]
+        for axes, by in zip(rows[:, column], ("curve_iterations", "curve_seconds"), strict=True):
+            for index, way in enumerate(found["ways"].values()):
+                colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+                mean, low, high = ([point[key] for point in way["curve"]] for key in ("mean", "low", "high"))
+                axes.plot(way[by], mean, line, color=colour, label=way["title"], linewidth=1.4)
+                axes.fill_between(way[by], low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set(xlabel="meta-iteration" if by == "curve_iterations" else "seconds of one processor core")
+            axes.set(ylabel=f"validation {MEASURES[measure]}", yscale="log" if measure == "loss" else "linear")
+            axes.grid(alpha=0.3)
+        rows[0, column].set_title(found["settings"]["title"], fontsize=11)
+    rows[0, -1].legend(frameon=False, fontsize=8)
+    figure.suptitle(f"Mean and 95 % interval of {results['seeds']} seeds", fontsize=11)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def show(results: dict[str, Any], console: Console) -> None:
+    """A table of every problem, and the targets."""
+    for found in results["problems"].values():
+        settings = found["settings"]
+        table = Table(title=f"{settings['title']}: test {MEASURES[settings['measure']]}, {results['seeds']} seeds")
+        for column in CLUSTERED_COLUMNS:
+            table.add_column(column)
+        for way in found["ways"].values():
+            table.add_row(*way_cells(way, results["seeds"]))
+        console.print(table)
+    show_targets(results["targets"], console)
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="A few iterations, nothing kept.")] = False,
+    problem: Annotated[list[str] | None, typer.Option(help="Of these problems alone; default: all.")] = None,
+    seeds: Annotated[int, typer.Option(min=2, help="Seeds of every way.")] = FULL.seeds,
+    threads: Annotated[int, typer.Option(min=1, help="Tensors this small gain nothing from more.")] = 1,
+    parts: Annotated[Path, typer.Option(help="Where runs are kept.")] = PARTS,
+    output: Annotated[Path | None, typer.Option(help="JSON to write; default bench/results/clusters.json.")] = None,
+    figure: Annotated[Path | None, typer.Option(help="Picture; default bench/results/clusters.png.")] = None,
+) -> None:
+    """Train with and without clusters, and compare."""
+    console = Console()
+    torch.set_num_threads(threads)
+    chosen = problem or list(PROBLEMS)
+    if unknown := set(chosen) - PROBLEMS.keys():
+        raise typer.BadParameter(f"problem must be one of {', '.join(PROBLEMS)}, got {', '.join(sorted(unknown))}")
+    plan = QUICK if quick else replace(FULL, seeds=seeds)
+    found = measure(chosen, plan, None if quick else parts, console)
+    results = describe_run("clusters", "bench.clusters") | found
+    show(results, console)
+    if not quick and set(chosen) == PROBLEMS.keys():
+        output, figure = output or RESULTS / "clusters.json", figure or RESULTS / "clusters.png"
+    write(results, output, console)
+    if figure is not None:
+        plot(results, figure)
+
+
+if __name__ == "__main__":
+    typer.run(main)

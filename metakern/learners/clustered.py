@@ -1,0 +1,323 @@
+"""A learner for every cluster of tasks, all of them started from one that the tasks share.
+
+Axis legend: T tasks, C clusters, Q query samples.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from itertools import zip_longest
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from metakern.clustering import Clusters, ClusterSampler, Describe, Embedding, responsibilities
+from metakern.tasks import TaskDistribution
+
+#: What decides a task's cluster: the support loss after adaptation under each cluster's learner, the clusters of its
+#: embedding, or its mode, which for problems to optimise is their kind.
+ASSIGNMENTS = ("losses", "embedding", "modes")
+
+#: Shares of a task below this are not worth a learner's inner loop.
+LEAST_RESPONSIBILITY = 0.01
+
+#: What an annealed temperature falls to, as a share of where it starts.
+COLD = 0.01
+
+#: The share of a donor's tasks, its worst served ones, that a learner which starts again is moved to.
+WORST = 0.25
+
+
+class ClusteredLearner(nn.Module):
+    """C copies of a meta-learner, each for the tasks that are assigned to it.
+
+    :meth:`on_iteration` leads it through three stages. For ``warmup`` iterations the shared learner learns from all
+    tasks. It is then copied for every cluster, and for ``begin`` iterations tasks go by the clusters of their
+    embeddings under the shared learner, which moves no more. From then on they go to the learners that adapt to them
+    best. Whatever the stage, a task is assigned from its support set alone.
+
+    Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks go by embeddings, these are
+    clustered anew. Afterwards a learner that serves less than ``least_share`` of the pool starts again as a copy of the
+    one with the largest sum of losses, moved to where that one's inner steps lead on its worst served tasks: empty
+    clusters are filled so, and one that took nearly all tasks is split.
+
+    Args:
+        learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
+            ``support_losses(batch)`` and ``approach(batch)``, embeddings for ``displacements(batch)`` or
+            ``support_gradients(batch)``, averaged predictions for ``adapt(batch)`` and ``measure(prediction, target)``,
+            all as :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
+        num_clusters: C; None: the number with the best silhouette when clusters begin, at most ``max_clusters``
+        assign: one of :data:`ASSIGNMENTS`
+        warmup: iterations of the shared learner
+        begin: iterations by embedding, at least 1, before those by losses
+        refresh: iterations from one pool to the next
+        pool: tasks of a pool
+        embedding: "gradient", "displacement", "losses" of the clusters' learners, or a function of a batch; see
+            :class:`metakern.clustering.Embedding`
+        method: "kmeans", "minibatch_kmeans" or "gmm"
+        max_clusters: learners kept ready where the number is chosen
+        temperature: in training by losses: 0 gives each task to one learner; above, every learner takes a share of it
+            by the softmax of −loss/temperature
+        anneal: iterations from the first in which the temperature falls to a hundredth, geometrically; None: it stays
+        eval_temperature: in evaluation: 0 takes the prediction of the learner that the task is assigned to; above,
+            predictions are averaged by the softmax of −support loss/temperature, those of classes as probabilities
+        least_share: of a pool, below which a cluster counts as empty
+        per_cluster: False: all clusters share one learner, and shape the batches of a
+            :class:`metakern.clustering.ClusterSampler` alone
+        dim: numbers that embeddings are projected to; those of a function must not be more
+        seed: of projection and clusterings
+
+    Attributes:
+        shared: the shared learner
+        learners: one a cluster
+        num_active: clusters in use, 0 before they begin
+        occupancy: [C], the clusters' shares of the last pool
+
+    Raises:
+        ValueError: for arguments out of range, and a learner without what its assignment asks for.
+    """
+
+    iteration: Tensor
+    active: Tensor
+    occupancy: Tensor
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        num_clusters: int | None,
+        *,
+        assign: str = "losses",
+        warmup: int = 0,
+        begin: int = 100,
+        refresh: int = 100,
+        pool: int = 512,
+        embedding: str | Describe = "gradient",
+        method: str = "kmeans",
+        max_clusters: int = 8,
+        temperature: float = 0.0,
+        anneal: int | None = None,
+        eval_temperature: float = 0.0,
+        least_share: float = 0.02,
+        per_cluster: bool = True,
+        dim: int = 32,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        _check(learner, assign, per_cluster)
+        _check_numbers(
+            {
+                "warmup": warmup,
+                "temperature": temperature,
+                "eval_temperature": eval_temperature,
+                "least_share": least_share,
+            },
+            {"begin": begin, "refresh": refresh, "pool": pool},
+        )
+        self.assign_by, self.warmup, self.begin, self.refresh, self.pool = assign, warmup, begin, refresh, pool
+        self.temperature, self.anneal, self.eval_temperature = temperature, anneal, eval_temperature
+        self.least_share, self.per_cluster = least_share, per_cluster
+        self.embedding = Embedding(embedding, dim, seed)
+        self.clusters = Clusters(num_clusters, method=method, max_clusters=max_clusters, dim=dim, seed=seed)
+        number = num_clusters or max_clusters
+        self.shared = learner
+        self.learners = nn.ModuleList(copy.deepcopy(learner) for _ in range(number if per_cluster else 0))
+        self.register_buffer("iteration", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("active", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("occupancy", torch.zeros(number))
+
+    # ------------------------------------------------------------------------------------------------------ a trainer's
+
+    def meta_losses(self, batch: Any) -> Iterator[Tensor]:
+        """Losses [T] of the learners that tasks are assigned to, or averages by the learners' shares of them.
+
+        Learners of several outer steps a batch take them side by side. Those that end sooner leave the losses of the
+        others.
+        """
+        if not self.num_active or not self.per_cluster:
+            yield from self.shared.meta_losses(batch)  # type: ignore[operator]
+            return
+        shares = self.responsibilities(batch, self._temperature())
+        served, runs = [], []
+        for learner, share in zip(self._used(), shares, strict=True):
+            tasks = (share > LEAST_RESPONSIBILITY).nonzero().flatten()
+            if len(tasks):
+                served.append((tasks, share[tasks]))
+                runs.append(learner.meta_losses(batch.select(tasks)))
+        for losses in zip_longest(*runs):
+            parts = [(*of, loss) for of, loss in zip(served, losses, strict=True) if loss is not None]
+            total = parts[0][2].new_zeros(batch.num_tasks)
+            for tasks, share, loss in parts:
+                total = total.index_add(0, tasks, loss * share)
+            yield total
+
+    @torch.no_grad()
+    def evaluate(self, batch: Any) -> dict[str, Tensor]:
+        """Query measures [T] of every task by the learner that its support set chooses, or by their average."""
+        if not self.num_active or not self.per_cluster:
+            return self.shared.evaluate(batch)  # type: ignore[operator, no-any-return]
+        if self.eval_temperature and self.assign_by == "losses" and not self._begins():
+            return self._evaluate_average(batch)
+        labels = self.assign(batch)
+        measures: dict[str, Tensor] = {}
+        for cluster, learner in enumerate(self._used()):
+            tasks = (labels == cluster).nonzero().flatten()
+            if len(tasks):
+                for name, values in learner.evaluate(batch.select(tasks)).items():
+                    measures.setdefault(name, values.new_zeros(batch.num_tasks))[tasks] = values
+        return measures
+
+    @torch.no_grad()
+    def predict(self, batch: Any, steps: int | None = None) -> Tensor:
+        """Predictions [T, Q, ...] for the query sets after ``steps`` inner steps of the learner a task is assigned to.
+
+        The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
+        """
+        if not self.num_active or not self.per_cluster:
+            return self.shared.predict(batch, steps)  # type: ignore[operator, no-any-return]
+        labels = self.assign(batch)
+        rows = [(labels == cluster).nonzero().flatten() for cluster in range(self.num_active)]
+        parts = [
+            learner.predict(batch.select(tasks), steps)
+            for learner, tasks in zip(self._used(), rows, strict=True)
+            if len(tasks)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Measures [T] of predictions [T, Q, ...] for targets, those of the shared learner."""
+        return self.shared.measure(prediction, target)  # type: ignore[operator, no-any-return]
+
+    @property
+    def eval_steps(self) -> int:
+        """Inner steps in evaluation, those of the shared learner."""
+        return self.shared.eval_steps  # type: ignore[return-value]
+
+    @torch.no_grad()
+    def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> None:
+        """To be called before every iteration's batch, numbers from 0; draws a pool where one is due.
+
+        Args:
+            iteration: its number
+            tasks: where a pool is drawn; of a :class:`metakern.clustering.ClusterSampler` its own distribution
+            generator: decides the pool
+        """
+        self.iteration.fill_(iteration)
+        if iteration < self.warmup or (self.num_active and (iteration - self.warmup) % self.refresh):
+            return
+        source = tasks.tasks if isinstance(tasks, ClusterSampler) else tasks
+        pool = source.sample(self.pool, generator)
+        starts = not self.num_active
+        if starts:
+            for learner in self.learners:
+                learner.load_state_dict(self.shared.state_dict())
+        if self.assign_by == "modes":
+            self.active.fill_(len(self.occupancy))
+        elif starts or self._begins():
+            self.clusters.fit(self._embed(pool))
+            self.active.copy_(self.clusters.number)
+        labels = self.assign(pool)
+        if self.assign_by == "losses" and not self._begins():
+            labels = self._fill(pool, labels)
+        self.occupancy.copy_(labels.bincount(minlength=len(self.occupancy)) / len(labels))
+
+    # ------------------------------------------------------------------------------------------------- whose task it is
+
+    @property
+    def num_active(self) -> int:
+        """Clusters in use, 0 before they begin."""
+        return int(self.active)
+
+    def assign(self, batch: Any) -> Tensor:
+        """Labels [T] of a batch's tasks, 64-bit integers, from their support sets alone."""
+        return self.responsibilities(batch, 0.0).argmax(0)
+
+    @torch.no_grad()
+    def responsibilities(self, batch: Any, temperature: float) -> Tensor:
+        """[C, T]: the learners' shares of every task; columns sum to one.
+
+        Raises:
+            ValueError: for a batch without modes where tasks are assigned by them, and modes beyond the clusters.
+            RuntimeError: before there are clusters.
+        """
+        if not self.num_active:
+            raise RuntimeError("there are no clusters yet; they begin at iteration warmup, in on_iteration")
+        if self.assign_by == "modes":
+            modes = getattr(batch, "modes", None)
+            if modes is None or not 0 <= int(modes.min()) <= int(modes.max()) < self.num_active:
+                raise ValueError(f"batch must have modes [T] from 0 to {self.num_active - 1}, got {modes}")
+            return nn.functional.one_hot(modes, self.num_active).T.float()
+        if self._begins():
+            return responsibilities(-self.clusters.probabilities(self._embed(batch)))
+        return responsibilities(self.support_losses(batch), temperature)
+
+    def support_losses(self, batch: Any) -> Tensor:
+        """[C, T]: every learner's loss on the support set of every task after adapting to it."""
+        return torch.stack([learner.support_losses(batch) for learner in self._used()])
+
+    def _used(self) -> list[Any]:
+        return list(self.learners)[: self.num_active]
+
+    def _embed(self, batch: Any) -> Tensor:
+        return self.embedding(self.shared, self._used() or list(self.learners), batch)
+
+    def _begins(self) -> bool:
+        """Whether tasks go by their embeddings."""
+        return self.assign_by == "embedding" or int(self.iteration) < self.warmup + self.begin
+
+    def _temperature(self) -> float:
+        if self.anneal is None:
+            return self.temperature
+        return self.temperature * math.pow(COLD, min(1.0, int(self.iteration) / self.anneal))
+
+    def _evaluate_average(self, batch: Any) -> dict[str, Tensor]:
+        shares = responsibilities(self.support_losses(batch), self.eval_temperature)
+        classes = not batch.query_y.is_floating_point()
+        total: Any = 0
+        for learner, share in zip(self._used(), shares, strict=True):
+            prediction = learner.adapt(batch)(batch.query_x)
+            if classes:
+                prediction = prediction.softmax(2)
+            total = total + prediction * share.view(-1, *[1] * (prediction.dim() - 1))
+        if classes:
+            total = total.clamp(min=torch.finfo(total.dtype).tiny).log()
+        measures: dict[str, Tensor] = self.shared.measure(total, batch.query_y)  # type: ignore[operator]
+        return measures
+
+    # --------------------------------------------------------------------------------------------------- empty clusters
+
+    def _fill(self, pool: Any, labels: Tensor) -> Tensor:
+        """Labels after every empty cluster has started again from the worst served tasks of another."""
+        counts = labels.bincount(minlength=self.num_active)
+        for empty in (counts < self.least_share * len(labels)).nonzero().flatten().tolist():
+            losses = self.support_losses(pool).gather(0, labels.unsqueeze(0)).squeeze(0).nan_to_num(posinf=1e30)
+            sums = torch.zeros(self.num_active).index_add(0, labels.cpu(), losses.cpu())
+            sums[empty] = -1
+            donor = int(sums.argmax())
+            members = (labels == donor).nonzero().flatten()
+            worst = members[losses[members].argsort(descending=True)[: max(1, int(WORST * len(members)))]]
+            self.learners[empty].load_state_dict(self.learners[donor].state_dict())
+            self.learners[empty].approach(pool.select(worst))
+            labels = self.assign(pool)
+        return labels
+
+
+def _check(learner: nn.Module, assign: str, per_cluster: bool) -> None:
+    if assign not in ASSIGNMENTS:
+        raise ValueError(f"assign must be one of {', '.join(ASSIGNMENTS)}, got {assign!r}")
+    if assign != "losses":
+        return
+    if not per_cluster:
+        raise ValueError("assign must be 'embedding' or 'modes' where all clusters share one learner, got 'losses'")
+    for method in ("support_losses", "approach"):
+        if not hasattr(learner, method):
+            raise ValueError(f"learner must have {method}(batch) for assign='losses', got {type(learner).__name__}")
+
+
+def _check_numbers(from_zero: dict[str, float], from_one: dict[str, float]) -> None:
+    for least, numbers in ((0, from_zero), (1, from_one)):
+        for name, value in numbers.items():
+            if not value >= least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")

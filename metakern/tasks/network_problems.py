@@ -1,0 +1,127 @@
+"""Any torch network and its data as a problem for learned optimizers, T networks side by side.
+
+Axis legend: T networks, P parameters of one network, B samples of a minibatch.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+from torch.nn.modules.conv import _ConvNd
+
+from metakern.tasks.optimizees import ProblemBatch
+
+
+class NetworkProblem:
+    """Networks of one architecture that learn from one data set; they differ in starting points and minibatches.
+
+    Minibatches are drawn with replacement. A network's params are its parameters flattened and joined, in the order of
+    ``named_parameters``. Weights and biases of linear and convolution layers start as torch draws them, U(±1/√fan_in);
+    any other parameter starts as ``make`` leaves it, which must be the same number throughout (as in a normalisation).
+
+    Args:
+        make: makes the network, which maps inputs [B, ...] to outputs [B, ...] without randomness or running statistics
+        data: inputs [n, ...] and targets [n, ...] of a split, by its name
+        loss: mean loss of the outputs and targets of one network, as ``torch.nn.functional.cross_entropy``
+        batch_size: B
+        split: ``"train"``, ``"valid"`` or ``"test"``
+
+    Raises:
+        ValueError: for a batch size below 1, and for parameters whose starting points it cannot draw.
+
+    Example:
+        >>> def data(split):
+        ...     return torch.linspace(-3, 3, 50).view(50, 1), torch.linspace(-3, 3, 50).view(50, 1).sin()
+        >>> make = lambda: nn.Sequential(nn.Linear(1, 16), nn.Tanh(), nn.Linear(16, 1))
+        >>> problems = NetworkProblem(make, data, loss=F.mse_loss)
+        >>> batch = problems.sample(8, torch.Generator().manual_seed(0))
+        >>> losses = batch.loss(batch.init_params())
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], nn.Module],
+        data: Callable[[str], tuple[Tensor, Tensor]],
+        *,
+        loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+        batch_size: int = 128,
+        split: str = "train",
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.data, self.loss, self.batch_size = data, loss, batch_size
+        self.inputs, self.targets = data(split)
+        with torch.random.fork_rng(devices=[]):
+            self.network = make()
+        self.shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
+        self.sizes = [shape.numel() for shape in self.shapes.values()]
+        self.starts = [_start(self.network, name) for name in self.shapes]
+
+    def split(self, name: str) -> Self:
+        """The same networks on the data of another split."""
+        other = copy.copy(self)
+        other.inputs, other.targets = self.data(name)
+        return other
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> NetworkBatch:
+        """Draw ``num_tasks`` networks."""
+        return NetworkBatch(self, num_tasks, generator)
+
+    def losses(self, params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Losses [T] of params [T, P] on inputs [T, B, ...] and targets [T, B, ...]."""
+        pieces = zip(self.shapes.items(), params.split(self.sizes, dim=1), strict=True)
+        weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
+        return vmap(self._loss_of_one)(weights, inputs, targets)
+
+    def _loss_of_one(self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        return self.loss(functional_call(self.network, weights, (inputs,)), targets)
+
+
+class NetworkBatch(ProblemBatch):
+    """T networks with parameters [T, P]."""
+
+    shared = ("inputs", "targets")
+
+    def __init__(self, problem: NetworkProblem, num_tasks: int, generator: torch.Generator) -> None:
+        super().__init__(num_tasks, generator)
+        self.problem, self.inputs, self.targets = problem, problem.inputs, problem.targets
+
+    def init_params(self) -> Tensor:
+        """Starting points [T, P]."""
+        pieces = []
+        for (bound, value), size in zip(self.problem.starts, self.problem.sizes, strict=True):
+            if bound is None:
+                pieces.append(torch.full((self.num_tasks, size), value, device=self._device))
+            else:
+                pieces.append((2 * self.draw(torch.rand, size) - 1) * bound)
+        return torch.cat(pieces, dim=1)
+
+    def loss(self, params: Tensor) -> Tensor:
+        """Losses [T] of params [T, P] on the next minibatch of each network."""
+        index = self.draw(functools.partial(torch.randint, len(self.inputs)), self.problem.batch_size)
+        return self.problem.losses(params, self.inputs[index], self.targets[index])
+
+    def full_loss(self, params: Tensor) -> Tensor:
+        """Losses [T] of params [T, P] on all data of the split."""
+        inputs, targets = (data.expand(self.num_tasks, *data.shape) for data in (self.inputs, self.targets))
+        return self.problem.losses(params, inputs, targets)
+
+
+def _start(network: nn.Module, name: str) -> tuple[float | None, float]:
+    """Where a parameter starts: (bound of a uniform draw or None, the constant otherwise)."""
+    owner, parameter = network.get_submodule(name.rpartition(".")[0]), network.get_parameter(name)
+    if isinstance(owner, (nn.Linear, _ConvNd)):
+        return owner.weight[0].numel() ** -0.5, 0.0
+    if parameter.unique().numel() > 1:
+        raise ValueError(
+            f"make must give networks whose drawn parameters are those of linear and convolution layers, got {name} of "
+            f"{type(owner).__name__}; build it of nn.Linear"
+        )
+    return None, parameter.flatten()[0].item()

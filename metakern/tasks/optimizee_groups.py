@@ -1,0 +1,108 @@
+"""Problems of several kinds in one batch: those of one kind, whose shapes are the same, are computed together.
+
+A coordinatewise rule takes all params of such a batch as one long vector, so that one launch serves problems of all
+shapes. Axis legend: T problems, G groups of them, P parameters of one problem.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from metakern.tasks.distribution import check_num_tasks
+from metakern.tasks.optimizees import Optimizees
+
+
+class MixedOptimizees:
+    """A mixture of distributions of problems, which may differ in kind and size.
+
+    Args:
+        distributions: the kinds
+        weights: how often each is drawn, to a factor; default: equally often
+
+    Raises:
+        ValueError: without distributions, and for weights of another number, negative, not finite, or all zero.
+    """
+
+    def __init__(self, distributions: Sequence[Optimizees], weights: Sequence[float] | None = None) -> None:
+        self.distributions = tuple(distributions)
+        self.weights = (1.0,) * len(self.distributions) if weights is None else tuple(weights)
+        if not self.distributions:
+            raise ValueError("distributions must hold at least one, got none")
+        if len(self.weights) != len(self.distributions):
+            raise ValueError(f"weights must be {len(self.distributions)}, one a distribution, got {len(self.weights)}")
+        if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
+            raise ValueError(f"weights must be finite, at least 0, and not all 0, got {list(self.weights)}")
+
+    def split(self, name: str) -> MixedOptimizees:
+        """The same mixture of another split."""
+        return MixedOptimizees([distribution.split(name) for distribution in self.distributions], self.weights)
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> MixedBatch:
+        """Draw the kind of every problem, then the problems; each kind has a generator of its own from then on."""
+        check_num_tasks(num_tasks)
+        weights = torch.tensor(self.weights, dtype=torch.float64)
+        modes = torch.multinomial(weights, num_tasks, replacement=True, generator=generator)
+        seeds = torch.randint(2**63 - 1, (len(self.distributions),), generator=generator).tolist()
+        counts = modes.bincount(minlength=len(self.distributions)).tolist()
+        groups = [
+            distribution.sample(count, torch.Generator().manual_seed(seed))
+            for distribution, count, seed in zip(self.distributions, counts, seeds, strict=True)
+            if count
+        ]
+        return MixedBatch(groups, modes.sort().values)
+
+
+class MixedBatch:
+    """T problems in G groups, one a kind. Params are a tuple of G tensors [T of the group, P of the group].
+
+    Attributes:
+        groups: a batch of problems each; their problems, one group after the other, are the T problems
+        modes: the kind of each problem, as its index in the mixture's distributions, [T], 64-bit integers, ascending
+    """
+
+    def __init__(self, groups: Sequence[Any], modes: Tensor) -> None:
+        self.groups, self.modes, self.num_tasks = tuple(groups), modes, len(modes)
+
+    def init_params(self) -> tuple[Any, ...]:
+        """Fresh starting points of every group."""
+        return tuple(group.init_params() for group in self.groups)
+
+    def loss(self, params: tuple[Any, ...]) -> Tensor:
+        """Losses [T] on the next minibatch of each problem."""
+        return torch.cat([group.loss(piece) for group, piece in zip(self.groups, params, strict=True)])
+
+    def full_loss(self, params: tuple[Any, ...]) -> Tensor:
+        """Losses [T] on all data of each problem."""
+        return torch.cat([group.full_loss(piece) for group, piece in zip(self.groups, params, strict=True)])
+
+    def select(self, tasks: slice | Tensor) -> MixedBatch:
+        """Some of the problems, in their order: a slice, ascending indices, or a mask [T].
+
+        Raises:
+            ValueError: where no problem is left, or indices do not ascend.
+        """
+        tasks = tasks.cpu() if isinstance(tasks, Tensor) else tasks
+        rows = torch.arange(self.num_tasks)[tasks]
+        if not len(rows) or bool((rows.diff() < 0).any()):
+            raise ValueError(f"tasks must select at least one of the {self.num_tasks} problems, ascending, got {tasks}")
+        groups, first = [], 0
+        for group in self.groups:
+            kept = rows[(rows >= first) & (rows < first + group.num_tasks)] - first
+            first += group.num_tasks
+            if len(kept):
+                groups.append(group.select(_slice(kept, tasks.step) if isinstance(tasks, slice) else kept))
+        return MixedBatch(groups, self.modes[rows.to(self.modes.device)])
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same problems on another device."""
+        return type(self)([group.to(device) for group in self.groups], self.modes.to(device))
+
+
+def _slice(rows: Tensor, step: int | None) -> slice:
+    """Rows as a slice, which is all that a batch of problems must take."""
+    return slice(int(rows[0]), int(rows[-1]) + 1, step)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 #: How long processes wait for one that has not started yet.
@@ -57,7 +58,7 @@ class Processes:
                 return
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
-            store = dist.PrefixStore(_new_name(store, rank, world), store)
+            store = PrefixStore(_new_name(store, rank, world), store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             atexit.register(self._leave)
         if dist.is_initialized():

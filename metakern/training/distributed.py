@@ -18,8 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
 #: How long processes wait for one that has not started yet.
 _PATIENCE = timedelta(minutes=30)
@@ -56,10 +54,7 @@ class Processes:
         if not dist.is_initialized() and all(name in os.environ for name in _ENVIRONMENT):
             if int(os.environ["WORLD_SIZE"]) == 1:
                 return
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
-            store = PrefixStore(_new_name(store, rank, world), store)
-            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+            _connect("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(self._leave)
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -146,6 +141,16 @@ class Processes:
     def _leave(self) -> None:
         if dist.is_initialized() and not self._lost:  # a lost process would be waited for
             dist.destroy_process_group()
+
+
+def _connect(backend: str) -> None:
+    # Builds of torch without distributed training have neither.
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
+    store = PrefixStore(_new_name(store, rank, world), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
 
 
 def _new_name(store: Any, rank: int, world: int) -> str:

@@ -5,7 +5,8 @@ Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,8 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
-from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
-from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
+from metakern.ops.mlp_inner_loop import make_problem, make_weights, mlp_inner_loop, mlp_meta_loss, run_meta_loss
+from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
 _LABEL_ERROR = "as the model has"
@@ -72,6 +73,11 @@ def fused_meta_loss(
     Raises:
         Unserved: where the generic path must serve
     """
+    usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
+    if usual is not None and usual[0] in _served_before:
+        (serves, problem, weights), mlp = _served_before[usual[0]], usual[1]
+        known = partial(run_meta_loss, serves, problem, weights, mlp.params, (), (*support, None), (*query, None))
+        return _served(known)  # type: ignore[no-any-return]
     mlp, _, arguments = _arguments(options)
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
@@ -89,18 +95,52 @@ def fused_meta_loss(
     if sets[0][0].shape[0] != sets[1][0].shape[0]:
         raise Unserved("support and query do not share the task axis")
     serves = _serving(options, mlp, arguments["loss"], *(x for x, _ in sets))
-    losses: Tensor = _served(
-        lambda: mlp_meta_loss(
-            mlp.params,
-            *sets,
-            support_mask=masks[0],
-            query_mask=masks[1],
-            step_weights=step_weights,
-            backend=serves,
-            **arguments,
-        )
-    )
+    call = partial(mlp_meta_loss, support_mask=masks[0], query_mask=masks[1], step_weights=step_weights, backend=serves)
+    losses: Tensor = _served(lambda: call(mlp.params, *sets, **arguments))
+    if usual is not None:
+        _remember(usual[0], serves, mlp, options, arguments)
     return losses
+
+
+#: Backend, problem and step weights of usual calls of meta_loss that were served, by what decided them.
+_served_before: dict[Hashable, tuple[str, Problem, tuple[float, ...]]] = {}
+
+#: So many are remembered at most.
+_MOST_REMEMBERED = 256
+
+
+def _usual(options: Options, support: Any, query: Any) -> tuple[Hashable, Mlp] | None:
+    """What decides how a call without unusual options is served, all of it, and the model; None for other calls.
+
+    Looking everything up anew takes as long as a small inner loop itself.
+    """
+    asked = _backend.requested(options.backend)
+    plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
+    if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
+        return None
+    if is_transformed() or not isinstance(options.model, nn.Module) or isinstance(options.loss, nn.Module):
+        return None
+    mlp = find_mlp(options.model)
+    first = mlp.params[0]
+    tensors = (*support, *query) if type(support) is type(query) is tuple else ()
+    if len(tensors) != 4 or mlp.flattens or torch.is_autocast_enabled(first.device.type):
+        return None
+    if False in [p.requires_grad for p in mlp.params] or "" in mlp.names:
+        return None
+    facts = [(x.shape, x.dtype, x.device) for x in tensors if type(x) is Tensor and not x.requires_grad]
+    if len(facts) != 4 or True in [x.is_inference() for x in tensors]:
+        return None
+    of_model = (mlp.widths, mlp.activation, first.dtype, first.device)
+    of_call = (options.loss, options.steps, options.lr, options.first_order, options.checkpoint_every, asked)
+    return (*of_model, *of_call, *facts), mlp
+
+
+def _remember(key: Hashable, serves: str, mlp: Mlp, options: Options, arguments: dict[str, Any]) -> None:
+    if len(_served_before) >= _MOST_REMEMBERED:
+        _served_before.clear()
+    made = {name: value for name, value in arguments.items() if name != "checkpoint_every"}
+    problem = make_problem(mlp.params, checkpoint_every=options.checkpoint_every or options.steps, **made)
+    _served_before[key] = serves, problem, make_weights(None, options.steps)
 
 
 def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:

@@ -237,14 +237,51 @@ def test_a_model_too_large_for_one_backend_goes_to_the_next(
 
     monkeypatch.setattr(_fused_inner_loop, "mlp_meta_loss", spy)
     monkeypatch.setitem(_backend.PREFERRED, "cpu", ("cpp", "triton"))
+    monkeypatch.setattr(_fused_inner_loop, "_served_before", {})
     data = episode(tasks=1)
     objective = Objective(mlp(2, 4, 1), "meta_loss", steps=1, explain=True)
     with torch.no_grad():
         expected = objective(*data)
+        _fused_inner_loop._served_before.clear()
         monkeypatch.setattr(_mlp, "unserved", lambda *size: "it is too large")
         assert_close("losses", objective(*data), expected, 1e-12)
         assert served == ["cpp", "triton"]
+        _fused_inner_loop._served_before.clear()
         monkeypatch.setattr(_mlp, "unserved_by_triton", lambda widths: "it is too wide")
         assert_close("losses", objective(*data), expected, 1e-12)
     assert served == ["cpp", "triton"]
     assert "it is too large; it is too wide" in capsys.readouterr().out
+
+
+def test_a_remembered_call_is_served_as_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fused_inner_loop, "_served_before", {})
+    remembered = _fused_inner_loop._served_before
+    net, data = mlp(2, 4, 1), episode()
+    objective = Objective(net, "meta_loss")
+    losses = [objective(*data) for _ in range(2)]
+    assert len(remembered) == 1
+    assert_same_bits("losses", *losses)
+    grads = [torch.autograd.grad(loss.sum(), list(net.parameters())) for loss in losses]
+    for index, (a, b) in enumerate(zip(*grads, strict=True)):
+        assert_same_bits(f"gradient {index}", a, b)
+
+
+@pytest.mark.parametrize("change", ["weights", "dtype", "frozen", "activation", "hook", "samples"])
+def test_what_is_remembered_does_not_outlive_a_change(change: str) -> None:
+    net, data = mlp(2, 4, 1), episode()
+    objective = Objective(net, "meta_loss")
+    objective(*data)
+    if change == "weights":
+        net[0] = nn.Linear(2, 4).double()
+    elif change == "dtype":
+        net, data = net.float(), tuple(x.float() for x in data)
+    elif change == "frozen":
+        net[0].weight.requires_grad_(False)
+    elif change == "activation":
+        net[1] = nn.ReLU()
+    elif change == "hook":
+        net[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    else:
+        data = tuple(x[:, :3] for x in data)
+    expected = Objective(net, "meta_loss", backend="reference")(*data)
+    assert_close("losses", objective(*data), expected, 1e-5 if change == "dtype" else 1e-12)

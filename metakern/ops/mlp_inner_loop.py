@@ -152,7 +152,7 @@ def mlp_inner_loop(
         TypeError, ValueError: for options that do not fit
         RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
     """
-    problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
+    problem = make_problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
     serves = _backend.resolve(backend, support_x.device, _reasons(params, support_x, None, steps, activation, loss))
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
@@ -206,8 +206,10 @@ def mlp_meta_loss(
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mlp_inner_loop`.
     """
-    problem = _problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps)
-    weights = _weights(step_weights, steps)
+    problem = make_problem(
+        params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps
+    )
+    weights = make_weights(step_weights, steps)
     reasons = _reasons(params, support[0], query[0], steps, activation, loss)
     serves = _backend.resolve(backend, support[0].device, reasons)
     if serves == "reference":
@@ -218,11 +220,24 @@ def mlp_meta_loss(
                 prediction = reference.predict(now, query[0], activation)
                 total = total + weight * reference.task_losses(prediction, query[1], loss, query_mask)
         return total  # type: ignore[no-any-return]
-    if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
+    sets = (*support, support_mask), (*query, query_mask)
+    return run_meta_loss(serves, problem, weights, params, _rate_tensors(lr), *sets)
+
+
+def run_meta_loss(
+    serves: str,
+    problem: Problem,
+    weights: tuple[float, ...],
+    params: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    support: tuple[Tensor, Tensor, Tensor | None],
+    query: tuple[Tensor, Tensor, Tensor | None],
+) -> Tensor:
+    """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
+    if serves != "cpp" and reference.LOSSES[problem.loss] == "cross_entropy":  # whose operator looks for itself
         _check_labels("support", support[1], params)
         _check_labels("query", query[1], params)
-    sets = (*support, support_mask), (*query, query_mask)
-    return meta_loss_call(_operators(serves), problem, params, _rate_tensors(lr), *sets, weights)
+    return meta_loss_call(_operators(serves), problem, params, lr, support, query, weights)
 
 
 def _reasons(
@@ -255,7 +270,8 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
-def _weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
+def make_weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
+    """[K] weights of the query losses, checked."""
     if step_weights is None:
         return (0.0,) * (steps - 1) + (1.0,)
     if len(step_weights) != steps or not any(step_weights):
@@ -295,7 +311,7 @@ def _rate_tensors(lr: Any) -> list[Tensor]:
     return list(lr) if isinstance(lr, Sequence) else []
 
 
-def _problem(
+def make_problem(
     params: Sequence[Tensor],
     lr: Any,
     steps: int,

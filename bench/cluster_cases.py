@@ -39,6 +39,7 @@ class Way:
         clusters: C; None: as many as there are true modes
         settled: whether the learning rate falls to zero in the end and weights are averaged
         batches: of :class:`metakern.clustering.ClusterSampler`
+        by_loss: whether evaluation assigns tasks by support losses, whatever training assigns them by
         wide: one model of as many parameters as all clusters have together
     """
 
@@ -47,6 +48,7 @@ class Way:
     clusters: int | None = None
     settled: bool = False
     batches: str = "uniform"
+    by_loss: bool = False
     wide: bool = False
 
 
@@ -109,14 +111,28 @@ def _maml(
 #: Stages of clusters by loss, as shares of the run.
 STAGES = {"warmup": 0.02, "begin": 0.02}
 
+_TRUE = {"assign": "modes"}
 _SINGLE = {
     PLAIN: Way("MAML, uniform sampler"),
     SETTLED: Way("MAML, decay and averaging", settled=True),
     WIDE: Way("MAML, as many parameters as the clusters", wide=True),
-    "oracle": Way("one learner per true mode", {"assign": "modes"}),
-    "oracle-settled": Way("one learner per true mode, decay and averaging", {"assign": "modes"}, settled=True),
+    "oracle": Way("one learner per true mode", {"assign": "modes"}, by_loss=True),
+    "oracle-settled": Way(
+        "a learner per true mode, decay and averaging", {"assign": "modes"}, settled=True, by_loss=True
+    ),
 }
 
+
+def noise(batch: Any) -> Tensor:
+    """A description [T, 1] that says nothing of a task, but is always the same."""
+    sums: Tensor = batch.support_x.flatten(1).sum(1, keepdim=True)
+    return (1e4 * sums).frac()
+
+
+#: The control of clusters: as many learners, whose tasks have nothing in common.
+_RANDOM = {"assign": "embedding", "embedding": noise}
+
+#: Clusters of regressions: one mode is several.
 MANY = 12
 REGRESSION_WAYS = _SINGLE | {
     "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
@@ -126,10 +142,14 @@ REGRESSION_WAYS = _SINGLE | {
     "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
     "balanced": Way("12 clusters, balanced batches", STAGES, MANY, settled=True, batches="balanced"),
     "one": Way("12 clusters, batches from one", STAGES, MANY, settled=True, batches="one"),
+    "random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True),
 }
 
+DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
 DIGITS_WAYS = _SINGLE | {
-    "clusters": Way("4 clusters, by least loss", {"warmup": 0.05, "begin": 0.1}, settled=True),
+    "few": Way("4 clusters, by least loss", DIGITS_STAGES, settled=True),
+    "clusters": Way("8 clusters, by least loss", DIGITS_STAGES, 8, settled=True),
+    "random": Way("8 learners of tasks at random", {**DIGITS_STAGES, **_RANDOM}, 8, settled=True, by_loss=True),
 }
 
 _BY_KIND = {"assign": "modes", "per_cluster": False}
@@ -163,7 +183,7 @@ PROBLEMS = {
         "5-way 1-shot digits in 4 domains",
         lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
         (64, 64, 64, 5),
-        (64, 156, 156, 5),
+        (64, 230, 230, 5),
         lr=0.1,
         modes=len(DOMAINS),
         measure="accuracy",

@@ -137,13 +137,11 @@ class Run:
 # ------------------------------------------------------------------------------------------------------ one run's part
 
 
-def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
-    """Mean measure of tasks, each assigned from its support set or told its mode, as optimizee problems always are."""
+def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, by: str | None = None) -> float:
+    """Mean measure of tasks, each assigned as the learner does it, or in another way."""
     if isinstance(learner, ClusteredLearner):
         before = learner.eval_temperature, learner.assign_by
-        learner.eval_temperature = temperature
-        if learner.assign_by == "modes" and not told and hasattr(learner.shared, "support_losses"):
-            learner.assign_by = "losses"
+        learner.eval_temperature, learner.assign_by = temperature, by or learner.assign_by
         measures = learner.evaluate(batch)
         learner.eval_temperature, learner.assign_by = before
     else:
@@ -156,31 +154,31 @@ def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, 
 def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
     """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
     problem, way = PROBLEMS[problem_name], PROBLEMS[problem_name].ways[way_name]
-    run, measure = Run(problem, way, seed, plan), problem.measure
+    run, measure, by = Run(problem, way, seed, plan), problem.measure, "losses" if way.by_loss else None
     curve = []
     for point in range(plan.points + 1):
         run.advance(point * run.iterations // plan.points)
-        value = evaluated(run.result, held_out(problem, "valid", plan), measure)
+        value = evaluated(run.result, held_out(problem, "valid", plan), measure, by=by)
         curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
         advance(point / plan.points)
     learner = run.result
-    averages = isinstance(learner, ClusteredLearner) and learner.assign_by == "losses"
+    averages = isinstance(learner, ClusteredLearner) and "losses" in (by, learner.assign_by)
     valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
-    choices = {t: evaluated(learner, valid, measure, t) for t in (TEMPERATURES if averages else (0.0,))}
+    choices = {t: evaluated(learner, valid, measure, t, by) for t in (TEMPERATURES if averages else (0.0,))}
     temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
     found = {
         "curve": curve,
         "temperature": temperature,
         "valid": choices[temperature],
-        "test": evaluated(learner, test, measure, temperature),
-        "test_of_one": evaluated(learner, test, measure),
+        "test": evaluated(learner, test, measure, temperature, by),
+        "test_of_one": evaluated(learner, test, measure, by=by),
         "seconds": run.seconds,
         "wall_seconds": run.wall_seconds,
         "iterations": run.iterations,
     }
-    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes" and hasattr(learner.shared, "adapt"):
-        found["test_told"] = evaluated(learner, test, measure, told=True)
-    if averages:
+    if averages and learner.assign_by == "modes":
+        found["test_told"] = evaluated(learner, test, measure)
+    elif averages and not by:
         found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
     return found
 
@@ -273,6 +271,7 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
             "test": summary(tests),
             "seconds": summary([run["seconds"] for run in of]),
             "wall_seconds": summary([run["wall_seconds"] for run in of]),
+            "test_of_one": summary([run["test_of_one"] for run in of]),
             "temperatures": [run["temperature"] for run in of],
             "difference": summary([a - b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
             "difference_best": summary([a - b["test"] for a, b in zip(tests, runs[best], strict=True)]),

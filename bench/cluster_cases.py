@@ -5,6 +5,7 @@ Axis legend: T tasks, C clusters, K inner steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +91,7 @@ class Problem:
             learner = self.fresh(way.wide)
         if way.options is None:
             return learner
-        counts = {k: round(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
+        counts = {k: math.ceil(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
         return ClusteredLearner(learner, way.clusters or self.modes, seed=seed, **{**way.options, **counts})
 
 

@@ -178,7 +178,7 @@ def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Adva
     }
     if averages and learner.assign_by == "modes":
         found["test_told"] = evaluated(learner, test, measure)
-    elif averages and not by:
+    elif averages and not by and learner.num_active:
         found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
     return found
 

@@ -135,14 +135,16 @@ _RANDOM = {"assign": "embedding", "embedding": noise}
 
 #: Clusters of regressions: one mode is several.
 MANY = 12
-REGRESSION_WAYS = _SINGLE | {
-    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
+CLUSTERED = {
     "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
     "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
+}
+COMPARED = {
     "unsettled": Way("12 clusters, by least loss, no decay or averaging", STAGES, MANY),
     "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
-    "balanced": Way("12 clusters, balanced batches", STAGES, MANY, settled=True, batches="balanced"),
-    "one": Way("12 clusters, batches from one", STAGES, MANY, settled=True, batches="one"),
+    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
+    "balanced": Way("as many clusters as modes, balanced batches", STAGES, settled=True, batches="balanced"),
+    "one": Way("as many clusters as modes, batches from one", STAGES, settled=True, batches="one"),
     "random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True),
 }
 
@@ -163,7 +165,7 @@ RULE_WAYS = {
 }
 
 
-def _regression(modes: int) -> Problem:
+def _regression(modes: int, ways: Mapping[str, Way]) -> Problem:
     return _maml(
         f"{modes}-mode regression, 10-shot",
         lambda: mixture(modes, support=10, query=10),
@@ -173,13 +175,13 @@ def _regression(modes: int) -> Problem:
         modes=modes,
         measure="loss",
         iterations=9000,
-        ways=REGRESSION_WAYS,
+        ways=ways,
     )
 
 
 PROBLEMS = {
-    "regression-3": _regression(3),
-    "regression-5": _regression(5),
+    "regression-3": _regression(3, _SINGLE | CLUSTERED | COMPARED),
+    "regression-5": _regression(5, _SINGLE | CLUSTERED),
     "digits": _maml(
         "5-way 1-shot digits in 4 domains",
         lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
@@ -188,7 +190,7 @@ PROBLEMS = {
         lr=0.1,
         modes=len(DOMAINS),
         measure="accuracy",
-        iterations=3000,
+        iterations=2000,
         ways=DIGITS_WAYS,
     ),
     "optimizees": Problem(
@@ -198,8 +200,8 @@ PROBLEMS = {
         lambda _: RuleLearner(CoordinatewiseLSTM(), steps=40, unroll=20),
         modes=1 + len(FUNCTIONS),
         measure="log_loss",
-        iterations=300,
-        outer_lr=3e-3,
+        iterations=400,
+        outer_lr=1e-3,
         ways=RULE_WAYS,
     ),
 }

@@ -42,7 +42,7 @@ class ClusteredLearner(nn.Module):
     Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks go by embeddings, these are
     clustered anew. Afterwards a learner that serves less than ``least_share`` of the pool starts again as a copy of the
     one with the largest sum of losses, moved to where that one's inner steps lead on its worst served tasks: empty
-    clusters are filled so, and one that took nearly all tasks is split.
+    clusters are filled so, and one that took nearly all tasks is split. What an optimizer keeps of it, it keeps.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
@@ -150,7 +150,7 @@ class ClusteredLearner(nn.Module):
             parts = [(*of, loss) for of, loss in zip(served, losses, strict=True) if loss is not None]
             total = parts[0][2].new_zeros(batch.num_tasks)
             for tasks, share, loss in parts:
-                total = total.index_add(0, tasks, loss * share)
+                total = total.index_add(0, tasks, loss * share.to(loss))
             yield total
 
     @torch.no_grad()

@@ -152,7 +152,7 @@ class BuildExtension(build_ext):
         self.force = True  # setuptools sees neither flags nor torch change
         sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
         extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
-        flags = ["-std=c++17", "-O1" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
+        flags = ["-std=c++17", "-O0" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
         cuda = Cuda.find()
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             kernels = [pool.submit(cuda.compile, kernel, self.build_temp) for kernel in CUDA_KERNELS] if cuda else []

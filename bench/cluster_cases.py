@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.inner_loop_cases import mlp
 from metakern.learners import ClusteredLearner, MAMLLearner, RuleLearner
+from metakern.models import mlp
 from metakern.rules import CoordinatewiseLSTM
 from metakern.tasks import ClassicFunction, Digits, MixedOptimizees, Quadratics, TaskDistribution, mixture
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.work import inner_loop_forwards
+from metakern.models import conv4, mlp
 
 #: Inputs [T, S, ...] and targets of T tasks.
 Set = tuple[Tensor, Tensor]
@@ -102,27 +102,6 @@ class Case:
         """Gaussian inputs, as many of every class."""
         x = torch.randn(self.tasks, samples, *self.shape, generator=generator)
         return x, (torch.arange(samples) % self.widths[-1]).expand(self.tasks, samples).contiguous()
-
-
-def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them."""
-    layers: list[nn.Module] = []
-    for inputs, outputs in pairwise(widths):
-        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
-
-
-def conv4(shape: tuple[int, ...], filters: int, outputs: int) -> nn.Sequential:
-    """Four times convolution, batch norm over the current batch, ReLU and pooling; then a linear layer.
-
-    Without the biases that the norm takes away again: their gradients are rounding alone, which cannot be compared.
-    """
-    channels, height, width = shape
-    layers: list[nn.Module] = []
-    for inputs in (channels, filters, filters, filters):
-        norm = nn.BatchNorm2d(filters, track_running_stats=False)
-        layers += [nn.Conv2d(inputs, filters, 3, padding=1, bias=False), norm, nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (height // 16) * (width // 16), outputs))
 
 
 def sinusoid(tasks: int = 32, steps: int = 5, *, first_order: bool = False) -> Case:

@@ -29,11 +29,12 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import machine
-from bench.inner_loop_cases import Case, mlp, sinusoid
+from bench.inner_loop_cases import Case, sinusoid
 from bench.inner_loop_contenders import Batched, Fused, Vmap, iterate
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_sinusoid
 from metakern.figures import COLOURS
+from metakern.models import mlp
 
 WAYS: dict[str, type[Batched]] = {"metakern": Fused, "plain PyTorch": Vmap}
 

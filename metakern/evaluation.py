@@ -71,20 +71,22 @@ def training_curve(
 ) -> Tensor:
     """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P].
+    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
 
     Returns:
         full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
     """
     batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
-    params = batch.init_params().requires_grad_()
-    optimizer = factory([params])
+    params = pytree.tree_map(Tensor.requires_grad_, batch.init_params())
+    leaves = pytree.tree_leaves(params)
+    optimizer = factory(leaves)
     losses = []
     for _ in range(steps):
         if every_step:
             with torch.no_grad():
                 losses.append(batch.full_loss(params))
-        (params.grad,) = torch.autograd.grad(batch.loss(params).sum(), params)
+        for leaf, grad in zip(leaves, torch.autograd.grad(batch.loss(params).sum(), leaves), strict=True):
+            leaf.grad = grad
         optimizer.step()
     with torch.no_grad():
         losses.append(batch.full_loss(params))

@@ -14,7 +14,7 @@ from metakern.evaluation import (
 )
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
-from metakern.tasks import DigitsMLP, Quadratics
+from metakern.tasks import ClassicFunction, DigitsMLP, MixedOptimizees, Quadratics
 
 SMALL = {"num_tasks": 3, "steps": 5, "seed": 0}
 
@@ -40,6 +40,21 @@ def test_networks_trained_side_by_side_are_trained_as_if_alone():
         residual = torch.bmm(batch.weight, params.unsqueeze(-1)) - batch.target.unsqueeze(-1)
         params = params - 0.01 * 2 * torch.bmm(batch.weight.mT, residual).squeeze(-1)
     torch.testing.assert_close(curve[-1], batch.full_loss(params))
+
+
+def test_problems_of_several_kinds_are_trained_as_each_kind_alone():
+    kinds = [Quadratics(4), ClassicFunction("matyas")]
+    options = {"num_tasks": 5, "steps": 3, "seed": 2}
+    curve = training_curve(BASELINES["Adam"](0.1), MixedOptimizees(kinds), **options)
+    batch = MixedOptimizees(kinds).sample(5, torch.Generator().manual_seed(2))
+    assert len(batch.groups) == 2
+    for mode, group in enumerate(batch.groups):
+        params = group.init_params().requires_grad_()
+        optimizer = torch.optim.Adam([params], 0.1)
+        for _ in range(3):
+            (params.grad,) = torch.autograd.grad(group.loss(params).sum(), params)
+            optimizer.step()
+        torch.testing.assert_close(curve[-1, batch.modes == mode], group.full_loss(params).detach())
 
 
 def test_tuning_finds_the_best_rate_of_the_grid():

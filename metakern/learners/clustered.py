@@ -170,6 +170,32 @@ class ClusteredLearner(nn.Module):
         return measures
 
     @torch.no_grad()
+    def predict(self, batch: Any, steps: int | None = None) -> Tensor:
+        """Predictions [T, Q, ...] for the query sets after ``steps`` inner steps of the learner a task is assigned to.
+
+        The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
+        """
+        if not self.num_active or not self.per_cluster:
+            return self.shared.predict(batch, steps)  # type: ignore[operator, no-any-return]
+        labels = self.assign(batch)
+        rows = [(labels == cluster).nonzero().flatten() for cluster in range(self.num_active)]
+        parts = [
+            learner.predict(batch.select(tasks), steps)
+            for learner, tasks in zip(self._used(), rows, strict=True)
+            if len(tasks)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+    def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Measures [T] of predictions [T, Q, ...] for targets, those of the shared learner."""
+        return self.shared.measure(prediction, target)  # type: ignore[operator, no-any-return]
+
+    @property
+    def eval_steps(self) -> int:
+        """Inner steps in evaluation, those of the shared learner."""
+        return self.shared.eval_steps  # type: ignore[return-value]
+
+    @torch.no_grad()
     def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> None:
         """To be called before every iteration's batch, numbers from 0; draws a pool where one is due.
 

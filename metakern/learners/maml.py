@@ -56,6 +56,7 @@ class MAMLLearner(nn.Module):
         if rates == "lslr" and self.eval_steps != steps:
             raise ValueError(f"eval_steps must be steps, {steps}, as each step learns its rate, got {self.eval_steps}")
         self.model, self.loss, self.steps, self.lr, self.options = model, loss, steps, lr, options
+        self._by_step = rates == "lslr"
         self.rates = nn.ParameterDict(_initial_rates(model, options.get("parameters"), rates, steps, lr))
         self._names = {name.replace(".", "/"): name for name, _ in model.named_parameters()}
 
@@ -67,10 +68,16 @@ class MAMLLearner(nn.Module):
         """The T models after ``steps`` inner steps on their support sets, ``eval_steps`` by default."""
         return adapt(self.model, *batch.support, **self._arguments(self.eval_steps if steps is None else steps))
 
+    def predict(self, batch: Episodes, steps: int | None = None) -> Tensor:
+        """Predictions [T, Q, ...] for the query sets after ``steps`` steps; 0 steps leave the initialisation itself."""
+        if steps == 0:
+            return torch.stack([self.model(x) for x in batch.query_x])
+        return self.adapt(batch, steps)(batch.query_x)
+
     @torch.no_grad()
     def evaluate(self, batch: Episodes) -> dict[str, Tensor]:
         """Query loss, and accuracy where targets are classes, of every task after ``eval_steps`` steps, [T] each."""
-        return self.measure(self.adapt(batch)(batch.query_x), batch.query_y)
+        return self.measure(self.predict(batch), batch.query_y)
 
     def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
         """Loss, and accuracy where targets are classes, of predictions [T, Q, ...] for targets; [T] each."""
@@ -105,8 +112,8 @@ class MAMLLearner(nn.Module):
         return torch.cat([(tensor - start[name]).flatten(1) for name, tensor in adapted.parameters.items()], 1)
 
     def _arguments(self, steps: int) -> dict[str, Any]:
-        lr = {self._names[key]: rate for key, rate in self.rates.items()} if len(self.rates) else self.lr
-        return {"loss": self.loss, "steps": steps, "lr": lr, **self.options}
+        rates = {self._names[key]: rate[:steps] if self._by_step else rate for key, rate in self.rates.items()}
+        return {"loss": self.loss, "steps": steps, "lr": rates or self.lr, **self.options}
 
 
 def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: float) -> dict[str, nn.Parameter]:

@@ -94,7 +94,8 @@ class RuleLearner(nn.Module):
         """``unroll`` inner steps; returns new params and state, and the losses [T].
 
         The graph is not of f(θ_t), but of the gradient of f at θ_t, which the rule needs anyway, times θ_t: its
-        gradient is the same, and no minibatch is differentiated twice.
+        gradient is the same, and no minibatch is differentiated twice. Noise that is added to gradients is in it
+        too, of mean zero.
         """
         values, surrogates = [], []
         for step in range(self.unroll + 1):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from metakern.tasks import ClassicFunction
 from metakern.tasks.classic_functions import FUNCTIONS
-from tests.tasks.test_optimizees import generator
+from tests.tasks.draws import generator
 
 every_function = pytest.mark.parametrize("name", FUNCTIONS)
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from metakern.tasks import DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, NetworkProblem
 from metakern.tasks.digit_networks import DIGITS_SPLITS, RowRNN, load_digits
-from tests.tasks.test_optimizees import generator
+from tests.tasks.draws import generator
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu"])

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from metakern.tasks import NetworkProblem
+from tests.tasks.draws import generator
 
 
 def sines(split: str) -> tuple[Tensor, Tensor]:
@@ -18,10 +19,6 @@ def sines(split: str) -> tuple[Tensor, Tensor]:
 
 def small() -> nn.Module:
     return nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1, bias=False))
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_losses_are_those_of_each_network_alone():

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from metakern.tasks import ClassicFunction, DigitsMLP, MixedOptimizees, Quadratics
-from tests.tasks.test_optimizees import generator, losses_and_gradients
+from tests.tasks.draws import generator
+from tests.tasks.test_optimizees import losses_and_gradients
 
 MIXTURE = MixedOptimizees([Quadratics(3), ClassicFunction("beale"), DigitsMLP(5, batch_size=7)], [1, 2, 1])
 

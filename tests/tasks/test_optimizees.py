@@ -21,6 +21,7 @@ from metakern.tasks import (
     Quadratics,
     TaskDistribution,
 )
+from tests.tasks.draws import generator
 
 PROBLEMS = {
     "quadratics": Quadratics(3),
@@ -33,10 +34,6 @@ PROBLEMS = {
     "mixture": MixedOptimizees([Quadratics(3), GradientNoise(DigitsMLP(5, batch_size=7), 0.1), Quadratics(2)]),
 }
 every_kind = pytest.mark.parametrize("problems", PROBLEMS.values(), ids=PROBLEMS)
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def losses_and_gradients(batch: Any, steps: int = 2) -> Tensor:

@@ -1,63 +1,85 @@
-"""The command line through its real entry point: what it writes, and errors in one line."""
+"""train optimizer and eval optimizer: what they write, and errors in one line."""
 
 import json
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
+import yaml
 
+from metakern.cli.optimizer import PROBLEMS, verdict
 from metakern.evaluation import Curve
 from metakern.rules import CoordinatewiseLSTM
+from tests.cli.commands import invoke, metakern, metrics, succeed
 
-
-def metakern(*arguments: str, cwd) -> subprocess.CompletedProcess:
-    environment = os.environ | {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "metakern", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, env=environment)
+RUN = "--episodes 2 --networks 2 --steps 4 --unroll 2 --hidden-size 6 --seed 5 --eval-every 1"
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short training run and what it printed."""
+    """A short training run and what it printed, from the real entry point."""
     folder = tmp_path_factory.mktemp("run")
-    arguments = "train optimizer --output out --episodes 2 --networks 2 --steps 4 --unroll 2 --hidden-size 6 --seed 5"
-    result = metakern(*arguments.split(), cwd=folder)
+    result = metakern(*f"train optimizer --output out {RUN}".split(), cwd=folder)
     assert result.returncode == 0, result.stderr
-    return folder / "out", result
+    return folder / "out", result.stdout
 
 
 def test_training_writes_weights_history_and_a_figure(trained):
-    folder, result = trained
-    assert "best validation loss" in result.stdout
-    assert "episode 2/2: loss" in result.stdout  # without a terminal, lines take the place of the progress bar
+    folder, printed = trained
+    assert "best validation loss" in printed
+    assert "episode 2/2: loss" in printed  # without a terminal, lines take the place of the progress bar
     rule = CoordinatewiseLSTM.from_pretrained(str(folder))
     assert rule.hidden_size == 6
     history = json.loads((folder / "training.json").read_text())
     assert len(history["episodes"]) == 2
+    assert [iteration for iteration, _ in history["evaluations"]] == [1, 2]
+    assert history["best"] == min(loss for _, loss in history["evaluations"])
     assert history["config"]["steps"] == 4
     assert history["command"].startswith("metakern train optimizer --output out")
     assert history["environment"]["torch"] == torch.__version__
-    assert (folder / "training.png").stat().st_size > 10_000
+    assert (folder / "figures" / "learning.png").stat().st_size > 10_000
 
 
-def test_the_seed_repeats_a_run(trained, tmp_path):
+def test_the_best_weights_by_validation_are_kept(trained, tmp_path):
+    """Each evaluation is of weights that a run which stops there would keep."""
     folder, _ = trained
-    arguments = "train optimizer --output again --episodes 2 --networks 2 --steps 4 --unroll 2 --hidden-size 6 --seed 5"
-    assert metakern(*arguments.split(), cwd=tmp_path).returncode == 0
+    evaluations = json.loads((folder / "training.json").read_text())["evaluations"]
+    best = min(evaluations, key=lambda pair: pair[1])[0]
+    checkpoint = torch.load(folder / "checkpoints" / "00000002.pt", weights_only=True)
+    kept = CoordinatewiseLSTM.from_pretrained(str(folder)).state_dict()
+    assert all(torch.equal(kept[name], checkpoint["best_weights"][f"rule.{name}"]) for name in kept)
+    assert checkpoint["history"]["best_iteration"] == best
+
+
+def test_the_configuration_repeats_a_run(trained, tmp_path):
+    folder, _ = trained
+    succeed(f"train optimizer --config {folder}/config.yaml --output {tmp_path}/again")
     first, second = (CoordinatewiseLSTM.from_pretrained(str(path)) for path in (folder, tmp_path / "again"))
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert metrics(tmp_path / "again") == metrics(folder)
+    assert len(metrics(folder)) == 4
+
+
+def test_the_learning_rate_falls_along_a_cosine_to_three_percent(tmp_path):
+    succeed(f"train optimizer {RUN} --episodes 4 --problem quadratics --output {tmp_path}/q --lr 0.01")
+    rates = [line["lr"] for line in metrics(tmp_path / "q") if "lr" in line]
+    expected = [0.01 * (0.03 + 0.97 * (1 + math.cos(math.pi * i / 4)) / 2) for i in range(4)]
+    assert rates == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("problem", sorted(set(PROBLEMS) - {"digits", "quadratics"}))
+def test_every_problem_trains_by_its_name(problem, tmp_path):
+    succeed(f"train optimizer {RUN} --episodes 1 --eval-tasks 2 --problem {problem} --output {tmp_path}/run --quiet")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["problem"] == problem
+    assert math.isfinite(metrics(tmp_path / "run")[0]["loss"])
 
 
 def test_evaluation_prints_both_tables_and_writes_figures(trained, tmp_path):
     folder, _ = trained
-    result = metakern("eval", "optimizer", str(folder), "--networks", "2", "--steps", "15", "--speed", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    printed = succeed(f"eval optimizer {folder} --networks 2 --steps 15 --speed")
     titles = ("Training loss of 2 unseen networks after 15 steps", "Seconds per meta-iteration")
     for text in (*titles, "Learned LSTM", "SGD", "Momentum 0.9", "RMSprop", "Adam", "metakern, fused", "plain PyTorch"):
-        assert text in result.stdout
+        assert text in printed
     figures = json.loads((folder / "results.json").read_text())
     assert [row["optimizer"] for row in figures["optimizers"]][:2] == ["Learned LSTM", "SGD"]
     assert len(figures["optimizers"][0]["curve_mean"]) == 16
@@ -66,12 +88,10 @@ def test_evaluation_prints_both_tables_and_writes_figures(trained, tmp_path):
 
 
 def test_quadratics_are_trained_without_preprocessing(tmp_path):
-    arguments = "train optimizer --problem quadratics --output q --episodes 1 --networks 2 --steps 4 --unroll 2"
-    result = metakern(*arguments.split(), cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    succeed(f"train optimizer --problem quadratics {RUN} --output {tmp_path}/q")
     rule = CoordinatewiseLSTM.from_pretrained(str(tmp_path / "q"))
     assert (rule.preprocess, rule.output_scale) == ("none", 1.0)
-    assert metakern("eval", "optimizer", "q", "--networks", "2", "--steps", "3", cwd=tmp_path).returncode == 0
+    succeed(f"eval optimizer {tmp_path}/q --networks 2 --steps 3")
     assert json.loads((tmp_path / "q" / "results.json").read_text())["problem"] == "quadratics"
 
 
@@ -84,20 +104,24 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
         ("eval optimizer nowhere", "'nowhere' is not a folder, and pretrained rule must be one of digits_lstm"),
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
         ("train optimizer --lr inf", "lr must be positive and finite, got inf"),
+        ("train optimizer --problem mnist", "problem must be one of digits, digits-regression, digits-cnn, digits-rnn"),
+        ("train optimizer --objective mean", "objective must be one of sum, log, got 'mean'"),
     ],
 )
-def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path):
-    result = metakern(*arguments.split(), cwd=tmp_path)
-    assert result.returncode == 1
+def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = invoke(arguments)
+    assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.rglob("*.pt"))
 
 
 def test_a_folder_that_cannot_be_written_is_named_before_the_work(tmp_path):
     (tmp_path / "file").write_text("")
-    result = metakern("train", "optimizer", "--output", "file/run", cwd=tmp_path)
-    assert result.returncode == 1
-    assert "file/run" in result.stderr
+    result = invoke(f"train optimizer --output {tmp_path}/file/run")
+    assert result.exit_code == 1
+    assert f"folder {tmp_path}/file/run cannot be written: Not a directory" in result.stderr
     assert "episode" not in result.stdout
 
 
@@ -107,26 +131,17 @@ def test_a_damaged_rule_is_named(trained, tmp_path):
     damaged.mkdir()
     (damaged / "config.json").write_text((folder / "config.json").read_text())
     (damaged / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:1000])
-    result = metakern("eval", "optimizer", str(damaged), cwd=tmp_path)
-    assert result.returncode == 1
+    result = invoke(f"eval optimizer {damaged}")
+    assert result.exit_code == 1
     assert "is truncated, damaged or not a safetensors file" in result.stderr
 
 
 def test_the_verdict_is_the_truth():
-    from metakern.cli import verdict
-
     curves = [Curve(name, torch.full((1, 2), loss)) for name, loss in (("Learned", 1.0), ("A", 2.0), ("B", 0.5))]
     assert verdict(curves) == "The learned optimizer does not beat: B."
     assert verdict(curves[:2]) == "The learned optimizer beats every tuned baseline."
     curves[0].losses.fill_(math.nan)
     assert verdict(curves[:2]) == "The learned optimizer does not beat: A."
-
-
-def test_info_says_what_is_in_use(tmp_path):
-    result = metakern("info", cwd=tmp_path)
-    assert result.returncode == 0
-    for text in ("cpu_capability", "compiler", torch.__version__):
-        assert text in result.stdout
 
 
 def test_the_rule_in_the_package_beats_every_tuned_baseline():

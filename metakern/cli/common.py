@@ -1,0 +1,137 @@
+"""What all commands share: settings as options and as YAML, errors in one line, the console."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, get_type_hints
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperCommand
+
+from metakern.runs.folder import CONFIG, read_config
+
+Option = typer.Option
+
+#: What a command raises for input that it cannot use, and for files that it cannot read or write.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """Where a run goes and what it shows: no part of its configuration."""
+
+    output: Annotated[Path | None, Option(help="Folder of the run; default: runs/LEARNER.")] = None
+    config: Annotated[
+        Path | None, Option(help="Settings of another run, its config.yaml; options given beside it override.")
+    ] = None
+    resume: Annotated[bool, Option("--resume", help="Continue the run in the folder, to the same bits.")] = False
+    overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in the folder.")] = False
+    quiet: Annotated[bool, Option("--quiet", "-q", help="Print errors alone.")] = False
+
+    @property
+    def console(self) -> Console:
+        """Where to print: nowhere if quiet, nor from another process than the first of several."""
+        return Console(quiet=self.quiet or not is_first_process())
+
+
+def is_first_process() -> bool:
+    """Whether this process is the one, or the first under torchrun: it alone writes and prints."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def is_restart() -> bool:
+    """Whether torchrun has started this process anew after another one died: the run then goes on by itself."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def fail(error: Exception) -> typer.Exit:
+    """Print a one-line error and leave with status 1."""
+    line = " ".join(str(error).split()) or type(error).__name__
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False)
+    return typer.Exit(1)
+
+
+class RunCommand(TyperCommand):
+    """A command whose options take their defaults from ``--config``, or with ``--resume`` from the run's folder."""
+
+    learner: ClassVar[str]
+    settings: ClassVar[tuple[str, ...]]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Look for the file first; then parse as ever: what stands on the command line overrides."""
+        given: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
+        path = Path(given["config"]) if given.get("config") else None
+        if path is None and given.get("resume"):
+            folder_config = Path(given.get("output") or default_output(self.learner)) / CONFIG
+            path = folder_config if folder_config.is_file() else None
+        if path is not None:
+            try:
+                ctx.default_map = self._settings(path)
+            except ERRORS as error:
+                raise fail(error) from error
+        return super().parse_args(ctx, args)
+
+    def _settings(self, path: Path) -> dict[str, Any]:
+        content = read_config(path, self.learner)
+        if unknown := [str(key) for key in content if key not in self.settings]:
+            raise ValueError(
+                f"configuration {path} has unknown settings {', '.join(unknown)}; known are {', '.join(self.settings)}"
+            )
+        return content
+
+
+def default_output(learner: str) -> Path:
+    """The folder of a run that names none."""
+    return Path("runs") / learner
+
+
+def train_command(app: typer.Typer, learner: str, settings: type, function: Callable[..., None]) -> None:
+    """Register ``function(settings, options)`` as ``train LEARNER``: every field of both dataclasses is an option."""
+
+    def command(**values: Any) -> None:
+        parts = [
+            kind(**{field.name: values[field.name] for field in dataclasses.fields(kind)})
+            for kind in (settings, RunOptions)
+        ]
+        try:
+            function(*parts)
+        except typer.Exit:  # a RuntimeError, and no error
+            raise
+        except ERRORS as error:
+            raise fail(error) from error
+
+    parameters = [*_parameters(settings), *_parameters(RunOptions)]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    command.__doc__ = function.__doc__
+    names = tuple(field.name for field in dataclasses.fields(settings))
+    kind = type("TrainCommand", (RunCommand,), {"learner": learner, "settings": names})
+    app.command(learner, cls=kind)(command)
+
+
+def _parameters(settings: Any) -> list[inspect.Parameter]:
+    """A keyword for every field of a dataclass, with its option and default."""
+    hints = get_type_hints(settings, include_extras=True)
+    return [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in dataclasses.fields(settings)
+    ]
+
+
+def choose(name: str, value: str, choices: Sequence[str]) -> str:
+    """``value``, if it is among ``choices``.
+
+    Raises:
+        ValueError: that names the setting and the choices.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    return value

@@ -1,0 +1,245 @@
+"""Settings of ``train maml`` and what they stand for: tasks, model, learner, outer optimizer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.cli.common import Option, choose
+from metakern.cli.training import LAST_RATE
+from metakern.clustering import BATCHES, EMBEDDINGS, METHODS, ClusterSampler
+from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.learners.clustered import ASSIGNMENTS
+from metakern.models import conv4, mlp
+from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
+from metakern.tasks.digits import DOMAINS
+
+#: Outer optimizers by name.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+_REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
+_DIGITS = {"shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.1, "num_tasks": 32, "hidden": "64,64", "filters": 0}
+
+#: What settings left open become, by tasks.
+PRESETS: dict[str, dict[str, Any]] = {
+    "sinusoid": _REGRESSION | {"inner_lr": 0.01},
+    **{f"regression-{modes}": _REGRESSION | {"inner_lr": 0.001} for modes in (2, 3, 5)},
+    "digits": _DIGITS,
+    "digits-domains": _DIGITS,
+    "omniglot": {
+        "shots": 1, "queries": 15, "steps": 1, "inner_lr": 0.4, "num_tasks": 16, "hidden": "256,128,64,64",
+        "filters": 64,
+    },
+    "mini-imagenet": {
+        "shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.01, "num_tasks": 4, "hidden": "256,64", "filters": 32,
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MAMLSettings:
+    """The whole configuration of a run; None stands for what the tasks suggest, see :data:`PRESETS`."""
+
+    tasks: Annotated[str, Option(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
+    data: Annotated[str | None, Option(help="Folder of omniglot or mini-imagenet.")] = None
+    ways: Annotated[int, Option(min=2, help="Classes of a few-shot task.")] = 5
+    shots: Annotated[int | None, Option(min=1, help="Support samples, of each class.")] = None
+    queries: Annotated[int | None, Option(min=1, help="Query samples, of each class.")] = None
+    model: Annotated[str, Option(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
+    hidden: Annotated[str | None, Option(help="Units of an mlp's hidden layers: 40,40.")] = None
+    filters: Annotated[int | None, Option(min=0, help="Filters of conv4.")] = None
+    steps: Annotated[int | None, Option(min=1, help="Inner steps in training.")] = None
+    eval_steps: Annotated[int | None, Option(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
+    inner_lr: Annotated[float | None, Option(help="Inner learning rate, or where learned ones start.")] = None
+    rates: Annotated[str, Option(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
+    first_order: Annotated[bool, Option(help="FOMAML: take inner gradients as constants.")] = False
+    anil: Annotated[bool, Option(help="Adapt the last layer alone.")] = False
+    parameters: Annotated[str | None, Option(help="Glob pattern of the parameters to adapt.")] = None
+    num_tasks: Annotated[int | None, Option(min=1, help="Tasks of a meta-batch.")] = None
+    iterations: Annotated[int, Option(min=1, help="Meta-batches to train on.")] = 1000
+    optimizer: Annotated[str, Option(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
+    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-3
+    scheduler: Annotated[str, Option(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
+    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
+    accumulate: Annotated[int, Option(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    ema: Annotated[float, Option(min=0, max=1, help="Decay of averaged weights, 0.99; 0: no averages.")] = 0.0
+    precision: Annotated[str | None, Option(help="bf16 or fp16 where the device has it.")] = None
+    patience: Annotated[int, Option(min=0, help="Evaluations without a better one before it stops; 0: never.")] = 0
+    eval_every: Annotated[int, Option(min=1, help="Iterations between evaluations.")] = 100
+    eval_tasks: Annotated[int, Option(min=2, help="Validation tasks of an evaluation.")] = 256
+    test_tasks: Annotated[int, Option(min=2, help="Test tasks at the end.")] = 600
+    checkpoint_every: Annotated[int, Option(min=1, help="Iterations between checkpoints.")] = 100
+    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
+    clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
+    cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
+    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
+    cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
+    cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
+    cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False
+    cluster_warmup: Annotated[int, Option(min=0, help="Iterations before clusters.")] = 0
+    cluster_begin: Annotated[int, Option(min=1, help="Iterations by embedding before those by losses.")] = 100
+    cluster_refresh: Annotated[int, Option(min=1, help="Iterations between two looks at all clusters.")] = 100
+    cluster_temperature: Annotated[float, Option(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
+    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
+    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
+    device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
+
+    def resolved(self) -> MAMLSettings:
+        """The same with nothing left open.
+
+        Raises:
+            ValueError: for names and combinations that there are not.
+        """
+        choose("tasks", self.tasks, tuple(PRESETS))
+        choose("model", self.model, ("auto", "mlp", "conv4"))
+        choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
+        choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        choose("scheduler", self.scheduler, ("cosine", "none"))
+        if self.clusters != "auto" and not self.clusters.isdecimal():
+            raise ValueError(f"clusters must be a number, auto, or 0 for none, got {self.clusters!r}")
+        if self.anil and self.parameters is not None:
+            raise ValueError(f"parameters must be left out where anil chooses them, got {self.parameters!r}")
+        for name in ("lr", "inner_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {value}")
+        preset = PRESETS[self.tasks]
+        settled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
+        images = self.tasks in ("omniglot", "mini-imagenet")
+        model = ("conv4" if images else "mlp") if self.model == "auto" else self.model
+        if model == "conv4" and not images:
+            raise ValueError(
+                f"model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
+            )
+        return replace(
+            settled, model=model, eval_steps=settled.eval_steps or settled.steps, device=device_of(self.device)
+        )
+
+    def describe(self) -> str:
+        """The run in a few words."""
+        shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
+        size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
+        clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
+        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{clusters}"
+
+
+REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
+
+
+def device_of(name: str) -> str:
+    """The device by name; "auto" takes a GPU where torch finds one."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(torch.device(name))
+    except RuntimeError as error:
+        raise ValueError(f"device must be auto, or one that torch knows, got {name!r}") from error
+
+
+def make_tasks(settings: MAMLSettings) -> TaskDistribution:
+    """The distribution that resolved settings name.
+
+    Raises:
+        ValueError: for images without a folder, and one that lacks what it should hold.
+    """
+    shots, queries = settings.shots or 1, settings.queries or 1
+    if settings.tasks == "sinusoid":
+        return Sinusoid(shots, queries, noise=0.0)
+    if settings.tasks in REGRESSION:
+        return mixture(int(settings.tasks[-1]), shots, queries)
+    episodes: dict[str, Any] = {"ways": settings.ways, "support": shots, "query": queries}
+    if settings.tasks.startswith("digits"):
+        return Digits(**episodes, domains=tuple(DOMAINS) if settings.tasks == "digits-domains" else ())
+    if settings.data is None:
+        raise ValueError(f"data must name the folder of {settings.tasks}, got none: --data FOLDER")
+    return (Omniglot if settings.tasks == "omniglot" else MiniImageNet)(settings.data, **episodes)
+
+
+def make_model(settings: MAMLSettings, tasks: TaskDistribution) -> nn.Module:
+    """A model for the tasks' inputs and outputs, which a draw shows."""
+    batch = tasks.sample(1, torch.Generator().manual_seed(0))
+    shape = batch.support_x.shape[2:]
+    outputs = settings.ways if not batch.support_y.is_floating_point() else int(batch.support_y.shape[-1])
+    if settings.model == "conv4":
+        return conv4(shape, settings.filters or 1, outputs)
+    body = mlp(math.prod(shape), *widths(settings.hidden or ""), outputs)
+    return body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body)
+
+
+def widths(text: str) -> list[int]:
+    """Units of hidden layers out of "40,40".
+
+    Raises:
+        ValueError: for anything but numbers with commas between.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {text!r}") from error
+
+
+def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
+    """The learner that resolved settings describe, its weights drawn from ``seed``."""
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, tasks)
+    parameters = settings.parameters
+    if settings.anil:
+        parameters = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0] + ".*"
+    loss: Callable[..., Tensor] = F.mse_loss if settings.tasks in REGRESSION else F.cross_entropy
+    learner = MAMLLearner(
+        model,
+        loss=loss,
+        steps=settings.steps or 1,
+        eval_steps=settings.eval_steps,
+        lr=settings.inner_lr or 0.0,
+        rates=settings.rates.replace("-", "_"),
+        first_order=settings.first_order,
+        parameters=parameters,
+    ).to(settings.device)
+    if settings.clusters == "0":
+        return learner
+    clustered = ClusteredLearner(
+        learner,
+        None if settings.clusters == "auto" else int(settings.clusters),
+        assign=settings.cluster_by,
+        warmup=settings.cluster_warmup,
+        begin=settings.cluster_begin,
+        refresh=settings.cluster_refresh,
+        embedding=settings.cluster_embedding,
+        method=settings.cluster_method,
+        temperature=settings.cluster_temperature,
+        per_cluster=not settings.cluster_shared,
+        seed=settings.seed,
+    )
+    return clustered.to(settings.device)
+
+
+def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
+    """The distribution to train on: in batches by cluster where settings say so."""
+    if settings.clusters == "0" or settings.cluster_batches == "uniform":
+        return tasks
+    return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]
+
+
+def make_optimizer(settings: MAMLSettings, learner: nn.Module) -> torch.optim.Optimizer:
+    """The outer optimizer."""
+    return OPTIMIZERS[settings.optimizer](learner.parameters(), lr=settings.lr)
+
+
+def settings_of(content: Mapping[str, Any]) -> MAMLSettings:
+    """Settings out of a run's config.yaml."""
+    known = MAMLSettings.__dataclass_fields__
+    if unknown := [str(key) for key in content if key not in known]:
+        raise ValueError(f"configuration has unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
+    return MAMLSettings(**content)

@@ -1,0 +1,203 @@
+"""metakern train maml · metakern eval maml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+
+from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
+from metakern.cli.common import ERRORS, RunOptions, fail, train_command
+from metakern.cli.fewshot import MAMLSettings, make_learner, make_optimizer, make_tasks, sampler, settings_of
+from metakern.cli.training import begin, cosine, finish, fit
+from metakern.learners import ClusteredLearner
+from metakern.runs.folder import (
+    CONFIG,
+    FIGURES,
+    RESULTS,
+    load_weights,
+    make_folder,
+    read_config,
+    save_weights,
+    write_json,
+)
+from metakern.tasks import TaskDistribution
+from metakern.training import Trainer, TrainerConfig
+
+LEARNER = "maml"
+
+
+def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
+    """Meta-train an initialisation by MAML; the best weights by validation stay, test tasks are looked at last."""
+    settings = settings.resolved()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    tasks = make_tasks(settings)
+    learner = make_learner(settings, tasks)
+    optimizer = make_optimizer(settings, learner)
+    run = begin(LEARNER, asdict(settings), options)
+    run.console.print(escape(settings.describe()), highlight=False)
+    trainer = Trainer(
+        learner,
+        sampler(settings, tasks, learner),
+        optimizer,
+        trainer_config(settings),
+        scheduler=cosine(optimizer, settings.iterations) if settings.scheduler == "cosine" else None,
+        callbacks=run.callbacks(),
+        folder=run.folder,
+    )
+    fit(run, trainer)
+    if finish(run, trainer, lambda folder: save_weights(folder, learner)):
+        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+
+
+def trainer_config(settings: MAMLSettings) -> TrainerConfig:
+    """The trainer's part of resolved settings; 0 and none are what it calls None."""
+    return TrainerConfig(
+        iterations=settings.iterations,
+        num_tasks=settings.num_tasks or 1,
+        seed=settings.seed,
+        clip_norm=settings.clip_norm or None,
+        accumulate=settings.accumulate,
+        eval_every=settings.eval_every,
+        eval_tasks=settings.eval_tasks,
+        patience=settings.patience or None,
+        ema=settings.ema or None,
+        precision=settings.precision,
+        checkpoint_every=settings.checkpoint_every,
+        keep=settings.keep,
+        device=settings.device,
+    )
+
+
+def eval_maml(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval for several.")
+    ] = None,
+    num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
+    steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
+    data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+) -> None:
+    """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
+    try:
+        moved = {"device": device} | ({"data": data} if data else {})
+        unique = len({run.name for run in runs}) == len(runs)
+        trained = [_load(run, run.name if unique else str(run), moved) for run in runs]
+        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval"))
+        make_folder(folder)
+        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
+    except ERRORS as error:
+        raise fail(error) from error
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A learner and the tasks that it was trained for."""
+
+    name: str
+    settings: MAMLSettings
+    learner: Any
+    tasks: TaskDistribution
+
+
+def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
+    """What a run trained; ``moved`` replaces settings of where it was."""
+    settings = settings_of({**read_config(run / CONFIG, LEARNER), **moved}).resolved()
+    tasks = make_tasks(settings)
+    learner = make_learner(settings, tasks)
+    load_weights(run, learner)
+    return Trained(name, settings, learner, tasks)
+
+
+def report(
+    console: Console,
+    folder: Path,
+    trained: Sequence[Trained],
+    num_tasks: int,
+    *,
+    steps: int | None = None,
+    seed: int = TEST_SEED,
+) -> None:
+    """Measure learners on the same test tasks: a table, results.json, figures of adaptation and clusters.
+
+    Raises:
+        ValueError: for learners of different tasks.
+    """
+    from metakern.figures import plot_adaptation, plot_clusters  # matplotlib takes a second to import
+
+    kinds = {_kind(each.settings) for each in trained}
+    if len(kinds) > 1:
+        raise ValueError(f"runs must be of the same tasks to be compared, got {'; '.join(sorted(kinds))}")
+    adaptations = [
+        measure_adaptation(each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name)
+        for each in trained
+    ]
+    console.print(adaptation_table(adaptations))
+    measures = [{"run": each.name, "measures": each.summary()} for each in adaptations]
+    write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
+    plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
+    written = [RESULTS, f"{FIGURES}/adaptation.png"]
+    for each in trained:
+        if isinstance(each.learner, ClusteredLearner) and each.learner.num_active:
+            name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name.replace('/', '-')}.png"
+            plot_clusters(*cluster_map(each.learner, each.tasks, num_tasks), folder / FIGURES / name)
+            written.append(f"{FIGURES}/{name}")
+    line = f"results are in {escape(str(folder))}/: {', '.join(written)}"
+    console.print(line, highlight=False, soft_wrap=True)
+
+
+def _kind(settings: MAMLSettings) -> str:
+    """What must be the same for results to be compared."""
+    return f"{settings.tasks} of {settings.ways} ways, {settings.shots} shots, {settings.queries} queries"
+
+
+def cluster_map(
+    learner: ClusteredLearner, tasks: TaskDistribution, num_tasks: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embeddings [T, D] of test tasks, their clusters [T], and their true modes [T] where they have some."""
+    device = next(learner.parameters()).device
+    batch = tasks.split("test").sample(num_tasks, torch.Generator().manual_seed(TEST_SEED)).to(device)
+    points = learner.embedding(learner.shared, list(learner.learners)[: learner.num_active], batch)
+    modes = None if batch.modes is None else batch.modes.cpu()
+    return points.cpu(), learner.assign(batch).cpu(), modes
+
+
+def adaptation_table(adaptations: Sequence[Adaptation]) -> Table:
+    """A row for every number of inner steps: mean and 95 % interval of every learner's loss and accuracy."""
+    title = f"{adaptations[0].num_tasks} unseen tasks, ± half of the 95 % interval"
+    table = Table(title=title, title_justify="left")
+    table.add_column("inner steps", justify="right")
+    columns = []
+    for adaptation in adaptations:
+        for name, rows in adaptation.summary().items():
+            table.add_column(name if len(adaptations) == 1 else f"{adaptation.name}\n{name}", justify="right")
+            columns.append([_cell(name, row["mean"], row["interval"]) for row in rows])
+    last = max(len(column) for column in columns) - 1
+    for step in range(last + 1):
+        cells = [column[step] if step < len(column) else "" for column in columns]
+        table.add_row(str(step), *cells, style="bold green" if step == last else "")
+    return table
+
+
+def _cell(name: str, mean: float, half: float) -> str:
+    if name == "accuracy":
+        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
+    return f"{mean:.4g} ± {half:.2g}"
+
+
+def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:
+    """Both commands."""
+    train_command(train_app, LEARNER, MAMLSettings, train_maml)
+    eval_app.command(LEARNER)(eval_maml)

@@ -1,0 +1,268 @@
+"""metakern train optimizer · metakern eval optimizer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
+from metakern.cli.training import begin, cosine, finish, fit
+from metakern.evaluation import BASELINES, LEARNING_RATES, Curve, SpeedComparison, compare_optimizers, compare_speed
+from metakern.learners import RuleLearner
+from metakern.rules import CoordinatewiseLSTM
+from metakern.runs.folder import make_folder, write_json
+from metakern.runs.progress import progress_bar
+from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
+from metakern.tasks.classic_functions import FUNCTIONS
+from metakern.training import History, Trainer, TrainerConfig
+
+LEARNER = "optimizer"
+
+#: What a learned optimizer is trained on, by name.
+PROBLEMS: dict[str, Callable[[], Optimizees]] = {
+    "digits": DigitsMLP,
+    "digits-regression": DigitsRegression,
+    "digits-cnn": DigitsCNN,
+    "digits-rnn": DigitsRNN,
+    "quadratics": Quadratics,
+    **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
+}
+
+#: Where a run notes what it trained on, for ``eval optimizer``.
+TRAINING = "training.json"
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The whole configuration of a run; None stands for what the problem suggests."""
+
+    problem: Annotated[str, Option(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
+    episodes: Annotated[int, Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
+    networks: Annotated[int, Option(min=1, help="Problems solved side by side.")] = 8
+    steps: Annotated[int, Option(min=1, help="Inner steps of an episode.")] = 100
+    unroll: Annotated[int, Option(min=1, help="Inner steps between two outer steps.")] = 20
+    lr: Annotated[float, Option(help="Adam's learning rate for the rule's weights; it falls to 3 %.")] = 1e-2
+    objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
+    second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
+    clip_norm: Annotated[float, Option(help="Largest norm of a meta-gradient.")] = 1.0
+    hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
+    layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
+    preprocess: Annotated[
+        str | None, Option(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
+    ] = None
+    output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
+    backend: Annotated[str, Option(help="auto, cpp or reference.")] = "auto"
+    eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5
+    eval_tasks: Annotated[int, Option(min=1, help="Validation problems of an evaluation.")] = 16
+    checkpoint_every: Annotated[int, Option(min=1, help="Episodes between checkpoints.")] = 10
+    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
+    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
+    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
+
+    def resolved(self) -> OptimizerSettings:
+        """The same with nothing left open.
+
+        Raises:
+            ValueError: for names that there are not, and rates that are none.
+        """
+        choose("problem", self.problem, tuple(PROBLEMS))
+        for name in ("lr", "clip_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        quadratics = self.problem == "quadratics"
+        preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
+        scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
+        return replace(self, preprocess=preprocess, output_scale=scale)
+
+
+def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
+    """Meta-train a coordinatewise LSTM optimizer by truncated backpropagation; the best weights by validation stay."""
+    settings = settings.resolved()
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    torch.manual_seed(settings.seed)
+    rule = CoordinatewiseLSTM(
+        settings.hidden_size,
+        settings.layers,
+        preprocess=settings.preprocess or "none",
+        output_scale=settings.output_scale or 0.0,
+        backend=settings.backend,
+    )
+    learner = RuleLearner(
+        rule,
+        steps=settings.steps,
+        unroll=settings.unroll,
+        objective=settings.objective,
+        second_order=settings.second_order,
+    )
+    optimizer = torch.optim.Adam(learner.parameters(), settings.lr)
+    run = begin(LEARNER, asdict(settings), options, "episode")
+    trainer = Trainer(
+        learner,
+        PROBLEMS[settings.problem](),
+        optimizer,
+        trainer_config(settings),
+        scheduler=cosine(optimizer, settings.episodes),
+        callbacks=run.callbacks(),
+        folder=run.folder,
+    )
+    history = fit(run, trainer)
+    if finish(run, trainer, rule.save_pretrained):
+        _write_history(run.folder, history, settings)
+        best = f"best validation loss {history.best:.3g}; weights and history are in {escape(str(run.folder))}/"
+        run.console.print(best, highlight=False, soft_wrap=True)
+
+
+def trainer_config(settings: OptimizerSettings) -> TrainerConfig:
+    """The trainer's part of the settings."""
+    return TrainerConfig(
+        iterations=settings.episodes,
+        num_tasks=settings.networks,
+        seed=settings.seed,
+        clip_norm=settings.clip_norm,
+        eval_every=settings.eval_every,
+        eval_tasks=settings.eval_tasks,
+        checkpoint_every=settings.checkpoint_every,
+        keep=settings.keep,
+    )
+
+
+def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
+    figures = {
+        "problem": settings.problem,
+        "config": asdict(settings),
+        "episodes": [asdict(record) for record in history.records],
+        "evaluations": [(iteration, measures["loss"]) for iteration, measures in history.evaluations],
+        "best": history.best,
+    }
+    write_json(folder / TRAINING, figures)
+
+
+def eval_optimizer(
+    rule_folder: Annotated[
+        str, typer.Argument(help="Folder of `metakern train optimizer`, or the name of a rule in the package.")
+    ] = "digits_lstm",
+    output: Annotated[Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval.")] = None,
+    problem: Annotated[str | None, typer.Option(help="Default: what it was trained on, or digits.")] = None,
+    networks: Annotated[int, typer.Option(min=2, help="Fresh networks.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each network.")] = 100,
+    seed: Annotated[int, typer.Option(help="Decides networks and minibatches.")] = 1000,
+    speed: Annotated[bool, typer.Option(help="Also time meta-iterations against plain PyTorch.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+) -> None:
+    """Train unseen networks with a learned optimizer and with SGD, momentum, RMSprop and Adam at their best rates."""
+    console = Console(quiet=quiet)
+    try:
+        rule, folder = _load_rule(rule_folder, output)
+        problem = choose("problem", problem or _trained_on(Path(rule_folder)), tuple(PROBLEMS))
+        make_folder(folder)
+        curves = []
+        with progress_bar(console) as bar:
+            task = bar.add_task("training unseen networks", total=1 + len(BASELINES), note="")
+            for curve in compare_optimizers(rule, PROBLEMS[problem](), num_tasks=networks, steps=steps, seed=seed):
+                curves.append(curve)
+                bar.update(task, advance=1, note=curve.name)
+        comparison = None
+        if speed:
+            with console.status("timing meta-iterations"):
+                unroll = math.gcd(steps, OptimizerSettings.unroll)
+                comparison = compare_speed(rule, PROBLEMS[problem](), steps=steps, unroll=unroll)
+        facts = {"problem": problem, "networks": networks, "steps": steps, "seed": seed}
+        _report(console, folder, curves, comparison, facts)
+    except ERRORS as error:
+        raise fail(error) from error
+
+
+def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path]:
+    """The rule, and the folder for its figures."""
+    if Path(name).is_dir():
+        return CoordinatewiseLSTM.from_pretrained(name), output or Path(name)
+    try:
+        return CoordinatewiseLSTM.pretrained(name), output or Path("runs/eval")
+    except ValueError as error:
+        raise ValueError(f"{name!r} is not a folder, and {error}") from error
+
+
+def _trained_on(folder: Path) -> str:
+    """The problem that training.json of the folder names; digits where there is none."""
+    try:
+        return str(json.loads((folder / TRAINING).read_text())["problem"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return OptimizerSettings.problem
+
+
+def _report(
+    console: Console,
+    folder: Path,
+    curves: list[Curve],
+    comparison: SpeedComparison | None,
+    facts: Mapping[str, object],
+) -> None:
+    from metakern.figures import plot_curves
+
+    console.print(_optimizer_table(curves))
+    console.print(verdict(curves))
+    figures: dict[str, object] = {
+        **facts,
+        "learning_rates": LEARNING_RATES,
+        "optimizers": [curve.summary() for curve in curves],
+    }
+    if comparison:
+        console.print(_speed_table(comparison))
+        figures["speed"] = asdict(comparison) | {"ratio": comparison.ratio}
+    write_json(folder / "results.json", figures)
+    plot_curves(curves, folder / "curves.png")
+    console.print(f"figures are in {escape(str(folder))}/: curves.png, results.json")
+
+
+def verdict(curves: list[Curve]) -> str:
+    """Whether the first curve, the learned optimizer's, ends below all others."""
+    learned, *baselines = curves
+    better = [curve.name for curve in baselines if not learned.final.mean() < curve.final.mean()]
+    if better:
+        return f"The learned optimizer does not beat: {', '.join(better)}."
+    return "The learned optimizer beats every tuned baseline."
+
+
+def _optimizer_table(curves: list[Curve]) -> Table:
+    count, steps = curves[0].losses.shape[1], curves[0].losses.shape[0] - 1
+    table = Table(title=f"Training loss of {count} unseen networks after {steps} steps")
+    for name in ("optimizer", "learning rate", "mean", "standard deviation", "median", "worst"):
+        table.add_column(name, justify="left" if name == "optimizer" else "right")
+    best = min(curves, key=lambda curve: curve.final.mean().item())
+    for curve in curves:
+        figures = curve.summary()
+        rate = "-" if curve.lr is None else f"{curve.lr:.3g}"
+        row = [f"{figures[f'final_loss_{key}']:.2g}" for key in ("mean", "std", "median", "max")]
+        table.add_row(curve.name, rate, *row, style="bold green" if curve is best else "")
+    return table
+
+
+def _speed_table(comparison: SpeedComparison) -> Table:
+    title = f"Seconds per meta-iteration, {comparison.coordinates:,} coordinates, median of {comparison.repeats}"
+    table = Table(
+        title=title,
+        caption=f"meta-gradients differ by {comparison.difference:.0e} relative, allowed {comparison.tolerance:.0e}",
+    )
+    for name in ("implementation", "seconds", "speed-up"):
+        table.add_column(name, justify="left" if name == "implementation" else "right")
+    table.add_row("metakern, fused", f"{comparison.fused_seconds:.3f}", f"{comparison.ratio:.1f}x", style="bold green")
+    table.add_row("plain PyTorch (LSTMCell)", f"{comparison.plain_seconds:.3f}", "1.0x")
+    return table
+
+
+def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:
+    """Both commands."""
+    train_command(train_app, LEARNER, OptimizerSettings, train_optimizer)
+    eval_app.command(LEARNER)(eval_optimizer)

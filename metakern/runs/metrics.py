@@ -1,0 +1,137 @@
+"""What a run measures, as callbacks of the trainer: JSON lines, TensorBoard events, and figures drawn from the lines.
+
+A line of an iteration has the keys iteration, loss, accuracy where there are classes, lr, grad_norm, tasks_per_second,
+seconds, skipped; one of an evaluation has iteration and "evaluation" with the measures of validation tasks.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from metakern.runs.folder import FIGURES, METRICS, finite, write_text
+from metakern.training import Callback, History, Record, Trainer
+
+Line = dict[str, Any]
+
+#: Iterations of a run that TensorBoard shows, at most.
+POINTS = 1000
+
+
+def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
+    """Lines of iterations and lines of evaluations; an unfinished line at the end, of a process killed, is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        try:
+            lines.append(json.loads(text))
+        except json.JSONDecodeError:
+            break
+    return [line for line in lines if "evaluation" not in line], [line for line in lines if "evaluation" in line]
+
+
+def line_of(record: Record) -> Line:
+    """An iteration as a line."""
+    return {
+        "iteration": record.iteration,
+        "loss": record.loss,
+        **record.measures,
+        "lr": record.lr,
+        "grad_norm": record.grad_norm,
+        "tasks_per_second": record.tasks_per_second,
+        "seconds": record.seconds,
+        "skipped": record.skipped,
+    }
+
+
+class MetricsLog(Callback):
+    """metrics.jsonl of a folder. A resumed run goes on where its checkpoint stands: later lines are written anew."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / METRICS
+        self._file: IO[str] | None = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open the file, without the lines that the run will write again."""
+        kept: list[Line] = []
+        if trainer.iteration and self.path.is_file():
+            lines = [line for kind in read_metrics(self.path) for line in kind]
+            kept = sorted((line for line in lines if line["iteration"] <= trainer.iteration), key=_order)
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = self.path.open("a")
+
+    def on_iteration(self, trainer: Trainer, record: Record) -> None:
+        """One line."""
+        self._write(line_of(record))
+
+    def on_evaluation(self, trainer: Trainer, measures: dict[str, float]) -> None:
+        """One line."""
+        self._write({"iteration": trainer.iteration, "evaluation": measures})
+
+    def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._file:
+            self._file.close()
+
+    def _write(self, line: Line) -> None:
+        assert self._file, "on_start opens it"
+        self._file.write(json.dumps(finite(line), allow_nan=False) + "\n")
+        self._file.flush()  # a process that is killed loses no line
+
+
+def _order(line: Line) -> tuple[int, bool]:
+    return line["iteration"], "evaluation" in line
+
+
+class TensorBoardLog(Callback):
+    """The same as TensorBoard events in the folder: ``tensorboard --logdir runs`` shows every run beside the others.
+
+    Of a long run every nth iteration, :data:`POINTS` in all: an event takes as long as a small meta-iteration.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writer: Any = None
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Open an events file; TensorBoard drops what a resumed run writes again."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1 if trainer.iteration else None)
+
+    def on_iteration(self, trainer: Trainer, record: Record) -> None:
+        """One scalar for every number."""
+        if record.iteration % -(-trainer.config.iterations // POINTS):
+            return
+        numbers = line_of(record)
+        self._add("train", {key: numbers[key] for key in numbers.keys() - {"iteration", "seconds"}}, record.iteration)
+
+    def on_evaluation(self, trainer: Trainer, measures: dict[str, float]) -> None:
+        """One scalar for every measure."""
+        self._add("valid", measures, trainer.iteration)
+
+    def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
+        """Close the file."""
+        if self._writer:
+            self._writer.close()
+
+    def _add(self, group: str, numbers: Mapping[str, float], iteration: int) -> None:
+        for key, number in numbers.items():
+            self._writer.add_scalar(f"{group}/{key}", number, iteration)
+
+
+class LearningCurves(Callback):
+    """figures/learning.png, drawn when a run ends, from all of its lines; comes after :class:`MetricsLog`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
+        """Draw, unless there is nothing to show."""
+        from metakern.figures import plot_learning  # matplotlib takes a second to import
+
+        path = self.folder / METRICS
+        iterations, evaluations = read_metrics(path) if path.is_file() else ([], [])
+        if iterations:
+            plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png")

@@ -1,0 +1,269 @@
+"""Checkpoints on disk: whole or not there, of plain data only, and checked before they are believed.
+
+A checkpoint is two files: ``00000100.pt``, a torch file that is loaded with ``weights_only=True``, so that it can run
+no code, and ``00000100.sha256`` beside it, which ``sha256sum -c`` reads. Each is written to a temporary file, synced
+and renamed. Whatever ends a process in between, the checkpoints from before are whole.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import os
+import pickle
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Version of the state that a checkpoint holds; another one is refused.
+FORMAT = 1
+
+_NAME = re.compile(r"(\d{8,})\.pt")
+_TEMPORARY = ".tmp"
+_ASIDE = ".aside"
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint is damaged, or holds what no checkpoint may hold."""
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """The state in a checkpoint, after its digest was verified; tensors are on the CPU.
+
+    Args:
+        path: of the ``.pt`` file; its ``.sha256`` lies beside it
+
+    Raises:
+        FileNotFoundError: where there is no such file.
+        CheckpointError: for one without its digest, that is not the one its digest is of, or that holds anything but
+            tensors and plain data. No code in it is run.
+    """
+    return from_bytes(read_verified(Path(path)), str(path))
+
+
+def read_verified(path: Path) -> bytes:
+    """The bytes of a checkpoint; errors are those of :func:`load_checkpoint`."""
+    payload = path.read_bytes()
+    sidecar = _sidecar(path)
+    try:
+        digest = sidecar.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} has no digest beside it, {sidecar.name}, so it may be incomplete") from None
+    if digest != _digest_line(path.name, payload):
+        raise CheckpointError(f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}")
+    return payload
+
+
+def from_bytes(payload: bytes, name: str) -> dict[str, Any]:
+    """The state in the bytes of a checkpoint; ``name`` is for errors."""
+    try:
+        state = torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{name} holds more than tensors and plain data and is refused: it may run code"
+        ) from error
+    except Exception as error:  # a broken archive raises anything, and all of it means the same
+        raise CheckpointError(f"{name} is no torch file: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or "format" not in state:
+        raise CheckpointError(f"{name} is a torch file, but no checkpoint of a trainer")
+    if state["format"] != FORMAT:
+        raise CheckpointError(f"{name} must have format {FORMAT}, got {state['format']!r}")
+    return state
+
+
+def to_bytes(state: dict[str, Any]) -> bytes:
+    """A checkpoint's bytes.
+
+    Raises:
+        TypeError: for a state that could not be loaded again, naming the part that holds more than plain data.
+    """
+    payload = _serialised(state)
+    if not _is_plain(payload):
+        parts = [name for name, part in state.items() if not _is_plain(_serialised(part))]
+        raise TypeError(
+            f"a checkpoint must hold tensors, numbers, strings, lists and dicts only, got others in {parts}: what "
+            "state_dict() and get_extra_state() give must be made of these"
+        )
+    return payload
+
+
+def _serialised(state: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def _is_plain(payload: bytes) -> bool:
+    try:
+        torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        return False
+    return True
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: holds them and nothing else
+        keep: how many of the newest are kept
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def prepare(self) -> None:
+        """Make the folder and write into it, so that a run that could keep nothing does not start.
+
+        Raises:
+            OSError: that says what is wrong with the folder or disk.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _write_synced(self.folder / f"probe{_TEMPORARY}", b"metakern")
+            (self.folder / f"probe{_TEMPORARY}").unlink()
+        except OSError as error:
+            raise _explained(error, self.folder, "no checkpoint can be written") from error
+
+    def numbered(self) -> list[Path]:
+        """Checkpoints by the iterations that they stand for, oldest first."""
+        found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
+        return sorted(found, key=_number)
+
+    def save(self, state: dict[str, Any], *, best: int | None = None) -> Path:
+        """Write a checkpoint, then remove those that are neither among the newest nor the best.
+
+        Args:
+            state: what to write; ``state["iteration"]`` names it
+            best: iteration of the best one
+
+        Raises:
+            OSError: for a full disk, a read-only folder and the like; older checkpoints are whole then.
+            TypeError: for a state of more than plain data.
+        """
+        path = self.folder / f"{state['iteration']:08d}.pt"
+        payload = to_bytes(state)
+        try:
+            self._set_aside(state["iteration"])
+            # The digest first: a file without one would be one that looks damaged.
+            for target, data in ((_sidecar(path), _digest_line(path.name, payload)), (path, payload)):
+                temporary = target.with_name(target.name + _TEMPORARY)
+                _write_synced(temporary, data)
+                temporary.replace(target)
+            _sync_folder(self.folder)
+            self._prune(best)
+        except OSError as error:
+            self._discard(path)
+            problem = f"checkpoint {path.name} ({len(payload) / 1e6:.3g} MB) was not written"
+            raise _explained(error, self.folder, problem) from error
+        return path
+
+    def load_newest(self) -> tuple[Path, bytes]:
+        """The newest checkpoint that is whole, as :func:`from_bytes` reads it; a warning names those that are not.
+
+        Raises:
+            FileNotFoundError: where there is none at all.
+            CheckpointError: where none is whole.
+        """
+        problems = []
+        for path in reversed(self.numbered()):
+            try:
+                payload = read_verified(path)
+                from_bytes(payload, str(path))
+            except (CheckpointError, OSError) as error:
+                problems.append(str(error))
+                continue
+            for problem in problems:
+                warnings.warn(f"{problem}; {path.name} is taken in its place", RuntimeWarning, stacklevel=3)
+            return path, payload
+        if problems:
+            raise CheckpointError("no checkpoint is whole: " + "; ".join(problems))
+        raise FileNotFoundError(errno.ENOENT, "there is no checkpoint", str(self.folder))
+
+    def _set_aside(self, iteration: int) -> None:
+        """Rename what is there of this iteration and later ones, damaged or of a course not followed, to ``.aside``."""
+        for path in self.numbered():
+            if _number(path) >= iteration:
+                for file in (path, _sidecar(path)):
+                    if file.exists():
+                        file.replace(file.with_name(file.name + _ASIDE))
+
+    def _prune(self, best: int | None) -> None:
+        for path in self.numbered()[: -self.keep]:
+            if _number(path) != best:
+                path.unlink()
+                _sidecar(path).unlink(missing_ok=True)
+        for path in self.folder.glob(f"*{_TEMPORARY}"):
+            path.unlink()
+
+    def _discard(self, path: Path) -> None:
+        """Remove what a failed save left, as far as the disk lets us: the error that is raised matters more."""
+        leftovers = [file.with_name(file.name + _TEMPORARY) for file in (path, _sidecar(path))]
+        for file in leftovers if path.exists() else [*leftovers, _sidecar(path)]:
+            if file.exists() and os.access(self.folder, os.W_OK):
+                file.unlink()
+
+
+def find_checkpoint(path: str | Path | None, own: Checkpoints | None) -> tuple[Path, bytes]:
+    """The checkpoint that a path names, with its verified bytes.
+
+    Args:
+        path: a file; or a folder of checkpoints, or of a run, whose newest whole one it is; None means ``own``
+        own: checkpoints of the run that asks
+
+    Raises:
+        FileNotFoundError: where there is none
+        CheckpointError: for a damaged one, or a folder without a whole one
+    """
+    if path is None:
+        if own is None:
+            raise FileNotFoundError("path must name a checkpoint, as the trainer has no folder, got None")
+        return own.load_newest()
+    path = Path(path)
+    if not path.is_dir():
+        return path, read_verified(path)
+    inner = path / "checkpoints"
+    return Checkpoints(inner if inner.is_dir() else path, keep=1).load_newest()
+
+
+def _number(path: Path) -> int:
+    return int(path.stem)
+
+
+def _sidecar(path: Path) -> Path:
+    return path.with_suffix(".sha256")
+
+
+def _digest_line(name: str, payload: bytes) -> bytes:
+    return f"{hashlib.sha256(payload).hexdigest()}  {name}\n".encode()
+
+
+def _write_synced(path: Path, payload: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(payload)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _explained(error: OSError, folder: Path, problem: str) -> OSError:
+    if error.errno in _FULL:
+        reason = "the disk, or what you may use of it, is full: free some space"
+    elif error.errno in _READ_ONLY:
+        reason = "the folder is read-only, or not yours to write into"
+    else:
+        reason = error.strerror or str(error)
+    return OSError(error.errno, f"{problem}, {reason}; older checkpoints are untouched", str(folder))

@@ -1,0 +1,90 @@
+"""How a meta-learner is trained."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+#: Measures of which more is better; of all others less is.
+HIGHER_IS_BETTER = ("accuracy",)
+
+#: Mixed precisions, and which torch dtype each computes in.
+PRECISIONS = ("bf16", "fp16")
+
+_COUNTS = (
+    "iterations",
+    "num_tasks",
+    "accumulate",
+    "eval_every",
+    "eval_tasks",
+    "checkpoint_every",
+    "keep",
+    "max_skipped",
+)
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """How a meta-learner is trained.
+
+    Attributes:
+        iterations: meta-batches to train on
+        num_tasks: tasks of a meta-batch, over all processes
+        seed: decides every draw
+        clip_norm: largest 2-norm of the meta-gradient; None leaves it as it is
+        accumulate: parts that a process goes through its share of a meta-batch in, for less memory; the meta-gradient
+            is that of the whole
+        eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
+        eval_tasks: tasks of an evaluation, over all processes
+        patience: evaluations in a row without a better ``monitor`` before training stops; None trains to the end
+        monitor: the measure that says which weights are best: more is better for "accuracy", less for any other
+        ema: β of the exponential moving average of the parameters, which is then what is evaluated and kept as best;
+            None averages nothing
+        precision: one of :data:`PRECISIONS` for autocast, where the device has it
+        checkpoint_every: iterations between two checkpoints; the last iteration is followed by one
+        keep: newest checkpoints that are kept, beside the best
+        max_skipped: outer steps in a row with a loss or meta-gradient that is not finite before training stops
+        device: where the learner and the tasks are; "cuda" is the process's own GPU under torchrun
+
+    Raises:
+        TypeError, ValueError: for a value of another type, or out of range.
+    """
+
+    iterations: int = 1000
+    num_tasks: int = 32
+    seed: int = 0
+    clip_norm: float | None = None
+    accumulate: int = 1
+    eval_every: int = 100
+    eval_tasks: int = 256
+    patience: int | None = None
+    monitor: str = "loss"
+    ema: float | None = None
+    precision: str | None = None
+    checkpoint_every: int = 100
+    keep: int = 3
+    max_skipped: int = 10
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        for name in (*_COUNTS, *(("patience",) if self.patience is not None else ())):
+            _check_integer(name, getattr(self, name))
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        _check_integer("seed", self.seed)
+        for name in ("monitor", "device"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
+        for name, limit in (("clip_norm", math.inf), ("ema", 1.0)):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, int | float):
+                raise TypeError(f"{name} must be a number or None, got {value!r}")
+            if value is not None and not 0 < value < limit:
+                raise ValueError(f"{name} must be above 0 and below {limit}, got {value}")
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+
+
+def _check_integer(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise TypeError(f"{name} must be an integer, got {value!r}")

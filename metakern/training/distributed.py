@@ -1,0 +1,146 @@
+"""The processes of a run: each takes its share of a meta-batch, and all see the same sums.
+
+Started by ``torchrun``, or by whatever else sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; gloo connects CPUs,
+NCCL GPUs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run does not answer any more."""
+
+
+class Processes:
+    """The processes of this run, or this one alone.
+
+    Args:
+        device: where tensors are; "cuda" becomes the GPU of LOCAL_RANK
+
+    Attributes:
+        rank: which one this is
+        world: how many there are
+        device: this one's
+
+    Raises:
+        RuntimeError: for a GPU that is not there.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device = torch.device(device)
+        if self.device.type == "cuda":
+            self.device = _own_gpu(self.device)
+        self.rank, self.world, self._lost = 0, 1, False
+        if not dist.is_available():
+            return
+        if not dist.is_initialized() and all(name in os.environ for name in _ENVIRONMENT):
+            if int(os.environ["WORLD_SIZE"]) == 1:
+                return
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(self._leave)
+        if dist.is_initialized():
+            self.rank, self.world = dist.get_rank(), dist.get_world_size()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def share(self, num_tasks: int) -> slice:
+        """The tasks of ``num_tasks`` that are for this process; shares differ by one task at most.
+
+        Raises:
+            ValueError: for fewer tasks than processes.
+        """
+        if num_tasks < self.world:
+            raise ValueError(f"there must be at least one task for each of {self.world} processes, got {num_tasks}")
+        return slice(num_tasks * self.rank // self.world, num_tasks * (self.rank + 1) // self.world)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum over all processes, in place; all get the same bits.
+
+        Raises:
+            ProcessLost: when another one has ended.
+        """
+        if self.world > 1:
+            self._collective(lambda: dist.all_reduce(tensor))
+        return tensor
+
+    def sum_gradients(self, parameters: Sequence[Tensor], figures: Tensor) -> Tensor:
+        """Sum the gradients and some figures over all processes in one collective.
+
+        Args:
+            parameters: their ``grad`` becomes the sum, in which None is zero; it stays None where it is so everywhere
+            figures: [n], what else is summed
+
+        Returns:
+            the sums of ``figures``, [n]
+        """
+        if self.world == 1:
+            return figures
+        dtype = torch.float32
+        for p in parameters:
+            dtype = torch.promote_types(dtype, p.dtype)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        present = torch.tensor([p.grad is not None for p in parameters], device=figures.device)
+        flat = torch.cat([*(g.reshape(-1).to(dtype) for g in grads), present.to(dtype), figures.to(dtype)])
+        self.sum_(flat)
+        *sums, present, figures = flat.split([*(p.numel() for p in parameters), len(parameters), figures.numel()])
+        for p, total, somewhere in zip(parameters, sums, present.tolist(), strict=True):
+            p.grad = total.view_as(p).to(p.dtype) if somewhere else None
+        return figures
+
+    def spread_(self, tensors: Iterable[Tensor]) -> None:
+        """Give all processes the first one's tensors, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                self._collective(functools.partial(dist.broadcast, tensor, 0))
+
+    def spread_bytes(self, payload: bytes) -> bytes:
+        """Give all processes the first one's bytes; of the others ``payload`` is not looked at."""
+        if self.world == 1:
+            return payload
+        size = torch.tensor([len(payload)], device=self.device)
+        self.spread_([size])
+        if self.is_first:
+            data = torch.frombuffer(bytearray(payload), dtype=torch.uint8).to(self.device)
+        else:
+            data = torch.empty(int(size), dtype=torch.uint8, device=self.device)
+        self.spread_([data])
+        return data.cpu().numpy().tobytes()
+
+    def _collective(self, call: Callable[[], Any]) -> None:
+        try:
+            call()
+        except RuntimeError as error:
+            self._lost = True
+            reason = str(error).strip().splitlines()[0]
+            raise ProcessLost(
+                f"process {self.rank} of {self.world} does not reach the others any more; one of them has ended, and "
+                f"its own output says why ({reason})"
+            ) from error
+
+    def _leave(self) -> None:
+        if dist.is_initialized() and not self._lost:  # a lost process would be waited for
+            dist.destroy_process_group()
+
+
+def _own_gpu(device: torch.device) -> torch.device:
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    count = torch.cuda.device_count()
+    if index >= count:
+        raise RuntimeError(f"device cuda:{index} must be one of the GPUs of this machine, of which there are {count}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

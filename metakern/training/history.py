@@ -1,0 +1,91 @@
+"""What a training showed: a record of every iteration, and the evaluations."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+_COLUMNS = ("iteration", "loss", "tasks_per_second", "lr", "grad_norm", "skipped", "seconds")
+_WHOLE_NUMBERS = ("iteration", "skipped")
+
+
+@dataclass
+class Record:
+    """One iteration.
+
+    Attributes:
+        iteration: iterations so far, this one included
+        loss: mean meta-loss of its outer steps over tasks and processes
+        tasks_per_second: over all processes
+        lr: of the optimizer's first group, in this iteration
+        grad_norm: 2-norm of the meta-gradient before clipping, mean over its outer steps
+        skipped: outer steps skipped so far
+        seconds: that it took, without evaluation and checkpoint
+        measures: what else is known of it; may be empty
+    """
+
+    iteration: int
+    loss: float
+    tasks_per_second: float
+    lr: float
+    grad_norm: float
+    skipped: int
+    seconds: float
+    measures: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class History:
+    """A training so far.
+
+    Attributes:
+        records: one for each iteration
+        evaluations: (iterations so far, measures of the "valid" split)
+        best: the best value of the monitored measure, None before there is one
+        best_iteration: iterations after which it was met
+    """
+
+    records: list[Record] = field(default_factory=list)
+    evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    best: float | None = None
+    best_iteration: int | None = None
+
+    @property
+    def skipped(self) -> int:
+        """Outer steps that were skipped as their loss or meta-gradient was not finite."""
+        return self.records[-1].skipped if self.records else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain data, the records as one tensor for each column."""
+        columns = {
+            name: torch.tensor(
+                [getattr(record, name) for record in self.records],
+                dtype=torch.int64 if name in _WHOLE_NUMBERS else torch.float64,
+            )
+            for name in _COLUMNS
+        }
+        measures = {index: dict(record.measures) for index, record in enumerate(self.records) if record.measures}
+        evaluations = [(iteration, dict(values)) for iteration, values in self.evaluations]
+        return {
+            "columns": columns,
+            "measures": measures,
+            "evaluations": evaluations,
+            "best": self.best,
+            "best_iteration": self.best_iteration,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Become the history that :meth:`state_dict` wrote."""
+        rows = zip(*(state["columns"][name].tolist() for name in _COLUMNS), strict=True)
+        self.records = [
+            Record(**dict(zip(_COLUMNS, row, strict=True)), measures=dict(state["measures"].get(index, {})))
+            for index, row in enumerate(rows)
+        ]
+        self.evaluations = [(iteration, dict(values)) for iteration, values in state["evaluations"]]
+        self.best, self.best_iteration = state["best"], state["best_iteration"]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as numbers, lists and dicts, for JSON."""
+        return {**asdict(self), "skipped": self.skipped}

@@ -1,0 +1,68 @@
+"""The parts of a training that have a state, taken and given back together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from metakern.learners import MetaLearner
+from metakern.tasks import TaskDistribution
+from metakern.training.averaging import MovingAverage
+from metakern.training.outer import OuterLoop
+
+#: Parts that a training may have or not.
+_OPTIONAL = ("scheduler", "average", "tasks")
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What iterations change; ``tasks`` has a state if it has ``state_dict`` and ``load_state_dict``."""
+
+    learner: nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler | None
+    average: MovingAverage | None
+    outer: OuterLoop
+    tasks: Any
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of each part by its name, None for those that have none; tensors are the parts' own."""
+        return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give every part the state that :meth:`state_dict` has under its name.
+
+        Raises:
+            ValueError: for a state of which this training has no part, and the other way round; no part has changed.
+        """
+        for name in _OPTIONAL:
+            saved, here = state[name] is not None, hasattr(getattr(self, name), "state_dict")
+            if saved != here:
+                words = {True: "with", False: "without"}
+                raise ValueError(f"it is {words[saved]} a state of {name}, this training is {words[here]} one")
+        for name, part in vars(self).items():
+            if state[name] is not None:
+                part.load_state_dict(state[name])
+
+
+def check_parts(learner: Any, tasks: Any, optimizer: Any) -> None:
+    """Raise TypeError or ValueError for what no training can be made of."""
+    if not isinstance(learner, nn.Module) or not isinstance(learner, MetaLearner):
+        raise TypeError(
+            f"learner must be an nn.Module with meta_losses and evaluate, as metakern.learners.MetaLearner says, got "
+            f"{type(learner).__name__}"
+        )
+    if not isinstance(tasks, TaskDistribution):
+        raise TypeError(
+            f"tasks must have sample and split, as metakern.tasks.TaskDistribution says, got {type(tasks).__name__}"
+        )
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    own = {id(p) for p in learner.parameters()}
+    strange = sum(id(p) not in own for group in optimizer.param_groups for p in group["params"])
+    if strange:
+        raise ValueError(f"optimizer must hold parameters of learner only, got {strange} others")

@@ -1,0 +1,385 @@
+"""The outer loop: any torch optimizer on the meta-parameters of any meta-learner, over tasks of any distribution."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from signal import Signals
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from metakern.tasks import TaskDistribution
+from metakern.training.averaging import MovingAverage
+from metakern.training.callbacks import Callback
+from metakern.training.checkpoints import FORMAT, CheckpointError, Checkpoints, find_checkpoint, from_bytes, to_bytes
+from metakern.training.config import HIGHER_IS_BETTER, TrainerConfig
+from metakern.training.distributed import Processes, ProcessLost
+from metakern.training.draws import derived_seed, generator_for, own_global_draws
+from metakern.training.history import History, Record
+from metakern.training.outer import BatchResult, OuterLoop, own_parts
+from metakern.training.parts import Parts, check_parts
+from metakern.training.signals import Interrupted, StopSignals
+
+State = dict[str, Any]
+
+
+class Trainer:
+    """Meta-trains a learner on a distribution of tasks.
+
+    Under ``torchrun`` each process takes its share of every meta-batch, and the meta-gradient is that of the whole; the
+    first process alone writes and calls callbacks. All draws follow from ``config.seed``: torch's global generators are
+    seeded before each iteration and stand where they stood when ``fit`` ends. A learner with a method
+    ``on_iteration(iteration, tasks, generator)`` has it called before each meta-batch, in every process, with the
+    iterations so far and the "train" split; what it does must follow from these and the learner alone. A "train" split
+    with ``state_dict`` and ``load_state_dict`` has its state in the checkpoints. Modules stay in ``train()`` or
+    ``eval()`` as they are, in evaluations too.
+
+    Args:
+        learner: a :class:`metakern.learners.MetaLearner`, an ``nn.Module``; trained in place, and moved to
+            ``config.device``. What it needs beside parameters and buffers, ``get_extra_state`` gives as plain data
+        tasks: a :class:`metakern.tasks.TaskDistribution`; its "train" split trains, its "valid" split says which
+            weights are best
+        optimizer: any torch optimizer of parameters of the learner whose ``step`` needs no closure
+        config: see :class:`TrainerConfig`
+        scheduler: steps after every iteration, or, if it is ``ReduceLROnPlateau``, after every evaluation by the
+            monitored measure
+        callbacks: see :class:`Callback`
+        folder: of the run; its ``checkpoints`` holds checkpoints. Without it none are written
+
+    Attributes:
+        iteration: iterations so far
+        history: see :class:`History`
+        checkpoints: :class:`Checkpoints` of the folder, or None
+        processes: :class:`Processes` of the run
+
+    Raises:
+        TypeError: for a learner, tasks or optimizer of another kind
+        ValueError: for parameters of the optimizer that are not the learner's, and fewer tasks than processes and
+            ``accumulate`` need
+        RuntimeError: for a precision or device that is not there
+
+    Example:
+        >>> learner = MAMLLearner(model, steps=5, lr=0.01)
+        >>> trainer = Trainer(learner, tasks, torch.optim.Adam(learner.parameters(), 1e-3), folder=Path("runs/first"))
+        >>> trainer.resume(required=False)
+        >>> history = trainer.fit()
+        >>> trainer.load_best()
+    """
+
+    def __init__(
+        self,
+        learner: nn.Module,
+        tasks: TaskDistribution,
+        optimizer: torch.optim.Optimizer,
+        config: TrainerConfig | None = None,
+        *,
+        scheduler: LRScheduler | None = None,
+        callbacks: Sequence[Callback] = (),
+        folder: str | Path | None = None,
+    ) -> None:
+        self.config = config or TrainerConfig()
+        self.processes = Processes(self.config.device)
+        check_parts(learner, tasks, optimizer)
+        world = self.processes.world
+        for name, least in (("num_tasks", world * self.config.accumulate), ("eval_tasks", world)):
+            number = getattr(self.config, name)
+            if number < least:
+                raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")
+        self.learner: Any = learner.to(self.processes.device)
+        self.tasks, self.optimizer, self.scheduler, self.callbacks = tasks, optimizer, scheduler, tuple(callbacks)
+        self.checkpoints = Checkpoints(Path(folder) / "checkpoints", self.config.keep) if folder is not None else None
+        self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
+        self.iteration, self.history = 0, History()
+        self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
+        self._splits = {"train": tasks.split("train")}
+        self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
+        self._best_weights: State | None = None
+        self._worse = 0  # evaluations since the best
+        self._signals = StopSignals()
+        self._saved: tuple[int, Path] | None = None  # the checkpoint of the folder that this training stands on
+        self._last_whole: tuple[State, tuple[Any, ...]] | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether the iterations are done, or evaluations have not become better for ``patience`` of them."""
+        patience = self.config.patience
+        return self.iteration >= self.config.iterations or (patience is not None and self._worse >= patience)
+
+    def fit(self) -> History:
+        """Train from where the trainer stands to the end, and write a checkpoint there.
+
+        The learner then holds the last weights; :meth:`load_best` brings the best ones.
+
+        Raises:
+            Interrupted: after SIGTERM or Ctrl-C, once the iteration is done and its checkpoint written
+            FileExistsError: for a folder with checkpoints of a run that was not resumed
+            OSError: for a folder or disk that takes no checkpoint; those from before are whole
+            ProcessLost: when another process of the run has ended; a checkpoint of the last whole iteration is written
+            RuntimeError: after ``max_skipped`` outer steps in a row that are not finite
+        """
+        self._prepare_folder()
+        if self.processes.world > 1:
+            state = self.processes.spread_bytes(to_bytes(self.state_dict()))
+            self._load(from_bytes(state, "the first process's state"))
+        ended_by: BaseException | None = None
+        try:
+            with self._signals, own_global_draws(self.processes.device):
+                self._call("on_start")
+                while not self.finished:
+                    self._iterate()
+                self._leave_if(self._signals.received)
+        except ProcessLost as error:
+            ended_by = error
+            ended_by = self._explained(error)
+            raise ended_by from error
+        except BaseException as error:
+            ended_by = error
+            raise
+        finally:
+            self._call("on_end", self.history, ended_by)
+            if isinstance(ended_by, Interrupted) and self.processes.is_first:
+                print(ended_by, file=sys.stderr)
+        return self.history
+
+    def resume(self, path: str | Path | None = None, *, required: bool = True) -> int:
+        """Go on from a checkpoint; what follows has the bits of a training that was not interrupted.
+
+        Args:
+            path: a ``.pt`` file, or a folder of them; by default the newest whole one of the trainer's folder. Damaged
+                ones are passed over with a warning that names them
+            required: whether it is an error that the trainer's folder has none; if not, the trainer stays as it is. So
+                the same program starts a run and goes on with it
+
+        Returns:
+            the iterations so far
+
+        Raises:
+            FileNotFoundError: for no checkpoint where one is required
+            CheckpointError: for one that is damaged or not a checkpoint, and a folder without a whole one
+            ValueError: for one of another learner, optimizer or scheduler; the trainer is unchanged then
+        """
+        found: tuple[Path, bytes] | None = None
+        failure: Exception | None = None
+        if self.processes.is_first:
+            try:
+                found = find_checkpoint(path, self.checkpoints)
+            except FileNotFoundError as error:
+                failure = error if required or path is not None else None
+            except (OSError, CheckpointError, ValueError) as error:
+                failure = error
+        # One byte says how it went, as the other processes may see no folder, and must not wait for what never comes.
+        message = b"e" + str(failure).encode() if failure else b"s" + found[1] if found else b"n"
+        message = self.processes.spread_bytes(message)
+        if failure is not None:
+            raise failure
+        if message[:1] == b"e":
+            raise CheckpointError(f"the first process cannot resume: {message[1:].decode()}")
+        if message[:1] == b"s":
+            self._load(from_bytes(message[1:], str(found[0]) if found else "the first process's checkpoint"))
+            if found and self.checkpoints and found[0].parent.resolve() == self.checkpoints.folder.resolve():
+                self._saved = (self.iteration, found[0])
+        return self.iteration
+
+    def evaluate(self, split: str = "valid") -> dict[str, float]:
+        """Means over ``eval_tasks`` tasks of a split, of the averaged parameters where there are some.
+
+        Every call draws the same tasks, and all processes, which share them, return the same numbers.
+        """
+        config, processes = self.config, self.processes
+        with own_global_draws(processes.device), self.averaged():
+            torch.manual_seed(derived_seed(config.seed, "evaluate", split, processes.rank))
+            if split not in self._splits:
+                self._splits[split] = self.tasks.split(split)
+            batch = self._splits[split].sample(config.eval_tasks, generator_for(config.seed, "evaluate", split))
+            sums: dict[str, torch.Tensor] = {}
+            for part in own_parts(batch, processes, -(-config.eval_tasks // config.num_tasks)):
+                with self._outer.autocast:
+                    measures = self.learner.evaluate(part)
+                for name, values in measures.items():
+                    if values.shape != (part.num_tasks,):
+                        raise ValueError(f"{name} must have shape [{part.num_tasks}], got {list(values.shape)}")
+                    sums[name] = sums.get(name, 0) + values.detach().double().sum()
+            names = sorted(sums)
+            totals = processes.sum_(torch.stack([sums[name] for name in names]))
+        return dict(zip(names, (totals / config.eval_tasks).tolist(), strict=True))
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the learner has the averaged parameters, if ``ema`` is on."""
+        with self.average.in_place() if self.average is not None else nullcontext():
+            yield
+
+    def load_best(self) -> int:
+        """Give the learner the weights of the best evaluation; returns its iteration.
+
+        Raises:
+            RuntimeError: before an evaluation gave a finite ``monitor``.
+        """
+        if self._best_weights is None or self.history.best_iteration is None:
+            raise RuntimeError(f"there must be an evaluation with a finite {self.config.monitor} first, got none")
+        self.learner.load_state_dict(self._best_weights)
+        return self.history.best_iteration
+
+    def state_dict(self) -> State:
+        """All that :meth:`resume` needs, as plain data; tensors are the trainer's own, not copies."""
+        return {
+            "format": FORMAT,
+            "iteration": self.iteration,
+            **self._parts.state_dict(),
+            "history": self.history.state_dict(),
+            "best_weights": self._best_weights,
+            "worse": self._worse,
+        }
+
+    # ------------------------------------------------------------------------------------------------ one iteration
+
+    def _iterate(self) -> None:
+        config, start = self.config, time.perf_counter()
+        self._remember_whole()
+        batch = self._draw()
+        torch.manual_seed(derived_seed(config.seed, "train", self.iteration, self.processes.rank))
+        lr = float(self.optimizer.param_groups[0]["lr"])
+        result = self._outer.run(batch, lambda: self._signals.received)
+        self.processes.spread_(self.learner.buffers())
+        self.iteration += 1
+        if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step()
+        self._record(result, lr, time.perf_counter() - start)
+        if self.iteration >= config.iterations or self.iteration % config.eval_every == 0:
+            self._judge(self.evaluate())
+        if self.finished or self.iteration % config.checkpoint_every == 0:
+            self._save()
+        # Of many processes, each knows of a signal that came to any since their last sum, and only of these.
+        self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
+
+    def _draw(self) -> Any:
+        """The meta-batch of this iteration, the same in all processes."""
+        seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
+        torch.manual_seed(derived_seed(seed, "draw", self.iteration))
+        if hasattr(self.learner, "on_iteration"):
+            self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))
+        batch = tasks.sample(num_tasks, generator_for(seed, "tasks", self.iteration))
+        if batch.num_tasks != num_tasks:
+            raise ValueError(f"sample must give the {num_tasks} tasks that it is asked for, got {batch.num_tasks}")
+        return batch
+
+    def _record(self, result: BatchResult, lr: float, seconds: float) -> None:
+        record = Record(
+            iteration=self.iteration,
+            loss=result.loss,
+            tasks_per_second=self.config.num_tasks / seconds,
+            lr=lr,
+            grad_norm=result.grad_norm,
+            skipped=self._outer.skipped,
+            seconds=seconds,
+        )
+        self.history.records.append(record)
+        self._call("on_iteration", record)
+
+    def _judge(self, measures: dict[str, float]) -> None:
+        """Take an evaluation into the history, and the weights, if they are the best so far."""
+        monitor, history = self.config.monitor, self.history
+        if monitor not in measures:
+            raise ValueError(f"monitor must be one of the learner's measures, {', '.join(measures)}, got {monitor!r}")
+        value = measures[monitor]
+        if isinstance(self.scheduler, ReduceLROnPlateau):
+            self.scheduler.step(value)
+        sign = -1 if monitor in HIGHER_IS_BETTER else 1
+        better = math.isfinite(value) and (history.best is None or sign * value < sign * history.best)
+        history.evaluations.append((self.iteration, measures))
+        if better:
+            history.best, history.best_iteration = value, self.iteration
+            with self.averaged():
+                self._best_weights = copy.deepcopy(self.learner.state_dict())
+        self._worse = 0 if better else self._worse + 1
+        self._call("on_evaluation", measures)
+        if better:
+            self._save()
+
+    def _call(self, event: str, *arguments: Any) -> None:
+        if self.processes.is_first:
+            for callback in self.callbacks:
+                getattr(callback, event)(self, *arguments)
+
+    # ---------------------------------------------------------------------------------------------------- the state
+
+    def _load(self, state: State) -> None:
+        """Become what :meth:`state_dict` was; unchanged if that is of another kind of training."""
+        before = copy.deepcopy(self.state_dict())
+        if state.keys() != before.keys():
+            raise CheckpointError(f"a checkpoint must hold {', '.join(before)}, got {', '.join(map(str, state))}")
+        try:
+            self._take(state)
+        except Exception as error:
+            self._take(before)
+            raise ValueError(f"the checkpoint must be of this learner, optimizer and scheduler: {error}") from error
+
+    def _take(self, state: State) -> None:
+        self._parts.load_state_dict(state)
+        self.history.load_state_dict(state["history"])
+        self.iteration, self._best_weights, self._worse = state["iteration"], state["best_weights"], state["worse"]
+
+    def _prepare_folder(self) -> None:
+        """Raise what would go wrong with the first checkpoint before any work is done."""
+        if self.checkpoints is None or not self.processes.is_first:
+            return
+        self.checkpoints.prepare()
+        found = self.checkpoints.numbered()
+        if found and self._saved is None:
+            raise FileExistsError(
+                errno.EEXIST,
+                f"there are checkpoints up to {found[-1].name}: resume, or take another folder for a new run",
+                str(self.checkpoints.folder),
+            )
+        to_bytes(self.state_dict())
+
+    def _save(self) -> None:
+        if self.checkpoints is None or not self.processes.is_first:
+            return
+        if self._saved is None or self._saved[0] != self.iteration:
+            path = self.checkpoints.save(self.state_dict(), best=self.history.best_iteration)
+            self._saved = (self.iteration, path)
+            self._call("on_checkpoint", path)
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def _leave_if(self, signum: int) -> None:
+        if signum:
+            self._save()
+            raise Interrupted(signum, f"{Signals(signum).name}: stopped after iteration {self._where()}")
+
+    def _where(self) -> str:
+        """The iteration that the trainer stands at, and what to do about it."""
+        if not self.processes.is_first:
+            return f"{self.iteration}; the first process writes the checkpoint"
+        if self.checkpoints is None or self._saved is None:
+            return f"{self.iteration}; the trainer has no folder, so no checkpoint was written"
+        return f"{self._saved[0]}; checkpoint {self._saved[1]}: resume goes on from there"
+
+    def _remember_whole(self) -> None:
+        """Keep the state before the iteration, in case another process ends in the middle of it."""
+        if self.processes.world > 1 and self.processes.is_first and self.checkpoints is not None:
+            history = self.history
+            marks = (len(history.records), len(history.evaluations), history.best, history.best_iteration)
+            fixed = {"iteration": self.iteration, "best_weights": self._best_weights, "worse": self._worse}
+            self._last_whole = ({**copy.deepcopy(self._parts.state_dict()), **fixed}, marks)
+
+    def _explained(self, error: ProcessLost) -> ProcessLost:
+        """The error that says where training goes on; the first process writes the last whole iteration's state."""
+        if self._last_whole is not None:
+            state, (records, evaluations, best, best_iteration) = self._last_whole
+            history = self.history
+            del history.records[records:], history.evaluations[evaluations:]
+            history.best, history.best_iteration = best, best_iteration
+            self._take({**state, "history": history.state_dict()})
+            self._save()
+        return ProcessLost(f"{error}; stopped after iteration {self._where()}")

@@ -1,0 +1,45 @@
+"""The command line as tests run it: in a process of its own, or in this one, which saves the seconds of an import."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.testing import CliRunner, Result
+
+from metakern.cli import app
+
+ENVIRONMENT = {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
+
+#: Keys of metrics.jsonl that say how long something took: no two runs share them.
+TIMES = {"seconds", "tasks_per_second"}
+
+
+def metakern(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """``python -m metakern`` in a process of its own."""
+    command = [sys.executable, "-m", "metakern", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | ENVIRONMENT, check=False
+    )
+
+
+def invoke(arguments: str) -> Result:
+    """The same command in this process."""
+    return CliRunner(env=ENVIRONMENT).invoke(app, arguments.split())
+
+
+def succeed(arguments: str) -> str:
+    """What a command prints that must succeed."""
+    result = invoke(arguments)
+    assert result.exit_code == 0, result.stderr or result.exception
+    return result.stdout
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without the times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]

@@ -1,0 +1,30 @@
+"""The commands that there are, and what every one of them shares."""
+
+import torch
+
+from tests.cli.commands import invoke, metakern, succeed
+
+
+def test_info_says_what_is_in_use(tmp_path):
+    result = metakern("info", cwd=tmp_path)
+    assert result.returncode == 0
+    for text in ("cpu_capability", "compiler", torch.__version__):
+        assert text in result.stdout
+
+
+def test_help_names_every_command():
+    assert all(name in succeed("--help") for name in ("train", "eval", "info"))
+    for group in ("train", "eval"):
+        assert all(name in succeed(f"{group} --help") for name in ("maml", "optimizer"))
+
+
+def test_the_help_of_training_names_its_options_and_choices():
+    printed = succeed("train maml --help")
+    for text in ("--tasks", "--inner-lr", "--clusters", "--resume", "--config", "mini-imagenet", "meta-sgd"):
+        assert text in printed
+
+
+def test_an_unknown_option_is_a_usage_error():
+    result = invoke("train maml --wrap 3")
+    assert result.exit_code == 2
+    assert "No such option: --wrap" in result.stderr

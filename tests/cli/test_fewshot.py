@@ -1,0 +1,70 @@
+"""Settings of train maml: what is left open follows from the tasks, and learners are what settings describe."""
+
+import pytest
+import torch
+
+from metakern.cli.fewshot import PRESETS, MAMLSettings, make_learner, make_model, make_tasks, widths
+from metakern.learners import ClusteredLearner
+from tests.tasks.pictures import write_omniglot
+
+
+def settings(**given) -> MAMLSettings:
+    return MAMLSettings(**given).resolved()
+
+
+@pytest.mark.parametrize("tasks", PRESETS)
+def test_nothing_but_what_may_be_absent_is_left_open(tasks):
+    resolved = settings(tasks=tasks)
+    absent = {name for name in resolved.__dataclass_fields__ if getattr(resolved, name) is None}
+    assert absent == {"data", "parameters", "precision"}
+    assert resolved.resolved() == resolved  # as a configuration that is read again
+
+
+def test_what_is_given_stays():
+    resolved = settings(tasks="digits", shots=3, hidden="9", eval_steps=7)
+    assert (resolved.shots, resolved.hidden, resolved.eval_steps, resolved.steps) == (3, "9", 7, 5)
+
+
+def test_models_fit_their_tasks():
+    assert make_model(settings(), make_tasks(settings()))[0].in_features == 1
+    digits = settings(tasks="digits", ways=4)
+    model = make_model(digits, make_tasks(digits))
+    assert (model[0].in_features, model[-1].out_features) == (64, 4)
+
+
+def test_omniglot_has_conv4_of_64_filters(tmp_path, monkeypatch):
+    write_omniglot(tmp_path, monkeypatch)
+    omniglot = settings(tasks="omniglot", data=str(tmp_path), ways=2, queries=2)
+    tasks = make_tasks(omniglot)
+    model = make_model(omniglot, tasks)
+    assert model[0].out_channels == 64
+    assert model(tasks.sample(1, torch.Generator()).support_x[0]).shape == (2, 2)
+    flat = make_model(settings(tasks="omniglot", data=str(tmp_path), ways=2, queries=2, model="mlp"), tasks)
+    assert flat(tasks.sample(1, torch.Generator()).support_x[0]).shape == (2, 2)
+
+
+def test_anil_adapts_the_last_layer_alone():
+    anil = settings(anil=True, hidden="4,4")
+    tasks = make_tasks(anil)
+    adapted = make_learner(anil, tasks).adapt(tasks.sample(2, torch.Generator()))
+    assert set(adapted.parameters) == {"4.weight", "4.bias"}
+
+
+def test_the_seed_decides_the_weights():
+    weights = [
+        next(make_learner(settings(seed=seed), make_tasks(settings())).parameters()).detach() for seed in (0, 0, 1)
+    ]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_clusters_wrap_the_learner():
+    learner = make_learner(settings(clusters="3", cluster_method="gmm"), make_tasks(settings()))
+    assert isinstance(learner, ClusteredLearner)
+    assert len(learner.learners) == 3
+    assert learner.clusters.method == "gmm"
+
+
+def test_widths_are_numbers_with_commas():
+    assert widths("40, 40") == [40, 40]
+    assert widths("") == []

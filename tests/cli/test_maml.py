@@ -1,0 +1,346 @@
+"""train maml and eval maml: the folder that a run leaves, runs that repeat and go on, errors in one line."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from metakern.cli.fewshot import MAMLSettings
+from tests.cli.commands import ENVIRONMENT, invoke, metakern, metrics, succeed
+from tests.pictures import coloured_share
+
+SMALL = "--num-tasks 4 --steps 2 --eval-tasks 6 --test-tasks 6 --hidden 8"
+DIGITS = f"train maml --tasks digits --queries 3 --iterations 4 --eval-every 2 --checkpoint-every 2 {SMALL}"
+SINUSOID = f"train maml {SMALL} --scheduler none --eval-every 4 --checkpoint-every 3"
+
+
+def measures(folder) -> list:
+    """Of every run in results.json."""
+    return [run["measures"] for run in json.loads((folder / "results.json").read_text())["runs"]]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A short run on digits and what it printed."""
+    folder = tmp_path_factory.mktemp("maml") / "run"
+    return folder, succeed(f"{DIGITS} --output {folder}")
+
+
+def test_a_run_leaves_its_configuration_metrics_figures_checkpoints_versions_and_weights(run):
+    folder, _ = run
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
+    assert files == {
+        "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "results.json", "figures",
+        "figures/learning.png", "figures/adaptation.png", "checkpoints", "checkpoints/00000002.pt",
+        "checkpoints/00000002.sha256", "checkpoints/00000004.pt", "checkpoints/00000004.sha256",
+    }  # fmt: skip
+
+
+def test_the_configuration_is_complete(run):
+    folder, _ = run
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    assert config.keys() - {"learner", "metakern"} == {field.name for field in fields(MAMLSettings)}
+    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "precision"}
+    assert (config["tasks"], config["hidden"], config["shots"], config["seed"]) == ("digits", "8", 1, 0)
+
+
+def test_metrics_are_one_json_object_a_line(run):
+    folder, _ = run
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    iterations = [line for line in lines if "evaluation" not in line]
+    assert [line["iteration"] for line in iterations] == [1, 2, 3, 4]
+    for line in iterations:
+        assert {"loss", "lr", "grad_norm", "tasks_per_second", "seconds"} <= line.keys()
+        assert line["tasks_per_second"] > 0
+    evaluations = [line for line in lines if "evaluation" in line]
+    assert [line["iteration"] for line in evaluations] == [2, 4]
+    assert all(0 <= line["evaluation"]["accuracy"] <= 1 for line in evaluations)
+
+
+def test_tensorboard_shows_the_same_numbers(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = run
+    events = EventAccumulator(str(folder)).Reload()
+    lines = [line for line in metrics(folder) if "evaluation" not in line]
+    assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx([line["loss"] for line in lines])
+    accuracies = [line["evaluation"]["accuracy"] for line in metrics(folder) if "evaluation" in line]
+    assert [event.value for event in events.Scalars("valid/accuracy")] == pytest.approx(accuracies)
+
+
+def test_the_figures_are_pictures_that_show_something(run):
+    folder, _ = run
+    for name in ("learning", "adaptation"):
+        assert coloured_share(folder / "figures" / f"{name}.png") > 0.002, name
+
+
+def test_without_a_terminal_the_output_is_plain_lines_and_a_table(run):
+    _, printed = run
+    assert "\x1b" not in printed
+    assert "iteration 4/4: loss" in printed
+    for text in ("tasks/s", "validation loss", "accuracy", "left", "6 unseen tasks", "inner steps"):
+        assert text in printed
+
+
+def test_the_environment_names_versions_and_the_command(run):
+    folder, _ = run
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["environment"]["torch"] == torch.__version__
+    assert environment["packages"]["tensorboard"]
+    assert environment["command"].startswith("metakern ")
+
+
+def test_the_configuration_repeats_a_run(run, tmp_path):
+    folder, _ = run
+    succeed(f"train maml --config {folder}/config.yaml --output {tmp_path}/again")
+    assert metrics(tmp_path / "again") == metrics(folder)
+    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "again"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert measures(tmp_path / "again") == measures(folder)
+
+
+def test_options_beside_a_configuration_override_it(run, tmp_path):
+    folder, _ = run
+    succeed(f"train maml --config {folder}/config.yaml --seed 1 --iterations 2 --quiet --output {tmp_path}/other")
+    config = yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())
+    assert (config["seed"], config["iterations"], config["tasks"]) == (1, 2, "digits")
+    assert metrics(tmp_path / "other")[0]["loss"] != metrics(folder)[0]["loss"]
+
+
+def test_quiet_prints_nothing(tmp_path):
+    assert succeed(f"{SINUSOID} --iterations 2 --quiet --output {tmp_path}/run") == ""
+    assert succeed(f"eval maml {tmp_path}/run --num-tasks 4 --quiet") == ""
+
+
+def test_a_run_is_not_written_over_unless_it_is_asked_for(tmp_path):
+    command = f"{SINUSOID} --iterations 2 --output {tmp_path}/run"
+    succeed(command)
+    before = metrics(tmp_path / "run")
+    result = invoke(command)
+    assert result.exit_code == 1
+    assert "holds a run already: --resume continues it, --overwrite replaces it" in result.stderr
+    assert metrics(tmp_path / "run") == before
+    succeed(f"{command} --overwrite --seed 3")
+    assert len(metrics(tmp_path / "run")) == len(before)
+    assert metrics(tmp_path / "run") != before
+
+
+# ------------------------------------------------------------------------------------------------- interruption, resume
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_a_run_with_a_line_and_it_resumes_to_the_same_numbers(signum, code, tmp_path):
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "metakern", *f"{SINUSOID} --iterations 100000 --output {folder}".split()]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").is_file() or len(metrics(folder)) < 6:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no iteration within two minutes"
+        time.sleep(0.01)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert f"{signal.Signals(signum).name}: stopped after iteration" in errors
+    assert f"to go on: metakern train maml --resume --output {folder}" in errors
+    assert "Traceback" not in errors
+    assert (folder / "figures" / "learning.png").is_file()
+
+    done = metrics(folder)[-1]["iteration"]
+    succeed(f"train maml --resume --iterations {done + 5} --output {folder}")
+    succeed(f"{SINUSOID} --iterations {done + 5} --output {tmp_path}/whole")
+    resumed, whole = metrics(folder), metrics(tmp_path / "whole")
+    assert [line["iteration"] for line in resumed if "loss" in line] == list(range(1, done + 6))
+    assert [line for line in resumed if "loss" in line] == [line for line in whole if "loss" in line]
+    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "whole"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_there_must_be_a_run_to_resume(tmp_path):
+    result = invoke(f"train maml --resume --output {tmp_path}/nowhere")
+    assert result.exit_code == 1
+    assert "nowhere holds no run to resume: it has no config.yaml" in result.stderr
+
+
+def test_a_finished_run_resumes_to_its_end(tmp_path):
+    succeed(f"{SINUSOID} --iterations 2 --output {tmp_path}/run")
+    before = metrics(tmp_path / "run")
+    succeed(f"train maml --resume --output {tmp_path}/run")
+    assert metrics(tmp_path / "run") == before
+
+
+def test_a_process_that_torchrun_starts_anew_goes_on(tmp_path, monkeypatch):
+    """Where another one died: the command is the same, and the run in the folder is this one."""
+    command = f"{SINUSOID} --iterations 4 --output {tmp_path}/run"
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    succeed(command)  # it died before it wrote anything
+    whole = metrics(tmp_path / "run")
+    (tmp_path / "run" / "checkpoints" / "00000004.pt").unlink()  # it died after iteration 3
+    assert "goes on after iteration 3" in succeed(command)
+    assert metrics(tmp_path / "run") == whole
+
+
+def test_two_processes_of_torchrun_train_one_run(tmp_path):
+    run = f"{SINUSOID} --iterations 4 --output"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [*command, "-m", "metakern", *run.split(), str(tmp_path / "two")],
+        capture_output=True, text=True, timeout=300, env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("iteration 4/4") == 1
+    assert result.stdout.count("unseen tasks") == 1
+    succeed(f"{run} {tmp_path}/one")
+    for two, one in zip(metrics(tmp_path / "two"), metrics(tmp_path / "one"), strict=True):
+        if "loss" in one:
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    environment = json.loads((tmp_path / "two" / "environment.json").read_text())
+    assert environment["processes"] == 2
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluation
+
+
+def test_evaluation_measures_test_tasks_after_every_number_of_steps(run, tmp_path):
+    folder, _ = run
+    printed = succeed(f"eval maml {folder} --num-tasks 6 --output {tmp_path}/eval")
+    assert measures(tmp_path / "eval") == measures(folder)  # the weights in the file are those that training ended with
+    (found,) = measures(folder)
+    assert [row["steps"] for row in found["loss"]] == [0, 1, 2]
+    accuracy = found["accuracy"][2]
+    assert f"{100 * accuracy['mean']:.1f} ± {100 * accuracy['interval']:.1f} %" in printed
+    assert coloured_share(tmp_path / "eval" / "figures" / "adaptation.png") > 0.002
+
+
+def test_more_steps_than_in_training_can_be_evaluated(run, tmp_path):
+    folder, _ = run
+    succeed(f"eval maml {folder} --num-tasks 4 --steps 4 --output {tmp_path}/eval --quiet")
+    assert [row["steps"] for row in measures(tmp_path / "eval")[0]["loss"]] == [0, 1, 2, 3, 4]
+
+
+def test_runs_are_compared_on_the_same_tasks(run, tmp_path):
+    folder, _ = run
+    succeed(f"train maml --config {folder}/config.yaml --seed 1 --clusters 2 --output {tmp_path}/other --quiet")
+    printed = succeed(f"eval maml {folder} {tmp_path}/other --num-tasks 6 --output {tmp_path}/eval")
+    assert "other" in printed
+    assert measures(tmp_path / "eval") == [*measures(folder), *measures(tmp_path / "other")]
+    assert coloured_share(tmp_path / "eval" / "figures" / "clusters-other.png") > 0.0005
+
+
+def test_runs_of_different_tasks_are_not_compared(run, tmp_path):
+    folder, _ = run
+    succeed(f"{SINUSOID} --iterations 2 --output {tmp_path}/other --quiet")
+    result = invoke(f"eval maml {folder} {tmp_path}/other --output {tmp_path}/eval")
+    assert result.exit_code == 1
+    assert "runs must be of the same tasks to be compared, got digits of 5 ways" in result.stderr
+
+
+def test_a_folder_without_a_run_is_named(tmp_path):
+    result = invoke(f"eval maml {tmp_path}/none")
+    assert result.exit_code == 1
+    assert "none/config.yaml cannot be read: No such file or directory" in result.stderr
+
+
+# ---------------------------------------------------------------------------------------------------- the other options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--rates lslr", "--rates meta-sgd", "--first-order", "--anil", "--parameters 0.*", "--optimizer sgd",
+        "--ema 0.9 --clip-norm 1 --accumulate 2",
+        "--tasks regression-3 --shots 4", "--tasks digits-domains --queries 2",
+    ],
+)  # fmt: skip
+def test_a_run_with(options, tmp_path):
+    succeed(f"{SINUSOID} --iterations 2 {options} --output {tmp_path}/run --quiet")
+    assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line)
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
+def test_patience_ends_a_run_early(tmp_path):
+    succeed(f"{SINUSOID} --iterations 60 --eval-every 1 --patience 1 --lr 0.5 --output {tmp_path}/run")
+    assert len(metrics(tmp_path / "run")) < 60
+
+
+@pytest.mark.parametrize("clusters", ["2", "auto"])
+def test_a_run_in_clusters_draws_their_map(clusters, tmp_path):
+    options = f"--tasks regression-3 --iterations 4 --cluster-begin 2 --clusters {clusters}"
+    printed = succeed(f"{SINUSOID} {options} --output {tmp_path}/run")
+    assert f"clusters: {clusters}" in printed
+    assert coloured_share(tmp_path / "run" / "figures" / "clusters.png") > 0.0005
+    before = measures(tmp_path / "run")
+    succeed(f"eval maml {tmp_path}/run --num-tasks 6 --quiet")
+    assert measures(tmp_path / "run") == before
+
+
+def test_batches_by_cluster_train_one_learner(tmp_path):
+    options = "--tasks regression-3 --iterations 3 --clusters 2 --cluster-by embedding --cluster-batches balanced"
+    succeed(f"{SINUSOID} {options} --cluster-shared --output {tmp_path}/run --quiet")
+    assert not [name for name in load_file(tmp_path / "run" / "model.safetensors") if name.startswith("learners.")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            "--tasks mnist",
+            "tasks must be one of sinusoid, regression-2, regression-3, regression-5, digits, digits-domai",
+        ),
+        ("--model resnet", "model must be one of auto, mlp, conv4, got 'resnet'"),
+        ("--model conv4", "model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got 'sinusoid'"),
+        ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
+        ("--optimizer lion", "optimizer must be one of adam, adamw, rmsprop, sgd, got 'lion'"),
+        ("--scheduler step", "scheduler must be one of cosine, none, got 'step'"),
+        ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),
+        ("--clusters many", "clusters must be a number, auto, or 0 for none, got 'many'"),
+        ("--lr nan", "lr must be positive and finite, got nan"),
+        ("--device tpu9", "device must be auto, or one that torch knows, got 'tpu9'"),
+        ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
+        ("--tasks omniglot", "data must name the folder of omniglot, got none: --data FOLDER"),
+        ("--tasks omniglot --data nowhere", "nowhere"),
+        ("--config nowhere.yaml", "configuration nowhere.yaml cannot be read: No such file or directory"),
+        ("--output file/run", "folder file/run cannot be written: Not a directory"),
+    ],
+)
+def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    result = invoke(f"train maml {arguments}")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
+
+
+def test_settings_that_there_are_not_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "old.yaml").write_text("learner: maml\nsteps: 3\nwarp: 9\n")
+    result = invoke("train maml --config old.yaml")
+    assert result.exit_code == 1
+    assert "configuration old.yaml has unknown settings warp; known are tasks, data," in result.stderr
+
+
+def test_a_value_of_another_type_in_a_configuration_is_a_usage_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.yaml").write_text("learner: maml\nlr: fast\n")
+    result = invoke("train maml --config bad.yaml")
+    assert result.exit_code == 2
+    assert "'--lr'" in result.stderr
+
+
+def test_the_real_entry_point_trains_into_runs(tmp_path):
+    result = metakern(*f"{SINUSOID} --iterations 2".split(), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "runs" / "maml" / "model.safetensors").is_file()

@@ -17,7 +17,8 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,9 +29,8 @@ import typer
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from bench.cluster_cases import PEERS, PLAIN, PROBLEMS, Problem, Way
 from bench.report import CLUSTERED_COLUMNS, MEASURES, way_cells
@@ -40,6 +40,7 @@ from bench.train_sinusoid import summary
 from metakern.clustering import ClusterSampler
 from metakern.figures import COLOURS
 from metakern.learners import ClusteredLearner
+from metakern.training.averaging import MovingAverage
 
 #: Where runs are kept.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
@@ -73,20 +74,10 @@ FULL = Plan(seeds=5, share=1.0, tasks=32, points=45, held_out=2000)
 QUICK = Plan(seeds=2, share=0.002, tasks=8, points=2, held_out=20)
 
 
-Tensors = tuple[Tensor, ...] | list[Tensor]
-
-
 def rate(iteration: int, iterations: int) -> float:
     """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
     share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
     return (1 + math.cos(math.pi * share)) / 2
-
-
-@torch.no_grad()
-def average(averages: Tensors, weights: Tensors, updates: Tensor | int) -> None:
-    """A step of the moving average; early ones forget where training started, as TensorFlow's do."""
-    decay = min(AVERAGING, (1 + int(updates)) / (10 + int(updates)))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 class Run:
@@ -105,16 +96,17 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(self.learner.parameters(), problem.outer_lr)
         self.scheduler: LRScheduler | None = None
-        self.averaged: nn.Module = self.learner
+        self.average: MovingAverage | None = None
         if way.settled:
             self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=self.iterations))
-            self.averaged = AveragedModel(self.learner, multi_avg_fn=average)
+            self.average = MovingAverage(self.learner, AVERAGING)
         self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
 
-    @property
-    def result(self) -> Any:
+    @contextmanager
+    def result(self) -> Iterator[Any]:
         """The learner to evaluate: of averaged weights, where they are averaged."""
-        return self.averaged.module if self.way.settled else self.learner
+        with self.average.in_place() if self.average else nullcontext():
+            yield self.learner
 
     def advance(self, to: int) -> None:
         """Train up to this iteration."""
@@ -132,9 +124,9 @@ class Run:
             self.optimizer.zero_grad()
             losses.mean().backward()
             self.optimizer.step()
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.average is not None:
             self.scheduler.step()
-            self.averaged.update_parameters(self.learner)  # type: ignore[operator]
+            self.average.update()
         self.iteration += 1
 
 
@@ -162,23 +154,27 @@ def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Adva
     curve = []
     for point in range(plan.points + 1):
         run.advance(point * run.iterations // plan.points)
-        value = evaluated(run.result, held_out(problem, "valid", plan), measure, by=by)
+        with run.result() as learner:
+            value = evaluated(learner, held_out(problem, "valid", plan), measure, by=by)
         curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
         advance(point / plan.points)
-    learner = run.result
+    found = {"seconds": run.seconds, "wall_seconds": run.wall_seconds, "iterations": run.iterations, "curve": curve}
+    with run.result() as learner:
+        return found | tested(learner, problem, plan, by)
+
+
+def tested(learner: Any, problem: Problem, plan: Plan, by: str | None) -> dict[str, Any]:
+    """What a run ends with on test tasks; the temperature is chosen on validation tasks."""
+    measure = problem.measure
     averages = isinstance(learner, ClusteredLearner) and "losses" in (by, learner.assign_by)
     valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
     choices = {t: evaluated(learner, valid, measure, t, by) for t in (TEMPERATURES if averages else (0.0,))}
     temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
-    found = {
-        "curve": curve,
+    found: dict[str, Any] = {
         "temperature": temperature,
         "valid": choices[temperature],
         "test": evaluated(learner, test, measure, temperature, by),
         "test_of_one": evaluated(learner, test, measure, by=by),
-        "seconds": run.seconds,
-        "wall_seconds": run.wall_seconds,
-        "iterations": run.iterations,
     }
     if averages and learner.assign_by == "modes":
         found["test_told"] = evaluated(learner, test, measure)

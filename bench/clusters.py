@@ -12,14 +12,13 @@ tasks, curves are of validation tasks; test tasks are looked at once, by what a 
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -201,21 +200,26 @@ def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
 
 def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
     """A run, from its file where it was made with the same settings."""
-    of = PROBLEMS[problem]
-    described = repr((of.described(), of.ways[way], plan.share, plan.tasks, plan.points, plan.held_out))
-    described += repr((DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS))
-    key = hashlib.sha256(described.encode()).hexdigest()
     path = None if folder is None else folder / f"{problem}-{way}-{plan.share:.4f}-{seed}.json"
+    settings = described(problem, way, plan)
     if path is not None and path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
-        if kept["key"] == key:
+        if kept["settings"] == settings:
             return kept
-    found = train(problem, way, seed, plan, advance) | {"key": key}
+    found = train(problem, way, seed, plan, advance) | {"settings": settings}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(found))
         path.with_suffix(".part").replace(path)
     return found
+
+
+def described(problem: str, way: str, plan: Plan) -> str:
+    """All that decides a run but the seed, the same in every process."""
+    of = PROBLEMS[problem]
+    settings = [of.described(), asdict(of.ways[way]), asdict(replace(plan, seeds=0))]
+    constants = [DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS]
+    return json.dumps([*settings, *constants], default=lambda function: function.__qualname__)
 
 
 def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:

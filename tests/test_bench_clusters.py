@@ -13,7 +13,7 @@ from rich.console import Console
 
 from bench import clusters, report
 from bench.cluster_cases import PROBLEMS
-from bench.clusters import FULL, QUICK, Run, equal_time, part, rate, reached, train
+from bench.clusters import FULL, QUICK, Run, described, equal_time, part, rate, reached, train
 from bench.runs import describe_run
 from bench.targets import judge_clusters, measured
 from metakern.learners import ClusteredLearner
@@ -118,6 +118,14 @@ def test_a_run_is_made_once_and_again_for_other_settings(tmp_path: Path, monkeyp
     assert part("digits", "plain", 0, replace(QUICK, held_out=30), tmp_path, ignore)["test"] == 3
     assert part("digits", "plain", 0, QUICK, None, ignore)["test"] == 4
     assert len(list(tmp_path.glob("*"))) == 2
+
+
+@pytest.mark.parametrize(("problem", "way"), CASES)
+def test_a_run_of_another_process_is_known_again(problem: str, way: str) -> None:
+    """Functions among the settings go by name: their addresses would say that nothing is done yet."""
+    assert " at 0x" not in described(problem, way, QUICK)
+    assert described(problem, way, QUICK) == described(problem, way, replace(QUICK, seeds=5))
+    assert described(problem, way, QUICK) != described(problem, way, FULL)
 
 
 def test_equal_time_is_a_share_of_the_run() -> None:

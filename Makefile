@@ -44,8 +44,11 @@ demo: $(VENV)/built
 	$(BIN)/metakern train maml $(DIGITS) $(CLUSTERS) --output runs/digits/clusters --overwrite
 	$(BIN)/metakern eval maml runs/digits/plain runs/digits/clusters --output runs/digits
 
+# Processes of the tests, a thread each.
+WORKERS ?= $(shell nproc)
+
 test: $(VENV)/built
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 lint: $(VENV)/built
 	$(BIN)/ruff check .

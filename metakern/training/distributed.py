@@ -9,12 +9,20 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+#: How long processes wait for one that has not started yet.
+_PATIENCE = timedelta(minutes=30)
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -48,7 +56,10 @@ class Processes:
         if not dist.is_initialized() and all(name in os.environ for name in _ENVIRONMENT):
             if int(os.environ["WORLD_SIZE"]) == 1:
                 return
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
+            store = PrefixStore(_new_name(store, rank, world), store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world)
             atexit.register(self._leave)
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
@@ -135,6 +146,33 @@ class Processes:
     def _leave(self) -> None:
         if dist.is_initialized() and not self._lost:  # a lost process would be waited for
             dist.destroy_process_group()
+
+
+def _new_name(store: Any, rank: int, world: int) -> str:
+    """A name that exactly these processes have, as the first one chose it.
+
+    torchrun keeps its store when it restarts processes, and these would then wait at the addresses of the dead ones:
+    what they write is kept apart by this name. The number of a restart would not do, as machines may count differently.
+    So each process says a word of its own, in place of its predecessor's, and takes the name that answers this word.
+    """
+    word = uuid.uuid4().hex
+    if rank:
+        store.set(f"metakern/word/{rank}", word)
+        name: str = store.get(f"metakern/name/{word}").decode()
+        store.set(f"metakern/taken/{name}/{rank}", "yes")
+        return name
+    missing = set(range(1, world))
+    end = time.monotonic() + _PATIENCE.total_seconds()
+    while missing:
+        if time.monotonic() > end:
+            raise ProcessLost(f"processes {sorted(missing)} of {world} did not start within {_PATIENCE}")
+        for other in sorted(missing):
+            if store.check([f"metakern/taken/{word}/{other}"]):
+                missing.remove(other)
+            elif store.check([f"metakern/word/{other}"]):
+                store.set(f"metakern/name/{store.get(f'metakern/word/{other}').decode()}", word)
+        time.sleep(0.01)
+    return word
 
 
 def _own_gpu(device: torch.device) -> torch.device:

@@ -5,13 +5,14 @@ import re
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from metakern.training import load_checkpoint
-from metakern.training.distributed import Processes
+from metakern.training.distributed import Processes, _new_name
 from tests.conftest import assert_close
 from tests.training.problems import Events, Learner, assert_same_state, make_trainer, meta_gradient
 from tests.training.processes import ended, start_ranks
@@ -21,7 +22,7 @@ SETTINGS = {"num_tasks": 7, "eval_tasks": 8, "accumulate": 2}
 
 
 class Sparse(Learner):
-    """Without dropout; ``rare`` has a gradient from some tasks only, and the second loss is NaN in the first process."""
+    """Without dropout; ``rare`` has a gradient from some tasks only, the second loss is NaN in the first process."""
 
     def __init__(self):
         super().__init__(outer_steps=1, dropout=0.0)
@@ -42,7 +43,7 @@ def sparse_trainer(folder=None, callbacks=()):
 
 
 def train_as_one(folder):
-    """Save the first meta-gradient, and all that stands after a training that started from weights of the process's own."""
+    """Save the first meta-gradient, and what a training from weights of the process's own ends with."""
     rank = int(os.environ["RANK"])
     trainer = sparse_trainer()
     gradient = meta_gradient(trainer, trainer._draw())
@@ -202,6 +203,17 @@ def test_shares_cover_all_tasks_and_differ_by_one():
         assert max(sizes) - min(sizes) <= 1
     with pytest.raises(ValueError, match="at least one task for each of 5 processes, got 4"):
         processes.share(4)
+
+
+def test_restarted_processes_agree_on_a_name_in_a_store_that_remembers_the_dead():
+    store, world = torch.distributed.HashStore(), 3
+    store.set("metakern/word/2", "of a process that died before it was answered")
+    names = []
+    for _ in range(3):
+        with ThreadPoolExecutor(world) as pool:
+            names.append(list(pool.map(lambda rank: _new_name(store, rank, world), reversed(range(world)))))
+    assert all(len(set(started)) == 1 for started in names)
+    assert len({started[0] for started in names}) == 3
 
 
 if __name__ == "__main__":

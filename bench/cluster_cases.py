@@ -112,16 +112,12 @@ def _maml(
 #: Stages of clusters by loss, as shares of the run.
 STAGES = {"warmup": 0.02, "begin": 0.02}
 
-_TRUE = {"assign": "modes"}
-_SINGLE = {
-    PLAIN: Way("MAML, uniform sampler"),
-    SETTLED: Way("MAML, decay and averaging", settled=True),
-    WIDE: Way("MAML, as many parameters as the clusters", wide=True),
-    "oracle": Way("one learner per true mode", {"assign": "modes"}, by_loss=True),
-    "oracle-settled": Way(
-        "a learner per true mode, decay and averaging", {"assign": "modes"}, settled=True, by_loss=True
-    ),
+_PLAIN = {PLAIN: Way("MAML, uniform sampler"), SETTLED: Way("MAML, decay and averaging", settled=True)}
+_WIDE = {WIDE: Way("MAML, as many parameters as the clusters", wide=True)}
+_ORACLE = {
+    "oracle": Way("a learner per true mode, decay and averaging", {"assign": "modes"}, settled=True, by_loss=True)
 }
+_SINGLE = _PLAIN | _WIDE | _ORACLE
 
 
 def noise(batch: Any) -> Tensor:
@@ -138,14 +134,6 @@ MANY = 12
 CLUSTERED = {
     "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
     "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
-}
-COMPARED = {
-    "unsettled": Way("12 clusters, by least loss, no decay or averaging", STAGES, MANY),
-    "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
-    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
-    "balanced": Way("as many clusters as modes, balanced batches", STAGES, settled=True, batches="balanced"),
-    "one": Way("as many clusters as modes, batches from one", STAGES, settled=True, batches="one"),
-    "random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True),
 }
 
 DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
@@ -165,7 +153,7 @@ RULE_WAYS = {
 }
 
 
-def _regression(modes: int, ways: Mapping[str, Way]) -> Problem:
+def _regression(modes: int, iterations: int, ways: Mapping[str, Way]) -> Problem:
     return _maml(
         f"{modes}-mode regression, 10-shot",
         lambda: mixture(modes, support=10, query=10),
@@ -174,14 +162,14 @@ def _regression(modes: int, ways: Mapping[str, Way]) -> Problem:
         lr=0.001,
         modes=modes,
         measure="loss",
-        iterations=9000,
+        iterations=iterations,
         ways=ways,
     )
 
 
 PROBLEMS = {
-    "regression-3": _regression(3, _SINGLE | CLUSTERED | COMPARED),
-    "regression-5": _regression(5, _SINGLE | CLUSTERED),
+    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED),
+    "regression-5": _regression(5, 4500, _PLAIN | _ORACLE | CLUSTERED),
     "digits": _maml(
         "5-way 1-shot digits in 4 domains",
         lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),

@@ -5,6 +5,7 @@ Axis legend: T tasks, C clusters, K inner steps.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,7 @@ class Way:
         clusters: C; None: as many as there are true modes
         settled: whether the learning rate falls to zero in the end and weights are averaged
         batches: of :class:`metakern.clustering.ClusterSampler`
+        by_loss: whether evaluation assigns tasks by support losses, whatever training assigns them by
         wide: one model of as many parameters as all clusters have together
     """
 
@@ -47,6 +49,7 @@ class Way:
     clusters: int | None = None
     settled: bool = False
     batches: str = "uniform"
+    by_loss: bool = False
     wide: bool = False
 
 
@@ -88,7 +91,7 @@ class Problem:
             learner = self.fresh(way.wide)
         if way.options is None:
             return learner
-        counts = {k: round(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
+        counts = {k: math.ceil(v * iterations) for k, v in way.options.items() if k in ("warmup", "begin", "anneal")}
         return ClusteredLearner(learner, way.clusters or self.modes, seed=seed, **{**way.options, **counts})
 
 
@@ -109,27 +112,35 @@ def _maml(
 #: Stages of clusters by loss, as shares of the run.
 STAGES = {"warmup": 0.02, "begin": 0.02}
 
-_SINGLE = {
-    PLAIN: Way("MAML, uniform sampler"),
-    SETTLED: Way("MAML, decay and averaging", settled=True),
-    WIDE: Way("MAML, as many parameters as the clusters", wide=True),
-    "oracle": Way("one learner per true mode", {"assign": "modes"}),
-    "oracle-settled": Way("one learner per true mode, decay and averaging", {"assign": "modes"}, settled=True),
+_PLAIN = {PLAIN: Way("MAML, uniform sampler"), SETTLED: Way("MAML, decay and averaging", settled=True)}
+_WIDE = {WIDE: Way("MAML, as many parameters as the clusters", wide=True)}
+_ORACLE = {
+    "oracle": Way("a learner per true mode, decay and averaging", {"assign": "modes"}, settled=True, by_loss=True)
 }
+_SINGLE = _PLAIN | _WIDE | _ORACLE
 
+
+def noise(batch: Any) -> Tensor:
+    """A description [T, 1] that says nothing of a task, but is always the same."""
+    sums: Tensor = batch.support_x.flatten(1).sum(1, keepdim=True)
+    return (1e4 * sums).frac()
+
+
+#: The control of clusters: as many learners, whose tasks have nothing in common.
+_RANDOM = {"assign": "embedding", "embedding": noise}
+
+#: Clusters of regressions: one mode is several.
 MANY = 12
-REGRESSION_WAYS = _SINGLE | {
-    "kmeans": Way("12 clusters, KMeans of support gradients", {**STAGES, "assign": "embedding"}, MANY, settled=True),
+CLUSTERED = {
     "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
     "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
-    "unsettled": Way("12 clusters, by least loss, no decay or averaging", STAGES, MANY),
-    "soft": Way("12 clusters, soft", {**STAGES, "temperature": 3.0, "anneal": 0.5}, MANY, settled=True),
-    "balanced": Way("12 clusters, balanced batches", STAGES, MANY, settled=True, batches="balanced"),
-    "one": Way("12 clusters, batches from one", STAGES, MANY, settled=True, batches="one"),
 }
 
+DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
 DIGITS_WAYS = _SINGLE | {
-    "clusters": Way("4 clusters, by least loss", {"warmup": 0.05, "begin": 0.1}, settled=True),
+    "few": Way("4 clusters, by least loss", DIGITS_STAGES, settled=True),
+    "clusters": Way("8 clusters, by least loss", DIGITS_STAGES, 8, settled=True),
+    "random": Way("8 learners of tasks at random", {**DIGITS_STAGES, **_RANDOM}, 8, settled=True, by_loss=True),
 }
 
 _BY_KIND = {"assign": "modes", "per_cluster": False}
@@ -142,7 +153,7 @@ RULE_WAYS = {
 }
 
 
-def _regression(modes: int) -> Problem:
+def _regression(modes: int, iterations: int, ways: Mapping[str, Way]) -> Problem:
     return _maml(
         f"{modes}-mode regression, 10-shot",
         lambda: mixture(modes, support=10, query=10),
@@ -151,23 +162,23 @@ def _regression(modes: int) -> Problem:
         lr=0.001,
         modes=modes,
         measure="loss",
-        iterations=9000,
-        ways=REGRESSION_WAYS,
+        iterations=iterations,
+        ways=ways,
     )
 
 
 PROBLEMS = {
-    "regression-3": _regression(3),
-    "regression-5": _regression(5),
+    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED),
+    "regression-5": _regression(5, 4500, _PLAIN | _ORACLE | CLUSTERED),
     "digits": _maml(
         "5-way 1-shot digits in 4 domains",
         lambda: Digits(ways=5, support=1, query=10, domains=DOMAINS),
         (64, 64, 64, 5),
-        (64, 156, 156, 5),
+        (64, 230, 230, 5),
         lr=0.1,
         modes=len(DOMAINS),
         measure="accuracy",
-        iterations=3000,
+        iterations=2000,
         ways=DIGITS_WAYS,
     ),
     "optimizees": Problem(
@@ -177,8 +188,8 @@ PROBLEMS = {
         lambda _: RuleLearner(CoordinatewiseLSTM(), steps=40, unroll=20),
         modes=1 + len(FUNCTIONS),
         measure="log_loss",
-        iterations=300,
-        outer_lr=3e-3,
+        iterations=400,
+        outer_lr=1e-3,
         ways=RULE_WAYS,
     ),
 }

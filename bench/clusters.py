@@ -1,6 +1,6 @@
 """Whether training tasks in clusters shortens training and raises accuracy: seeds, intervals, oracles, equal time.
 
-python -m bench.clusters                       everything (an hour or two); what is done already is not done again
+python -m bench.clusters                       everything (hours); what is done already is not done again
 python -m bench.clusters --problem digits      one problem's runs alone; nothing is written
 python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
 
@@ -12,12 +12,13 @@ tasks, curves are of validation tasks; test tasks are looked at once, by what a 
 
 from __future__ import annotations
 
-import hashlib
+import itertools
 import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,9 +28,8 @@ import typer
 from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.optim.swa_utils import AveragedModel
 
 from bench.cluster_cases import PEERS, PLAIN, PROBLEMS, Problem, Way
 from bench.report import CLUSTERED_COLUMNS, MEASURES, way_cells
@@ -39,6 +39,7 @@ from bench.train_sinusoid import summary
 from metakern.clustering import ClusterSampler
 from metakern.figures import COLOURS
 from metakern.learners import ClusteredLearner
+from metakern.training.averaging import MovingAverage
 
 #: Where runs are kept.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
@@ -49,6 +50,9 @@ DECAY, AVERAGING = 0.3, 0.998
 
 #: Seeds of the generators of validation and test tasks.
 HELD_OUT_SEEDS = {"valid": 10**6, "test": 2 * 10**6}
+
+#: Ways that the figure leaves to the table.
+UNDRAWN = ("random",)
 
 #: Of averaged predictions; 0 takes the best learner alone.
 TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
@@ -65,24 +69,14 @@ class Plan:
     held_out: int  # tasks to validate and to test
 
 
-FULL = Plan(seeds=5, share=1.0, tasks=32, points=60, held_out=2000)
+FULL = Plan(seeds=5, share=1.0, tasks=32, points=45, held_out=2000)
 QUICK = Plan(seeds=2, share=0.002, tasks=8, points=2, held_out=20)
-
-
-Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 def rate(iteration: int, iterations: int) -> float:
     """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
     share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
     return (1 + math.cos(math.pi * share)) / 2
-
-
-@torch.no_grad()
-def average(averages: Tensors, weights: Tensors, updates: Tensor | int) -> None:
-    """A step of the moving average; early ones forget where training started, as TensorFlow's do."""
-    decay = min(AVERAGING, (1 + int(updates)) / (10 + int(updates)))
-    torch._foreach_lerp_(averages, weights, 1 - decay)
 
 
 class Run:
@@ -101,16 +95,17 @@ class Run:
         self.generator = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(self.learner.parameters(), problem.outer_lr)
         self.scheduler: LRScheduler | None = None
-        self.averaged: nn.Module = self.learner
+        self.average: MovingAverage | None = None
         if way.settled:
             self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=self.iterations))
-            self.averaged = AveragedModel(self.learner, multi_avg_fn=average)
+            self.average = MovingAverage(self.learner, AVERAGING)
         self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
 
-    @property
-    def result(self) -> Any:
+    @contextmanager
+    def result(self) -> Iterator[Any]:
         """The learner to evaluate: of averaged weights, where they are averaged."""
-        return self.averaged.module if self.way.settled else self.learner
+        with self.average.in_place() if self.average else nullcontext():
+            yield self.learner
 
     def advance(self, to: int) -> None:
         """Train up to this iteration."""
@@ -128,22 +123,20 @@ class Run:
             self.optimizer.zero_grad()
             losses.mean().backward()
             self.optimizer.step()
-        if self.scheduler is not None:
+        if self.scheduler is not None and self.average is not None:
             self.scheduler.step()
-            self.averaged.update_parameters(self.learner)  # type: ignore[operator]
+            self.average.update()
         self.iteration += 1
 
 
 # ------------------------------------------------------------------------------------------------------ one run's part
 
 
-def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, told: bool = False) -> float:
-    """Mean measure of tasks, each assigned from its support set or told its mode, as optimizee problems always are."""
+def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, by: str | None = None) -> float:
+    """Mean measure of tasks, each assigned as the learner does it, or in another way."""
     if isinstance(learner, ClusteredLearner):
         before = learner.eval_temperature, learner.assign_by
-        learner.eval_temperature = temperature
-        if learner.assign_by == "modes" and not told and hasattr(learner.shared, "support_losses"):
-            learner.assign_by = "losses"
+        learner.eval_temperature, learner.assign_by = temperature, by or learner.assign_by
         measures = learner.evaluate(batch)
         learner.eval_temperature, learner.assign_by = before
     else:
@@ -156,31 +149,35 @@ def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, 
 def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
     """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
     problem, way = PROBLEMS[problem_name], PROBLEMS[problem_name].ways[way_name]
-    run, measure = Run(problem, way, seed, plan), problem.measure
+    run, measure, by = Run(problem, way, seed, plan), problem.measure, "losses" if way.by_loss else None
     curve = []
     for point in range(plan.points + 1):
         run.advance(point * run.iterations // plan.points)
-        value = evaluated(run.result, held_out(problem, "valid", plan), measure)
+        with run.result() as learner:
+            value = evaluated(learner, held_out(problem, "valid", plan), measure, by=by)
         curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
         advance(point / plan.points)
-    learner = run.result
-    averages = isinstance(learner, ClusteredLearner) and learner.assign_by == "losses"
+    found = {"seconds": run.seconds, "wall_seconds": run.wall_seconds, "iterations": run.iterations, "curve": curve}
+    with run.result() as learner:
+        return found | tested(learner, problem, plan, by)
+
+
+def tested(learner: Any, problem: Problem, plan: Plan, by: str | None) -> dict[str, Any]:
+    """What a run ends with on test tasks; the temperature is chosen on validation tasks."""
+    measure = problem.measure
+    averages = isinstance(learner, ClusteredLearner) and "losses" in (by, learner.assign_by)
     valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
-    choices = {t: evaluated(learner, valid, measure, t) for t in (TEMPERATURES if averages else (0.0,))}
+    choices = {t: evaluated(learner, valid, measure, t, by) for t in (TEMPERATURES if averages else (0.0,))}
     temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
-    found = {
-        "curve": curve,
+    found: dict[str, Any] = {
         "temperature": temperature,
         "valid": choices[temperature],
-        "test": evaluated(learner, test, measure, temperature),
-        "test_of_one": evaluated(learner, test, measure),
-        "seconds": run.seconds,
-        "wall_seconds": run.wall_seconds,
-        "iterations": run.iterations,
+        "test": evaluated(learner, test, measure, temperature, by),
+        "test_of_one": evaluated(learner, test, measure, by=by),
     }
-    if isinstance(learner, ClusteredLearner) and learner.assign_by == "modes" and hasattr(learner.shared, "adapt"):
-        found["test_told"] = evaluated(learner, test, measure, told=True)
-    if averages:
+    if averages and learner.assign_by == "modes":
+        found["test_told"] = evaluated(learner, test, measure)
+    elif averages and not by and learner.num_active:
         found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
     return found
 
@@ -203,21 +200,26 @@ def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
 
 def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
     """A run, from its file where it was made with the same settings."""
-    of = PROBLEMS[problem]
-    described = repr((of.described(), of.ways[way], plan.share, plan.tasks, plan.points, plan.held_out))
-    described += repr((DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS))
-    key = hashlib.sha256(described.encode()).hexdigest()
     path = None if folder is None else folder / f"{problem}-{way}-{plan.share:.4f}-{seed}.json"
+    settings = described(problem, way, plan)
     if path is not None and path.exists():
         kept: dict[str, Any] = json.loads(path.read_text())
-        if kept["key"] == key:
+        if kept["settings"] == settings:
             return kept
-    found = train(problem, way, seed, plan, advance) | {"key": key}
+    found = train(problem, way, seed, plan, advance) | {"settings": settings}
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.with_suffix(".part").write_text(json.dumps(found))
         path.with_suffix(".part").replace(path)
     return found
+
+
+def described(problem: str, way: str, plan: Plan) -> str:
+    """All that decides a run but the seed, the same in every process."""
+    of = PROBLEMS[problem]
+    settings = [of.described(), asdict(of.ways[way]), asdict(replace(plan, seeds=0))]
+    constants = [DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS]
+    return json.dumps([*settings, *constants], default=lambda function: function.__qualname__)
 
 
 def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
@@ -273,6 +275,7 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
             "test": summary(tests),
             "seconds": summary([run["seconds"] for run in of]),
             "wall_seconds": summary([run["wall_seconds"] for run in of]),
+            "test_of_one": summary([run["test_of_one"] for run in of]),
             "temperatures": [run["temperature"] for run in of],
             "difference": summary([a - b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
             "difference_best": summary([a - b["test"] for a, b in zip(tests, runs[best], strict=True)]),
@@ -315,19 +318,19 @@ def plot(results: dict[str, Any], path: Path) -> None:
     problems = results["problems"]
     figure, rows = plt.subplots(2, len(problems), figsize=(5.2 * len(problems), 8), layout="constrained", squeeze=False)
     for column, found in enumerate(problems.values()):
-        measure = found["settings"]["measure"]
+        measure = MEASURES[found["settings"]["measure"]]
+        drawn = [way for name, way in found["ways"].items() if name not in UNDRAWN]
         for axes, by in zip(rows[:, column], ("curve_iterations", "curve_seconds"), strict=True):
-            for index, way in enumerate(found["ways"].values()):
-                colour, line = COLOURS[index % len(COLOURS)], "-" if index < len(COLOURS) else "--"
+            for way, (line, colour) in zip(drawn, itertools.product(("-", "--"), COLOURS), strict=False):
                 mean, low, high = ([point[key] for point in way["curve"]] for key in ("mean", "low", "high"))
                 axes.plot(way[by], mean, line, color=colour, label=way["title"], linewidth=1.4)
-                axes.fill_between(way[by], low, high, color=colour, alpha=0.15, linewidth=0)
+                axes.fill_between(way[by], low, high, color=colour, alpha=0.12, linewidth=0)
             axes.set(xlabel="meta-iteration" if by == "curve_iterations" else "seconds of one processor core")
-            axes.set(ylabel=f"validation {MEASURES[measure]}", yscale="log" if measure == "loss" else "linear")
+            axes.set(ylabel=f"validation {measure}", yscale="log" if measure == "MSE" else "linear")
             axes.grid(alpha=0.3)
         rows[0, column].set_title(found["settings"]["title"], fontsize=11)
-    rows[0, -1].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"Mean and 95 % interval of {results['seeds']} seeds", fontsize=11)
+        rows[0, column].legend(frameon=False, fontsize=7)
+    figure.suptitle(f"Mean and 95 % interval of {results['seeds']} seeds; by one learner a task", fontsize=11)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -237,8 +237,9 @@ def render_clusters(results: dict[str, Any], source: str) -> str:
     lines += [
         f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
         f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. Differences are paired by seed. "
-        "Equal time: no more processor time than the first way took. The last column: the share of the first way's "
-        "iterations, and of its time, after which the validation curve is where that of the first way ends.",
+        "By one learner: without the average of the clusters' predictions. Equal time: no more processor time than the "
+        "first way took. The last column: the share of the first way's iterations, and of its time, after which the "
+        "validation curve, by one learner, is where that of the first way ends.",
         "",
         _provenance(results, source),
     ]
@@ -255,8 +256,8 @@ def way_cells(way: dict[str, Any], seeds: int) -> list[str]:
     reaches = " / ".join(f"{sum(of[key] for of in found) / len(found):.0%}" for key in found[0]) if found else "never"
     reaches += f" ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else ""
     told = interval(way["test_told"]) if "test_told" in way else ""
-    equal = interval(way["equal_time"]["test"])
-    return [way["title"], interval(way["test"]), interval(way["difference"]), equal, told, reaches]
+    figures = (way["test"], way["difference"], way["test_of_one"])
+    return [way["title"], *map(interval, figures), told, interval(way["equal_time"]["test"]), reaches]
 
 
 NOT_MEASURED = "not measured yet"

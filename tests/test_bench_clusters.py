@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from bench import clusters, report
-from bench.cluster_cases import PROBLEMS, WAYS
-from bench.clusters import QUICK, Run, part, reached, train
-from bench.targets import judge_clusters
+from bench.cluster_cases import PROBLEMS
+from bench.clusters import FULL, QUICK, Run, described, equal_time, part, rate, reached, train
+from bench.runs import describe_run
+from bench.targets import judge_clusters, measured
 from metakern.learners import ClusteredLearner
-from tests.bench_runs import run_quick
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,75 +25,115 @@ def ignore(_: float) -> None:
     """Of a progress bar that nobody sees."""
 
 
+TINY = replace(QUICK, share=0.001, tasks=4, points=1, held_out=10)
+CASES = [(problem, way) for problem, of in PROBLEMS.items() for way in of.ways if problem != "regression-5"]
+
+
 @pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Results of ``python -m bench.clusters --quick``."""
-    path = run_quick("clusters", tmp_path_factory.mktemp("bench"), "3-mode regression, 10-shot")
-    results: dict[str, Any] = json.loads(path.read_text())
+def quick() -> dict[str, Any]:
+    """What two seeds of the digits give."""
+    found = describe_run("clusters", "bench.clusters") | clusters.measure(["digits"], TINY, None, Console(quiet=True))
+    results: dict[str, Any] = json.loads(json.dumps(found))
     return results
 
 
-def test_quick_run_writes_everything(quick: dict[str, Any]) -> None:
-    assert quick["benchmark"] == "clusters"
-    assert set(quick["machine"]) >= {"cpu", "threads", "versions", "date"}
-    assert (quick["iterations"], quick["seeds"], quick["tasks"], quick["held_out_tasks"]) == (20, 2, 8, 20)
-    assert list(quick["problems"]) == list(PROBLEMS)
-    for name, found in quick["problems"].items():
-        assert list(found["ways"]) == list(WAYS)
-        plain = found["ways"]["plain"]
-        assert plain["difference"]["of_seeds"] == [0, 0]
-        for key, way in found["ways"].items():
-            assert way["curve_iterations"] == [0, 10, 20]
-            assert len(way["curve"]) == len(way["curve_seconds"]) == 3
-            assert all(seconds > 0 for seconds in way["seconds"]["of_seeds"])
-            assert way["curve"][0]["mean"] == pytest.approx(plain["curve"][0]["mean"]), (name, key)
-            assert way["ratio"]["of_seeds"] == pytest.approx(
-                [a / b for a, b in zip(way["test"]["of_seeds"], plain["test"]["of_seeds"], strict=True)]
-            )
-            assert ("test_told" in way) == key.startswith("oracle")
-        assert plain["equal_time"]["test"] == plain["test"]
+def test_a_measurement_holds_everything(quick: dict[str, Any]) -> None:
+    assert (quick["seeds"], quick["tasks"], quick["held_out_tasks"]) == (2, 4, 10)
+    (found,) = quick["problems"].values()
+    assert found["settings"] | {"modes": 4, "measure": "accuracy", "steps": 5} == found["settings"]
+    assert list(found["ways"]) == list(PROBLEMS["digits"].ways)
+    plain = found["ways"]["plain"]
+    assert plain["difference"]["of_seeds"] == [0, 0]
+    assert plain["equal_time"]["test"] == plain["test"]
+    for name, way in found["ways"].items():
+        assert way["curve_iterations"] == [0, 2]
+        assert len(way["curve"]) == len(way["curve_seconds"]) == 2
+        assert all(seconds > 0 for seconds in way["seconds"]["of_seeds"])
+        if name != "wide":
+            assert way["curve"][0]["mean"] == pytest.approx(plain["curve"][0]["mean"]), name
+        pairs = list(zip(way["test"]["of_seeds"], plain["test"]["of_seeds"], strict=True))
+        assert way["difference"]["of_seeds"] == pytest.approx([a - b for a, b in pairs])
+        assert way["ratio"]["of_seeds"] == pytest.approx([a / b for a, b in pairs])
+        assert ("test_told" in way) == name.startswith("oracle")
+        assert 0 < way["equal_time"]["iterations"] <= 2
     assert quick["targets"] == judge_clusters(quick)
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_every_way_starts_from_the_same_weights_and_draws_the_same_first_tasks(way: str) -> None:
-    problem = PROBLEMS["regression-3"]
-    runs = [Run(problem, WAYS[name], 3, QUICK) for name in ("plain", way)]
-    models = [run.learner.shared if isinstance(run.learner, ClusteredLearner) else run.learner for run in runs]
-    for a, b in zip(models[0].model.parameters(), models[1].model.parameters(), strict=True):
-        assert torch.equal(a, b)
-    other = Run(problem, WAYS[way], 4, QUICK)
-    assert runs[0].generator.initial_seed() == runs[1].generator.initial_seed() != other.generator.initial_seed()
-    runs[1].advance(12)
-    assert runs[1].iteration == 12
-    assert runs[1].seconds > 0
+@pytest.mark.parametrize(("problem", "way"), CASES)
+def test_every_way_starts_from_the_same_learner_and_trains(problem: str, way: str) -> None:
+    of = PROBLEMS[problem]
+    plain, run, other = (Run(of, of.ways[name], seed, TINY) for name, seed in (("plain", 3), (way, 3), (way, 4)))
+    start = run.learner.shared if isinstance(run.learner, ClusteredLearner) else run.learner
+    if not of.ways[way].wide:
+        for a, b in zip(plain.learner.parameters(), start.parameters(), strict=True):
+            assert torch.equal(a, b)
+    assert plain.generator.initial_seed() == run.generator.initial_seed() != other.generator.initial_seed()
+    before = [parameter.clone() for parameter in run.learner.parameters()]
+    run.advance(3)
+    assert run.iteration == 3
+    assert run.seconds > 0
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.learner.parameters(), strict=True))
+
+
+def test_a_wide_learner_has_as_many_parameters_as_the_clusters() -> None:
+    for name in ("regression-3", "digits"):
+        of = PROBLEMS[name]
+        sizes = [sum(p.numel() for p in of.learner(of.ways[way], 0, 9).parameters()) for way in ("plain", "wide")]
+        assert sizes[1] == pytest.approx(sizes[0] * of.ways["clusters"].clusters, rel=0.02)
 
 
 def test_the_same_seed_gives_the_same_run() -> None:
-    a, b = (train("regression-3", "clusters", 1, QUICK, ignore) for _ in range(2))
-    timeless = [[p["valid"] for p in run["curve"]] + [run["test"], run["temperature"]] for run in (a, b)]
-    assert timeless[0] == timeless[1]
-    assert train("regression-3", "clusters", 2, QUICK, ignore)["test"] != a["test"]
+    a, b, other = (train("regression-3", "clusters", seed, QUICK, ignore) for seed in (1, 1, 2))
+    values = [[[p["valid"] for p in run["curve"]], run["test"], run["temperature"]] for run in (a, b)]
+    assert values[0] == values[1]
+    assert other["test"] != a["test"]
 
 
-def test_test_tasks_are_looked_at_by_the_result_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_test_tasks_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Curves and temperatures are the same, whatever the test tasks are."""
     found = train("regression-3", "clusters", 1, QUICK, ignore)
-    monkeypatch.setattr(clusters, "TEST_SEED", 5)
+    monkeypatch.setitem(clusters.HELD_OUT_SEEDS, "test", 5)
     other = train("regression-3", "clusters", 1, QUICK, ignore)
+    for name in ("temperature", "valid", "iterations"):
+        assert found[name] == other[name]
     assert [p["valid"] for p in found["curve"]] == [p["valid"] for p in other["curve"]]
-    assert found["temperature"] == other["temperature"]
     assert found["test"] != other["test"]
 
 
+def test_the_learning_rate_stays_then_falls_to_zero() -> None:
+    rates = [rate(iteration, 100) for iteration in (0, 50, 70, 85, 100)]
+    assert rates == pytest.approx([1, 1, 1, 0.5, 0])
+
+
 def test_a_run_is_made_once_and_again_for_other_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = []
-    monkeypatch.setattr(clusters, "train", lambda *of: made.append(of[:4]) or {"test": len(made)})
+    made: list[Any] = []
+
+    def pretend(*of: Any) -> dict[str, Any]:
+        made.append(of)
+        return {"test": len(made)}
+
+    monkeypatch.setattr(clusters, "train", pretend)
     assert [part("digits", "plain", 0, QUICK, tmp_path, ignore)["test"] for _ in range(3)] == [1, 1, 1]
     assert part("digits", "plain", 1, QUICK, tmp_path, ignore)["test"] == 2
     assert part("digits", "plain", 0, replace(QUICK, held_out=30), tmp_path, ignore)["test"] == 3
     assert part("digits", "plain", 0, QUICK, None, ignore)["test"] == 4
     assert len(list(tmp_path.glob("*"))) == 2
+
+
+@pytest.mark.parametrize(("problem", "way"), CASES)
+def test_a_run_of_another_process_is_known_again(problem: str, way: str) -> None:
+    """Functions among the settings go by name: their addresses would say that nothing is done yet."""
+    assert " at 0x" not in described(problem, way, QUICK)
+    assert described(problem, way, QUICK) == described(problem, way, replace(QUICK, seeds=5))
+    assert described(problem, way, QUICK) != described(problem, way, FULL)
+
+
+def test_equal_time_is_a_share_of_the_run() -> None:
+    runs = {"plain": [{"seconds": 10.0}, {"seconds": 12.0}, {"seconds": 11.0}]}
+    runs["slow"] = [{"seconds": 44.0}] * 3
+    runs["fast"] = [{"seconds": 2.0}] * 3
+    assert equal_time(runs, "slow", FULL).share == 0.25
+    assert equal_time(runs, "fast", FULL).share == 1
 
 
 def test_where_a_run_reaches_plain_maml() -> None:
@@ -109,7 +150,38 @@ def test_the_figure_and_the_table(quick: dict[str, Any], tmp_path: Path) -> None
     clusters.plot(quick, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
     text = report.render_clusters(quick, "file.json")
-    for found in quick["problems"].values():
-        assert found["settings"]["title"] in text
-    for said in ("of 20 test tasks", "2 seeds", "20 meta-iterations of 8 tasks", "`file.json`"):
+    for said in (PROBLEMS["digits"].title, "of 10 test tasks", "2 seeds", "4 tasks a meta-iteration", "`file.json`"):
         assert said in text
+
+
+def test_targets_are_judged_as_met_or_missed() -> None:
+    def way(mean: float, ratio: float, best: float, shares: list[float | None]) -> dict[str, Any]:
+        reaches = [None if share is None else {"iterations": share, "seconds": share} for share in shares]
+        figures = {"test": {"mean": mean}, "ratio": {"mean": ratio}, "ratio_best": {"mean": best}}
+        return figures | {"reaches_plain": reaches}
+
+    oracle = {"test_told": {"mean": 0.5}}
+    digits = {"difference": {"low": 0.02}, "difference_best": {"low": -0.01}}
+    results = {
+        "seeds": 2,
+        "problems": {
+            "regression-3": {
+                "settings": {"title": "regression", "measure": "loss"},
+                "ways": {"oracle": oracle, "clusters": way(0.55, 0.6, 0.7, [0.4, 0.5])},
+            },
+            "digits": {"settings": {"title": "digits", "measure": "accuracy"}, "ways": {"clusters": digits}},
+        },
+    }
+    judged = [(t["kind"], t["required"], t["measured"], t["met"]) for t in judge_clusters(results)]
+    assert judged == [
+        ("must", 0.75, 0.6, True),
+        ("aim", 0.5, 0.6, False),
+        ("aim", 0.75, 0.7, True),
+        ("aim", 1.0, pytest.approx(1.1), False),
+        ("must", 0.5, pytest.approx(0.45), True),
+        ("aim", 1 / 3, pytest.approx(0.45), False),
+        ("must", 0.0, -0.01, False),
+    ]
+    results["problems"]["regression-3"]["ways"]["clusters"] = way(0.55, 0.6, 0.7, [0.4, None])
+    never = judge_clusters(results)[4]
+    assert (never["measured"], never["met"], measured(never, 2)) == (None, False, "never")

@@ -42,7 +42,7 @@ class ClusteredLearner(nn.Module):
     Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks go by embeddings, these are
     clustered anew. Afterwards a learner that serves less than ``least_share`` of the pool starts again as a copy of the
     one with the largest sum of losses, moved to where that one's inner steps lead on its worst served tasks: empty
-    clusters are filled so, and one that took nearly all tasks is split.
+    clusters are filled so, and one that took nearly all tasks is split. What an optimizer keeps of it, it keeps.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
@@ -55,8 +55,8 @@ class ClusteredLearner(nn.Module):
         begin: iterations by embedding, at least 1, before those by losses
         refresh: iterations from one pool to the next
         pool: tasks of a pool
-        embedding: "gradient", "displacement", "losses" of the clusters' learners, or a function of a batch; see
-            :class:`metakern.clustering.Embedding`
+        embedding: "gradient", "displacement", or a function of a batch; see :class:`metakern.clustering.Embedding`,
+            whose "losses" say nothing while all learners are copies of one
         method: "kmeans", "minibatch_kmeans" or "gmm"
         max_clusters: learners kept ready where the number is chosen
         temperature: in training by losses: 0 gives each task to one learner; above, every learner takes a share of it
@@ -106,7 +106,7 @@ class ClusteredLearner(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(learner, assign, per_cluster)
+        _check(learner, assign, per_cluster, embedding)
         _check_numbers(
             {
                 "warmup": warmup,
@@ -150,7 +150,7 @@ class ClusteredLearner(nn.Module):
             parts = [(*of, loss) for of, loss in zip(served, losses, strict=True) if loss is not None]
             total = parts[0][2].new_zeros(batch.num_tasks)
             for tasks, share, loss in parts:
-                total = total.index_add(0, tasks, loss * share)
+                total = total.index_add(0, tasks, loss * share.to(loss))
             yield total
 
     @torch.no_grad()
@@ -261,11 +261,12 @@ class ClusteredLearner(nn.Module):
         return list(self.learners)[: self.num_active]
 
     def _embed(self, batch: Any) -> Tensor:
-        return self.embedding(self.shared, self._used() or list(self.learners), batch)
+        return self.embedding(self.shared, self._used(), batch)
 
     def _begins(self) -> bool:
         """Whether tasks go by their embeddings."""
-        return self.assign_by == "embedding" or int(self.iteration) < self.warmup + self.begin
+        begins = int(self.clusters.number) > 0 and int(self.iteration) < self.warmup + self.begin
+        return self.assign_by == "embedding" or begins
 
     def _temperature(self) -> float:
         if self.anneal is None:
@@ -304,9 +305,11 @@ class ClusteredLearner(nn.Module):
         return labels
 
 
-def _check(learner: nn.Module, assign: str, per_cluster: bool) -> None:
+def _check(learner: nn.Module, assign: str, per_cluster: bool, embedding: Any) -> None:
     if assign not in ASSIGNMENTS:
         raise ValueError(f"assign must be one of {', '.join(ASSIGNMENTS)}, got {assign!r}")
+    if embedding == "losses":
+        raise ValueError("embedding must tell tasks apart before the learners differ, which 'losses' cannot")
     if assign != "losses":
         return
     if not per_cluster:

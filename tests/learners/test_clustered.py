@@ -352,6 +352,7 @@ def test_what_it_refuses() -> None:
         ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         ({"eval_temperature": float("nan")}, "eval_temperature must be at least 0, got nan"),
         ({"embedding": "names"}, "embedding must be one of"),
+        ({"embedding": "losses"}, "embedding must tell tasks apart before the learners differ, which 'losses' cannot"),
         ({"per_cluster": False}, "assign must be 'embedding' or 'modes' where all clusters share one learner"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -83,7 +83,9 @@ class MAMLSettings:
     keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
     clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
     cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
-    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
+    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS[:2])}.")] = (
+        "gradient"
+    )
     cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
     cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
     cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False
@@ -91,6 +93,9 @@ class MAMLSettings:
     cluster_begin: Annotated[int, Option(min=1, help="Iterations by embedding before those by losses.")] = 100
     cluster_refresh: Annotated[int, Option(min=1, help="Iterations between two looks at all clusters.")] = 100
     cluster_temperature: Annotated[float, Option(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
+    cluster_eval_temperature: Annotated[
+        float, Option(min=0, help="Of averages over clusters in evaluation; 0: the best cluster's learner alone.")
+    ] = 0.0
     seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
     threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
     device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
@@ -219,6 +224,7 @@ def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner
         embedding=settings.cluster_embedding,
         method=settings.cluster_method,
         temperature=settings.cluster_temperature,
+        eval_temperature=settings.cluster_eval_temperature,
         per_cluster=not settings.cluster_shared,
         seed=settings.seed,
     )

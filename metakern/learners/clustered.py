@@ -47,7 +47,7 @@ class ClusteredLearner(nn.Module):
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
             ``support_losses(batch)`` and ``approach(batch)``, embeddings for ``displacements(batch)`` or
-            ``support_gradients(batch)``, averaged predictions for ``adapt(batch)`` and ``measure(prediction, target)``,
+            ``support_gradients(batch)``, averaged predictions for ``predict(batch)`` and ``measure(prediction, target)``,
             all as :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
         num_clusters: C; None: the number with the best silhouette when clusters begin, at most ``max_clusters``
         assign: one of :data:`ASSIGNMENTS`
@@ -158,8 +158,8 @@ class ClusteredLearner(nn.Module):
         """Query measures [T] of every task by the learner that its support set chooses, or by their average."""
         if not self.num_active or not self.per_cluster:
             return self.shared.evaluate(batch)  # type: ignore[operator, no-any-return]
-        if self.eval_temperature and self.assign_by == "losses" and not self._begins():
-            return self._evaluate_average(batch)
+        if self._averages():
+            return self.measure(self._averaged_prediction(batch, None), batch.query_y)
         labels = self.assign(batch)
         measures: dict[str, Tensor] = {}
         for cluster, learner in enumerate(self._used()):
@@ -171,12 +171,15 @@ class ClusteredLearner(nn.Module):
 
     @torch.no_grad()
     def predict(self, batch: Any, steps: int | None = None) -> Tensor:
-        """Predictions [T, Q, ...] for the query sets after ``steps`` inner steps of the learner a task is assigned to.
+        """Predictions [T, Q, ...] for the query sets after ``steps`` inner steps, ``eval_steps`` by default.
 
-        The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
+        Of the learner that a task is assigned to, or averages with ``eval_temperature``: of classes logarithms of
+        averaged probabilities. The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
         """
         if not self.num_active or not self.per_cluster:
             return self.shared.predict(batch, steps)  # type: ignore[operator, no-any-return]
+        if self._averages():
+            return self._averaged_prediction(batch, steps)
         labels = self.assign(batch)
         rows = [(labels == cluster).nonzero().flatten() for cluster in range(self.num_active)]
         parts = [
@@ -273,19 +276,20 @@ class ClusteredLearner(nn.Module):
             return self.temperature
         return self.temperature * math.pow(COLD, min(1.0, int(self.iteration) / self.anneal))
 
-    def _evaluate_average(self, batch: Any) -> dict[str, Tensor]:
+    def _averages(self) -> bool:
+        return self.eval_temperature > 0 and self.assign_by == "losses" and not self._begins()
+
+    def _averaged_prediction(self, batch: Any, steps: int | None) -> Tensor:
         shares = responsibilities(self.support_losses(batch), self.eval_temperature)
         classes = not batch.query_y.is_floating_point()
         total: Any = 0
         for learner, share in zip(self._used(), shares, strict=True):
-            prediction = learner.adapt(batch)(batch.query_x)
+            prediction = learner.predict(batch, steps)
             if classes:
                 prediction = prediction.softmax(2)
             total = total + prediction * share.view(-1, *[1] * (prediction.dim() - 1))
-        if classes:
-            total = total.clamp(min=torch.finfo(total.dtype).tiny).log()
-        measures: dict[str, Tensor] = self.shared.measure(total, batch.query_y)  # type: ignore[operator]
-        return measures
+        averaged: Tensor = total.clamp(min=torch.finfo(total.dtype).tiny).log() if classes else total
+        return averaged
 
     # --------------------------------------------------------------------------------------------------- empty clusters
 

@@ -5,6 +5,7 @@ python -m bench.compare_inner_loop --quick    small cases, no compiled peer, not
 
 Results go to bench/results/<device>-inner-loop.json. learn2learn, higher and torchopt take part where they can be
 imported (``pip install --target FOLDER --no-deps``, FOLDER in PYTHONPATH); the results say which could not, and why.
+learn2learn 0.2.0 no longer builds as it was released; what is measured is its source under a current Cython.
 """
 
 from __future__ import annotations

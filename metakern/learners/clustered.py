@@ -47,8 +47,8 @@ class ClusteredLearner(nn.Module):
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
             ``support_losses(batch)`` and ``approach(batch)``, embeddings for ``displacements(batch)`` or
-            ``support_gradients(batch)``, averaged predictions for ``predict(batch)`` and ``measure(prediction, target)``,
-            all as :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
+            ``support_gradients(batch)``, averages for ``predict(batch)`` and ``measure(prediction, target)``, all as
+            :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
         num_clusters: C; None: the number with the best silhouette when clusters begin, at most ``max_clusters``
         assign: one of :data:`ASSIGNMENTS`
         warmup: iterations of the shared learner

@@ -74,8 +74,9 @@ def fused_meta_loss(
         Unserved: where the generic path must serve
     """
     usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
-    if usual is not None and usual[0] in _served_before:
-        (serves, problem, weights), mlp = _served_before[usual[0]], usual[1]
+    known_way = None if usual is None else _served_before.get(usual[0])
+    if usual is not None and known_way is not None:
+        (serves, problem, weights), mlp = known_way, usual[1]
         known = partial(run_meta_loss, serves, problem, weights, mlp.params, (), (*support, None), (*query, None))
         return _served(known)  # type: ignore[no-any-return]
     mlp, _, arguments = _arguments(options)

@@ -136,6 +136,8 @@ CLUSTERED = {
     "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
 }
 
+RANDOM = {"random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True)}
+
 DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
 DIGITS_WAYS = _SINGLE | {
     "few": Way("4 clusters, by least loss", DIGITS_STAGES, settled=True),
@@ -149,7 +151,9 @@ RULE_WAYS = {
     SETTLED: Way("one rule, decay and averaging", settled=True),
     "balanced": Way("one rule, batches balanced over kinds", _BY_KIND, settled=True, batches="balanced"),
     "one": Way("one rule, batches of one kind", _BY_KIND, settled=True, batches="one"),
-    "clusters": Way("a rule per kind, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True),
+    "clusters": Way(
+        "a rule per kind, which is told, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True
+    ),
 }
 
 
@@ -168,7 +172,7 @@ def _regression(modes: int, iterations: int, ways: Mapping[str, Way]) -> Problem
 
 
 PROBLEMS = {
-    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED),
+    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED | RANDOM),
     "regression-5": _regression(5, 4500, _PLAIN | _ORACLE | CLUSTERED),
     "digits": _maml(
         "5-way 1-shot digits in 4 domains",

@@ -5,7 +5,8 @@ python -m bench.clusters --problem digits      one problem's runs alone; nothing
 python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
 
 Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
-number of tasks. Ways with clusters also run once more, for the processor time that plain MAML took. Each run is kept in
+number of tasks; clusters also look at the support sets of a pool of tasks now and then. All ways but plain MAML also run
+once more, for the processor time that plain MAML took: each run has one thread, which is never idle. Each run is kept in
 build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
 tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
 """
@@ -137,12 +138,14 @@ def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, 
     if isinstance(learner, ClusteredLearner):
         before = learner.eval_temperature, learner.assign_by
         learner.eval_temperature, learner.assign_by = temperature, by or learner.assign_by
-        measures = learner.evaluate(batch)
-        learner.eval_temperature, learner.assign_by = before
+        try:
+            measures = learner.evaluate(batch)
+        finally:
+            learner.eval_temperature, learner.assign_by = before
     else:
         measures = learner.evaluate(batch)
     if measure == "log_loss":
-        return float(measures["loss"].clamp(1e-8, 1e8).log10().mean())
+        return float(measures["loss"].nan_to_num(1e8).clamp(1e-8, 1e8).log10().mean())
     return float(measures[measure].mean())
 
 
@@ -223,9 +226,9 @@ def described(problem: str, way: str, plan: Plan) -> str:
 
 
 def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
-    """So much of a run as takes the processor time of plain MAML, by the medians of all seeds; at least 1 %."""
+    """So much of a run as takes the processor time of plain MAML, by the medians of all seeds, in whole percents."""
     plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in (PLAIN, way))
-    return replace(plan, share=plan.share * max(0.01, min(1.0, round(float(plain / ours), 2))))
+    return replace(plan, share=plan.share * max(0.01, min(1.0, math.floor(100 * float(plain / ours)) / 100)))
 
 
 def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: Console) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: C
     for name in problems:
         ways = PROBLEMS[name].ways
         runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console)
-        shorter = {way: equal_time(runs, way, plan) for way in ways if ways[way].options is not None}
+        shorter = {way: equal_time(runs, way, plan) for way in ways if way != PLAIN}
         found[name] = gathered(name, runs, runs | _runs(name, shorter, plan, folder, console))
     results = {
         "tasks": plan.tasks,
@@ -266,7 +269,7 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
     """Every way's figures over the seeds, and its differences from plain MAML and from the best single learner."""
     ways = {}
     higher = PROBLEMS[problem].measure == "accuracy"
-    means = {peer: sum(run["test"] for run in runs[peer]) for peer in PEERS if peer in runs}
+    means = {peer: sum(run["valid"] for run in runs[peer]) for peer in PEERS if peer in runs}
     best = (max if higher else min)(means, key=means.__getitem__)
     for name, of in runs.items():
         tests = [run["test"] for run in of]
@@ -288,7 +291,9 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
                 "seconds": summary([run["seconds"] for run in timed[name]]),
             },
             "curve": [summary([p["valid"] for p in points]) for points in zip(*(r["curve"] for r in of), strict=True)],
-            "curve_seconds": [p["seconds"] for p in of[0]["curve"]],
+            "curve_seconds": [
+                sum(p["seconds"] for p in points) / len(of) for points in zip(*(r["curve"] for r in of), strict=True)
+            ],
             "curve_iterations": [p["iteration"] for p in of[0]["curve"]],
         }
         for key in ("test_told", "clusters_by_mode"):

@@ -17,6 +17,7 @@ from bench.clusters import FULL, QUICK, Run, described, equal_time, part, rate, 
 from bench.runs import describe_run
 from bench.targets import judge_clusters, measured
 from metakern.learners import ClusteredLearner
+from tests.pictures import coloured_share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -148,8 +149,9 @@ def test_where_a_run_reaches_plain_maml() -> None:
 
 def test_the_figure_and_the_table(quick: dict[str, Any], tmp_path: Path) -> None:
     clusters.plot(quick, tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    assert coloured_share(tmp_path / "figure.png") > 0.0005
     text = report.render_clusters(quick, "file.json")
+    assert len({line.count("|") for line in text.splitlines() if line.startswith("|")}) == 1
     for said in (PROBLEMS["digits"].title, "of 10 test tasks", "2 seeds", "4 tasks a meta-iteration", "`file.json`"):
         assert said in text
 

@@ -5,8 +5,8 @@ python -m bench.clusters --problem digits      one problem's runs alone; nothing
 python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
 
 Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
-number of tasks; clusters also look at the support sets of a pool of tasks now and then. All ways but plain MAML also run
-once more, for the processor time that plain MAML took: each run has one thread, which is never idle. Each run is kept in
+number of tasks; clusters also look at the support sets of a pool of tasks now and then. All ways but plain MAML run
+once more, for the processor time that plain MAML took: each run has one thread, never idle. Each run is kept in
 build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
 tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
 """

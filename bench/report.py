@@ -237,11 +237,12 @@ def render_clusters(results: dict[str, Any], source: str) -> str:
         ]
     lines += [
         f"Mean and 95 % interval (Student's t) of {results['seeds']} seeds, of {results['held_out_tasks']:,} test "
-        f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. Differences are paired by seed. "
-        "The intervals are over training runs; all are tested on the same tasks. By one learner: without the average of "
+        f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. The intervals are over training "
+        "runs, all tested on the same tasks. Differences are paired by seed. By one learner: without the average of "
         "the clusters' predictions. Every 100 iterations clusters also look at the support sets of 512 tasks, a sixth "
-        "more than are trained on. Equal time: no more processor time than the first way took. The last column: the share of the first way's iterations, and of its time, after which the "
-        "validation curve, by one learner, is where that of the first way ends.",
+        "more than are trained on. Equal time: no more processor time than the first way took. The last column: the "
+        "share of the first way's iterations, and of its time, after which the validation curve, by one learner, first "
+        "is where that of the first way ends.",
         "",
         _provenance(results, source),
     ]

@@ -65,6 +65,7 @@ format: $(VENV)/installed
 bench: $(VENV)/built
 	$(BIN)/python -m bench.compare
 	$(BIN)/python -m bench.compare_inner_loop
+	$(BIN)/python -m bench.optimizee_groups
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 clusters: $(VENV)/built

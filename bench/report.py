@@ -317,6 +317,7 @@ TABLES = {
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,
     "clusters": render_clusters,
+    "optimizee_groups": render_optimizee_groups,
     "gpu": render_gpu,
 }
 

@@ -16,9 +16,12 @@ from torch import Tensor, nn
 from metakern.tasks import TaskDistribution
 from metakern.tasks.distribution import check_num_tasks, check_split
 
-#: How a task is described: where the inner loop takes the parameters, the support gradient where it starts, and the
-#: support loss after adaptation under every cluster's learner.
-EMBEDDINGS = ("displacement", "gradient", "losses")
+#: How one learner describes a task, and the method that it is asked for: where the inner loop takes the parameters, and
+#: the support gradient where it starts.
+EMBEDDINGS = {"displacement": "displacements", "gradient": "support_gradients"}
+
+#: How several learners describe one: the support losses after adaptation under each.
+LOSSES = "losses"
 
 #: What fits clusters to descriptions, by scikit-learn.
 METHODS = ("kmeans", "minibatch_kmeans", "gmm")
@@ -57,8 +60,8 @@ class Embedding:
     """Tasks as points: tasks that are learned alike lie close together, whatever the size of their losses.
 
     Args:
-        kind: one of :data:`EMBEDDINGS`, or a function of a batch that gives [T, D] and looks at support sets alone;
-            what it gives is used as it is
+        kind: one of :data:`EMBEDDINGS`, "losses", or a function of a batch that gives [T, D] and looks at support sets
+            alone; what it gives is used as it is
         dim: D at most for displacements and gradients; longer ones are projected
         seed: of the projection
 
@@ -67,8 +70,8 @@ class Embedding:
     """
 
     def __init__(self, kind: str | Describe = "gradient", dim: int = 32, seed: int = 0) -> None:
-        if not callable(kind) and kind not in EMBEDDINGS:
-            raise ValueError(f"embedding must be one of {', '.join(EMBEDDINGS)}, or a function, got {kind!r}")
+        if not callable(kind) and kind not in (*EMBEDDINGS, LOSSES):
+            raise ValueError(f"embedding must be one of {', '.join(EMBEDDINGS)}, {LOSSES}, or a function, got {kind!r}")
         if dim < 1:
             raise ValueError(f"dim must be at least 1, got {dim}")
         self.kind, self.dim, self.seed = kind, dim, seed
@@ -91,10 +94,10 @@ class Embedding:
                 got = list(points.shape) if isinstance(points, Tensor) else type(points).__name__
                 raise ValueError(f"embedding must give a tensor [{batch.num_tasks}, D], got {got}")
             return points.detach().float()
-        if self.kind == "losses":
+        if self.kind == LOSSES:
             losses = torch.stack([learner.support_losses(batch) for learner in learners], 1).clamp(min=_EPSILON).log()
             return losses - losses.mean(1, keepdim=True)
-        vectors = shared.displacements(batch) if self.kind == "displacement" else shared.support_gradients(batch)
+        vectors = getattr(shared, EMBEDDINGS[self.kind])(batch)
         return projected(normalised(vectors), self.dim, self.seed)
 
 
@@ -149,6 +152,11 @@ class Clusters(nn.Module):
         self.register_buffer("shares", torch.zeros(room))
         self.register_buffer("number", torch.zeros((), dtype=torch.int64))
 
+    @property
+    def least_points(self) -> int:
+        """How many points a fit needs."""
+        return self.num_clusters or int(self.number) or 3
+
     @torch.no_grad()
     def fit(self, points: Tensor) -> Tensor:
         """Labels [T] of ``points`` [T, D], after the clusters are fitted to them.
@@ -160,13 +168,13 @@ class Clusters(nn.Module):
             ValueError: for fewer points than clusters, points that are not finite, and D above ``dim``.
         """
         before = int(self.number)
-        wanted = self.num_clusters or before
-        least = wanted or 3
+        least = self.least_points
         if points.dim() != 2 or points.shape[0] < least or not bool(points.isfinite().all()):
             raise ValueError(f"points must be [T, D], finite, T at least {least}, got {list(points.shape)}")
-        data = self._padded(points).double().cpu()
-        number = wanted or choose_number(data, self.max_clusters, self.method, self.seed)
-        fitted = _fit(data, number, self.method, self.seed)
+        data, width = self._padded(points).double().cpu(), points.shape[1]
+        number = self.num_clusters or before
+        number = number or choose_number(data, self.max_clusters, self.method, self.seed, width)
+        fitted = _fit(data, number, self.method, self.seed, width)
         if before:
             order = _matching(self.assign(points).cpu(), _log_densities(data, *fitted).argmax(1), number)
             fitted = (fitted[0][order], fitted[1][order], fitted[2][order])
@@ -194,24 +202,26 @@ class Clusters(nn.Module):
         return nn.functional.pad(points.detach(), (0, room - points.shape[1]))
 
 
-def choose_number(points: Tensor, max_clusters: int, method: str = "kmeans", seed: int = 0) -> int:
+def choose_number(
+    points: Tensor, max_clusters: int, method: str = "kmeans", seed: int = 0, width: int | None = None
+) -> int:
     """The number of clusters, 2 to ``max_clusters``, whose labels have the largest mean silhouette on ``points``.
 
     Rousseeuw 1987, as scikit-learn computes it. Numbers that leave fewer than two clusters occupied are passed over; 1
-    where all are, as for points that are all the same.
+    where all are, as for points that are all the same. Of points [T, D] what is behind ``width`` is padding.
     """
     from sklearn.metrics import silhouette_score
 
     scores: dict[int, float] = {}
     for number in range(2, min(max_clusters, points.shape[0] - 1) + 1):
-        labels = _log_densities(points, *_fit(points, number, method, seed)).argmax(1)
+        labels = _log_densities(points, *_fit(points, number, method, seed, width or points.shape[1])).argmax(1)
         if 2 <= len(labels.unique()) < points.shape[0]:
             scores[number] = float(silhouette_score(points.numpy(), labels.numpy()))
     return max(scores, key=scores.__getitem__, default=1)
 
 
-def _fit(points: Tensor, number: int, method: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances [C, D], shares [C]."""
+def _fit(points: Tensor, number: int, method: str, seed: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Means and variances [C, D], shares [C]; behind ``width`` points are padding, and variances one."""
     import warnings
 
     from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -222,15 +232,18 @@ def _fit(points: Tensor, number: int, method: str, seed: int) -> tuple[Tensor, T
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)  # coinciding points leave clusters empty: those are handled
         if method == "gmm":
-            floor = max(1e-6, 1e-3 * float(points.var(0, unbiased=False).mean()))
+            floor = max(1e-6, 1e-3 * float(points[:, :width].var(0, unbiased=False).mean()))
             model = GaussianMixture(number, covariance_type="diag", reg_covar=floor, n_init=3, random_state=seed)
             model.fit(data)
-            return tuple(torch.from_numpy(x) for x in (model.means_, model.covariances_, model.weights_))  # type: ignore[return-value]
+            means, variances, shares = (torch.from_numpy(x) for x in (model.means_, model.covariances_, model.weights_))
+            variances[:, width:] = 1
+            return means, variances, shares
         kind = KMeans if method == "kmeans" else MiniBatchKMeans
         model = kind(number, n_init=5, random_state=seed).fit(data)
     means = torch.from_numpy(model.cluster_centers_)
-    variance = max(float(model.inertia_) / points.numel(), _EPSILON)
-    return means, torch.full_like(means, variance), torch.full((number,), 1 / number, dtype=means.dtype)
+    variances = torch.full_like(means, max(float(model.inertia_) / (len(points) * width), _EPSILON))
+    variances[:, width:] = 1
+    return means, variances, torch.full((number,), 1 / number, dtype=means.dtype)
 
 
 def _log_densities(points: Tensor, means: Tensor, variances: Tensor, shares: Tensor) -> Tensor:

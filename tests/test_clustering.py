@@ -12,6 +12,7 @@ from torch import Tensor
 from metakern.clustering import (
     BATCHES,
     EMBEDDINGS,
+    LOSSES,
     METHODS,
     Clusters,
     ClusterSampler,
@@ -42,7 +43,7 @@ def same_partition(a: Tensor, b: Tensor) -> bool:
 # ------------------------------------------------------------------------------------------------------- descriptions
 
 
-@pytest.mark.parametrize("kind", EMBEDDINGS)
+@pytest.mark.parametrize("kind", [*EMBEDDINGS, LOSSES])
 def test_an_embedding_looks_at_support_sets_alone(kind: str) -> None:
     batch = TwoFamilies().sample(6, generator())
     learners = [linear_learner(seed=seed) for seed in (0, 1, 2)]
@@ -124,6 +125,20 @@ def test_clusters_are_found_and_assign_new_points(method: str) -> None:
     torch.testing.assert_close(probabilities.sum(0), torch.ones(len(points)))
     assert probabilities.max(0).values.min() > 0.9
     torch.testing.assert_close(clusters.shares.sum(), torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_room_for_more_numbers_makes_no_cluster_surer(method: str) -> None:
+    """Kept tensors have room for ``dim`` numbers; what is behind those of the points says nothing."""
+    points, _ = blobs(2, spread=0.4, dim=2)
+    exact, roomy = Clusters(2, method=method, dim=2), Clusters(2, method=method, dim=32)
+    assert torch.equal(roomy.fit(points), exact.fit(points))
+    between = torch.tensor([[0.45, 0.0], [0.5, 0.2], [0.6, 0.0]])
+    torch.testing.assert_close(roomy.probabilities(between), exact.probabilities(between), rtol=1e-4, atol=1e-5)
+    assert exact.probabilities(between).min() > 0.01
+    torch.testing.assert_close(roomy.variances[:, :2], exact.variances)
+    assert (roomy.variances[:, 2:] == 1).all()
+    assert (roomy.means[:, 2:] == 0).all()
 
 
 @pytest.mark.parametrize("number", [2, 3, 5])

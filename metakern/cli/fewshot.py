@@ -83,9 +83,7 @@ class MAMLSettings:
     keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
     clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
     cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
-    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS[:2])}.")] = (
-        "gradient"
-    )
+    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
     cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
     cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
     cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False

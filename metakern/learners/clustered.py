@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.clustering import Clusters, ClusterSampler, Describe, Embedding, responsibilities
+from metakern.clustering import EMBEDDINGS, Clusters, ClusterSampler, Describe, Embedding, responsibilities
 from metakern.tasks import TaskDistribution
 
 #: What decides a task's cluster: the support loss after adaptation under each cluster's learner, the clusters of its
@@ -30,6 +30,9 @@ COLD = 0.01
 #: The share of a donor's tasks, its worst served ones, that a learner which starts again is moved to.
 WORST = 0.25
 
+#: What the loss of a task counts as that diverges under its learner: no other is served worse.
+DIVERGED = 1e30
+
 
 class ClusteredLearner(nn.Module):
     """C copies of a meta-learner, each for the tasks that are assigned to it.
@@ -37,34 +40,43 @@ class ClusteredLearner(nn.Module):
     :meth:`on_iteration` leads it through three stages. For ``warmup`` iterations the shared learner learns from all
     tasks. It is then copied for every cluster, and for ``begin`` iterations tasks go by the clusters of their
     embeddings under the shared learner, which moves no more. From then on they go to the learners that adapt to them
-    best. Whatever the stage, a task is assigned from its support set alone.
+    best. Whatever the stage, a task is assigned from its support set alone; by modes, which are the oracle to compare
+    with, from what the batch says of it. Batches that can be moved are assigned on the learner's own device.
 
     Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks go by embeddings, these are
-    clustered anew. Afterwards a learner that serves less than ``least_share`` of the pool starts again as a copy of the
-    one with the largest sum of losses, moved to where that one's inner steps lead on its worst served tasks: empty
-    clusters are filled so, and one that took nearly all tasks is split. What an optimizer keeps of it, it keeps.
+    clustered anew, without those that are not finite. Afterwards a learner that serves less than ``least_share`` of the
+    pool starts again as a copy of the one with the largest sum of losses, moved to where that one's inner steps lead on
+    its worst served tasks: empty clusters are filled so, and one that took nearly all tasks is split. Losses may be
+    below zero, where they count from the least of them; one that is not finite counts as the worst.
+
+    What an optimizer and an average of the weights keep of a learner that starts again, they keep: for a while the
+    average is one of two unrelated learners. Gradients that were not finite stay in Adam's moments, and weights in an
+    average, for good. So no such step must be taken, as :class:`metakern.training.Trainer` takes none; a training loop
+    of one's own drops what it keeps of the learners that ``restarted`` names.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
             ``support_losses(batch)`` and ``approach(batch)``, embeddings for ``displacements(batch)`` or
-            ``support_gradients(batch)``, averages for ``predict(batch)`` and ``measure(prediction, target)``, all as
-            :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
+            ``support_gradients(batch)``, averages for ``predict(batch, steps)`` and ``measure(prediction, target)``,
+            all as :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
         num_clusters: C; None: the number with the best silhouette when clusters begin, at most ``max_clusters``
         assign: one of :data:`ASSIGNMENTS`
         warmup: iterations of the shared learner
         begin: iterations by embedding, at least 1, before those by losses
         refresh: iterations from one pool to the next
-        pool: tasks of a pool
-        embedding: "gradient", "displacement", or a function of a batch; see :class:`metakern.clustering.Embedding`,
-            whose "losses" say nothing while all learners are copies of one
+        pool: tasks of a pool, at least ``num_clusters``, and more than ``max_clusters`` where the number is chosen
+        embedding: one of :data:`metakern.clustering.EMBEDDINGS`, or a function of a batch; see
+            :class:`metakern.clustering.Embedding`, whose "losses" say nothing while all learners are copies of one:
+            assignment by losses is what uses them
         method: "kmeans", "minibatch_kmeans" or "gmm"
         max_clusters: learners kept ready where the number is chosen
         temperature: in training by losses: 0 gives each task to one learner; above, every learner takes a share of it
             by the softmax of −loss/temperature
-        anneal: iterations from the first in which the temperature falls to a hundredth, geometrically; None: it stays
+        anneal: iterations, at least 1, from the first in which the temperature falls to a hundredth, geometrically;
+            None: it stays
         eval_temperature: in evaluation: 0 takes the prediction of the learner that the task is assigned to; above,
             predictions are averaged by the softmax of −support loss/temperature, those of classes as probabilities
-        least_share: of a pool, below which a cluster counts as empty
+        least_share: of a pool, at most 1, below which a cluster counts as empty
         per_cluster: False: all clusters share one learner, and shape the batches of a
             :class:`metakern.clustering.ClusterSampler` alone
         dim: numbers that embeddings are projected to; those of a function must not be more
@@ -75,9 +87,10 @@ class ClusteredLearner(nn.Module):
         learners: one a cluster
         num_active: clusters in use, 0 before they begin
         occupancy: [C], the clusters' shares of the last pool
+        restarted: indices of the learners that started again in the last :meth:`on_iteration`
 
     Raises:
-        ValueError: for arguments out of range, and a learner without what its assignment asks for.
+        ValueError: for arguments out of range, and a learner without what assignment, embedding or averages ask for.
     """
 
     iteration: Tensor
@@ -106,21 +119,19 @@ class ClusteredLearner(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        _check(learner, assign, per_cluster, embedding)
-        _check_numbers(
-            {
-                "warmup": warmup,
-                "temperature": temperature,
-                "eval_temperature": eval_temperature,
-                "least_share": least_share,
-            },
-            {"begin": begin, "refresh": refresh, "pool": pool},
-        )
+        self.embedding = Embedding(embedding, dim, seed)
+        self.clusters = Clusters(num_clusters, method=method, max_clusters=max_clusters, dim=dim, seed=seed)
+        _check(learner, assign, per_cluster, embedding, eval_temperature)
+        _check_least(0, warmup=warmup, temperature=temperature, eval_temperature=eval_temperature)
+        _check_least(0, least_share=least_share)
+        _check_least(1, begin=begin, refresh=refresh, anneal=1 if anneal is None else anneal)
+        _check_least(1 if assign == "modes" else num_clusters or max_clusters + 1, pool=pool)
+        if least_share > 1:
+            raise ValueError(f"least_share must be at most 1, got {least_share}")
         self.assign_by, self.warmup, self.begin, self.refresh, self.pool = assign, warmup, begin, refresh, pool
         self.temperature, self.anneal, self.eval_temperature = temperature, anneal, eval_temperature
         self.least_share, self.per_cluster = least_share, per_cluster
-        self.embedding = Embedding(embedding, dim, seed)
-        self.clusters = Clusters(num_clusters, method=method, max_clusters=max_clusters, dim=dim, seed=seed)
+        self.restarted: tuple[int, ...] = ()
         number = num_clusters or max_clusters
         self.shared = learner
         self.learners = nn.ModuleList(copy.deepcopy(learner) for _ in range(number if per_cluster else 0))
@@ -158,8 +169,8 @@ class ClusteredLearner(nn.Module):
         """Query measures [T] of every task by the learner that its support set chooses, or by their average."""
         if not self.num_active or not self.per_cluster:
             return self.shared.evaluate(batch)  # type: ignore[operator, no-any-return]
-        if self._averages():
-            return self.measure(self._averaged_prediction(batch, None), batch.query_y)
+        if self._averages() or all(hasattr(self.shared, method) for method in ("predict", "measure")):
+            return self.measure(self.predict(batch), batch.query_y)
         labels = self.assign(batch)
         measures: dict[str, Tensor] = {}
         for cluster, learner in enumerate(self._used()):
@@ -208,10 +219,11 @@ class ClusteredLearner(nn.Module):
             generator: decides the pool
         """
         self.iteration.fill_(iteration)
+        self.restarted = ()
         if iteration < self.warmup or (self.num_active and (iteration - self.warmup) % self.refresh):
             return
         source = tasks.tasks if isinstance(tasks, ClusterSampler) else tasks
-        pool = source.sample(self.pool, generator)
+        pool = self._here(source.sample(self.pool, generator))
         starts = not self.num_active
         if starts:
             for learner in self.learners:
@@ -219,8 +231,9 @@ class ClusteredLearner(nn.Module):
         if self.assign_by == "modes":
             self.active.fill_(len(self.occupancy))
         elif starts or self._begins():
-            self.clusters.fit(self._embed(pool))
-            self.active.copy_(self.clusters.number)
+            self._cluster(pool)
+            if not self.num_active:
+                return
         labels = self.assign(pool)
         if self.assign_by == "losses" and not self._begins():
             labels = self._fill(pool, labels)
@@ -234,8 +247,11 @@ class ClusteredLearner(nn.Module):
         return int(self.active)
 
     def assign(self, batch: Any) -> Tensor:
-        """Labels [T] of a batch's tasks, 64-bit integers, from their support sets alone."""
-        return self.responsibilities(batch, 0.0).argmax(0)
+        """Labels [T] of a batch's tasks, 64-bit integers, on the learner's device.
+
+        From their support sets alone, but for ``assign="modes"``. The batch may be on another device.
+        """
+        return self.responsibilities(self._here(batch), 0.0).argmax(0)
 
     @torch.no_grad()
     def responsibilities(self, batch: Any, temperature: float) -> Tensor:
@@ -262,6 +278,18 @@ class ClusteredLearner(nn.Module):
 
     def _used(self) -> list[Any]:
         return list(self.learners)[: self.num_active]
+
+    def _here(self, batch: Any) -> Any:
+        """The batch on the learner's device: a trainer draws on the CPU."""
+        return batch.to(self.active.device) if hasattr(batch, "to") else batch
+
+    def _cluster(self, pool: Any) -> None:
+        """Fit the clusters to the tasks whose embeddings are finite; where these are too few, they stay as they are."""
+        points = self._embed(pool)
+        points = points[points.isfinite().all(1)]
+        if len(points) >= self.clusters.least_points:
+            self.clusters.fit(points)
+            self.active.copy_(self.clusters.number)
 
     def _embed(self, batch: Any) -> Tensor:
         return self.embedding(self.shared, self._used(), batch)
@@ -295,36 +323,49 @@ class ClusteredLearner(nn.Module):
 
     def _fill(self, pool: Any, labels: Tensor) -> Tensor:
         """Labels after every empty cluster has started again from the worst served tasks of another."""
-        counts = labels.bincount(minlength=self.num_active)
-        for empty in (counts < self.least_share * len(labels)).nonzero().flatten().tolist():
-            losses = self.support_losses(pool).gather(0, labels.unsqueeze(0)).squeeze(0).nan_to_num(posinf=1e30)
-            sums = torch.zeros(self.num_active).index_add(0, labels.cpu(), losses.cpu())
-            sums[empty] = -1
-            donor = int(sums.argmax())
-            members = (labels == donor).nonzero().flatten()
+        least = self.least_share * len(labels)
+        for empty in (labels.bincount(minlength=self.num_active) < least).nonzero().flatten().tolist():
+            counts = labels.bincount(minlength=self.num_active)  # anew: another that started again may have changed it
+            if counts[empty] >= least or bool((counts < least).all()):
+                continue
+            losses = self.support_losses(pool).gather(0, labels.unsqueeze(0)).squeeze(0).float()
+            finite = losses.isfinite()
+            losses = losses.where(finite, DIVERGED)
+            sizes = losses - losses.min().clamp(max=0)  # of losses below zero, what they are above the least
+            sums = torch.zeros(self.num_active).index_add(0, labels.cpu(), sizes.cpu())
+            donor = int(sums.masked_fill((counts < least).cpu(), -torch.inf).argmax())
+            members = ((labels == donor) & finite).nonzero().flatten()  # elsewhere inner steps lead to nothing
             worst = members[losses[members].argsort(descending=True)[: max(1, int(WORST * len(members)))]]
             self.learners[empty].load_state_dict(self.learners[donor].state_dict())
-            self.learners[empty].approach(pool.select(worst))
+            if len(worst):
+                self.learners[empty].approach(pool.select(worst))
+            self.restarted += (empty,)
             labels = self.assign(pool)
         return labels
 
 
-def _check(learner: nn.Module, assign: str, per_cluster: bool, embedding: Any) -> None:
+def _check(learner: nn.Module, assign: str, per_cluster: bool, embedding: Any, eval_temperature: float) -> None:
+    """Raise ValueError unless the learner has what it will be asked for."""
     if assign not in ASSIGNMENTS:
         raise ValueError(f"assign must be one of {', '.join(ASSIGNMENTS)}, got {assign!r}")
     if embedding == "losses":
         raise ValueError("embedding must tell tasks apart before the learners differ, which 'losses' cannot")
-    if assign != "losses":
-        return
-    if not per_cluster:
-        raise ValueError("assign must be 'embedding' or 'modes' where all clusters share one learner, got 'losses'")
-    for method in ("support_losses", "approach"):
-        if not hasattr(learner, method):
-            raise ValueError(f"learner must have {method}(batch) for assign='losses', got {type(learner).__name__}")
+    needs: dict[str, str] = {}
+    if assign == "losses":
+        if not per_cluster:
+            raise ValueError("assign must be 'embedding' or 'modes' where all clusters share one learner, got 'losses'")
+        needs = dict.fromkeys(("support_losses(batch)", "approach(batch)"), "assign='losses'")
+        if eval_temperature > 0:
+            averages = ("predict(batch, steps)", "measure(prediction, target)")
+            needs |= dict.fromkeys(averages, f"eval_temperature={eval_temperature:g}")
+    if assign != "modes" and isinstance(embedding, str):
+        needs[f"{EMBEDDINGS[embedding]}(batch)"] = f"embedding={embedding!r}"
+    for method, use in needs.items():
+        if not hasattr(learner, method.partition("(")[0]):
+            raise ValueError(f"learner must have {method} for {use}, got {type(learner).__name__}")
 
 
-def _check_numbers(from_zero: dict[str, float], from_one: dict[str, float]) -> None:
-    for least, numbers in ((0, from_zero), (1, from_one)):
-        for name, value in numbers.items():
-            if not value >= least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+def _check_least(least: int, **numbers: float) -> None:
+    for name, value in numbers.items():
+        if not value >= least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metakern.clustering import EMBEDDINGS, METHODS, ClusterSampler
+from metakern.clustering import EMBEDDINGS, METHODS, Clusters, ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner, MetaLearner
+from metakern.learners.clustered import ASSIGNMENTS
 from metakern.tasks import Episodes
 from tests.conftest import assert_same_bits
 from tests.planted import TwoFamilies, agreement, generator, linear_learner
@@ -59,7 +61,7 @@ def test_two_families_that_no_single_learner_serves_are_separated(trained: Clust
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("embedding", [*EMBEDDINGS[:2], lambda batch: (batch.support_x * batch.support_y).mean(1)])
+@pytest.mark.parametrize("embedding", [*EMBEDDINGS, lambda batch: (batch.support_x * batch.support_y).mean(1)])
 def test_every_way_to_begin_separates_them(method: str, embedding: Any) -> None:
     learner = clustered(embedding=embedding, method=method, warmup=5)
     train(learner, 6)
@@ -119,6 +121,9 @@ def test_evaluation_is_by_the_learner_with_the_least_support_loss(trained: Clust
     assert torch.equal(trained.assign(batch), support.argmin(0))
     expected = query.gather(0, support.argmin(0).unsqueeze(0)).squeeze(0)
     torch.testing.assert_close(trained.evaluate(batch)["loss"], expected)
+    for cluster, learner in enumerate(trained.learners):  # to the bit what the learners say of their own
+        own = trained.assign(batch) == cluster
+        assert_same_bits("loss", trained.evaluate(batch)["loss"][own], learner.evaluate(batch.select(own))["loss"])
 
 
 def test_averaged_predictions_of_numbers(trained: ClusteredLearner) -> None:
@@ -207,6 +212,61 @@ def test_a_pool_is_drawn_every_r_iterations_from_the_distribution_itself() -> No
     assert sampler.sample(16, generator()).num_tasks == 16
 
 
+def test_tasks_whose_embeddings_are_not_finite_do_not_decide_the_clusters() -> None:
+    broken = [slice(None), slice(None, None, 3), slice(None)]
+
+    def embedding(batch: Episodes) -> Tensor:
+        points = batch.support_y.flatten(1).clone()
+        points[broken[0]] = torch.nan
+        return points
+
+    learner = clustered(assign="embedding", embedding=embedding)
+    learner.on_iteration(0, TwoFamilies(), generator())
+    assert learner.num_active == 0  # too few; the next iteration tries again
+    broken.pop(0)
+    learner.on_iteration(1, TwoFamilies(), generator(1))
+    assert learner.num_active == 2
+    points = TwoFamilies().sample(64, generator(1)).support_y.flatten(1)
+    expected = Clusters(2)
+    expected.fit(points[torch.arange(64) % 3 != 0])
+    assert_same_bits("means", learner.clusters.means, expected.means)
+    broken.pop(0)
+    learner.on_iteration(5, TwoFamilies(), generator(2))
+    assert_same_bits("means", learner.clusters.means, expected.means)
+
+
+class Elsewhere(Episodes):
+    """Tasks on another device: learners can make nothing of them until they are moved."""
+
+    moves: ClassVar[list[tuple[int, torch.device]]] = []
+
+    @property
+    def support(self) -> tuple[Tensor, Tensor]:
+        raise AssertionError("these tasks are not on the learner's device")
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        self.moves.append((self.num_tasks, *args))
+        return Episodes(**self._tensors()).to(*args, **kwargs)
+
+
+class DrawnElsewhere(TwoFamilies):
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
+        return Elsewhere(**super().sample(num_tasks, generator)._tensors())
+
+
+@pytest.mark.parametrize("assign", ASSIGNMENTS)
+def test_pools_and_sampled_tasks_are_moved_to_the_learner(assign: str) -> None:
+    """A trainer draws on the CPU, wherever the learner is."""
+    learner = clustered(assign=assign, begin=1)
+    sampler = ClusterSampler(DrawnElsewhere(), learner, "balanced")
+    Elsewhere.moves.clear()
+    for iteration in (0, 5):
+        learner.on_iteration(iteration, sampler, generator())
+    assert Elsewhere.moves[0] == (64, learner.active.device)
+    assert sampler.sample(8, generator()).num_tasks == 8
+    assert Elsewhere.moves[-1] == (16, learner.active.device)
+
+
 def test_losses_are_those_of_the_learners_that_tasks_are_assigned_to(trained: ClusteredLearner) -> None:
     batch = TwoFamilies().sample(20, generator(9))
     trained.zero_grad()
@@ -282,6 +342,12 @@ def serve(learner: ClusteredLearner, weights: tuple[float, ...]) -> None:
             one.model[0].bias.zero_()
 
 
+def shift_losses(learner: ClusteredLearner, offset: float) -> None:
+    """Make losses smaller by a constant, as logarithms of densities may be."""
+    for one in learner.learners:
+        one.loss = lambda prediction, target: F.mse_loss(prediction, target) + offset
+
+
 @pytest.mark.parametrize("weights", [(0.0, 500.0), (-500.0, 0.0), (torch.nan, 0.0)])
 def test_one_that_took_all_tasks_is_split(weights: tuple[float, ...]) -> None:
     learner = clustered()
@@ -290,21 +356,55 @@ def test_one_that_took_all_tasks_is_split(weights: tuple[float, ...]) -> None:
     assert len(learner.assign(TwoFamilies().sample(50, generator(9))).unique()) == 1
     learner.on_iteration(10, TwoFamilies(), generator())
     assert learner.occupancy.min() > 0.1
+    assert learner.restarted == (0 if weights[1] == 0 else 1,)
     train(learner, 60, first=11)
+    assert learner.restarted == ()
     batch = TwoFamilies().sample(100, generator(9))
     assert agreement(learner.assign(batch), batch.modes) > 0.97
 
 
-def test_an_empty_cluster_starts_from_the_worst_served_tasks() -> None:
+@pytest.mark.parametrize("offset", [0.0, -1e3])
+def test_an_empty_cluster_starts_from_the_worst_served_tasks(offset: float) -> None:
     """Rising lines are served well; the second learner takes falling ones, badly, and the third nothing."""
     learner = clustered(3)
     train(learner, 6)
+    shift_losses(learner, offset)
     serve(learner, (10.0, 0.0, 900.0))
     learner.on_iteration(10, TwoFamilies(), generator())
     slopes = [one.model[0].weight.item() for one in learner.learners]
     assert slopes[:2] == [10.0, 0.0]
     assert -10 < slopes[2] < -0.3  # towards falling lines
     assert learner.occupancy[2] > 0.3
+
+
+@pytest.mark.parametrize("offset", [0.0, -1e3])
+def test_no_empty_cluster_starts_from_another(offset: float) -> None:
+    """Of losses below zero an empty cluster has the largest sum, which is zero."""
+    learner = clustered(4)
+    train(learner, 6)
+    shift_losses(learner, offset)
+    serve(learner, (0.0, 500.0, 600.0, 700.0))
+    learner.on_iteration(10, TwoFamilies(), generator())
+    assert learner.restarted[0] == 1
+    assert learner.learners[0].model[0].weight.item() == 0
+    assert all(abs(learner.learners[index].model[0].weight.item()) < 15 for index in learner.restarted)
+
+
+def test_tasks_whose_losses_are_not_finite_are_the_worst_served_and_lead_nowhere() -> None:
+    """Falling lines are served badly, but one rising line is not served at all."""
+
+    class OneBroken(TwoFamilies):
+        def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:
+            batch = super().sample(num_tasks, generator)
+            batch.support_y[int(batch.modes.argmin())] = torch.nan
+            return batch
+
+    learner = clustered(3)
+    train(learner, 6)
+    serve(learner, (10.0, 0.0, 900.0))
+    learner.on_iteration(10, OneBroken(), generator())
+    assert learner.restarted == (2,)
+    assert 9 < learner.learners[2].model[0].weight.item() < 11
 
 
 def test_a_pool_of_occupied_clusters_changes_no_learner(trained: ClusteredLearner) -> None:
@@ -348,7 +448,12 @@ def test_what_it_refuses() -> None:
         ({"warmup": -1}, "warmup must be at least 0, got -1"),
         ({"begin": 0}, "begin must be at least 1, got 0"),
         ({"refresh": 0}, "refresh must be at least 1, got 0"),
-        ({"pool": 0}, "pool must be at least 1, got 0"),
+        ({"pool": 1}, "pool must be at least 2, got 1"),
+        ({"num_clusters": None, "max_clusters": 4, "pool": 4}, "pool must be at least 5, got 4"),
+        ({"assign": "modes", "pool": 0}, "pool must be at least 1, got 0"),
+        ({"anneal": 0}, "anneal must be at least 1, got 0"),
+        ({"least_share": -0.1}, "least_share must be at least 0, got -0.1"),
+        ({"least_share": 1.5}, "least_share must be at most 1, got 1.5"),
         ({"temperature": -0.5}, "temperature must be at least 0, got -0.5"),
         ({"eval_temperature": float("nan")}, "eval_temperature must be at least 0, got nan"),
         ({"embedding": "names"}, "embedding must be one of"),
@@ -356,6 +461,38 @@ def test_what_it_refuses() -> None:
         ({"per_cluster": False}, "assign must be 'embedding' or 'modes' where all clusters share one learner"),
     ):
         with pytest.raises(ValueError, match=message):
-            clustered(**options)
-    with pytest.raises(ValueError, match=r"learner must have support_losses\(batch\) for assign='losses', got Unrolls"):
-        ClusteredLearner(Unrolls(1), 2)
+            clustered(options.pop("num_clusters", 2), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "missing", "use"),
+    [
+        ({}, "support_losses(batch)", "assign='losses'"),
+        ({}, "approach(batch)", "assign='losses'"),
+        ({}, "support_gradients(batch)", "embedding='gradient'"),
+        ({"assign": "embedding"}, "support_gradients(batch)", "embedding='gradient'"),
+        ({"assign": "embedding", "embedding": "displacement"}, "displacements(batch)", "embedding='displacement'"),
+        ({"eval_temperature": 0.5}, "predict(batch, steps)", "eval_temperature=0.5"),
+        ({"eval_temperature": 0.5}, "measure(prediction, target)", "eval_temperature=0.5"),
+    ],
+)
+def test_a_learner_without_what_it_will_be_asked_for_is_refused_at_once(
+    options: dict[str, Any], missing: str, use: str
+) -> None:
+    """Not when clusters begin, hours later."""
+    has = ["support_losses", "approach", "support_gradients", "displacements", "predict", "measure"]
+
+    def make(names: list[str]) -> ClusteredLearner:
+        learner = Unrolls(1)
+        for name in names:
+            setattr(learner, name, None)
+        return ClusteredLearner(learner, 2, **options)
+
+    make(has)
+    with pytest.raises(ValueError, match=re.escape(f"learner must have {missing} for {use}, got Unrolls")):
+        make([name for name in has if name != missing.partition("(")[0]])
+
+
+def test_a_learner_that_is_asked_for_nothing_needs_nothing() -> None:
+    for options in ({"assign": "modes"}, {"assign": "embedding", "embedding": lambda batch: batch.support_y[:, 0]}):
+        assert ClusteredLearner(Unrolls(1), 2, **options).num_active == 0

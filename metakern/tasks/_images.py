@@ -7,6 +7,7 @@ import os
 import sys
 import uuid
 import warnings
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,12 +20,15 @@ from torch import Tensor
 #: The folder, within that of the data set, of decoded images.
 CACHE = ".metakern-cache"
 
+_CHECKSUM_BYTES = 4
+
 
 def load_images(root: Path, files: Sequence[Path], name: str, mode: str, size: int) -> Tensor:
     """Images of ``files`` as ``uint8`` [M, channels, size, size], in their order.
 
     The first call decodes them and writes them to a file in ``root``; later calls map that file into memory, as long as
-    the paths, sizes and modification times of all files are the same. Where it cannot be written, a warning says so.
+    the paths, sizes and modification times of all files are the same, and its checksum is right. Where it cannot be
+    written, a warning says so.
 
     Args:
         root: the folder of the data set
@@ -73,10 +77,18 @@ def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | N
     """The images of a cache; None where there is none, or a damaged one, which is then written anew."""
     try:
         # Copy-on-write: torch wants writable memory, the file stays as it is.
-        images = np.load(cache, mmap_mode="c", allow_pickle=False)
-    except (OSError, ValueError, EOFError):
+        images: np.ndarray[Any, Any] = np.load(cache, mmap_mode="c", allow_pickle=False)
+        with open(cache, "rb") as file:
+            file.seek(-_CHECKSUM_BYTES, os.SEEK_END)
+            whole = images.shape == shape and images.dtype == np.uint8 and file.read() == _checksum(images)
+    except Exception:  # a damaged header makes numpy raise nearly anything, tokenize.TokenError among them
         return None
-    return images if images.shape == shape and images.dtype == np.uint8 else None
+    return images if whole else None
+
+
+def _checksum(images: np.ndarray[Any, Any]) -> bytes:
+    """What follows the images in a cache: their CRC-32, a second for a gigabyte. Readers of .npy pass over it."""
+    return zlib.crc32(images).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None:
@@ -87,6 +99,7 @@ def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None
         try:
             with open(temporary, "wb") as file:
                 np.save(file, images, allow_pickle=False)
+                file.write(_checksum(images))
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(cache)

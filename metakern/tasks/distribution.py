@@ -48,8 +48,8 @@ class Episodes:
         support_y: its targets, [T, S, ...]; classes [T, S], 64-bit integers
         query_x: what the adapted model is judged by, [T, Q, ...]
         query_y: its targets
-        modes: [T], 64-bit integers: the component of a mixture, or the domain, that a task comes from; for evaluation
-            only, learners do not see it
+        modes: [T], 64-bit integers: the component of a mixture, or the domain, that a task comes from; for evaluation:
+            no learner sees it but the oracle, :class:`metakern.learners.ClusteredLearner` with ``assign="modes"``
 
     Raises:
         ValueError: for tensors that do not share the task axis.

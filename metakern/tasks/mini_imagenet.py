@@ -84,7 +84,7 @@ def _from_list(root: Path, split: str) -> dict[str, list[Path]]:
     if not (root / "images").is_dir():
         raise FileNotFoundError(f"expected a folder {root / 'images'} with the images of {path}, but there is none")
     found: dict[str, list[Path]] = {}
-    with open(path, newline="", encoding="utf-8") as file:
+    with open(path, newline="", encoding="utf-8-sig") as file:
         try:
             rows = csv.DictReader(file)
             if not {"filename", "label"} <= set(rows.fieldnames or ()):
@@ -92,6 +92,11 @@ def _from_list(root: Path, split: str) -> dict[str, list[Path]]:
             for row in rows:
                 if not row["filename"] or not row["label"]:
                     raise ValueError(f"expected a filename and a label in line {rows.line_num} of {path}, found {row}")
+                if Path(row["filename"]).is_absolute():
+                    raise ValueError(
+                        f"expected the name of a file in {root / 'images'} in line {rows.line_num} of {path}, found "
+                        f"{row['filename']}"
+                    )
                 found.setdefault(row["label"], []).append(root / "images" / row["filename"])
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"expected a list of filename and label, but {path} is damaged: {error}") from error

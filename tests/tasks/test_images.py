@@ -98,6 +98,26 @@ def test_a_damaged_cache_is_written_anew(files, decoded, damage):
     assert cache.read_bytes() == content
 
 
+def test_no_flipped_bit_of_a_cache_is_believed_or_raises(files, decoded):
+    """Every byte is hit, of the header, which numpy reads as Python, of the pixels, and of the checksum."""
+    images = load(files)
+    (cache,) = caches(files)
+    content = cache.read_bytes()
+    for index in range(len(content)):
+        damaged = bytearray(content)
+        damaged[index] ^= 1 << index % 8
+        cache.write_bytes(damaged)
+        assert torch.equal(load(files), images), index
+    assert len(decoded) > 3 * (images.numel() + 4)  # the pixels and the checksum, whatever the header
+    assert cache.read_bytes() == content
+
+
+def test_a_cache_can_be_read_by_others(files):
+    images = load(files)
+    (cache,) = caches(files)
+    assert np.array_equal(np.load(cache), images.numpy())
+
+
 def test_the_images_of_a_cache_can_be_changed_without_changing_it(files):
     load(files)
     load(files).fill_(7)

@@ -98,6 +98,10 @@ def test_a_missing_list_and_missing_images_are_named(listed):
         (b"", r"expected the columns filename and label in .*val.csv, found None"),
         (b"name,class\na.png,n10\n", r"expected the columns .* in .*val.csv, found \['name', 'class'\]"),
         (b"filename,label\na.png,n10\nb.png\n", r"expected a filename and a label in line 3 of .*val.csv"),
+        (
+            b"filename,label\na.png,n10\n/tmp/b.png,n10\n",
+            r"expected the name of a file in .*/images in line 3 of .*val.csv, found /tmp/b.png",
+        ),
         (b"filename,label\n\xff\xfe\x00,n10\n", r"list of filename and label, but .*val.csv is damaged"),
         (b"filename,label\na.png,n10\n", r"expected 2 classes in val of .*, found 1"),
         (
@@ -118,6 +122,13 @@ def test_a_damaged_list_is_named_with_what_it_should_hold(listed, content, messa
     (listed / "val.csv").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         MiniImageNet(listed)
+
+
+def test_a_list_may_begin_with_a_byte_order_mark(listed):
+    before = MiniImageNet(listed, **OPTIONS).sample(4, generator())
+    (listed / "train.csv").write_text((listed / "train.csv").read_text(), encoding="utf-8-sig")
+    assert (listed / "train.csv").read_bytes().startswith(b"\xef\xbb\xbffilename")
+    assert_same(MiniImageNet(listed, **OPTIONS).sample(4, generator()), before)
 
 
 def test_a_missing_class_or_image_of_a_folder_is_counted(folders):

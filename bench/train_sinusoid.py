@@ -20,7 +20,6 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import scipy.stats
 import torch
 import typer
 from matplotlib import pyplot as plt
@@ -33,6 +32,7 @@ from bench.inner_loop_cases import Case, sinusoid
 from bench.inner_loop_contenders import Batched, Fused, Vmap, iterate
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_sinusoid
+from metakern.adaptation import mean_interval
 from metakern.figures import COLOURS
 from metakern.models import mlp
 
@@ -147,9 +147,7 @@ def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
 
 def summary(values: Sequence[float]) -> dict[str, Any]:
     """Mean over seeds with Student's 95 % interval."""
-    sample = torch.tensor(values, dtype=torch.float64)
-    half = float(scipy.stats.t.ppf(0.975, len(sample) - 1)) * float(sample.std()) / len(sample) ** 0.5
-    mean = float(sample.mean())
+    mean, half = (float(x) for x in mean_interval(torch.tensor(values, dtype=torch.float64)))
     return {"mean": mean, "low": mean - half, "high": mean + half, "of_seeds": list(values)}
 
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metakern.tasks.distribution import check_split
-from metakern.tasks.optimizees import ProblemBatch
+from metakern.tasks.distribution import check_num_tasks
+from metakern.tasks.optimizees import EndlessProblems, ProblemBatch
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ FUNCTIONS = {
 }
 
 
-class ClassicFunction:
+class ClassicFunction(EndlessProblems):
     """One test function, to be minimised from points drawn uniformly from its customary box.
 
     :class:`GradientNoise` around it adds noise to its gradients.
@@ -143,12 +143,8 @@ class ClassicFunction:
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> FunctionBatch:
         """``num_tasks`` problems, which differ in their starting points."""
-        return FunctionBatch(self, num_tasks, generator)
-
-    def split(self, name: str) -> ClassicFunction:
-        """Itself: starting points are drawn without end, so no two splits share one."""
-        check_split(name)
-        return self
+        check_num_tasks(num_tasks)
+        return FunctionBatch(self, num_tasks, self._stream(generator))
 
 
 class FunctionBatch(ProblemBatch):

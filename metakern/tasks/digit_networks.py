@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.tasks.digits import all_digits
 from metakern.tasks.distribution import check_split
 from metakern.tasks.network_problems import NetworkProblem
 
@@ -25,14 +26,12 @@ DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)
 @functools.cache
 def load_digits(split: str) -> tuple[Tensor, Tensor]:
     """Images [n, 64] in [0, 1] and labels [n] of a split of scikit-learn's handwritten digits, shuffled once."""
-    from sklearn.datasets import load_digits as load
-
     check_split(split)
-    data = load()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images, labels = all_digits()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     first, last = DIGITS_SPLITS[split]
     chosen = order[first:last]
-    return torch.from_numpy(data.data).float()[chosen] / 16, torch.from_numpy(data.target).long()[chosen]
+    return images.flatten(1)[chosen], labels[chosen]
 
 
 #: Pixels of a side of an image, and classes.

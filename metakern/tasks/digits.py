@@ -71,13 +71,19 @@ class Digits(FewShotEpisodes):
 
 
 @functools.cache
-def _classes() -> dict[str, ImageClasses]:
-    """The classes of each split, images [M, 1, 8, 8] in [0, 1]."""
+def all_digits() -> tuple[Tensor, Tensor]:
+    """The images [1797, 8, 8] in [0, 1], float32, and the digits that they show, 64-bit integers; not to be changed."""
     from sklearn.datasets import load_digits
 
     data = load_digits()
-    images, labels = torch.from_numpy(data.images).float().unsqueeze(1) / 16, torch.from_numpy(data.target)
+    return torch.from_numpy(data.images).float() / 16, torch.from_numpy(data.target).long()
+
+
+@functools.cache
+def _classes() -> dict[str, ImageClasses]:
+    """The classes of each split, images [M, 1, 8, 8] in [0, 1]."""
+    images, labels = all_digits()
     return {
-        split: ImageClasses.from_list([images[labels == digit] for digit in digits]).rotated()
+        split: ImageClasses.from_list([images[labels == digit].unsqueeze(1) for digit in digits]).rotated()
         for split, digits in DIGITS.items()
     }

@@ -7,6 +7,7 @@ et al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one prob
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar, Protocol, Self
@@ -108,7 +109,28 @@ class ProblemBatch:
         return changed
 
 
-class Quadratics:
+class EndlessProblems:
+    """What distributions share whose problems are drawn without end: a split is a stream of its own."""
+
+    _split = "train"
+
+    def split(self, name: str) -> Self:
+        """The same kind of problems; no two splits share one, even from generators of one seed."""
+        check_split(name)
+        split = copy.copy(self)
+        split._split = name
+        return split
+
+    def _stream(self, generator: torch.Generator) -> torch.Generator:
+        """Where a sample draws from: the generator itself to train, else one that a draw of it and the split decide."""
+        if self._split == "train":
+            return generator
+        draw = int(torch.randint(2**63 - 1, (), generator=generator))
+        digest = hashlib.sha256(f"{self._split} {draw}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+class Quadratics(EndlessProblems):
     """f(θ) = ‖Wθ - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1)."""
 
     def __init__(self, dim: int = 10) -> None:
@@ -119,13 +141,9 @@ class Quadratics:
     def sample(self, num_tasks: int, generator: torch.Generator) -> QuadraticBatch:
         """Draw W and y of ``num_tasks`` problems."""
         check_num_tasks(num_tasks)
+        generator = self._stream(generator)
         weight = torch.randn(num_tasks, self.dim, self.dim, generator=generator)
         return QuadraticBatch(weight, torch.randn(num_tasks, self.dim, generator=generator), generator)
-
-    def split(self, name: str) -> Quadratics:
-        """Itself: problems are drawn without end, so no two splits share one."""
-        check_split(name)
-        return self
 
 
 class QuadraticBatch(ProblemBatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from metakern.tasks import (
+    SPLITS,
     ClassicFunction,
     DigitsCNN,
     DigitsMLP,
@@ -101,6 +102,21 @@ def test_the_generator_moves_with_samples_alone(problems):
     met = [losses_and_gradients(problems.sample(6, stream)) for stream in (left, right)]
     assert torch.equal(*met)
     assert len(torch.cat([met[0], losses_and_gradients(problems.sample(6, generator()))]).unique(dim=0)) == 12
+
+
+@pytest.mark.parametrize("problems", [Quadratics(3), ClassicFunction("ackley", 9)], ids=["quadratics", "ackley"])
+def test_splits_of_endless_problems_share_none_even_from_one_seed(problems):
+    """Nor is one split's stream another's, a few draws later."""
+
+    def drawn(split: Any) -> Tensor:
+        batch = split.sample(50, generator())
+        return batch.weight if isinstance(problems, Quadratics) else batch.init_params()
+
+    splits = [drawn(problems.split(name)) for name in SPLITS]
+    assert torch.equal(splits[0], drawn(problems))
+    assert torch.equal(splits[2], drawn(problems.split("valid").split("test")))
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert torch.isin(splits[i], splits[j]).float().mean() < 0.01
 
 
 @every_kind

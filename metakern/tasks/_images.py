@@ -88,7 +88,7 @@ def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | N
 
 def _checksum(images: np.ndarray[Any, Any]) -> bytes:
     """What follows the images in a cache: their CRC-32, a second for a gigabyte. Readers of .npy pass over it."""
-    return zlib.crc32(images).to_bytes(_CHECKSUM_BYTES, "big")
+    return zlib.crc32(images.data).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None:

@@ -213,6 +213,8 @@ class ClusteredLearner(nn.Module):
     def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> None:
         """To be called before every iteration's batch, numbers from 0; draws a pool where one is due.
 
+        Clusters begin with the first pool of which enough embeddings are finite.
+
         Args:
             iteration: its number
             tasks: where a pool is drawn; of a :class:`metakern.clustering.ClusterSampler` its own distribution

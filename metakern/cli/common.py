@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -15,6 +15,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from metakern.runs.folder import CONFIG, read_config
+from metakern.training.distributed import is_launched
 
 Option = typer.Option
 
@@ -42,12 +43,7 @@ class RunOptions:
 
 def is_first_process() -> bool:
     """Whether this process is the one, or the first under torchrun: it alone writes and prints."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def is_restart() -> bool:
-    """Whether torchrun has started this process anew after another one died: the run then goes on by itself."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def fail(error: Exception) -> typer.Exit:
@@ -61,7 +57,7 @@ class RunCommand(TyperCommand):
     """A command whose options take their defaults from ``--config``, or with ``--resume`` from the run's folder."""
 
     learner: ClassVar[str]
-    settings: ClassVar[tuple[str, ...]]
+    settings: ClassVar[type]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Look for the file first; then parse as ever: what stands on the command line overrides."""
@@ -72,18 +68,43 @@ class RunCommand(TyperCommand):
             path = folder_config if folder_config.is_file() else None
         if path is not None:
             try:
-                ctx.default_map = self._settings(path)
+                ctx.default_map = checked_settings(self.settings, read_config(path, self.learner), path)
             except ERRORS as error:
                 raise fail(error) from error
         return super().parse_args(ctx, args)
 
-    def _settings(self, path: Path) -> dict[str, Any]:
-        content = read_config(path, self.learner)
-        if unknown := [str(key) for key in content if key not in self.settings]:
-            raise ValueError(
-                f"configuration {path} has unknown settings {', '.join(unknown)}; known are {', '.join(self.settings)}"
-            )
-        return content
+
+#: What a value of a setting must be, in words.
+_WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
+
+
+def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """The content of a configuration as fields of the dataclass ``kind``.
+
+    Raises:
+        ValueError: that names the file and the setting that is unknown or of another type.
+    """
+    types = get_type_hints(kind)
+    if unknown := [str(name) for name in content if name not in types]:
+        raise ValueError(
+            f"configuration {path} has unknown settings {', '.join(unknown)}; known are {', '.join(types)}"
+        )
+    return {name: _checked(f"configuration {path}: {name}", value, types[name]) for name, value in content.items()}
+
+
+def _checked(name: str, value: Any, hint: Any) -> Any:
+    """``value`` as the hint says, ``kind`` or ``kind | None``; what a person writes by hand counts as it is meant."""
+    kinds = get_args(hint) or (hint,)
+    if type(value) in kinds:
+        return value
+    if kinds[0] is str and type(value) is int:  # hidden: 40
+        return str(value)
+    if kinds[0] is float and type(value) in (int, str):  # lr: 1e-3 is text to YAML
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {value!r}")
 
 
 def default_output(learner: str) -> Path:
@@ -110,8 +131,7 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = function.__doc__
-    names = tuple(field.name for field in dataclasses.fields(settings))
-    kind = type("TrainCommand", (RunCommand,), {"learner": learner, "settings": names})
+    kind = type("TrainCommand", (RunCommand,), {"learner": learner, "settings": settings})
     app.command(learner, cls=kind)(command)
 
 

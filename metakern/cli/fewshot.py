@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -75,6 +75,10 @@ class MAMLSettings:
     accumulate: Annotated[int, Option(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, Option(min=0, max=1, help="Decay of averaged weights, 0.99; 0: no averages.")] = 0.0
     precision: Annotated[str | None, Option(help="bf16 or fp16 where the device has it.")] = None
+    max_skipped: Annotated[
+        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
+    ] = 10
+    monitor: Annotated[str, Option(help="What says which weights are best: loss; accuracy of classes.")] = "loss"
     patience: Annotated[int, Option(min=0, help="Evaluations without a better one before it stops; 0: never.")] = 0
     eval_every: Annotated[int, Option(min=1, help="Iterations between evaluations.")] = 100
     eval_tasks: Annotated[int, Option(min=2, help="Validation tasks of an evaluation.")] = 256
@@ -109,6 +113,8 @@ class MAMLSettings:
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
         choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
         choose("scheduler", self.scheduler, ("cosine", "none"))
+        choose("monitor", self.monitor, ("loss",) if self.tasks in REGRESSION else ("loss", "accuracy"))
+        device_of(self.device)
         if self.clusters != "auto" and not self.clusters.isdecimal():
             raise ValueError(f"clusters must be a number, auto, or 0 for none, got {self.clusters!r}")
         if self.anil and self.parameters is not None:
@@ -125,9 +131,7 @@ class MAMLSettings:
             raise ValueError(
                 f"model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
             )
-        return replace(
-            settled, model=model, eval_steps=settled.eval_steps or settled.steps, device=device_of(self.device)
-        )
+        return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps)
 
     def describe(self) -> str:
         """The run in a few words."""
@@ -141,13 +145,18 @@ REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
 
 
 def device_of(name: str) -> str:
-    """The device by name; "auto" takes a GPU where torch finds one."""
+    """The device by name; "auto" takes a GPU where torch finds one.
+
+    Raises:
+        ValueError: for a GPU where torch finds none, and a device of another kind.
+    """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return str(torch.device(name))
-    except RuntimeError as error:
-        raise ValueError(f"device must be auto, or one that torch knows, got {name!r}") from error
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} needs a GPU, and torch finds none: --device cpu")
+    return name
 
 
 def make_tasks(settings: MAMLSettings) -> TaskDistribution:
@@ -193,7 +202,7 @@ def widths(text: str) -> list[int]:
 
 
 def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
-    """The learner that resolved settings describe, its weights drawn from ``seed``."""
+    """The learner that resolved settings describe, on the CPU, its weights drawn from ``seed``."""
     torch.manual_seed(settings.seed)
     model = make_model(settings, tasks)
     parameters = settings.parameters
@@ -209,10 +218,10 @@ def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner
         rates=settings.rates.replace("-", "_"),
         first_order=settings.first_order,
         parameters=parameters,
-    ).to(settings.device)
+    )
     if settings.clusters == "0":
         return learner
-    clustered = ClusteredLearner(
+    return ClusteredLearner(
         learner,
         None if settings.clusters == "auto" else int(settings.clusters),
         assign=settings.cluster_by,
@@ -226,7 +235,6 @@ def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner
         per_cluster=not settings.cluster_shared,
         seed=settings.seed,
     )
-    return clustered.to(settings.device)
 
 
 def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
@@ -239,11 +247,3 @@ def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module)
 def make_optimizer(settings: MAMLSettings, learner: nn.Module) -> torch.optim.Optimizer:
     """The outer optimizer."""
     return OPTIMIZERS[settings.optimizer](learner.parameters(), lr=settings.lr)
-
-
-def settings_of(content: Mapping[str, Any]) -> MAMLSettings:
-    """Settings out of a run's config.yaml."""
-    known = MAMLSettings.__dataclass_fields__
-    if unknown := [str(key) for key in content if key not in known]:
-        raise ValueError(f"configuration has unknown settings {', '.join(unknown)}; known are {', '.join(known)}")
-    return MAMLSettings(**content)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +15,9 @@ from rich.table import Table
 from torch import Tensor
 
 from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
-from metakern.cli.common import ERRORS, RunOptions, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_optimizer, make_tasks, sampler, settings_of
-from metakern.cli.training import begin, cosine, finish, fit
+from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
+from metakern.cli.fewshot import MAMLSettings, device_of, make_learner, make_optimizer, make_tasks, sampler
+from metakern.cli.training import Run, begin, cosine, finish, fit
 from metakern.learners import ClusteredLearner
 from metakern.runs.folder import (
     CONFIG,
@@ -43,8 +43,7 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks)
     optimizer = make_optimizer(settings, learner)
-    run = begin(LEARNER, asdict(settings), options)
-    run.console.print(escape(settings.describe()), highlight=False)
+    run = Run(LEARNER, settings, options)
     trainer = Trainer(
         learner,
         sampler(settings, tasks, learner),
@@ -54,6 +53,8 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         callbacks=run.callbacks(),
         folder=run.folder,
     )
+    begin(run, trainer)
+    run.console.print(escape(settings.describe()), highlight=False)
     fit(run, trainer)
     if finish(run, trainer, lambda folder: save_weights(folder, learner)):
         report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
@@ -71,17 +72,20 @@ def trainer_config(settings: MAMLSettings) -> TrainerConfig:
         eval_tasks=settings.eval_tasks,
         patience=settings.patience or None,
         ema=settings.ema or None,
+        monitor=settings.monitor,
         precision=settings.precision,
+        max_skipped=settings.max_skipped,
         checkpoint_every=settings.checkpoint_every,
         keep=settings.keep,
-        device=settings.device,
+        device=device_of(settings.device),
     )
 
 
 def eval_maml(
     runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
     output: Annotated[
-        Path | None, typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval for several.")
+        Path | None,
+        typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."),
     ] = None,
     num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
     steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
@@ -93,9 +97,10 @@ def eval_maml(
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
         moved = {"device": device} | ({"data": data} if data else {})
-        unique = len({run.name for run in runs}) == len(runs)
-        trained = [_load(run, run.name if unique else str(run), moved) for run in runs]
-        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval"))
+        names = [run.resolve().name for run in runs]
+        unique = len(set(names)) == len(runs)
+        trained = [_load(run, name if unique else str(run), moved) for run, name in zip(runs, names, strict=True)]
+        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval") / LEARNER)
         make_folder(folder)
         report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
@@ -114,9 +119,10 @@ class Trained:
 
 def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
-    settings = settings_of({**read_config(run / CONFIG, LEARNER), **moved}).resolved()
+    content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
+    settings = MAMLSettings(**{**content, **moved}).resolved()
     tasks = make_tasks(settings)
-    learner = make_learner(settings, tasks)
+    learner = make_learner(settings, tasks).to(device_of(settings.device))
     load_weights(run, learner)
     return Trained(name, settings, learner, tasks)
 

@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
-from metakern.cli.training import begin, cosine, finish, fit
+from metakern.cli.training import Run, begin, cosine, finish, fit
 from metakern.evaluation import BASELINES, LEARNING_RATES, Curve, SpeedComparison, compare_optimizers, compare_speed
 from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
@@ -56,6 +56,9 @@ class OptimizerSettings:
     objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
     second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
     clip_norm: Annotated[float, Option(help="Largest norm of a meta-gradient.")] = 1.0
+    max_skipped: Annotated[
+        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
+    ] = 10
     hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
     layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
@@ -107,7 +110,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         second_order=settings.second_order,
     )
     optimizer = torch.optim.Adam(learner.parameters(), settings.lr)
-    run = begin(LEARNER, asdict(settings), options, "episode")
+    run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
         learner,
         PROBLEMS[settings.problem](),
@@ -117,6 +120,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         callbacks=run.callbacks(),
         folder=run.folder,
     )
+    begin(run, trainer)
     history = fit(run, trainer)
     if finish(run, trainer, rule.save_pretrained):
         _write_history(run.folder, history, settings)
@@ -131,6 +135,7 @@ def trainer_config(settings: OptimizerSettings) -> TrainerConfig:
         num_tasks=settings.networks,
         seed=settings.seed,
         clip_norm=settings.clip_norm,
+        max_skipped=settings.max_skipped,
         eval_every=settings.eval_every,
         eval_tasks=settings.eval_tasks,
         checkpoint_every=settings.checkpoint_every,
@@ -153,7 +158,9 @@ def eval_optimizer(
     rule_folder: Annotated[
         str, typer.Argument(help="Folder of `metakern train optimizer`, or the name of a rule in the package.")
     ] = "digits_lstm",
-    output: Annotated[Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval/optimizer.")
+    ] = None,
     problem: Annotated[str | None, typer.Option(help="Default: what it was trained on, or digits.")] = None,
     networks: Annotated[int, typer.Option(min=2, help="Fresh networks.")] = 64,
     steps: Annotated[int, typer.Option(min=1, help="Steps of each network.")] = 100,
@@ -189,7 +196,7 @@ def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path
     if Path(name).is_dir():
         return CoordinatewiseLSTM.from_pretrained(name), output or Path(name)
     try:
-        return CoordinatewiseLSTM.pretrained(name), output or Path("runs/eval")
+        return CoordinatewiseLSTM.pretrained(name), output or Path("runs/eval") / LEARNER
     except ValueError as error:
         raise ValueError(f"{name!r} is not a folder, and {error}") from error
 

@@ -1,7 +1,7 @@
 """The folder of a run: configuration, environment, weights and results, each file whole or not there.
 
-config.yaml        every setting; ``metakern train … --config`` of it repeats the run
-environment.json   versions, build, command line, threads, date
+config.yaml        every setting; ``metakern train … --config run/config.yaml --output again`` repeats the run
+environment.json   versions, build, command line, threads, date, launch of torchrun
 metrics.jsonl      one JSON object a line: iterations and evaluations
 events.out.*       the same for TensorBoard
 figures/*.png      learning curves, adaptation steps, clusters
@@ -43,8 +43,9 @@ RESULTS = "results.json"
 
 #: What a run writes, as patterns: what ``overwrite`` removes, and nothing else.
 _WRITTEN = (
-    CONFIG, ENVIRONMENT, METRICS, WEIGHTS, RESULTS, "training.json", "config.json", "events.out.tfevents.*",
-    f"{FIGURES}/*.png", f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
+    CONFIG, ENVIRONMENT, METRICS, WEIGHTS, RESULTS, "training.json", "config.json", "curves.png",
+    "events.out.tfevents.*", f"{FIGURES}/*.png",
+    f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
 )  # fmt: skip
 
 #: Packages whose versions a run notes, beside torch's in build_info.
@@ -125,8 +126,13 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def write_environment(folder: Path) -> None:
-    """environment.json: what a run's numbers may depend on, beside its configuration."""
+def write_environment(folder: Path, launch: str | None = None) -> None:
+    """environment.json: what a run's numbers may depend on, beside its configuration.
+
+    Args:
+        folder: of the run
+        launch: what tells this launch of several processes from others, if there are some
+    """
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -134,12 +140,16 @@ def write_environment(folder: Path) -> None:
         except PackageNotFoundError:
             versions[name] = None
     machine = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
-    write_json(folder / ENVIRONMENT, machine | {"processes": int(os.environ.get("WORLD_SIZE", "1"))})
+    processes: dict[str, object] = {"processes": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch}
+    write_json(folder / ENVIRONMENT, machine | processes)
 
 
 def write_config(folder: Path, learner: str, settings: Mapping[str, object]) -> None:
     """config.yaml: every setting of ``metakern train LEARNER`` by its name."""
-    head = f"# metakern train {learner} --config {CONFIG} repeats this run; options given beside it override.\n"
+    head = (
+        f"# metakern train {learner} --config {folder / CONFIG} --output FOLDER repeats this run in another folder; "
+        "options given beside it override.\n"
+    )
     content = {"learner": learner, "metakern": __version__, **settings}
     write_text(folder / CONFIG, head + yaml.safe_dump(content, sort_keys=False))
 

@@ -124,8 +124,8 @@ class TensorBoardLog(Callback):
 class LearningCurves(Callback):
     """figures/learning.png, drawn when a run ends, from all of its lines; comes after :class:`MetricsLog`."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, word: str = "iteration") -> None:
+        self.folder, self.word = folder, word
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
         """Draw, unless there is nothing to show."""
@@ -134,4 +134,4 @@ class LearningCurves(Callback):
         path = self.folder / METRICS
         iterations, evaluations = read_metrics(path) if path.is_file() else ([], [])
         if iterations:
-            plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png")
+            plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png", self.word)

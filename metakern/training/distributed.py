@@ -25,6 +25,11 @@ _PATIENCE = timedelta(minutes=30)
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def is_launched() -> bool:
+    """Whether the environment makes this process one of several."""
+    return all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
+
+
 class ProcessLost(RuntimeError):
     """Another process of the run does not answer any more."""
 
@@ -51,9 +56,7 @@ class Processes:
         self.rank, self.world, self._lost = 0, 1, False
         if not dist.is_available():
             return
-        if not dist.is_initialized() and all(name in os.environ for name in _ENVIRONMENT):
-            if int(os.environ["WORLD_SIZE"]) == 1:
-                return
+        if not dist.is_initialized() and is_launched():
             _connect("nccl" if self.device.type == "cuda" else "gloo")
             atexit.register(self._leave)
         if dist.is_initialized():
@@ -130,6 +133,8 @@ class Processes:
     def _collective(self, call: Callable[[], Any]) -> None:
         try:
             call()
+        except torch.OutOfMemoryError:
+            raise  # this process's own trouble
         except RuntimeError as error:
             self._lost = True
             reason = str(error).strip().splitlines()[0]

@@ -15,6 +15,11 @@ from metakern.cli import app
 
 ENVIRONMENT = {"COLUMNS": "120", "HF_HUB_OFFLINE": "1"}
 
+#: train maml, small.
+SMALL = "--num-tasks 4 --steps 2 --eval-tasks 6 --test-tasks 6 --hidden 8"
+DIGITS = f"train maml --tasks digits --queries 3 --iterations 4 --eval-every 2 --checkpoint-every 2 {SMALL}"
+SINUSOID = f"train maml {SMALL} --scheduler none --eval-every 4 --checkpoint-every 3"
+
 #: Keys of metrics.jsonl that say how long something took: no two runs share them.
 TIMES = {"seconds", "tasks_per_second"}
 

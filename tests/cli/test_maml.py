@@ -3,10 +3,8 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -15,12 +13,8 @@ import yaml
 from safetensors.torch import load_file
 
 from metakern.cli.fewshot import MAMLSettings
-from tests.cli.commands import ENVIRONMENT, invoke, metakern, metrics, succeed
+from tests.cli.commands import DIGITS, ENVIRONMENT, SINUSOID, invoke, metakern, metrics, succeed
 from tests.pictures import coloured_share
-
-SMALL = "--num-tasks 4 --steps 2 --eval-tasks 6 --test-tasks 6 --hidden 8"
-DIGITS = f"train maml --tasks digits --queries 3 --iterations 4 --eval-every 2 --checkpoint-every 2 {SMALL}"
-SINUSOID = f"train maml {SMALL} --scheduler none --eval-every 4 --checkpoint-every 3"
 
 
 def measures(folder) -> list:
@@ -133,61 +127,6 @@ def test_a_run_is_not_written_over_unless_it_is_asked_for(tmp_path):
     succeed(f"{command} --overwrite --seed 3")
     assert len(metrics(tmp_path / "run")) == len(before)
     assert metrics(tmp_path / "run") != before
-
-
-# ------------------------------------------------------------------------------------------------- interruption, resume
-
-
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_a_run_with_a_line_and_it_resumes_to_the_same_numbers(signum, code, tmp_path):
-    folder = tmp_path / "run"
-    command = [sys.executable, "-m", "metakern", *f"{SINUSOID} --iterations 100000 --output {folder}".split()]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | ENVIRONMENT)
-    deadline = time.monotonic() + 120
-    while not (folder / "metrics.jsonl").is_file() or len(metrics(folder)) < 6:
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline, "no iteration within two minutes"
-        time.sleep(0.01)
-    process.send_signal(signum)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert f"{signal.Signals(signum).name}: stopped after iteration" in errors
-    assert f"to go on: metakern train maml --resume --output {folder}" in errors
-    assert "Traceback" not in errors
-    assert (folder / "figures" / "learning.png").is_file()
-
-    done = metrics(folder)[-1]["iteration"]
-    succeed(f"train maml --resume --iterations {done + 5} --output {folder}")
-    succeed(f"{SINUSOID} --iterations {done + 5} --output {tmp_path}/whole")
-    resumed, whole = metrics(folder), metrics(tmp_path / "whole")
-    assert [line["iteration"] for line in resumed if "loss" in line] == list(range(1, done + 6))
-    assert [line for line in resumed if "loss" in line] == [line for line in whole if "loss" in line]
-    first, second = (load_file(path / "model.safetensors") for path in (folder, tmp_path / "whole"))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def test_there_must_be_a_run_to_resume(tmp_path):
-    result = invoke(f"train maml --resume --output {tmp_path}/nowhere")
-    assert result.exit_code == 1
-    assert "nowhere holds no run to resume: it has no config.yaml" in result.stderr
-
-
-def test_a_finished_run_resumes_to_its_end(tmp_path):
-    succeed(f"{SINUSOID} --iterations 2 --output {tmp_path}/run")
-    before = metrics(tmp_path / "run")
-    succeed(f"train maml --resume --output {tmp_path}/run")
-    assert metrics(tmp_path / "run") == before
-
-
-def test_a_process_that_torchrun_starts_anew_goes_on(tmp_path, monkeypatch):
-    """Where another one died: the command is the same, and the run in the folder is this one."""
-    command = f"{SINUSOID} --iterations 4 --output {tmp_path}/run"
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-    succeed(command)  # it died before it wrote anything
-    whole = metrics(tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "00000004.pt").unlink()  # it died after iteration 3
-    assert "goes on after iteration 3" in succeed(command)
-    assert metrics(tmp_path / "run") == whole
 
 
 def test_two_processes_of_torchrun_train_one_run(tmp_path):
@@ -306,7 +245,12 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),
         ("--clusters many", "clusters must be a number, auto, or 0 for none, got 'many'"),
         ("--lr nan", "lr must be positive and finite, got nan"),
-        ("--device tpu9", "device must be auto, or one that torch knows, got 'tpu9'"),
+        ("--device tpu9", "device must be cpu, cuda or auto, got 'tpu9'"),
+        ("--device meta", "device must be cpu, cuda or auto, got 'meta'"),
+        ("--monitor accuracy", "monitor must be one of loss, got 'accuracy'"),
+        ("--precision fp8", "precision must be None or one of bf16, fp16, got 'fp8'"),
+        ("--ema 1", "ema must be above 0 and below 1.0, got 1.0"),
+        ("--accumulate 40", "num_tasks must be at least 40, one for each process and part, got 32"),
         ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
         ("--tasks omniglot", "data must name the folder of omniglot, got none: --data FOLDER"),
         ("--tasks omniglot --data nowhere", "nowhere"),
@@ -332,12 +276,59 @@ def test_settings_that_there_are_not_are_named(tmp_path, monkeypatch):
     assert "configuration old.yaml has unknown settings warp; known are tasks, data," in result.stderr
 
 
-def test_a_value_of_another_type_in_a_configuration_is_a_usage_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("steps: 2.5", "steps must be an integer, got 2.5"),
+        ("anil: 1", "anil must be true or false, got 1"),
+        ("hidden: [40, 40]", "hidden must be text, got [40, 40]"),
+        ("seed: null", "seed must be an integer, got None"),
+    ],
+)
+def test_a_value_of_another_type_in_a_configuration_is_named(line, message, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"learner: maml\n{line}\n")
+    for command in (f"train maml --config {tmp_path}/config.yaml", f"eval maml {tmp_path}"):
+        result = invoke(command)
+        assert result.exit_code == 1
+        assert f"config.yaml: {message}" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_configuration_that_a_person_wrote_counts_as_it_is_meant(tmp_path):
+    """YAML 1.1 takes 1e-3 for text and 8 for a number."""
+    succeed(f"{SINUSOID} --iterations 2 --lr 1e-3 --output {tmp_path}/run --quiet")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    edited = text.replace("lr: 0.001\n", "lr: 1e-3\n", 1).replace("hidden: '8'", "hidden: 8")
+    assert edited.count("1e-3") == edited.count("hidden: 8") == 1
+    config.write_text(edited)
+    succeed(f"eval maml {tmp_path}/run --num-tasks 4 --quiet")
+    succeed(f"train maml --resume --output {tmp_path}/run --quiet")
+    assert config.read_text() == text
+
+
+def test_a_gpu_that_is_not_there_is_named_before_anything_is_begun(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    result = invoke(f"train maml --device cuda --output {tmp_path}/run")
+    assert result.exit_code == 1
+    assert "device cuda needs a GPU, and torch finds none: --device cpu" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_best_weights_can_be_those_of_the_best_accuracy(tmp_path):
+    succeed(f"{DIGITS} --monitor accuracy --output {tmp_path}/run --quiet")
+    evaluations = [line["evaluation"]["accuracy"] for line in metrics(tmp_path / "run") if "evaluation" in line]
+    state = torch.load(tmp_path / "run" / "checkpoints" / "00000004.pt", weights_only=True)
+    assert state["history"]["best"] == max(evaluations)
+
+
+def test_evaluations_of_both_learners_have_folders_of_their_own(run, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "bad.yaml").write_text("learner: maml\nlr: fast\n")
-    result = invoke("train maml --config bad.yaml")
-    assert result.exit_code == 2
-    assert "'--lr'" in result.stderr
+    folder, _ = run
+    succeed(f"eval maml {folder} {folder} --num-tasks 4 --quiet")
+    succeed("eval optimizer --networks 2 --steps 2 --quiet")
+    assert {path.parent.name for path in (tmp_path / "runs" / "eval").rglob("results.json")} == {"maml", "optimizer"}
 
 
 def test_the_real_entry_point_trains_into_runs(tmp_path):

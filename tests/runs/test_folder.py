@@ -32,7 +32,13 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
 
 def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     write_config(tmp_path, "maml", {})
-    written = ("metrics.jsonl", "figures/learning.png", "checkpoints/00000100.pt", "checkpoints/00000100.sha256")
+    written = (
+        "metrics.jsonl",
+        "curves.png",
+        "figures/learning.png",
+        "checkpoints/00000100.pt",
+        "checkpoints/00000100.sha256",
+    )
     for name in (*written, "notes.txt", "figures/mine.svg"):
         write_text(tmp_path / name, "")
     open_folder(tmp_path, overwrite=True)
@@ -69,7 +75,8 @@ def test_a_configuration_comes_back_as_it_was(tmp_path):
     settings = {"tasks": "sinusoid", "lr": 0.001, "patience": None, "hidden": "40,40", "first_order": False}
     write_config(tmp_path, "maml", settings)
     assert read_config(tmp_path / "config.yaml", "maml") == settings
-    assert (tmp_path / "config.yaml").read_text().startswith("# metakern train maml --config config.yaml repeats")
+    head = f"# metakern train maml --config {tmp_path}/config.yaml --output FOLDER repeats this run in another folder"
+    assert (tmp_path / "config.yaml").read_text().startswith(head)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from matplotlib.ticker import MaxNLocator
 
 from metakern.adaptation import Adaptation, mean_interval
 from metakern.evaluation import Curve
+from metakern.runs.folder import write_bytes
 
 Line = Mapping[str, Any]
 
@@ -149,6 +151,10 @@ def _points(lines: Sequence[tuple[int, Line]], name: str) -> tuple[list[int], li
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
+    """Draw to memory first: a full disk leaves the picture from before."""
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format="png", dpi=150)
+    finally:
+        plt.close(figure)
+    write_bytes(path, content.getvalue())

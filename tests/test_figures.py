@@ -1,5 +1,7 @@
 """Figures: the files open as pictures and show something in each of their axes."""
 
+import resource
+
 import pytest
 import torch
 from matplotlib import pyplot as plt
@@ -105,6 +107,21 @@ def test_a_cluster_map_shows_every_cluster_in_its_colour(tmp_path, boxes):
     assert share > 0.002
     texts = [text.get_text() for text in boxes[0][0].get_legend().get_texts()]
     assert texts == ["cluster 0: 33%", "cluster 1: 33%", "cluster 2: 33%", "mode 0", "mode 1"]
+
+
+def test_a_full_disk_leaves_the_picture_from_before(tmp_path):
+    path = tmp_path / "figures" / "curves.png"
+    plot_curves([Curve("learned", torch.rand(5, 3))], path)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            plot_curves([Curve("learned", torch.rand(9, 3))], path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == ["curves.png"]
 
 
 def test_principal_components_are_the_directions_of_largest_variance():

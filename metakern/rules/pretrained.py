@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from metakern._digest import check_digest, digest
+
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
 
@@ -63,7 +65,12 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
 
     def _save_pretrained(self, save_directory: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        metadata = {"format": "pt", "metakern_format": FORMAT_VERSION, "rule": type(self).__name__}
+        metadata = {
+            "format": "pt",
+            "metakern_format": FORMAT_VERSION,
+            "rule": type(self).__name__,
+            "sha256": digest(tensors),
+        }
         save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
 
     @classmethod
@@ -113,6 +120,7 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", cls.__name__)):
             if found.get(key) != expected:
                 raise ValueError(f"{model_file} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
+        check_digest(model_file, found, tensors)
         dtypes = {tensor.dtype for tensor in tensors.values()}
         if len(dtypes) == 1:
             model.to(dtypes.pop())  # or loading would round

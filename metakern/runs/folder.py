@@ -26,11 +26,12 @@ from typing import Any
 
 import torch
 import yaml  # type: ignore[import-untyped]  # its stubs are another package
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import nn
 
 from metakern._backend import build_info
+from metakern._digest import check_digest, digest
 from metakern._version import __version__
 
 CONFIG = "config.yaml"
@@ -177,9 +178,10 @@ def read_config(path: Path, learner: str) -> dict[str, Any]:
 
 
 def save_weights(folder: Path, module: nn.Module) -> None:
-    """model.safetensors: parameters and buffers of a learner."""
+    """model.safetensors: parameters and buffers of a learner, and their digest."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata={"format": "pt", "learner": type(module).__name__}))
+    metadata = {"format": "pt", "learner": type(module).__name__, "sha256": digest(tensors)}
+    write_bytes(folder / WEIGHTS, save(tensors, metadata=metadata))
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
@@ -192,9 +194,14 @@ def load_weights(folder: Path, module: nn.Module) -> None:
     if not path.is_file():
         raise ValueError(f"{folder} holds no trained learner: it has no {WEIGHTS}; a run writes it when it ends")
     try:
-        module.load_state_dict(load_file(path))
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+    check_digest(path, metadata, tensors)
+    try:
+        module.load_state_dict(tensors)
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{path} does not hold the weights that {CONFIG} describes: {reason}") from error

@@ -1,7 +1,7 @@
 """What a run measures, as callbacks of the trainer: JSON lines, TensorBoard events, and figures drawn from the lines.
 
-A line of an iteration has the keys iteration, loss, accuracy where there are classes, lr, grad_norm, tasks_per_second,
-seconds, skipped; one of an evaluation has iteration and "evaluation" with the measures of validation tasks.
+A line of an iteration has the keys iteration, loss, lr, grad_norm, tasks_per_second, seconds, skipped; one of an
+evaluation has iteration and "evaluation" with the measures of validation tasks, accuracy where there are classes.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ def line_of(record: Record) -> Line:
     return {
         "iteration": record.iteration,
         "loss": record.loss,
-        **record.measures,
         "lr": record.lr,
         "grad_norm": record.grad_norm,
         "tasks_per_second": record.tasks_per_second,

@@ -80,7 +80,7 @@ class ProgressReport(Callback):
         if now - self._updated < UPDATE_SECONDS and not last and record.iteration % trainer.config.eval_every:
             return
         self._updated = now
-        parts = [describe({"loss": record.loss, **record.measures}), f"{self._rate():,.0f} tasks/s"]
+        parts = [describe({"loss": record.loss}), f"{self._rate():,.0f} tasks/s"]
         if record.skipped:
             parts.append(f"{record.skipped} skipped")
         self._note = " · ".join(parts)

@@ -37,6 +37,15 @@ class MovingAverage:
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
     @contextmanager
+    def restarted(self) -> Iterator[None]:
+        """Start anew, as the parameter is then, for each one that is changed in place within it."""
+        versions = {name: p._version for name, p in self._parameters.items()}  # counts changes in place
+        yield
+        for name, p in self._parameters.items():
+            if p._version != versions[name]:
+                self.average[name].copy_(p.detach())
+
+    @contextmanager
     def in_place(self) -> Iterator[None]:
         """Within it the module's parameters hold the average."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}

@@ -29,4 +29,7 @@ class Callback:
         """After a checkpoint was written to ``path``."""
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
-        """When ``fit`` ends, whatever ends it: ``error`` is None at the end of a training."""
+        """When ``fit`` ends, whatever ends it: ``error`` is None at the end of a training.
+
+        Where there is an error, one that is raised here becomes a warning.
+        """

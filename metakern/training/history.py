@@ -23,7 +23,6 @@ class Record:
         grad_norm: 2-norm of the meta-gradient before clipping, mean over its outer steps
         skipped: outer steps skipped so far
         seconds: that it took, without evaluation and checkpoint
-        measures: what else is known of it; may be empty
     """
 
     iteration: int
@@ -33,7 +32,6 @@ class Record:
     grad_norm: float
     skipped: int
     seconds: float
-    measures: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -66,11 +64,9 @@ class History:
             )
             for name in _COLUMNS
         }
-        measures = {index: dict(record.measures) for index, record in enumerate(self.records) if record.measures}
         evaluations = [(iteration, dict(values)) for iteration, values in self.evaluations]
         return {
             "columns": columns,
-            "measures": measures,
             "evaluations": evaluations,
             "best": self.best,
             "best_iteration": self.best_iteration,
@@ -79,10 +75,7 @@ class History:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Become the history that :meth:`state_dict` wrote."""
         rows = zip(*(state["columns"][name].tolist() for name in _COLUMNS), strict=True)
-        self.records = [
-            Record(**dict(zip(_COLUMNS, row, strict=True)), measures=dict(state["measures"].get(index, {})))
-            for index, row in enumerate(rows)
-        ]
+        self.records = [Record(**dict(zip(_COLUMNS, row, strict=True))) for row in rows]
         self.evaluations = [(iteration, dict(values)) for iteration, values in state["evaluations"]]
         self.best, self.best_iteration = state["best"], state["best_iteration"]
 

@@ -7,6 +7,7 @@ import errno
 import math
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -145,7 +146,7 @@ class Trainer:
             ended_by = error
             raise
         finally:
-            self._call("on_end", self.history, ended_by)
+            self._end(ended_by)
             if isinstance(ended_by, Interrupted) and self.processes.is_first:
                 print(ended_by, file=sys.stderr)
         return self.history
@@ -266,7 +267,8 @@ class Trainer:
         seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
         torch.manual_seed(derived_seed(seed, "draw", self.iteration))
         if hasattr(self.learner, "on_iteration"):
-            self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))
+            with self.average.restarted() if self.average is not None else nullcontext():
+                self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))
         batch = tasks.sample(num_tasks, generator_for(seed, "tasks", self.iteration))
         if batch.num_tasks != num_tasks:
             raise ValueError(f"sample must give the {num_tasks} tasks that it is asked for, got {batch.num_tasks}")
@@ -309,6 +311,21 @@ class Trainer:
         if self.processes.is_first:
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)
+
+    def _end(self, error: BaseException | None) -> None:
+        """Call every ``on_end``; one that fails hides neither the others nor the error that ended the training."""
+        failure: Exception | None = None
+        for callback in self.callbacks if self.processes.is_first else ():
+            try:
+                callback.on_end(self, self.history, error)
+            except Exception as problem:
+                if error is None and failure is None:
+                    failure = problem
+                else:
+                    line = f"{type(callback).__name__}.on_end failed: {problem}"
+                    warnings.warn(line, RuntimeWarning, stacklevel=3)
+        if failure is not None:
+            raise failure
 
     # ---------------------------------------------------------------------------------------------------- the state
 

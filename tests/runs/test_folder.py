@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from metakern.models import mlp
 from metakern.runs.folder import (
@@ -136,3 +137,34 @@ def test_weights_that_are_missing_damaged_or_of_another_model_are_named(tmp_path
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(ValueError, match="is truncated, damaged or not a safetensors file"):
         load_weights(tmp_path, mlp(2, 3, 1))
+
+
+def test_no_damage_of_weights_loads_in_silence(tmp_path):
+    """A byte changed anywhere is an error, or the file holds the same weights still."""
+    net = mlp(3, 5, 2)
+    save_weights(tmp_path, net)
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    places = torch.randint(len(whole), (200,), generator=torch.Generator().manual_seed(0)).tolist()
+    refused = 0
+    for place in [*places, len(whole) - 1]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x10]) + whole[place + 1 :])
+        other = mlp(3, 5, 2)
+        try:
+            load_weights(tmp_path, other)
+        except ValueError:
+            refused += 1
+        else:
+            assert all(map(torch.equal, other.parameters(), net.parameters())), f"byte {place}"
+            assert place < len(whole) - 32 * 4, "the numbers themselves"
+    assert refused > 100
+    with pytest.raises(ValueError, match="is damaged: its tensors have another SHA-256 than it says"):
+        load_weights(tmp_path, mlp(3, 5, 2))
+
+
+def test_weights_without_a_digest_load(tmp_path):
+    """Those of runs of the first version."""
+    net, other = mlp(2, 3, 1), mlp(2, 3, 1)
+    save_file(net.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_weights(tmp_path, other)
+    assert all(map(torch.equal, net.parameters(), other.parameters()))

@@ -102,6 +102,36 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_and_kept():
     assert trainer.evaluate() == evaluated
 
 
+def test_the_average_starts_anew_where_a_learner_replaces_its_parameters():
+    """As clusters do, which begin with a copy of the shared learner; other parameters go on."""
+
+    class Replaced(Learner):
+        @torch.no_grad()
+        def on_iteration(self, iteration, tasks, generator):
+            if iteration == 4:
+                self.head.weight.fill_(5.0)
+
+    averages = []
+    learner = Replaced(outer_steps=1, dropout=0.0)
+    trainer = plain(learner=learner, ema=0.9, optimizer=Still)
+    trainer.callbacks = (Events(lambda t, _: averages.append({k: v.clone() for k, v in t.average.average.items()})),)
+    start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    trainer.average.average["body.weight"].zero_()  # a history of its own, which must not be lost
+    trainer.fit()
+    assert torch.equal(averages[3]["head.weight"], start["head.weight"])
+    assert (averages[4]["head.weight"] == 5).all()
+    assert (averages[5]["head.weight"] == 5).all()
+    distances = [(average["body.weight"] - start["body.weight"]).norm() for average in averages]
+    assert all(0 < b < a for a, b in itertools.pairwise(distances))
+
+
+class Still(torch.optim.SGD):
+    """An optimizer that moves nothing."""
+
+    def step(self, closure=None):
+        pass
+
+
 def test_evaluations_draw_the_same_tasks_and_leave_training_alone():
     trainer, twin = make_trainer(), make_trainer(callbacks=[Events(lambda t, _: t.evaluate("test"))])
     assert trainer.evaluate() == trainer.evaluate()
@@ -212,6 +242,37 @@ def test_callbacks_hear_of_everything_in_its_order(tmp_path):
     assert events.events[-1] == "NoneType"
     assert history.evaluations[0][0] == 3
     assert history.as_dict()["records"][3]["iteration"] == 4
+
+
+class Failing(Events):
+    """Its last word is an error."""
+
+    def on_end(self, trainer, history, error):
+        super().on_end(trainer, history, error)
+        raise OSError(28, "No space left on device")
+
+
+def test_a_callback_that_fails_at_the_end_does_not_keep_the_others_from_it():
+    others = Events(), Events()
+    with pytest.raises(OSError, match="No space left"):
+        make_trainer(iterations=1, callbacks=[others[0], Failing(), others[1]]).fit()
+    assert [each.events[-1] for each in others] == ["NoneType", "NoneType"]
+
+
+def test_a_callback_that_fails_at_the_end_does_not_hide_what_ended_the_training(capsys):
+    def stop(trainer, record):
+        raise Interrupted(15, "SIGTERM: stopped")
+
+    last = Events()
+    trainer = make_trainer(callbacks=[Failing(), Events(stop), last])
+    with (
+        pytest.warns(RuntimeWarning, match=r"Failing\.on_end failed: .*No space left on device"),
+        pytest.raises(Interrupted) as caught,
+    ):
+        trainer.fit()
+    assert caught.value.code == 143
+    assert last.events[-1] == "Interrupted"
+    assert capsys.readouterr().err == "SIGTERM: stopped\n"
 
 
 def test_mixed_precision_computes_in_it_and_trains():

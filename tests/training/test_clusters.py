@@ -1,0 +1,68 @@
+"""A trainer with clusters, batches by cluster and averaged weights, stopped in every stage: it resumes to the same bits."""
+
+import copy
+
+import pytest
+import torch
+
+from metakern.clustering import ClusterSampler
+from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.models import mlp
+from metakern.tasks import mixture
+from metakern.training import Trainer, TrainerConfig
+from tests.training.problems import Events, assert_same_state
+
+#: The shared learner trains in iterations 1 to 3, clusters by embedding in 4 to 6, by losses from then on.
+STAGES = {"warmup": 3, "begin": 3, "refresh": 2}
+
+
+class Stop(Exception):
+    pass
+
+
+def make(folder, *, stop=0, seed=0):
+    """A training of 10 iterations that an error ends in iteration ``stop``."""
+
+    def act(trainer, record):
+        if record.iteration == stop:
+            raise Stop
+
+    torch.manual_seed(seed)
+    shared = MAMLLearner(mlp(1, 6, 1), loss=torch.nn.functional.mse_loss, steps=1, lr=0.01)
+    learner = ClusteredLearner(shared, 2, pool=24, embedding="displacement", temperature=0.1, **STAGES)
+    tasks = ClusterSampler(mixture(3, 4, 4), learner, "balanced")
+    optimizer = torch.optim.Adam(learner.parameters(), 0.01)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    config = TrainerConfig(
+        iterations=10, num_tasks=6, accumulate=2, ema=0.9, clip_norm=1.0, eval_every=4, eval_tasks=6, checkpoint_every=1
+    )
+    return Trainer(learner, tasks, optimizer, config, scheduler=schedule, callbacks=[Events(act)], folder=folder)
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """Of the training that nothing interrupts: its state, that of its best weights, its stage in every iteration."""
+    stages = []
+    trainer = make(None)
+    trainer.callbacks = (Events(lambda t, _: stages.append((t.learner.num_active > 0, t.learner._begins()))),)
+    trainer.fit()
+    state = copy.deepcopy(trainer.state_dict())
+    trainer.load_best()
+    return state, trainer.learner.state_dict(), stages
+
+
+@pytest.mark.parametrize(
+    ("stop", "stage"), [(2, "warm-up"), (4, "begins"), (5, "embedding"), (7, "losses"), (9, "losses")]
+)
+def test_a_resumed_training_of_clusters_has_the_bits_of_a_whole_one(whole, tmp_path, stop, stage):
+    state, best, stages = whole
+    active, begins = stages[stop - 1]
+    assert (active, begins and active) == (stage != "warm-up", stage in ("begins", "embedding"))
+    with pytest.raises(Stop):
+        make(tmp_path, stop=stop).fit()
+    resumed = make(tmp_path, seed=5)  # its own weights are others
+    assert resumed.resume() == stop - 1
+    resumed.fit()
+    assert_same_state(resumed.state_dict(), state)
+    resumed.load_best()
+    assert_same_state(resumed.learner.state_dict(), best)

@@ -167,6 +167,16 @@ def test_every_flipped_byte_of_the_header_is_refused_or_harmless(rule: Coordinat
     assert refused > 100
 
 
+def test_every_flipped_byte_of_the_numbers_is_refused(folder: Path) -> None:
+    whole = (folder / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for at in [*range(header, len(whole), 97), len(whole) - 1]:
+        flipped = bytearray(whole)
+        flipped[at] ^= 0x15
+        (folder / WEIGHTS).write_bytes(bytes(flipped))
+        assert_refused(folder, WEIGHTS, "is damaged: its tensors have another SHA-256 than it says")
+
+
 @pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"\x80\x02}q\x00.", b"{}", b"\0" * 4096])
 def test_weights_that_are_no_checkpoint_are_refused(content: bytes, folder: Path) -> None:
     (folder / WEIGHTS).write_bytes(content)

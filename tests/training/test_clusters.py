@@ -1,4 +1,4 @@
-"""A trainer with clusters, batches by cluster and averaged weights, stopped in every stage: it resumes to the same bits."""
+"""A trainer with clusters, batches by cluster and averaged weights, stopped in any stage, resumes to the same bits."""
 
 import copy
 

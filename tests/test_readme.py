@@ -1,6 +1,7 @@
 """Every Python example of the README runs as it stands; the commands that it names exist."""
 
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -34,3 +35,15 @@ def test_make_targets_that_the_readme_names_exist():
     assert {"demo", "test", "lint", "bench", "sanitize"} <= named
     for target in named:
         assert f"make {target}" in listing, target
+
+
+def test_cleaning_leaves_what_took_someone_time(tmp_path):
+    (tmp_path / "csrc").mkdir()
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept = {"runs/mine/model.safetensors", "build/clusters/run.json", ".venv/bin/python"}
+    for name in (*kept, "runs/demo/a", "runs/digits/plain/a", "build/temp/a.o", "dist/a.whl", "metakern/_C.so"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)
+    left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert left == kept | {"Makefile"}

@@ -1,6 +1,7 @@
 """train maml that is interrupted, goes on, is started anew by torchrun, or would replace a run."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,3 +167,23 @@ def test_too_many_steps_that_are_not_finite_end_a_run_that_can_go_on(tmp_path):
     assert "2 outer steps in a row" in line
     done = max(int(path.stem) for path in (tmp_path / "run" / "checkpoints").glob("*.pt"))
     assert f"goes on after iteration {done}" in invoke(f"train maml --resume --output {tmp_path}/run").stdout
+
+
+def test_a_full_disk_ends_a_run_with_its_reason_and_destroys_nothing(tmp_path):
+    """A limit on the size of files stands for the disk: figures do not fit either, and do not hide the checkpoint."""
+    folder = tmp_path / "run"
+    succeed(f"{SINUSOID} --iterations 2 --output {folder} --quiet")
+    kept = [*(folder / "checkpoints").iterdir(), *(folder / "figures").iterdir(), folder / "model.safetensors"]
+    before = {path: path.read_bytes() for path in kept}
+    go_on = f"{sys.executable} -m metakern train maml --resume --iterations 6 --output {folder}"
+    result = subprocess.run(
+        ["bash", "-c", f"ulimit -f 4; exec {go_on}"], capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | ENVIRONMENT,
+    )  # fmt: skip
+    assert result.returncode == 1
+    assert "Traceback" not in result.stderr
+    line = result.stderr.splitlines()[-1]
+    assert re.match(r"error: .*checkpoint 00000003\.pt .* was not written, the disk.* is full", line)
+    assert "LearningCurves.on_end failed" in result.stderr
+    assert {path: path.read_bytes() for path in kept} == before
+    succeed(f"train maml --resume --iterations 6 --output {folder} --quiet")

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from metakern import figures
 from metakern.runs import metrics
 from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.training import Callback, History, Record
@@ -95,6 +96,14 @@ def test_learning_curves_are_drawn_where_there_is_something_to_show(tmp_path, it
     play(MetricsLog(tmp_path), range(1, 1 + iterations))
     LearningCurves(tmp_path).on_end(SimpleNamespace(), History(), KeyboardInterrupt())
     assert (tmp_path / "figures" / "learning.png").is_file() == (iterations > 0)
+
+
+def test_learning_curves_call_an_iteration_what_the_run_calls_it(tmp_path, monkeypatch):
+    words = []
+    monkeypatch.setattr(figures, "plot_learning", lambda *arguments: words.append(arguments[-1]))
+    play(MetricsLog(tmp_path), range(1, 3))
+    LearningCurves(tmp_path, "episode").on_end(SimpleNamespace(), History(), None)
+    assert words == ["episode"]
 
 
 def test_a_run_that_could_not_start_draws_nothing(tmp_path):

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from metakern.cli.common import is_first_process
 from metakern.training import load_checkpoint
-from metakern.training.distributed import Processes, _new_name
+from metakern.training.distributed import Processes, _new_name, is_launched
 from tests.conftest import assert_close
 from tests.training.problems import Events, Learner, assert_same_state, make_trainer, meta_gradient
 from tests.training.processes import ended, start_ranks
@@ -218,3 +219,25 @@ def test_restarted_processes_agree_on_a_name_in_a_store_that_remembers_the_dead(
 
 if __name__ == "__main__":
     train(Path(sys.argv[1]))
+
+
+def test_one_of_several_processes_is_known_by_all_of_its_variables(monkeypatch):
+    """RANK alone may be a batch system's."""
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert not is_launched()
+    assert is_first_process()
+    assert Processes("cpu").is_first
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "1")
+    assert is_launched()
+    assert not is_first_process()
+
+
+def test_memory_that_runs_out_is_no_lost_process():
+    def call():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Processes("cpu")._collective(call)

@@ -29,7 +29,7 @@ class RunOptions:
 
     output: Annotated[Path | None, Option(help="Folder of the run; default: runs/LEARNER.")] = None
     config: Annotated[
-        Path | None, Option(help="Settings of another run, all that its config.yaml holds; options given beside it override.")
+        Path | None, Option(help="All settings of another run, its config.yaml; options given beside it override.")
     ] = None
     resume: Annotated[bool, Option("--resume", help="Continue the run in the folder, to the same bits.")] = False
     overwrite: Annotated[bool, Option("--overwrite", help="Replace the run in the folder.")] = False

@@ -10,6 +10,7 @@ from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.models import mlp
 from metakern.tasks import mixture
 from metakern.training import Trainer, TrainerConfig
+from tests.conftest import assert_close
 from tests.training.problems import Events, assert_same_state
 
 #: The shared learner trains in iterations 1 to 3, clusters by embedding in 4 to 6, by losses from then on.
@@ -66,3 +67,22 @@ def test_a_resumed_training_of_clusters_has_the_bits_of_a_whole_one(whole, tmp_p
     assert_same_state(resumed.state_dict(), state)
     resumed.load_best()
     assert_same_state(resumed.learner.state_dict(), best)
+
+
+def test_averages_of_the_learners_begin_with_the_shared_weights_when_clusters_do():
+    """Not with the random ones that they were made with, of which a long memory would keep a part for long."""
+    seen = {}
+
+    def act(trainer, record):
+        if record.iteration == 4:  # the first one with clusters
+            seen.update(trainer.average.average | {f"now {n}": p for n, p in trainer.learner.named_parameters()})
+            seen.update({name: tensor.detach().clone() for name, tensor in seen.items()})
+
+    trainer = make(None)
+    trainer.callbacks = (Events(act),)
+    trainer.fit()
+    decay = min(0.9, (1 + 4) / (10 + 4))
+    names = [name for name, _ in trainer.learner.shared.named_parameters()]
+    for name in (f"learners.{cluster}.{name}" for cluster in range(2) for name in names):
+        shared = seen[f"now shared.{name.split('.', 2)[2]}"]
+        assert_close(name, seen[name], decay * shared + (1 - decay) * seen[f"now {name}"], 1e-6)

@@ -52,6 +52,11 @@ class Way:
     by_loss: bool = False
     wide: bool = False
 
+    @property
+    def proposed(self) -> bool:
+        """Whether it has clusters that it finds itself: it also runs for an equal time."""
+        return self.options is not None and not self.by_loss
+
 
 @dataclass(frozen=True)
 class Problem:

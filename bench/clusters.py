@@ -5,8 +5,8 @@ python -m bench.clusters --problem digits      one problem's runs alone; nothing
 python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
 
 Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
-number of tasks; clusters also look at the support sets of a pool of tasks now and then. All ways but plain MAML run
-once more, for the processor time that plain MAML took: each run has one thread, never idle. Each run is kept in
+number of tasks; clusters also look at the support sets of a pool of tasks now and then. Ways with clusters run once
+more, for the processor time that plain MAML took: each run has one thread, never idle. Each run is kept in
 build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
 tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
 """
@@ -237,8 +237,8 @@ def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: C
     for name in problems:
         ways = PROBLEMS[name].ways
         runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console)
-        shorter = {way: equal_time(runs, way, plan) for way in ways if way != PLAIN}
-        found[name] = gathered(name, runs, runs | _runs(name, shorter, plan, folder, console))
+        shorter = {way: equal_time(runs, way, plan) for way, of in ways.items() if of.proposed}
+        found[name] = gathered(name, runs, {PLAIN: runs[PLAIN]} | _runs(name, shorter, plan, folder, console))
     results = {
         "tasks": plan.tasks,
         "seeds": plan.seeds,
@@ -285,17 +285,18 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
             "ratio": summary([a / b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),
             "ratio_best": summary([a / b["test"] for a, b in zip(tests, runs[best], strict=True)]),
             "reaches_plain": [reached(run, plain, higher) for run, plain in zip(of, runs[PLAIN], strict=True)],
-            "equal_time": {
-                "iterations": timed[name][0]["iterations"],
-                "test": summary([run["test"] for run in timed[name]]),
-                "seconds": summary([run["seconds"] for run in timed[name]]),
-            },
             "curve": [summary([p["valid"] for p in points]) for points in zip(*(r["curve"] for r in of), strict=True)],
             "curve_seconds": [
                 sum(p["seconds"] for p in points) / len(of) for points in zip(*(r["curve"] for r in of), strict=True)
             ],
             "curve_iterations": [p["iteration"] for p in of[0]["curve"]],
         }
+        if name in timed:
+            entry["equal_time"] = {
+                "iterations": timed[name][0]["iterations"],
+                "test": summary([run["test"] for run in timed[name]]),
+                "seconds": summary([run["seconds"] for run in timed[name]]),
+            }
         for key in ("test_told", "clusters_by_mode"):
             if key in of[0]:
                 entry[key] = summary([run[key] for run in of]) if key == "test_told" else of[0][key]

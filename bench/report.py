@@ -240,9 +240,9 @@ def render_clusters(results: dict[str, Any], source: str) -> str:
         f"tasks that no choice was made by, {results['tasks']} tasks a meta-iteration. The intervals are over training "
         "runs, all tested on the same tasks. Differences are paired by seed. By one learner: without the average of "
         "the clusters' predictions. Every 100 iterations clusters also look at the support sets of 512 tasks, a sixth "
-        "more than are trained on. Equal time: no more processor time than the first way took. The last column: the "
-        "share of the first way's iterations, and of its time, after which the validation curve, by one learner, first "
-        "is where that of the first way ends.",
+        "more than are trained on. Equal time: no more processor time than the first way took, one thread each. "
+        "The last column: the share of the first way's iterations, and of its time, after which the validation curve, "
+        "by one learner, first is where that of the first way ends.",
         "",
         _provenance(results, source),
     ]
@@ -260,7 +260,8 @@ def way_cells(way: dict[str, Any], seeds: int) -> list[str]:
     reaches += f" ({len(found)} of {seeds} seeds)" if 0 < len(found) < seeds else ""
     told = interval(way["test_told"]) if "test_told" in way else ""
     figures = (way["test"], way["difference"], way["test_of_one"])
-    return [way["title"], *map(interval, figures), told, interval(way["equal_time"]["test"]), reaches]
+    equal = interval(way["equal_time"]["test"]) if "equal_time" in way else ""
+    return [way["title"], *map(interval, figures), told, equal, reaches]
 
 
 NOT_MEASURED = "not measured yet"

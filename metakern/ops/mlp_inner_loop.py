@@ -158,7 +158,7 @@ def mlp_inner_loop(
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
     if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
-        _check_labels("support", support_y, params)
+        _check_labels("support", support_x, support_y, params)
     support = support_x, support_y, support_mask
     return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
 
@@ -235,8 +235,8 @@ def run_meta_loss(
 ) -> Tensor:
     """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
     if serves != "cpp" and reference.LOSSES[problem.loss] == "cross_entropy":  # whose operator looks for itself
-        _check_labels("support", support[1], params)
-        _check_labels("query", query[1], params)
+        _check_labels("support", support[0], support[1], params)
+        _check_labels("query", query[0], query[1], params)
     return meta_loss_call(_operators(serves), problem, params, lr, support, query, weights)
 
 
@@ -253,13 +253,16 @@ def _reasons(
     return reasons
 
 
-def _check_labels(name: str, labels: Tensor, params: Sequence[Tensor]) -> None:
+def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]) -> None:
     """On the host, which waits for the device: the kernels make the loss of a label that names no output NaN.
 
     While a CUDA graph is captured, a function compiled or transformed, nothing can be asked, and that is what comes.
+    Labels of another dtype or shape are for the operators to name.
     """
     outputs = params[-1].shape[-1]
-    if is_transformed() or labels.dtype != torch.int64 or not labels.numel() or _is_captured(labels):
+    if is_transformed() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
+        return
+    if not labels.numel():
         return
     for label in torch.stack(torch.aminmax(labels)).tolist():
         if not 0 <= label < outputs:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metakern.ops.mlp_inner_loop import ACTIVATIONS, _problem, cuda_shared_bytes
+from metakern.ops.mlp_inner_loop import ACTIVATIONS, cuda_shared_bytes, make_problem
 from metakern.reference.mlp_inner_loop import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE, assert_same_bits
 from tests.cuda.device import DEVICE, Device, EmulationError
@@ -36,7 +36,7 @@ def arguments(case: Case, dtype: torch.dtype, lr: Any, steps: int, masks: Any = 
     """The operators' arguments, from those of the public function."""
     values = {"per_step": False, "adapted": None, "activation": "relu", "first_order": False} | options
     every = values.pop("checkpoint_every", None) or steps
-    problem = _problem(case.params, lr, steps, loss=case.loss, checkpoint_every=every, **values)
+    problem = make_problem(case.params, lr, steps, loss=case.loss, checkpoint_every=every, **values)
     rates = [r.detach().to(dtype) for r in lr] if isinstance(lr, list) else []
     sets = [(*samples, mask) for samples, mask in zip(case.data(dtype), masks, strict=True)]
     return Arguments(problem, [p.detach().to(dtype) for p in case.params], rates, *sets)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -119,12 +120,13 @@ def _usual(options: Options, support: Any, query: Any) -> tuple[Hashable, Mlp] |
     plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
     if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
         return None
-    if is_transformed() or not isinstance(options.model, nn.Module) or isinstance(options.loss, nn.Module):
+    # Of a function nothing can change, and it can be looked up.
+    if is_transformed() or not isinstance(options.model, nn.Module) or type(options.loss) is not FunctionType:
         return None
     mlp = find_mlp(options.model)
     first = mlp.params[0]
-    tensors = (*support, *query) if type(support) is type(query) is tuple else ()
-    if len(tensors) != 4 or mlp.flattens or torch.is_autocast_enabled(first.device.type):
+    tensors = (*support, *query) if type(support) is type(query) is tuple and len(support) == len(query) == 2 else ()
+    if not tensors or mlp.flattens or torch.is_autocast_enabled(first.device.type):
         return None
     if False in [p.requires_grad for p in mlp.params] or "" in mlp.names:
         return None

@@ -285,3 +285,22 @@ def test_what_is_remembered_does_not_outlive_a_change(change: str) -> None:
         data = tuple(x[:, :3] for x in data)
     expected = Objective(net, "meta_loss", backend="reference")(*data)
     assert_close("losses", objective(*data), expected, 1e-5 if change == "dtype" else 1e-12)
+
+
+def test_what_is_remembered_is_not_taken_for_sets_of_another_kind() -> None:
+    net, (x, y, query_x, query_y) = mlp(2, 4, 1), episode()
+    meta_loss(net, (x, y), (query_x, query_y), steps=2, lr=0.1)
+    with pytest.raises(TypeError, match="support must be a pair"):
+        meta_loss(net, (x, y, query_x), (query_y,), steps=2, lr=0.1)
+
+
+def test_a_loss_that_cannot_be_hashed_takes_the_generic_path() -> None:
+    class Squares:
+        __hash__ = None  # type: ignore[assignment]
+
+        def __call__(self, prediction: Tensor, y: Tensor) -> Tensor:
+            return (prediction - y).square().mean()
+
+    net, data = mlp(2, 4, 1), episode()
+    losses = Objective(net, "meta_loss", loss=Squares())(*data)
+    assert_close("losses", losses, Objective(net, "meta_loss")(*data), 1e-12)

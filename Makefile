@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
-	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours; goes on where it was stopped)"
+	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
@@ -69,7 +69,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 clusters: $(VENV)/built
-	$(BIN)/python -m bench.clusters
+	$(BIN)/python -m bench.clusters --workers $(WORKERS)
 
 # The README's tables, from bench/results.
 bench-readme: $(VENV)/built

@@ -36,7 +36,8 @@ class Way:
 
     Attributes:
         title: in words
-        options: of :class:`metakern.learners.ClusteredLearner`; None: one learner
+        options: of :class:`metakern.learners.ClusteredLearner`; None: one learner. Those that count iterations are
+            shares of the run.
         clusters: C; None: as many as there are true modes
         settled: whether the learning rate falls to zero in the end and weights are averaged
         batches: of :class:`metakern.clustering.ClusterSampler`
@@ -55,7 +56,7 @@ class Way:
     @property
     def proposed(self) -> bool:
         """Whether it has clusters that it finds itself: it also runs for an equal time."""
-        return self.options is not None and not self.by_loss
+        return self.options is not None and not self.by_loss and self.options.get("assign") != "modes"
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _maml(
 STAGES = {"warmup": 0.02, "begin": 0.02}
 
 _PLAIN = {PLAIN: Way("MAML, uniform sampler"), SETTLED: Way("MAML, decay and averaging", settled=True)}
-_WIDE = {WIDE: Way("MAML, as many parameters as the clusters", wide=True)}
+_WIDE = {WIDE: Way("MAML of as many parameters as the clusters, decay and averaging", settled=True, wide=True)}
 _ORACLE = {
     "oracle": Way("a learner per true mode, decay and averaging", {"assign": "modes"}, settled=True, by_loss=True)
 }
@@ -134,30 +135,85 @@ def noise(batch: Any) -> Tensor:
 #: The control of clusters: as many learners, whose tasks have nothing in common.
 _RANDOM = {"assign": "embedding", "embedding": noise}
 
-#: Clusters of regressions: one mode is several.
+#: Clusters by where a task's support gradient lies, and no more: what KMeans alone brings.
+_BY_EMBEDDING = {"assign": "embedding"}
+
+#: Clusters of regressions: one mode is several. The temperature of soft assignment is a guess, and was not tuned.
 MANY = 12
 CLUSTERED = {
     "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
     "clusters": Way("12 clusters, by least loss", STAGES, MANY, settled=True),
 }
+OTHERS = {
+    "soft": Way("12 clusters, softly by loss", {**STAGES, "temperature": 0.1, "anneal": 0.6}, MANY, settled=True),
+    "kmeans": Way("12 clusters, by KMeans of gradients alone", {**STAGES, **_BY_EMBEDDING}, MANY, settled=True),
+    "random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True),
+}
 
-RANDOM = {"random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True)}
+#: Clusters that share one learner, and shape its batches alone.
+_BATCHES = {"assign": "embedding", "per_cluster": False}
 
 DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
 DIGITS_WAYS = _SINGLE | {
     "few": Way("4 clusters, by least loss", DIGITS_STAGES, settled=True),
     "clusters": Way("8 clusters, by least loss", DIGITS_STAGES, 8, settled=True),
+    "kmeans": Way("8 clusters, by KMeans of gradients alone", {**DIGITS_STAGES, **_BY_EMBEDDING}, 8, settled=True),
+    "balanced": Way("one learner, batches balanced over 4 clusters", _BATCHES, settled=True, batches="balanced"),
+    "one": Way("one learner, batches of one of 4 clusters", _BATCHES, settled=True, batches="one"),
     "random": Way("8 learners of tasks at random", {**DIGITS_STAGES, **_RANDOM}, 8, settled=True, by_loss=True),
 }
 
-_BY_KIND = {"assign": "modes", "per_cluster": False}
+#: Steps by which a problem to optimise is described, and their length.
+PROBES, PROBE_LENGTH = 3, 0.1
+
+
+def first_steps(batch: Any) -> Tensor:
+    """What problems look like at their start: log10 of losses and gradient norms at a few points, [T, 2 * PROBES].
+
+    The points lie on the way down from the starting point that the problem will be solved from.
+    """
+    described = []
+    for group in batch.select(slice(None)).groups:
+        params, figures = group.init_params(), []
+        for _ in range(PROBES):
+            params = params.detach().requires_grad_()
+            with torch.enable_grad():
+                losses = group.loss(params)
+                (gradients,) = torch.autograd.grad(losses.sum(), params)
+            norms = gradients.norm(dim=1).clamp(min=1e-6)
+            figures += [losses.detach().clamp(min=1e-6).log10(), norms.log10()]
+            params = params - PROBE_LENGTH * gradients / norms.unsqueeze(1)
+        described.append(torch.stack(figures, 1))
+    return torch.cat(described)
+
+
+#: Clusters of problems that are found, with as many as was best of 4, 6 and 8 at telling kinds of train tasks apart.
+_FOUND = {"assign": "embedding", "embedding": first_steps, "dim": 2 * PROBES}
+PROBLEM_CLUSTERS = 6
+
 RULE_WAYS = {
     PLAIN: Way("one rule, uniform sampler"),
     SETTLED: Way("one rule, decay and averaging", settled=True),
-    "balanced": Way("one rule, batches balanced over kinds", _BY_KIND, settled=True, batches="balanced"),
-    "one": Way("one rule, batches of one kind", _BY_KIND, settled=True, batches="one"),
+    "oracle": Way("a rule per true kind, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True),
     "clusters": Way(
-        "a rule per kind, which is told, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True
+        "6 clusters of first losses and gradients, after a shared rule",
+        {**_FOUND, "warmup": 0.3},
+        PROBLEM_CLUSTERS,
+        settled=True,
+    ),
+    "balanced": Way(
+        "one rule, batches balanced over 6 clusters",
+        {**_FOUND, "per_cluster": False},
+        PROBLEM_CLUSTERS,
+        settled=True,
+        batches="balanced",
+    ),
+    "one": Way(
+        "one rule, batches of one of 6 clusters",
+        {**_FOUND, "per_cluster": False},
+        PROBLEM_CLUSTERS,
+        settled=True,
+        batches="one",
     ),
 }
 
@@ -177,7 +233,7 @@ def _regression(modes: int, iterations: int, ways: Mapping[str, Way]) -> Problem
 
 
 PROBLEMS = {
-    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED | RANDOM),
+    "regression-3": _regression(3, 9000, _SINGLE | CLUSTERED | OTHERS),
     "regression-5": _regression(5, 4500, _PLAIN | _ORACLE | CLUSTERED),
     "digits": _maml(
         "5-way 1-shot digits in 4 domains",

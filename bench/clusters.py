@@ -6,13 +6,15 @@ python -m bench.clusters --quick               a few iterations, nothing kept: t
 
 Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
 number of tasks; clusters also look at the support sets of a pool of tasks now and then. Ways with clusters run once
-more, for the processor time that plain MAML took: each run has one thread, never idle. Each run is kept in
-build/clusters as one file, so that the command goes on where it was stopped. Temperatures are chosen on validation
-tasks, curves are of validation tasks; test tasks are looked at once, by what a run ends with.
+more, for the processor time that plain MAML took: each run has one thread, never idle, and --workers runs that many
+side by side. Each run is kept in build/clusters as one file, so that the command goes on where it was stopped.
+Temperatures are chosen on validation tasks, curves are of validation tasks; test tasks are looked at once, by what a
+run ends with.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import json
 import math
@@ -53,7 +55,7 @@ DECAY, AVERAGING = 0.3, 0.998
 HELD_OUT_SEEDS = {"valid": 10**6, "test": 2 * 10**6}
 
 #: Ways that the figure leaves to the table.
-UNDRAWN = ("random",)
+UNDRAWN = ("random", "balanced", "one")
 
 #: Of averaged predictions; 0 takes the best learner alone.
 TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
@@ -169,19 +171,19 @@ def tested(learner: Any, problem: Problem, plan: Plan, by: str | None) -> dict[s
     """What a run ends with on test tasks; the temperature is chosen on validation tasks."""
     measure = problem.measure
     averages = isinstance(learner, ClusteredLearner) and "losses" in (by, learner.assign_by)
-    valid, test = held_out(problem, "valid", plan), held_out(problem, "test", plan)
-    choices = {t: evaluated(learner, valid, measure, t, by) for t in (TEMPERATURES if averages else (0.0,))}
+    valid, test = (partial(held_out, problem, split, plan) for split in ("valid", "test"))
+    choices = {t: evaluated(learner, valid(), measure, t, by) for t in (TEMPERATURES if averages else (0.0,))}
     temperature = (max if measure == "accuracy" else min)(choices, key=choices.__getitem__)
     found: dict[str, Any] = {
         "temperature": temperature,
         "valid": choices[temperature],
-        "test": evaluated(learner, test, measure, temperature, by),
-        "test_of_one": evaluated(learner, test, measure, by=by),
+        "test": evaluated(learner, test(), measure, temperature, by),
+        "test_of_one": evaluated(learner, test(), measure, by=by),
     }
     if averages and learner.assign_by == "modes":
-        found["test_told"] = evaluated(learner, test, measure)
+        found["test_told"] = evaluated(learner, test(), measure)
     elif averages and not by and learner.num_active:
-        found["clusters_by_mode"] = _table(learner.assign(test), test.modes)
+        found["clusters_by_mode"] = _table(learner.assign(test()), test().modes)
     return found
 
 
@@ -221,7 +223,7 @@ def described(problem: str, way: str, plan: Plan) -> str:
     """All that decides a run but the seed, the same in every process."""
     of = PROBLEMS[problem]
     settings = [of.described(), asdict(of.ways[way]), asdict(replace(plan, seeds=0))]
-    constants = [DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS]
+    constants = [DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS, str(inspect.signature(ClusteredLearner))]
     return json.dumps([*settings, *constants], default=lambda function: function.__qualname__)
 
 
@@ -231,14 +233,17 @@ def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> P
     return replace(plan, share=plan.share * max(0.01, min(1.0, math.floor(100 * float(plain / ours)) / 100)))
 
 
-def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: Console) -> dict[str, Any]:
+def measure(
+    problems: Sequence[str], plan: Plan, folder: Path | None, console: Console, workers: int = 1
+) -> dict[str, Any]:
     """All runs of these problems."""
     found = {}
     for name in problems:
         ways = PROBLEMS[name].ways
-        runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console)
+        runs = _runs(name, dict.fromkeys(ways, plan), plan, folder, console, workers)
         shorter = {way: equal_time(runs, way, plan) for way, of in ways.items() if of.proposed}
-        found[name] = gathered(name, runs, {PLAIN: runs[PLAIN]} | _runs(name, shorter, plan, folder, console))
+        timed = _runs(name, shorter, plan, folder, console, workers)
+        found[name] = gathered(name, runs, {PLAIN: runs[PLAIN]} | timed)
     results = {
         "tasks": plan.tasks,
         "seeds": plan.seeds,
@@ -252,7 +257,7 @@ def measure(problems: Sequence[str], plan: Plan, folder: Path | None, console: C
 
 
 def _runs(
-    problem: str, plans: dict[str, Plan], plan: Plan, folder: Path | None, console: Console
+    problem: str, plans: dict[str, Plan], plan: Plan, folder: Path | None, console: Console, workers: int
 ) -> dict[str, list[dict[str, Any]]]:
     """The runs of every way, of all seeds; one seed after the other."""
     jobs: dict[str, Job] = {
@@ -260,7 +265,7 @@ def _runs(
         for seed in range(plan.seeds)
         for way, of in plans.items()
     }
-    done = iter(run_jobs(jobs, console))
+    done = iter(run_jobs(jobs, console, workers))
     by_seed = [{way: next(done) for way in plans} for _ in range(plan.seeds)]
     return {way: [runs[way] for runs in by_seed] for way in plans}
 
@@ -359,6 +364,7 @@ def main(
     problem: Annotated[list[str] | None, typer.Option(help="Of these problems alone; default: all.")] = None,
     seeds: Annotated[int, typer.Option(min=2, help="Seeds of every way.")] = FULL.seeds,
     threads: Annotated[int, typer.Option(min=1, help="Tensors this small gain nothing from more.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, each in a process of its own.")] = 1,
     parts: Annotated[Path, typer.Option(help="Where runs are kept.")] = PARTS,
     output: Annotated[Path | None, typer.Option(help="JSON to write; default bench/results/clusters.json.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Picture; default bench/results/clusters.png.")] = None,
@@ -370,7 +376,7 @@ def main(
     if unknown := set(chosen) - PROBLEMS.keys():
         raise typer.BadParameter(f"problem must be one of {', '.join(PROBLEMS)}, got {', '.join(sorted(unknown))}")
     plan = QUICK if quick else replace(FULL, seeds=seeds)
-    found = measure(chosen, plan, None if quick else parts, console)
+    found = measure(chosen, plan, None if quick else parts, console, workers)
     results = describe_run("clusters", "bench.clusters") | found
     show(results, console)
     if not quick and set(chosen) == PROBLEMS.keys():

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,16 +26,40 @@ Advance = Callable[[float], None]
 Job = Callable[[Advance], Any]
 
 
-def run_jobs(jobs: Mapping[str, Job], console: Console) -> list[Any]:
-    """What the jobs return, one after another, under a progress bar that shows their descriptions."""
+def run_jobs(jobs: Mapping[str, Job], console: Console, workers: int = 1) -> list[Any]:
+    """What the jobs return, in their order, under a progress bar that shows their descriptions.
+
+    More than one worker are processes, which take the jobs up in their order, with as many threads each as this one.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    results = []
     with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=len(jobs))
+        if workers > 1:
+            return _in_processes(jobs, workers, lambda done, name: bar.update(task, completed=done, description=name))
+        results = []
         for done, (description, job) in enumerate(jobs.items()):
             bar.update(task, description=description, completed=done)
             results.append(job(lambda share, done=done: bar.update(task, completed=done + share)))  # type: ignore[misc]
     return results
+
+
+def _in_processes(jobs: Mapping[str, Job], workers: int, advance: Callable[[int, str], None]) -> list[Any]:
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may never return
+    threads = (torch.get_num_threads(),)
+    with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=threads) as pool:
+        names = {pool.submit(job, _unseen): name for name, job in jobs.items()}
+        try:
+            for done, future in enumerate(as_completed(names), start=1):
+                future.result()
+                advance(done, f"{names[future]} done")
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [future.result() for future in names]
+
+
+def _unseen(_: float) -> None:
+    """The share that is done of one job among several."""
 
 
 def describe_run(benchmark: str, module: str) -> dict[str, Any]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,9 @@ import torch
 from rich.console import Console
 
 from bench import clusters, report
-from bench.cluster_cases import PROBLEMS
+from bench.cluster_cases import PROBES, PROBLEMS, first_steps
 from bench.clusters import FULL, QUICK, Run, described, equal_time, part, rate, reached, train
-from bench.runs import describe_run
+from bench.runs import Advance, describe_run, run_jobs
 from bench.targets import judge_clusters, measured
 from metakern.learners import ClusteredLearner
 from tests.pictures import coloured_share
@@ -56,7 +58,7 @@ def test_a_measurement_holds_everything(quick: dict[str, Any]) -> None:
         assert way["difference"]["of_seeds"] == pytest.approx([a - b for a, b in pairs])
         assert way["ratio"]["of_seeds"] == pytest.approx([a / b for a, b in pairs])
         assert ("test_told" in way) == name.startswith("oracle")
-        assert ("equal_time" in way) == (name in ("plain", "few", "clusters"))
+        assert ("equal_time" in way) == (name == "plain" or PROBLEMS["digits"].ways[name].proposed)
         assert 0 < way.get("equal_time", {"iterations": 1})["iterations"] <= 2
     assert quick["targets"] == judge_clusters(quick)
 
@@ -136,6 +138,32 @@ def test_equal_time_is_a_share_of_the_run() -> None:
     runs["fast"] = [{"seconds": 2.0}] * 3
     assert equal_time(runs, "slow", FULL).share == 0.25
     assert equal_time(runs, "fast", FULL).share == 1
+
+
+def job(number: int, advance: Advance) -> tuple[int, int, int]:
+    """A run of another process."""
+    advance(0.5)
+    if number < 0:
+        raise ValueError(f"number must not be negative, got {number}")
+    return number, os.getpid(), torch.get_num_threads()
+
+
+def test_runs_side_by_side_come_back_in_their_order() -> None:
+    done = run_jobs({f"job {number}": partial(job, number) for number in range(5)}, Console(quiet=True), workers=2)
+    assert [(number, threads) for number, _, threads in done] == [(number, 1) for number in range(5)]
+    assert os.getpid() not in {process for _, process, _ in done}
+    with pytest.raises(ValueError, match="got -1"):
+        run_jobs({"bad": partial(job, -1), "good": partial(job, 1)}, Console(quiet=True), workers=2)
+
+
+def test_problems_are_described_where_they_start() -> None:
+    tasks = PROBLEMS["optimizees"].tasks()
+    batch, again = (tasks.sample(40, torch.Generator().manual_seed(3)) for _ in range(2))
+    described = first_steps(batch)
+    assert described.shape == (40, 2 * PROBES)
+    starts = batch.init_params()  # not moved by the description
+    assert all(torch.equal(a, b) for a, b in zip(starts, again.init_params(), strict=True))
+    torch.testing.assert_close(described[:, 0], batch.loss(starts).log10())
 
 
 def test_where_a_run_reaches_plain_maml() -> None:

@@ -33,7 +33,7 @@ from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targe
 from bench.targets import judge_inner_loop
 from bench.timing import Calls, alternate, quantiles, wall_seconds
 
-BATCHED = ("metakern", "vmap", "compiled")
+BATCHED = ("metakern", "metakern, autograd", "vmap", "compiled")
 LOOPS = ("loop", *LIBRARIES)
 EVERYONE = (*BATCHED, *LOOPS)
 

@@ -88,6 +88,23 @@ class Fused(Batched):
         return adapted(x)
 
 
+class OneCall(Fused):
+    """metakern.meta_backward."""
+
+    def losses(self, support: Set, query: Set) -> Tensor:
+        """One call for losses and meta-gradients."""
+        case = self.case
+        return metakern.meta_backward(
+            self.model,
+            support,
+            query,
+            loss=case.loss,
+            steps=case.steps,
+            lr=case.lr,
+            first_order=case.first_order,
+        )
+
+
 class Vmap(Batched):
     """torch.func: grad in the inner loop, vmap over the tasks."""
 
@@ -261,7 +278,8 @@ def _version(module: ModuleType) -> str:
 def make_contender(name: str, case: Case, libraries: Mapping[str, ModuleType]) -> Contender | None:
     """The contender of that name; None where its library is missing or has no call for the case."""
     plain: dict[str, Callable[[], Contender]] = {
-        "metakern": lambda: Fused(case),
+        "metakern": lambda: OneCall(case),
+        "metakern, autograd": lambda: Fused(case),
         "metakern, checkpoints": lambda: Fused(case, checkpoint_every=10),
         "metakern.MAML": lambda: Learner(case, metakern),
         "vmap": lambda: Vmap(case),

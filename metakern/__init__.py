@@ -3,7 +3,7 @@
 from metakern import maml, ops, optim, rules, tasks
 from metakern._backend import FallbackWarning, build_info, empty_cache
 from metakern._version import __version__
-from metakern.maml import MAML, MetaSGD, adapt, meta_loss
+from metakern.maml import MAML, MetaSGD, adapt, meta_backward, meta_loss
 
 #: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
 algorithms = maml
@@ -18,6 +18,7 @@ __all__ = [
     "build_info",
     "empty_cache",
     "maml",
+    "meta_backward",
     "meta_loss",
     "ops",
     "optim",

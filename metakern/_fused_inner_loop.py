@@ -11,6 +11,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
@@ -25,7 +26,14 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
-from metakern.ops.mlp_inner_loop import make_problem, make_weights, mlp_inner_loop, mlp_meta_loss, run_meta_loss
+from metakern.ops.mlp_inner_loop import (
+    make_problem,
+    make_weights,
+    mlp_inner_loop,
+    mlp_meta_loss,
+    run_meta_backward,
+    run_meta_loss,
+)
 from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
@@ -36,16 +44,16 @@ class Options(NamedTuple):
     """What adapt and meta_loss have in common; see :func:`metakern.adapt`."""
 
     model: nn.Module
-    loss: Callable[..., Tensor]
-    steps: int
-    lr: Any
-    first_order: bool | Sequence[bool]
-    parameters: str | Sequence[str] | None
-    clip_norm: float | None
-    checkpoint_every: int | None
-    vectorize: bool
-    backend: str | None
-    explain: bool
+    loss: Callable[..., Tensor] = F.mse_loss
+    steps: int = 1
+    lr: Any = 0.01
+    first_order: bool | Sequence[bool] = False
+    parameters: str | Sequence[str] | None = None
+    clip_norm: float | None = None
+    checkpoint_every: int | None = None
+    vectorize: bool = True
+    backend: str | None = None
+    explain: bool = False
 
 
 def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
@@ -102,6 +110,42 @@ def fused_meta_loss(
     if usual is not None:
         _remember(usual[0], serves, mlp, options, arguments)
     return losses
+
+
+def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Tensor | None) -> Tensor | None:
+    """Query losses [T] of a usual call that was served before, its meta-gradients added to ``grad``; None for others.
+
+    Without autograd: its graph takes as long as a small inner loop.
+    """
+    try:
+        usual = _usual(options, support, query)
+        known = None if usual is None else _served_before.get(usual[0])
+        if usual is None or known is None or not all(map(_accumulates, usual[1].params)):
+            return None
+        (serves, problem, weights), params = known, usual[1].params
+        if gradient is not None and unlike_losses(gradient, params[0].new_empty(support[0].shape[0])):
+            return None
+        sets = (*support, None), (*query, None)
+        losses, grads = _served(lambda: run_meta_backward(serves, problem, weights, params, *sets, gradient))
+    except Unserved:  # for its reason meta_loss raises, or takes the generic path
+        return None
+    with torch.no_grad():
+        for p, found in zip(params, grads, strict=True):
+            if p.grad is None:
+                p.grad = found
+            else:
+                p.grad.add_(found)
+    return losses  # type: ignore[no-any-return]
+
+
+def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
+    """Whether the gradient cannot be that by these losses [T]."""
+    return (gradient.shape, gradient.dtype, gradient.device) != (losses.shape, losses.dtype, losses.device)
+
+
+def _accumulates(p: Tensor) -> bool:
+    """Whether nothing comes of a gradient but its sum in ``grad``."""
+    return p.is_leaf and not p._backward_hooks and not p._post_accumulate_grad_hooks
 
 
 #: Backend, problem and step weights of usual calls of meta_loss that were served, by what decided them.

@@ -35,14 +35,14 @@ def attempt(call: str, options: Options, fused: Callable[[], Any]) -> tuple[Any,
                 f"inner loop does not serve: {unserved}"
             ) from unserved
         return None, str(unserved)
-    if _is_heard(options):
+    if is_heard(options):
         _say(options, f"{call}: K={options.steps}: fused inner loop, {type(options.model).__name__}")
     return result, ""
 
 
 def say_generic(call: str, options: Options, loop: InnerLoop, support: TaskBatch, reason: str) -> None:
     """Tell how the generic path serves a call, and why."""
-    if not _is_heard(options):
+    if not is_heard(options):
         return
     tasks, samples = support.x.shape[:2]
     how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
@@ -53,7 +53,8 @@ def say_generic(call: str, options: Options, loop: InnerLoop, support: TaskBatch
     )
 
 
-def _is_heard(options: Options) -> bool:
+def is_heard(options: Options) -> bool:
+    """Whether anyone is told which path serves a call."""
     return not torch.compiler.is_compiling() and (options.explain or _log.isEnabledFor(logging.DEBUG))
 
 

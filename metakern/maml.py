@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
 from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
-from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_loss
+from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
     TaskLoss,
@@ -37,10 +37,14 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._learner import Learner
-from metakern._path import attempt, say_generic
+from metakern._path import attempt, is_heard, say_generic
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
+
+
+#: Options that :func:`adapt` and :func:`meta_loss` have in common.
+_OF_ADAPT = frozenset(Options._fields) - {"model"}
 
 
 # ---------------------------------------------------------------------------------------------------------- one task
@@ -377,6 +381,62 @@ def meta_loss(
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
     loop.model.store(statistics)
     return weighted
+
+
+def meta_backward(
+    model: nn.Module,
+    support: tuple[Tensor, Tensor],
+    query: tuple[Tensor, Tensor],
+    *,
+    gradient: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
+
+    What ``losses.mean().backward()`` does, in one call, and sooner for small tasks: where the fused inner loop serves,
+    from the second call of a kind on, its meta-gradients come without a graph. So they do for a ``loss`` that is a
+    function, an ``lr`` that is a number, parameters that all adapt and have no hooks, and of the options ``steps``,
+    ``first_order``, ``checkpoint_every`` and ``backend`` alone. Hooks of gradient accumulators, which
+    DistributedDataParallel sets, are not called.
+
+    Args:
+        model: as for :func:`meta_loss`
+        support: (x, y), [T, S, ...] each
+        query: (x, y), [T, Q, ...] each
+        gradient: of what is minimised by the losses, [T], where that is not their mean: 1/N everywhere for one of
+            several parts of a meta-batch of N tasks
+        options: those of :func:`meta_loss`
+
+    Returns:
+        losses [T], detached
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as :func:`meta_loss`; also for a ``gradient`` that is no tensor like the
+            losses, and within torch.compile and the transforms of torch.func.
+
+    Example:
+        >>> optimizer.zero_grad()
+        >>> losses = meta_backward(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01)
+        >>> optimizer.step()
+    """
+    if is_transformed():
+        raise RuntimeError("meta_backward fills grad, which torch.compile and torch.func do not see; call meta_loss")
+    if gradient is not None and not isinstance(gradient, Tensor):
+        raise TypeError(f"gradient must be a tensor [T], got {type(gradient).__name__}")
+    losses = None
+    if options.keys() <= _OF_ADAPT:
+        chosen = Options(model, **options)
+        _check_options(chosen.steps, chosen.clip_norm, chosen.checkpoint_every, chosen.vectorize)
+        losses = None if is_heard(chosen) else fused_meta_backward(chosen, support, query, gradient)
+    if losses is None:
+        with torch.enable_grad():
+            losses = meta_loss(model, support, query, **options)
+            gradient = torch.full_like(losses, 1 / len(losses)) if gradient is None else gradient
+            if unlike_losses(gradient, losses):
+                got = f"{gradient.dtype} {list(gradient.shape)} on {gradient.device}"
+                raise ValueError(f"gradient must be {losses.dtype} [{len(losses)}] on {losses.device}, got {got}")
+            losses.backward(gradient)
+    return losses.detach()
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:

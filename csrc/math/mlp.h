@@ -1,8 +1,6 @@
 // Activations and losses of an inner loop with their first and second derivatives: of one value or one sample, or of
 // one in every lane of a vector.
 #pragma once
-#include <math.h>
-
 #include "../mlp_inner_loop.h"
 #include "activations.h"
 
@@ -15,16 +13,60 @@ MK_INLINE V exponential(V x) {
   return e.scale * e.tail + e.scale;
 }
 
-MK_INLINE float normal_cdf(float z) { return 0.5f * ::erfcf(z * -0.70710678f); }
-MK_INLINE double normal_cdf(double z) { return 0.5 * ::erfc(z * -0.70710678118654752440); }
-
-// Lane by lane: no vectorised function has the C library's accuracy.
+// (z + 4) e^(z^2/2) (1 - cdf(z)) of the normal distribution for z >= 0, as a polynomial in t = (z - 4) / (z + 4).
+// Interpolated at Chebyshev nodes up to where 1 - cdf(z) underflows; relative error below 1.3e-8, double 4e-16.
 template <class V>
-inline V normal_cdf(V z) {
-  V out;
-  for (int lane = 0; lane < int(sizeof(V) / sizeof(lane_t<V>)); ++lane)
-    out[lane] = lane_t<V>(normal_cdf(double(z[lane])));
-  return out;
+MK_INLINE V normal_tail(V t, float) {
+  V p = broadcast<V>(-1.201844e-4f);
+  p = p * t + 2.0126173e-4f;
+  p = p * t + 1.5723179e-3f;
+  p = p * t + -3.5261837e-3f;
+  p = p * t + -7.5292507e-3f;
+  p = p * t + 6.0406689e-2f;
+  p = p * t + -1.8652268e-1f;
+  p = p * t + 3.8713668e-1f;
+  p = p * t + -6.0789662e-1f;
+  return p * t + 7.5528514e-1f;
+}
+template <class V>
+MK_INLINE V normal_tail(V t, double) {
+  V p = broadcast<V>(7.6839662274656217e-9);
+  p = p * t + 1.3173232900520232e-8;
+  p = p * t + -6.1498004523488702e-8;
+  p = p * t + -1.4926781301795255e-7;
+  p = p * t + 2.449997467927893e-7;
+  p = p * t + 1.0127911412131875e-6;
+  p = p * t + -6.110812420800936e-7;
+  p = p * t + -5.9135917841880871e-6;
+  p = p * t + 7.0833183224575795e-7;
+  p = p * t + 3.514181884092745e-5;
+  p = p * t + -1.9058417262574088e-6;
+  p = p * t + -2.3109418618490196e-4;
+  p = p * t + 1.3334387008093189e-4;
+  p = p * t + 1.6308183432700359e-3;
+  p = p * t + -3.4796923194336436e-3;
+  p = p * t + -7.5401889573416822e-3;
+  p = p * t + 6.0396574888223107e-2;
+  p = p * t + -1.8652185796000361e-1;
+  p = p * t + 3.8713740074227552e-1;
+  p = p * t + -6.0789664197188842e-1;
+  return p * t + 7.5528513041575126e-1;
+}
+
+// Of the standard normal distribution at z; no cancellation far below zero.
+template <class V>
+struct Normal {
+  V density, cdf;
+};
+template <class V>
+MK_INLINE Normal<V> normal(V z) {
+  using S = lane_t<V>;
+  const V zero = broadcast<V>(0), square = z * z;
+  const auto e = exp_parts(square, S(-0.5), constants<S>::exp_bound);
+  const V power = square > broadcast<V>(2 * constants<S>::exp_bound) ? zero : e.scale * e.tail + e.scale;
+  const V share = S(1) / ((z < zero ? -z : z) + S(4));
+  const V above = power * (share * normal_tail(S(1) - S(8) * share, S{}));
+  return {power * S(0.39894228040143267794), z < zero ? above : S(1) - above};
 }
 
 // phi(z); NaN comes out of every one.
@@ -35,7 +77,7 @@ MK_INLINE V activation_value(Activation activation, V z) {
     case Activation::relu: return z <= zero ? zero : z;
     case Activation::tanh: return tanh(z);
     case Activation::sigmoid: return sigmoid(z);
-    default: return z * normal_cdf(z);
+    default: return z * normal(z).cdf;
   }
 }
 
@@ -61,9 +103,8 @@ MK_INLINE Slopes<V> activation_slopes(Activation activation, V z, V h) {
       return {slope, slope * (one - S(2) * h)};
     }
     default: {
-      const auto e = exp_parts(z * z, S(-0.5), constants<S>::exp_bound);
-      const V density = (e.scale * e.tail + e.scale) * S(0.39894228040143267794);
-      return {normal_cdf(z) + z * density, density * (S(2) - z * z)};
+      const Normal<V> at = normal(z);
+      return {at.cdf + z * at.density, at.density * (S(2) - z * z)};
     }
   }
 }

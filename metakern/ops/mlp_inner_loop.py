@@ -20,7 +20,7 @@ from torch import Tensor
 from metakern import _backend
 from metakern._memo import memoized, once
 from metakern.ops.inner_update_autograd import is_transformed
-from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_loss_call
+from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
 
 #: Keep in step with csrc/mlp_inner_loop.h.
@@ -234,10 +234,32 @@ def run_meta_loss(
     query: tuple[Tensor, Tensor, Tensor | None],
 ) -> Tensor:
     """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
-    if serves != "cpp" and reference.LOSSES[problem.loss] == "cross_entropy":  # whose operator looks for itself
-        _check_labels("support", support[0], support[1], params)
-        _check_labels("query", query[0], query[1], params)
+    _check_classes(serves, problem, params, support, query)
     return meta_loss_call(_operators(serves), problem, params, lr, support, query, weights)
+
+
+def run_meta_backward(
+    serves: str,
+    problem: Problem,
+    weights: tuple[float, ...],
+    params: Sequence[Tensor],
+    support: tuple[Tensor, Tensor, Tensor | None],
+    query: tuple[Tensor, Tensor, Tensor | None],
+    gradient: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Losses of :func:`run_meta_loss`, whose rate is a number, and gradients of params; outside of all transforms.
+
+    ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
+    """
+    _check_classes(serves, problem, params, support, query)
+    return meta_backward_call(_operators(serves), problem, params, support, query, weights, gradient)
+
+
+def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *sets: tuple[Any, ...]) -> None:
+    """Labels of support and query, where the operator does not look for itself."""
+    if serves != "cpp" and reference.LOSSES[problem.loss] == "cross_entropy":
+        for name, (x, y, _) in zip(("support", "query"), sets, strict=True):
+            _check_labels(name, x, y, params)
 
 
 def _reasons(

@@ -183,6 +183,33 @@ def meta_loss_call(
     return _call(operators, problem, weights, params, (*support, *query), lr)[0]
 
 
+def meta_backward_call(
+    operators: Operators,
+    problem: Problem,
+    params: Sequence[Tensor],
+    support: tuple[Tensor, Tensor, Tensor | None],
+    query: tuple[Tensor, Tensor, Tensor | None],
+    weights: tuple[float, ...],
+    gradient: Tensor | None,
+) -> tuple[Tensor, Sequence[Tensor]]:
+    """Weighted query losses [T] and gradients of params, without a graph; outside of all transforms.
+
+    ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
+    """
+    run, data = Run(operators, problem, weights, True, False), (*support, *query)
+    with torch._C._AutoDispatchBelowAutograd():
+        (losses,), kept = run.forward(params, data, ())
+        if gradient is None:
+            gradient = _of_mean(len(losses), losses.dtype, losses.device)
+        return losses, run.backward((gradient,), kept, params, data, ())
+
+
+@functools.lru_cache(64)
+def _of_mean(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The gradient of a mean by its ``count`` numbers."""
+    return torch.full((count,), 1 / count, dtype=dtype, device=device)
+
+
 def _call(
     operators: Operators,
     problem: Problem,

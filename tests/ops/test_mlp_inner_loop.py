@@ -166,6 +166,40 @@ def test_large_arguments_of_the_losses() -> None:
 
 
 @pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [torch.float32, F64], ids=str)
+def test_gelu_and_its_slope_keep_their_relative_accuracy(dtype: torch.dtype, capability: str) -> None:
+    """Every task's prediction is gelu of its own weight z; rounding z² costs e^(-z²/2) z²/2 units in the last place."""
+    lowest = -8.0 if dtype == torch.float32 else -24.0  # the loss is the square
+    z = torch.cat([torch.linspace(lowest, 12, 3001, dtype=F64), torch.tensor([0.0, -1e-15, 1e4], dtype=F64)]).to(dtype)
+    weight = z.view(-1, 1, 1).clone().requires_grad_()
+    ones, zeros = torch.ones_like(weight.detach()), torch.zeros_like(weight.detach())
+    params = [weight, zeros[..., 0], ones, zeros[..., 0]]
+    losses = mlp_meta_loss(params, (ones, zeros), (ones, zeros), lr=0.0, steps=1, activation="gelu", backend="cpp")
+    (got,) = torch.autograd.grad(losses.sum(), weight)
+
+    z = z.double().requires_grad_()
+    exact = z * torch.special.erfc(z * -(0.5**0.5)) / 2
+    (slope,) = torch.autograd.grad(exact.sum(), z)
+    z, exact = z.detach(), exact.detach()
+    bound = (8 + z.square()) * torch.finfo(dtype).eps
+    assert bool(((losses.detach().double().sqrt() - exact.abs()).abs() <= bound * exact.abs()).all())
+    terms = exact / z.where(z != 0, torch.ones_like(z)) + z.abs() * torch.exp(
+        -z.square() / 2
+    )  # they cancel in the slope
+    errors = (got.flatten().double() - 2 * exact * slope).abs()
+    assert bool((errors <= 4 * bound * exact.abs() * terms.abs()).all())
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_gelu_of_what_is_not_finite(value: float, capability: str) -> None:
+    params = [torch.full((20, 1, 1), value), torch.zeros(20, 1), torch.ones(20, 1, 1), torch.zeros(20, 1)]
+    sets = torch.ones(20, 1, 1), torch.zeros(20, 1, 1)
+    losses = mlp_meta_loss(params, sets, sets, lr=0.0, steps=1, activation="gelu", backend="cpp")
+    assert not bool(losses.isfinite().any())
+
+
+@pytest.mark.sanitize
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:

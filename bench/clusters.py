@@ -86,8 +86,8 @@ class Run:
     """One training run under way.
 
     Attributes:
-        seconds: processor time of the meta-iterations so far, evaluation excluded
-        wall_seconds: wall-clock time of the same
+        seconds: processor time of the meta-iterations so far, evaluation excluded: with one thread, never idle, what
+            they take on a processor of their own
     """
 
     def __init__(self, problem: Problem, way: Way, seed: int, plan: Plan) -> None:
@@ -102,7 +102,7 @@ class Run:
         if way.settled:
             self.scheduler = LambdaLR(self.optimizer, partial(rate, iterations=self.iterations))
             self.average = MovingAverage(self.learner, AVERAGING)
-        self.iteration, self.seconds, self.wall_seconds = 0, 0.0, 0.0
+        self.iteration, self.seconds = 0, 0.0
 
     @contextmanager
     def result(self) -> Iterator[Any]:
@@ -112,11 +112,10 @@ class Run:
 
     def advance(self, to: int) -> None:
         """Train up to this iteration."""
-        start, wall_start = time.process_time(), time.perf_counter()
+        start = time.process_time()
         while self.iteration < to:
             self._iterate()
         self.seconds += time.process_time() - start
-        self.wall_seconds += time.perf_counter() - wall_start
 
     def _iterate(self) -> None:
         learner: Any = self.learner
@@ -162,7 +161,7 @@ def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Adva
             value = evaluated(learner, held_out(problem, "valid", plan), measure, by=by)
         curve.append({"iteration": run.iteration, "seconds": run.seconds, "valid": value})
         advance(point / plan.points)
-    found = {"seconds": run.seconds, "wall_seconds": run.wall_seconds, "iterations": run.iterations, "curve": curve}
+    found = {"seconds": run.seconds, "iterations": run.iterations, "curve": curve}
     with run.result() as learner:
         return found | tested(learner, problem, plan, by)
 
@@ -282,7 +281,6 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
             "title": PROBLEMS[problem].ways[name].title,
             "test": summary(tests),
             "seconds": summary([run["seconds"] for run in of]),
-            "wall_seconds": summary([run["wall_seconds"] for run in of]),
             "test_of_one": summary([run["test_of_one"] for run in of]),
             "temperatures": [run["temperature"] for run in of],
             "difference": summary([a - b["test"] for a, b in zip(tests, runs[PLAIN], strict=True)]),

@@ -95,10 +95,10 @@ def render_inner_loop(results: dict[str, Any], source: str) -> str:
         lines.append(f"| {' | '.join([cell['title'], ours, *ratios, format(cell['share_of_sgemm'], '.1%')])} |")
     lines += [
         "",
-        "Median time of a meta-iteration, all query losses and the backward of their mean: by `metakern.meta_backward`, "
-        "by autograd from `metakern.meta_loss`; the compiled peer's is one call, too. The other columns say how "
-        "many times as long the peers take, the last one the share of the FLOPs in a second of a large float32 matrix "
-        f"product, {results['sgemm_gflops']:.0f} GFLOP/s in the same run.",
+        "Median time of a meta-iteration, all query losses and the backward of their mean: by "
+        "`metakern.meta_backward`, and by autograd from `metakern.meta_loss`; the compiled peer's is one call, too. "
+        "The other columns say how many times as long the peers take, the last one the share of the FLOPs in a "
+        f"second of a large float32 matrix product, {results['sgemm_gflops']:.0f} GFLOP/s in the same run.",
         *_first_results(results["cells"]),
         _adapt_sentence(results["adapt"]),
         *(_memory_sentence(memory) for memory in results["memory"]),

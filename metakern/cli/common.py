@@ -86,9 +86,8 @@ def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict
     """
     types = get_type_hints(kind)
     if unknown := [str(name) for name in content if name not in types]:
-        raise ValueError(
-            f"configuration {path} has unknown settings {', '.join(unknown)}; known are {', '.join(types)}"
-        )
+        known = ", ".join(field.name for field in own_first(kind))
+        raise ValueError(f"configuration {path} has unknown settings {', '.join(unknown)}; known are {known}")
     return {name: _checked(f"configuration {path}: {name}", value, types[name]) for name, value in content.items()}
 
 
@@ -142,8 +141,19 @@ def _parameters(settings: Any) -> list[inspect.Parameter]:
         inspect.Parameter(
             field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
         )
-        for field in dataclasses.fields(settings)
+        for field in own_first(settings)
     ]
+
+
+def own_first(settings: Any) -> list[dataclasses.Field[Any]]:
+    """The fields of a dataclass, those that it inherits behind its own."""
+    inherited = {
+        field.name
+        for base in settings.__bases__
+        if dataclasses.is_dataclass(base)
+        for field in dataclasses.fields(base)
+    }
+    return sorted(dataclasses.fields(settings), key=lambda field: field.name in inherited)
 
 
 def choose(name: str, value: str, choices: Sequence[str]) -> str:

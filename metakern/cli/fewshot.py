@@ -1,4 +1,4 @@
-"""Settings of ``train maml`` and what they stand for: tasks, model, learner, outer optimizer."""
+"""Settings of ``train maml`` and what they stand for: tasks, model, learner."""
 
 from __future__ import annotations
 
@@ -12,21 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.cli.common import Option, choose
-from metakern.cli.training import LAST_RATE
+from metakern.cli.outer import OuterSettings
 from metakern.clustering import BATCHES, EMBEDDINGS, METHODS, ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustered import ASSIGNMENTS
 from metakern.models import conv4, mlp
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
 from metakern.tasks.digits import DOMAINS
-
-#: Outer optimizers by name.
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "rmsprop": torch.optim.RMSprop,
-    "sgd": torch.optim.SGD,
-}
 
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
 _DIGITS = {"shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.1, "num_tasks": 32, "hidden": "64,64", "filters": 0}
@@ -48,7 +40,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class MAMLSettings:
+class MAMLSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the tasks suggest, see :data:`PRESETS`."""
 
     tasks: Annotated[str, Option(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
@@ -68,23 +60,7 @@ class MAMLSettings:
     parameters: Annotated[str | None, Option(help="Glob pattern of the parameters to adapt.")] = None
     num_tasks: Annotated[int | None, Option(min=1, help="Tasks of a meta-batch.")] = None
     iterations: Annotated[int, Option(min=1, help="Meta-batches to train on.")] = 1000
-    optimizer: Annotated[str, Option(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
-    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-3
-    scheduler: Annotated[str, Option(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
-    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
-    accumulate: Annotated[int, Option(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
-    ema: Annotated[float, Option(min=0, max=1, help="Decay of averaged weights, 0.99; 0: no averages.")] = 0.0
-    precision: Annotated[str | None, Option(help="bf16 or fp16 where the device has it.")] = None
-    max_skipped: Annotated[
-        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
-    ] = 10
-    monitor: Annotated[str, Option(help="What says which weights are best: loss; accuracy of classes.")] = "loss"
-    patience: Annotated[int, Option(min=0, help="Evaluations without a better one before it stops; 0: never.")] = 0
-    eval_every: Annotated[int, Option(min=1, help="Iterations between evaluations.")] = 100
-    eval_tasks: Annotated[int, Option(min=2, help="Validation tasks of an evaluation.")] = 256
     test_tasks: Annotated[int, Option(min=2, help="Test tasks at the end.")] = 600
-    checkpoint_every: Annotated[int, Option(min=1, help="Iterations between checkpoints.")] = 100
-    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
     clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
     cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
     cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
@@ -98,9 +74,6 @@ class MAMLSettings:
     cluster_eval_temperature: Annotated[
         float, Option(min=0, help="Of averages over clusters in evaluation; 0: the best cluster's learner alone.")
     ] = 0.0
-    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
-    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
-    device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
 
     def resolved(self) -> MAMLSettings:
         """The same with nothing left open.
@@ -111,18 +84,13 @@ class MAMLSettings:
         choose("tasks", self.tasks, tuple(PRESETS))
         choose("model", self.model, ("auto", "mlp", "conv4"))
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
-        choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
-        choose("scheduler", self.scheduler, ("cosine", "none"))
-        choose("monitor", self.monitor, ("loss",) if self.tasks in REGRESSION else ("loss", "accuracy"))
-        device_of(self.device)
+        self.check_outer("loss", *(() if self.tasks in REGRESSION else ("accuracy",)))
         if self.clusters != "auto" and not self.clusters.isdecimal():
             raise ValueError(f"clusters must be a number, auto, or 0 for none, got {self.clusters!r}")
         if self.anil and self.parameters is not None:
             raise ValueError(f"parameters must be left out where anil chooses them, got {self.parameters!r}")
-        for name in ("lr", "inner_lr"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {value}")
+        if self.inner_lr is not None and not 0 < self.inner_lr < math.inf:
+            raise ValueError(f"inner_lr must be positive and finite, got {self.inner_lr}")
         preset = PRESETS[self.tasks]
         settled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
         images = self.tasks in ("omniglot", "mini-imagenet")
@@ -142,21 +110,6 @@ class MAMLSettings:
 
 
 REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
-
-
-def device_of(name: str) -> str:
-    """The device by name; "auto" takes a GPU where torch finds one.
-
-    Raises:
-        ValueError: for a GPU where torch finds none, and a device of another kind.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {name} needs a GPU, and torch finds none: --device cpu")
-    return name
 
 
 def make_tasks(settings: MAMLSettings) -> TaskDistribution:
@@ -242,8 +195,3 @@ def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module)
     if settings.clusters == "0" or settings.cluster_batches == "uniform":
         return tasks
     return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]
-
-
-def make_optimizer(settings: MAMLSettings, learner: nn.Module) -> torch.optim.Optimizer:
-    """The outer optimizer."""
-    return OPTIMIZERS[settings.optimizer](learner.parameters(), lr=settings.lr)

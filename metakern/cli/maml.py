@@ -16,8 +16,9 @@ from torch import Tensor
 
 from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
 from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, device_of, make_learner, make_optimizer, make_tasks, sampler
-from metakern.cli.training import Run, begin, cosine, finish, fit
+from metakern.cli.fewshot import MAMLSettings, make_learner, make_tasks, sampler
+from metakern.cli.outer import device_of
+from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
 from metakern.runs.folder import (
     CONFIG,
@@ -30,7 +31,7 @@ from metakern.runs.folder import (
     write_json,
 )
 from metakern.tasks import TaskDistribution
-from metakern.training import Trainer, TrainerConfig
+from metakern.training import Trainer
 
 LEARNER = "maml"
 
@@ -42,14 +43,14 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         torch.set_num_threads(settings.threads)
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks)
-    optimizer = make_optimizer(settings, learner)
+    optimizer = settings.make_optimizer(learner)
     run = Run(LEARNER, settings, options)
     trainer = Trainer(
         learner,
         sampler(settings, tasks, learner),
         optimizer,
-        trainer_config(settings),
-        scheduler=cosine(optimizer, settings.iterations) if settings.scheduler == "cosine" else None,
+        settings.trainer_config(settings.iterations, settings.num_tasks or 1),
+        scheduler=settings.make_scheduler(optimizer, settings.iterations),
         callbacks=run.callbacks(),
         folder=run.folder,
     )
@@ -58,27 +59,6 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
     fit(run, trainer)
     if finish(run, trainer, lambda folder: save_weights(folder, learner)):
         report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
-
-
-def trainer_config(settings: MAMLSettings) -> TrainerConfig:
-    """The trainer's part of resolved settings; 0 and none are what it calls None."""
-    return TrainerConfig(
-        iterations=settings.iterations,
-        num_tasks=settings.num_tasks or 1,
-        seed=settings.seed,
-        clip_norm=settings.clip_norm or None,
-        accumulate=settings.accumulate,
-        eval_every=settings.eval_every,
-        eval_tasks=settings.eval_tasks,
-        patience=settings.patience or None,
-        ema=settings.ema or None,
-        monitor=settings.monitor,
-        precision=settings.precision,
-        max_skipped=settings.max_skipped,
-        checkpoint_every=settings.checkpoint_every,
-        keep=settings.keep,
-        device=device_of(settings.device),
-    )
 
 
 def eval_maml(

@@ -17,7 +17,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
-from metakern.cli.training import Run, begin, cosine, finish, fit
+from metakern.cli.outer import OuterSettings
+from metakern.cli.training import Run, begin, finish, fit
 from metakern.evaluation import BASELINES, LEARNING_RATES, Curve, SpeedComparison, compare_optimizers, compare_speed
 from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
@@ -25,7 +26,7 @@ from metakern.runs.folder import make_folder, write_json
 from metakern.runs.progress import progress_bar
 from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
 from metakern.tasks.classic_functions import FUNCTIONS
-from metakern.training import History, Trainer, TrainerConfig
+from metakern.training import History, Trainer
 
 LEARNER = "optimizer"
 
@@ -44,7 +45,7 @@ TRAINING = "training.json"
 
 
 @dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
 
     problem: Annotated[str, Option(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
@@ -52,13 +53,8 @@ class OptimizerSettings:
     networks: Annotated[int, Option(min=1, help="Problems solved side by side.")] = 8
     steps: Annotated[int, Option(min=1, help="Inner steps of an episode.")] = 100
     unroll: Annotated[int, Option(min=1, help="Inner steps between two outer steps.")] = 20
-    lr: Annotated[float, Option(help="Adam's learning rate for the rule's weights; it falls to 3 %.")] = 1e-2
     objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
     second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
-    clip_norm: Annotated[float, Option(help="Largest norm of a meta-gradient.")] = 1.0
-    max_skipped: Annotated[
-        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
-    ] = 10
     hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
     layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
@@ -66,12 +62,11 @@ class OptimizerSettings:
     ] = None
     output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
     backend: Annotated[str, Option(help="auto, cpp or reference.")] = "auto"
+    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-2
+    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
     eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5
     eval_tasks: Annotated[int, Option(min=1, help="Validation problems of an evaluation.")] = 16
     checkpoint_every: Annotated[int, Option(min=1, help="Episodes between checkpoints.")] = 10
-    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
-    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
-    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
 
     def resolved(self) -> OptimizerSettings:
         """The same with nothing left open.
@@ -80,9 +75,7 @@ class OptimizerSettings:
             ValueError: for names that there are not, and rates that are none.
         """
         choose("problem", self.problem, tuple(PROBLEMS))
-        for name in ("lr", "clip_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be positive and finite, got {getattr(self, name)}")
+        self.check_outer("loss")
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
@@ -109,14 +102,14 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         objective=settings.objective,
         second_order=settings.second_order,
     )
-    optimizer = torch.optim.Adam(learner.parameters(), settings.lr)
+    optimizer = settings.make_optimizer(learner)
     run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
         learner,
         PROBLEMS[settings.problem](),
         optimizer,
-        trainer_config(settings),
-        scheduler=cosine(optimizer, settings.episodes),
+        settings.trainer_config(settings.episodes, settings.networks),
+        scheduler=settings.make_scheduler(optimizer, settings.episodes),
         callbacks=run.callbacks(),
         folder=run.folder,
     )
@@ -126,21 +119,6 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         _write_history(run.folder, history, settings)
         best = f"best validation loss {history.best:.3g}; weights and history are in {escape(str(run.folder))}/"
         run.console.print(best, highlight=False, soft_wrap=True)
-
-
-def trainer_config(settings: OptimizerSettings) -> TrainerConfig:
-    """The trainer's part of the settings."""
-    return TrainerConfig(
-        iterations=settings.episodes,
-        num_tasks=settings.networks,
-        seed=settings.seed,
-        clip_norm=settings.clip_norm,
-        max_skipped=settings.max_skipped,
-        eval_every=settings.eval_every,
-        eval_tasks=settings.eval_tasks,
-        checkpoint_every=settings.checkpoint_every,
-        keep=settings.keep,
-    )
 
 
 def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:

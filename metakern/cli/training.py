@@ -16,7 +16,7 @@ import torch
 import typer
 from rich.console import Console
 
-from metakern.cli.common import RunOptions, checked_settings, default_output, is_first_process
+from metakern.cli.common import RunOptions, checked_settings, default_output, is_first_process, own_first
 from metakern.runs import LearningCurves, MetricsLog, ProgressReport, TensorBoardLog
 from metakern.runs.folder import CONFIG, ENVIRONMENT, open_folder, read_config, write_config, write_environment
 from metakern.training import Callback, History, Interrupted, Trainer
@@ -85,7 +85,9 @@ def begin(run: Run, trainer: Trainer) -> None:
         trainer.resume(required=False)  # one that ended before its first checkpoint starts again
     if trainer.processes.is_first:
         write_environment(run.folder, launch())
-        write_config(run.folder, run.learner, asdict(run.settings))
+        write_config(
+            run.folder, run.learner, {f.name: getattr(run.settings, f.name) for f in own_first(type(run.settings))}
+        )
 
 
 def launch() -> str | None:

@@ -49,10 +49,9 @@ class ClusteredLearner(nn.Module):
     its worst served tasks: empty clusters are filled so, and one that took nearly all tasks is split. Losses may be
     below zero, where they count from the least of them; one that is not finite counts as the worst.
 
-    What an optimizer and an average of the weights keep of a learner that starts again, they keep: for a while the
-    average is one of two unrelated learners. Gradients that were not finite stay in Adam's moments, and weights in an
-    average, for good. So no such step must be taken, as :class:`metakern.training.Trainer` takes none; a training loop
-    of one's own drops what it keeps of the learners that ``restarted`` names.
+    What an optimizer and an average of the weights keep of a learner that starts again is of another one, and gradients
+    that were not finite stay in it for good. :class:`metakern.training.Trainer` drops it, and takes no step that is not
+    finite; a training loop of one's own drops what it keeps of the learners that ``restarted`` names.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for

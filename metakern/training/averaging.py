@@ -36,14 +36,11 @@ class MovingAverage:
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
-    @contextmanager
-    def restarted(self) -> Iterator[None]:
-        """Start anew, as the parameter is then, for each one that is changed in place within it."""
-        versions = {name: p._version for name, p in self._parameters.items()}  # counts changes in place
-        yield
-        for name, p in self._parameters.items():
-            if p._version != versions[name]:
-                self.average[name].copy_(p.detach())
+    @torch.no_grad()
+    def restart(self, name: str) -> None:
+        """Start the average of a parameter anew, as it is now."""
+        if name in self.average:
+            self.average[name].copy_(self._parameters[name])
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -40,7 +40,8 @@ class Trainer:
     first process alone writes and calls callbacks. All draws follow from ``config.seed``: torch's global generators are
     seeded before each iteration and stand where they stood when ``fit`` ends. A learner with a method
     ``on_iteration(iteration, tasks, generator)`` has it called before each meta-batch, in every process, with the
-    iterations so far and the "train" split; what it does must follow from these and the learner alone. A "train" split
+    iterations so far and the "train" split; what it does must follow from these and the learner alone. Parameters that
+    it changes in place start anew in the optimizer's state and in the average. A "train" split
     with ``state_dict`` and ``load_state_dict`` has its state in the checkpoints. Modules stay in ``train()`` or
     ``eval()`` as they are, in evaluations too.
 
@@ -267,7 +268,7 @@ class Trainer:
         seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
         torch.manual_seed(derived_seed(seed, "draw", self.iteration))
         if hasattr(self.learner, "on_iteration"):
-            with self.average.restarted() if self.average is not None else nullcontext():
+            with self._outer.starting_anew():
                 self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))
         batch = tasks.sample(num_tasks, generator_for(seed, "tasks", self.iteration))
         if batch.num_tasks != num_tasks:

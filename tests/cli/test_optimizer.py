@@ -67,6 +67,26 @@ def test_the_learning_rate_falls_along_a_cosine_to_three_percent(tmp_path):
     assert rates == pytest.approx(expected)
 
 
+def test_the_outer_loop_is_set_as_for_maml(tmp_path):
+    options = "--optimizer sgd --scheduler none --clip-norm 0 --ema 0.9 --patience 1 --accumulate 2 --lr 0.5"
+    succeed(f"train optimizer {RUN} --episodes 9 --problem quadratics {options} --output {tmp_path}/q")
+    config = yaml.safe_load((tmp_path / "q" / "config.yaml").read_text())
+    assert (config["optimizer"], config["scheduler"], config["accumulate"]) == ("sgd", "none", 2)
+    assert {line["lr"] for line in metrics(tmp_path / "q") if "lr" in line} == {0.5}
+    newest = max((tmp_path / "q" / "checkpoints").glob("*.pt"))
+    checkpoint = torch.load(newest, weights_only=True)
+    assert checkpoint["average"] is not None
+    assert checkpoint["iteration"] < 9 or checkpoint["worse"] <= 1  # it stops after the first that is no better
+
+
+def test_a_commands_own_settings_come_first(tmp_path):
+    printed = succeed("train optimizer --help")
+    assert 0 < printed.index("--problem") < printed.index("--max-skipped")
+    succeed(f"train optimizer {RUN} --episodes 1 --problem quadratics --output {tmp_path}/q")
+    names = list(yaml.safe_load((tmp_path / "q" / "config.yaml").read_text()))
+    assert names.index("problem") < names.index("max_skipped")
+
+
 @pytest.mark.parametrize("problem", sorted(set(PROBLEMS) - {"digits", "quadratics"}))
 def test_every_problem_trains_by_its_name(problem, tmp_path):
     succeed(f"train optimizer {RUN} --episodes 1 --eval-tasks 2 --problem {problem} --output {tmp_path}/run --quiet")

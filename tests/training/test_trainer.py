@@ -102,15 +102,26 @@ def test_the_average_follows_its_formula_and_is_what_is_evaluated_and_kept():
     assert trainer.evaluate() == evaluated
 
 
+class Replaced(Learner):
+    """Replaces some of its parameters before the fifth iteration, as clusters do that start again."""
+
+    @torch.no_grad()
+    def on_iteration(self, iteration, tasks, generator):
+        if iteration == 4:
+            self.head.weight.fill_(5.0)
+
+
+def test_the_optimizer_forgets_parameters_that_a_learner_replaces():
+    learner = Replaced(outer_steps=1, dropout=0.0)
+    trainer = plain(learner=learner, optimizer=torch.optim.Adam, iterations=6)
+    trainer.fit()
+    state = trainer.optimizer.state
+    steps = {name: int(state[p]["step"]) for name, p in learner.named_parameters() if p in state}
+    assert steps == {"body.weight": 6, "body.bias": 6, "head.weight": 2, "head.bias": 6}
+
+
 def test_the_average_starts_anew_where_a_learner_replaces_its_parameters():
-    """As clusters do, which begin with a copy of the shared learner; other parameters go on."""
-
-    class Replaced(Learner):
-        @torch.no_grad()
-        def on_iteration(self, iteration, tasks, generator):
-            if iteration == 4:
-                self.head.weight.fill_(5.0)
-
+    """Other parameters go on."""
     averages = []
     learner = Replaced(outer_steps=1, dropout=0.0)
     trainer = plain(learner=learner, ema=0.9, optimizer=Still)

@@ -1,0 +1,101 @@
+"""Settings of the outer loop, whatever is trained: its optimizer, and the trainer's part."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from metakern.cli.common import Option, choose
+from metakern.cli.training import LAST_RATE, cosine
+from metakern.training import TrainerConfig
+
+#: Outer optimizers by name.
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+
+
+@dataclass(frozen=True)
+class OuterSettings:
+    """What every training command lets its users set of the outer loop; a command's own settings inherit it."""
+
+    optimizer: Annotated[str, Option(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
+    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-3
+    scheduler: Annotated[str, Option(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
+    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
+    accumulate: Annotated[int, Option(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    ema: Annotated[float, Option(min=0, max=1, help="Decay of averaged weights, 0.99; 0: no averages.")] = 0.0
+    precision: Annotated[str | None, Option(help="bf16 or fp16 where the device has it.")] = None
+    max_skipped: Annotated[
+        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
+    ] = 10
+    monitor: Annotated[str, Option(help="What says which weights are best: loss; accuracy of classes.")] = "loss"
+    patience: Annotated[int, Option(min=0, help="Evaluations without a better one before it stops; 0: never.")] = 0
+    eval_every: Annotated[int, Option(min=1, help="Iterations between evaluations.")] = 100
+    eval_tasks: Annotated[int, Option(min=2, help="Validation tasks of an evaluation.")] = 256
+    checkpoint_every: Annotated[int, Option(min=1, help="Iterations between checkpoints.")] = 100
+    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
+    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
+    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
+    device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
+
+    def check_outer(self, *measures: str) -> None:
+        """Raise ValueError for names that there are not, rates that are none, and a measure that the tasks have not."""
+        choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
+        choose("scheduler", self.scheduler, ("cosine", "none"))
+        choose("monitor", self.monitor, measures)
+        device_of(self.device)
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+
+    def make_optimizer(self, learner: nn.Module) -> torch.optim.Optimizer:
+        """The outer optimizer."""
+        return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.lr)
+
+    def make_scheduler(self, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
+        """Of the outer learning rate."""
+        return cosine(optimizer, iterations) if self.scheduler == "cosine" else None
+
+    def trainer_config(self, iterations: int, num_tasks: int) -> TrainerConfig:
+        """The trainer's part; 0 and none are what it calls None."""
+        return TrainerConfig(
+            iterations=iterations,
+            num_tasks=num_tasks,
+            seed=self.seed,
+            clip_norm=self.clip_norm or None,
+            accumulate=self.accumulate,
+            eval_every=self.eval_every,
+            eval_tasks=self.eval_tasks,
+            patience=self.patience or None,
+            ema=self.ema or None,
+            monitor=self.monitor,
+            precision=self.precision,
+            max_skipped=self.max_skipped,
+            checkpoint_every=self.checkpoint_every,
+            keep=self.keep,
+            device=device_of(self.device),
+        )
+
+
+def device_of(name: str) -> str:
+    """The device by name; "auto" takes a GPU where torch finds one.
+
+    Raises:
+        ValueError: for a GPU where torch finds none, and a device of another kind.
+    """
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {name} needs a GPU, and torch finds none: --device cpu")
+    return name

@@ -63,6 +63,11 @@ class Case:
         """Of one task."""
         return F.cross_entropy if self.is_classification else F.mse_loss
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """Keywords of metakern's calls."""
+        return {"loss": self.loss, "steps": self.steps, "lr": self.lr, "first_order": self.first_order}
+
     def model(self) -> nn.Module:
         """The model, with the same random weights at every call."""
         with torch.random.fork_rng(devices=[]):

@@ -66,26 +66,12 @@ class Fused(Batched):
 
     def query_losses(self, support: Set, query: Set) -> Tensor:
         """One call."""
-        case = self.case
-        return metakern.meta_loss(
-            self.model,
-            support,
-            query,
-            loss=case.loss,
-            steps=case.steps,
-            lr=case.lr,
-            first_order=case.first_order,
-            checkpoint_every=self.checkpoint_every,
-            backend=self.backend,
-        )
+        options = {**self.case.options, "checkpoint_every": self.checkpoint_every, "backend": self.backend}
+        return metakern.meta_loss(self.model, support, query, **options)
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
         """metakern.adapt, and the result called."""
-        case = self.case
-        adapted = metakern.adapt(
-            self.model, *support, loss=case.loss, steps=case.steps, lr=case.lr, first_order=case.first_order
-        )
-        return adapted(x)
+        return metakern.adapt(self.model, *support, **self.case.options)(x)
 
 
 class OneCall(Fused):
@@ -93,16 +79,7 @@ class OneCall(Fused):
 
     def losses(self, support: Set, query: Set) -> Tensor:
         """One call for losses and meta-gradients."""
-        case = self.case
-        return metakern.meta_backward(
-            self.model,
-            support,
-            query,
-            loss=case.loss,
-            steps=case.steps,
-            lr=case.lr,
-            first_order=case.first_order,
-        )
+        return metakern.meta_backward(self.model, support, query, **self.case.options)
 
 
 class Vmap(Batched):

@@ -19,9 +19,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_digest(path: object, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where the metadata of the file at ``path`` have the digest of other tensors.
-
-    Files of the first version have none.
-    """
-    if "sha256" in metadata and metadata["sha256"] != digest(tensors):
+    """Raise ValueError where the metadata of the file at ``path`` have no digest, or that of other tensors."""
+    if "sha256" not in metadata:
+        raise ValueError(f"{path} must have a sha256 of its tensors in its metadata, got none")
+    if metadata["sha256"] != digest(tensors):
         raise ValueError(f"{path} is damaged: its tensors have another SHA-256 than it says")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from metakern._digest import digest
 from metakern.rules import CoordinatewiseLSTM
 from tests.conftest import assert_same_bits
 
@@ -58,9 +59,10 @@ def load(folder: Path) -> CoordinatewiseLSTM:
 
 def rewrite_weights(folder: Path, change: dict[str, Any] | None = None, **metadata: str | None) -> None:
     """Write the weights file again with other tensors or metadata; a metadata value of None is left out."""
-    kept = {"format": "pt", "metakern_format": "1", "rule": "CoordinatewiseLSTM"} | metadata
+    kept: dict[str, str | None] = {"format": "pt", "metakern_format": "1", "rule": "CoordinatewiseLSTM"}
     tensors = load_file(folder / WEIGHTS) | (change or {})
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    kept |= {"sha256": digest(tensors), **metadata}
     save_file(tensors, folder / WEIGHTS, metadata={k: v for k, v in kept.items() if v is not None})
 
 

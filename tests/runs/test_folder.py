@@ -162,9 +162,8 @@ def test_no_damage_of_weights_loads_in_silence(tmp_path):
         load_weights(tmp_path, mlp(3, 5, 2))
 
 
-def test_weights_without_a_digest_load(tmp_path):
-    """Those of runs of the first version."""
-    net, other = mlp(2, 3, 1), mlp(2, 3, 1)
+def test_weights_without_a_digest_are_refused(tmp_path):
+    net = mlp(2, 3, 1)
     save_file(net.state_dict(), tmp_path / "model.safetensors", metadata={"format": "pt"})
-    load_weights(tmp_path, other)
-    assert all(map(torch.equal, net.parameters(), other.parameters()))
+    with pytest.raises(ValueError, match="must have a sha256 of its tensors in its metadata, got none"):
+        load_weights(tmp_path, net)

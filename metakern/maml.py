@@ -269,7 +269,8 @@ def adapt(
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
-        vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap refuses
+        vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap
+            refuses, and for large convolutions on the CPU, which are no faster together
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
             or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
             fit the processor's cache; plain PyTorch otherwise. ``"cpp"`` raises where the fused one cannot;

@@ -20,6 +20,18 @@ def generator_for(seed: int, *purpose: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(derived_seed(seed, *purpose))
 
 
+def seed_global(device: torch.device, seed: int, *purpose: str | int) -> None:
+    """Seed torch's global generators of the CPU and of the device.
+
+    ``torch.manual_seed`` asks every kind of device there may be, which takes as long as a small inner loop.
+    """
+    derived = derived_seed(seed, *purpose)
+    torch.default_generator.manual_seed(derived)
+    if device.type == "cuda":
+        with torch.cuda.device(device):
+            torch.cuda.manual_seed(derived)
+
+
 @contextmanager
 def own_global_draws(device: torch.device) -> Iterator[None]:
     """Within it torch's global generators may be seeded; afterwards they stand where they stood."""

@@ -24,7 +24,7 @@ from metakern.training.callbacks import Callback
 from metakern.training.checkpoints import FORMAT, CheckpointError, Checkpoints, find_checkpoint, from_bytes, to_bytes
 from metakern.training.config import HIGHER_IS_BETTER, TrainerConfig
 from metakern.training.distributed import Processes, ProcessLost
-from metakern.training.draws import derived_seed, generator_for, own_global_draws
+from metakern.training.draws import generator_for, own_global_draws, seed_global
 from metakern.training.history import History, Record
 from metakern.training.outer import BatchResult, OuterLoop, own_parts
 from metakern.training.parts import Parts, check_parts
@@ -198,7 +198,7 @@ class Trainer:
         """
         config, processes = self.config, self.processes
         with own_global_draws(processes.device), self.averaged():
-            torch.manual_seed(derived_seed(config.seed, "evaluate", split, processes.rank))
+            seed_global(processes.device, config.seed, "evaluate", split, processes.rank)
             if split not in self._splits:
                 self._splits[split] = self.tasks.split(split)
             batch = self._splits[split].sample(config.eval_tasks, generator_for(config.seed, "evaluate", split))
@@ -248,7 +248,7 @@ class Trainer:
         config, start = self.config, time.perf_counter()
         self._remember_whole()
         batch = self._draw()
-        torch.manual_seed(derived_seed(config.seed, "train", self.iteration, self.processes.rank))
+        seed_global(self.processes.device, config.seed, "train", self.iteration, self.processes.rank)
         lr = float(self.optimizer.param_groups[0]["lr"])
         result = self._outer.run(batch, lambda: self._signals.received)
         self.processes.spread_(self.learner.buffers())
@@ -266,7 +266,7 @@ class Trainer:
     def _draw(self) -> Any:
         """The meta-batch of this iteration, the same in all processes."""
         seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
-        torch.manual_seed(derived_seed(seed, "draw", self.iteration))
+        seed_global(self.processes.device, seed, "draw", self.iteration)
         if hasattr(self.learner, "on_iteration"):
             with self._outer.starting_anew():
                 self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))

@@ -194,7 +194,9 @@ PROBLEM_CLUSTERS = 6
 RULE_WAYS = {
     PLAIN: Way("one rule, uniform sampler"),
     SETTLED: Way("one rule, decay and averaging", settled=True),
-    "oracle": Way("a rule per true kind, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True),
+    "oracle": Way(
+        "a rule per kind, which is told, after a shared one", {"assign": "modes", "warmup": 0.3}, settled=True
+    ),
     "clusters": Way(
         "6 clusters of first losses and gradients, after a shared rule",
         {**_FOUND, "warmup": 0.3},
@@ -248,7 +250,13 @@ PROBLEMS = {
     ),
     "optimizees": Problem(
         "4 kinds of functions to minimise, 40 steps",
-        {"kinds": ("quadratics", *FUNCTIONS), "steps": 40, "unroll": 20},
+        {
+            "kinds": ("quadratics", *FUNCTIONS),
+            "steps": 40,
+            "unroll": 20,
+            "probes": PROBES,
+            "probe_length": PROBE_LENGTH,
+        },
         lambda: MixedOptimizees([Quadratics(10), *map(ClassicFunction, FUNCTIONS)]),
         lambda _: RuleLearner(CoordinatewiseLSTM(), steps=40, unroll=20),
         modes=1 + len(FUNCTIONS),

@@ -42,7 +42,7 @@ from bench.train_sinusoid import summary
 from metakern.clustering import ClusterSampler
 from metakern.figures import COLOURS
 from metakern.learners import ClusteredLearner
-from metakern.training.averaging import MovingAverage
+from metakern.training.averaging import MovingAverage, start_anew
 
 #: Where runs are kept.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
@@ -112,15 +112,15 @@ class Run:
 
     def advance(self, to: int) -> None:
         """Train up to this iteration."""
-        start = time.process_time()
+        start = time.thread_time()
         while self.iteration < to:
             self._iterate()
-        self.seconds += time.process_time() - start
+        self.seconds += time.thread_time() - start
 
     def _iterate(self) -> None:
         learner: Any = self.learner
         if isinstance(learner, ClusteredLearner):
-            learner.on_iteration(self.iteration, self.tasks, self.generator)
+            start_anew(learner.on_iteration(self.iteration, self.tasks, self.generator), self.optimizer, self.average)
         for losses in learner.meta_losses(self.tasks.sample(self.plan.tasks, self.generator)):
             self.optimizer.zero_grad()
             losses.mean().backward()

@@ -51,7 +51,7 @@ class ClusteredLearner(nn.Module):
 
     What an optimizer and an average of the weights keep of a learner that starts again is of another one, and gradients
     that were not finite stay in it for good. :class:`metakern.training.Trainer` drops it, and takes no step that is not
-    finite; a training loop of one's own drops what it keeps of the learners that ``restarted`` names.
+    finite; a training loop of one's own drops what it keeps of the parameters that :meth:`on_iteration` returns.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
@@ -209,7 +209,7 @@ class ClusteredLearner(nn.Module):
         return self.shared.eval_steps  # type: ignore[return-value]
 
     @torch.no_grad()
-    def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> None:
+    def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> list[nn.Parameter]:
         """To be called before every iteration's batch, numbers from 0; draws a pool where one is due.
 
         Clusters begin with the first pool of which enough embeddings are finite.
@@ -218,11 +218,14 @@ class ClusteredLearner(nn.Module):
             iteration: its number
             tasks: where a pool is drawn; of a :class:`metakern.clustering.ClusterSampler` its own distribution
             generator: decides the pool
+
+        Returns:
+            the parameters of learners that start, or start again
         """
         self.iteration.fill_(iteration)
         self.restarted = ()
         if iteration < self.warmup or (self.num_active and (iteration - self.warmup) % self.refresh):
-            return
+            return []
         source = tasks.tasks if isinstance(tasks, ClusterSampler) else tasks
         pool = self._here(source.sample(self.pool, generator))
         starts = not self.num_active
@@ -234,11 +237,13 @@ class ClusteredLearner(nn.Module):
         elif starts or self._begins():
             self._cluster(pool)
             if not self.num_active:
-                return
+                return []
         labels = self.assign(pool)
         if self.assign_by == "losses" and not self._begins():
             labels = self._fill(pool, labels)
         self.occupancy.copy_(labels.bincount(minlength=len(self.occupancy)) / len(labels))
+        begun = [learner for index, learner in enumerate(self.learners) if starts or index in self.restarted]
+        return [p for learner in begun for p in learner.parameters()]
 
     # ------------------------------------------------------------------------------------------------- whose task it is
 

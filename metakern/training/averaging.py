@@ -5,7 +5,7 @@ Polyak and Juditsky 1992; the exponential form with its warm-up as in TensorFlow
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,10 +37,12 @@ class MovingAverage:
         torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
     @torch.no_grad()
-    def restart(self, name: str) -> None:
-        """Start the average of a parameter anew, as it is now."""
-        if name in self.average:
-            self.average[name].copy_(self._parameters[name])
+    def restart(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Start the averages of these parameters anew, as they are now."""
+        anew = set(map(id, parameters))
+        for name, p in self._parameters.items():
+            if id(p) in anew:
+                self.average[name].copy_(p)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
@@ -70,3 +72,14 @@ class MovingAverage:
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, p in self._parameters.items():
             p.copy_(values[name])
+
+
+def start_anew(
+    parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, average: MovingAverage | None
+) -> None:
+    """Drop what optimizer and average keep of parameters that a learner has replaced: it is of others."""
+    parameters = list(parameters)
+    for p in parameters:
+        optimizer.state.pop(p, None)
+    if average is not None:
+        average.restart(parameters)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,17 +80,6 @@ class OuterLoop:
             raise RuntimeError("meta_losses must give at least one tensor for a batch, got none")
         stop = max(result.stop for result in results)
         return BatchResult(_mean([r.loss for r in results]), _mean([r.grad_norm for r in results]), stop)
-
-    @contextmanager
-    def starting_anew(self) -> Iterator[None]:
-        """Within it parameters that are changed in place start anew: in the average, and in the optimizer's state."""
-        versions = {name: p._version for name, p in self.learner.named_parameters()}  # counts changes in place
-        yield
-        for name, p in self.learner.named_parameters():
-            if p._version != versions[name]:
-                self.optimizer.state.pop(p, None)
-                if self.average is not None:
-                    self.average.restart(name)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain data."""

@@ -19,7 +19,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from metakern.tasks import TaskDistribution
-from metakern.training.averaging import MovingAverage
+from metakern.training.averaging import MovingAverage, start_anew
 from metakern.training.callbacks import Callback
 from metakern.training.checkpoints import FORMAT, CheckpointError, Checkpoints, find_checkpoint, from_bytes, to_bytes
 from metakern.training.config import HIGHER_IS_BETTER, TrainerConfig
@@ -40,8 +40,8 @@ class Trainer:
     first process alone writes and calls callbacks. All draws follow from ``config.seed``: torch's global generators are
     seeded before each iteration and stand where they stood when ``fit`` ends. A learner with a method
     ``on_iteration(iteration, tasks, generator)`` has it called before each meta-batch, in every process, with the
-    iterations so far and the "train" split; what it does must follow from these and the learner alone. Parameters that
-    it changes in place start anew in the optimizer's state and in the average. A "train" split
+    iterations so far and the "train" split; what it does must follow from these and the learner alone. It may return
+    parameters that it has replaced, which then start anew in the optimizer's state and in the average. A "train" split
     with ``state_dict`` and ``load_state_dict`` has its state in the checkpoints. Modules stay in ``train()`` or
     ``eval()`` as they are, in evaluations too.
 
@@ -268,8 +268,9 @@ class Trainer:
         seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
         seed_global(self.processes.device, seed, "draw", self.iteration)
         if hasattr(self.learner, "on_iteration"):
-            with self._outer.starting_anew():
-                self.learner.on_iteration(self.iteration, tasks, generator_for(seed, "on_iteration", self.iteration))
+            generator = generator_for(seed, "on_iteration", self.iteration)
+            replaced = self.learner.on_iteration(self.iteration, tasks, generator)
+            start_anew(replaced or (), self.optimizer, self.average)
         batch = tasks.sample(num_tasks, generator_for(seed, "tasks", self.iteration))
         if batch.num_tasks != num_tasks:
             raise ValueError(f"sample must give the {num_tasks} tasks that it is asked for, got {batch.num_tasks}")

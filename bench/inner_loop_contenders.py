@@ -77,6 +77,9 @@ class Fused(Batched):
 class OneCall(Fused):
     """metakern.meta_backward."""
 
+    def __init__(self, case: Case) -> None:
+        super().__init__(case)
+
     def losses(self, support: Set, query: Set) -> Tensor:
         """One call for losses and meta-gradients."""
         return metakern.meta_backward(self.model, support, query, **self.case.options)

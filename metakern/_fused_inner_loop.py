@@ -1,4 +1,4 @@
-"""adapt and meta_loss by the fused inner loop, where model, loss and data are of its kind.
+"""adapt, meta_loss and meta_backward by the fused inner loop, where model, loss and data are of its kind.
 
 Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 """
@@ -41,7 +41,7 @@ _LABEL_ERROR = "as the model has"
 
 
 class Options(NamedTuple):
-    """What adapt and meta_loss have in common; see :func:`metakern.adapt`."""
+    """What adapt, meta_loss and meta_backward have in common, with its defaults; see :func:`metakern.adapt`."""
 
     model: nn.Module
     loss: Callable[..., Tensor] = F.mse_loss
@@ -83,10 +83,8 @@ def fused_meta_loss(
         Unserved: where the generic path must serve
     """
     usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
-    known_way = None if usual is None else _served_before.get(usual[0])
-    if usual is not None and known_way is not None:
-        (serves, problem, weights), mlp = known_way, usual[1]
-        known = partial(run_meta_loss, serves, problem, weights, mlp.params, (), (*support, None), (*query, None))
+    if usual is not None and usual.way is not None:
+        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))
         return _served(known)  # type: ignore[no-any-return]
     mlp, _, arguments = _arguments(options)
     if step_weights is not None:
@@ -108,7 +106,7 @@ def fused_meta_loss(
     call = partial(mlp_meta_loss, support_mask=masks[0], query_mask=masks[1], step_weights=step_weights, backend=serves)
     losses: Tensor = _served(lambda: call(mlp.params, *sets, **arguments))
     if usual is not None:
-        _remember(usual[0], serves, mlp, options, arguments)
+        _remember(usual.key, serves, mlp, options, arguments)
     return losses
 
 
@@ -117,16 +115,17 @@ def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Te
 
     Without autograd: its graph takes as long as a small inner loop.
     """
+    if forward_ad._current_level >= 0 or torch.is_anomaly_enabled():
+        return None
     try:
         usual = _usual(options, support, query)
-        known = None if usual is None else _served_before.get(usual[0])
-        if usual is None or known is None or not all(map(_accumulates, usual[1].params)):
+        if usual is None or usual.way is None or not all(map(_accumulates, usual.params)):
             return None
-        (serves, problem, weights), params = known, usual[1].params
+        way, params = usual.way, usual.params
         if gradient is not None and unlike_losses(gradient, params[0].new_empty(support[0].shape[0])):
             return None
         sets = (*support, None), (*query, None)
-        losses, grads = _served(lambda: run_meta_backward(serves, problem, weights, params, *sets, gradient))
+        losses, grads = _served(lambda: run_meta_backward(*way, params, *sets, gradient))
     except Unserved:  # for its reason meta_loss raises, or takes the generic path
         return None
     with torch.no_grad():
@@ -144,8 +143,22 @@ def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
 
 
 def _accumulates(p: Tensor) -> bool:
-    """Whether nothing comes of a gradient but its sum in ``grad``."""
-    return p.is_leaf and not p._backward_hooks and not p._post_accumulate_grad_hooks
+    """Whether all that comes of a gradient is a sum in ``grad``, laid out as it is computed.
+
+    A ``grad`` has its parameter's strides: fused optimizers walk both as they lie in memory.
+    """
+    plain = p.is_leaf and p.is_contiguous() and not p._backward_hooks and not p._post_accumulate_grad_hooks
+    if not plain or getattr(p, "grad_dtype", p.dtype) is not p.dtype:
+        return False
+    return p.grad is None or p.grad.layout is torch.strided
+
+
+class _Usual(NamedTuple):
+    """A call without unusual options: what decides how it is served, and how it was served before, if it was."""
+
+    key: Hashable
+    params: Sequence[Tensor]
+    way: tuple[str, Problem, tuple[float, ...]] | None
 
 
 #: Backend, problem and step weights of usual calls of meta_loss that were served, by what decided them.
@@ -155,11 +168,8 @@ _served_before: dict[Hashable, tuple[str, Problem, tuple[float, ...]]] = {}
 _MOST_REMEMBERED = 256
 
 
-def _usual(options: Options, support: Any, query: Any) -> tuple[Hashable, Mlp] | None:
-    """What decides how a call without unusual options is served, all of it, and the model; None for other calls.
-
-    Looking everything up anew takes as long as a small inner loop itself.
-    """
+def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
+    """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
     plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
     if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
@@ -179,7 +189,8 @@ def _usual(options: Options, support: Any, query: Any) -> tuple[Hashable, Mlp] |
         return None
     of_model = (mlp.widths, mlp.activation, first.dtype, first.device)
     of_call = (options.loss, options.steps, options.lr, options.first_order, options.checkpoint_every, asked)
-    return (*of_model, *of_call, *facts), mlp
+    key = (*of_model, *of_call, *facts)
+    return _Usual(key, mlp.params, _served_before.get(key))
 
 
 def _remember(key: Hashable, serves: str, mlp: Mlp, options: Options, arguments: dict[str, Any]) -> None:

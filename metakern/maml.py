@@ -14,7 +14,7 @@ parameter tensor of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -36,168 +36,15 @@ from metakern._inner_loop_input import (
     learning_rates,
     task_batch,
 )
-from metakern._learner import Learner
+from metakern._learner import MAML as MAML
+from metakern._learner import MetaSGD as MetaSGD
 from metakern._path import attempt, is_heard, say_generic
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
 
-
-#: Options that :func:`adapt` and :func:`meta_loss` have in common.
+#: Options that :func:`adapt` and :func:`meta_loss` have in common: others of meta_loss go by autograd.
 _OF_ADAPT = frozenset(Options._fields) - {"model"}
-
-
-# ---------------------------------------------------------------------------------------------------------- one task
-
-
-class MAML(Learner):
-    """Model-agnostic meta-learning, one task at a time, with the calls of ``learn2learn.algorithms.MAML``.
-
-    For all tasks of a meta-batch at once see :func:`adapt` and :func:`meta_loss`.
-
-    Args:
-        model: any module; its parameters are the meta-parameters and it is the learner's ``module``
-        lr: α, the learning rate of the inner steps, a number or a tensor of one element, which receives meta-gradients
-        first_order: FOMAML: take the inner gradients as constants
-        allow_unused: whether a loss may have no use for some parameters, which then stay as they are; None means
-            ``allow_nograd``
-        allow_nograd: whether parameters with ``requires_grad=False`` are allowed, which then stay as they are
-
-    Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: running statistics
-    that a clone's batch norm gathers are the model's.
-
-    Raises:
-        TypeError, ValueError: for a model that is no module, and an ``lr`` that is not finite or has more elements.
-
-    Example:
-        >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
-        >>> learner = maml.clone()
-        >>> learner.adapt(F.mse_loss(learner(support_x), support_y))
-        >>> F.mse_loss(learner(query_x), query_y).backward()  # meta-gradients in maml.parameters()
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        lr: float | Tensor,
-        first_order: bool = False,
-        allow_unused: bool | None = None,
-        allow_nograd: bool = False,
-    ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        check_rate("lr", lr)
-        self.module = model
-        self.lr = lr
-        self.first_order = first_order
-        self.allow_nograd = allow_nograd
-        self.allow_unused = allow_nograd if allow_unused is None else allow_unused
-
-    def clone(
-        self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
-    ) -> Self:
-        """A learner for one task: its parameters are copies through which meta-gradients flow to this one's.
-
-        A clone can be cloned, adapted or not. Arguments replace those of the constructor; None keeps them.
-        """
-        clone = self._copy()
-        clone.first_order = self.first_order if first_order is None else first_order
-        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
-        return clone
-
-    def adapt(
-        self,
-        loss: Tensor,
-        first_order: bool | None = None,
-        allow_unused: bool | None = None,
-        allow_nograd: bool | None = None,
-    ) -> None:
-        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
-
-        Arguments replace those of the constructor for this step; None keeps them.
-
-        Raises:
-            TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that depends on no parameter; for parameters that require no gradient or have no
-                part in the loss, where they are not allowed.
-        """
-        first_order = self.first_order if first_order is None else first_order
-        allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
-        params = list(self.module.named_parameters())
-        frozen = [name for name, p in params if not p.requires_grad]
-        if frozen and not allow_nograd:
-            raise RuntimeError(f"parameters must require gradients, but {frozen} do not: try allow_nograd=True")
-        params = [(name, p) for name, p in params if p.requires_grad]
-        grads = self._gradients(loss, params, first_order, allow_unused)
-        self._update([p for _, p in params], grads, self.lr)
-
-
-class MetaSGD(Learner):
-    """MAML with a learned learning rate for every parameter, with the calls of ``learn2learn.algorithms.MetaSGD``.
-
-    Li et al. 2017, "Meta-SGD", arXiv 1707.09835.
-
-    Args:
-        model: any module, the learner's ``module``; parameters that require no gradient stay as they are
-        lr: first value of all learning rates
-        first_order: take the inner gradients as constants
-        lrs: the learning rates, one tensor a parameter of the model and of its shape, instead of ``lr``
-
-    Attributes:
-        lrs: ``nn.ParameterList``, one entry a parameter of the model; a list of tensors in a clone
-
-    Raises:
-        TypeError, ValueError: for a model that is no module, and rates of another number or shape.
-    """
-
-    lrs: Any
-
-    def __init__(
-        self, model: nn.Module, lr: float = 1.0, first_order: bool = False, lrs: Sequence[Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        check_rate("lr", lr)
-        self.module = model
-        params = list(model.parameters())
-        if lrs is not None and len(lrs) != len(params):
-            raise ValueError(f"lrs must have one tensor a parameter, {len(params)}, got {len(lrs)}")
-        for index, (rate, p) in enumerate(zip(lrs or (), params, strict=False)):
-            if not isinstance(rate, Tensor):
-                raise TypeError(f"lrs[{index}] must be a tensor, got {type(rate).__name__}")
-            if rate.shape != p.shape:
-                raise ValueError(f"lrs[{index}] must have shape {list(p.shape)}, got {list(rate.shape)}")
-        self.lrs = lrs or nn.ParameterList([nn.Parameter(torch.full_like(p, float(lr))) for p in params])
-        self.first_order = first_order
-
-    def clone(self) -> Self:
-        """A learner for one task; meta-gradients flow to this one's parameters and learning rates."""
-        clone = self._copy()
-        clone._modules.pop("lrs", None)
-        clone.lrs = [rate.clone() for rate in self.lrs]
-        return clone
-
-    def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
-
-        ``first_order`` replaces that of the constructor for this step; None keeps it.
-
-        Raises:
-            TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that does not depend on every parameter that requires a gradient.
-        """
-        first_order = self.first_order if first_order is None else first_order
-        named = zip(self.module.named_parameters(), self.lrs, strict=True)
-        trainable = [(name, p, rate) for (name, p), rate in named if p.requires_grad]
-        grads = self._gradients(loss, [(name, p) for name, p, _ in trainable], first_order, allow_unused=False)
-        self._update([p for _, p, _ in trainable], grads, [rate for *_, rate in trainable])
-
-
-# --------------------------------------------------------------------------------------------------------- all tasks
 
 
 class Adapted:
@@ -394,11 +241,12 @@ def meta_backward(
 ) -> Tensor:
     """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
 
-    What ``losses.mean().backward()`` does, in one call, and sooner for small tasks: where the fused inner loop serves,
-    from the second call of a kind on, its meta-gradients come without a graph. So they do for a ``loss`` that is a
-    function, an ``lr`` that is a number, parameters that all adapt and have no hooks, and of the options ``steps``,
-    ``first_order``, ``checkpoint_every`` and ``backend`` alone. Hooks of gradient accumulators, which
-    DistributedDataParallel sets, are not called.
+    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and sooner for small tasks:
+    where the fused inner loop serves, from the second call of a kind on, its meta-gradients come without a graph. So
+    they do for an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor
+    strides of their own; a ``loss`` that is a function; an ``lr`` that is a number; and of the options ``steps``,
+    ``first_order``, ``checkpoint_every`` and ``backend`` alone. Other calls go by autograd, with the same result. Hooks
+    of gradient accumulators, which DistributedDataParallel sets, are called then alone.
 
     Args:
         model: as for :func:`meta_loss`

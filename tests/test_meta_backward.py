@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -10,9 +11,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.func import grad
 
-from metakern import _fused_inner_loop, maml, meta_backward, meta_loss
+from metakern import _fused_inner_loop, adapt, maml, meta_backward, meta_loss
 from metakern.maml import per_step_batch_norm
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
@@ -144,6 +146,60 @@ def test_hooks_of_parameters_are_called() -> None:
         handle.remove()
     meta_backward(net, *sets())
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.SGD])
+def test_gradients_lie_in_memory_as_their_parameters_do(optimizer: Any) -> None:
+    """Fused optimizers walk both side by side."""
+    nets = [mlp(2, 5, 3).double() for _ in range(2)]
+    for net in nets:
+        net[0].weight = nn.Parameter(net[0].weight.detach().T.contiguous().T)
+    optimizers = [optimizer(net.parameters(), 0.1, fused=True) for net in nets]
+    for _ in range(3):
+        for net, of in zip(nets, optimizers, strict=True):
+            of.zero_grad()
+            if net is nets[0]:
+                meta_backward(net, *sets())
+            else:
+                meta_loss(net, *sets()).mean().backward()
+            assert net[0].weight.grad.stride() == net[0].weight.stride()  # type: ignore[union-attr, operator]
+            of.step()
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert_close("parameter", a.detach(), b.detach(), 1e-12)
+
+
+def test_gradients_of_another_kind_go_on() -> None:
+    net = mlp(2, 5, 3).double()
+    meta_backward(net, *sets())
+    once = grads(net)[0].clone()
+    net.zero_grad()
+    first = next(net.parameters())
+    first.grad = torch.zeros(5, 2, dtype=torch.float64).to_sparse()
+    meta_backward(net, *sets())
+    assert_close("gradient", first.grad.to_dense(), once, 1e-12)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:Error detected")
+def test_anomalies_are_still_detected() -> None:
+    net, ((x, y), query) = mlp(2, 5, 3).double(), sets()
+    meta_backward(net, (x, y), query)
+    with torch.autograd.detect_anomaly(), pytest.raises(RuntimeError, match="returned nan values"):
+        meta_backward(net, (x * float("nan"), y), query)
+
+
+def test_forward_mode_is_refused_at_every_call() -> None:
+    net, ((x, y), query) = mlp(2, 5, 3).double(), sets()
+    meta_backward(net, (x, y), query)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="forward"):
+        meta_backward(net, (forward_ad.make_dual(x, x), y), query, backend="cpp")
+
+
+def test_defaults_are_those_of_meta_loss() -> None:
+    """Which the options that both share repeat."""
+    for call in (meta_loss, adapt):
+        defaults = {name: p.default for name, p in inspect.signature(call).parameters.items()}
+        shared = _fused_inner_loop.Options._field_defaults
+        assert {name: defaults[name] for name in shared} == shared
 
 
 def test_other_models_and_options_go_by_autograd() -> None:

@@ -61,7 +61,7 @@ class OptimizerSettings(OuterSettings):
         str | None, Option(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
     ] = None
     output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
-    backend: Annotated[str, Option(help="auto, cpp or reference.")] = "auto"
+    backend: Annotated[str, Option(help="auto, cpp, cuda, triton or reference.")] = "auto"
     lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-2
     clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
     eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5

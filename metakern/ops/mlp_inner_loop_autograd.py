@@ -200,14 +200,8 @@ def meta_backward_call(
     with torch._C._AutoDispatchBelowAutograd():
         (losses,), kept = run.forward(params, data, ())
         if gradient is None:
-            gradient = _of_mean(len(losses), losses.dtype, losses.device)
+            gradient = torch.full_like(losses, 1 / len(losses))
         return losses, run.backward((gradient,), kept, params, data, ())
-
-
-@functools.lru_cache(64)
-def _of_mean(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The gradient of a mean by its ``count`` numbers."""
-    return torch.full((count,), 1 / count, dtype=dtype, device=device)
 
 
 def _call(

@@ -325,12 +325,14 @@ def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[st
 def plot(results: dict[str, Any], path: Path) -> None:
     """Learning curves of every problem by tasks seen, above, and by processor time, below."""
     problems = results["problems"]
+    names = dict.fromkeys(name for found in problems.values() for name in found["ways"] if name not in UNDRAWN)
+    styles = dict(zip(names, itertools.product(("-", "--"), COLOURS), strict=False))  # a way's in every column
     figure, rows = plt.subplots(2, len(problems), figsize=(5.2 * len(problems), 8), layout="constrained", squeeze=False)
     for column, found in enumerate(problems.values()):
         measure = MEASURES[found["settings"]["measure"]]
-        drawn = [way for name, way in found["ways"].items() if name not in UNDRAWN]
+        drawn = [(way, *styles[name]) for name, way in found["ways"].items() if name in styles]
         for axes, by in zip(rows[:, column], ("curve_iterations", "curve_seconds"), strict=True):
-            for way, (line, colour) in zip(drawn, itertools.product(("-", "--"), COLOURS), strict=False):
+            for way, line, colour in drawn:
                 mean, low, high = ([point[key] for point in way["curve"]] for key in ("mean", "low", "high"))
                 axes.plot(way[by], mean, line, color=colour, label=way["title"], linewidth=1.4)
                 axes.fill_between(way[by], low, high, color=colour, alpha=0.12, linewidth=0)

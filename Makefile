@@ -39,7 +39,7 @@ DIGITS := --tasks digits-domains --iterations 300
 CLUSTERS := --clusters 4 --cluster-warmup 200 --cluster-begin 50
 
 demo: $(VENV)/built
-	$(BIN)/metakern train optimizer --output runs/demo --overwrite
+	$(BIN)/metakern train optimizer --eval-every 10 --output runs/demo --overwrite
 	$(BIN)/metakern eval optimizer runs/demo --speed
 	$(BIN)/metakern train maml $(DIGITS) --output runs/digits/plain --overwrite
 	$(BIN)/metakern train maml $(DIGITS) $(CLUSTERS) --output runs/digits/clusters --overwrite

@@ -153,13 +153,24 @@ OTHERS = {
 #: Clusters that share one learner, and shape its batches alone.
 _BATCHES = {"assign": "embedding", "per_cluster": False}
 
+
+def _shared(learner: str, number: int, options: Mapping[str, Any], clusters: int | None = None) -> dict[str, Way]:
+    """One learner, whose batches are shaped by so many clusters."""
+    words = {"balanced": "balanced over", "one": "of one of"}
+    return {
+        batches: Way(
+            f"one {learner}, batches {how} {number} clusters", options, clusters, settled=True, batches=batches
+        )
+        for batches, how in words.items()
+    }
+
+
 DIGITS_STAGES = {"warmup": 0.3, "begin": 0.05}
 DIGITS_WAYS = _SINGLE | {
     "few": Way("4 clusters, by least loss", DIGITS_STAGES, settled=True),
     "clusters": Way("8 clusters, by least loss", DIGITS_STAGES, 8, settled=True),
     "kmeans": Way("8 clusters, by KMeans of gradients alone", {**DIGITS_STAGES, **_BY_EMBEDDING}, 8, settled=True),
-    "balanced": Way("one learner, batches balanced over 4 clusters", _BATCHES, settled=True, batches="balanced"),
-    "one": Way("one learner, batches of one of 4 clusters", _BATCHES, settled=True, batches="one"),
+    **_shared("learner", len(DOMAINS), _BATCHES),
     "random": Way("8 learners of tasks at random", {**DIGITS_STAGES, **_RANDOM}, 8, settled=True, by_loss=True),
 }
 
@@ -203,20 +214,7 @@ RULE_WAYS = {
         PROBLEM_CLUSTERS,
         settled=True,
     ),
-    "balanced": Way(
-        "one rule, batches balanced over 6 clusters",
-        {**_FOUND, "per_cluster": False},
-        PROBLEM_CLUSTERS,
-        settled=True,
-        batches="balanced",
-    ),
-    "one": Way(
-        "one rule, batches of one of 6 clusters",
-        {**_FOUND, "per_cluster": False},
-        PROBLEM_CLUSTERS,
-        settled=True,
-        batches="one",
-    ),
+    **_shared("rule", PROBLEM_CLUSTERS, {**_FOUND, "per_cluster": False}, PROBLEM_CLUSTERS),
 }
 
 

@@ -22,6 +22,13 @@ class Learner(nn.Module):
 
     module: nn.Module
 
+    def __init__(self, model: nn.Module, lr: float | Tensor) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+        check_rate("lr", lr)
+        self.module = model
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -109,11 +116,7 @@ class MAML(Learner):
         allow_unused: bool | None = None,
         allow_nograd: bool = False,
     ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        check_rate("lr", lr)
-        self.module = model
+        super().__init__(model, lr)
         self.lr = lr
         self.first_order = first_order
         self.allow_nograd = allow_nograd
@@ -183,11 +186,7 @@ class MetaSGD(Learner):
     def __init__(
         self, model: nn.Module, lr: float = 1.0, first_order: bool = False, lrs: Sequence[Tensor] | None = None
     ) -> None:
-        super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-        check_rate("lr", lr)
-        self.module = model
+        super().__init__(model, lr)
         params = list(model.parameters())
         if lrs is not None and len(lrs) != len(params):
             raise ValueError(f"lrs must have one tensor a parameter, {len(params)}, got {len(lrs)}")

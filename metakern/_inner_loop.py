@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
 from metakern._inner_loop_input import LearningRates, TaskBatch, TaskLoss, check_labels
+from metakern._task_functions import TaskFunctions
 from metakern.ops.inner_update import inner_update
 from metakern.reference import inner_update as reference
 
@@ -111,7 +112,7 @@ class TaskModel:
 
     def predict(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
         """Predictions [T, S, ...] for x [T, S, ...]."""
-        predictions: Tensor = self._for_tasks(self._forward, params, shared, (x,))
+        predictions: Tensor = self._for_tasks(self._corrected(self._forward), params, shared, (x,))
         return predictions
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
@@ -163,7 +164,17 @@ class TaskModel:
             check_labels(batch, prediction)
             return self.loss(prediction, *targets)
 
-        return task_loss
+        return self._corrected(task_loss)
+
+    def _corrected(self, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The function of one task with PyTorch's functions in the form whose derivatives are right."""
+        tells_gradients = not is_transformed()
+
+        def corrected(*arguments: Any) -> Tensor:
+            with TaskFunctions(self.vectorize, tells_gradients):
+                return function(*arguments)
+
+        return corrected
 
     def _for_tasks(
         self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Tensor, ...]

@@ -25,20 +25,18 @@ from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
-    TaskLoss,
     adapted_names,
     check_clip_norm,
-    check_count,
-    check_rate,
     check_samples,
     check_step_weights,
     first_order_steps,
-    learning_rates,
     task_batch,
 )
 from metakern._learner import MAML as MAML
 from metakern._learner import MetaSGD as MetaSGD
 from metakern._path import attempt, is_heard, say_generic
+from metakern._rates import check_count, check_rate, learning_rates
+from metakern._task_loss import TaskLoss
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

@@ -108,9 +108,11 @@ def adapt(
             require a gradient. The others are shared by the tasks and receive meta-gradients. Adapted parameters that
             the loss has no use for stay as they are.
         clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
-        support_mask: bool [T, S], False at padding, for support sets of different sizes. ``loss`` must then take
-            ``reduction="none"``; the task's loss is the mean over its samples. Batch norm sees the padding, as copies
-            of the task's first sample.
+        support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
+            its set without padding. ``loss`` must then be a function of torch.nn.functional, a loss module of torch.nn
+            or a ``functools.partial`` of one, with any of their options; any other loss must be a sum (``reduction=
+            "sum"`` by ``functools.partial``) or asks for ``vectorize=False``. Batch norm sees the padding, as copies of
+            the task's first sample.
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.

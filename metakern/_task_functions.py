@@ -20,6 +20,10 @@ from torch.overrides import TorchFunctionMode
 from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
 
 
+#: An index that no table has.
+_OUTSIDE = 2**40
+
+
 class TaskFunctions(TorchFunctionMode):
     """While it is on, calls of such functions go to their right form.
 
@@ -58,9 +62,11 @@ def _batched_embedding(
     ``scale_grad_by_freq`` would count over all tasks, and has no second derivative.
     """
     _refuse_max_norm(max_norm)
+    inside = (input >= 0) & (input < weight.shape[0])
+    input = torch.where(inside, input.long(), _OUTSIDE)  # it would be found in the table of another task
     rows = F.embedding(input, weight, padding_idx)
     if scale_grad_by_freq:
-        entries = input.flatten().long()
+        entries = input.flatten()
         table = torch.zeros_like(weight[:, 0], dtype=torch.float32)
         counts = table.scatter_add(0, entries, torch.ones_like(entries, dtype=torch.float32))
         constant = rows.detach()

@@ -141,7 +141,8 @@ def mlp_inner_loop(
         activation: between the layers: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``
         loss: mean over samples and outputs: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy_with_logits"``
         first_order: take the steps' gradients as constants; or one bool a step
-        support_mask: bool [T, S], False at samples that do not count
+        support_mask: bool [T, S], False at samples that do not count; a task without any that counts has a loss and
+            gradients of zero, and keeps its parameters
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
@@ -198,7 +199,7 @@ def mlp_meta_loss(
         loss: of both sets, as for :func:`mlp_inner_loop`
         first_order: as for :func:`mlp_inner_loop`
         support_mask: as for :func:`mlp_inner_loop`
-        query_mask: bool [T, Q]
+        query_mask: bool [T, Q]; a task without any sample that counts has a loss and gradients of zero
         step_weights: [K], of the query loss after every step (MAML++'s multi-step loss); None takes the last alone
         checkpoint_every: steps between parameters that are kept within the pass; None keeps all of a group of tasks
         backend: as for :func:`mlp_inner_loop`

@@ -7,6 +7,7 @@ one parameter tensor of the model.
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +23,7 @@ from metakern._batch_norm import PerStepBatchNorm
 from metakern._inner_loop_input import TaskBatch, check_labels
 from metakern._rates import LearningRates
 from metakern._task_loss import TaskLoss
+from metakern._trees import Data, first_tensor, flatten, map_tensors
 from metakern.ops.inner_update import inner_update
 from metakern.reference import inner_update as reference
 
@@ -111,10 +113,17 @@ class TaskModel:
             for name, tensor in statistics.items():
                 self.shared[name].copy_(tensor)
 
-    def predict(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
-        """Predictions [T, S, ...] for x [T, S, ...]."""
-        predictions: Tensor = self._for_tasks(self._forward, params, shared, (x,))
-        return predictions
+    def predict(self, params: Tensors, shared: Tensors, x: Data) -> Any:
+        """Predictions for x [T, S, ...]: what the model returns, with tensors [T, S, ...]."""
+        rebuild: list[Callable[..., Any]] = []
+
+        def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
+            found, restore = flatten(self._forward(params, shared, x))
+            rebuild.append(restore)
+            return tuple(found)
+
+        stacked = self._for_tasks(leaves, params, shared, (x,))
+        return rebuild[0](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
         """Losses [T]."""
@@ -153,34 +162,35 @@ class TaskModel:
             raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
 
-    def _forward(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
+    def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
+        """What the model returns for one task."""
         tensors = {**shared, **params}
         values = {slot: tensors[name] for slot, name in self._slots.items()}
-        prediction: Tensor = functional_call(self.model, values, (x,), tie_weights=False)
-        return prediction
+        if isinstance(x, dict):
+            return functional_call(self.model, values, (), x, tie_weights=False)
+        return functional_call(self.model, values, x if isinstance(x, tuple) else (x,), tie_weights=False)
 
     def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
-        def task_loss(params: Tensors, shared: Tensors, x: Tensor, *targets: Tensor) -> Tensor:
+        def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:
+            x, y, mask = batch.parts(*tensors)
             prediction = self._forward(params, shared, x)
             check_labels(batch, prediction)
-            return self.loss(prediction, *targets)
+            return self.loss(prediction, y, mask)
 
         return task_loss
 
-    def _for_tasks(
-        self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Tensor, ...]
-    ) -> Any:
+    def _for_tasks(self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Data, ...]) -> Any:
         """``function(params, shared, *data)`` of every task, stacked."""
+        num_tasks = first_tensor(data).shape[0]
         if not self.vectorize:
             outputs, owns = [], []
-            for task in range(data[0].shape[0]):
+            for task in range(num_tasks):
                 own = {name: shared[name].clone() for name in self.buffers}
-                arguments = {n: p[task] for n, p in params.items()}, {**shared, **own}, *(d[task] for d in data)
-                outputs.append(function(*arguments))
+                of_task = [map_tensors(operator.itemgetter(task), part) for part in (params, *data)]
+                outputs.append(function(of_task[0], {**shared, **own}, *of_task[1:]))
                 owns.append({name: own[name] for name in self._gathered})
             self._gather(shared, {name: torch.stack([own[name] for own in owns]) for name in self._gathered})
-            return torch.stack(outputs)
-        num_tasks = data[0].shape[0]
+            return pytree.tree_map(lambda *tensors: torch.stack(tensors), *outputs)
         own = {name: shared[name].clone() for name in self.buffers if name not in self.statistics}
         for name in self.statistics:
             own[name] = shared[name].expand(num_tasks, *shared[name].shape).clone()
@@ -222,6 +232,7 @@ class InnerLoop:
         clip_norm: largest norm of a task's gradient
         step_weights: a weight for the query loss after every step, or None where it is not wanted
         checkpoint_every: steps between two parameters that are kept for the backward, None to keep whole graphs
+        accumulate: parts that a support set is taken in
     """
 
     model: TaskModel
@@ -230,6 +241,7 @@ class InnerLoop:
     clip_norm: float | None = None
     step_weights: Sequence[float] | Tensor | None = None
     checkpoint_every: int | None = None
+    accumulate: int = 1
     num_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -245,9 +257,9 @@ class InnerLoop:
         # Copies, as the backward may still need what the call was given when the model's have been written.
         statistics = {name: tensor.clone() for name, tensor in self.model.gathered(self.model.shared).items()}
         shared = {name: tensor for name, tensor in self.model.shared.items() if name not in statistics}
-        state: State = self.model.expand(support.x.shape[0]), None, statistics
+        state: State = self.model.expand(support.num_tasks), None, statistics
         every = self.checkpoint_every
-        if every is None or not torch.is_grad_enabled():
+        if every is None or not self.num_steps or not torch.is_grad_enabled():
             return self._steps(state, shared, self._arguments(), support, query, range(self.num_steps))
         self._check_captured(state[0], support, query)
         for start in range(0, self.num_steps, every):
@@ -276,9 +288,10 @@ class InnerLoop:
         rates, weights = arguments
         names = self.model.names
         for step in steps:
-            grads = self.model.gradients(params, shared, support, self.first_order[step])
+            grads = self.model.gradients(params, shared, support.at_step(step), self.first_order[step])
             # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
-            update: Callable[..., list[Tensor]] = reference.inner_update if is_transformed() else inner_update
+            plain = is_transformed() or any(params[name].is_complex() for name in names)
+            update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
             updated = update(
                 [params[name] for name in names],
                 grads,
@@ -306,11 +319,12 @@ class InnerLoop:
     def _check_captured(self, params: Tensors, support: TaskBatch, query: TaskBatch | None) -> None:
         """Raise where the loss or the model holds a tensor to which recomputation would lose the meta-gradient."""
         params, shared = pytree.tree_map_only(Tensor, torch.detach, (params, self.model.shared))
-        with torch.enable_grad(), _kept_random_state(support.x.device):
+        with torch.enable_grad(), _kept_random_state(support.device):
             for batch in (support, query):
                 if batch is None:
                     continue
-                detached = batch.with_tensors([tensor.detach() for tensor in batch.tensors])
+                batch = batch.at_step(0)
+                detached = batch.with_tensors([map_tensors(Tensor.detach, part) for part in batch.tensors])
                 if self.model.losses(params, shared, detached).requires_grad:
                     raise RuntimeError(
                         "checkpoint_every recomputes from model, data and lr, but loss or model holds another tensor "

@@ -29,7 +29,7 @@ class FirstOnly(nn.Sequential):
         return self[0](x)
 
 
-@pytest.mark.parametrize("name", ["steps", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["checkpoint_every", "accumulate"])
 def test_counts(name: str) -> None:
     for value in (0, -1):
         with pytest.raises(ValueError, match=rf"{name} must be at least 1, got {value}"):
@@ -77,7 +77,7 @@ def test_kinds_of_data() -> None:
         call(None, SUPPORT[0])
     with pytest.raises(TypeError, match=r"support must be a pair \(support_x, support_y\), got tuple"):
         call(None, (*SUPPORT, None))
-    with pytest.raises(TypeError, match=r"query_y must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"query_y must be a tensor, or a tuple or a dict of tensors, got list"):
         call(None, SUPPORT, (QUERY[0], [1]))
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
         call(lambda x: x)
@@ -86,7 +86,7 @@ def test_kinds_of_data() -> None:
         adapted(QUERY[0][:2])
     with pytest.raises(ValueError, match=r"query_x must be \[T, S, ...\] with .* 1 sample, got shape \[3, 0, 2\]"):
         adapted(QUERY[0][:, :0])
-    with pytest.raises(TypeError, match=r"query_x must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"query_x must be a tensor, or a tuple or a dict of tensors, got list"):
         adapted([1])
     with pytest.raises(ValueError, match=r"model must have a parameter that requires a gradient, got none"):
         adapt(nn.ReLU(), *SUPPORT)

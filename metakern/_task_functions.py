@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
 
-
 #: An index that no table has.
 _OUTSIDE = 2**40
 

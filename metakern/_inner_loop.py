@@ -325,7 +325,8 @@ class InnerLoop:
         for step in steps:
             grads = self.model.gradients(params, shared, support.at_step(step), self.first_order[step])
             # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
-            update: Callable[..., list[Tensor]] = reference.inner_update if is_transformed() else inner_update
+            plain = is_transformed() or any(params[name].is_complex() for name in names)
+            update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
             updated = update(
                 [params[name] for name in names],
                 grads,

@@ -87,6 +87,14 @@ def map_output(function: Callable[..., Any], *outputs: Any) -> Any:
     return flat[0][1](function(*tensors) for tensors in zip(*(leaves for leaves, _ in flat), strict=True))
 
 
+def class_scores(output: Any) -> Tensor | None:
+    """The scores [..., classes, ...] in an output: itself, or its ``logits`` by key or attribute; None without any."""
+    if isinstance(output, Tensor):
+        return output
+    scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return scores if isinstance(scores, Tensor) else None
+
+
 def _visit(tree: Any, leaves: list[Tensor]) -> _Build:
     if isinstance(tree, Tensor):
         leaves.append(tree)

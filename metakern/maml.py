@@ -137,10 +137,11 @@ def adapt(
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
         accumulate: parts that a support set is taken in, one after another, in every inner step: their gradients add up
-            to that of the whole set, and memory holds the activations of one part at a time. Meta-gradients stay exact;
-            they can not be differentiated again. Batch norm in ``train()`` mode sees the part alone, so that results
-            differ there. ``loss`` must be one that takes a ``support_mask``, or a sum. The fused inner loop, whose
-            memory is small, takes whole sets.
+            to that of the whole set, and memory holds the activations of one part at a time, as the backward computes
+            them again. Meta-gradients stay exact; they can not be differentiated again. Batch norm in ``train()`` mode
+            sees the part alone, so that results differ there. ``loss`` must be one that takes a ``support_mask``. The
+            fused inner loop, whose memory is small, takes whole sets. torch.compile and the transforms of torch.func
+            see all parts, and keep them.
         support_per_step: another support set for every inner step: ``support_x``, ``support_y`` and ``support_mask``
             are [T, K, S, ...]
         vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap
@@ -424,8 +425,6 @@ def _checked(options: Options) -> Options:
     if not is_transformed() and torch.is_inference_mode_enabled():
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     every = options.checkpoint_every
-    if check_count("accumulate", options.accumulate) != 1:
-        raise NotImplementedError("accumulate must be 1")
     for name in ("vectorize", "support_per_step"):
         if not isinstance(getattr(options, name), bool):
             raise TypeError(f"{name} must be a bool, got {getattr(options, name)!r}")

@@ -22,6 +22,7 @@ from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserv
 from metakern._rates import learning_rates
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data
+from metakern._vectorize import Vectorize
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,
@@ -47,7 +48,7 @@ class Options(NamedTuple):
     parameters: str | Sequence[str] | None = None
     clip_norm: float | None = None
     checkpoint_every: int | None = None
-    vectorize: bool = True
+    vectorize: Vectorize = "auto"
     backend: str | None = None
     explain: bool = False
     accumulate: int = 1
@@ -169,7 +170,7 @@ _MOST_REMEMBERED = 256
 def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
-    plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
+    plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
     plain = plain and not options.support_per_step and options.steps > 0
     if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
         return None

@@ -7,8 +7,9 @@ one parameter tensor of the model.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,10 +22,14 @@ from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
 from metakern._inner_loop_input import TaskBatch, check_labels, split
+from metakern._random_state import kept_random_state
 from metakern._rates import LearningRates, real_dtype
-from metakern._recomputation import kept_random_state, recomputed
+from metakern._recomputation import recomputed
+from metakern._task_functions import TaskFunctions
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data, first_tensor, flatten, map_tensors
+from metakern._vectorize import Vectorization, Vectorize
+from metakern._vectorize import is_transformed as is_transformed
 from metakern.ops.inner_update import inner_update
 from metakern.reference import inner_update as reference
 
@@ -32,27 +37,6 @@ from metakern.reference import inner_update as reference
 Tensors = dict[str, Tensor]
 #: Between inner steps: parameters, the weighted sum of query losses so far, running statistics.
 State = tuple[Tensors, Tensor | None, Tensors]
-
-_VMAP_NOTE = (
-    "metakern evaluates all tasks at once with torch.vmap. If the model cannot run so, because it writes into a buffer "
-    "what depends on the data, branches on the data, or has an operator without batching rule (nn.LSTM, the fast path "
-    "of nn.TransformerEncoderLayer in eval mode), pass vectorize=False: the tasks are then taken one after another."
-)
-
-
-@contextlib.contextmanager
-def _vmap_noted() -> Iterator[None]:
-    """Tells whoever meets an error of torch.vmap what else there is."""
-    try:
-        yield
-    except RuntimeError as error:
-        error.add_note(_VMAP_NOTE)
-        raise
-
-
-def is_transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func is at work around the call."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 class TaskModel:
@@ -66,11 +50,16 @@ class TaskModel:
         model: any module
         loss: of one task
         names: the parameters that each task has for itself; the others are shared
-        vectorize: evaluate all tasks at once, by torch.vmap, or one after another
+        vectorize: evaluate all tasks at once, by torch.vmap, one after another, or "auto"
+
+    Raises:
+        TypeError: for a model whose parameters torch.func cannot replace
     """
 
-    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: bool) -> None:
-        self.model, self.loss, self.names, self.vectorize = model, loss, list(names), vectorize
+    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: Vectorize) -> None:
+        _check_replaceable(model)
+        self.model, self.loss, self.names = model, loss, list(names)
+        self.vectorization = Vectorization(model, loss.loss, vectorize)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self.initial = {name: parameters[name] for name in names}
         self.shared: Tensors = {name: p for name, p in parameters.items() if name not in self.initial} | buffers
@@ -90,6 +79,12 @@ class TaskModel:
             if m.training
             for b in (m.running_mean, m.running_var)
         }
+
+    def again(self) -> TaskModel:
+        """The same for another call: the model's mode may be another, and so the way that its tasks are evaluated."""
+        other = copy.copy(self)
+        other.vectorization = Vectorization(self.model, self.loss.loss, self.vectorization.wanted)
+        return other
 
     def expand(self, num_tasks: int) -> Tensors:
         """The initial parameters, [T, *shape] each, the same for every task."""
@@ -123,7 +118,7 @@ class TaskModel:
             rebuild.append(restore)
             return tuple(found)
 
-        stacked = self._for_tasks(leaves, params, shared, (x,))
+        stacked = self._for_tasks(self._corrected(leaves), params, shared, (x,))
         return rebuild[0](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
@@ -157,8 +152,7 @@ class TaskModel:
             grads: list[Tensor | None] = [None] * len(at)
             if losses.requires_grad:
                 # The tasks' losses have no parameter in common, so the gradient of their sum is that of each.
-                with _vmap_noted() if self.vectorize else contextlib.nullcontext():
-                    grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
+                grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
         if all(g is None for g in grads):
             raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
@@ -178,17 +172,28 @@ class TaskModel:
             check_labels(batch, prediction)
             return self.loss(prediction, y, mask)
 
-        return task_loss
+        return self._corrected(task_loss)
+
+    def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one task with PyTorch's functions in the form whose derivatives are right."""
+        tells_gradients = not is_transformed()
+
+        def corrected(*arguments: Any) -> Any:
+            with TaskFunctions(self.vectorization.at_once, tells_gradients):
+                return function(*arguments)
+
+        return corrected
 
     def _for_tasks(self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Data, ...]) -> Any:
         """``function(params, shared, *data)`` of every task, stacked."""
-        num_tasks = first_tensor(data).shape[0]
-        if not self.vectorize:
+        num_tasks, versions = first_tensor(data).shape[0], self._versions(params, shared)
+        if not self.vectorization.at_once:
             outputs, owns = [], []
             for task in range(num_tasks):
                 own = {name: shared[name].clone() for name in self.buffers}
                 of_task = [map_tensors(operator.itemgetter(task), part) for part in (params, *data)]
                 outputs.append(function(of_task[0], {**shared, **own}, *of_task[1:]))
+                self._check_unwritten(versions, params, shared)
                 owns.append({name: own[name] for name in self._gathered})
             self._gather(shared, {name: torch.stack([own[name] for own in owns]) for name in self._gathered})
             return pytree.tree_map(lambda *tensors: torch.stack(tensors), *outputs)
@@ -197,16 +202,46 @@ class TaskModel:
             own[name] = shared[name].expand(num_tasks, *shared[name].shape).clone()
         axes = {name: 0 if name in self.statistics else None for name in shared}
         batched = vmap(function, in_dims=(0, axes, *[0] * len(data)), randomness="different")
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _vmap_noted():
-            output = batched(params, {**shared, **own}, *data)
+        output = batched(params, {**shared, **own}, *data)
+        self._check_unwritten(versions, params, shared)
         self._gather(shared, own)
         return output
+
+    def _versions(self, params: Tensors, shared: Tensors) -> dict[str, int]:
+        """How often each parameter has been written; nothing where it is not known."""
+        if is_transformed():
+            return {}
+        buffers = set(self.buffers)
+        fixed = {name: tensor for name, tensor in shared.items() if name not in buffers}
+        return {name: tensor._version for name, tensor in {**fixed, **params}.items() if not tensor.is_inference()}
+
+    def _check_unwritten(self, versions: dict[str, int], params: Tensors, shared: Tensors) -> None:
+        written = [name for name, version in versions.items() if {**shared, **params}[name]._version != version]
+        if written:
+            raise RuntimeError(
+                f"model must not write into its parameters, but its forward has changed {written} in place, for all "
+                "tasks: compute with a new tensor there instead, or keep what is written in a buffer"
+            )
 
     def _gather(self, shared: Tensors, own: Tensors) -> None:
         """Put the means over the tasks of their running statistics, [T, K+1, C] each, into ``shared``."""
         for name, step in self._gathered.items():
             # Means of the rows that are the same for all tasks would differ from these by rounding.
             shared[name] = PerStepBatchNorm.replaced(shared[name], own[name].detach().mean(0), shared[step])
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            f"model must hold the parameters that it computes with, got {kind}, which copies them to its devices: pass "
+            "model.module; all tasks of a batch are evaluated together"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be a module in Python, got {kind}, whose parameters are fixed in TorchScript: pass the module "
+            "that was scripted or traced; torch.compile takes meta_loss as a whole"
+        )
 
 
 def _slots(model: nn.Module, tensors: Tensors) -> dict[str, str]:

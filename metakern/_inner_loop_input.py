@@ -58,6 +58,12 @@ class TaskBatch:
         return first_tensor(self.x).device
 
     @property
+    def named(self) -> dict[str, Tensor]:
+        """The samples by what a message calls them."""
+        targets = {} if self.y is None else named_tensors(f"{self.name}_y", self.y)
+        return {**named_tensors(f"{self.name}_x", self.x), **targets}
+
+    @property
     def tensors(self) -> tuple[Data, ...]:
         """What differs from task to task."""
         return tuple(part for part in (self.x, self.y, self.mask) if part is not None)

@@ -48,7 +48,7 @@ def say_generic(call: str, options: Options, loop: InnerLoop, support: TaskBatch
     if not is_heard(options):
         return
     tasks, samples = support.num_tasks, support.num_samples
-    how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
+    how = "all tasks at once by torch.vmap" if loop.model.vectorization.at_once else "one task after another"
     _say(
         options,
         f"{call}: T={tasks}, S={samples}, K={loop.num_steps}: generic path, {how}; "

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from metakern._random_state import kept_random_state, random_state, set_random_state
 
 
 def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
@@ -40,7 +41,7 @@ class _Recomputed(torch.autograd.Function):
         ctx.function = function
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.random_state = _random_state(device)
+        ctx.random_state = random_state(device)
         kind = device.type
         ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
         ctx.save_for_backward(*tensors)
@@ -58,7 +59,7 @@ class _Recomputed(torch.autograd.Function):
                 positions.append(position + 1)
         kind, dtype, enabled = ctx.autocast
         with torch.enable_grad(), kept_random_state(leaves[ctx.positions[0]].device):
-            _set_random_state(ctx.random_state)
+            set_random_state(ctx.random_state)
             with torch.autocast(kind, dtype, enabled):
                 outputs = ctx.function(*leaves)
         pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
@@ -67,24 +68,3 @@ class _Recomputed(torch.autograd.Function):
         for position, gradient in zip(positions, found, strict=True):
             grads[position] = gradient
         return tuple(grads)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, torch.device, Tensor | None]:
-    return torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, torch.device, Tensor | None]) -> None:
-    cpu, device, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-
-
-@contextlib.contextmanager
-def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Puts the random state back afterwards."""
-    state = _random_state(device)
-    try:
-        yield
-    finally:
-        _set_random_state(state)

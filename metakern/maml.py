@@ -38,7 +38,8 @@ from metakern._learner import MetaSGD as MetaSGD
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
-from metakern._trees import Data, as_data
+from metakern._trees import Data, as_data, named_tensors
+from metakern._vectorize import Vectorize, check_vectorize
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -73,8 +74,9 @@ class Adapted:
             TypeError, ValueError: for an input of another kind, or of another T, and for an output of another kind.
         """
         check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
-        shared = self._model.at_step(self._model.shared, self._steps)
-        return self._model.predict(self.parameters, shared, as_data(query_x))
+        model, x = self._model.again(), as_data(query_x)
+        shared = model.at_step(model.shared, self._steps)
+        return model.vectorization.run(lambda: model.predict(self.parameters, shared, x), named_tensors("query_x", x))
 
     def __repr__(self) -> str:
         tasks = next(iter(self.parameters.values())).shape[0]
@@ -95,7 +97,7 @@ def adapt(
     clip_norm: float | None = None,
     support_mask: Tensor | None = None,
     checkpoint_every: int | None = None,
-    vectorize: bool = True,
+    vectorize: Vectorize = "auto",
     accumulate: int = 1,
     support_per_step: bool = False,
     backend: str | None = None,
@@ -129,23 +131,25 @@ def adapt(
             the loss has no use for stay as they are.
         clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
         support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
-            its set without padding. ``loss`` must then be a function of torch.nn.functional, a loss module of torch.nn
-            or a ``functools.partial`` of one, with any of their options; any other loss must be a sum (``reduction=
-            "sum"`` by ``functools.partial``) or asks for ``vectorize=False``. Batch norm sees the padding, as copies of
-            the task's first sample.
+            its set without padding. Evaluated at once are functions of torch.nn.functional, loss modules of torch.nn
+            and a ``functools.partial`` of one, with all their options, and ``functools.partial(loss, reduction="sum")``
+            of any loss. Other losses are called for one task after another, with its samples alone. Batch norm sees the
+            padding, as copies of the task's first sample.
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
         accumulate: parts that a support set is taken in, one after another, in every inner step: their gradients add up
             to that of the whole set, and memory holds the activations of one part at a time, as the backward computes
             them again. Meta-gradients stay exact; they can not be differentiated again. Batch norm in ``train()`` mode
-            sees the part alone, so that results differ there. ``loss`` must be one that takes a ``support_mask``. The
+            sees the part alone, so that results differ there. ``loss`` must be one that ``support_mask`` names. The
             fused inner loop, whose memory is small, takes whole sets. torch.compile and the transforms of torch.func
             see all parts, and keep them.
         support_per_step: another support set for every inner step: ``support_x``, ``support_y`` and ``support_mask``
             are [T, K, S, ...]
-        vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap
-            refuses, and for large convolutions on the CPU, which are no faster together
+        vectorize: evaluate all tasks at once by torch.vmap (True), or one after another (False), which suits large
+            convolutions on the CPU, no faster together. ``"auto"`` does the first, and the second, with one warning,
+            where torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that depend on the data, backward
+            hooks of modules. In torch.compile and torch.func it is True.
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
             or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
             fit the processor's cache; plain PyTorch otherwise. ``"cpp"`` raises where the fused one cannot;
@@ -183,7 +187,8 @@ def adapt(
         return Adapted(fused, loop.model, options.steps)
     support = _support(options, (support_x, support_y), support_mask, loop)
     say_generic("adapt", options, loop, support, reason)
-    return Adapted(loop.run(support)[0], loop.model, options.steps)
+    params = loop.model.vectorization.run(lambda: loop.run(support)[0], support.named)
+    return Adapted(params, loop.model, options.steps)
 
 
 def meta_loss(
@@ -201,7 +206,7 @@ def meta_loss(
     query_mask: Tensor | None = None,
     step_weights: Sequence[float] | Tensor | None = None,
     checkpoint_every: int | None = None,
-    vectorize: bool = True,
+    vectorize: Vectorize = "auto",
     accumulate: int = 1,
     support_per_step: bool = False,
     backend: str | None = None,
@@ -285,11 +290,15 @@ def query_losses(
     support_batch = _support(options, support, masks[0], loop)
     query_batch = task_batch("query", query, masks[1], loop.model.loss, support_batch.num_tasks)
     say_generic("meta_loss", options, loop, support_batch, reason)
-    params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
-    if step_weights is None:
+
+    def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
+        params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
+        if step_weights is not None:
+            return weighted, statistics
         shared = loop.model.at_step({**loop.model.shared, **statistics}, options.steps)
-        weighted = loop.model.losses(params, shared, query_batch)
-        statistics = loop.model.gathered(shared)
+        return loop.model.losses(params, shared, query_batch), loop.model.gathered(shared)
+
+    weighted, statistics = loop.model.vectorization.run(evaluate, {**support_batch.named, **query_batch.named})
     if weighted is None:
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
     if moves_statistics:
@@ -425,9 +434,9 @@ def _checked(options: Options) -> Options:
     if not is_transformed() and torch.is_inference_mode_enabled():
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     every = options.checkpoint_every
-    for name in ("vectorize", "support_per_step"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name} must be a bool, got {getattr(options, name)!r}")
+    check_vectorize(options.vectorize)
+    if not isinstance(options.support_per_step, bool):
+        raise TypeError(f"support_per_step must be a bool, got {options.support_per_step!r}")
     return options._replace(
         steps=check_count("steps", options.steps, minimum=0),
         clip_norm=check_clip_norm(options.clip_norm),

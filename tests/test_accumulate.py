@@ -201,11 +201,10 @@ def test_losses_that_cannot_be_taken_in_parts() -> None:
     with pytest.raises(ValueError, match=r"an option for every sample with accumulate, but weight has shape \[6, 3\]"):
         adapt(net, *bits.support, loss=by_sample, accumulate=2)
     assert adapt(net, *bits.support, loss=by_sample).parameters
-    learned = nn.CrossEntropyLoss(weight=WEIGHT.clone().requires_grad_())
-    labelled = sets("labels")
+    learned = nn.BCEWithLogitsLoss(pos_weight=WEIGHT.clone().requires_grad_())
     with pytest.raises(RuntimeError, match="accumulate recomputes from model, data and lr, but loss or model holds"):
-        meta_loss(net, labelled.support, labelled.query, loss=learned, accumulate=2)
-    meta_loss(net, labelled.support, labelled.query, loss=learned, accumulate=2, first_order=True)
+        meta_loss(net, bits.support, bits.query, loss=learned, accumulate=2)
+    meta_loss(net, bits.support, bits.query, loss=learned, accumulate=2, first_order=True)
 
 
 def test_under_the_transforms_of_torch_func() -> None:

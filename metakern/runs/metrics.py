@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import torch
 
+from metakern._requirements import required
 from metakern.adaptation import chance_accuracy
 from metakern.clustering import ClusterSampler
 from metakern.runs.folder import FIGURES, METRICS, finite, write_text
@@ -99,7 +100,8 @@ class TensorBoardLog(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Open an events file; TensorBoard drops what a resumed run writes again."""
-        from torch.utils.tensorboard import SummaryWriter
+        with required():
+            from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1 if trainer.iteration else None)
 

@@ -201,7 +201,13 @@ def test_losses_that_cannot_be_taken_in_parts() -> None:
     with pytest.raises(ValueError, match=r"an option for every sample with accumulate, but weight has shape \[6, 3\]"):
         adapt(net, *bits.support, loss=by_sample, accumulate=2)
     assert adapt(net, *bits.support, loss=by_sample).parameters
-    learned = nn.BCEWithLogitsLoss(pos_weight=WEIGHT.clone().requires_grad_())
+    scale = torch.ones((), dtype=F64, requires_grad=True)
+
+    def scaled(prediction: Tensor, y: Tensor, reduction: str) -> Tensor:
+        losses = scale * (prediction - y).square()
+        return losses if reduction == "none" else losses.sum()
+
+    learned = partial(scaled, reduction="sum")
     with pytest.raises(RuntimeError, match="accumulate recomputes from model, data and lr, but loss or model holds"):
         meta_loss(net, bits.support, bits.query, loss=learned, accumulate=2)
     meta_loss(net, bits.support, bits.query, loss=learned, accumulate=2, first_order=True)

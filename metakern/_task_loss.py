@@ -132,8 +132,10 @@ class TaskLoss:
         count = self.sums.divisor(precise, y, mask)
         total = torch.where(_over_samples(mask, precise), precise, torch.zeros_like(precise)).sum()
         quotient = divided(total, count)
-        # Where all labels are ignored PyTorch's mean is NaN, with a gradient of zero.
-        return torch.where(count == 0, torch.full_like(quotient, torch.nan), quotient).to(losses.dtype)
+        # Where all labels are ignored PyTorch's mean is NaN, with a gradient of zero. Without any sample, which only
+        # calls meet that cannot look at masks, the loss is 0, as that of the operators.
+        ignored = (count == 0) & mask.any()
+        return torch.where(ignored, torch.full_like(quotient, torch.nan), quotient).to(losses.dtype)
 
     @property
     def is_sum(self) -> bool:

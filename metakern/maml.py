@@ -20,8 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
-from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
+from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -33,13 +32,26 @@ from metakern._inner_loop_input import (
     first_order_steps,
     task_batch,
 )
-from metakern._learner import MAML as MAML
-from metakern._learner import MetaSGD as MetaSGD
+from metakern._learner import MAML, MetaSGD
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data, as_data, named_tensors
 from metakern._vectorize import Vectorize, check_vectorize
+
+__all__ = [
+    "MAML",
+    "Adapted",
+    "MetaSGD",
+    "PerStepBatchNorm",
+    "Rates",
+    "adapt",
+    "meta_backward",
+    "meta_loss",
+    "multi_step_weights",
+    "per_step_batch_norm",
+    "reptile_step",
+]
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -403,6 +415,10 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
             raise ValueError(f"model must be the one that was adapted: it has no {name} of shape {list(phi.shape[1:])}")
     for name, phi in adapted.parameters.items():
         parameters[name].add_(epsilon * (phi.mean(0) - parameters[name]))
+
+
+def __dir__() -> list[str]:
+    return list(__all__)
 
 
 def _support(options: Options, data: Any, mask: Tensor | None, loop: InnerLoop) -> TaskBatch:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from metakern.ops.devices import check_devices
 from metakern.reference import inner_update as reference
 
 #: With fewer elements the kernel does not win back what an autograd.Function in Python costs (bench_inner_update).
@@ -125,7 +126,9 @@ def _rates(lr: Sequence[Tensor], options: Options, count: int) -> list[Any]:
     return list(lr) if options.step < 0 else [rate[options.step] for rate in lr]
 
 
-def _fake(params: Sequence[Tensor], *_: Any) -> list[Tensor]:
+def _fake(params: Sequence[Tensor], grads: Sequence[Tensor], lr: Sequence[Tensor], *rest: Any) -> list[Tensor]:
+    if params:
+        check_devices("params[0]", params[0].device, params=params, grads=grads, lr=lr, active=rest[-1])
     return [p.new_empty(p.shape) for p in params]
 
 

@@ -26,8 +26,8 @@ def clip_coefficients(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
     min(1, clip_norm / ‖g‖), in the dtype of :func:`for_norms`. For a gradient of zero it is 1 and has derivatives of
     zero; for a norm that is NaN it is NaN, so that the whole task shows it.
     """
-    wide = [for_norms(g) for g in grads]
-    squares = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in wide]).sum(0)
+    parts = [for_norms(torch.view_as_real(g) if g.is_complex() else g) for g in grads]
+    squares = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in parts]).sum(0)
     large = ~(squares <= clip_norm**2)  # true for NaN
     # The root is taken where it is used only: at zero its derivative is infinite.
     norms = torch.where(large, squares, torch.ones_like(squares)).sqrt()

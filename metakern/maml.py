@@ -13,6 +13,7 @@ parameter tensor of the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,10 @@ from torch import Tensor, nn
 
 from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
 from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
+from metakern._clone import clone_module as clone_module
+from metakern._clone import detach_module as detach_module
+from metakern._clone import maml_update as maml_update
+from metakern._clone import update_module as update_module
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -39,6 +44,9 @@ from metakern._inner_loop_input import (
 from metakern._learner import MAML as MAML
 from metakern._learner import MetaSGD as MetaSGD
 from metakern._path import attempt, is_heard, say_generic
+
+#: learn2learn has a module of this name, with MAML and maml_update, in ``algorithms``, which is this module here.
+maml = sys.modules[__name__]
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

@@ -41,15 +41,22 @@ class Problem(NamedTuple):
     steps: int
     per_step: bool
     adapted: int  # bit i: whether params[i] is
-    activation: int
+    activation: tuple[int, ...]  # of every hidden layer
     loss: int
     checkpoint_every: int
     second_order: tuple[bool, ...]
+    slopes: tuple[float, ...]  # of leaky_relu, for every hidden layer; empty where no layer has one
+    clip_norm: float | None
 
     @property
     def scalars(self) -> tuple[Any, ...]:
         """Those that every operator takes, in order."""
-        return self[:7]
+        return *self[:4], list(self.activation), *self[5:7]
+
+    @property
+    def options(self) -> tuple[list[float], float | None]:
+        """Those that every operator takes at the end."""
+        return list(self.slopes), self.clip_norm
 
 
 class Operators:
@@ -68,14 +75,14 @@ class Operators:
             x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
             arguments = (trajectory, params, x, y, mask, lr, *ctx.scalars, second_order)
-            found, rates = self.adapt_backward(list(grad_adapted), *arguments)
-            return found, None, None, None, rates, *(None,) * 9
+            found, rates = self.adapt_backward(list(grad_adapted), *arguments, *ctx.options)
+            return found, None, None, None, rates, *_no_gradients(ctx.needs_input_grad[5:])
 
         def backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
             x, y, task_grads, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
             found, rates = self.meta_loss_backward(grad, task_grads, params, x, y, lr, *ctx.options)
-            return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
+            return found, *(None,) * 6, rates, *_no_gradients(ctx.needs_input_grad[8:])
 
         library = torch.library
         library.register_fake(adapt, _fake)
@@ -115,12 +122,12 @@ class Run:
     def forward(self, params: Tensors, data: Tensors, lr: Tensors) -> tuple[list[Tensor], Tensor]:
         """Results [T, ...], and what the way back needs."""
         second_order = _constant(self.problem.second_order, torch.bool)
-        arguments = (list(params), *data, list(lr), *self.problem.scalars)
+        arguments, options = (list(params), *data, list(lr), *self.problem.scalars), self.problem.options
         if self.weights is None:
-            results, kept = self.operators.adapt(*arguments, self.keep, second_order)
+            results, kept = self.operators.adapt(*arguments, self.keep, second_order, *options)
             return results, kept
         weights = _constant(self.weights, _arithmetic(params[0]))
-        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep)
+        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep, *options)
         return [losses], kept
 
     def backward(self, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> list[Tensor]:
@@ -128,7 +135,7 @@ class Run:
         problem, lists = self.problem, (list(params), list(lr))
         if self.weights is None:
             second_order = _constant(problem.second_order, torch.bool)
-            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order)
+            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order, *problem.options)
             found, rates = self.operators.adapt_backward(list(grads), kept, *arguments)
         else:
             options = problem.steps, problem.per_step, problem.loss
@@ -139,6 +146,11 @@ class Run:
         """params, data and lr, of which there are ``count`` params."""
         end = count + (3 if self.weights is None else 6)
         return tensors[:count], tensors[count:end], tensors[end:]
+
+
+def _no_gradients(wanted: Sequence[Any]) -> list[Any]:
+    """None for every argument, in the form that torch.library wants: a list of numbers that is empty is a list."""
+    return [[] if isinstance(flag, list) else None for flag in wanted]
 
 
 def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
@@ -398,7 +410,7 @@ def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: A
 
 
 def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
-    lr, with_grads = rest[5], rest[-1]
+    lr, with_grads = rest[5], rest[15]
     flat = _task_elements(params) + sum(r.numel() for r in lr) if with_grads else 0
     return x.new_empty(x.shape[0]), x.new_empty(_padded(x.shape[0]) * flat, dtype=_arithmetic(x))
 
@@ -408,13 +420,13 @@ def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    params, x, y, mask, lr, *scalars, _, second_order = inputs
-    ctx.counts, ctx.scalars = (len(params), len(lr)), scalars
+    params, x, y, mask, lr, *scalars, _, second_order, slopes, clip_norm = inputs
+    ctx.counts, ctx.scalars, ctx.options = (len(params), len(lr)), scalars, (slopes, clip_norm)
     ctx.save_for_backward(x, y, mask, second_order, output[1], *params, *lr)
 
 
 def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, x, y, *_ = inputs
     lr, steps, per_step, loss = inputs[7], inputs[9], inputs[10], inputs[13]
-    ctx.options, ctx.count, ctx.arguments = (steps, per_step, loss), len(params), len(inputs)
+    ctx.options, ctx.count = (steps, per_step, loss), len(params)
     ctx.save_for_backward(x, y, output[1], *params, *lr)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from metakern._requirements import required
 from metakern.tasks import TaskDistribution
-from metakern.tasks.distribution import check_num_tasks, check_split
+from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 
 #: How one learner describes a task, and the method that it is asked for: where the inner loop takes the parameters, and
 #: the support gradient where it starts.
@@ -292,7 +292,7 @@ class Assigner(Protocol):
         ...
 
 
-class ClusterSampler:
+class ClusterSampler(ShortRepr):
     """Another distribution's tasks in batches by cluster.
 
     Every batch is picked from tasks drawn for it alone, so that ``generator`` decides it and nothing is left behind for

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern._memo import outside_modes
 from metakern._requirements import required
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
@@ -78,6 +79,7 @@ class Digits(FewShotEpisodes):
 
 
 @functools.cache
+@outside_modes()
 def all_digits() -> tuple[Tensor, Tensor]:
     """The images [1797, 8, 8] in [0, 1], float32, and the digits that they show, 64-bit integers; not to be changed."""
     with required():
@@ -88,6 +90,7 @@ def all_digits() -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
+@outside_modes()
 def _classes() -> dict[str, ImageClasses]:
     """The classes of each split, images [M, 1, 8, 8] in [0, 1]."""
     images, labels = all_digits()

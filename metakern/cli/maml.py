@@ -24,6 +24,7 @@ from metakern.learners import ClusteredLearner
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
+    METRICS,
     RESULTS,
     load_weights,
     make_folder,
@@ -31,6 +32,7 @@ from metakern.runs.folder import (
     save_weights,
     write_json,
 )
+from metakern.runs.metrics import read_metrics
 from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
 from metakern.training import Trainer
@@ -60,7 +62,12 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
     run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
     fit(run, trainer)
     if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+        report(
+            run.console,
+            run.folder,
+            [Trained(run.folder.name, run.folder, settings, learner, tasks)],
+            settings.test_tasks,
+        )
 
 
 def eval_maml(
@@ -100,9 +107,10 @@ def eval_maml(
 
 @dataclass(frozen=True)
 class Trained:
-    """A learner and the tasks that it was trained for."""
+    """A learner, the tasks that it was trained for, and the folder of its run."""
 
     name: str
+    folder: Path
     settings: MAMLSettings
     learner: Any
     tasks: TaskDistribution
@@ -117,7 +125,7 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks).to(device_of(settings.device))
     load_weights(run, learner)
-    return Trained(name, settings, learner, tasks)
+    return Trained(name, run, settings, learner, tasks)
 
 
 def report(
@@ -134,7 +142,7 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters, plot_fits  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:
@@ -145,7 +153,10 @@ def report(
     write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
     plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
-    tasks = trained[0].tasks
+    tasks, evaluations = trained[0].tasks, {each.name: _evaluations(each.folder) for each in trained}
+    if len(trained) > 1 and any(evaluations.values()):
+        plot_validation(evaluations, folder / FIGURES / "learning.png", chance=adaptations[0].chance)
+        written.append(f"{FIGURES}/learning.png")
     if fits := fit_tasks({each.name: each.learner for each in trained}, tasks, steps=steps, seed=seed):
         plot_fits(fits, folder / FIGURES / "fits.png")
         written.append(f"{FIGURES}/fits.png")
@@ -157,6 +168,12 @@ def report(
             written.append(f"{FIGURES}/{name}")
     line = f"results are in {folder}/: {', '.join(written)}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's evaluations; none where it has no metrics any more."""
+    path = run / METRICS
+    return read_metrics(path)[1] if path.is_file() else []
 
 
 def _measure(

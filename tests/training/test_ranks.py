@@ -117,10 +117,8 @@ def differs(folder):
 
 def test_processes_with_different_settings_do_not_begin(tmp_path):
     codes, last, _ = results(2, differs, tmp_path, output=tmp_path / "err")
-    line = (
-        "ValueError: all 2 processes of a run must have the same settings, but config.clip_norm is 1.0 in process 0 and "
-        "0.5 in process 1"
-    )
+    settings = "config.clip_norm is 1.0 in process 0 and 0.5 in process 1"
+    line = f"ValueError: all 2 processes of a run must have the same settings, but {settings}"
     assert (codes, last) == ([1, 1], [line, line])
     assert not (tmp_path / "run").exists()
 

@@ -17,15 +17,10 @@ from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._inner_loop import is_transformed
-from metakern._inner_loop_input import (
-    TaskLoss,
-    adapted_names,
-    check_step_weights,
-    first_order_steps,
-    learning_rates,
-    task_batch,
-)
+from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
 from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
+from metakern._rates import learning_rates
+from metakern._task_loss import TaskLoss
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,

@@ -19,7 +19,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
-from metakern._inner_loop_input import LearningRates, TaskBatch, TaskLoss, check_labels
+from metakern._inner_loop_input import TaskBatch, check_labels
+from metakern._rates import LearningRates
+from metakern._task_loss import TaskLoss
 from metakern.ops.inner_update import inner_update
 from metakern.reference import inner_update as reference
 

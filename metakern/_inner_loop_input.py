@@ -5,24 +5,17 @@ Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape o
 
 from __future__ import annotations
 
-import copy
-import functools
-import inspect
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern._task_loss import TaskLoss
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
-
-#: Losses of integer class labels, which index memory.
-_LABEL_LOSSES = (F.cross_entropy, F.nll_loss)
-_LABEL_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
 
 @dataclass(frozen=True)
@@ -52,93 +45,6 @@ class TaskBatch:
         """The batch with others in place of its ``tensors``."""
         mask = tensors[2] if self.mask is not None else None
         return TaskBatch(self.name, tensors[0], tensors[1], mask, self.labels)
-
-
-@dataclass(frozen=True)
-class LearningRates:
-    """α in the form of :func:`metakern.reference.inner_update.inner_update`: ``values``, selected by step or not."""
-
-    values: float | Tensor | list[Tensor]
-    per_step: bool
-
-
-class TaskLoss:
-    """The user's loss of one task, with or without padding among its samples."""
-
-    def __init__(self, loss: Callable[..., Tensor], masked: bool) -> None:
-        if not callable(loss):
-            raise TypeError(f"loss must be callable as loss(prediction, y), got {type(loss).__name__}")
-        self.loss = loss
-        self.per_sample = _without_reduction(loss) if masked else None
-
-    def __call__(self, prediction: Tensor, y: Tensor, mask: Tensor | None = None) -> Tensor:
-        """The loss [] of predictions [S, ...] and targets [S, ...]; with ``mask`` [S] the mean over its samples."""
-        if mask is None:
-            loss = self.loss(prediction, y)
-            if not isinstance(loss, Tensor) or loss.dim():
-                got = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-                raise ValueError(f"loss must return one number a task, a tensor of shape [], got {got}")
-            return loss
-        assert self.per_sample is not None
-        losses = self.per_sample(prediction, y)
-        if losses.dim() == 0 or losses.shape[0] != mask.shape[0]:
-            raise ValueError(
-                f"loss must return one value a sample with reduction='none', {mask.shape[0]} here, got shape "
-                f"{list(losses.shape)}"
-            )
-        losses = losses.flatten(1).mean(1) if losses.dim() > 1 else losses
-        return torch.where(mask, losses, torch.zeros_like(losses)).sum() / mask.sum()
-
-    def label_range(self, y: Tensor, name: str) -> tuple[int, int] | None:
-        """The smallest and the largest label in ``y``, None where the loss takes none or they cannot be read."""
-        function: Any = self.loss
-        options: dict[str, Any] = {}
-        if isinstance(function, functools.partial):
-            function, options = function.func, function.keywords
-        if isinstance(function, _LABEL_MODULES):
-            ignored = function.ignore_index
-        elif function in _LABEL_LOSSES:
-            ignored = options.get("ignore_index", -100)
-        else:
-            return None
-        if y.dtype not in (torch.int64, torch.int32) and (not y.is_floating_point() or y.dim() == 2):
-            raise TypeError(f"{name} must hold class labels as int64, got {y.dtype}")
-        capturing = y.is_cuda and torch.cuda.is_current_stream_capturing()
-        if y.is_floating_point() or torch.compiler.is_compiling() or capturing:
-            return None
-        labels = y[y != ignored]
-        if not labels.numel():
-            return None
-        smallest, largest = (int(label) for label in torch.aminmax(labels))
-        if smallest < 0:
-            raise ValueError(f"{name} must hold class labels from 0, got {smallest}")
-        return smallest, largest
-
-
-def check_labels(batch: TaskBatch, prediction: Tensor) -> None:
-    """Raise ValueError for a label that the model has no output for; ``prediction`` is [S, classes, ...]."""
-    if batch.labels is not None and prediction.dim() > 1 and batch.labels[1] >= prediction.shape[1]:
-        classes = prediction.shape[1]
-        raise ValueError(
-            f"{batch.name}_y must be 0 to {classes - 1}, as the model has {classes} outputs, got {batch.labels[1]}"
-        )
-
-
-def _without_reduction(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The loss that returns a value for every sample."""
-    if isinstance(loss, nn.Module) and hasattr(loss, "reduction"):
-        per_sample: Any = copy.copy(loss)
-        per_sample.reduction = "none"
-        return per_sample  # type: ignore[no-any-return]
-    if torch.compiler.is_compiling():  # which cannot look at signatures
-        return functools.partial(loss, reduction="none")
-    parameters = inspect.signature(loss).parameters.values()
-    if any(p.name == "reduction" or p.kind is p.VAR_KEYWORD for p in parameters):
-        return functools.partial(loss, reduction="none")
-    raise TypeError(
-        "loss must take reduction='none', as the functions of torch.nn.functional do, where a mask is given: its mean "
-        f"is to leave padding out; got {loss!r}, which has no such argument"
-    )
 
 
 # ------------------------------------------------------------------------------------------------------- task batches
@@ -188,6 +94,15 @@ def _check_mask(name: str, mask: Any, x: Tensor) -> None:
         raise ValueError(f"{name} must leave every task a sample, got none for tasks {empty}")
 
 
+def check_labels(batch: TaskBatch, prediction: Tensor) -> None:
+    """Raise ValueError for a label that the model has no output for; ``prediction`` is [S, classes, ...]."""
+    if batch.labels is not None and prediction.dim() > 1 and batch.labels[1] >= prediction.shape[1]:
+        classes = prediction.shape[1]
+        raise ValueError(
+            f"{batch.name}_y must be 0 to {classes - 1}, as the model has {classes} outputs, got {batch.labels[1]}"
+        )
+
+
 # ----------------------------------------------------------------------------------------------------------- options
 
 
@@ -221,14 +136,6 @@ def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> lis
             raise ValueError(f"parameters: {pattern!r} matches none that requires a gradient; there are {names}")
         matched |= hits
     return [name for name in names if name in matched]
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raise unless it is an integer of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
 
 
 def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bool]:
@@ -265,90 +172,3 @@ def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:
     if not all(math.isfinite(w) for w in weights):
         raise ValueError(f"step_weights must be finite, got {weights}")
     return weights
-
-
-def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> LearningRates:
-    """α from a number, a tensor of one element, a mapping by name, or a sequence in the order of ``params``.
-
-    Args:
-        lr: see :func:`metakern.adapt`
-        params: what is adapted, each [*shape]
-        steps: K
-    """
-    if isinstance(lr, float) and math.isfinite(lr):  # what most calls bring, before the kinds that cost to recognise
-        return LearningRates(lr, False)
-    if isinstance(lr, (Mapping, nn.ParameterDict)):
-        missing, unknown = [n for n in params if n not in lr], [n for n in lr if n not in params]
-        if missing or unknown:
-            raise ValueError(
-                f"lr must name the adapted parameters, {list(params)}: missing {missing}, not among them {unknown}"
-            )
-        return _rates_of_tensors({name: lr[name] for name in params}, params, steps)
-    if isinstance(lr, (list, tuple, nn.ParameterList)):
-        if len(lr) != len(params):
-            raise ValueError(f"lr must have one entry an adapted parameter, {len(params)}, got {len(lr)}")
-        return _rates_of_tensors(dict(zip(params, lr, strict=True)), params, steps)
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(
-                f"lr as one tensor must have 1 element, got shape {list(lr.shape)}; "
-                "for one a parameter or step give a dict or a list"
-            )
-        return LearningRates(lr.reshape(()), False)
-    check_rate("lr", lr)
-    return LearningRates(float(lr), False)
-
-
-def check_rate(name: str, lr: Any) -> None:
-    """Raise unless a learning rate is a finite number or a floating tensor of one element."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of 1 element, got shape {list(lr.shape)}")
-        return
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(lr).__name__}")
-    if not math.isfinite(lr):
-        raise ValueError(f"{name} must be finite, got {lr}")
-
-
-def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int) -> LearningRates:
-    """α from one entry a parameter tensor."""
-    values, layouts = {}, {}
-    for name, rate in rates.items():
-        p = params[name]
-        if not isinstance(rate, Tensor):
-            check_rate(f"lr[{name!r}]", rate)
-        value = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), dtype=p.dtype, device=p.device)
-        layouts[name] = _layouts(name, value, p, steps)
-        values[name] = value
-    kinds = {layout for found in layouts.values() if len(found) == 1 for layout in found if layout != "tensor"}
-    ambiguous = [name for name, found in layouts.items() if len(found) > 1]
-    if ambiguous and len(kinds) != 1:
-        raise ValueError(
-            f"lr[{ambiguous[0]!r}] of shape [{steps}] may mean one a parameter or one a step: give "
-            f"[{steps}, {steps}], one a step and parameter"
-        )
-    per_step = bool(kinds & {"step"})
-    if not per_step:
-        return LearningRates(list(values.values()), False)
-    spread = [
-        value if layouts[name] & {"step"} else value.expand(steps, *value.shape) for name, value in values.items()
-    ]
-    return LearningRates(spread, True)
-
-
-def _layouts(name: str, value: Tensor, p: Tensor, steps: int) -> set[str]:
-    """What the shape of a learning rate may mean: "tensor" [], "parameter" [*shape], "step" [K] or [K, *shape]."""
-    if value.dim() == 0:
-        return {"tensor"}
-    if value.dtype != p.dtype:
-        raise TypeError(f"lr[{name!r}] must have the parameter's dtype, {p.dtype}, got {value.dtype}")
-    found = set()
-    if value.shape == p.shape:
-        found.add("parameter")
-    if value.shape in ((steps,), (steps, *p.shape)):
-        found.add("step")
-    if not found:
-        shapes = " or ".join(str(list(s)) for s in ((), tuple(p.shape), (steps,), (steps, *p.shape)))
-        raise ValueError(f"lr[{name!r}] must have shape {shapes}, got {list(value.shape)}")
-    return found

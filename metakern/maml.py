@@ -25,20 +25,18 @@ from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
-    TaskLoss,
     adapted_names,
     check_clip_norm,
-    check_count,
-    check_rate,
     check_samples,
     check_step_weights,
     first_order_steps,
-    learning_rates,
     task_batch,
 )
 from metakern._learner import MAML as MAML
 from metakern._learner import MetaSGD as MetaSGD
 from metakern._path import attempt, is_heard, say_generic
+from metakern._rates import check_count, check_rate, learning_rates
+from metakern._task_loss import TaskLoss
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -110,9 +108,11 @@ def adapt(
             require a gradient. The others are shared by the tasks and receive meta-gradients. Adapted parameters that
             the loss has no use for stay as they are.
         clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
-        support_mask: bool [T, S], False at padding, for support sets of different sizes. ``loss`` must then take
-            ``reduction="none"``; the task's loss is the mean over its samples. Batch norm sees the padding, as copies
-            of the task's first sample.
+        support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
+            its set without padding. ``loss`` must then be a function of torch.nn.functional, a loss module of torch.nn
+            or a ``functools.partial`` of one, with any of their options; any other loss must be a sum (``reduction=
+            "sum"`` by ``functools.partial``) or asks for ``vectorize=False``. Batch norm sees the padding, as copies of
+            the task's first sample.
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.

@@ -67,7 +67,13 @@ class Digits(FewShotEpisodes):
         unknown = [name for name in domains if name not in DOMAINS]
         if unknown:
             raise ValueError(f"domains must be out of {', '.join(DOMAINS)}, got {', '.join(map(repr, unknown))}")
+        self._domain_names = tuple(domains)
         super().__init__(_classes(), domains=[DOMAINS[name] for name in domains], flat=flat, **options)
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """The names of the domains."""
+        return self._domain_names
 
 
 @functools.cache

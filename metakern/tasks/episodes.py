@@ -139,6 +139,11 @@ class FewShotEpisodes:
         other._choose(name)
         return other
 
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """What the domains are called: the names of the functions; none where there are no domains."""
+        return tuple(getattr(domain, "__name__", str(domain)) for domain in self.domains)
+
     def _choose(self, split: str) -> None:
         if split not in self.classes:
             raise ValueError(f"split must be one of those of classes, {', '.join(self.classes)}, got {split!r}")

@@ -159,6 +159,11 @@ class Mixture:
 
         return _draw(self.components[0], self._table.to(device)[modes].unsqueeze(1), shape, generator, modes)
 
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """What the families are called: the names of their classes in lower case."""
+        return tuple(type(family).__name__.lower() for family in self.components)
+
     def split(self, name: str) -> Mixture:
         """The functions of one of the splits, in the same shares."""
         return Mixture([family.split(name) for family in self.components], self.weights.tolist())

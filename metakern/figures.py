@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib
 import torch
@@ -21,9 +21,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
+from metakern._files import write_whole
 from metakern.adaptation import Adaptation, Fits, mean_interval
-from metakern.evaluation import Curve
-from metakern.runs.folder import write_bytes
+
+if TYPE_CHECKING:
+    from metakern.evaluation import Curve
 
 Line = Mapping[str, Any]
 
@@ -262,4 +264,5 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(content, format="png", dpi=150)
     finally:
         plt.close(figure)
-    write_bytes(path, content.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())

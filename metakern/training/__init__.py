@@ -5,6 +5,8 @@ from metakern.training.checkpoints import CheckpointError, Checkpoints, load_che
 from metakern.training.config import HIGHER_IS_BETTER, PRECISIONS, TrainerConfig
 from metakern.training.distributed import Processes, ProcessLost
 from metakern.training.history import History, Record
+from metakern.training.lock import FolderInUse, FolderLock
+from metakern.training.record import RunRecord
 from metakern.training.signals import Interrupted
 from metakern.training.trainer import Trainer
 
@@ -14,11 +16,14 @@ __all__ = [
     "Callback",
     "CheckpointError",
     "Checkpoints",
+    "FolderInUse",
+    "FolderLock",
     "History",
     "Interrupted",
     "ProcessLost",
     "Processes",
     "Record",
+    "RunRecord",
     "Trainer",
     "TrainerConfig",
     "load_checkpoint",

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from metakern._plain_data import quoted
+from metakern._plain_data import LIST_ENTRIES, quoted
 
 #: Options of an optimizer that a schedule moves; a checkpoint brings its own.
 _RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"})
@@ -124,6 +125,25 @@ def _shown(name: str | None, other: str | None) -> str:
         return "None"
     short = name.rpartition(".")[2]
     return name if other is not None and short == other.rpartition(".")[2] else short
+
+
+def plain_settings(learner: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: Any) -> dict[str, Any]:
+    """What a training in Python was given, as scalars and short lists by name, for its config.yaml."""
+    found: dict[str, Any] = asdict(config)
+    found["optimizer"] = type(optimizer).__name__
+    for name, value in optimizer.defaults.items():
+        found[f"optimizer.{name}"] = _plain(value)
+    found["scheduler"] = None if scheduler is None else type(scheduler).__name__
+    if scheduler is not None:
+        found |= {f"scheduler.{name}": value for name, value in _schedule(scheduler.state_dict()).items()}
+    for prefix, module in learner.named_modules():
+        where = ".".join(filter(None, ("learner", prefix)))
+        found |= {name: _plain(value) for name, value in _attributes(module, where, text=True)}
+    return {
+        name: value
+        for name, value in found.items()
+        if not isinstance(value, list) or (len(value) <= LIST_ENTRIES and all(isinstance(x, _SCALARS) for x in value))
+    }
 
 
 # --------------------------------------------------------------------------------------------------- between processes

@@ -30,6 +30,8 @@ from metakern.training.history import History, Record
 from metakern.training.identity import differences, identity_in, identity_of, settings_of, values_of
 from metakern.training.outer import BatchResult, OuterLoop, own_parts
 from metakern.training.parts import Parts, check_parts
+from metakern.training.record import RunRecord, progress_reports
+from metakern.training.run_files import CHECKPOINTS
 from metakern.training.signals import Interrupted, StopSignals
 from metakern.training.state_checks import check_state
 
@@ -58,7 +60,9 @@ class Trainer:
         scheduler: steps after every iteration, or, if it is ``ReduceLROnPlateau``, after every evaluation by the
             monitored measure
         callbacks: see :class:`Callback`
-        folder: of the run; its ``checkpoints`` holds checkpoints. Without it none are written
+        folder: of the run. It gets what every run leaves: checkpoints, and what :class:`RunRecord` says. Without it
+            nothing is written. One process at a time trains in a folder
+        progress: whether the screen shows how training goes; default: where there is a folder
 
     Attributes:
         iteration: iterations so far
@@ -89,7 +93,8 @@ class Trainer:
         *,
         scheduler: LRScheduler | None = None,
         callbacks: Sequence[Callback] = (),
-        folder: str | Path | None = None,
+        folder: str | Path | RunRecord | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
         self.processes = Processes(self.config.device)
@@ -117,6 +122,27 @@ class Trainer:
             self._saved: tuple[int, Path] | None = None  # the checkpoint of the folder that this training stands on
             self._last_whole: tuple[State, tuple[Any, ...]] | None = None
 
+    def _set_record(
+        self, folder: str | Path | RunRecord | None, progress: bool | None, callbacks: Sequence[Callback]
+    ) -> None:
+        """The folder's callback, and checkpoints; progress alone where there is no folder."""
+        self.record: RunRecord | None = None
+        self.checkpoints: Checkpoints | None = None
+        own: Sequence[Callback] = ()
+        if folder is None:
+            own = progress_reports(bool(progress))
+        else:
+            given = isinstance(folder, RunRecord)
+            self.record = folder if given else RunRecord(folder, progress=progress is not False)
+            self.checkpoints = Checkpoints(self.record.folder / CHECKPOINTS, self.config.keep)
+            own = (self.record,)
+        self.callbacks = (*own, *callbacks)
+
+    @property
+    def best_weights(self) -> State | None:
+        """The learner's state of the best evaluation, None before there is one."""
+        return self._best_weights
+
     @property
     def finished(self) -> bool:
         """Whether the iterations are done, or evaluations have not become better for ``patience`` of them."""
@@ -131,18 +157,21 @@ class Trainer:
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, once the iteration is done and its checkpoint written
             FileExistsError: for a folder with checkpoints of a run that was not resumed
+            FolderInUse: where another process trains in the folder
+            ModuleNotFoundError: for a library that the folder's record needs and that is not installed
             OSError: for a folder or disk that takes no checkpoint; those from before are whole
+            ValueError: for processes with different settings, or weights that have drifted apart
             ProcessLost: when another process of the run has ended; a checkpoint of the last whole iteration is written
             RuntimeError: after ``max_skipped`` outer steps in a row that are not finite
         """
         with self.processes.telling():
             self._check_settings()
             self._prepare_folder()
+        ended_by: BaseException | None = None
+        try:
             if self.processes.world > 1:
                 state = self.processes.spread_bytes(to_bytes(self.state_dict()))
                 self._load(from_bytes(state, "the first process's state"))
-        ended_by: BaseException | None = None
-        try:
             with self._signals, own_global_draws(self.processes.device):
                 self._call("on_start")
                 while not self.finished:
@@ -158,7 +187,11 @@ class Trainer:
                 self.processes.announce(error)
             raise
         finally:
-            self._end(ended_by)
+            try:
+                self.call_ends(self.callbacks if self.processes.is_first else (), ended_by)
+            finally:
+                if self.record is not None and self.processes.is_first:
+                    self.record.lock.release()
             if ended_by is not None and not isinstance(ended_by, Interrupted | ProcessLost):
                 self.processes.let_others_end()
             if isinstance(ended_by, Interrupted) and self.processes.is_first:
@@ -336,10 +369,10 @@ class Trainer:
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)
 
-    def _end(self, error: BaseException | None) -> None:
+    def call_ends(self, callbacks: Sequence[Callback], error: BaseException | None) -> None:
         """Call every ``on_end``; one that fails hides neither the others nor the error that ended the training."""
         failure: Exception | None = None
-        for callback in self.callbacks if self.processes.is_first else ():
+        for callback in callbacks:
             try:
                 callback.on_end(self, self.history, error)
             except Exception as problem:
@@ -399,14 +432,21 @@ class Trainer:
         if self.checkpoints is None or not self.processes.is_first:
             return
         self.checkpoints.prepare()
-        found = self.checkpoints.numbered()
-        if found and self._saved is None:
-            raise FileExistsError(
-                errno.EEXIST,
-                f"there are checkpoints up to {found[-1].name}: resume, or take another folder for a new run",
-                str(self.checkpoints.folder),
-            )
-        to_bytes(self.state_dict())
+        assert self.record is not None, "there are checkpoints where there is a record"
+        self.record.lock.acquire()
+        try:
+            self.record.prepare()
+            found = self.checkpoints.numbered()
+            if found and self._saved is None:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"there are checkpoints up to {found[-1].name}: resume, or take another folder for a new run",
+                    str(self.checkpoints.folder),
+                )
+            to_bytes(self.state_dict())
+        except BaseException:
+            self.record.lock.release()
+            raise
 
     def _save(self) -> None:
         if self.checkpoints is None or not self.processes.is_first:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
 from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_tasks, sampler
+from metakern.cli.fewshot import IMAGES, MAMLSettings, make_learner, make_tasks, sampler
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
@@ -63,17 +63,25 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
 
 
 def eval_maml(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Folders of `metakern train maml`; several are compared.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."),
+        typer.Option(
+            metavar="PATH", help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."
+        ),
     ] = None,
-    num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Inner steps; default: those of its evaluations.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the images are now, if they were elsewhere.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides the tasks.")] = TEST_SEED,
+    device: Annotated[str, typer.Option(metavar="TEXT", help="cpu, cuda, or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
@@ -102,6 +110,8 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
     content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
     settings = MAMLSettings(**{**content, **moved}).resolved()
+    if "data" in moved and settings.tasks not in IMAGES:
+        raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks).to(device_of(settings.device))
     load_weights(run, learner)
@@ -151,7 +161,7 @@ def _measure(
     console: Console, trained: Sequence[Trained], num_tasks: int, steps: int | None, seed: int
 ) -> list[Adaptation]:
     """What every learner makes of the test tasks, with a bar, or lines where that takes long."""
-    adaptations = []
+    adaptations: list[Adaptation] = []
     with Display(console, "test tasks", num_tasks * len(trained)) as display:
         for each in trained:
             first = num_tasks * len(adaptations)

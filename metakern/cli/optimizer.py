@@ -16,8 +16,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
-from metakern.cli.outer import OuterSettings
+from metakern.cli.common import ERRORS, RunOptions, choose, fail, group, train_command
+from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
@@ -51,29 +51,34 @@ def word_for(problem: str) -> str:
 TRAINING = "training.json"
 
 
+_PROBLEM = group("Problem and episodes")
+_RULE = group("Learned optimizer")
+
+
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
 
-    problem: Annotated[str, Option(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
-    episodes: Annotated[int, Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
-    networks: Annotated[int, Option(min=1, help="Problems solved side by side.")] = 8
-    steps: Annotated[int, Option(min=1, help="Inner steps of an episode.")] = 100
-    unroll: Annotated[int, Option(min=1, help="Inner steps between two outer steps.")] = 20
-    objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
-    second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
-    hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
-    layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
+    problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
+    episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
+    networks: Annotated[int, _PROBLEM(min=1, help="Problems solved side by side.")] = 8
+    steps: Annotated[int, _PROBLEM(min=1, help="Inner steps of an episode.")] = 100
+    unroll: Annotated[int, _PROBLEM(min=1, help="Inner steps between two outer steps.")] = 20
+    objective: Annotated[str, _PROBLEM(help="sum of losses, or of their logarithms: log.")] = "log"
+    second_order: Annotated[bool, _PROBLEM(help="Differentiate through the optimizee's gradients too.")] = False
+    hidden_size: Annotated[int, _RULE(min=1, max=64, help="Units of each LSTM layer.")] = 20
+    layers: Annotated[int, _RULE(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
-        str | None, Option(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
+        str | None, _RULE(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
     ] = None
-    output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
-    backend: Annotated[str, Option(help="auto, cpp, cuda, triton or reference.")] = "auto"
-    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-2
-    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
-    eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5
-    eval_tasks: Annotated[int, Option(min=1, help="Validation problems of an evaluation.")] = 16
-    checkpoint_every: Annotated[int, Option(min=1, help="Episodes between checkpoints.")] = 10
+    output_scale: Annotated[float | None, _RULE(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
+    backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
+    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
+    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
+    monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
+    eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
+    eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16
+    checkpoint_every: Annotated[int, EVALUATION(min=1, help="Episodes between checkpoints.")] = 10
 
     def resolved(self) -> OptimizerSettings:
         """The same with nothing left open.
@@ -141,19 +146,25 @@ def _write_history(folder: Path, history: History, settings: OptimizerSettings) 
 
 def eval_optimizer(
     rule_folder: Annotated[
-        str, typer.Argument(help="Folder of `metakern train optimizer`, or the name of a rule in the package.")
+        str,
+        typer.Argument(metavar="RULE", help="Folder of `metakern train optimizer`, or the name of a rule that ships."),
     ] = "digits_lstm",
     output: Annotated[
-        Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval/optimizer.")
+        Path | None, typer.Option(metavar="PATH", help="Folder for figures; default: RULE, or runs/eval/optimizer.")
     ] = None,
-    problem: Annotated[str | None, typer.Option(help="Default: what it was trained on, or digits.")] = None,
-    networks: Annotated[int, typer.Option(min=2, help="Fresh networks.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each network.")] = 100,
-    seed: Annotated[int, typer.Option(help="Decides networks and minibatches.")] = 1000,
-    speed: Annotated[bool, typer.Option(help="Also time meta-iterations against plain PyTorch.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    problem: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help=f"{', '.join(PROBLEMS)}; default: what the rule was trained on, or digits."),
+    ] = None,
+    networks: Annotated[int, typer.Option(min=2, metavar="N", help="Fresh networks, or functions.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each network.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides networks and minibatches.")] = 1000,
+    speed: Annotated[
+        bool, typer.Option("--speed", metavar="", help="Also time meta-iterations against plain PyTorch.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
-    """Train unseen networks with a learned optimizer and with SGD, momentum, RMSprop and Adam at their best rates."""
+    """Train unseen networks by a learned optimizer, and by SGD, momentum, RMSprop and Adam at their best rates."""
     console = Console(quiet=quiet)
     try:
         rule, folder = _load_rule(rule_folder, output)

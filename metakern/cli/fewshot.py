@@ -114,6 +114,7 @@ class MAMLSettings(OuterSettings):
 
     def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
         """Of resolved settings; see :class:`OuterSettings`."""
+        yield from super().meaningless()
         if self.tasks in REGRESSION:
             yield ("ways",), f"with --tasks {self.tasks}, which have no classes"
         if self.tasks not in IMAGES:
@@ -157,7 +158,8 @@ class MAMLSettings(OuterSettings):
             raise ValueError(
                 f"model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
             )
-        return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps)
+        decay = settled.decay_iterations or settled.iterations
+        return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
 
     def describe(self) -> str:
         """The run in a few words."""

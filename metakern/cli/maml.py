@@ -30,9 +30,9 @@ from metakern.runs.folder import (
     save_weights,
     write_json,
 )
-from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
-from metakern.training import Trainer
+from metakern.training import FolderLock, Trainer
+from metakern.training.progress import Display
 
 LEARNER = "maml"
 
@@ -52,14 +52,13 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.iterations, settings.num_tasks or 1),
         scheduler=settings.make_scheduler(optimizer, settings.iterations),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
-    fit(run, trainer)
-    if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+    with begin(run, trainer):
+        run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
+        fit(run, trainer)
+        if finish(run, trainer, lambda folder: save_weights(folder, learner)):
+            report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
 
 
 def eval_maml(
@@ -69,7 +68,8 @@ def eval_maml(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."
+            metavar="PATH",
+            help="Folder for results.json and figures; default: RUNS/eval, or runs/eval/maml for several.",
         ),
     ] = None,
     num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
@@ -89,9 +89,10 @@ def eval_maml(
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)
         trained = [_load(run, name if unique else str(run), moved) for run, name in zip(runs, names, strict=True)]
-        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval") / LEARNER)
+        folder = output or (runs[0] / "eval" if len(runs) == 1 else Path("runs/eval") / LEARNER)
         make_folder(folder)
-        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
+        with FolderLock(folder):
+            report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
         raise fail(error) from error
 

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, ClassVar, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from metakern._plain_data import RESULT_BYTES, read_json
 from metakern.cli.common import ERRORS, RunOptions, choose, fail, group, train_command
 from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
@@ -24,10 +24,10 @@ from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedCompariso
 from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.progress import Display
 from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
 from metakern.tasks.classic_functions import FUNCTIONS
 from metakern.training import History, Trainer
+from metakern.training.progress import Display
 
 LEARNER = "optimizer"
 
@@ -58,6 +58,8 @@ _RULE = group("Learned optimizer")
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
+
+    count: ClassVar[str] = "episodes"
 
     problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
     episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
@@ -91,7 +93,8 @@ class OptimizerSettings(OuterSettings):
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
-        return replace(self, preprocess=preprocess, output_scale=scale)
+        decay = self.decay_iterations or self.episodes
+        return replace(self, preprocess=preprocess, output_scale=scale, decay_iterations=decay)
 
 
 def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
@@ -122,15 +125,14 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.episodes, settings.networks),
         scheduler=settings.make_scheduler(optimizer, settings.episodes),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    history = fit(run, trainer)
-    if finish(run, trainer, rule.save_pretrained):
-        _write_history(run.folder, history, settings)
-        best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
-        run.console.print(best, highlight=False, markup=False, soft_wrap=True)
+    with begin(run, trainer):
+        history = fit(run, trainer)
+        if finish(run, trainer, rule.save_pretrained):
+            _write_history(run.folder, history, settings)
+            best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
+            run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
@@ -206,7 +208,7 @@ def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path
 def _trained_on(folder: Path) -> str:
     """The problem that training.json of the folder names; digits where there is none."""
     try:
-        return str(json.loads((folder / TRAINING).read_text())["problem"])
+        return str(read_json(folder / TRAINING, RESULT_BYTES)["problem"])
     except (OSError, ValueError, KeyError, TypeError):
         return OptimizerSettings.problem
 

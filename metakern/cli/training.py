@@ -103,6 +103,8 @@ def begin(run: Run, trainer: Trainer) -> Iterator[None]:
             goes_on = _open(run) if first else False
             if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
                 trainer.resume(required=False)  # one that ended before its first checkpoint starts again
+            if schedule := run.settings.describe_schedule():
+                run.console.print(schedule, highlight=False)
             yield
         finally:
             if first:
@@ -175,9 +177,9 @@ def finish(run: Run, trainer: Trainer, save: Callable[[Path], object]) -> bool:
 
 
 def cosine(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The outer rate falls along half a cosine to :data:`LAST_RATE` of itself."""
+    """The outer rate falls along half a cosine to :data:`LAST_RATE` of itself, and stays there."""
 
     def factor(iteration: int) -> float:
-        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1, iteration / iterations))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -106,10 +106,8 @@ class Trainer:
                 if number < least:
                     raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")
             self.learner: Any = learner.to(self.processes.device)
-            self.tasks, self.optimizer, self.scheduler, self.callbacks = tasks, optimizer, scheduler, tuple(callbacks)
-            self.checkpoints = (
-                Checkpoints(Path(folder) / "checkpoints", self.config.keep) if folder is not None else None
-            )
+            self.tasks, self.optimizer, self.scheduler = tasks, optimizer, scheduler
+            self._set_record(folder, progress, callbacks)
             self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
             self.iteration, self.history = 0, History()
             self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from metakern import figures
-from metakern.runs import metrics
-from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
+from metakern.training import metrics
+from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.training import Callback, History, Record
 
 

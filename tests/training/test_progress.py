@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from metakern.runs import progress
-from metakern.runs.progress import Display, ProgressReport, describe, duration
+from metakern.training import progress
+from metakern.training.progress import Display, ProgressReport, describe, duration
 from metakern.training import History, Record
 
 #: Controls of a terminal: cursor, colours, erasing.

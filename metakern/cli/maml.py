@@ -15,16 +15,17 @@ from torch import Tensor
 
 from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
 from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import IMAGES, MAMLSettings, make_learner, make_tasks, sampler
+from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
+from metakern.runs import load
+from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
     RESULTS,
-    load_weights,
     make_folder,
     read_config,
     save_weights,
@@ -113,10 +114,8 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     settings = MAMLSettings(**{**content, **moved}).resolved()
     if "data" in moved and settings.tasks not in IMAGES:
         raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
-    tasks = make_tasks(settings)
-    learner = make_learner(settings, tasks).to(device_of(settings.device))
-    load_weights(run, learner)
-    return Trained(name, settings, learner, tasks)
+    loaded = load(run, device=device_of(settings.device), data=settings.data)
+    return Trained(name, settings, loaded.learner, loaded.tasks)
 
 
 def report(

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, ClassVar, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
@@ -21,25 +20,13 @@ from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
-from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
-from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
-from metakern.tasks.classic_functions import FUNCTIONS
+from metakern.runs.problems import PROBLEMS, make_rule_learner
 from metakern.training import History, Trainer
 from metakern.training.progress import Display
 
 LEARNER = "optimizer"
-
-#: What a learned optimizer is trained on, by name.
-PROBLEMS: dict[str, Callable[[], Optimizees]] = {
-    "digits": DigitsMLP,
-    "digits-regression": DigitsRegression,
-    "digits-cnn": DigitsCNN,
-    "digits-rnn": DigitsRNN,
-    "quadratics": Quadratics,
-    **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
-}
 
 
 def word_for(problem: str) -> str:
@@ -102,21 +89,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     settings = settings.resolved()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    rule = CoordinatewiseLSTM(
-        settings.hidden_size,
-        settings.layers,
-        preprocess=settings.preprocess or "none",
-        output_scale=settings.output_scale or 0.0,
-        backend=settings.backend,
-    )
-    learner = RuleLearner(
-        rule,
-        steps=settings.steps,
-        unroll=settings.unroll,
-        objective=settings.objective,
-        second_order=settings.second_order,
-    )
+    learner = make_rule_learner(settings)
     optimizer = settings.make_optimizer(learner)
     run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
@@ -129,7 +102,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     )
     with begin(run, trainer):
         history = fit(run, trainer)
-        if finish(run, trainer, rule.save_pretrained):
+        if finish(run, trainer, learner.rule.save_pretrained):
             _write_history(run.folder, history, settings)
             best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
             run.console.print(best, highlight=False, markup=False, soft_wrap=True)

@@ -8,14 +8,17 @@ from metakern.runs.folder import (
     write_config,
     write_json,
 )
+from metakern.runs.loading import LoadedRun, load
 from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.training.progress import ProgressReport
 
 __all__ = [
     "LearningCurves",
+    "LoadedRun",
     "MetricsLog",
     "ProgressReport",
     "TensorBoardLog",
+    "load",
     "load_weights",
     "open_folder",
     "read_config",

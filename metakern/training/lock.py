@@ -61,8 +61,8 @@ class FolderLock:
                 lock.acquire(timeout=_PATIENCE, poll_interval=0.05)
             except Timeout:
                 raise FolderInUse(
-                    f"folder {self.folder} is in use: {_holder(self.folder)} trains in it; wait until that ends, or take "
-                    "another folder"
+                    f"folder {self.folder} is in use: {_holder(self.folder)} trains in it; wait until that ends, or "
+                    "take another folder"
                 ) from None
             except OSError as error:
                 if error.errno not in _NO_LOCKS:

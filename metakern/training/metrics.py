@@ -17,9 +17,9 @@ from metakern._files import write_whole
 from metakern._plain_data import parse_json
 from metakern.adaptation import chance_accuracy
 from metakern.clustering import ClusterSampler
-from metakern.training.run_files import FIGURES, METRICS, finite
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
+from metakern.training.run_files import FIGURES, METRICS, finite
 
 if TYPE_CHECKING:
     from metakern.training.trainer import Trainer
@@ -116,7 +116,7 @@ class TensorBoardLog(Callback):
         self._writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open an events file; TensorBoard drops what a resumed run writes again, and what was there before a new one."""
+        """Open an events file; TensorBoard drops what is there of iterations that are still to come."""
         from torch.utils.tensorboard import SummaryWriter  # it takes seconds to import
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1)

@@ -81,7 +81,7 @@ class _Sums(NamedTuple):
     over: str
     options: dict[str, Any]
 
-    def count(self, losses: Tensor, y: Any, mask: Tensor | None) -> Tensor:
+    def divisor(self, losses: Tensor, y: Any, mask: Tensor | None) -> Tensor:
         """What the sum of ``losses`` [S, ...] over the samples in ``mask`` [S] is divided by, []."""
         if self.over == "one":
             return losses.new_ones(())
@@ -90,7 +90,7 @@ class _Sums(NamedTuple):
             return samples
         if self.over == "elements" or y.is_floating_point():
             return samples * losses[0].numel()
-        counted = y != self.options.get("ignore_index", -100)
+        counted: Tensor = y != self.options.get("ignore_index", -100)
         if mask is not None:
             counted = counted & _over_samples(mask, counted)
         weight = self.options.get("weight")
@@ -141,6 +141,12 @@ class TaskLoss:
         samples = pytree.tree_leaves(prediction)[0].shape[0]
         return self._summed(self._unreduced(prediction, y, samples), y, mask)
 
+    @property
+    def needs_target(self) -> bool:
+        """Whether it is a loss of PyTorch, all of which compare predictions with targets."""
+        loss = self.loss.func if isinstance(self.loss, functools.partial) else self.loss
+        return type(loss) in _MODULES or any(loss is function for function, _ in _KNOWN)
+
     def label_range(self, y: Any, name: str) -> tuple[int, int] | None:
         """The smallest and the largest label in ``y``, None where the loss takes none or they cannot be read."""
         ignored = ignored_label(self.loss)
@@ -173,7 +179,7 @@ class TaskLoss:
     def _summed(self, losses: Tensor, y: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         assert self.sums is not None
         losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
-        count = self.sums.count(losses, y, mask)
+        count = self.sums.divisor(losses, y, mask)
         if mask is not None:
             losses = torch.where(_over_samples(mask, losses), losses, torch.zeros_like(losses))
         return losses.sum(), count

@@ -9,23 +9,26 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 from torch import Tensor
 
-matplotlib.use("Agg")  # no display is needed or touched
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
 from metakern._files import write_whole
+from metakern._requirements import required
 from metakern.adaptation import Adaptation, Fits, mean_interval
 
 if TYPE_CHECKING:
     from metakern.evaluation import Curve
+
+with required():
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed or touched
+
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Line = Mapping[str, Any]
 
@@ -216,7 +219,8 @@ def _colours(count: int) -> list[Any]:
 
 def principal_components(embeddings: Tensor) -> Tensor:
     """The first two principal components [T, 2] of embeddings [T, D]; zeros where D is 1."""
-    from sklearn.decomposition import PCA
+    with required():
+        from sklearn.decomposition import PCA
 
     flat = embeddings.detach().flatten(1).double()
     count = min(2, *flat.shape)

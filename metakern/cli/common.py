@@ -17,6 +17,7 @@ from rich.markup import escape
 from typer.core import TyperCommand
 
 from metakern._plain_data import quoted
+from metakern._requirements import check_installed
 from metakern.runs.folder import CONFIG, newest_folder, read_config
 from metakern.training.distributed import is_launched
 
@@ -28,8 +29,11 @@ def group(title: str) -> Callable[..., Any]:
     return partial(typer.Option, rich_help_panel=title)
 
 
-#: What a command raises for input that it cannot use, and for files that it cannot read or write.
-ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+#: What a command raises for input that it cannot use, files that it cannot read or write, and libraries not installed.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError)
+
+#: Libraries that commands import when they are due, some of them only after the work.
+LIBRARIES = ("matplotlib", "scipy", "sklearn", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,6 +190,7 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
             for kind in (settings, RunOptions)
         ]
         try:
+            check_installed(*LIBRARIES)
             function(*parts)
         except typer.Exit:  # a RuntimeError, and no error
             raise

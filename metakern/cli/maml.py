@@ -13,8 +13,9 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from metakern._requirements import check_installed
 from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
-from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
 from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
@@ -86,6 +87,7 @@ def eval_maml(
 ) -> None:
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
+        check_installed(*LIBRARIES)
         moved = {"device": device} | ({"data": data} if data else {})
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)

@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from metakern._plain_data import RESULT_BYTES, read_json
-from metakern.cli.common import ERRORS, RunOptions, choose, fail, group, train_command
+from metakern._requirements import check_installed
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, choose, fail, group, train_command
 from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
@@ -142,6 +143,7 @@ def eval_optimizer(
     """Train unseen networks by a learned optimizer, and by SGD, momentum, RMSprop and Adam at their best rates."""
     console = Console(quiet=quiet)
     try:
+        check_installed(*LIBRARIES)
         rule, folder = _load_rule(rule_folder, output)
         problem = choose("problem", problem or _trained_on(Path(rule_folder)), tuple(PROBLEMS))
         make_folder(folder)

@@ -15,6 +15,7 @@ import torch
 
 from metakern._files import write_whole
 from metakern._plain_data import parse_json
+from metakern._requirements import required
 from metakern.adaptation import chance_accuracy
 from metakern.clustering import ClusterSampler
 from metakern.training.callbacks import Callback
@@ -117,7 +118,8 @@ class TensorBoardLog(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Open an events file; TensorBoard drops what is there of iterations that are still to come."""
-        from torch.utils.tensorboard import SummaryWriter  # it takes seconds to import
+        with required():
+            from torch.utils.tensorboard import SummaryWriter  # it takes seconds to import
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1)
 

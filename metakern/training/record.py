@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from metakern._files import check_targets
+from metakern._requirements import check_installed
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
 from metakern.training.identity import plain_settings
@@ -63,8 +63,7 @@ class RunRecord(Callback):
             ModuleNotFoundError: for a library that is not installed
             OSError: where a directory or a link has the name of a file to write.
         """
-        for module in ("tensorboard", "matplotlib"):
-            need(module, f"the record of a run in {self.folder}")
+        check_installed("tensorboard", "matplotlib")
         check_targets(self.folder, FILES, FOLDERS)
 
     def on_start(self, trainer: Trainer) -> None:
@@ -104,19 +103,3 @@ def progress_reports(progress: bool | Console, word: str = "iteration") -> list[
     if progress is False:
         return []
     return [ProgressReport(Console() if progress is True else progress, word)]
-
-
-def need(module: str, what: str) -> Any:
-    """Import a library, or say that it is missing and how to get it.
-
-    Raises:
-        ModuleNotFoundError: where it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.partition(".")[0] != module.partition(".")[0]:
-            raise  # it is there, and lacks a library of its own
-        raise ModuleNotFoundError(
-            f"{what} needs {module}, which is not installed: pip install {module}", name=error.name
-        ) from None

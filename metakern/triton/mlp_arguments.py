@@ -7,7 +7,6 @@ inner steps, P parameters of a task.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from metakern._memo import constant, memoized
 
 #: Keep in step with csrc/mlp_inner_loop.h; what the operators alone read is padded by TASK_LANES.
 MAX_LAYERS, TASK_LANES = 8, 16
@@ -173,13 +174,6 @@ class Network:
 # ------------------------------------------------------------------------------------------- constants on the device
 
 
-@functools.lru_cache(256)
-def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers; copied to the device once."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-
 def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A constant that may still be on the CPU."""
     if x.device == device:
@@ -192,18 +186,13 @@ def table(network: Network, arguments: Arguments, device: torch.device) -> Tenso
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
-    return _table(network.widths, network.sizes, bits, rates, steps, device)
+    return constant(_rows(network.widths, network.sizes, bits, rates, steps), torch.int32, device)
 
 
-@functools.lru_cache(256)
-def _table(
-    widths: tuple[int, ...],
-    sizes: tuple[int, ...],
-    adapted: int,
-    rates: tuple[int, ...],
-    steps: int,
-    device: torch.device,
-) -> Tensor:
+@memoized
+def _rows(
+    widths: tuple[int, ...], sizes: tuple[int, ...], adapted: int, rates: tuple[int, ...], steps: int
+) -> tuple[tuple[int, ...], ...]:
     rows = []
     offsets, slots = (list(itertools.accumulate(counts, initial=0)) for counts in (sizes, rates))
     for tensor, size in enumerate(sizes):
@@ -211,7 +200,7 @@ def _table(
         of_step = rates[owner] // max(steps, 1) if rates else 0
         row = [offsets[tensor], size, widths[layer], widths[layer + 1], sum(widths[1 : layer + 1])]
         rows.append([*row, adapted >> tensor & 1, slots[owner], int(of_step > 1), of_step if steps else 0])
-    return constant(tuple(map(tuple, rows)), torch.int32, device)
+    return tuple(map(tuple, rows))
 
 
 def starts(sizes: Sequence[int], device: torch.device) -> Tensor:

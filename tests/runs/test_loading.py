@@ -26,7 +26,10 @@ KINDS = {
     "anil": (f"{SINUSOID} --iterations 4 --anil --rates meta-sgd", MAMLLearner),
     "clusters": (f"{SINUSOID} {CLUSTERS} --clusters 2", ClusteredLearner),
     "soft": (f"{SINUSOID} {CLUSTERS} --clusters auto --cluster-eval-temperature 0.5", ClusteredLearner),
-    "shared": (f"{SINUSOID} {SHARED} --clusters 3 --cluster-shared --cluster-by embedding --cluster-batches one", ClusteredLearner),
+    "shared": (
+        f"{SINUSOID} {SHARED} --clusters 3 --cluster-shared --cluster-by embedding --cluster-batches one",
+        ClusteredLearner,
+    ),
 }
 
 

@@ -13,6 +13,7 @@ parameter tensor of the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
+from metakern._clone import clone_module, detach_module, maml_update, update_module
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -46,12 +48,20 @@ __all__ = [
     "PerStepBatchNorm",
     "Rates",
     "adapt",
+    "clone_module",
+    "detach_module",
+    "maml",
+    "maml_update",
     "meta_backward",
     "meta_loss",
     "multi_step_weights",
     "per_step_batch_norm",
     "reptile_step",
+    "update_module",
 ]
+
+#: learn2learn has a module of this name, with MAML and maml_update, in ``algorithms``, which is this module here.
+maml = sys.modules[__name__]
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

@@ -14,10 +14,8 @@ from tests.cli.commands import invoke
 
 def laughs(levels, width=9):
     """Nested aliases: a few hundred bytes that stand for ``width`` to the power of ``levels`` entries."""
-    lines = ["a0: &a0 [lol]"]
-    for level in range(1, levels):
-        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")
-    return "\n".join(lines) + "\n"
+    lines = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]\n" for level in range(1, levels)]
+    return "".join(["a0: &a0 [lol]\n", *lines])
 
 
 HOSTILE = {

@@ -82,7 +82,7 @@ def test_a_schedule_that_is_none_has_no_length(tmp_path):
     assert "--decay-iterations has no meaning with --scheduler none" in result.stderr
 
 
-# ----------------------------------------------------------------------------------------- options beside a configuration
+# ------------------------------------------------------------------------------------ options beside a configuration
 
 
 def config_of(tmp_path, options):

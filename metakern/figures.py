@@ -118,6 +118,36 @@ def plot_learning(
     _save(figure, path)
 
 
+def plot_validation(
+    runs: Mapping[str, Sequence[Line]], path: Path, word: str = "iteration", chance: float | None = None
+) -> None:
+    """Validation measures of several runs while they trained.
+
+    Args:
+        runs: lines of evaluations of each run's metrics.jsonl by its name, see :func:`metakern.runs.read_metrics`; at
+            least one line in all
+        path: of the PNG
+        word: what an iteration is called
+        chance: the accuracy of guessing, which is drawn
+    """
+    seen = {name: [(line["iteration"], line["evaluation"]) for line in lines] for name, lines in runs.items()}
+    measures = [key for key in MEASURES if any(key in line for lines in seen.values() for _, line in lines)]
+    size = (5 * len(measures) + 1, 4)
+    figure, panels = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
+    for name, axes in zip(measures, panels[0], strict=True):
+        drawn: list[float] = []
+        for (run, lines), colour in zip(seen.items(), itertools.cycle(COLOURS), strict=False):
+            x, y = _points(lines, name)
+            axes.plot(x, y, color=colour, marker="o", markersize=3, label=run)
+            drawn += y
+        _measure_axis(axes, name, drawn, chance)
+        axes.set(xlabel=word, ylabel=f"{name} of validation tasks")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.3)
+    panels[0, -1].legend(frameon=False)
+    _save(figure, path)
+
+
 def plot_adaptation(adaptations: Sequence[Adaptation], path: Path) -> None:
     """What learners make of unseen tasks, by inner step: the mean over tasks, its 95 % interval shaded."""
     measures = [key for key in MEASURES if key in adaptations[0].measures]

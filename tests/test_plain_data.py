@@ -14,8 +14,9 @@ from tests.cli.commands import invoke
 
 def laughs(levels, width=9):
     """Nested aliases: a few hundred bytes that stand for ``width`` to the power of ``levels`` entries."""
-    lines = [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]\n" for level in range(1, levels)]
-    return "".join(["a0: &a0 [lol]\n", *lines])
+    lines = ["a0: &a0 [lol]"]
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]" for level in range(1, levels)]
+    return "\n".join(lines) + "\n"
 
 
 HOSTILE = {

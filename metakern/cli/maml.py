@@ -26,6 +26,7 @@ from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
+    METRICS,
     RESULTS,
     make_folder,
     read_config,
@@ -34,6 +35,7 @@ from metakern.runs.folder import (
 )
 from metakern.tasks import TaskDistribution
 from metakern.training import FolderLock, Trainer
+from metakern.training.metrics import read_metrics
 from metakern.training.progress import Display
 
 LEARNER = "maml"
@@ -60,7 +62,8 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
         fit(run, trainer)
         if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-            report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+            trained = Trained(run.folder.name, run.folder, settings, learner, tasks)
+            report(run.console, run.folder, [trained], settings.test_tasks)
 
 
 def eval_maml(
@@ -102,9 +105,10 @@ def eval_maml(
 
 @dataclass(frozen=True)
 class Trained:
-    """A learner and the tasks that it was trained for."""
+    """A learner, the tasks that it was trained for, and the folder of its run."""
 
     name: str
+    folder: Path
     settings: MAMLSettings
     learner: Any
     tasks: TaskDistribution
@@ -117,7 +121,7 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     if "data" in moved and settings.tasks not in IMAGES:
         raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
     loaded = load(run, device=device_of(settings.device), data=settings.data)
-    return Trained(name, settings, loaded.learner, loaded.tasks)
+    return Trained(name, run, settings, loaded.learner, loaded.tasks)
 
 
 def report(
@@ -134,7 +138,7 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters, plot_fits  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:
@@ -145,7 +149,10 @@ def report(
     write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
     plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
-    tasks = trained[0].tasks
+    tasks, evaluations = trained[0].tasks, {each.name: _evaluations(each.folder) for each in trained}
+    if len(trained) > 1 and any(evaluations.values()):
+        plot_validation(evaluations, folder / FIGURES / "learning.png", chance=adaptations[0].chance)
+        written.append(f"{FIGURES}/learning.png")
     if fits := fit_tasks({each.name: each.learner for each in trained}, tasks, steps=steps, seed=seed):
         plot_fits(fits, folder / FIGURES / "fits.png")
         written.append(f"{FIGURES}/fits.png")
@@ -157,6 +164,12 @@ def report(
             written.append(f"{FIGURES}/{name}")
     line = f"results are in {folder}/: {', '.join(written)}"
     console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's evaluations; none where it has no metrics any more."""
+    path = run / METRICS
+    return read_metrics(path)[1] if path.is_file() else []
 
 
 def _measure(

@@ -175,6 +175,7 @@ def test_runs_are_compared_on_the_same_tasks(run, tmp_path):
     assert "other" in printed
     assert measures(tmp_path / "eval") == [*measures(folder), *measures(tmp_path / "other")]
     assert coloured_share(tmp_path / "eval" / "figures" / "clusters-other.png") > 0.0005
+    assert coloured_share(tmp_path / "eval" / "figures" / "learning.png") > 0.002
 
 
 def test_runs_of_different_tasks_are_not_compared(run, tmp_path):

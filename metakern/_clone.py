@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from metakern._inner_loop_input import check_rate
+from metakern._rates import check_rate
 from metakern._substitution import Replaced, Substitution, shallow_copy
 from metakern.ops.inner_update import step_of_one_task
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern._clone import clone_parts, take_step
-from metakern._inner_loop_input import check_rate
 from metakern._lineage import Lineage, foreign, nodes_of, quoted, reach, tensors_of, unregistered
+from metakern._rates import check_rate
 from metakern._substitution import Replaced, is_compiled, shallow_copy
 from metakern._warn import warn_user
 from metakern.ops.inner_update_autograd import is_transformed

@@ -4,34 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
-from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
-from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_tasks, sampler
+from metakern._requirements import check_installed
+from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
+from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
+from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
+from metakern.runs import load
+from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
+    METRICS,
     RESULTS,
-    load_weights,
     make_folder,
     read_config,
     save_weights,
     write_json,
 )
+from metakern.runs.metrics import read_metrics
 from metakern.tasks import TaskDistribution
-from metakern.training import Trainer
+from metakern.training import FolderLock, Trainer
+from metakern.training.progress import Display
 
 LEARNER = "maml"
 
@@ -51,47 +56,59 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.iterations, settings.num_tasks or 1),
         scheduler=settings.make_scheduler(optimizer, settings.iterations),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    run.console.print(escape(settings.describe()), highlight=False)
-    fit(run, trainer)
-    if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+    with begin(run, trainer):
+        run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
+        fit(run, trainer)
+        if finish(run, trainer, lambda folder: save_weights(folder, learner)):
+            trained = Trained(run.folder.name, run.folder, settings, learner, tasks)
+            report(run.console, run.folder, [trained], settings.test_tasks)
 
 
 def eval_maml(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Folders of `metakern train maml`; several are compared.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."),
+        typer.Option(
+            metavar="PATH",
+            help="Folder for results.json and figures; default: RUNS/eval, or runs/eval/maml for several.",
+        ),
     ] = None,
-    num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Inner steps; default: those of its evaluations.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the images are now, if they were elsewhere.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides the tasks.")] = TEST_SEED,
+    device: Annotated[str, typer.Option(metavar="TEXT", help="cpu, cuda, or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
+        check_installed(*LIBRARIES)
         moved = {"device": device} | ({"data": data} if data else {})
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)
         trained = [_load(run, name if unique else str(run), moved) for run, name in zip(runs, names, strict=True)]
-        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval") / LEARNER)
+        folder = output or (runs[0] / "eval" if len(runs) == 1 else Path("runs/eval") / LEARNER)
         make_folder(folder)
-        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
+        with FolderLock(folder):
+            report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
         raise fail(error) from error
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A learner and the tasks that it was trained for."""
+    """A learner, the tasks that it was trained for, and the folder of its run."""
 
     name: str
+    folder: Path
     settings: MAMLSettings
     learner: Any
     tasks: TaskDistribution
@@ -101,10 +118,10 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
     content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
     settings = MAMLSettings(**{**content, **moved}).resolved()
-    tasks = make_tasks(settings)
-    learner = make_learner(settings, tasks).to(device_of(settings.device))
-    load_weights(run, learner)
-    return Trained(name, settings, learner, tasks)
+    if "data" in moved and settings.tasks not in IMAGES:
+        raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
+    loaded = load(run, device=device_of(settings.device), data=settings.data)
+    return Trained(name, run, settings, loaded.learner, loaded.tasks)
 
 
 def report(
@@ -121,27 +138,59 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:
         raise ValueError(f"runs must be of the same tasks to be compared, got {'; '.join(sorted(kinds))}")
-    adaptations = [
-        measure_adaptation(each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name)
-        for each in trained
-    ]
-    console.print(adaptation_table(adaptations))
+    adaptations = _measure(console, trained, num_tasks, steps, seed)
+    print_table(console, adaptation_table(console, adaptations))
     measures = [{"run": each.name, "measures": each.summary()} for each in adaptations]
     write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
     plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
+    tasks, evaluations = trained[0].tasks, {each.name: _evaluations(each.folder) for each in trained}
+    if len(trained) > 1 and any(evaluations.values()):
+        plot_validation(evaluations, folder / FIGURES / "learning.png", chance=adaptations[0].chance)
+        written.append(f"{FIGURES}/learning.png")
+    if fits := fit_tasks({each.name: each.learner for each in trained}, tasks, steps=steps, seed=seed):
+        plot_fits(fits, folder / FIGURES / "fits.png")
+        written.append(f"{FIGURES}/fits.png")
     for each in trained:
         if isinstance(each.learner, ClusteredLearner) and each.learner.num_active:
             name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name.replace('/', '-')}.png"
-            plot_clusters(*cluster_map(each.learner, each.tasks, num_tasks), folder / FIGURES / name)
+            points, clusters, modes = cluster_map(each.learner, each.tasks, num_tasks)
+            plot_clusters(points, clusters, modes, folder / FIGURES / name, getattr(tasks, "mode_names", ()))
             written.append(f"{FIGURES}/{name}")
-    line = f"results are in {escape(str(folder))}/: {', '.join(written)}"
-    console.print(line, highlight=False, soft_wrap=True)
+    line = f"results are in {folder}/: {', '.join(written)}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's evaluations; none where it has no metrics any more."""
+    path = run / METRICS
+    return read_metrics(path)[1] if path.is_file() else []
+
+
+def _measure(
+    console: Console, trained: Sequence[Trained], num_tasks: int, steps: int | None, seed: int
+) -> list[Adaptation]:
+    """What every learner makes of the test tasks, with a bar, or lines where that takes long."""
+    adaptations: list[Adaptation] = []
+    with Display(console, "test tasks", num_tasks * len(trained)) as display:
+        for each in trained:
+            first = num_tasks * len(adaptations)
+            adaptations.append(
+                measure_adaptation(
+                    each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name,
+                    advance=partial(_show, display, each.name, first),
+                )
+            )  # fmt: skip
+    return adaptations
+
+
+def _show(display: Display, name: str, first: int, done: int) -> None:
+    display.update(first + done, name)
 
 
 def _kind(settings: MAMLSettings) -> str:
@@ -158,29 +207,6 @@ def cluster_map(
     points = learner.embedding(learner.shared, list(learner.learners)[: learner.num_active], batch)
     modes = None if batch.modes is None else batch.modes.cpu()
     return points.cpu(), learner.assign(batch).cpu(), modes
-
-
-def adaptation_table(adaptations: Sequence[Adaptation]) -> Table:
-    """A row for every number of inner steps: mean and 95 % interval of every learner's loss and accuracy."""
-    title = f"{adaptations[0].num_tasks} unseen tasks, ± half of the 95 % interval"
-    table = Table(title=title, title_justify="left")
-    table.add_column("inner steps", justify="right")
-    columns = []
-    for adaptation in adaptations:
-        for name, rows in adaptation.summary().items():
-            table.add_column(name if len(adaptations) == 1 else f"{adaptation.name}\n{name}", justify="right")
-            columns.append([_cell(name, row["mean"], row["interval"]) for row in rows])
-    last = max(len(column) for column in columns) - 1
-    for step in range(last + 1):
-        cells = [column[step] if step < len(column) else "" for column in columns]
-        table.add_row(str(step), *cells, style="bold green" if step == last else "")
-    return table
-
-
-def _cell(name: str, mean: float, half: float) -> str:
-    if name == "accuracy":
-        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{mean:.4g} ± {half:.2g}"
 
 
 def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:

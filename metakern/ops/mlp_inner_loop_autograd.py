@@ -5,7 +5,6 @@ Axis legend: T tasks, K inner steps, P parameters of a task.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakern._memo import constant
+from metakern.ops.devices import check_constants, check_devices
 from metakern.ops.inner_update_autograd import is_transformed
 from metakern.ops.mlp_inner_loop_batching import backward_rule, batched, batched_backward, forward_rule
 
 _TASK_LANES = 16
+
+#: Where the operators read their constants, whatever device the tasks are on.
+_CPU = torch.device("cpu")
 
 _ONCE = (
     "meta-gradients of the fused inner loop cannot be differentiated again; backend='reference' takes plain PyTorch, "
@@ -41,15 +45,22 @@ class Problem(NamedTuple):
     steps: int
     per_step: bool
     adapted: int  # bit i: whether params[i] is
-    activation: int
+    activation: tuple[int, ...]  # of every hidden layer
     loss: int
     checkpoint_every: int
     second_order: tuple[bool, ...]
+    slopes: tuple[float, ...]  # of leaky_relu, for every hidden layer; empty where no layer has one
+    clip_norm: float | None
 
     @property
     def scalars(self) -> tuple[Any, ...]:
         """Those that every operator takes, in order."""
-        return self[:7]
+        return *self[:4], list(self.activation), *self[5:7]
+
+    @property
+    def options(self) -> tuple[list[float], float | None]:
+        """Those that every operator takes at the end."""
+        return list(self.slopes), self.clip_norm
 
 
 class Operators:
@@ -68,14 +79,14 @@ class Operators:
             x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
             arguments = (trajectory, params, x, y, mask, lr, *ctx.scalars, second_order)
-            found, rates = self.adapt_backward(list(grad_adapted), *arguments)
-            return found, None, None, None, rates, *(None,) * 9
+            found, rates = self.adapt_backward(list(grad_adapted), *arguments, *ctx.options)
+            return found, None, None, None, rates, *_no_gradients(ctx.needs_input_grad[5:])
 
         def backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
             x, y, task_grads, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
             found, rates = self.meta_loss_backward(grad, task_grads, params, x, y, lr, *ctx.options)
-            return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
+            return found, *(None,) * 6, rates, *_no_gradients(ctx.needs_input_grad[8:])
 
         library = torch.library
         library.register_fake(adapt, _fake)
@@ -114,21 +125,24 @@ class Run:
 
     def forward(self, params: Tensors, data: Tensors, lr: Tensors) -> tuple[list[Tensor], Tensor]:
         """Results [T, ...], and what the way back needs."""
-        second_order = _constant(self.problem.second_order, torch.bool)
-        arguments = (list(params), *data, list(lr), *self.problem.scalars)
+        second_order = constant(self.problem.second_order, torch.bool, _CPU)
+        problem = self.problem
+        # Without a way back there is one segment of steps: the kernels reserve memory for the start of every other.
+        every = problem.checkpoint_every if self.keep else problem.steps
+        arguments, options = (list(params), *data, list(lr), *problem.scalars[:-1], every), problem.options
         if self.weights is None:
-            results, kept = self.operators.adapt(*arguments, self.keep, second_order)
+            results, kept = self.operators.adapt(*arguments, self.keep, second_order, *options)
             return results, kept
-        weights = _constant(self.weights, _arithmetic(params[0]))
-        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep)
+        weights = constant(self.weights, _arithmetic(params[0]), _CPU)
+        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep, *options)
         return [losses], kept
 
     def backward(self, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> list[Tensor]:
         """Gradients of params, and of the rates where they are wanted."""
         problem, lists = self.problem, (list(params), list(lr))
         if self.weights is None:
-            second_order = _constant(problem.second_order, torch.bool)
-            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order)
+            second_order = constant(problem.second_order, torch.bool, _CPU)
+            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order, *problem.options)
             found, rates = self.operators.adapt_backward(list(grads), kept, *arguments)
         else:
             options = problem.steps, problem.per_step, problem.loss
@@ -141,17 +155,9 @@ class Run:
         return tensors[:count], tensors[count:end], tensors[end:]
 
 
-def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of a few constants; made once for each, but while a graph is traced."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype)
-    return _cached_constant(values, dtype)
-
-
-@functools.lru_cache(256)
-def _cached_constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype)
+def _no_gradients(wanted: Sequence[Any]) -> list[Any]:
+    """None for every argument, in the form that torch.library wants: a list of numbers that is empty is a list."""
+    return [[] if isinstance(flag, list) else None for flag in wanted]
 
 
 def _arithmetic(like: Tensor) -> torch.dtype:
@@ -385,36 +391,62 @@ def _task_elements(params: Sequence[Tensor]) -> int:
     return sum(math.prod(p.shape[-2:]) if i % 2 == 0 else p.shape[-1] for i, p in enumerate(params))
 
 
-def _fake(params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int, *rest: Any) -> Any:
-    every, keep = rest[4], rest[5]
+def _fake(
+    params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int, *rest: Any
+) -> tuple[list[Tensor], Tensor]:
+    every, keep, second_order = rest[4:7]
+    _check_fake(params, second_order, support_x=x, support_y=y, support_mask=mask, lr=lr)
     num_tasks = x.shape[0]
     results = [p.new_empty((num_tasks, *p.shape[(-2 if i % 2 == 0 else -1) :])) for i, p in enumerate(params)]
     kept = -(-steps // every) * _task_elements(params) if keep else 0
     return results, params[0].new_empty(_padded(num_tasks) * kept, dtype=_arithmetic(params[0]))
 
 
-def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *_: Any) -> Any:
-    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+def _fake_backward(
+    grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *rest: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    _check_fake(params, rest[7], trajectory=trajectory, support_x=x, support_y=y, support_mask=mask, lr=lr)
+    check_devices("params", params[0].device, grad_adapted=grad_adapted)
+    return _fake_gradients(params, lr)
 
 
-def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
-    lr, with_grads = rest[5], rest[-1]
+def _fake_meta_loss(
+    params: Any, x: Any, y: Any, mask: Any, query_x: Any, query_y: Any, query_mask: Any, lr: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    second_order, weights, with_grads = rest[7:10]
+    _check_fake(params, second_order, support_x=x, support_y=y, support_mask=mask, lr=lr)
+    check_devices("params", params[0].device, query_x=query_x, query_y=query_y, query_mask=query_mask)
+    check_constants(params[0].device, step_weights=weights)
     flat = _task_elements(params) + sum(r.numel() for r in lr) if with_grads else 0
     return x.new_empty(x.shape[0]), x.new_empty(_padded(x.shape[0]) * flat, dtype=_arithmetic(x))
 
 
-def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:
-    return _fake_backward(grad, task_grads, params, x, y, None, lr, *rest)
+def _fake_meta_loss_backward(
+    grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *_: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    device = params[0].device
+    check_devices("params", device, params=params, grad=grad, task_grads=task_grads, support_x=x, support_y=y, lr=lr)
+    return _fake_gradients(params, lr)
+
+
+def _fake_gradients(params: Any, lr: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+
+
+def _check_fake(params: Any, second_order: Tensor, **arguments: Any) -> None:
+    device = params[0].device
+    check_devices("params", device, params=params, **arguments)
+    check_constants(device, second_order=second_order)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    params, x, y, mask, lr, *scalars, _, second_order = inputs
-    ctx.counts, ctx.scalars = (len(params), len(lr)), scalars
+    params, x, y, mask, lr, *scalars, _, second_order, slopes, clip_norm = inputs
+    ctx.counts, ctx.scalars, ctx.options = (len(params), len(lr)), scalars, (slopes, clip_norm)
     ctx.save_for_backward(x, y, mask, second_order, output[1], *params, *lr)
 
 
 def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, x, y, *_ = inputs
     lr, steps, per_step, loss = inputs[7], inputs[9], inputs[10], inputs[13]
-    ctx.options, ctx.count, ctx.arguments = (steps, per_step, loss), len(params), len(inputs)
+    ctx.options, ctx.count = (steps, per_step, loss), len(params)
     ctx.save_for_backward(x, y, output[1], *params, *lr)

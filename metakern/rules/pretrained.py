@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import reprlib
 import typing
 from importlib import resources
 from pathlib import Path
@@ -12,10 +11,12 @@ from typing import Any, Self
 import torch
 from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from metakern._digest import check_digest, digest
+from metakern._files import check_targets, write_whole
+from metakern._plain_data import check_flat, quoted, read_json
 
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
@@ -25,9 +26,6 @@ OPTIONAL = ("precision", "bfloat16_state", "backend", "horizon", "trained_on")
 
 #: Options of from_pretrained that say what to fetch.
 _HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
-#: Bytes of the longest config.json that is read.
-MAX_CONFIG = 64 * 1024
 
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _CARD_MARK = "<!-- written by save_pretrained of metakern, which replaces it -->"
@@ -147,10 +145,14 @@ optimizer = LearnedOptimizer(model.parameters(), rule)
             "rule": type(self).__name__,
             "sha256": digest(tensors),
         }
-        save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
+        # The files that huggingface_hub writes beside them, too: none goes where a link points to.
+        names = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME, constants.REPOCARD_NAME
+        check_targets(save_directory, names)
+        write_whole(save_directory / constants.SAFETENSORS_SINGLE_FILE, save(tensors, metadata=metadata))
         # The options as they are now, where the base class would write those of the constructor.
         options = {name: getattr(self, name) for name in self._hub_mixin_init_parameters if name != "self"}
-        (save_directory / constants.CONFIG_NAME).write_text(json.dumps(options, sort_keys=True, indent=2))
+        text = json.dumps(options, sort_keys=True, indent=2)
+        write_whole(save_directory / constants.CONFIG_NAME, text.encode())
         card = save_directory / constants.REPOCARD_NAME
         if card.is_file() and _CARD_MARK in card.read_text(errors="replace"):
             card.unlink()  # of what was saved here before; the base class leaves a card that is there
@@ -235,23 +237,21 @@ def _check_folder(folder: Path, options: dict[str, Any]) -> None:
     for needed in (config, folder / constants.SAFETENSORS_SINGLE_FILE):
         if not needed.is_file():
             raise ValueError(f"{folder} is not a folder of save_pretrained: it lacks {needed.name}")
-    if config.stat().st_size > MAX_CONFIG:
-        raise ValueError(f"{config} must have at most {MAX_CONFIG} bytes, got {config.stat().st_size}")
     try:
-        content = json.loads(config.read_text())
-    except (ValueError, RecursionError) as error:  # of JSON, Unicode, and of integers with thousands of digits
-        raise ValueError(f"{config} is damaged or not JSON: {error}") from error
+        content = check_flat(read_json(config))
+    except OSError as error:
+        raise ValueError(f"{config} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged or no configuration: {error}") from error
     needed_options = options.keys() - set(OPTIONAL)
-    if not isinstance(content, dict) or not needed_options <= content.keys():
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{config} must hold the options {sorted(needed_options)}, got {reprlib.repr(got)}")
+    if not needed_options <= content.keys():
+        raise ValueError(f"{config} must hold the options {sorted(needed_options)}, got {quoted(sorted(content))}")
     for name, value in content.items():
         if name not in options:
-            raise ValueError(f"{config} must hold the options {sorted(options)} alone, got {reprlib.repr(name)}")
+            raise ValueError(f"{config} must hold the options {sorted(options)} alone, got {quoted(name)}")
         if not _is_of(value, options[name]):
             raise ValueError(
-                f"{config}: {name} must be {_kind(options[name])}, got {reprlib.repr(value)} of type "
-                f"{type(value).__name__}"
+                f"{config}: {name} must be {_kind(options[name])}, got {quoted(value)} of type {type(value).__name__}"
             )
 
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from metakern._plain_data import CONFIG_BYTES
 from metakern.rules import CoordinatewiseLSTM
-from metakern.rules.pretrained import MAX_CONFIG
 from tests.rules.test_pretrained import CONFIG, OPTIONS, WEIGHTS, assert_refused, load, rewrite_weights
 from tests.rules.test_pretrained import folder as folder  # fixtures
 from tests.rules.test_pretrained import no_network as no_network
@@ -57,12 +57,12 @@ def test_a_rule_that_could_not_be_loaded_is_not_saved(rule: CoordinatewiseLSTM, 
 #: For every option, values of other types, and how the message calls what it should be.
 WRONG: dict[str, tuple[list[Any], str]] = {
     "hidden_size": (["6", 6.0, True, None, [6]], "an integer"),
-    "num_layers": (["3", 3.5, False, {}], "an integer"),
+    "num_layers": (["3", 3.5, False, []], "an integer"),
     "preprocess": ([1, None, True, ["log_sign"]], "a text"),
     "preprocess_scale": (["5", True, None, [5.0]], "a number"),
-    "output_scale": (["0.25", False, None, {}], "a number"),
+    "output_scale": (["0.25", False, None, []], "a number"),
     "backend": ([1, False, ["cpp"]], "a text or null"),
-    "precision": ([1, None, {}], "a text"),
+    "precision": ([1, None, []], "a text"),
     "bfloat16_state": (["yes", 1, 0, None, "false"], "true or false"),
     "horizon": (["100", 1.5, True, [1]], "an integer or null"),
     "trained_on": ([1, True, ["digits"]], "a text or null"),
@@ -79,6 +79,12 @@ def test_options_of_another_type_are_refused(name: str, folder: Path) -> None:
     for value in values:
         (folder / CONFIG).write_text(json.dumps(OPTIONS | {name: value}))
         assert_refused(folder, CONFIG, f"{name} must be {kind}, got", f"of type {type(value).__name__}")
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_nested_options_are_refused(name: str, folder: Path) -> None:
+    (folder / CONFIG).write_text(json.dumps(OPTIONS | {name: {"a": 1}}))
+    assert_refused(folder, CONFIG, f"'{name}' must be a number, text or a list of these")
 
 
 @pytest.mark.parametrize("options", [{"bfloat16_state": "yes"}, {"horizon": 1.5}, {"horizon": True}, {"trained_on": 3}])
@@ -100,7 +106,7 @@ def test_an_unknown_option_is_refused(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["[" * 60_000, '{"hidden_size": ' + "9" * 5000 + "}", json.dumps(OPTIONS) + " " * MAX_CONFIG],
+    ["[" * 60_000, '{"hidden_size": ' + "9" * 5000 + "}", json.dumps(OPTIONS) + " " * CONFIG_BYTES],
     ids=["deep", "digits", "long"],
 )
 def test_a_config_that_would_take_long_is_refused_in_a_line(content: str, folder: Path) -> None:

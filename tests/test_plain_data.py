@@ -15,8 +15,7 @@ from tests.cli.commands import invoke
 def laughs(levels, width=9):
     """Nested aliases: a few hundred bytes that stand for ``width`` to the power of ``levels`` entries."""
     lines = ["a0: &a0 [lol]"]
-    for level in range(1, levels):
-        lines.append(f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]")
+    lines += [f"a{level}: &a{level} [{', '.join([f'*a{level - 1}'] * width)}]" for level in range(1, levels)]
     return "\n".join(lines) + "\n"
 
 

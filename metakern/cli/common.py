@@ -135,7 +135,7 @@ def chosen(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
 
     def follows(name: str) -> bool:
         others = kind(**{other: value for other, value in content.items() if other != name}).resolved()
-        return getattr(others, name) == content[name]
+        return bool(getattr(others, name) == content[name])
 
     can_be_open = [field.name for field in dataclasses.fields(kind) if field.default in (None, "auto")]
     suggested = {name for name in can_be_open if name in content and follows(name)}

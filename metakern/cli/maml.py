@@ -33,9 +33,9 @@ from metakern.runs.folder import (
     save_weights,
     write_json,
 )
-from metakern.runs.metrics import read_metrics
 from metakern.tasks import TaskDistribution
 from metakern.training import FolderLock, Trainer
+from metakern.training.metrics import read_metrics
 from metakern.training.progress import Display
 
 LEARNER = "maml"

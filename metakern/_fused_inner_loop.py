@@ -5,6 +5,7 @@ Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import FunctionType
@@ -126,18 +127,26 @@ def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Te
         losses, grads = _served(lambda: run_meta_backward(*way, params, *sets, gradient))
     except Unserved:  # for its reason meta_loss raises, or takes the generic path
         return None
-    with torch.no_grad():
-        for p, found in zip(params, grads, strict=True):
-            if p.grad is None:
-                p.grad = found
-            else:
-                p.grad.add_(found)
+    _accumulate(params, grads)
     return losses  # type: ignore[no-any-return]
 
 
 def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
     """Whether the gradient cannot be that by these losses [T]."""
     return (gradient.shape, gradient.dtype, gradient.device) != (losses.shape, losses.dtype, losses.device)
+
+
+def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add gradients to ``grad``; those that other threads add meanwhile, by this or by backward(), are not lost."""
+    if len(sys._current_frames()) > 1:  # all of Python's threads; a thread that is alone can start none in between
+        torch.autograd.backward(list(params), list(grads))  # adds under a mutex, and takes several times as long
+        return
+    with torch.no_grad():
+        for p, found in zip(params, grads, strict=True):
+            if p.grad is None:
+                p.grad = found
+            else:
+                p.grad.add_(found)
 
 
 def _accumulates(p: Tensor) -> bool:

@@ -248,9 +248,9 @@ def test_errors_of_the_model_are_its_own() -> None:
 
     for vectorize in ("auto", True, False):
         Failing.calls = 0
+        options: dict[str, Any] = {"vectorize": vectorize, "backend": "reference"}
         with pytest.raises(KeyError, match="of the user") as error:
-            data = regression(3, 4, 4, 2, 2).support
-            adapt(Failing(2, 2).double(), *data, vectorize=vectorize, backend="reference")
+            adapt(Failing(2, 2).double(), *regression(3, 4, 4, 2, 2).support, **options)
         assert error.value.__cause__ is None
         assert not hasattr(error.value, "__notes__")
         assert Failing.calls == (1 if vectorize is False else 2)

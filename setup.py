@@ -1,26 +1,31 @@
 """Builds metakern._C: CPU kernels, once per instruction set, CUDA kernels where nvcc is found, and their registration.
 
-Environment: METAKERN_CUDA=0 leaves CUDA out, =1 demands it; CUDA_HOME says where it is; TORCH_CUDA_ARCH_LIST which
-architectures ("8.0;9.0;10.0+PTX"); METAKERN_SANITIZE builds with sanitizers. Everything else about the package stands
-in pyproject.toml.
+Environment: METAKERN_BUILD=0 installs the package without kernels, and needs no compiler; METAKERN_CUDA=0 leaves CUDA
+out, =1 demands it; CUDA_HOME says where it is; TORCH_CUDA_ARCH_LIST which architectures ("8.0;9.0;10.0+PTX");
+METAKERN_SANITIZE builds with sanitizers. Everything else about the package stands in pyproject.toml.
+
+A rebuild compiles the files that changed: see :class:`Job`.
 """
 
 from __future__ import annotations
 
+import importlib
+import json
+import logging
 import os
 import platform
 import re
 import shutil
 import subprocess
+import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
-import pybind11
-import torch
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
-from torch.utils import cpp_extension
 
 ROOT = Path(__file__).parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -60,10 +65,49 @@ ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 # The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
 OLDEST_TORCH = "0x020b000000000000"
 
+# Object files outlive a build, also that of an editable install, whose own folder is a temporary one.
+OBJECTS = Path("build", "objects", str(sys.implementation.cache_tag))
+
+WITHOUT_KERNELS = "METAKERN_BUILD=0 installs metakern without its kernels, as plain PyTorch"
+
+
+def wants_kernels(system: str) -> bool:
+    """Whether METAKERN_BUILD and the platform, as sys.platform names it, let the kernels be built."""
+    wanted = os.environ.get("METAKERN_BUILD", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"METAKERN_BUILD must be 0, 1 or unset, got {wanted!r}")
+    if wanted == "0":
+        return False
+    if system == "win32":
+        reason = "the kernels need GCC or Clang, whose vector types MSVC does not know"
+        if wanted == "1":
+            raise SystemExit(f"METAKERN_BUILD=1, but {reason}")
+        print(f"metakern is installed without its kernels, as plain PyTorch: {reason}")
+        return False
+    return True
+
+
+def needed(name: str) -> ModuleType:
+    """A module that the build uses; one line says where its package is missing."""
+    try:
+        return importlib.import_module(name)
+    except (ImportError, OSError) as error:
+        package = name.partition(".")[0]
+        raise SystemExit(
+            f"{package} is needed to build metakern's kernels, and cannot be imported ({error}): pip install "
+            f"{package}, or set METAKERN_BUILD: {WITHOUT_KERNELS}"
+        ) from None
+
 
 def compiler_version(compiler: list[str]) -> str:
     """The line of a compiler's version report that names the version."""
-    result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    try:
+        result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise SystemExit(
+            f"the C++ compiler of metakern's kernels does not run ({error}): install one (Debian: apt install g++) or "
+            f"name it in CXX; {WITHOUT_KERNELS}"
+        ) from None
     lines = result.stdout.splitlines()
     return next((line for line in lines if "release" in line), lines[0])
 
@@ -123,25 +167,84 @@ class Cuda(NamedTuple):
                 flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
         return flags
 
-    def compile(self, kernel: str, output_dir: str) -> list[str]:
-        """Object file of one .cu file."""
-        output = Path(output_dir, kernel).with_suffix(".o")
-        output.parent.mkdir(parents=True, exist_ok=True)
+    def command(self, kernel: str) -> list[str]:
+        """The compiler's call for one .cu file."""
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
-        command = [self.nvcc, "-c", "-std=c++17", "-O3", host, *self.targets(), kernel, "-o", str(output)]
-        print(" ".join(command))
-        subprocess.run(command, check=True)
-        return [str(output)]
+        return [self.nvcc, "-std=c++17", "-O3", host, *self.targets(), "-c", kernel]
+
+
+class Flags(NamedTuple):
+    """Options of GCC and Clang for compiling and linking."""
+
+    compile: list[str]
+    link: list[str]
+
+    @classmethod
+    def of(cls, system: str, sanitizers: str) -> Flags:
+        """For a platform, as sys.platform names it, and a list of sanitizers like "address,undefined"."""
+        compile_ = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
+        is_mac = system == "darwin"
+        # A torch with CUDA brings its CUDA library in as a need of libtorch, which GNU ld must not drop as unused.
+        # Apple's linker has no such options, and drops no library that it is told.
+        link = ["-ltorch"] if is_mac else ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
+        if sanitizers:  # their reports need the symbols
+            sanitize = f"-fsanitize={sanitizers}"
+            return cls([*compile_, "-O0", "-g", "-fno-omit-frame-pointer", sanitize], [*link, sanitize])
+        # Python's own options may ask for debug information; the last option counts.
+        strip = ["-Wl,-S", "-Wl,-x"] if is_mac else ["-Wl,-s"]
+        return cls([*compile_, "-O3", "-g0"], [*link, *strip])
+
+
+def read_dependencies(report: Path) -> list[str]:
+    """The files that a compiler's dependency report (-MMD) names."""
+    _, _, names = report.read_text().replace("\\\n", " ").partition(": ")
+    return [re.sub(r"\\(.)", r"\1", name).replace("$$", "$") for name in re.findall(r"(?:\\.|\S)+", names)]
 
 
 class Job(NamedTuple):
-    """One run of the compiler."""
+    """One run of a compiler, left out where its object file is current.
 
-    source: str
-    output_dir: str
-    macros: list[tuple[str, str]]
-    system_includes: list[str]  # torch's and pybind11's headers: their warnings are not ours
-    flags: list[str]
+    It is current where the command and the versions are those that it was made with, and no file that it was made from
+    has another time of change. What is compared lies beside it in a .json file.
+    """
+
+    command: list[str]  # compiler, options and source
+    output: Path
+    versions: dict[str, str]  # of the compiler and of the packages whose headers are used
+
+    def run(self) -> bool:
+        """Compile unless the object file is current; whether it was compiled."""
+        if self.is_current():
+            return False
+        stamp, report = self.output.with_suffix(".json"), self.output.with_suffix(".d")
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        stamp.unlink(missing_ok=True)
+        command = [*self.command, "-MMD", "-MF", str(report), "-o", str(self.output)]
+        logging.info(" ".join(command))
+        start = time.time_ns()
+        try:
+            status = subprocess.run(command, check=False).returncode
+        except OSError as error:
+            raise SystemExit(f"{self.command[0]} does not run: {error}; {WITHOUT_KERNELS}") from None
+        if status:
+            raise SystemExit(f"{self.command[-1]} was not compiled: see the compiler's messages; {WITHOUT_KERNELS}")
+        times = {name: Path(name).stat().st_mtime_ns for name in read_dependencies(report)}
+        if max(times.values()) < start:  # else a file changed while it was read
+            stamp.write_text(json.dumps(self.record() | {"times": times}))
+        return True
+
+    def is_current(self) -> bool:
+        """Whether the object file is the one that a run would write."""
+        try:
+            made = json.loads(self.output.with_suffix(".json").read_text())
+            now = {name: Path(name).stat().st_mtime_ns for name in made["times"]}
+        except (OSError, ValueError, KeyError):
+            return False
+        return self.output.exists() and bool(made == self.record() | {"times": now})
+
+    def record(self) -> dict[str, Any]:
+        """What is compared, but for the files' times."""
+        return {"command": self.command, "versions": self.versions}
 
 
 class BuildExtension(build_ext):
@@ -149,19 +252,20 @@ class BuildExtension(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         """Compile side by side, then let setuptools link."""
-        self.force = True  # setuptools sees neither flags nor torch change
-        sanitizers = os.environ.get("METAKERN_SANITIZE", "")  # e.g. "address,undefined"
-        extra = [f"-fsanitize={sanitizers}", "-fno-omit-frame-pointer", "-g"] if sanitizers else []
-        flags = ["-std=c++17", "-O0" if sanitizers else "-O3", "-Wall", "-Wextra", *extra]
+        self.force = True  # it sees neither options nor object files change
+        cpp_extension = needed("torch.utils.cpp_extension")
+        flags = Flags.of(sys.platform, os.environ.get("METAKERN_SANITIZE", ""))
         cuda = Cuda.find()
+        jobs = self.jobs(flags.compile, cuda)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            kernels = [pool.submit(cuda.compile, kernel, self.build_temp) for kernel in CUDA_KERNELS] if cuda else []
-            compiled = list(pool.map(self.compile_one, self.jobs(flags, cuda)))
-            compiled += [kernel.result() for kernel in kernels]
-        ext.extra_objects = [path for paths in compiled for path in paths]
-        # A torch with CUDA brings its CUDA library in as a need of libtorch, which must not be dropped as unused.
-        needed = ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
-        ext.extra_link_args = [*extra[:1], *needed]
+            runs = [pool.submit(job.run) for job in jobs]
+            try:
+                compiled = sum(run.result() for run in runs)
+            finally:  # after an error, what has not begun
+                pool.shutdown(wait=False, cancel_futures=True)
+        logging.info(f"{compiled} of {len(jobs)} files compiled, the others are current")
+        ext.extra_objects = [str(job.output) for job in jobs]
+        ext.extra_link_args = flags.link
         ext.library_dirs = cpp_extension.library_paths()
         ext.libraries = ["torch_cpu", "c10"]
         if cuda:  # the static runtime: the library loads where there is no CUDA
@@ -170,44 +274,48 @@ class BuildExtension(build_ext):
         super().build_extension(ext)
 
     def jobs(self, flags: list[str], cuda: Cuda | None) -> list[Job]:
-        """Every CPU kernel for every instruction set, then the rest."""
-        macros = [
-            ("TORCH_TARGET_VERSION", OLDEST_TORCH),
-            ("METAKERN_COMPILER", f'"{compiler_version(self.compiler.compiler_so)}"'),
-            ("METAKERN_TORCH_VERSION", f'"{torch.__version__}"'),
-        ]
+        """The CUDA kernels, which take longest, every CPU kernel for every instruction set, then the rest."""
+        compiler = self.compiler.compiler_so_cxx
+        version = compiler_version(compiler)
+        torch, pybind11 = needed("torch"), needed("pybind11")
+        macros = {
+            "TORCH_TARGET_VERSION": OLDEST_TORCH,
+            "METAKERN_COMPILER": f'"{version}"',
+            "METAKERN_TORCH_VERSION": f'"{torch.__version__}"',
+        }
         if IS_X86:
-            macros.append(("METAKERN_X86_CAPABILITIES", "1"))
-        includes = [pybind11.get_include(), *cpp_extension.include_paths()]
-        sources = list(SOURCES)
+            macros["METAKERN_X86_CAPABILITIES"] = "1"
+        includes = [pybind11.get_include(), *needed("torch.utils.cpp_extension").include_paths()]
+        sources, jobs = list(SOURCES), []
         if cuda:
-            sources += CUDA_SOURCES
-            macros += [
-                ("USE_CUDA", "1"),  # torch's own switch for its CUDA shims
-                ("METAKERN_CUDA_ARCHITECTURES", f'"{cuda.architectures}"'),
-                ("METAKERN_NVCC", f'"{compiler_version([cuda.nvcc])}"'),
+            nvcc_version = compiler_version([cuda.nvcc])
+            jobs += [
+                Job(cuda.command(kernel), OBJECTS / f"{kernel}.o", {"nvcc": nvcc_version}) for kernel in CUDA_KERNELS
             ]
+            sources += CUDA_SOURCES
+            macros["USE_CUDA"] = "1"  # torch's own switch for its CUDA shims
+            macros["METAKERN_CUDA_ARCHITECTURES"] = f'"{cuda.architectures}"'
+            macros["METAKERN_NVCC"] = f'"{nvcc_version}"'
             includes.append(str(cuda.home / "include"))
-        kernels = [
-            Job(kernel, f"{self.build_temp}/{name}", [("MK_CAPABILITY", name)], [], [*flags, *capability_flags, *own])
-            for name, capability_flags in CAPABILITY_FLAGS.items()
-            for kernel, own in KERNELS.items()
-        ]
-        return kernels + [Job(source, self.build_temp, macros, includes, flags) for source in sources]
-
-    def compile_one(self, job: Job) -> list[str]:
-        """Object files of a job."""
-        flags = [*job.flags, "-fvisibility=hidden", *(f"-isystem{path}" for path in job.system_includes)]
-        objects: list[str] = self.compiler.compile(
-            [job.source], job.output_dir, job.macros, self.compiler.include_dirs, extra_postargs=flags
-        )
-        return objects
+        versions = {"compiler": version}
+        for name, capability_flags in CAPABILITY_FLAGS.items():
+            for kernel, own in KERNELS.items():
+                command = [*compiler, f"-DMK_CAPABILITY={name}", *flags, *capability_flags, *own, "-c", kernel]
+                jobs.append(Job(command, OBJECTS / name / f"{kernel}.o", versions))
+        # Headers of other packages are system headers: their warnings are not ours.
+        shared = [f"-D{name}={value}" for name, value in macros.items()]
+        shared += [f"-I{path}" for path in self.compiler.include_dirs] + [f"-isystem{path}" for path in includes]
+        versions = {"compiler": version, "torch": torch.__version__, "pybind11": pybind11.__version__}
+        for source in sources:
+            jobs.append(Job([*compiler, *shared, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
+        return jobs
 
 
 if __name__ == "__main__":  # so it is in every build; the tests import what stands above
-    setup(
-        ext_modules=[
-            Extension("metakern._C", sources=[], language="c++", depends=[str(p) for p in ROOT.glob("csrc/**/*")])
-        ],
-        cmdclass={"build_ext": BuildExtension},
-    )
+    extensions = []
+    if wants_kernels(sys.platform):
+        if sys.platform == "darwin":  # an interpreter may ask for two processors' code; the kernels are for one
+            os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
+        headers = [str(path) for path in ROOT.glob("csrc/**/*")]
+        extensions.append(Extension("metakern._C", sources=[], language="c++", depends=headers))
+    setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

@@ -1,9 +1,12 @@
 """Fused kernels for gradient-based meta-learning in PyTorch."""
 
-from metakern import maml, ops, optim, rules, tasks
-from metakern._backend import FallbackWarning, build_info, empty_cache
-from metakern._version import __version__
-from metakern.maml import MAML, MetaSGD, adapt, meta_backward, meta_loss
+from metakern._requirements import required
+
+with required():
+    from metakern import maml, ops, optim, rules, tasks
+    from metakern._backend import FallbackWarning, build_info, empty_cache
+    from metakern._version import __version__
+    from metakern.maml import MAML, MetaSGD, adapt, meta_backward, meta_loss
 
 #: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
 algorithms = maml
@@ -25,3 +28,7 @@ __all__ = [
     "rules",
     "tasks",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if not name.startswith("_"))} - {"required"})

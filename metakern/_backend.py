@@ -31,7 +31,10 @@ try:
     _missing = ""
 except (ImportError, RuntimeError) as error:  # the package must import without its kernels
     _C = None
-    _missing = f"the compiled kernels could not be loaded ({error})"
+    _reason = str(error)
+    if importlib.util.find_spec("metakern._C") is None:  # the import's own message speaks of a circular import
+        _reason = "metakern._C is not part of this installation: METAKERN_BUILD=0 leaves it out, and so does Windows"
+    _missing = f"the compiled kernels could not be loaded ({_reason})"
 else:
     _C.cpu_capability()  # ValueError for a METAKERN_CPU_CAPABILITY that is not available: it was asked for by name
 

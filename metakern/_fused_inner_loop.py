@@ -17,15 +17,12 @@ from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._inner_loop import is_transformed
-from metakern._inner_loop_input import (
-    TaskLoss,
-    adapted_names,
-    check_step_weights,
-    first_order_steps,
-    learning_rates,
-    task_batch,
-)
+from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
 from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
+from metakern._rates import learning_rates
+from metakern._task_loss import TaskLoss
+from metakern._trees import Data
+from metakern._vectorize import Vectorize
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,
@@ -51,12 +48,14 @@ class Options(NamedTuple):
     parameters: str | Sequence[str] | None = None
     clip_norm: float | None = None
     checkpoint_every: int | None = None
-    vectorize: bool = True
+    vectorize: Vectorize = "auto"
     backend: str | None = None
     explain: bool = False
+    accumulate: int = 1
+    support_per_step: bool = False
 
 
-def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) -> dict[str, Tensor]:
     """Adapted parameters by name, [T, *shape] each.
 
     Raises:
@@ -72,8 +71,8 @@ def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> 
 
 def fused_meta_loss(
     options: Options,
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
+    support: tuple[Data, Data | None],
+    query: tuple[Data, Data | None],
     masks: tuple[Tensor | None, Tensor | None],
     step_weights: Sequence[float] | Tensor | None,
 ) -> Tensor:
@@ -84,7 +83,7 @@ def fused_meta_loss(
     """
     usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
     if usual is not None and usual.way is not None:
-        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))
+        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))  # type: ignore[arg-type]
         return _served(known)  # type: ignore[no-any-return]
     mlp, _, arguments = _arguments(options)
     if step_weights is not None:
@@ -171,7 +170,8 @@ _MOST_REMEMBERED = 256
 def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
-    plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
+    plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
+    plain = plain and not options.support_per_step and options.steps > 0
     if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
         return None
     # Of a function nothing can change, and it can be looked up.
@@ -214,6 +214,8 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
+    if options.support_per_step:
+        raise Unserved("support_per_step brings another support set for each step")
     mlp, loss = find_mlp(options.model), find_loss(options.loss)
     if torch.is_autocast_enabled(mlp.params[0].device.type):
         raise Unserved("autocast is on")

@@ -11,7 +11,7 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metakern._inner_loop_input import check_rate
+from metakern._rates import check_rate
 from metakern.ops.inner_update import step_of_one_task
 
 _M = TypeVar("_M", bound=nn.Module)

@@ -1,25 +1,45 @@
-"""Remembered results of cheap functions that every call asks again."""
+"""Memoization of what every call asks again; what is remembered depends on no device, mode or transform of a caller."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+#: Longer constants are made anew: 256 of them would hold memory for good.
+_LONGEST_CONSTANT = 1024
+
 
 def memoized(function: Function) -> Function:
-    """Remember what a function of hashable arguments returned; torch.compile, which cannot see memories, calls it."""
+    """Remember what a function of hashable arguments returned, plain values and no tensors.
+
+    torch.compile, which cannot see memories, calls the function. So do traces whose sizes are symbols.
+    """
     remembered = functools.lru_cache(256)(function)
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        return function(*args) if torch.compiler.is_compiling() else remembered(*args)
+        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and not _are_hashable(args)):
+            return function(*args)
+        return remembered(*args)
 
     return call  # type: ignore[return-value]
+
+
+def _are_hashable(args: tuple[Any, ...]) -> bool:
+    try:
+        hash(args)
+    except TypeError:  # symbolic sizes, alone or in a tuple
+        return False
+    return True
 
 
 def once(function: Function) -> Function:
@@ -32,7 +52,37 @@ def once(function: Function) -> Function:
     @functools.wraps(function)
     def call() -> Any:
         if not returned:
-            returned.append(function())
+            with outside_modes():
+                returned.append(function())
         return returned[0]
 
     return call  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def outside_modes() -> Iterator[None]:
+    """No mode and no transform of the caller reaches what is made within: it is the same at any later call.
+
+    None of torch.device(...), torch.set_default_device, other modes of functions or dispatch (FakeTensorMode, make_fx),
+    torch.inference_mode and the transforms of torch.func is at work there.
+    """
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())  # type: ignore[attr-defined]
+        stack.enter_context(temporarily_clear_interpreter_stack())
+        stack.enter_context(_disable_current_modes())
+        stack.enter_context(torch.inference_mode(False))
+        yield
+
+
+def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a few numbers; remembered, unless the caller is traced: a trace must see where it comes from."""
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or len(values) > _LONGEST_CONSTANT:
+        return torch.tensor(values, dtype=dtype, device=device)
+    return _constant(values, dtype, device)
+
+
+@functools.lru_cache(256)
+def _constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with outside_modes():
+        return torch.tensor(values, dtype=dtype, device=device)

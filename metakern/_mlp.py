@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._inner_loop_input import LearningRates
+from metakern._rates import LearningRates
 from metakern.ops.mlp_inner_loop import unserved, unserved_by_triton, unserved_on_cuda
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 

@@ -52,6 +52,12 @@ class Curve:
         """Losses [T] after the last step."""
         return self.losses[-1]
 
+    @property
+    def mean(self) -> float:
+        """Mean of the losses after the last step; infinity where one of them is NaN or infinite: it diverged."""
+        mean = self.final.mean().item()
+        return mean if math.isfinite(mean) else math.inf
+
     def summary(self) -> dict[str, float | str | list[float] | None]:
         """Plain figures for JSON."""
         return {
@@ -93,36 +99,58 @@ def training_curve(
     return torch.stack(losses)
 
 
-def tune(name: str, problems: Optimizees, *, num_tasks: int, steps: int, seed: int) -> float:
-    """The learning rate of :data:`LEARNING_RATES` with which a baseline ends at the lowest mean loss."""
+#: Trainings of a comparison: the learned optimizer's, and for every baseline one a learning rate and one more.
+TRAININGS = 1 + len(BASELINES) * (len(LEARNING_RATES) + 1)
+
+#: Is told of every training that is done, and whether that was a curve of the comparison.
+Advance = Callable[[str, bool], object]
+
+
+def tune(
+    name: str, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, advance: Advance | None = None
+) -> float:
+    """The learning rate of :data:`LEARNING_RATES` with which a baseline ends at the lowest mean loss.
+
+    ``advance`` is called after every rate.
+    """
 
     def final(lr: float) -> float:
         losses = training_curve(
             BASELINES[name](lr), problems, num_tasks=num_tasks, steps=steps, seed=seed, every_step=False
         )
-        loss = losses.mean().item()
-        return loss if math.isfinite(loss) else math.inf
+        if advance is not None:
+            advance(f"{name}, learning rate {lr:.3g}", False)
+        return Curve(name, losses, lr).mean
 
     return min(LEARNING_RATES, key=final)
 
 
 def compare_optimizers(
-    rule: CoordinatewiseLSTM, problems: Optimizees, *, num_tasks: int = 64, steps: int = 100, seed: int = 1000
+    rule: CoordinatewiseLSTM,
+    problems: Optimizees,
+    *,
+    num_tasks: int = 64,
+    steps: int = 100,
+    seed: int = 1000,
+    advance: Advance | None = None,
 ) -> Iterable[Curve]:
     """The learned optimizer, then every baseline at its best learning rate, on the same fresh networks.
 
     Learning rates are chosen on the validation split, where the rule's weights were chosen too; the curves are of
-    networks that learn from the test split's images.
+    networks that learn from the test split's images. ``advance`` is called :data:`TRAININGS` times.
     """
     test, valid = problems.split("test"), problems.split("valid")
 
-    def curve(factory: OptimizerFactory) -> Tensor:
-        return training_curve(factory, test, num_tasks=num_tasks, steps=steps, seed=seed)
+    def curve(name: str, factory: OptimizerFactory, lr: float | None = None) -> Curve:
+        losses = training_curve(factory, test, num_tasks=num_tasks, steps=steps, seed=seed)
+        if advance is not None:
+            advance(name, True)
+        return Curve(name, losses, lr)
 
-    yield Curve("Learned LSTM", curve(lambda params: LearnedOptimizer(params, rule)))
+    yield curve("Learned LSTM", lambda params: LearnedOptimizer(params, rule))
     for name, baseline in BASELINES.items():
-        lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1)
-        yield Curve(name, curve(baseline(lr)), lr)
+        lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)
+        yield curve(name, baseline(lr), lr)
 
 
 #: Largest relative difference between the meta-gradients of the fused and the plain rule. Both are float32; rounding

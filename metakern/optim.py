@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metakern._memo import outside_modes
 from metakern.ops import LSTMState, pack_state, unpack_state
 from metakern.ops.lstm_state import TILE_LANES, tiles
 from metakern.ops.lstm_step import PARAM_DTYPES
@@ -276,9 +277,10 @@ class _Arena:
 
     def __init__(self, rule: CoordinatewiseLSTM, members: Sequence[Tensor]) -> None:
         self.count = len(members)
-        self.params = members[0].new_zeros(sum(tiles(p.numel()) for p in members) * TILE_LANES, requires_grad=False)
-        self.grads = torch.zeros_like(self.params)
-        self.state = rule.init_state(self.params)
+        with outside_modes():  # they are kept for later steps
+            self.params = members[0].new_zeros(sum(tiles(p.numel()) for p in members) * TILE_LANES, requires_grad=False)
+            self.grads = torch.zeros_like(self.params)
+            self.state = rule.init_state(self.params)
         self.bfloat16_state = rule.bfloat16_state
 
     def slots(self, members: Iterable[Tensor]) -> Iterator[_Slot]:

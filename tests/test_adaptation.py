@@ -6,10 +6,10 @@ import torch.nn.functional as F
 from scipy import stats
 
 from metakern import adaptation
-from metakern.adaptation import Adaptation, mean_interval, measure_adaptation
+from metakern.adaptation import Adaptation, chance_accuracy, fit_tasks, mean_interval, measure_adaptation
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.models import mlp
-from metakern.tasks import Digits, Sinusoid
+from metakern.tasks import Digits, Sinusoid, mixture
 from tests.planted import TwoFamilies, generator, linear_learner
 
 TASKS = Digits(ways=3, query=4)
@@ -45,6 +45,50 @@ def test_regression_has_no_accuracy():
     found = measure_adaptation(MAMLLearner(mlp(1, 4, 1), steps=2), Sinusoid(5, 5), num_tasks=3)
     assert found.measures.keys() == {"loss"}
     assert found.measures["loss"].shape == (3, 3)
+
+
+def test_guessing_is_right_as_often_as_the_largest_class_comes(learner):
+    assert chance_accuracy(torch.tensor([[0, 0, 1], [2, 2, 2]])) == pytest.approx((2 / 3 + 1) / 2)
+    assert measure_adaptation(learner, TASKS, num_tasks=4).chance == pytest.approx(1 / 3)
+    assert chance_accuracy(torch.rand(2, 3)) is None
+    assert chance_accuracy(torch.zeros(2, 3, 1, dtype=torch.int64)) is None
+    assert chance_accuracy(None) is None
+    assert measure_adaptation(MAMLLearner(mlp(1, 4, 1), steps=1), Sinusoid(5, 5), num_tasks=3).chance is None
+
+
+def test_the_tasks_that_are_done_are_told(learner, monkeypatch):
+    monkeypatch.setattr(adaptation, "CHUNK", 4)
+    done = []
+    measure_adaptation(learner, TASKS, num_tasks=10, advance=done.append)
+    assert done == [4, 8, 10]
+
+
+@pytest.mark.parametrize("tasks", [mixture(3, 4, 6), Sinusoid(4, 6)])
+def test_fits_are_the_curves_of_one_task_of_every_mode(tasks):
+    torch.manual_seed(0)
+    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, lr=0.01) for name in ("a", "b")}
+    fits = fit_tasks(learners, tasks, steps=3, seed=5)
+    batch = tasks.split("test").sample(adaptation.LOOKED_THROUGH, generator(5))
+    modes = [] if batch.modes is None else batch.modes.tolist()
+    rows = [modes.index(mode) for mode in range(3)] if modes else [0, 1, 2]
+    assert fits.titles == (["sinusoid", "linear", "quadratic"] if modes else ["task"] * 3)
+    assert torch.equal(fits.batch.support_x, batch.support_x[rows])
+    assert fits.x.min() <= fits.batch.query_x.min()
+    assert fits.x.max() >= fits.batch.query_x.max()
+    chosen = batch.select(torch.tensor(rows))
+    for k, learner in enumerate(learners.values()):
+        adapted = learner.adapt(chosen, 3)
+        expected = adapted(fits.x.view(1, -1, 1).expand(3, -1, -1)).squeeze(-1)
+        torch.testing.assert_close(fits.after[k], expected.detach())
+        torch.testing.assert_close(fits.before[k][0], learner.model(fits.x.unsqueeze(-1)).squeeze(-1).detach())
+        torch.testing.assert_close(
+            fits.errors[k], learner.measure(adapted(chosen.query_x), chosen.query_y)["loss"].detach()
+        )
+    assert fits.steps == [3, 3]
+
+
+def test_classes_have_no_curves(learner):
+    assert fit_tasks({"a": learner}, TASKS) is None
 
 
 def test_learned_rates_by_step_are_used_up_to_each_step():

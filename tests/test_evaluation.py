@@ -1,11 +1,14 @@
 """Evaluation: every optimizer meets the same networks, baselines are tuned on other data, speeds compare equal work."""
 
+import math
+
 import pytest
 import torch
 
 from metakern.evaluation import (
     BASELINES,
     LEARNING_RATES,
+    TRAININGS,
     Curve,
     compare_optimizers,
     compare_speed,
@@ -77,6 +80,25 @@ def test_the_comparison_has_the_learned_optimizer_and_every_baseline():
     test_images = DigitsMLP(batch_size=8, split="test")
     expected = training_curve(lambda params: LearnedOptimizer(params, rule), test_images, **options)
     assert torch.equal(curves[0].losses, expected)
+
+
+def test_every_training_of_a_comparison_is_told():
+    told = []
+    options = {"num_tasks": 2, "steps": 1, "seed": 0}
+    list(
+        compare_optimizers(
+            CoordinatewiseLSTM(5), Quadratics(2), advance=lambda what, curve: told.append((what, curve)), **options
+        )
+    )
+    assert len(told) == TRAININGS
+    assert [what for what, curve in told if curve] == ["Learned LSTM", *BASELINES]
+    assert told[1] == ("SGD, learning rate 0.0001", False)
+
+
+@pytest.mark.parametrize("last", [math.nan, math.inf, -math.inf])
+def test_the_mean_of_what_diverged_is_infinite(last):
+    assert Curve("x", torch.tensor([[3.0, 5.0], [1.0, last]])).mean == math.inf
+    assert Curve("x", torch.tensor([[3.0, last], [1.0, 2.0]])).mean == 1.5
 
 
 def test_the_summary_is_what_the_losses_say():

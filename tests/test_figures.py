@@ -1,5 +1,6 @@
 """Figures: the files open as pictures and show something in each of their axes."""
 
+import math
 import resource
 
 import pytest
@@ -7,9 +8,19 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.image import imread
 
-from metakern.adaptation import Adaptation
+from metakern.adaptation import Adaptation, fit_tasks
 from metakern.evaluation import Curve
-from metakern.figures import plot_adaptation, plot_clusters, plot_curves, plot_learning, principal_components
+from metakern.figures import (
+    plot_adaptation,
+    plot_clusters,
+    plot_curves,
+    plot_fits,
+    plot_learning,
+    principal_components,
+)
+from metakern.learners import MAMLLearner
+from metakern.models import mlp
+from metakern.tasks import mixture
 
 
 @pytest.fixture
@@ -54,6 +65,41 @@ def test_curves_are_drawn(tmp_path, boxes):
     assert share > 0.01
 
 
+def test_the_axis_keeps_to_the_start_where_an_optimizer_explodes(tmp_path, boxes):
+    steps = torch.arange(30.0).unsqueeze(1).expand(30, 4)
+    good, exploded = Curve("learned", 5 * 0.9**steps), Curve("SGD", 5 * 10 ** (0.8 * steps), lr=0.1)
+    exploded.losses[20:] = torch.nan
+    plot_curves([good, exploded], tmp_path / "curves.png", "functions")
+    axes = boxes[0][0]
+    assert axes.get_ylim()[1] == pytest.approx(15)
+    assert axes.get_ylim()[0] < 5 * 0.9**29
+    assert "functions" in axes.get_ylabel()
+    assert axes.get_title() == "4 unseen functions, the same for all"
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.9, 1.4), (1.2, 1.9), (0.03, 0.4), (1.58, 42), (1e-7, 1e7)])
+def test_no_axis_has_labels_that_a_person_must_multiply(low, high, tmp_path, boxes):
+    losses = torch.logspace(math.log10(high), math.log10(low), 40, dtype=torch.float64).unsqueeze(1).expand(40, 3)
+    plot_curves([Curve("learned", losses)], tmp_path / "curves.png")
+    training = [{"iteration": k + 1, "loss": loss} for k, loss in enumerate(losses[:, 0].tolist())]
+    plot_learning(training, [], tmp_path / "learning.png")
+    plot_adaptation([Adaptation("plain", {"loss": losses})], tmp_path / "adaptation.png")
+    for axes, _ in boxes:
+        labels = [text.get_text() for text in (*axes.get_yticklabels(), *axes.get_yticklabels(minor=True))]
+        shown = [label for label in labels if label]
+        assert len(shown) >= 2
+        assert not [label for label in shown if "times" in label or "×" in label or "e" in label]
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 7, 40, 1500])
+def test_iterations_and_steps_are_whole_numbers(count, tmp_path, boxes):
+    plot_learning(lines(count), evaluations(count), tmp_path / "learning.png")
+    plot_adaptation([Adaptation("plain", {"loss": torch.rand(count, 5)})], tmp_path / "adaptation.png")
+    plot_curves([Curve("learned", torch.rand(count, 3))], tmp_path / "curves.png")
+    for axes, _ in boxes:
+        assert [tick for tick in axes.get_xticks() if tick != round(tick)] == []
+
+
 def test_zero_losses_do_not_break_the_logarithmic_axis(tmp_path, boxes):
     plot_curves([Curve("learned", torch.zeros(5, 3))], tmp_path / "curves.png")
     (share,) = coloured_shares(tmp_path / "curves.png", boxes)
@@ -75,6 +121,23 @@ def test_learning_curves_of_classes_have_the_accuracy_in_a_second_panel(tmp_path
     assert len(shares) == 2
     assert min(shares) > 0.001
     assert [axes.get_ylabel() for axes, _ in boxes] == ["loss", "accuracy"]
+
+
+def dashed(axes) -> list[float]:
+    """Heights of dashed lines."""
+    return [line.get_ydata()[0] for line in axes.lines if line.get_linestyle() == "--"]
+
+
+def test_accuracies_have_the_level_of_chance_and_losses_have_not(tmp_path, boxes):
+    plot_learning(lines(20), evaluations(10, 20, accuracy=0.5), tmp_path / "learning.png", chance=0.2)
+    measures = {"loss": torch.rand(3, 9), "accuracy": torch.full((3, 9), 0.6)}
+    plot_adaptation([Adaptation("plain", measures, 0.2)], tmp_path / "adaptation.png")
+    for (loss, _), (accuracy, _) in (boxes[:2], boxes[2:]):
+        assert dashed(loss) == []
+        assert dashed(accuracy) == [0.2]
+        assert accuracy.get_ylim()[0] < 0.2
+        assert "chance, 20 %" in [text.get_text() for text in accuracy.get_legend().get_texts()]
+        assert {text.get_text()[-2:] for text in accuracy.get_yticklabels()} == {" %"}
 
 
 def test_losses_that_were_not_finite_leave_gaps(tmp_path, boxes):
@@ -107,6 +170,35 @@ def test_a_cluster_map_shows_every_cluster_in_its_colour(tmp_path, boxes):
     assert share > 0.002
     texts = [text.get_text() for text in boxes[0][0].get_legend().get_texts()]
     assert texts == ["cluster 0: 33%", "cluster 1: 33%", "cluster 2: 33%", "mode 0", "mode 1"]
+
+
+def test_the_legend_of_a_cluster_map_lies_beside_the_points_and_names_the_modes(tmp_path, boxes):
+    clusters = torch.arange(12).repeat(5)
+    plot_clusters(torch.randn(60, 2), clusters, clusters % 2, tmp_path / "clusters.png", ["sinusoid", "linear"])
+    axes = boxes[0][0]
+    legend, box = axes.get_legend().get_window_extent(), axes.get_window_extent()
+    assert legend.x0 >= box.x1
+    assert legend.x1 <= axes.figure.bbox.x1
+    assert legend.y0 >= axes.figure.bbox.y0
+    assert [text.get_text() for text in axes.get_legend().get_texts()][-2:] == ["sinusoid", "linear"]
+    colours = {tuple(each.get_facecolor()[0][:3]) for each in axes.collections if len(each.get_offsets())}
+    assert len(colours) == 12
+
+
+def test_fits_have_a_row_a_learner_and_a_column_a_task(tmp_path, boxes):
+    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, lr=0.01) for name in ("plain", "clusters")}
+    fits = fit_tasks(learners, mixture(3))
+    plot_fits(fits, tmp_path / "fits.png")
+    assert len(boxes) == 6
+    assert min(coloured_shares(tmp_path / "fits.png", boxes)) > 0.005
+    first = boxes[0][0]
+    assert first.get_ylabel() == "plain"
+    assert first.get_title() == f"sinusoid: MSE {fits.errors[0][0]:.2g}"
+    query, support, before, after = first.lines
+    assert query.get_ydata() == pytest.approx(fits.batch.query_y[0, :, 0])
+    assert support.get_xdata() == pytest.approx(fits.batch.support_x[0, :, 0])
+    assert before.get_ydata() == pytest.approx(fits.before[0][0])
+    assert after.get_ydata() == pytest.approx(fits.after[0][0])
 
 
 def test_a_full_disk_leaves_the_picture_from_before(tmp_path):

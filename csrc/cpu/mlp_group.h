@@ -37,7 +37,7 @@ class MlpGroup {
     walks_back_ = false;
     if (call.task_grads != nullptr) {
       walks_back_ = flat_ > size_;
-      for (int step = 0; step < p.steps; ++step) walks_back_ |= call.second_order[step];
+      for (int step = 0; step < p.steps; ++step) walks_back_ |= call.second_order[step] != 0;
     }
     support_ = take_samples(p.support_samples);
     query_ = take_samples(p.query_samples);
@@ -48,7 +48,8 @@ class MlpGroup {
     tangents_ = query_activations_;
     steps_ = walks_back_ ? take_activations(p.support_samples, kept, false) : query_activations_;
     thetas_ = arena_.take(size_ * (walks_back_ ? kept + 1 : 1));
-    checkpoints_ = arena_.take(call.trajectory == nullptr && p.num_checkpoints() > 1 ? size_ * p.num_checkpoints() : 0);
+    const bool keeps = walks_back_ && call.trajectory == nullptr && p.num_checkpoints() > 1;
+    checkpoints_ = arena_.take(keeps ? size_ * p.num_checkpoints() : 0);
     direction_ = arena_.take(walks_back_ ? size_ : 0);
     adjoint_ = arena_.take(Layout::packed || call.task_grads == nullptr ? 0 : flat_);
     rates_ = arena_.take(Layout::transposes ? size_ : 0);
@@ -368,7 +369,7 @@ class MlpGroup {
   // From the adjoint of the parameters after a step to that of those before it.
   void step_backward(int step) {
     const Activations<V> a = activations(step);
-    const bool second_order = call_.second_order[step], of_rates = flat_ > size_;
+    const bool second_order = call_.second_order[step] != 0, of_rates = flat_ > size_;
     const Clipping<V> clip =
         second_order || of_rates ? clip_gradient(a) : Clipping<V>{broadcast<V>(1), broadcast<V>(0)};
     for (int i = 0; i < p_.num_tensors(); ++i) {

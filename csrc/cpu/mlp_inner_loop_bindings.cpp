@@ -8,6 +8,7 @@
 #include "../mlp_inner_loop_arguments.h"
 #include "capability.h"
 #include "mlp_inner_loop.h"
+#include "parallel.h"
 #include "result_cache.h"
 
 namespace metakern {
@@ -60,8 +61,9 @@ class Call {
     }
     if (!second_order.has_value()) return;
     check_shape(*second_order, "second_order", {p.steps});
-    check(second_order->scalar_type() == ScalarType::Bool && second_order->is_cpu(), "second_order must be bool");
-    call_.second_order = static_cast<const bool*>(pointer(*second_order));
+    check(second_order->scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_on_cpu(*second_order, "second_order");
+    call_.second_order = static_cast<const uint8_t*>(pointer(*second_order));
   }
 
   MlpInnerLoopCall& operator*() { return call_; }
@@ -76,7 +78,7 @@ class Call {
   // Runs the loops over all units of tasks.
   void run(const MlpInnerLoopKernels& k, MlpRun loop) {
     const int64_t bytes = k.scratch_bytes(p_, call_);
-    torch::stable::parallel_for(0, k.units(p_).count(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, k.units(p_).count(), 1, [&](int64_t first, int64_t last) {
       const CachedMemory scratch(bytes);
       loop(p_, call_, scratch.data(), first, last);
     });
@@ -164,11 +166,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
   check(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
         "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
   check_dtype(trajectory, "trajectory", params[0].scalar_type());
+  check_on_cpu(trajectory, "trajectory");
   call->trajectory = const_cast<void*>(call.pointer(trajectory));
   for (size_t i = 0; i < params.size(); ++i) {
     check(grad_adapted[i].numel() == p.num_tasks * p.tensor_size(int(i)), "grad_adapted[", i,
           "] must have the adapted tensor's shape");
     check_dtype(grad_adapted[i], "grad_adapted", params[0].scalar_type());
+    check_on_cpu(grad_adapted[i], "grad_adapted");
     call->grad_adapted[i] = call.pointer(grad_adapted[i]);
   }
   Tensor task_grads = in_lanes(p, params[0], call->flat);
@@ -208,6 +212,7 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
   call->query = call.samples("query", query_x, query_y, query_mask);
   check_shape(step_weights, "step_weights", {steps});
   check_dtype(step_weights, "step_weights", params[0].scalar_type());
+  check_on_cpu(step_weights, "step_weights");
   call->step_weights = call.pointer(step_weights);
   Tensor losses = torch::stable::new_empty(params[0], {steps, p.num_tasks});
   call->losses = losses.mutable_data_ptr();
@@ -230,9 +235,11 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_meta_loss_backward(
   Call call(p, a, std::nullopt);
   check_shape(grad_losses, "grad_losses", {p.num_tasks});
   check_dtype(grad_losses, "grad_losses", params[0].scalar_type());
+  check_on_cpu(grad_losses, "grad_losses");
   check(task_grads.numel() == p.padded_tasks() * call->flat, "task_grads must be those of this problem, got ",
         task_grads.numel(), " elements");
   check_dtype(task_grads, "task_grads", params[0].scalar_type());
+  check_on_cpu(task_grads, "task_grads");
   return reduced(p, a, *call, call.pointer(grad_losses), as_contiguous(task_grads));
 }
 

@@ -185,7 +185,7 @@ class MlpPass {
     Layout::transpose(layer(a.h, l, samples), p_.widths[l + 1], samples, a.swapped + swapped_[l] * samples);
   }
   MK_INLINE LossSample<V> sample(const LaneSamples<V>& data, const Activations<V>& a, int s) const {
-    const int stride = int(Layout::row(data.count));
+    const int64_t stride = Layout::row(data.count);
     return {layer(a.z, layers_ - 1, data.count) + s, data.y + s, stride, p_.outputs(), data.weight[s]};
   }
   MK_INLINE StoreWithBias<V, Number> store_with_bias(const V* theta, int l, V* out, int samples) const {

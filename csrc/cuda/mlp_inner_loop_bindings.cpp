@@ -52,14 +52,15 @@ class Call {
 
   void set_second_order(const Tensor& flags) {
     check_shape(flags, "second_order", {p_.steps});
-    check(flags.scalar_type() == ScalarType::Bool && flags.is_cpu(), "second_order must be bool, on the CPU");
-    const auto* data = static_cast<const bool*>(pointer(flags));
-    for (int step = 0; step < p_.steps; ++step) call_.second_order[step / 32] |= uint32_t(data[step]) << step % 32;
+    check(flags.scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_on_cpu(flags, "second_order");
+    const auto* data = static_cast<const uint8_t*>(pointer(flags));
+    for (int step = 0; step < p_.steps; ++step) call_.second_order[step / 32] |= uint32_t(data[step] != 0) << step % 32;
   }
   void set_step_weights(const Tensor& weights) {
     check_shape(weights, "step_weights", {p_.steps});
     check_dtype(weights, "step_weights", arithmetic(p_));
-    check(weights.is_cpu(), "step_weights must be on the CPU");
+    check_on_cpu(weights, "step_weights");
     const void* data = pointer(weights);
     for (int step = 0; step < p_.steps; ++step)
       call_.step_weights[step] =

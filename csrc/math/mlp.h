@@ -132,7 +132,7 @@ template <class V>
 struct LossSample {
   const V* prediction;
   const V* target;  // the value, or the label as a number
-  int stride;
+  int64_t stride;
   int outputs;
   V weight;  // of this sample in its task's mean, for every output
 };

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
@@ -14,13 +16,23 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from metakern._requirements import check_installed
 from metakern.runs.folder import CONFIG, read_config
 from metakern.training.distributed import is_launched
 
 Option = typer.Option
 
-#: What a command raises for input that it cannot use, and for files that it cannot read or write.
-ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+def group(title: str) -> Callable[..., Any]:
+    """:data:`Option` for options that stand together in the help, under a title."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+#: What a command raises for input that it cannot use, files that it cannot read or write, and libraries not installed.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError)
+
+#: Libraries that commands import when they are due, some of them only after the work.
+LIBRARIES = ("matplotlib", "scipy", "sklearn", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +83,42 @@ class RunCommand(TyperCommand):
                 ctx.default_map = checked_settings(self.settings, read_config(path, self.learner), path)
             except ERRORS as error:
                 raise fail(error) from error
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            self._check_given(ctx.params, given)
+        return rest
+
+    def _check_given(self, values: Mapping[str, Any], given: Collection[str]) -> None:
+        """Leave with an error for options on the command line that have no meaning beside the others.
+
+        A configuration holds every setting, and those that its choices leave without meaning are no error.
+        """
+        try:
+            if "resume" in given and "overwrite" in given:
+                raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+            settings = self.settings(**{field.name: values[field.name] for field in dataclasses.fields(self.settings)})
+            for names, reason in settings.resolved().meaningless():
+                if wrong := [option(name) for name in names if name in given]:
+                    verb = "have" if len(wrong) > 1 else "has"
+                    raise ValueError(f"{', '.join(wrong)} {verb} no meaning {reason}")
+        except ERRORS as error:
+            raise fail(error) from error
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help without a column of ``--no-FLAG``, which would leave eighty columns no room for words."""
+        negative = {parameter: parameter.secondary_opts for parameter in self.params}
+        try:
+            for parameter in negative:
+                parameter.secondary_opts = []
+            super().format_help(ctx, formatter)
+        finally:
+            for parameter, names in negative.items():
+                parameter.secondary_opts = names
+
+
+def option(name: str) -> str:
+    """A setting as it stands on the command line."""
+    return f"--{name.replace('_', '-')}"
 
 
 #: What a value of a setting must be, in words.
@@ -120,6 +167,7 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
             for kind in (settings, RunOptions)
         ]
         try:
+            check_installed(*LIBRARIES)
             function(*parts)
         except typer.Exit:  # a RuntimeError, and no error
             raise
@@ -131,18 +179,29 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = function.__doc__
     kind = type("TrainCommand", (RunCommand,), {"learner": learner, "settings": settings})
-    app.command(learner, cls=kind)(command)
+    app.command(learner, cls=kind, epilog="--no-FLAG clears a flag that a configuration sets.")(command)
+
+
+#: What stands for a value in the help.
+_PLACES = {str: "TEXT", int: "N", float: "X", bool: "", Path: "PATH"}
 
 
 def _parameters(settings: Any) -> list[inspect.Parameter]:
     """A keyword for every field of a dataclass, with its option and default."""
     hints = get_type_hints(settings, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+    parameters = []
+    for field in own_first(settings):
+        kind, info = get_args(hints[field.name])
+        value = (get_args(kind) or (kind,))[0]
+        info = copy.copy(info)
+        info.metavar = info.metavar or _PLACES[value]
+        info.show_default = value is not bool
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, info]
+            )
         )
-        for field in own_first(settings)
-    ]
+    return parameters
 
 
 def own_first(settings: Any) -> list[dataclasses.Field[Any]]:

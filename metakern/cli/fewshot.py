@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.cli.common import Option, choose
-from metakern.cli.outer import OuterSettings
+from metakern.cli.common import choose, group
+from metakern.cli.outer import OUTER, OuterSettings
 from metakern.clustering import BATCHES, EMBEDDINGS, METHODS, ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustered import ASSIGNMENTS
@@ -39,41 +39,99 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: Tasks of one preset, in a word of the help.
+_FAMILIES = {
+    "sinusoid": "sinusoid", "regression": "regression-3", "digits": "digits", "omniglot": "omniglot",
+    "mini-imagenet": "mini-imagenet",
+}  # fmt: skip
+
+
+def _by_tasks(setting: str) -> str:
+    """What a setting becomes where it is left open, for its help: "10 (sinusoid, regression), 1 (digits, ...)"."""
+    words: dict[Any, list[str]] = {}
+    for word, tasks in _FAMILIES.items():
+        words.setdefault(PRESETS[tasks][setting], []).append(word)
+    values = [f"{value:g}" if isinstance(value, float) else str(value) for value in words]
+    return "; ".join(f"{value} ({', '.join(found)})" for value, found in zip(values, words.values(), strict=True))
+
+
+_TASKS = group("Tasks")
+_MODEL = group("Model")
+_INNER = group("Inner loop")
+_CLUSTERS = group("Clusters")
+
+
 @dataclass(frozen=True)
 class MAMLSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the tasks suggest, see :data:`PRESETS`."""
 
-    tasks: Annotated[str, Option(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
-    data: Annotated[str | None, Option(help="Folder of omniglot or mini-imagenet.")] = None
-    ways: Annotated[int, Option(min=2, help="Classes of a few-shot task.")] = 5
-    shots: Annotated[int | None, Option(min=1, help="Support samples, of each class.")] = None
-    queries: Annotated[int | None, Option(min=1, help="Query samples, of each class.")] = None
-    model: Annotated[str, Option(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
-    hidden: Annotated[str | None, Option(help="Units of an mlp's hidden layers: 40,40.")] = None
-    filters: Annotated[int | None, Option(min=0, help="Filters of conv4.")] = None
-    steps: Annotated[int | None, Option(min=1, help="Inner steps in training.")] = None
-    eval_steps: Annotated[int | None, Option(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
-    inner_lr: Annotated[float | None, Option(help="Inner learning rate, or where learned ones start.")] = None
-    rates: Annotated[str, Option(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
-    first_order: Annotated[bool, Option(help="FOMAML: take inner gradients as constants.")] = False
-    anil: Annotated[bool, Option(help="Adapt the last layer alone.")] = False
-    parameters: Annotated[str | None, Option(help="Glob pattern of the parameters to adapt.")] = None
-    num_tasks: Annotated[int | None, Option(min=1, help="Tasks of a meta-batch.")] = None
-    iterations: Annotated[int, Option(min=1, help="Meta-batches to train on.")] = 1000
-    test_tasks: Annotated[int, Option(min=2, help="Test tasks at the end.")] = 600
-    clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
-    cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
-    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
-    cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
-    cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
-    cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False
-    cluster_warmup: Annotated[int, Option(min=0, help="Iterations before clusters.")] = 0
-    cluster_begin: Annotated[int, Option(min=1, help="Iterations by embedding before those by losses.")] = 100
-    cluster_refresh: Annotated[int, Option(min=1, help="Iterations between two looks at all clusters.")] = 100
-    cluster_temperature: Annotated[float, Option(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
+    tasks: Annotated[str, _TASKS(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
+    data: Annotated[str | None, _TASKS(help="Folder of omniglot or mini-imagenet.")] = None
+    ways: Annotated[int, _TASKS(min=2, help="Classes of a few-shot task.")] = 5
+    shots: Annotated[
+        int | None, _TASKS(min=1, help=f"Support samples, of each class; default: {_by_tasks('shots')}.")
+    ] = None
+    queries: Annotated[
+        int | None, _TASKS(min=1, help=f"Query samples, of each class; default: {_by_tasks('queries')}.")
+    ] = None
+    num_tasks: Annotated[
+        int | None, _TASKS(min=1, help=f"Tasks of a meta-batch; default: {_by_tasks('num_tasks')}.")
+    ] = None
+    test_tasks: Annotated[int, _TASKS(min=2, help="Test tasks at the end.")] = 600
+    model: Annotated[str, _MODEL(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
+    hidden: Annotated[str | None, _MODEL(help=f"Units of an mlp's hidden layers; default: {_by_tasks('hidden')}.")] = (
+        None
+    )
+    filters: Annotated[
+        int | None, _MODEL(min=0, help="Filters of conv4; default: 64 (omniglot); 32 (mini-imagenet).")
+    ] = None
+    steps: Annotated[int | None, _INNER(min=1, help=f"Inner steps in training; default: {_by_tasks('steps')}.")] = None
+    eval_steps: Annotated[int | None, _INNER(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
+    inner_lr: Annotated[
+        float | None,
+        _INNER(help=f"Inner learning rate, or where learned ones start; default: {_by_tasks('inner_lr')}."),
+    ] = None
+    rates: Annotated[str, _INNER(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
+    first_order: Annotated[bool, _INNER(help="FOMAML: take inner gradients as constants.")] = False
+    anil: Annotated[bool, _INNER(help="Adapt the last layer alone.")] = False
+    parameters: Annotated[str | None, _INNER(help="Glob pattern of the parameters to adapt.")] = None
+    iterations: Annotated[int, OUTER(min=1, help="Meta-batches to train on.")] = 1000
+    clusters: Annotated[str, _CLUSTERS(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
+    cluster_by: Annotated[str, _CLUSTERS(help=f"What chooses a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
+    cluster_embedding: Annotated[str, _CLUSTERS(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = (
+        "gradient"
+    )
+    cluster_method: Annotated[str, _CLUSTERS(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
+    cluster_batches: Annotated[str, _CLUSTERS(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
+    cluster_shared: Annotated[bool, _CLUSTERS(help="One learner for all; clusters shape batches alone.")] = False
+    cluster_warmup: Annotated[int, _CLUSTERS(min=0, help="Iterations before clusters.")] = 0
+    cluster_begin: Annotated[int, _CLUSTERS(min=1, help="Iterations by embedding before those by losses.")] = 100
+    cluster_refresh: Annotated[int, _CLUSTERS(min=1, help="Iterations between two looks at all clusters.")] = 100
+    cluster_temperature: Annotated[float, _CLUSTERS(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
     cluster_eval_temperature: Annotated[
-        float, Option(min=0, help="Of averages over clusters in evaluation; 0: the best cluster's learner alone.")
+        float, _CLUSTERS(min=0, help="Softness of averages over clusters in evaluation; 0: the best alone.")
     ] = 0.0
+
+    def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
+        """Of resolved settings; see :class:`OuterSettings`."""
+        if self.tasks in REGRESSION:
+            yield ("ways",), f"with --tasks {self.tasks}, which have no classes"
+        if self.tasks not in IMAGES:
+            yield ("data",), f"with --tasks {self.tasks}: only {' and '.join(IMAGES)} come from a folder"
+        if self.model == "conv4":
+            yield ("hidden",), "with --model conv4, whose size is --filters; --model mlp has hidden layers"
+        else:
+            yield ("filters",), "with --model mlp, whose size is --hidden; --model conv4 has filters"
+        if self.clusters == "0":
+            own = [field.name for field in fields(self) if field.name.startswith("cluster_")]
+            yield own, "without clusters: --clusters 4 makes four, --clusters auto as many as fit"
+        if self.cluster_by != "losses":
+            by = f"with --cluster-by {self.cluster_by}"
+            yield ("cluster_begin", "cluster_temperature", "cluster_eval_temperature"), f"{by}, only by losses"
+        if self.cluster_by == "modes":
+            yield ("cluster_embedding", "cluster_method"), "with --cluster-by modes, which tell the clusters themselves"
+        if self.cluster_batches == "uniform":
+            yield ("cluster_shared",), "with --cluster-batches uniform: give it balanced or one"
 
     def resolved(self) -> MAMLSettings:
         """The same with nothing left open.
@@ -93,7 +151,7 @@ class MAMLSettings(OuterSettings):
             raise ValueError(f"inner_lr must be positive and finite, got {self.inner_lr}")
         preset = PRESETS[self.tasks]
         settled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
-        images = self.tasks in ("omniglot", "mini-imagenet")
+        images = self.tasks in IMAGES
         model = ("conv4" if images else "mlp") if self.model == "auto" else self.model
         if model == "conv4" and not images:
             raise ValueError(
@@ -109,7 +167,9 @@ class MAMLSettings(OuterSettings):
         return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{clusters}"
 
 
+#: Tasks of numbers, which have no classes; and those whose images are in a folder.
 REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
+IMAGES = ("omniglot", "mini-imagenet")
 
 
 def make_tasks(settings: MAMLSettings) -> TaskDistribution:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 from torch import Tensor
 
-from metakern.adaptation import TEST_SEED, Adaptation, measure_adaptation
-from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_tasks, sampler
+from metakern._requirements import check_installed
+from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
+from metakern.cli.fewshot import IMAGES, MAMLSettings, make_learner, make_tasks, sampler
 from metakern.cli.outer import device_of
+from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
 from metakern.runs.folder import (
@@ -30,6 +31,7 @@ from metakern.runs.folder import (
     save_weights,
     write_json,
 )
+from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
 from metakern.training import Trainer
 
@@ -55,27 +57,36 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         folder=run.folder,
     )
     begin(run, trainer)
-    run.console.print(escape(settings.describe()), highlight=False)
+    run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
     fit(run, trainer)
     if finish(run, trainer, lambda folder: save_weights(folder, learner)):
         report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
 
 
 def eval_maml(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Folders of `metakern train maml`; several are compared.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."),
+        typer.Option(
+            metavar="PATH", help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."
+        ),
     ] = None,
-    num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Inner steps; default: those of its evaluations.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the images are now, if they were elsewhere.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides the tasks.")] = TEST_SEED,
+    device: Annotated[str, typer.Option(metavar="TEXT", help="cpu, cuda, or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
+        check_installed(*LIBRARIES)
         moved = {"device": device} | ({"data": data} if data else {})
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)
@@ -101,6 +112,8 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
     content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
     settings = MAMLSettings(**{**content, **moved}).resolved()
+    if "data" in moved and settings.tasks not in IMAGES:
+        raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
     tasks = make_tasks(settings)
     learner = make_learner(settings, tasks).to(device_of(settings.device))
     load_weights(run, learner)
@@ -121,27 +134,50 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters, plot_fits  # matplotlib takes a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:
         raise ValueError(f"runs must be of the same tasks to be compared, got {'; '.join(sorted(kinds))}")
-    adaptations = [
-        measure_adaptation(each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name)
-        for each in trained
-    ]
-    console.print(adaptation_table(adaptations))
+    adaptations = _measure(console, trained, num_tasks, steps, seed)
+    print_table(console, adaptation_table(console, adaptations))
     measures = [{"run": each.name, "measures": each.summary()} for each in adaptations]
     write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
     plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
+    tasks = trained[0].tasks
+    if fits := fit_tasks({each.name: each.learner for each in trained}, tasks, steps=steps, seed=seed):
+        plot_fits(fits, folder / FIGURES / "fits.png")
+        written.append(f"{FIGURES}/fits.png")
     for each in trained:
         if isinstance(each.learner, ClusteredLearner) and each.learner.num_active:
             name = "clusters.png" if len(trained) == 1 else f"clusters-{each.name.replace('/', '-')}.png"
-            plot_clusters(*cluster_map(each.learner, each.tasks, num_tasks), folder / FIGURES / name)
+            points, clusters, modes = cluster_map(each.learner, each.tasks, num_tasks)
+            plot_clusters(points, clusters, modes, folder / FIGURES / name, getattr(tasks, "mode_names", ()))
             written.append(f"{FIGURES}/{name}")
-    line = f"results are in {escape(str(folder))}/: {', '.join(written)}"
-    console.print(line, highlight=False, soft_wrap=True)
+    line = f"results are in {folder}/: {', '.join(written)}"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def _measure(
+    console: Console, trained: Sequence[Trained], num_tasks: int, steps: int | None, seed: int
+) -> list[Adaptation]:
+    """What every learner makes of the test tasks, with a bar, or lines where that takes long."""
+    adaptations: list[Adaptation] = []
+    with Display(console, "test tasks", num_tasks * len(trained)) as display:
+        for each in trained:
+            first = num_tasks * len(adaptations)
+            adaptations.append(
+                measure_adaptation(
+                    each.learner, each.tasks, num_tasks=num_tasks, steps=steps, seed=seed, name=each.name,
+                    advance=partial(_show, display, each.name, first),
+                )
+            )  # fmt: skip
+    return adaptations
+
+
+def _show(display: Display, name: str, first: int, done: int) -> None:
+    display.update(first + done, name)
 
 
 def _kind(settings: MAMLSettings) -> str:
@@ -158,29 +194,6 @@ def cluster_map(
     points = learner.embedding(learner.shared, list(learner.learners)[: learner.num_active], batch)
     modes = None if batch.modes is None else batch.modes.cpu()
     return points.cpu(), learner.assign(batch).cpu(), modes
-
-
-def adaptation_table(adaptations: Sequence[Adaptation]) -> Table:
-    """A row for every number of inner steps: mean and 95 % interval of every learner's loss and accuracy."""
-    title = f"{adaptations[0].num_tasks} unseen tasks, ± half of the 95 % interval"
-    table = Table(title=title, title_justify="left")
-    table.add_column("inner steps", justify="right")
-    columns = []
-    for adaptation in adaptations:
-        for name, rows in adaptation.summary().items():
-            table.add_column(name if len(adaptations) == 1 else f"{adaptation.name}\n{name}", justify="right")
-            columns.append([_cell(name, row["mean"], row["interval"]) for row in rows])
-    last = max(len(column) for column in columns) - 1
-    for step in range(last + 1):
-        cells = [column[step] if step < len(column) else "" for column in columns]
-        table.add_row(str(step), *cells, style="bold green" if step == last else "")
-    return table
-
-
-def _cell(name: str, mean: float, half: float) -> str:
-    if name == "accuracy":
-        return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{mean:.4g} ± {half:.2g}"
 
 
 def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:

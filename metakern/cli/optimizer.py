@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
-from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
-from metakern.cli.outer import OuterSettings
+from metakern._requirements import check_installed
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, choose, fail, group, train_command
+from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
+from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
-from metakern.evaluation import BASELINES, LEARNING_RATES, Curve, SpeedComparison, compare_optimizers, compare_speed
+from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
 from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.progress import progress_bar
+from metakern.runs.progress import Display
 from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
 from metakern.tasks.classic_functions import FUNCTIONS
 from metakern.training import History, Trainer
@@ -40,33 +42,44 @@ PROBLEMS: dict[str, Callable[[], Optimizees]] = {
     **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
 }
 
+
+def word_for(problem: str) -> str:
+    """What problems of this name are: networks on digits, or functions to minimise."""
+    return "networks" if problem.startswith("digits") else "functions"
+
+
 #: Where a run notes what it trained on, for ``eval optimizer``.
 TRAINING = "training.json"
+
+
+_PROBLEM = group("Problem and episodes")
+_RULE = group("Learned optimizer")
 
 
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
 
-    problem: Annotated[str, Option(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
-    episodes: Annotated[int, Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
-    networks: Annotated[int, Option(min=1, help="Problems solved side by side.")] = 8
-    steps: Annotated[int, Option(min=1, help="Inner steps of an episode.")] = 100
-    unroll: Annotated[int, Option(min=1, help="Inner steps between two outer steps.")] = 20
-    objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
-    second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
-    hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
-    layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
+    problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
+    episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
+    networks: Annotated[int, _PROBLEM(min=1, help="Problems solved side by side.")] = 8
+    steps: Annotated[int, _PROBLEM(min=1, help="Inner steps of an episode.")] = 100
+    unroll: Annotated[int, _PROBLEM(min=1, help="Inner steps between two outer steps.")] = 20
+    objective: Annotated[str, _PROBLEM(help="sum of losses, or of their logarithms: log.")] = "log"
+    second_order: Annotated[bool, _PROBLEM(help="Differentiate through the optimizee's gradients too.")] = False
+    hidden_size: Annotated[int, _RULE(min=1, max=64, help="Units of each LSTM layer.")] = 20
+    layers: Annotated[int, _RULE(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
-        str | None, Option(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
+        str | None, _RULE(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
     ] = None
-    output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
-    backend: Annotated[str, Option(help="auto, cpp, cuda, triton or reference.")] = "auto"
-    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-2
-    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
-    eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5
-    eval_tasks: Annotated[int, Option(min=1, help="Validation problems of an evaluation.")] = 16
-    checkpoint_every: Annotated[int, Option(min=1, help="Episodes between checkpoints.")] = 10
+    output_scale: Annotated[float | None, _RULE(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
+    backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
+    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
+    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
+    monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
+    eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
+    eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16
+    checkpoint_every: Annotated[int, EVALUATION(min=1, help="Episodes between checkpoints.")] = 10
 
     def resolved(self) -> OptimizerSettings:
         """The same with nothing left open.
@@ -117,8 +130,8 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     history = fit(run, trainer)
     if finish(run, trainer, rule.save_pretrained):
         _write_history(run.folder, history, settings)
-        best = f"best validation loss {history.best:.3g}; weights and history are in {escape(str(run.folder))}/"
-        run.console.print(best, highlight=False, soft_wrap=True)
+        best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
+        run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
@@ -134,37 +147,50 @@ def _write_history(folder: Path, history: History, settings: OptimizerSettings) 
 
 def eval_optimizer(
     rule_folder: Annotated[
-        str, typer.Argument(help="Folder of `metakern train optimizer`, or the name of a rule in the package.")
+        str,
+        typer.Argument(metavar="RULE", help="Folder of `metakern train optimizer`, or the name of a rule that ships."),
     ] = "digits_lstm",
     output: Annotated[
-        Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval/optimizer.")
+        Path | None, typer.Option(metavar="PATH", help="Folder for figures; default: RULE, or runs/eval/optimizer.")
     ] = None,
-    problem: Annotated[str | None, typer.Option(help="Default: what it was trained on, or digits.")] = None,
-    networks: Annotated[int, typer.Option(min=2, help="Fresh networks.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each network.")] = 100,
-    seed: Annotated[int, typer.Option(help="Decides networks and minibatches.")] = 1000,
-    speed: Annotated[bool, typer.Option(help="Also time meta-iterations against plain PyTorch.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    problem: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help=f"{', '.join(PROBLEMS)}; default: what the rule was trained on, or digits."),
+    ] = None,
+    networks: Annotated[int, typer.Option(min=2, metavar="N", help="Fresh networks, or functions.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each network.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides networks and minibatches.")] = 1000,
+    speed: Annotated[
+        bool, typer.Option("--speed", metavar="", help="Also time meta-iterations against plain PyTorch.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
-    """Train unseen networks with a learned optimizer and with SGD, momentum, RMSprop and Adam at their best rates."""
+    """Train unseen networks by a learned optimizer, and by SGD, momentum, RMSprop and Adam at their best rates."""
     console = Console(quiet=quiet)
     try:
+        check_installed(*LIBRARIES)
         rule, folder = _load_rule(rule_folder, output)
         problem = choose("problem", problem or _trained_on(Path(rule_folder)), tuple(PROBLEMS))
         make_folder(folder)
-        curves = []
-        with progress_bar(console) as bar:
-            task = bar.add_task("training unseen networks", total=1 + len(BASELINES), note="")
-            for curve in compare_optimizers(rule, PROBLEMS[problem](), num_tasks=networks, steps=steps, seed=seed):
-                curves.append(curve)
-                bar.update(task, advance=1, note=curve.name)
+        word = word_for(problem)
+        with Display(console, f"training unseen {word}", TRAININGS) as display:
+            done = itertools.count(1)
+            curves = list(
+                compare_optimizers(
+                    rule, PROBLEMS[problem](), num_tasks=networks, steps=steps, seed=seed,
+                    advance=lambda what, curve: display.update(next(done), what, line=curve),
+                )
+            )  # fmt: skip
         comparison = None
         if speed:
-            with console.status("timing meta-iterations"):
+            note = "timing meta-iterations"
+            if not console.is_interactive:
+                console.print(f"{note}, fused and in plain PyTorch", highlight=False)
+            with console.status(note):
                 unroll = math.gcd(steps, OptimizerSettings.unroll)
                 comparison = compare_speed(rule, PROBLEMS[problem](), steps=steps, unroll=unroll)
         facts = {"problem": problem, "networks": networks, "steps": steps, "seed": seed}
-        _report(console, folder, curves, comparison, facts)
+        _report(console, folder, curves, comparison, facts, word)
     except ERRORS as error:
         raise fail(error) from error
 
@@ -193,56 +219,62 @@ def _report(
     curves: list[Curve],
     comparison: SpeedComparison | None,
     facts: Mapping[str, object],
+    word: str,
 ) -> None:
-    from metakern.figures import plot_curves
+    from metakern.figures import plot_curves  # matplotlib takes a second to import
 
-    console.print(_optimizer_table(curves))
-    console.print(verdict(curves))
+    print_table(console, optimizer_table(curves, word))
+    console.print(verdict(curves), highlight=False, soft_wrap=True)
     figures: dict[str, object] = {
         **facts,
         "learning_rates": LEARNING_RATES,
         "optimizers": [curve.summary() for curve in curves],
     }
     if comparison:
-        console.print(_speed_table(comparison))
+        print_table(console, _speed_table(comparison))
         figures["speed"] = asdict(comparison) | {"ratio": comparison.ratio}
     write_json(folder / "results.json", figures)
-    plot_curves(curves, folder / "curves.png")
-    console.print(f"figures are in {escape(str(folder))}/: curves.png, results.json")
+    plot_curves(curves, folder / "curves.png", word)
+    line = f"results are in {folder}/: results.json, curves.png"
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def verdict(curves: list[Curve]) -> str:
-    """Whether the first curve, the learned optimizer's, ends below all others."""
+    """Whether the first curve, the learned optimizer's, ends below all others; one that diverged beats none."""
     learned, *baselines = curves
-    better = [curve.name for curve in baselines if not learned.final.mean() < curve.final.mean()]
+    if not learned.mean < math.inf:
+        return "The learned optimizer diverged."
+    better = [curve.name for curve in baselines if not learned.mean < curve.mean]
     if better:
         return f"The learned optimizer does not beat: {', '.join(better)}."
     return "The learned optimizer beats every tuned baseline."
 
 
-def _optimizer_table(curves: list[Curve]) -> Table:
+def optimizer_table(curves: list[Curve], word: str) -> Table:
+    """Losses of every optimizer after the last step; the best by their mean stands out."""
     count, steps = curves[0].losses.shape[1], curves[0].losses.shape[0] - 1
-    table = Table(title=f"Training loss of {count} unseen networks after {steps} steps")
-    for name in ("optimizer", "learning rate", "mean", "standard deviation", "median", "worst"):
-        table.add_column(name, justify="left" if name == "optimizer" else "right")
-    best = min(curves, key=lambda curve: curve.final.mean().item())
+    title = f"Training loss of {count} unseen {word} after {steps} steps"
+    table = figures_table(title, "optimizer", "learning\nrate", "mean", "standard\ndeviation", "median", "worst")
+    best = min(curves, key=lambda curve: curve.mean)
     for curve in curves:
         figures = curve.summary()
         rate = "-" if curve.lr is None else f"{curve.lr:.3g}"
-        row = [f"{figures[f'final_loss_{key}']:.2g}" for key in ("mean", "std", "median", "max")]
-        table.add_row(curve.name, rate, *row, style="bold green" if curve is best else "")
+        row = [_loss(figures[f"final_loss_{key}"]) for key in ("mean", "std", "median", "max")]
+        table.add_row(curve.name, rate, *row, style=BEST if curve is best else "")
     return table
 
 
+def _loss(value: Any) -> str:
+    return f"{value:.2g}" if math.isfinite(value) else "diverged"
+
+
 def _speed_table(comparison: SpeedComparison) -> Table:
-    title = f"Seconds per meta-iteration, {comparison.coordinates:,} coordinates, median of {comparison.repeats}"
-    table = Table(
-        title=title,
+    table = figures_table(
+        f"Seconds per meta-iteration, {comparison.coordinates:,} coordinates, median of {comparison.repeats}",
+        *("implementation", "seconds", "speed-up"),
         caption=f"meta-gradients differ by {comparison.difference:.0e} relative, allowed {comparison.tolerance:.0e}",
     )
-    for name in ("implementation", "seconds", "speed-up"):
-        table.add_column(name, justify="left" if name == "implementation" else "right")
-    table.add_row("metakern, fused", f"{comparison.fused_seconds:.3f}", f"{comparison.ratio:.1f}x", style="bold green")
+    table.add_row("metakern, fused", f"{comparison.fused_seconds:.3f}", f"{comparison.ratio:.1f}x", style=BEST)
     table.add_row("plain PyTorch (LSTMCell)", f"{comparison.plain_seconds:.3f}", "1.0x")
     return table
 

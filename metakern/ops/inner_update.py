@@ -101,7 +101,8 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
     """
     if isinstance(lr, Tensor) and params:
         lr = lr.reshape(()).to(params[0].device)
-    if is_transformed():  # the compiler fuses the formula, and torch.func sees through it
+    # The compiler fuses the formula, and torch.func sees through it; complex tensors have no kernels.
+    if is_transformed() or any(p.is_complex() for p in params):
         return reference.inner_update(params, grads, lr)
     if params and torch.is_grad_enabled() and is_small(params):
         return subtract(params, grads, lr if isinstance(lr, list) else [lr] * len(params))

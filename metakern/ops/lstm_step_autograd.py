@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from metakern.ops.devices import check_devices
 from metakern.ops.lstm_state import tiles
 
 
@@ -88,17 +89,19 @@ def call(
 # ------------------------------------------------------------------------------------------------- fake kernels
 
 
-def _fake(params: Tensor, grads: Tensor, state: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _fake(params: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any) -> tuple[Tensor, Tensor]:
+    check_devices("params", params.device, grads=grads, state=state, weights=weights)
     return params.new_empty(params.shape), state.new_empty(state.shape)
 
 
-def _fake_inplace(*_: Any) -> None:
-    return None
+def _fake_inplace(params: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any) -> None:
+    check_devices("params", params.device, grads=grads, state=state, weights=weights)
 
 
 def _fake_backward(
     grad_params: Tensor, grad_state: Tensor, grads: Tensor, state: Tensor, weights: Sequence[Tensor], *_: Any
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
+    check_devices("grads", grads.device, grad_params=grad_params, grad_state=grad_state, state=state, weights=weights)
     return grads.new_empty(grads.shape), state.new_empty(state.shape), [w.new_empty(w.shape) for w in weights]
 
 

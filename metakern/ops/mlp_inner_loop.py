@@ -21,6 +21,7 @@ from torch import Tensor
 
 from metakern import _backend
 from metakern._memo import memoized, once
+from metakern.ops.devices import check_devices
 from metakern.ops.inner_update_autograd import is_transformed
 from metakern.ops.mlp_inner_loop_autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
 from metakern.reference import mlp_inner_loop as reference
@@ -149,7 +150,8 @@ def mlp_inner_loop(
         first_order: take the steps' gradients as constants; or one bool a step
         clip_norm: largest norm of a task's gradient over all tensors that adapt; a longer one is scaled down to it, and
             meta-gradients go through that
-        support_mask: bool [T, S], False at samples that do not count
+        support_mask: bool [T, S], False at samples that do not count; a task without any that counts has a loss and
+            gradients of zero, and keeps its parameters
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
@@ -163,6 +165,7 @@ def mlp_inner_loop(
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
     )
+    _check_devices(params, lr, support_x=support_x, support_y=support_y, support_mask=support_mask)
     serves = _backend.resolve(backend, support_x.device, _reasons(params, support_x, None, steps, activation, loss))
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
@@ -210,7 +213,7 @@ def mlp_meta_loss(
         first_order: as for :func:`mlp_inner_loop`
         clip_norm: as for :func:`mlp_inner_loop`
         support_mask: as for :func:`mlp_inner_loop`
-        query_mask: bool [T, Q]
+        query_mask: bool [T, Q]; a task without any sample that counts has a loss and gradients of zero
         step_weights: [K], of the query loss after every step (MAML++'s multi-step loss); None takes the last alone
         checkpoint_every: steps between parameters that are kept within the pass; None keeps all of a group of tasks
         backend: as for :func:`mlp_inner_loop`
@@ -222,6 +225,8 @@ def mlp_meta_loss(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps, clip_norm
     )
     weights = make_weights(step_weights, steps)
+    for name, (x, y), mask in (("support", support, support_mask), ("query", query, query_mask)):
+        _check_devices(params, lr, **{f"{name}_x": x, f"{name}_y": y, f"{name}_mask": mask})
     reasons = _reasons(params, support[0], query[0], steps, activation, loss)
     serves = _backend.resolve(backend, support[0].device, reasons)
     if serves == "reference":
@@ -265,6 +270,12 @@ def run_meta_backward(
     """
     _check_classes(serves, problem, params, support, query)
     return meta_backward_call(_operators(serves), problem, params, support, query, weights, gradient)
+
+
+def _check_devices(params: Sequence[Tensor], lr: Any, **samples: Tensor | None) -> None:
+    """Raise RuntimeError for tensors on another device than the first of params."""
+    if params:
+        check_devices("params[0]", params[0].device, params=params, lr=lr, **samples)
 
 
 def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *sets: tuple[Any, ...]) -> None:

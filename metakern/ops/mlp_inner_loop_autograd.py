@@ -5,7 +5,6 @@ Axis legend: T tasks, K inner steps, P parameters of a task.
 
 from __future__ import annotations
 
-import functools
 import math
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -15,10 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from metakern._memo import constant
+from metakern.ops.devices import check_constants, check_devices
 from metakern.ops.inner_update_autograd import is_transformed
 from metakern.ops.mlp_inner_loop_batching import backward_rule, batched, batched_backward, forward_rule
 
 _TASK_LANES = 16
+
+#: Where the operators read their constants, whatever device the tasks are on.
+_CPU = torch.device("cpu")
 
 _ONCE = (
     "meta-gradients of the fused inner loop cannot be differentiated again; backend='reference' takes plain PyTorch, "
@@ -121,12 +125,16 @@ class Run:
 
     def forward(self, params: Tensors, data: Tensors, lr: Tensors) -> tuple[list[Tensor], Tensor]:
         """Results [T, ...], and what the way back needs."""
-        second_order = _constant(self.problem.second_order, torch.bool)
-        arguments, options = (list(params), *data, list(lr), *self.problem.scalars), self.problem.options
+        second_order = constant(self.problem.second_order, torch.bool, _CPU)
+        problem = self.problem
+        # Without a way back there is one segment of steps: the kernels reserve memory for the start of every other.
+        every = problem.checkpoint_every if self.keep else problem.steps
+        arguments = (list(params), *data, list(lr), *problem.scalars[:-1], every)
+        options = problem.options
         if self.weights is None:
             results, kept = self.operators.adapt(*arguments, self.keep, second_order, *options)
             return results, kept
-        weights = _constant(self.weights, _arithmetic(params[0]))
+        weights = constant(self.weights, _arithmetic(params[0]), _CPU)
         losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep, *options)
         return [losses], kept
 
@@ -134,7 +142,7 @@ class Run:
         """Gradients of params, and of the rates where they are wanted."""
         problem, lists = self.problem, (list(params), list(lr))
         if self.weights is None:
-            second_order = _constant(problem.second_order, torch.bool)
+            second_order = constant(problem.second_order, torch.bool, _CPU)
             arguments = (lists[0], *data, lists[1], *problem.scalars, second_order, *problem.options)
             found, rates = self.operators.adapt_backward(list(grads), kept, *arguments)
         else:
@@ -151,19 +159,6 @@ class Run:
 def _no_gradients(wanted: Sequence[Any]) -> list[Any]:
     """None for every argument, in the form that torch.library wants: a list of numbers that is empty is a list."""
     return [[] if isinstance(flag, list) else None for flag in wanted]
-
-
-def _constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    """A tensor of a few constants; made once for each, but while a graph is traced."""
-    if torch.compiler.is_compiling():
-        return torch.tensor(values, dtype=dtype)
-    return _cached_constant(values, dtype)
-
-
-@functools.lru_cache(256)
-def _cached_constant(values: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype)
 
 
 def _arithmetic(like: Tensor) -> torch.dtype:
@@ -397,26 +392,52 @@ def _task_elements(params: Sequence[Tensor]) -> int:
     return sum(math.prod(p.shape[-2:]) if i % 2 == 0 else p.shape[-1] for i, p in enumerate(params))
 
 
-def _fake(params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int, *rest: Any) -> Any:
-    every, keep = rest[4], rest[5]
+def _fake(
+    params: Any, x: Any, y: Any, mask: Any, lr: Any, rate: Any, steps: int, *rest: Any
+) -> tuple[list[Tensor], Tensor]:
+    every, keep, second_order = rest[4:7]
+    _check_fake(params, second_order, support_x=x, support_y=y, support_mask=mask, lr=lr)
     num_tasks = x.shape[0]
     results = [p.new_empty((num_tasks, *p.shape[(-2 if i % 2 == 0 else -1) :])) for i, p in enumerate(params)]
     kept = -(-steps // every) * _task_elements(params) if keep else 0
     return results, params[0].new_empty(_padded(num_tasks) * kept, dtype=_arithmetic(params[0]))
 
 
-def _fake_backward(grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *_: Any) -> Any:
-    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+def _fake_backward(
+    grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *rest: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    _check_fake(params, rest[7], trajectory=trajectory, support_x=x, support_y=y, support_mask=mask, lr=lr)
+    check_devices("params", params[0].device, grad_adapted=grad_adapted)
+    return _fake_gradients(params, lr)
 
 
-def _fake_meta_loss(params: Any, x: Any, *rest: Any) -> Any:
-    lr, with_grads = rest[5], rest[15]
+def _fake_meta_loss(
+    params: Any, x: Any, y: Any, mask: Any, query_x: Any, query_y: Any, query_mask: Any, lr: Any, *rest: Any
+) -> tuple[Tensor, Tensor]:
+    second_order, weights, with_grads = rest[7:10]
+    _check_fake(params, second_order, support_x=x, support_y=y, support_mask=mask, lr=lr)
+    check_devices("params", params[0].device, query_x=query_x, query_y=query_y, query_mask=query_mask)
+    check_constants(params[0].device, step_weights=weights)
     flat = _task_elements(params) + sum(r.numel() for r in lr) if with_grads else 0
     return x.new_empty(x.shape[0]), x.new_empty(_padded(x.shape[0]) * flat, dtype=_arithmetic(x))
 
 
-def _fake_meta_loss_backward(grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *rest: Any) -> Any:
-    return _fake_backward(grad, task_grads, params, x, y, None, lr, *rest)
+def _fake_meta_loss_backward(
+    grad: Any, task_grads: Any, params: Any, x: Any, y: Any, lr: Any, *_: Any
+) -> tuple[list[Tensor], list[Tensor]]:
+    device = params[0].device
+    check_devices("params", device, params=params, grad=grad, task_grads=task_grads, support_x=x, support_y=y, lr=lr)
+    return _fake_gradients(params, lr)
+
+
+def _fake_gradients(params: Any, lr: Any) -> tuple[list[Tensor], list[Tensor]]:
+    return [p.new_empty(p.shape) for p in params], [r.new_empty(r.shape) for r in lr]
+
+
+def _check_fake(params: Any, second_order: Tensor, **arguments: Any) -> None:
+    device = params[0].device
+    check_devices("params", device, params=params, **arguments)
+    check_constants(device, second_order=second_order)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -87,7 +87,10 @@ def predict(params: Sequence[Tensor], x: Tensor, activation: str | Sequence[str]
 
 
 def task_losses(prediction: Tensor, y: Tensor, loss: str, mask: Tensor | None = None) -> Tensor:
-    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its samples."""
+    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its samples.
+
+    A task none of whose samples count has a loss of zero, and so have its gradients.
+    """
     if loss == "cross_entropy":
         per_sample = F.cross_entropy(prediction.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     elif loss == "mse":
@@ -96,7 +99,7 @@ def task_losses(prediction: Tensor, y: Tensor, loss: str, mask: Tensor | None = 
         per_sample = F.binary_cross_entropy_with_logits(prediction, y, reduction="none").mean(2)
     if mask is None:
         return per_sample.mean(1)
-    return torch.where(mask, per_sample, torch.zeros_like(per_sample)).sum(1) / mask.sum(1)
+    return torch.where(mask, per_sample, torch.zeros_like(per_sample)).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def mlp_inner_loop(

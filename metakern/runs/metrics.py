@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
+from metakern._requirements import required
+from metakern.adaptation import chance_accuracy
+from metakern.clustering import ClusterSampler
 from metakern.runs.folder import FIGURES, METRICS, finite, write_text
 from metakern.training import Callback, History, Record, Trainer
 
@@ -95,7 +100,8 @@ class TensorBoardLog(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Open an events file; TensorBoard drops what a resumed run writes again."""
-        from torch.utils.tensorboard import SummaryWriter
+        with required():
+            from torch.utils.tensorboard import SummaryWriter
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1 if trainer.iteration else None)
 
@@ -133,4 +139,14 @@ class LearningCurves(Callback):
         path = self.folder / METRICS
         iterations, evaluations = read_metrics(path) if path.is_file() else ([], [])
         if iterations:
-            plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png", self.word)
+            classes = any("accuracy" in line["evaluation"] for line in evaluations)
+            chance = _chance(trainer.tasks) if classes else None
+            plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png", self.word, chance)
+
+
+def _chance(tasks: Any) -> float | None:
+    """The accuracy of guessing, by a validation task; None where its labels do not say."""
+    if isinstance(tasks, ClusterSampler):
+        tasks = tasks.tasks
+    batch = tasks.split("valid").sample(1, torch.Generator().manual_seed(0))
+    return chance_accuracy(getattr(batch, "query_y", None))

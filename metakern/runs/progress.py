@@ -1,12 +1,17 @@
-"""How a run shows that it goes on: a bar where there is a terminal, plain lines where there is none."""
+"""Progress of long work: a bar where a terminal can draw one, plain lines everywhere else."""
 
 from __future__ import annotations
 
 import time
 from collections import deque
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
 from metakern.training import Callback, History, Record, Trainer
 
@@ -19,14 +24,89 @@ UPDATE_SECONDS = 0.1
 #: Iterations that the tasks per second shown are of.
 RATE_WINDOW = 20
 
+#: The narrowest bar, in columns; where a terminal is wider, the bar takes what the count and the times leave.
+BAR_WIDTH = 8
 
-def progress_bar(console: Console) -> Progress:
-    """A bar with the time taken and left; silent where there is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console,
-        disable=not console.is_terminal,
-    )  # fmt: skip
+#: Terminals narrower than this have no title before the bar.
+TITLE_WIDTH = 60
+
+
+class _TwoLines(Progress):
+    """The bar with count and times on one line, the note on lines of its own: a long note cannot squeeze the bar."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The bar, then the note; words that do not fit into a line go to the next."""
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["note"]:
+                yield Text(task.fields["note"], overflow="fold")
+
+
+class Display:
+    """Counted work under way, for a person who waits for it.
+
+    A terminal shows a bar with the count, the time taken and left, and a note below it. Elsewhere a plain line comes
+    now and then. A quiet console shows nothing.
+
+    Args:
+        console: where it goes
+        title: what the bar is called
+        total: pieces of work
+        completed: how many of them are done before it starts
+        word: what a piece is called at the head of a plain line; default: ``title``
+    """
+
+    def __init__(self, console: Console, title: str, total: int, *, completed: int = 0, word: str = "") -> None:
+        self.console, self.word, self.total, self._first = console, word or title, total, completed
+        whole = Column(no_wrap=True)
+        columns = (
+            BarColumn(None, table_column=Column(ratio=1, min_width=BAR_WIDTH)), MofNCompleteColumn(table_column=whole),
+            TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("left", table_column=whole),
+        )  # fmt: skip
+        self._bar = _TwoLines(
+            *([TextColumn("{task.description}", table_column=whole)] if console.width >= TITLE_WIDTH else []),
+            *columns, console=console, expand=True, disable=not console.is_interactive or console.quiet,
+        )  # fmt: skip
+        self._task = self._bar.add_task(title, total=total, completed=completed, note="")
+        self._start = self._last_line = 0.0
+
+    def start(self) -> None:
+        """Show the bar, and count the time from here."""
+        self._start = self._last_line = time.monotonic()
+        self._bar.reset(self._task, completed=self._first)  # its clock starts here too
+        self._bar.start()
+
+    def stop(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.stop()
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def update(self, completed: int, note: str = "", *, line: bool = False) -> None:
+        """Move the bar.
+
+        Args:
+            completed: pieces that are done
+            note: what to say of them
+            line: print a plain line now, where there is no bar; otherwise one comes every :data:`LINE_SECONDS`
+        """
+        self._bar.update(self._task, completed=completed, note=note)
+        now = time.monotonic()
+        if self.console.is_interactive or not (line or now - self._last_line > LINE_SECONDS):
+            return
+        self._last_line, done = now, completed - self._first
+        rest = self.total - completed
+        left = f"{duration((now - self._start) / done * rest)} left" if done > 0 and rest > 0 else ""
+        notes = " · ".join(part for part in (note, left) if part)
+        text = f"{self.word} {completed}/{self.total}: {notes}"
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(measures: dict[str, float]) -> str:
@@ -46,7 +126,7 @@ def duration(seconds: float) -> str:
 
 
 class ProgressReport(Callback):
-    """Loss, accuracy, tasks per second and time left, for a terminal or as lines.
+    """Loss, accuracy, tasks per second and time left of a training, for a terminal or as lines.
 
     Args:
         console: where it goes
@@ -55,23 +135,20 @@ class ProgressReport(Callback):
 
     def __init__(self, console: Console, word: str = "iteration") -> None:
         self.console, self.word = console, word
-        self._bar = progress_bar(console)
-        self._note = ""
-        self._validation = ""
-        self._start = self._last_line = self._updated = 0.0
-        self._first = 0
+        self._display: Display | None = None
+        self._note = self._validation = ""
+        self._updated = 0.0
         self._latest: deque[Record] = deque(maxlen=RATE_WINDOW)
 
     def on_start(self, trainer: Trainer) -> None:
         """Show the bar, from where a resumed run stands."""
-        self._first, self._start = trainer.iteration, time.monotonic()
-        self._last_line = self._start
-        self._task = self._bar.add_task(
-            "meta-training", total=trainer.config.iterations, completed=trainer.iteration, note=""
+        first = trainer.iteration
+        self._display = Display(
+            self.console, "meta-training", trainer.config.iterations, completed=first, word=self.word
         )
-        self._bar.start()
-        if self._first and not self.console.is_terminal:
-            self.console.print(f"goes on after {self.word} {self._first}")
+        self._display.start()
+        if first and not self.console.is_interactive:
+            self.console.print(f"goes on after {self.word} {first}")
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
         """Move the bar; a plain line now and then."""
@@ -84,30 +161,23 @@ class ProgressReport(Callback):
         if record.skipped:
             parts.append(f"{record.skipped} skipped")
         self._note = " · ".join(parts)
-        self._bar.update(self._task, completed=record.iteration, note=self._note + self._validation)
-        if now - self._last_line > LINE_SECONDS:
-            self._print_line(record.iteration, trainer.config.iterations)
+        self._show(record.iteration)
 
     def on_evaluation(self, trainer: Trainer, measures: dict[str, float]) -> None:
-        """Validation measures join the bar, and have a plain line of their own."""
+        """Validation measures join the note, and have a plain line of their own."""
         self._validation = f" · validation {describe(measures)}"
-        self._bar.update(self._task, note=self._note + self._validation)
-        self._print_line(trainer.iteration, trainer.config.iterations)
+        self._show(trainer.iteration, line=True)
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
-        """Take the bar off."""
-        self._bar.stop()
+        """Leave the bar as it stands."""
+        if self._display:
+            self._display.stop()
+
+    def _show(self, iteration: int, *, line: bool = False) -> None:
+        assert self._display, "on_start makes it"
+        self._display.update(iteration, self._note + self._validation, line=line)
 
     def _rate(self) -> float:
         """Tasks per second of the latest iterations."""
         seconds = sum(record.seconds for record in self._latest)
         return sum(record.tasks_per_second * record.seconds for record in self._latest) / max(seconds, 1e-9)
-
-    def _print_line(self, iteration: int, iterations: int) -> None:
-        self._last_line = now = time.monotonic()
-        if self.console.is_terminal:
-            return
-        done = iteration - self._first
-        left = f" · {duration((now - self._start) / done * (iterations - iteration))} left" if done > 0 else ""
-        line = f"{self.word} {iteration}/{iterations}: {self._note}{self._validation}{left}"
-        self.console.print(line, highlight=False, soft_wrap=True)

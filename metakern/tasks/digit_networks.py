@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern._memo import outside_modes
 from metakern.tasks.digits import all_digits
 from metakern.tasks.distribution import check_split
 from metakern.tasks.network_problems import NetworkProblem
@@ -24,6 +25,7 @@ DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)
 
 
 @functools.cache
+@outside_modes()
 def load_digits(split: str) -> tuple[Tensor, Tensor]:
     """Images [n, 64] in [0, 1] and labels [n] of a split of scikit-learn's handwritten digits, shuffled once."""
     check_split(split)

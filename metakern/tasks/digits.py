@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern._memo import outside_modes
+from metakern._requirements import required
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
 #: The digits of each split. A 6 that is turned looks like a 9, so one split has both; none of the others is a digit of
@@ -67,19 +69,28 @@ class Digits(FewShotEpisodes):
         unknown = [name for name in domains if name not in DOMAINS]
         if unknown:
             raise ValueError(f"domains must be out of {', '.join(DOMAINS)}, got {', '.join(map(repr, unknown))}")
+        self._domain_names = tuple(domains)
         super().__init__(_classes(), domains=[DOMAINS[name] for name in domains], flat=flat, **options)
+
+    @property
+    def mode_names(self) -> tuple[str, ...]:
+        """The names of the domains."""
+        return self._domain_names
 
 
 @functools.cache
+@outside_modes()
 def all_digits() -> tuple[Tensor, Tensor]:
     """The images [1797, 8, 8] in [0, 1], float32, and the digits that they show, 64-bit integers; not to be changed."""
-    from sklearn.datasets import load_digits
+    with required():
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     return torch.from_numpy(data.images).float() / 16, torch.from_numpy(data.target).long()
 
 
 @functools.cache
+@outside_modes()
 def _classes() -> dict[str, ImageClasses]:
     """The classes of each split, images [M, 1, 8, 8] in [0, 1]."""
     images, labels = all_digits()

@@ -7,16 +7,15 @@ inner steps, P parameters of a task.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from metakern._memo import constant, memoized
 from metakern.triton.launch import split
 from metakern.triton.mlp_functions import MIXED
 
@@ -209,13 +208,6 @@ class Network:
 # ------------------------------------------------------------------------------------------- constants on the device
 
 
-@functools.lru_cache(256)
-def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers; copied to the device once."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=dtype, device=device)
-
-
 def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A constant that may still be on the CPU."""
     if x.device == device:
@@ -228,21 +220,20 @@ def table(network: Network, arguments: Arguments, device: torch.device) -> Tenso
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
-    return _table(network.widths, network.sizes, bits, rates, steps, network.activations, device)
+    return constant(_rows(network.widths, network.sizes, bits, rates, steps, network.activations), torch.int32, device)
 
 
-@functools.lru_cache(256)
-def _table(
+@memoized
+def _rows(
     widths: tuple[int, ...],
     sizes: tuple[int, ...],
     adapted: int,
     rates: tuple[int, ...],
     steps: int,
     activations: tuple[tuple[int, float], ...],
-    device: torch.device,
-) -> Tensor:
+) -> tuple[tuple[int, ...], ...]:
     rows = []
-    kinds = [(kind, *_bits(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
+    kinds = [(kind, *split(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
     offsets, slots = (list(itertools.accumulate(counts, initial=0)) for counts in (sizes, rates))
     for tensor, size in enumerate(sizes):
         layer, owner = tensor // 2, tensor if len(rates) > 1 else 0
@@ -250,13 +241,7 @@ def _table(
         row = [offsets[tensor], size, widths[layer], widths[layer + 1], sum(widths[1 : layer + 1])]
         rates_of = slots[owner], int(of_step > 1), of_step if steps else 0
         rows.append([*row, adapted >> tensor & 1, *rates_of, *kinds[layer]])
-    return constant(tuple(map(tuple, rows)), torch.int32, device)
-
-
-def _bits(number: float) -> tuple[int, int]:
-    """The bits of the float32 nearest to a number, and of that nearest to the rest, as int32."""
-    high, low = split(number)
-    return struct.unpack("ii", struct.pack("ff", high, low))
+    return tuple(map(tuple, rows))
 
 
 def starts(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -24,17 +24,18 @@ SINUSOID = f"train maml {SMALL} --scheduler none --eval-every 4 --checkpoint-eve
 TIMES = {"seconds", "tasks_per_second"}
 
 
-def metakern(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def metakern(*arguments: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python -m metakern`` in a process of its own."""
     command = [sys.executable, "-m", "metakern", *arguments]
     return subprocess.run(
-        command, cwd=cwd, capture_output=True, text=True, timeout=300, env=os.environ | ENVIRONMENT, check=False
-    )
+        command, cwd=cwd, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | ENVIRONMENT | environment,
+    )  # fmt: skip
 
 
-def invoke(arguments: str) -> Result:
+def invoke(arguments: str, **environment: str) -> Result:
     """The same command in this process."""
-    return CliRunner(env=ENVIRONMENT).invoke(app, arguments.split())
+    return CliRunner(env=ENVIRONMENT | environment).invoke(app, arguments.split())
 
 
 def succeed(arguments: str) -> str:

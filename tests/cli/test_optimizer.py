@@ -1,14 +1,17 @@
 """train optimizer and eval optimizer: what they write, and errors in one line."""
 
+import io
 import json
 import math
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
-from metakern.cli.optimizer import PROBLEMS, verdict
-from metakern.evaluation import Curve
+from metakern.cli.optimizer import PROBLEMS, optimizer_table, verdict
+from metakern.cli.tables import BEST, print_table
+from metakern.evaluation import BASELINES, Curve
 from metakern.rules import CoordinatewiseLSTM
 from tests.cli.commands import invoke, metakern, metrics, succeed
 
@@ -157,12 +160,56 @@ def test_a_damaged_rule_is_named(trained, tmp_path):
     assert "is truncated, damaged or not a safetensors file" in result.stderr
 
 
-def test_the_verdict_is_the_truth():
-    curves = [Curve(name, torch.full((1, 2), loss)) for name, loss in (("Learned", 1.0), ("A", 2.0), ("B", 0.5))]
-    assert verdict(curves) == "The learned optimizer does not beat: B."
-    assert verdict(curves[:2]) == "The learned optimizer beats every tuned baseline."
-    curves[0].losses.fill_(math.nan)
-    assert verdict(curves[:2]) == "The learned optimizer does not beat: A."
+def curves(*losses: float) -> list[Curve]:
+    """The learned optimizer's curve and baselines' A, B, ..., each of two problems that end at a loss."""
+    return [Curve(name, torch.full((1, 2), loss)) for name, loss in zip(("Learned", *"ABC"), losses, strict=False)]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ((1.0, 2.0, 0.5), "The learned optimizer does not beat: B."),
+        ((1.0, 1.0), "The learned optimizer does not beat: A."),
+        ((1.0, 2.0), "The learned optimizer beats every tuned baseline."),
+        ((1.0, math.nan, 2.0, math.inf), "The learned optimizer beats every tuned baseline."),
+        ((1.0, math.nan, 0.5), "The learned optimizer does not beat: B."),
+        ((math.nan, 2.0), "The learned optimizer diverged."),
+        ((math.inf, math.nan), "The learned optimizer diverged."),
+    ],
+)
+def test_the_verdict_is_the_truth(losses, expected):
+    assert verdict(curves(*losses)) == expected
+
+
+def test_what_diverges_is_never_the_best_and_says_so():
+    console = Console(file=io.StringIO(), width=80)
+    table = optimizer_table(curves(math.nan, 2.0, 0.5, -math.inf), "functions")
+    assert [row.style for row in table.rows] == ["", "", BEST, ""]
+    print_table(console, table)
+    printed = console.file.getvalue()
+    assert "Training loss of 2 unseen functions after 0 steps" in printed
+    assert [line.count("diverged") for line in printed.splitlines() if "│" in line] == [4, 0, 0, 4]
+    assert "nan" not in printed
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_tables_are_whole(width):
+    console = Console(file=io.StringIO(), width=width)
+    print_table(console, optimizer_table([Curve("Momentum 0.9", torch.full((2, 3), 1.23e-10), 0.000178)], "networks"))
+    printed = console.file.getvalue()
+    assert all(text in printed for text in ("Momentum 0.9", "0.000178", "1.2e-10", "deviation"))
+    assert "…" not in printed
+    assert max(map(len, printed.splitlines())) <= width
+
+
+def test_functions_are_called_functions_and_a_pipe_has_lines(tmp_path):
+    succeed(f"train optimizer {RUN} --episodes 1 --problem rosenbrock --output {tmp_path}/run --quiet")
+    printed = succeed(f"eval optimizer {tmp_path}/run --networks 2 --steps 3")
+    assert "Training loss of 2 unseen functions" in printed
+    assert "networks" not in printed
+    lines = [line for line in printed.splitlines() if line.startswith("training unseen functions")]
+    assert [line.partition(":")[0].split()[-1] for line in lines] == ["1/97", "25/97", "49/97", "73/97", "97/97"]
+    assert [line.split(": ")[1].split(" · ")[0] for line in lines] == ["Learned LSTM", *BASELINES]
 
 
 def test_the_rule_in_the_package_beats_every_tuned_baseline():

@@ -100,7 +100,7 @@ def test_learning_curves_are_drawn_where_there_is_something_to_show(tmp_path, it
 
 def test_learning_curves_call_an_iteration_what_the_run_calls_it(tmp_path, monkeypatch):
     words = []
-    monkeypatch.setattr(figures, "plot_learning", lambda *arguments: words.append(arguments[-1]))
+    monkeypatch.setattr(figures, "plot_learning", lambda *arguments: words.append(arguments[3]))
     play(MetricsLog(tmp_path), range(1, 3))
     LearningCurves(tmp_path, "episode").on_end(SimpleNamespace(), History(), None)
     assert words == ["episode"]

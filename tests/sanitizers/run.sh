@@ -23,7 +23,7 @@ mkdir "$work/tree"
 cp -rL metakern csrc tests setup.py pyproject.toml README.md LICENSE "$work/tree"
 rm -f "$work"/tree/metakern/_C*.so
 cd "$work/tree"
-METAKERN_CUDA=0 METAKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$work/lib" --build-temp "$work/obj"
+METAKERN_CUDA=0 METAKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$work/lib"
 cp "$work"/lib/metakern/_C*.so metakern/
 
 # verify_asan_link_order: the interpreter itself is not instrumented. detect_leaks: Python never frees all it has.

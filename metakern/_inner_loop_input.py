@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern._rates import is_number, matching
-from metakern._task_loss import TaskLoss
+from metakern._task_loss import TaskLoss, divided
 from metakern._trees import Data, as_data, first_tensor, map_tensors, named_tensors
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
@@ -125,6 +127,31 @@ def task_batch(
         places = (*(index.unsqueeze(-1) for index in leading), source)
         x, y = (map_tensors(lambda tensor: tensor[places], part) for part in (x, y))
     return TaskBatch(name, x, y, mask, loss.label_range(y, f"{name}_y"), steps is not None)
+
+
+def split(batch: TaskBatch, parts: int, loss: TaskLoss) -> list[tuple[TaskBatch, Tensor]]:
+    """The sets [T, S, ...] in so many parts, at most S, and the shares [T] of the whole loss that those of parts have.
+
+    All parts are masked: in some of them a task may have no sample.
+    """
+    samples = batch.num_samples
+    loss.check_parts(batch.y)
+    mask = batch.mask
+    if mask is None:
+        mask = torch.ones(batch.num_tasks, samples, dtype=torch.bool, device=batch.device)
+    masked = TaskBatch(batch.name, batch.x, batch.y, mask, batch.labels)
+    parts = min(parts, samples)
+    bounds = [samples * index // parts for index in range(parts + 1)]
+    made = []
+    for begin, end in pairwise(bounds):
+        part = masked.with_tensors(
+            [map_tensors(itemgetter((slice(None), slice(begin, end))), d) for d in masked.tensors]
+        )
+        made.append((part, loss.counts(part.y, part.mask)))
+    if loss.is_sum:
+        return made
+    whole = torch.stack([counts for _, counts in made]).sum(0)
+    return [(part, divided(counts, whole)) for part, counts in made]
 
 
 def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | None = None) -> torch.Size:

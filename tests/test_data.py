@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import metakern
+import metakern.clustering
 from metakern import adapt, meta_backward, meta_loss
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import assert_same, mlp, regression
@@ -355,3 +357,14 @@ def test_a_model_is_left_as_it_was() -> None:
     adapt(model, *EPISODE.support, loss=loss_of, steps=2)(EPISODE.query[0])
     for name, tensor in model.state_dict().items():
         assert_same_bits(name, tensor, before[name])
+
+
+# ------------------------------------------------------------------------------------ what is public
+
+
+@pytest.mark.parametrize("module", [metakern.maml, metakern.clustering])
+def test_modules_list_what_is_public(module: Any) -> None:
+    assert dir(module) == sorted(module.__all__)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    assert not {"torch", "Tensor", "annotations", "Options"} & set(dir(module))
+    assert {name for name in metakern.__all__ if hasattr(metakern.maml, name)} <= {*dir(metakern.maml), "__version__"}

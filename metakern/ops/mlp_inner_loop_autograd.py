@@ -129,8 +129,7 @@ class Run:
         problem = self.problem
         # Without a way back there is one segment of steps: the kernels reserve memory for the start of every other.
         every = problem.checkpoint_every if self.keep else problem.steps
-        arguments = (list(params), *data, list(lr), *problem.scalars[:-1], every)
-        options = problem.options
+        arguments, options = (list(params), *data, list(lr), *problem.scalars[:-1], every), problem.options
         if self.weights is None:
             results, kept = self.operators.adapt(*arguments, self.keep, second_order, *options)
             return results, kept

@@ -220,7 +220,8 @@ def table(network: Network, arguments: Arguments, device: torch.device) -> Tenso
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
-    return constant(_rows(network.widths, network.sizes, bits, rates, steps, network.activations), torch.int32, device)
+    rows = _rows(network.widths, network.sizes, bits, rates, steps, network.activations)
+    return constant(rows, torch.int32, device)
 
 
 @memoized

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
+from metakern._memo import constant
 from metakern.triton.launch import Config, launch, split
 from metakern.triton.mlp_arguments import (
     TASK_LANES,
@@ -28,7 +29,6 @@ from metakern.triton.mlp_arguments import (
     Network,
     Samples,
     check,
-    constant,
     on_device,
     starts,
     table,

@@ -31,6 +31,7 @@ HOSTILE = {
     "long list": ("a: [" + "1, " * 200 + "1]\n", f"'a' must be a list of at most {LIST_ENTRIES} entries, got 201"),
     "huge integer": ("a: " + "9" * 60_000, "integer"),
     "huge hexadecimal integer": ("a: 0x" + "f" * 60_000, "'a' must hold integers of at most 64 bits, got <integer of"),
+    "long text": ("a: " + "x" * 60_000 + "\n", "'a' must be text of at most 4,096 characters, got 60,000"),
     "date": ("a: 2020-01-01\n", "'a' must be a number, text or a list of these"),
     "number as name": ("1: 2\n", "settings must be named by text, got 1"),
     "large file": ("# " + "x" * 70_000 + "\n", "it must be at most 65,536 bytes, got more"),
@@ -71,6 +72,16 @@ def test_a_command_says_one_short_line(name, tmp_path):
     assert len(line) < 1500  # the settings that there are
     assert time.process_time() - start < 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["tasks", "device", "hidden", "clusters", "optimizer", "precision"])
+def test_errors_quote_little_of_a_setting(setting, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"{setting}: {'x' * 4000}\n")
+    result = invoke(f"train maml --config {tmp_path}/config.yaml --output {tmp_path}/run")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert setting in line
+    assert len(line) < 400
 
 
 @pytest.mark.parametrize(

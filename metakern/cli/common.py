@@ -245,5 +245,5 @@ def choose(name: str, value: str, choices: Sequence[str]) -> str:
         ValueError: that names the setting and the choices.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")
     return value

@@ -143,8 +143,9 @@ def plain_settings(learner: nn.Module, optimizer: torch.optim.Optimizer, schedul
     if scheduler is not None:
         found |= {f"scheduler.{name}": value for name, value in _schedule(scheduler.state_dict()).items()}
     for prefix, module in learner.named_modules():
-        where = ".".join(filter(None, ("learner", prefix)))
-        found |= dict(_attributes(module, where, text=True))
+        if not type(module).__module__.startswith("torch."):  # layers are of the learner's own making
+            where = ".".join(filter(None, ("learner", prefix)))
+            found |= dict(_attributes(module, where, text=True))
     plain = {name: _plain(value) for name, value in found.items()}
     return {name: value for name, value in plain.items() if not isinstance(value, list) or _is_short(value)}
 

@@ -36,9 +36,9 @@ def check_vectorize(vectorize: Any) -> None:
 class Vectorization:
     """The way that the tasks of one call are evaluated.
 
-    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The model is then
-    remembered, and later calls loop straight away until its modules, their modes, hooks or the loss change. A stale
-    entry costs only time: both ways give the same values.
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The model is
+    then remembered, and later calls loop straight away until its modules, their modes, hooks or the loss change. A
+    stale entry costs only time: both ways give the same values.
 
     Args:
         model: what is evaluated

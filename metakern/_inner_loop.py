@@ -28,7 +28,7 @@ from metakern._rates import LearningRates, real_dtype
 from metakern._recomputation import recomputed
 from metakern._task_functions import TaskFunctions
 from metakern._task_loss import TaskLoss
-from metakern._trees import Data, first_tensor, flatten, map_tensors
+from metakern._trees import Data, check_constants, first_tensor, flatten, map_tensors
 from metakern._vectorize import Vectorization, Vectorize
 from metakern._vectorize import is_transformed as is_transformed
 from metakern.ops.inner_update import inner_update
@@ -113,15 +113,15 @@ class TaskModel:
 
     def predict(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """Predictions for x [T, S, ...]: what the model returns, with tensors [T, S, ...]."""
-        rebuild: list[Callable[..., Any]] = []
+        outputs: list[Any] = []
 
         def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
-            found, restore = flatten(self._forward(params, shared, x))
-            rebuild.append(restore)
-            return tuple(found)
+            outputs.append(self._forward(params, shared, x))
+            return tuple(flatten(outputs[-1])[0])
 
         stacked = self._for_tasks(self._corrected(leaves), params, shared, (x,))
-        return rebuild[0](stacked)
+        check_constants(outputs)
+        return flatten(outputs[0])[1](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
         """Losses [T]."""

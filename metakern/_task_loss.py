@@ -22,8 +22,11 @@ from metakern.ops.mlp_inner_loop_autograd import is_batched
 _LABEL_LOSSES = (F.cross_entropy, F.nll_loss)
 _LABEL_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
+#: Losses that compare numbers, for which class labels are a mistake.
+_REGRESSION = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+
 #: Losses of which prediction and target have one shape. PyTorch would broadcast others, with a wrong mean.
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE = (*_REGRESSION, F.poisson_nll_loss, F.hinge_embedding_loss, F.soft_margin_loss, F.kl_div)
 
 #: Functions whose mean is known, and their options under which it is: it divides the sum of ``reduction="none"`` by the
 #: weights of the labels that count (_LABEL_LOSSES), or by the number of elements. F.mse_loss, F.l1_loss and
@@ -236,7 +239,7 @@ def check_targets(loss: Any, prediction: Any, y: Any) -> None:
     if function not in _ELEMENTWISE or not isinstance(prediction, Tensor) or not isinstance(y, Tensor):
         return
     name = getattr(function, "__name__", "the loss")
-    if not y.is_floating_point() and not y.is_complex():
+    if function in _REGRESSION and not y.is_floating_point() and not y.is_complex():
         raise TypeError(
             f"loss= must be given for targets of {y.dtype}, F.cross_entropy for class labels: {name} compares numbers, "
             "which must be floating-point"

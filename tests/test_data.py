@@ -150,6 +150,26 @@ def test_outputs_that_are_refused() -> None:
         adapted(EPISODE.query[0])
 
 
+class Told(nn.Module):
+    """Returns a number beside its output: the same for all tasks, or one that depends on the data."""
+
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.net, self.of_data = mlp(2, 4, 1), of_data
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.net(x), "level": x.mean().item() if self.of_data else 0.5}
+
+
+def test_constants_are_the_same_for_all_tasks() -> None:
+    for vectorize in (True, False):
+        output = adapt(Told(False), *EPISODE.support, loss=loss_of, vectorize=vectorize)(EPISODE.query[0])
+        assert output["level"] == 0.5
+    adapted = adapt(Told(True), *EPISODE.support, loss=loss_of, vectorize=False)
+    with pytest.raises(TypeError, match=r"model must return tensors for what differs between tasks, got \[.*\] for"):
+        adapted(EPISODE.query[0])
+
+
 def inputs(samples: int, seed: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x, scale = torch.randn(2, 3, samples, 2, generator=generator, dtype=F64)

@@ -376,7 +376,9 @@ def test_rates_by_pattern(backend: str) -> None:
     [
         ({"head.*": 0.1, "*": 0.01}, r"missing \[\], not among them \['head.\*'\]"),
         ({"2.*": 0.1}, r"missing \['0.weight', '0.bias'\], not among them \[\]"),
-        ({"*": 0.01, "2.*": 0.1}, r"lr: '2.\*' comes after '\*', which matches all that it does; put '2.\*' first"),
+        ({"*": 0.01, "2.*": 0.1}, r"lr: '2.\*' comes after '\*', which matches before it; put '2.\*' first"),
+        ({"*.bias": 0.1, "*t": 0.2, "2.*": 0.3}, r"lr: '2.\*' comes after '\*t', which matches before it"),
+        ({"*": 0.1, 0: 0.2}, r"missing \[\], not among them \[0\]"),
     ],
 )
 def test_patterns_that_do_not_fit(lr: Any, message: str) -> None:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
+from metakern._trees import map_output, map_tensors
 from metakern.ops.mlp_inner_loop_autograd import is_batched
 
 #: Losses of integer class labels, which index memory.
@@ -129,7 +129,8 @@ class TaskLoss:
                     "over some of the samples is not known: pass vectorize=False, which calls it for each task with "
                     "the samples in the mask alone"
                 )
-            return self._whole(*pytree.tree_map(lambda x: x[mask] if isinstance(x, Tensor) else x, (prediction, y)))
+            of_samples = functools.partial(_selected, mask=mask)
+            return self._whole(map_output(of_samples, prediction), map_tensors(of_samples, y))
         losses = self._unreduced(prediction, y, mask.shape[0])
         precise = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses  # sums may overflow
         count = self.sums.divisor(precise, y, mask)
@@ -149,10 +150,10 @@ class TaskLoss:
         """[T]: in proportion to these the losses of parts of the sets make up that of the whole; y and mask [T, S]."""
         assert self.sums is not None
         assert mask is not None
-        sums = self.sums
+        sums, dtype = self.sums, torch.float32 if mask.device.type == "mps" else torch.float64
 
         def count(mask: Tensor, *targets: Tensor) -> Tensor:
-            return sums.divisor(torch.zeros_like(mask, dtype=torch.float64), targets[0] if targets else None, mask)
+            return sums.divisor(torch.zeros_like(mask, dtype=dtype), targets[0] if targets else None, mask)
 
         return vmap(count)(mask, *((y,) if sums.over == "labels" else ()))
 
@@ -288,6 +289,16 @@ def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, An
         return None
     names = next(names for each, names in _KNOWN if each is function)
     return function, {name: getattr(module, name) for name in ("reduction", *names)}
+
+
+def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The samples in the mask [S] of a tensor [S, ...]."""
+    if tensor.dim() == 0 or tensor.shape[0] != mask.shape[0]:
+        raise ValueError(
+            f"model must return tensors of the samples, [{mask.shape[0]}, ...], where a mask is given, as others may "
+            f"depend on padding; got shape {list(tensor.shape)}"
+        )
+    return tensor[mask]
 
 
 def _takes_reduction(function: Any) -> bool:

@@ -140,6 +140,28 @@ def test_outputs_of_every_kind(kind: Any, vectorize: bool) -> None:
     assert model.head.weight.grad is not None
 
 
+@pytest.mark.parametrize("kind", [tuple, dict, Named, ModelOutput])
+def test_outputs_of_every_kind_with_masks(kind: Any) -> None:
+    """The loss sees the real samples of every part of the output."""
+    model, seen = Model(kind), []
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        seen.append((type(output), logits_of(output).shape[0], y.shape[0]))
+        return loss_of(output, y)
+
+    masks = {"support_mask": MASKS[0], "query_mask": MASKS[1]}
+    losses = meta_loss(model, EPISODE.support, EPISODE.query, loss=loss, lr=0.1, vectorize=False, **masks)
+    assert seen == [(kind, n, n) for n in (6, 2, 4, 5, 4, 2)]
+    sets = [
+        [((x[m],), y[m]) for x, y, m in zip(*part, mask, strict=True)]
+        for part, mask in ((EPISODE.support, MASKS[0]), (EPISODE.query, MASKS[1]))
+    ]
+    used = [p for name, p in model.named_parameters() if "second" not in name]
+    assert_same(losses, by_hand(model, *sets, steps=1), used)
+    with pytest.raises(ValueError, match=r"model must return tensors of the samples, \[6, ...\], where a mask"):
+        meta_loss(Model(Frozen), EPISODE.support, EPISODE.query, loss=loss, vectorize=False, **masks)
+
+
 def test_outputs_that_are_refused() -> None:
     adapted = adapt(Model(collections.UserDict), *EPISODE.support, loss=lambda output, y: loss_of(output["logits"], y))
     with pytest.raises(TypeError, match=r"model must return tensors, or tuples, lists, dicts .*, got a UserDict"):

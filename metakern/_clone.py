@@ -89,12 +89,14 @@ def captures_tensors(model: nn.Module) -> bool:
     """Whether a model refers to its parameters or buffers otherwise than by those that are registered.
 
     ``torch.func.functional_call`` does not replace them there. It does in nn.LSTM and its kin, which keep a list.
+    Scripted modules keep no others.
     """
+    whole = (nn.RNNBase, torch.jit.ScriptModule)
     parts = list(model.modules())
     tensors = (tensor for part in parts for held in (part._parameters, part._buffers) for tensor in held.values())
     probe = Substitution({id(tensor): (tensor, None) for tensor in tensors if tensor is not None}, copies=True)
     probe.keep(parts)
-    return any(probe.fill_attributes(shallow_copy(part)) for part in parts if not isinstance(part, nn.RNNBase))
+    return any(probe.fill_attributes(shallow_copy(part)) for part in parts if not isinstance(part, whole))
 
 
 def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
+#: Layers that take no integers.
+_OF_NUMBERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
+
 
 class Failed(NamedTuple):
     """The innermost module that an error passed through, and its input where there is one by that name."""
@@ -56,9 +59,14 @@ def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) ->
         return None
     expected = dtypes.pop()
     failed = module_that_failed(error, model)
-    takes_indices = failed is None or isinstance(failed.module, (nn.Embedding, nn.EmbeddingBag))
+    got_integers = (
+        failed is not None
+        and isinstance(failed.module, _OF_NUMBERS)
+        and failed.input is not None
+        and not (failed.input.is_floating_point() or failed.input.is_complex())
+    )
     for name, tensor in data.items():
-        wrong = tensor.is_floating_point() or (_is_input(name) and not takes_indices and not tensor.is_complex())
+        wrong = tensor.is_floating_point() or (got_integers and _is_input(name))
         if wrong and tensor.dtype != expected:
             other = f", or convert the model by model.to({tensor.dtype})" if tensor.is_floating_point() else ""
             return TypeError(

@@ -179,7 +179,7 @@ class TaskModel:
         return self._corrected(task_loss)
 
     def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of one task with PyTorch's functions in the form whose derivatives are right."""
+        """The function of one task, run with the corrected forms of PyTorch functions."""
         transformed = is_transformed()
 
         def corrected(*arguments: Any) -> Any:

@@ -1,7 +1,8 @@
-"""Functions of PyTorch that give wrong derivatives in the inner loop, in a form that is right.
+"""Corrected forms of PyTorch functions whose derivatives are wrong in the inner loop.
 
-Two kinds: batching rules of torch.vmap whose result autograd differentiates wrongly, and functions without a second
-derivative. Found by comparing torch's operators under vmap with a loop, values, gradients and second derivatives.
+There are two causes: batching rules of torch.vmap whose result autograd differentiates wrongly, and functions without a
+second derivative. They were found by comparing torch's operators under vmap with a loop: values, gradients, second
+derivatives.
 
 Axis legend: N indices, B bags, V rows of a table, D its columns.
 """
@@ -24,7 +25,7 @@ _OUTSIDE = 2**40
 
 
 class TaskFunctions(TorchFunctionMode):
-    """While it is on, calls of such functions go to their right form.
+    """While active, calls of these functions go to their corrected forms.
 
     Args:
         vectorize: whether torch.vmap is at work
@@ -56,11 +57,13 @@ def _batched_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """F.embedding, whose batching rule puts all tasks into one table: the padding row is then the first task's alone.
+    """F.embedding. Its batching rule puts all tasks into one table, where only the first task has a padding row.
 
-    ``scale_grad_by_freq`` would count over all tasks, and has no second derivative.
+    There ``scale_grad_by_freq`` counts over all tasks. It has no second derivative.
     """
     _refuse_max_norm(max_norm)
+    if input.dtype not in (torch.int32, torch.int64):
+        return F.embedding(input, weight)  # which says what is wrong
     inside = (input >= 0) & (input < weight.shape[0])
     input = torch.where(inside, input.long(), _OUTSIDE)  # it would be found in the table of another task
     rows = F.embedding(input, weight, padding_idx)
@@ -85,7 +88,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """F.embedding of one task: its gradient is dense, and with ``scale_grad_by_freq`` has a second derivative."""
+    """F.embedding of one task, with a dense gradient, and a second derivative with ``scale_grad_by_freq``."""
     _refuse_max_norm(max_norm)
     if scale_grad_by_freq:
         return _batched_embedding(input, weight, padding_idx, scale_grad_by_freq=True)
@@ -176,7 +179,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """F.batch_norm, of whose gradient within torch.vmap autograd takes mean and variance for constants."""
+    """F.batch_norm. When its gradient is taken within torch.vmap, autograd treats mean and variance as constants."""
     rest = running_mean, running_var, weight, bias, training, momentum, eps
     if not training:
         return F.batch_norm(input, *rest)
@@ -195,7 +198,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """F.instance_norm, the same."""
+    """F.instance_norm, for the same reason."""
     rest = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     if not use_input_stats:
         return F.instance_norm(input, *rest)
@@ -212,7 +215,7 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """F.layer_norm, the same."""
+    """F.layer_norm, for the same reason."""
     if tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
         return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says what is wrong
     normalised = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
@@ -252,13 +255,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    """torch.select_scatter, whose batching rule selects the gradient of ``src`` along another axis."""
+    """torch.select_scatter. Its batching rule selects the gradient of ``src`` along the wrong axis."""
     index = index % input.shape[dim]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    """torch.index_fill, whose batching rule fills what the tasks share with the values of all of them."""
+    """torch.index_fill. Its batching rule writes the values of all tasks into an input that they share."""
     if not isinstance(value, Tensor):
         return torch.index_fill(input, dim, index, value)
     filled = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
@@ -267,15 +270,23 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
     return torch.where(filled.reshape(shape), value.to(input.dtype), input)
 
 
+def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
+    """F.one_hot. Its batching rule returns zeros for a class out of range."""
+    if num_classes < 0:
+        return F.one_hot(tensor)
+    shape = (*tensor.shape, num_classes)
+    return torch.zeros(shape, dtype=torch.int64, device=tensor.device).scatter(-1, tensor.unsqueeze(-1), 1)
+
+
 def _as_strided_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Tensor.as_strided_, whose batching rule looks at the tensors of all tasks."""
+    """Tensor.as_strided_. Its batching rule applies the strides to the memory of all tasks."""
     if is_batched(input):
         raise RuntimeError("as_strided_ is wrong under torch.vmap; use as_strided")
     return input.as_strided_(*args, **kwargs)
 
 
 def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
-    """F.linear_cross_entropy not in chunks, which have no second derivative."""
+    """F.linear_cross_entropy without chunks: in chunks it has no second derivative."""
     result: Tensor = F.linear_cross_entropy(*args, **kwargs)
     return result
 
@@ -295,6 +306,7 @@ _VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.embedding: _in_order_of_torch(_batched_embedding),
     torch.select_scatter: _select_scatter,
     Tensor.select_scatter: _select_scatter,
+    F.one_hot: _one_hot,
     torch.index_fill: _index_fill,
     Tensor.index_fill: _index_fill,
     Tensor.as_strided_: _as_strided_,

@@ -17,7 +17,8 @@ from metakern._warn import warn_user
 
 Result = TypeVar("Result")
 
-#: How the tasks are evaluated: at once, one after another, or at once where torch.vmap can run the model.
+#: How the tasks are evaluated: all at once (True), one after another (False), or at once if torch.vmap can run the
+#: model ("auto").
 Vectorize = bool | str
 
 
@@ -35,9 +36,9 @@ def check_vectorize(vectorize: Any) -> None:
 class Vectorization:
     """The way that the tasks of one call are evaluated.
 
-    With "auto" a call that fails under torch.vmap starts again with a loop, from the same random numbers. The model is
-    then remembered, so that later calls loop at once, until its modules, their modes or the loss are others. The wrong
-    guess costs time alone: both ways give the same values.
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The model is
+    then remembered, and later calls loop straight away until its modules, their modes, hooks or the loss change. A
+    stale entry costs only time: both ways give the same values.
 
     Args:
         model: what is evaluated
@@ -78,7 +79,10 @@ class Vectorization:
             self._remember(f": {self._hooked}")
         if not self.at_once:
             return self._loop(evaluate, data)
-        state = random_state(next(self._model.parameters()).device)
+        device = next(self._model.parameters()).device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return evaluate()  # a CUDA graph can neither be asked for random states nor begun again
+        state = random_state(device)
         try:
             return evaluate()
         except torch.OutOfMemoryError:
@@ -126,7 +130,7 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 
 
 class _Loops:
-    """Models that torch.vmap could not run, as long as they live, and the kind that they were."""
+    """Models that torch.vmap could not run, held weakly, each with what it was like then."""
 
     def __init__(self) -> None:
         self._kinds: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}

@@ -249,9 +249,11 @@ def test_arguments_that_do_not_fit_are_for_pytorch_to_name() -> None:
         (lambda x, weight: F.embedding_bag(x, weight, mode="most"), "mode has to be one of"),
         (lambda x, weight: F.embedding_bag(x, weight, torch.zeros(1)), "if input is 2D, then offsets has to be None"),
         (lambda x, weight: F.embedding(x, weight, padding_idx=5), "Padding_idx must be within"),
+        (lambda x, weight: F.embedding(x.double(), weight), r"Expected tensor for argument #1 .indices."),
     ):
-        with pytest.raises((ValueError, AssertionError), match=message):
-            adapt(classifier(Functional(look_up), 6), *data.support, loss=F.cross_entropy, vectorize=False)
+        for vectorize in (True, False):
+            with pytest.raises((ValueError, AssertionError, RuntimeError), match=message):
+                adapt(classifier(Functional(look_up), 6), *data.support, loss=F.cross_entropy, vectorize=vectorize)
 
 
 # ------------------------------------------------------------------------------------------------------ other functions
@@ -288,6 +290,17 @@ def test_scattered(function: Callable[..., Tensor], names: list[str] | None) -> 
     net, x = Scattered(function).double(), torch.randn(2, 3, 5, 4, dtype=F64)
     data = Episode((x[0], torch.randn(3, 5, 3, dtype=F64)), (x[1], torch.randn(3, 5, 3, dtype=F64)))
     check(net, data, 2, 0.3, parameters=names, names=names)
+
+
+@pytest.mark.parametrize("vectorize", ["auto", True])
+def test_one_hot(vectorize: bool | str) -> None:
+    """torch.vmap would return zeros for a class out of range."""
+    data = episode(2)
+    net = classifier(Functional(lambda x, weight: F.one_hot(x, 5).to(weight) @ weight), 6)
+    check(net, data, 2, 0.7, loss=F.cross_entropy, vectorize=vectorize)
+    data.support[0][1, 2, 0] = 5
+    with pytest.raises(RuntimeError, match="Class values must be smaller than num_classes"):
+        adapt(net, *data.support, loss=F.cross_entropy, vectorize=vectorize)
 
 
 def test_a_model_sees_whether_its_input_requires_a_gradient() -> None:

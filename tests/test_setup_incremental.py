@@ -147,7 +147,8 @@ build_ext.build_ext.build_extension = lambda *_: None  # no linking
 planned = []
 setup.Job.run = lambda job: planned.append(f"{job.command[-1]} {job.output}") or True
 command.run()
-print(*planned, sep="\n")
+for line in planned:
+    print(line)
 """
 
 

@@ -21,8 +21,9 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
-from metakern._clone import call_with_tensors, captures_tensors
+from metakern._clone import captures_tensors, with_tensors
 from metakern._inner_loop_input import TaskBatch, check_labels, split
+from metakern._lineage import nodes_of, recomputes
 from metakern._random_state import kept_random_state
 from metakern._rates import LearningRates, real_dtype
 from metakern._recomputation import recomputed
@@ -120,12 +121,20 @@ class TaskModel:
             rebuild.append(restore)
             return tuple(found)
 
-        stacked = self._for_tasks(self._corrected(leaves), params, shared, (x,))
+        def evaluate(shared: Tensors) -> Any:
+            return self._for_tasks(self._corrected(leaves), params, shared, (x,))
+
+        stacked = self._recomputable(evaluate, params, shared)
         return rebuild[0](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
         """Losses [T]."""
-        losses: Tensor = self._for_tasks(self._task_loss(batch), params, shared, batch.tensors)
+
+        def evaluate(shared: Tensors) -> Tensor:
+            losses: Tensor = self._for_tasks(self._task_loss(batch), params, shared, batch.tensors)
+            return losses
+
+        losses: Tensor = self._recomputable(evaluate, params, shared)
         return losses
 
     def gradients(self, params: Tensors, shared: Tensors, batch: TaskBatch, first_order: bool) -> list[Tensor]:
@@ -159,13 +168,33 @@ class TaskModel:
             raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
 
+    def _recomputable(self, evaluate: Callable[[Tensors], Any], params: Tensors, shared: Tensors) -> Any:
+        """``evaluate(shared)``, whose graph may call the model again in the backward, as with torch.utils.checkpoint.
+
+        functional_call has put the model's own parameters back by then, so a copy with the tasks' is called.
+
+        Raises:
+            RuntimeError: within torch.vmap, which is over by then, too
+        """
+        if self._captures or is_transformed() or not torch.is_grad_enabled():
+            return evaluate(shared)
+        gathered = dict(shared)
+        result = evaluate(gathered)
+        if recomputes(nodes_of(pytree.tree_leaves(result)), set(nodes_of(params.values()))):
+            if self.vectorization.at_once:
+                raise RuntimeError("torch.utils.checkpoint calls the model again in the backward, outside torch.vmap")
+            self._captures = True
+            return evaluate(shared)
+        shared.update(gathered)
+        return result
+
     def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """What the model returns for one task."""
         tensors = {**shared, **params}
         args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
         if self._captures:
             own = {**self.shared, **self.initial}
-            return call_with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own}, *args, **kwargs)
+            return with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own})(*args, **kwargs)
         values = {slot: tensors[name] for slot, name in self._slots.items()}
         return functional_call(self.model, values, args, kwargs, tie_weights=False)
 

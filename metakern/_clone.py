@@ -114,6 +114,21 @@ def with_tensors(model: nn.Module, replaced: Replaced, holders: Sequence[nn.Modu
     return made[0]
 
 
+def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:
+    """What a model returns with other tensors in place of its own, wherever it refers to them.
+
+    A copy is called. Attributes that the call sets, such as an auxiliary loss, are set on the model, as by
+    ``torch.func.functional_call``.
+    """
+    copied = with_tensors(model, replaced)
+    pairs = list(zip(model.modules(), copied.modules(), strict=True))
+    before = [dict(copy.__dict__) for _, copy in pairs]
+    result = copied(*args, **kwargs)
+    for (part, copy), held in zip(pairs, before, strict=True):
+        part.__dict__.update({name: x for name, x in copy.__dict__.items() if held.get(name, held) is not x})
+    return result
+
+
 def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, memo: Replaced | None = None) -> _M:
     """Put p + u in place of each parameter p of a module that has an update u; gradients flow through both.
 

@@ -21,7 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
-from metakern._clone import captures_tensors, with_tensors
+from metakern._clone import call_with_tensors, captures_tensors
 from metakern._inner_loop_input import TaskBatch, check_labels, split
 from metakern._lineage import nodes_of, recomputes
 from metakern._random_state import kept_random_state
@@ -194,7 +194,7 @@ class TaskModel:
         args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
         if self._captures:
             own = {**self.shared, **self.initial}
-            return with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own})(*args, **kwargs)
+            return call_with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own}, *args, **kwargs)
         values = {slot: tensors[name] for slot, name in self._slots.items()}
         return functional_call(self.model, values, args, kwargs, tie_weights=False)
 

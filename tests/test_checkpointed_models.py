@@ -135,3 +135,41 @@ def test_a_checkpointed_clone_leaves_its_model_as_it_is() -> None:
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
     assert learner.head is learner.module.head
     F.mse_loss(learner(x), y).backward()
+
+
+@pytest.mark.parametrize("in_a_list", [False, True])
+def test_an_auxiliary_loss_that_the_model_keeps(in_a_list: bool) -> None:
+    class WithAuxiliary(Net):
+        def __init__(self, checkpointed: bool) -> None:
+            super().__init__(checkpointed)
+            self.weights = [self.head.weight] if in_a_list else []
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = super().forward(x)
+            self.auxiliary = h.square().mean() + sum(w.square().sum() for w in self.weights)
+            return h
+
+    support, query, results = data(3, 5), data(3, 4), []
+    for checkpointed in (True, False):
+        net = WithAuxiliary(checkpointed)
+
+        def loss(prediction: Tensor, y: Tensor, net: Any = net) -> Tensor:
+            return F.mse_loss(prediction, y) + net.auxiliary
+
+        losses = meta_loss(net, support, query, loss=loss, steps=2, lr=0.1, vectorize=False)
+        losses.mean().backward()
+        results.append((losses, [p.grad for p in net.parameters()]))
+        assert set(net.__dict__) == {*Net(False).__dict__, "weights", "auxiliary"}
+    assert_same_meta_gradients(results)
+
+    def by_hand(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        h = F.linear(F.linear(x, p["body.weight"], p["body.bias"]).tanh().sin(), p["head.weight"], p["head.bias"])
+        extra = p["head.weight"].square().sum() if in_a_list else 0.0
+        return F.mse_loss(h, y) + h.square().mean() + extra
+
+    params = dict(net.named_parameters())
+    for _ in range(2):
+        total = by_hand(params, support[0][0], support[1][0])
+        grads = torch.autograd.grad(total, list(params.values()), create_graph=True)
+        params = {name: p - 0.1 * g for (name, p), g in zip(params.items(), grads, strict=True)}
+    assert_close("by hand", results[0][0][0], by_hand(params, query[0][0], query[1][0]), 1e-12)

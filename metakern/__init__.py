@@ -6,7 +6,16 @@ with required():
     from metakern import maml, ops, optim, rules, tasks
     from metakern._backend import FallbackWarning, build_info, empty_cache
     from metakern._version import __version__
-    from metakern.maml import MAML, MetaSGD, adapt, meta_backward, meta_loss
+    from metakern.maml import (
+        MAML,
+        MetaSGD,
+        adapt,
+        clone_module,
+        detach_module,
+        meta_backward,
+        meta_loss,
+        update_module,
+    )
 
 #: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
 algorithms = maml
@@ -19,6 +28,8 @@ __all__ = [
     "adapt",
     "algorithms",
     "build_info",
+    "clone_module",
+    "detach_module",
     "empty_cache",
     "maml",
     "meta_backward",
@@ -27,6 +38,7 @@ __all__ = [
     "optim",
     "rules",
     "tasks",
+    "update_module",
 ]
 
 

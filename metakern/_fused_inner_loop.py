@@ -5,6 +5,7 @@ Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 from types import FunctionType
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from metakern import _backend
+from metakern._as_shipped import is_plain
 from metakern._inner_loop import is_transformed
 from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
-from metakern._mlp import Mlp, Unserved, check_data, find_loss, find_mlp, unserved_size
+from metakern._mlp import LOSS_FUNCTIONS, Mlp, Unserved, check_data, find_mlp, known_loss, unserved_size
 from metakern._rates import learning_rates
+from metakern._recorded import record_loss, record_mlp
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data
 from metakern._vectorize import Vectorize
@@ -61,7 +64,7 @@ def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) 
     Raises:
         Unserved: where the generic path must serve
     """
-    mlp, names, arguments = _arguments(options)
+    mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
     serves = _serving(options, mlp, arguments["loss"], x)
     results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, backend=serves, **arguments))
@@ -85,7 +88,12 @@ def fused_meta_loss(
     if usual is not None and usual.way is not None:
         known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))  # type: ignore[arg-type]
         return _served(known)  # type: ignore[no-any-return]
-    mlp, _, arguments = _arguments(options)
+    named = []
+    for name, data, mask in (("support", support, masks[0]), ("query", query, masks[1])):
+        if not isinstance(data, (tuple, list)) or len(data) != 2:
+            raise Unserved(f"{name} is no pair")
+        named.append((name, *data, mask))
+    mlp, _, arguments = _arguments(options, named)
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
         if isinstance(step_weights, Tensor):
@@ -94,11 +102,7 @@ def fused_meta_loss(
             step_weights = step_weights.tolist()
         if not any(step_weights):
             raise Unserved("step_weights are all zero")
-    sets = []
-    for name, data, mask in (("support", support, masks[0]), ("query", query, masks[1])):
-        if not isinstance(data, (tuple, list)) or len(data) != 2:
-            raise Unserved(f"{name} is no pair")
-        sets.append(_samples(name, options, mlp, arguments["loss"], *data, mask))
+    sets = [_samples(name, options, mlp, arguments["loss"], x, y, mask) for name, x, y, mask in named]
     if sets[0][0].shape[0] != sets[1][0].shape[0]:
         raise Unserved("support and query do not share the task axis")
     serves = _serving(options, mlp, arguments["loss"], *(x for x, _ in sets))
@@ -127,18 +131,26 @@ def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Te
         losses, grads = _served(lambda: run_meta_backward(*way, params, *sets, gradient))
     except Unserved:  # for its reason meta_loss raises, or takes the generic path
         return None
-    with torch.no_grad():
-        for p, found in zip(params, grads, strict=True):
-            if p.grad is None:
-                p.grad = found
-            else:
-                p.grad.add_(found)
+    _accumulate(params, grads)
     return losses  # type: ignore[no-any-return]
 
 
 def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
     """Whether the gradient cannot be that by these losses [T]."""
     return (gradient.shape, gradient.dtype, gradient.device) != (losses.shape, losses.dtype, losses.device)
+
+
+def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Add gradients to ``grad``; those that other threads add meanwhile, by this or by backward(), are not lost."""
+    if len(sys._current_frames()) > 1:  # all of Python's threads; a thread that is alone can start none in between
+        torch.autograd.backward(list(params), list(grads))  # adds under a mutex, and takes several times as long
+        return
+    with torch.no_grad():
+        for p, found in zip(params, grads, strict=True):
+            if p.grad is None:
+                p.grad = found
+            else:
+                p.grad.add_(found)
 
 
 def _accumulates(p: Tensor) -> bool:
@@ -174,10 +186,14 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     plain = plain and not options.support_per_step and options.steps > 0
     if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
         return None
-    # Of a function nothing can change, and it can be looked up.
-    if is_transformed() or not isinstance(options.model, nn.Module) or type(options.loss) is not FunctionType:
+    if is_transformed() or not isinstance(options.model, nn.Module):
         return None
-    mlp = find_mlp(options.model)
+    if type(options.loss) is not FunctionType or options.loss not in LOSS_FUNCTIONS:
+        return None
+    try:
+        mlp = find_mlp(options.model)
+    except Unserved:
+        return None
     first = mlp.params[0]
     tensors = (*support, *query) if type(support) is type(query) is tuple and len(support) == len(query) == 2 else ()
     if not tensors or mlp.flattens or torch.is_autocast_enabled(first.device.type):
@@ -201,7 +217,11 @@ def _remember(key: Hashable, serves: str, mlp: Mlp, options: Options, arguments:
     _served_before[key] = serves, problem, make_weights(None, options.steps)
 
 
-def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
+#: The name of a set, its x and y, and its mask.
+_Set = tuple[str, Any, Any, Tensor | None]
+
+
+def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], dict[str, Any]]:
     """The model, names of its adapted parameters, and the operator's options."""
     if _backend.requested(options.backend) == "reference":
         raise Unserved("backend='reference' asks for it")
@@ -216,10 +236,10 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
         raise Unserved("vectorize=False asks for it")
     if options.support_per_step:
         raise Unserved("support_per_step brings another support set for each step")
-    mlp, loss = find_mlp(options.model), find_loss(options.loss)
+    mlp, loss = _recognised(options, sets)
     if torch.is_autocast_enabled(mlp.params[0].device.type):
         raise Unserved("autocast is on")
-    if options.parameters is None and not is_transformed():
+    if options.parameters is None and not is_transformed() and not mlp.recorded:
         names = [name for name, p in zip(mlp.names, mlp.params, strict=True) if name and p.requires_grad]
     else:
         names = adapted_names(options.model, options.parameters)
@@ -242,6 +262,31 @@ def _arguments(options: Options) -> tuple[Mlp, list[str], dict[str, Any]]:
             "checkpoint_every": options.checkpoint_every,
         },
     )
+
+
+def _recognised(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, str]:
+    """Model and loss by their classes and functions or, which torch.compile cannot do, by what they compute."""
+    compiling = torch.compiler.is_compiling()
+    try:
+        mlp = find_mlp(options.model)
+    except Unserved:
+        if compiling:
+            raise
+        mlp = record_mlp(options.model, [_of_first_task(name, x) for name, x, _, _ in sets])
+    loss = known_loss(options.loss)
+    if loss:
+        return mlp, loss
+    if compiling or any(mask is not None for *_, mask in sets):  # its mean over some samples is not known
+        raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
+    return mlp, record_loss(options.loss, mlp, [_of_first_task(name, y) for name, _, y, _ in sets])
+
+
+def _of_first_task(name: str, tensor: Any) -> Tensor:
+    if not isinstance(tensor, Tensor) or tensor.dim() < 2 or not tensor.shape[0] or not tensor.shape[1]:
+        raise Unserved(f"{name} is no pair of tensors with a task and a sample")
+    if not is_plain(tensor):
+        raise Unserved("the samples are of a subclass of Tensor")
+    return tensor[0]
 
 
 def _serving(options: Options, mlp: Mlp, loss: str, *samples: Tensor) -> str:

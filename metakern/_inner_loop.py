@@ -21,9 +21,11 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
-from metakern._inner_loop_input import TaskBatch, check_labels
-from metakern._random_state import kept_random_state, random_state, set_random_state
-from metakern._rates import LearningRates
+from metakern._clone import call_with_tensors, captures_tensors
+from metakern._inner_loop_input import TaskBatch, check_labels, split
+from metakern._random_state import kept_random_state
+from metakern._rates import LearningRates, real_dtype
+from metakern._recomputation import recomputed
 from metakern._task_functions import TaskFunctions
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data, first_tensor, flatten, map_tensors
@@ -69,6 +71,7 @@ class TaskModel:
         statistics |= {id(b) for m in per_step for b in (m.running_mean, m.running_var)}
         self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
         self._slots = _slots(model, parameters | buffers)
+        self._captures = not torch.compiler.is_compiling() and captures_tensors(model)
         names_of = {id(buffer): name for name, buffer in buffers.items()}
         self.max_steps = min([m.steps for m in per_step]) if per_step else None
         self._step_buffers = [names_of[id(m.step)] for m in per_step]
@@ -159,10 +162,12 @@ class TaskModel:
     def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """What the model returns for one task."""
         tensors = {**shared, **params}
+        args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+        if self._captures:
+            own = {**self.shared, **self.initial}
+            return call_with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own}, *args, **kwargs)
         values = {slot: tensors[name] for slot, name in self._slots.items()}
-        if isinstance(x, dict):
-            return functional_call(self.model, values, (), x, tie_weights=False)
-        return functional_call(self.model, values, x if isinstance(x, tuple) else (x,), tie_weights=False)
+        return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
     def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
         def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:
@@ -294,9 +299,10 @@ class InnerLoop:
         shared = {name: tensor for name, tensor in self.model.shared.items() if name not in statistics}
         state: State = self.model.expand(support.num_tasks), None, statistics
         every = self.checkpoint_every
+        if torch.is_grad_enabled() and self.num_steps and (every is not None or self._recomputes_parts()):
+            self._check_captured(state[0], support, query)
         if every is None or not self.num_steps or not torch.is_grad_enabled():
             return self._steps(state, shared, self._arguments(), support, query, range(self.num_steps))
-        self._check_captured(state[0], support, query)
         for start in range(0, self.num_steps, every):
             steps = range(start, min(start + every, self.num_steps))
             arguments = (state, shared, self._arguments(), support.tensors, query and query.tensors)
@@ -323,7 +329,7 @@ class InnerLoop:
         rates, weights = arguments
         names = self.model.names
         for step in steps:
-            grads = self.model.gradients(params, shared, support.at_step(step), self.first_order[step])
+            grads = self._gradients(params, shared, support.at_step(step), self.first_order[step])
             # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
             plain = is_transformed() or any(params[name].is_complex() for name in names)
             update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
@@ -341,6 +347,32 @@ class InnerLoop:
                 total = losses if total is None else total + losses
         return params, total, self.model.gathered(shared)
 
+    def _gradients(self, params: Tensors, shared: Tensors, support: TaskBatch, first_order: bool) -> list[Tensor]:
+        """Gradients of the support losses, summed over parts of the sets; see :meth:`TaskModel.gradients`."""
+        if self.accumulate == 1:
+            return self.model.gradients(params, shared, support, first_order)
+        recomputes = torch.is_grad_enabled() and not first_order and not is_transformed()
+        total: list[Tensor] = []
+        for part, shares in split(support, self.accumulate, self.model.loss):
+            of_part, arguments = self._of_part(part, first_order), (params, shared, part.tensors, shares)
+            grads, statistics = recomputed(of_part, arguments) if recomputes else of_part(*arguments)
+            shared.update({name: tensor.detach() for name, tensor in statistics.items()})
+            total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
+        return total
+
+    def _of_part(self, part: TaskBatch, first_order: bool) -> Callable[..., Any]:
+        """A part's share of the gradients, and running statistics, as a function of all that they depend on."""
+
+        def run(params: Tensors, shared: Tensors, tensors: Any, shares: Tensor) -> Any:
+            grads = self.model.gradients(params, shared, part.with_tensors(tensors), first_order)
+            spread = [shares.view(-1, *[1] * (g.dim() - 1)).to(real_dtype(g)) for g in grads]
+            return [share * g for share, g in zip(spread, grads, strict=True)], self.model.gathered(shared)
+
+        return run
+
+    def _recomputes_parts(self) -> bool:
+        return self.accumulate > 1 and not all(self.first_order) and not is_transformed()
+
     def _segment(self, support: TaskBatch, query: TaskBatch | None, steps: range) -> Callable[..., Any]:
         """Some of the steps as a function of all the tensors that they depend on."""
 
@@ -353,77 +385,18 @@ class InnerLoop:
 
     def _check_captured(self, params: Tensors, support: TaskBatch, query: TaskBatch | None) -> None:
         """Raise where the loss or the model holds a tensor to which recomputation would lose the meta-gradient."""
+        name = "accumulate" if self.checkpoint_every is None else "checkpoint_every"
         params, shared = pytree.tree_map_only(Tensor, torch.detach, (params, self.model.shared))
         with torch.enable_grad(), kept_random_state(support.device):
-            for batch in (support, query):
+            first = support.at_step(0)
+            if self.accumulate > 1:
+                first = split(first, self.accumulate, self.model.loss)[0][0]
+            for batch in (first, query):
                 if batch is None:
                     continue
-                batch = batch.at_step(0)
                 detached = batch.with_tensors([map_tensors(Tensor.detach, part) for part in batch.tensors])
                 if self.model.losses(params, shared, detached).requires_grad:
                     raise RuntimeError(
-                        "checkpoint_every recomputes from model, data and lr, but loss or model holds another tensor "
-                        "that requires a gradient, which would be lost; register it in the model, or leave "
-                        "checkpoint_every out"
+                        f"{name} recomputes from model, data and lr, but loss or model holds another tensor that "
+                        f"requires a gradient, which would be lost; register it in the model, or leave {name} out"
                     )
-
-
-# ------------------------------------------------------------------------------------------------------- recomputation
-
-
-def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """``function(*arguments)``, of which the arguments alone are kept: the backward runs it again.
-
-    torch.utils.checkpoint does not serve: gradients that are taken inside the function would make it run the function
-    again for each of them. Random numbers and autocast are those of the first run. The function depends on no tensor
-    that requires a gradient besides its arguments. It can be differentiated once.
-    """
-    leaves, structure = pytree.tree_flatten(arguments)
-    results: list[Any] = []
-
-    def flat(*flat_leaves: Any) -> tuple[Any, ...]:
-        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(flat_leaves), structure)))
-        results[:] = [spec]
-        return tuple(outputs)
-
-    outputs = _Recomputed.apply(flat, *leaves)
-    return pytree.tree_unflatten(list(outputs), results[0])
-
-
-class _Recomputed(torch.autograd.Function):
-    """See :func:`recomputed`; takes and returns leaves, tensors among them."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Any, ...]], *leaves: Any) -> tuple[Any, ...]:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        device = tensors[0].device
-        ctx.function = function
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.random_state = random_state(device)
-        kind = device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.save_for_backward(*tensors)
-        return function(*leaves)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        leaves, inputs, positions = list(ctx.constants), [], []
-        for position, tensor in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            leaves[position] = tensor.detach()
-            if ctx.needs_input_grad[position + 1]:
-                leaves[position].requires_grad_()
-                inputs.append(leaves[position])
-                positions.append(position + 1)
-        kind, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), kept_random_state(leaves[ctx.positions[0]].device):
-            set_random_state(ctx.random_state)
-            with torch.autocast(kind, dtype, enabled):
-                outputs = ctx.function(*leaves)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
-        grads: list[Any] = [None] * (len(leaves) + 1)
-        for position, gradient in zip(positions, found, strict=True):
-            grads[position] = gradient
-        return tuple(grads)

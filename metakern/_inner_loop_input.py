@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern._rates import is_number, matching
-from metakern._task_loss import TaskLoss
+from metakern._task_loss import TaskLoss, divided
 from metakern._trees import Data, as_data, first_tensor, map_tensors, named_tensors
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
@@ -118,13 +120,38 @@ def task_batch(
         )
     x, y = as_data(x), as_data(y)
     if mask is not None:
-        _check_mask(f"{name}_mask", mask, axes)
+        _check_mask(f"{name}_mask", mask, axes, first_tensor(x).device)
         first = mask.to(torch.int8).argmax(-1, keepdim=True)
         source = torch.where(mask, torch.arange(axes[-1], device=mask.device), first)
         leading = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in axes[:-1]), indexing="ij")
         places = (*(index.unsqueeze(-1) for index in leading), source)
         x, y = (map_tensors(lambda tensor: tensor[places], part) for part in (x, y))
     return TaskBatch(name, x, y, mask, loss.label_range(y, f"{name}_y"), steps is not None)
+
+
+def split(batch: TaskBatch, parts: int, loss: TaskLoss) -> list[tuple[TaskBatch, Tensor]]:
+    """The sets [T, S, ...] in so many parts, at most S, and the shares [T] of the whole loss that those of parts have.
+
+    All parts are masked: in some of them a task may have no sample.
+    """
+    samples = batch.num_samples
+    loss.check_parts(batch.y)
+    mask = batch.mask
+    if mask is None:
+        mask = torch.ones(batch.num_tasks, samples, dtype=torch.bool, device=batch.device)
+    masked = TaskBatch(batch.name, batch.x, batch.y, mask, batch.labels)
+    parts = min(parts, samples)
+    bounds = [samples * index // parts for index in range(parts + 1)]
+    made = []
+    for begin, end in pairwise(bounds):
+        part = masked.with_tensors(
+            [map_tensors(itemgetter((slice(None), slice(begin, end))), d) for d in masked.tensors]
+        )
+        made.append((part, loss.counts(part.y, part.mask)))
+    if loss.is_sum:
+        return made
+    whole = torch.stack([counts for _, counts in made]).sum(0)
+    return [(part, divided(counts, whole)) for part, counts in made]
 
 
 def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | None = None) -> torch.Size:
@@ -157,13 +184,15 @@ def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | 
     return shape
 
 
-def _check_mask(name: str, mask: Any, axes: torch.Size) -> None:
+def _check_mask(name: str, mask: Any, axes: torch.Size, device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {got}")
     if mask.shape != axes:
         legend = "[T, S]" if len(axes) == 2 else "[T, K, S]"
         raise ValueError(f"{name} must be {legend}, {list(axes)}, got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the device of the samples, {device}, got {mask.device}")
     if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
         empty = (~mask.any(-1)).nonzero()[:, 0].unique().tolist()
         raise ValueError(f"{name} must leave every task a sample, got none for tasks {empty}")

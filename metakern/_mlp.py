@@ -1,25 +1,28 @@
-"""Which models and losses the fused inner loop serves: chains of linear layers with one kind of activation.
+"""Which models and losses the fused inner loop serves: chains of linear layers with activations between them.
+
+Models of torch.nn's own classes are recognised by these, anew at every call: nothing is remembered of a model, so that
+no change of it can go unseen. For other models and losses see :mod:`metakern._recorded`.
 
 Axis legend: T tasks, S samples of a task, I inputs and O outputs of the model.
 """
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern._as_shipped import changed_class, changed_classes, changed_functions, changed_instance, is_plain
 from metakern._rates import LearningRates
 from metakern.ops.mlp_inner_loop import unserved, unserved_by_triton, unserved_on_cuda
 from metakern.ops.mlp_inner_loop_autograd import wants_gradient
 
-_ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
+ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
 
-_LOSS_FUNCTIONS = {
+LOSS_FUNCTIONS: dict[Callable[..., Tensor], str] = {
     F.mse_loss: "mse",
     F.cross_entropy: "cross_entropy",
     F.binary_cross_entropy_with_logits: "binary_cross_entropy_with_logits",
@@ -29,6 +32,10 @@ _LOSS_MODULES: dict[type, str] = {
     nn.CrossEntropyLoss: "cross_entropy",
     nn.BCEWithLogitsLoss: "binary_cross_entropy_with_logits",
 }
+
+
+#: Classes of which models are recognised.
+_LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.Identity, nn.Flatten, nn.Dropout])
 
 
 class Unserved(Exception):
@@ -44,6 +51,7 @@ class Mlp(NamedTuple):
         widths: inputs, then the units of every layer
         activation: between the layers
         flattens: whether the model flattens a sample first
+        recorded: whether it was recognised by what it computes, and not by its classes
     """
 
     names: list[str]
@@ -51,10 +59,13 @@ class Mlp(NamedTuple):
     widths: tuple[int, ...]
     activation: str
     flattens: bool
+    recorded: bool = False
 
     def samples(self, x: Tensor) -> Tensor:
         """[T, S, I] from what the model takes."""
-        x = x.flatten(2) if self.flattens else x
+        if self.flattens:
+            # x.view(-1, 1) takes samples of one number, which nn.Flatten does not.
+            x = x.unsqueeze(2) if self.recorded and x.dim() == 2 else x.flatten(2)
         if x.dim() != 3 or x.shape[2] != self.widths[0]:
             raise Unserved(f"the samples are {list(x.shape)}, not [T, S, {self.widths[0]}]")
         return x
@@ -74,128 +85,146 @@ class Mlp(NamedTuple):
         return [by_name[name].to(dtype) if name in by_name else nothing for name in self.names]
 
 
-class _Chain(NamedTuple):
-    """How a model was recognised: what later calls compare it with, and take its parameters from."""
+class Chain:
+    """The layers of a model in the order in which they run, put together one by one.
 
-    modules: list[tuple[nn.Module | None, type, tuple[nn.Module, ...]]]  # None for the model; types and children
-    linears: list[nn.Module]
-    names: list[str]
-    activation: str
-    flattens: bool
+    Attributes:
+        names, params: as in :class:`Mlp`
+        activations: behind each layer, at most one
+        after_linear: whether an activation may come next
+        flattens: whether a sample is flattened before the first
+    """
 
-    def is_of(self, model: nn.Module) -> bool:
-        """Whether the model still consists of these modules, with biases where there were some and without hooks."""
-        for known, kind, children in self.modules:
-            module = model if known is None else known
-            if type(module) is not kind or (module._modules and tuple(module._modules.values()) != children):
-                return False
-            if _has_hooks(module):
-                return False
-        biases = [linear._parameters["bias"] is not None for linear in self.linears]
-        return biases == [name != "" for name in self.names[1::2]]
+    __slots__ = ("activations", "after_linear", "flattens", "names", "params")
 
+    def __init__(self) -> None:
+        self.names: list[str] = []
+        self.params: list[Tensor] = []
+        self.activations: list[str] = []
+        self.after_linear = self.flattens = False
 
-#: Recognised once; every call looks whether it still holds. Not with GELU and Flatten, whose options may change, and
-#: of nn.Sequential alone: a value must not hold its key.
-_chains: weakref.WeakKeyDictionary[nn.Module, _Chain] = weakref.WeakKeyDictionary()
+    def add_linear(self, weight_name: str, weight: Any, bias_name: str, bias: Any) -> None:
+        """A layer; its bias is None where there is none."""
+        if self.after_linear:
+            raise Unserved("the model has two nn.Linear without an activation between")
+        if not is_plain(weight) or not (bias is None or is_plain(bias)):
+            raise Unserved("the model has weights that are no plain tensors")
+        if bias is None:
+            bias_name, bias = "", weight.new_zeros(weight.shape[0])
+        self.names += (weight_name, bias_name)
+        self.params += (weight, bias)
+        self.after_linear = True
 
+    def add_activation(self, name: str) -> None:
+        """An activation, which must be that of the other layers."""
+        if not self.after_linear:
+            raise Unserved(f"the model has {name} elsewhere than behind an nn.Linear")
+        if self.activations and self.activations[0] != name:
+            raise Unserved(f"the model has several activations, {self.activations[0]} and {name}")
+        self.activations.append(name)
+        self.after_linear = False
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    def add_flatten(self) -> None:
+        """Samples are flattened before the first layer."""
+        if self.params:
+            raise Unserved("the model flattens between layers")
+        self.flattens = True
 
+    def equals(self, other: Chain) -> bool:
+        """Whether the other has the same layers, of the same parameters."""
+        ours, others = ((c.names, c.activations, c.after_linear, c.flattens) for c in (self, other))
+        return ours == others
 
-def _modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """A model of nested nn.Sequential: these, and the modules within, in order."""
-    yield prefix, model
-    if _is_sequential(model):
-        for name, child in model._modules.items():
-            yield from _modules(child, f"{prefix}{name}.")  # type: ignore[arg-type]
+    def mlp(self, recorded: bool) -> Mlp:
+        """The model that the chain is.
 
-
-def _is_sequential(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-def _recognise(model: nn.Module) -> _Chain:
-    modules: list[Any] = []
-    linears: list[nn.Module] = []
-    names: list[str] = []
-    activation, flattens, after_linear = "", False, False
-    for prefix, module in _modules(model):
-        if _has_hooks(module):
-            raise Unserved("the model has hooks")
-        kind: type = type(module)
-        modules.append((None if module is model else module, kind, tuple(module._modules.values())))
-        if kind is nn.Identity or _is_sequential(module):
-            continue
-        if kind is nn.Flatten and not linears and module.start_dim == 1 and module.end_dim == -1:
-            flattens = True
-        elif kind is nn.Linear and not after_linear:
-            names += [f"{prefix}weight", "" if module.bias is None else f"{prefix}bias"]
-            linears.append(module)
-            after_linear = True
-        elif kind in _ACTIVATIONS and after_linear and activation in ("", _ACTIVATIONS[kind]):
-            if kind is nn.GELU and module.approximate != "none":
-                raise Unserved("the model has an approximate GELU")
-            activation, after_linear = _ACTIVATIONS[kind], False
-        else:
-            raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
-    if not linears or not after_linear:
-        raise Unserved("the model does not end in nn.Linear")
-    return _Chain(modules, linears, names, activation or "relu", flattens)
-
-
-def _chain(model: nn.Module) -> _Chain:
-    if torch.compiler.is_compiling():  # which cannot see memories
-        return _recognise(model)
-    chain = _chains.get(model)
-    if chain is None or not chain.is_of(model):
-        chain = _recognise(model)
-        if _is_sequential(model) and chain.activation != "gelu" and not chain.flattens:
-            _chains[model] = chain
-    return chain
+        Raises:
+            Unserved: for a chain that is none of layers and activations in turn, of one dtype and device
+        """
+        if not self.after_linear:
+            raise Unserved("the model does not end in nn.Linear")
+        params = self.params
+        if len(set(map(id, params))) != len(params):
+            raise Unserved("the model has tied parameters")
+        dtype, device = params[0].dtype, params[0].device
+        for p in params:
+            if p.dtype is not dtype or p.device != device:
+                raise Unserved("the parameters differ in dtype or device")
+        widths = (params[0].shape[1], *[p.shape[0] for p in params[1::2]])
+        activation = self.activations[0] if self.activations else "relu"
+        return Mlp(self.names, params, widths, activation, self.flattens, recorded)
 
 
 def find_mlp(model: nn.Module) -> Mlp:
-    """The chain of layers that the model is.
+    """The chain of layers that a model of torch.nn's own classes is: nn.Sequential, nested at will, and layers.
 
     Raises:
-        Unserved: for any other model
+        Unserved: for any other model, and where PyTorch or the model was changed
     """
-    chain = _chain(model)
-    params: list[Any] = []
-    for linear in chain.linears:  # past nn.Module.__getattr__, which is slow
-        weight, bias = linear._parameters["weight"], linear._parameters["bias"]
-        params += (weight, weight.new_zeros(weight.shape[0]) if bias is None else bias)  # type: ignore[union-attr]
-    if len(set(map(id, params))) != len(params):
-        raise Unserved("the model has tied parameters")
-    dtype, device = params[0].dtype, params[0].device
-    for p in params:
-        if p.dtype is not dtype or p.device != device:
-            raise Unserved("the parameters differ in dtype or device")
-    widths = (params[0].shape[1], *(p.shape[0] for p in params[::2]))
-    return Mlp(chain.names, params, widths, chain.activation, chain.flattens)
+    compiling = torch.compiler.is_compiling()
+    reason = changed_functions() or (changed_classes() if compiling else "")
+    if reason:
+        raise Unserved(reason)
+    chain = Chain()
+    kinds: set[type] = set()
+    _add(model, "", chain, kinds)
+    if not compiling:
+        for kind in kinds:
+            reason = changed_class(kind)
+            if reason:
+                raise Unserved(reason)
+    return chain.mlp(recorded=False)
 
 
-def find_loss(loss: Callable[..., Tensor]) -> str:
-    """Its name among the losses of the fused inner loop.
+def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None:
+    """Append a module, and those within, to the chain, and their classes to ``kinds``."""
+    kind, held = type(module), module._parameters
+    if kind not in _LAYERS:
+        raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
+    reason = changed_instance(module)
+    if reason:
+        raise Unserved(reason)
+    kinds.add(kind)
+    if kind is nn.Linear:
+        own = module.__dict__
+        if len(held) != 2 or "weight" not in held or "bias" not in held or "weight" in own or "bias" in own:
+            raise Unserved("the model has other parameters than weight and bias of its layers")
+        chain.add_linear(prefix + "weight", held["weight"], prefix + "bias", held["bias"])
+    elif held:
+        raise Unserved("the model has other parameters than weight and bias of its layers")
+    if kind is nn.Sequential:
+        for name, child in module._modules.items():
+            _add(child, f"{prefix}{name}.", chain, kinds)  # type: ignore[arg-type]
+    elif module._modules:
+        raise Unserved(f"the model has modules within an nn.{kind.__name__}")
+    elif kind in ACTIVATIONS:
+        if kind is nn.GELU and module.approximate != "none":
+            raise Unserved("the model has an approximate GELU")
+        chain.add_activation(ACTIVATIONS[kind])
+    elif kind is nn.Flatten:
+        if module.start_dim != 1 or module.end_dim != -1:
+            raise Unserved("the model flattens other axes than those of a sample")
+        chain.add_flatten()
+    elif kind is nn.Dropout and module.training:
+        raise Unserved("the model has nn.Dropout in train() mode")
 
-    Raises:
-        Unserved: for any other loss
+
+def known_loss(loss: Any) -> str:
+    """The name of a loss that is known by its function or class; empty for any other.
+
+    Names are those of :func:`metakern.ops.mlp_inner_loop`.
     """
-    if isinstance(loss, nn.Module):
-        name = _LOSS_MODULES.get(type(loss))
-        options = [getattr(loss, option, None) for option in ("weight", "pos_weight")]
-        plain = loss.reduction == "mean" and options == [None, None] if name else False
-        if name and plain and not getattr(loss, "label_smoothing", 0) and getattr(loss, "ignore_index", -100) == -100:
-            return name
-    else:
-        for function, name in _LOSS_FUNCTIONS.items():
+    if not isinstance(loss, nn.Module):
+        for function, name in LOSS_FUNCTIONS.items():  # which another may not be hashed to be compared with
             if loss is function:
                 return name
-    raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits, as they are")
+        return ""
+    name = _LOSS_MODULES.get(type(loss), "")
+    if not name or changed_instance(loss) or (not torch.compiler.is_compiling() and changed_class(type(loss))):
+        return ""
+    options = [getattr(loss, option, None) for option in ("weight", "pos_weight")]
+    plain = loss.reduction == "mean" and options == [None, None] and not getattr(loss, "label_smoothing", 0)
+    return name if plain and getattr(loss, "ignore_index", -100) == -100 else ""
 
 
 def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> str:
@@ -211,6 +240,8 @@ def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor
 def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:
     """Raise Unserved for samples of one set that the kernels do not take."""
     first = mlp.params[0]
+    if not is_plain(x) or not is_plain(y):
+        raise Unserved("the samples are of a subclass of Tensor")
     if x.dtype != first.dtype or x.device != first.device or y.device != first.device:
         raise Unserved("samples and parameters differ in dtype or device")
     if loss == "cross_entropy":

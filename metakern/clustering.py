@@ -17,6 +17,23 @@ from metakern._requirements import required
 from metakern.tasks import TaskDistribution
 from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 
+__all__ = [
+    "BATCHES",
+    "EMBEDDINGS",
+    "LOSSES",
+    "MAX_CHUNKS",
+    "METHODS",
+    "Assigner",
+    "ClusterSampler",
+    "Clusters",
+    "Describe",
+    "Embedding",
+    "choose_number",
+    "normalised",
+    "projected",
+    "responsibilities",
+]
+
 #: How one learner describes a task, and the method that it is asked for: where the inner loop takes the parameters, and
 #: the support gradient where it starts.
 EMBEDDINGS = {"displacement": "displacements", "gradient": "support_gradients"}
@@ -353,3 +370,7 @@ def _picked(labels: Tensor, wanted: Tensor, num_tasks: int) -> Tensor:
     chosen = ranks <= wanted[labels]
     rest = (~chosen).nonzero().flatten()[: num_tasks - int(chosen.sum())]
     return torch.cat([chosen.nonzero().flatten(), rest]).sort().values
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -7,15 +7,17 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from metakern._files import write_whole
 from metakern._requirements import required
 from metakern.adaptation import Adaptation, Fits, mean_interval
-from metakern.evaluation import Curve
-from metakern.runs.folder import write_bytes
+
+if TYPE_CHECKING:
+    from metakern.evaluation import Curve
 
 with required():
     import matplotlib
@@ -296,4 +298,5 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(content, format="png", dpi=150)
     finally:
         plt.close(figure)
-    write_bytes(path, content.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())

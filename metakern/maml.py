@@ -13,6 +13,7 @@ parameter tensor of the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,8 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
-from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
+from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
+from metakern._clone import clone_module, detach_module, maml_update, update_module
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -33,13 +34,34 @@ from metakern._inner_loop_input import (
     first_order_steps,
     task_batch,
 )
-from metakern._learner import MAML as MAML
-from metakern._learner import MetaSGD as MetaSGD
+from metakern._learner import MAML, MetaSGD
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
 from metakern._trees import Data, as_data, named_tensors
 from metakern._vectorize import Vectorize, check_vectorize
+
+__all__ = [
+    "MAML",
+    "Adapted",
+    "MetaSGD",
+    "PerStepBatchNorm",
+    "Rates",
+    "adapt",
+    "clone_module",
+    "detach_module",
+    "maml",
+    "maml_update",
+    "meta_backward",
+    "meta_loss",
+    "multi_step_weights",
+    "per_step_batch_norm",
+    "reptile_step",
+    "update_module",
+]
+
+#: learn2learn has a module of this name, with MAML and maml_update, in ``algorithms``, which is this module here.
+maml = sys.modules[__name__]
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -131,18 +153,19 @@ def adapt(
             the loss has no use for stay as they are.
         clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
         support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
-            its set without padding. ``loss`` must then be a function of torch.nn.functional, a loss module of torch.nn
-            or a ``functools.partial`` of one, with any of their options; any other loss must be a sum (``reduction=
-            "sum"`` by ``functools.partial``) or asks for ``vectorize=False``. Batch norm sees the padding, as copies of
-            the task's first sample.
+            its set without padding. Evaluated at once are functions of torch.nn.functional, loss modules of torch.nn
+            and a ``functools.partial`` of one, with all their options, and ``functools.partial(loss, reduction="sum")``
+            of any loss. Other losses are called for one task after another, with its samples alone. Batch norm sees the
+            padding, as copies of the task's first sample.
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
         accumulate: parts that a support set is taken in, one after another, in every inner step: their gradients add up
-            to that of the whole set, and memory holds the activations of one part at a time. Meta-gradients stay exact;
-            they can not be differentiated again. Batch norm in ``train()`` mode sees the part alone, so that results
-            differ there. ``loss`` must be one that takes a ``support_mask``, or a sum. The fused inner loop, whose
-            memory is small, takes whole sets.
+            to that of the whole set, and memory holds the activations of one part at a time, as the backward computes
+            them again. Meta-gradients stay exact; they can not be differentiated again. Batch norm in ``train()`` mode
+            sees the part alone, so that results differ there. ``loss`` must be one that ``support_mask`` names. The
+            fused inner loop, whose memory is small, takes whole sets. torch.compile and the transforms of torch.func
+            see all parts, and keep them.
         support_per_step: another support set for every inner step: ``support_x``, ``support_y`` and ``support_mask``
             are [T, K, S, ...]
         vectorize: evaluate all tasks at once by torch.vmap (True), or one after another (False), which suits large
@@ -404,6 +427,10 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
         parameters[name].add_(epsilon * (phi.mean(0) - parameters[name]))
 
 
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
 def _support(options: Options, data: Any, mask: Tensor | None, loop: InnerLoop) -> TaskBatch:
     """The support sets of a call."""
     steps = options.steps if options.support_per_step else None
@@ -433,8 +460,6 @@ def _checked(options: Options) -> Options:
     if not is_transformed() and torch.is_inference_mode_enabled():
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
     every = options.checkpoint_every
-    if check_count("accumulate", options.accumulate) != 1:
-        raise NotImplementedError("accumulate must be 1")
     check_vectorize(options.vectorize)
     if not isinstance(options.support_per_step, bool):
         raise TypeError(f"support_per_step must be a bool, got {options.support_per_step!r}")

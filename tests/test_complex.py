@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -87,7 +88,7 @@ def test_one_task_at_a_time(first_order: bool) -> None:
     model, (sx, sy, qx, qy) = Waves(), data()
     expected, _ = by_hand(model, 2, dict.fromkeys(dict(model.named_parameters()), 0.02), first_order=first_order)
     losses = []
-    maml = MAML(model, lr=0.02, first_order=first_order)
+    maml = MAML(model, lr=np.float64(0.02), first_order=first_order)
     for task in range(3):
         learner = maml.clone()
         for _ in range(2):

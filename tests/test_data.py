@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import metakern
+import metakern.clustering
 from metakern import adapt, meta_backward, meta_loss
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import assert_same, mlp, regression
@@ -249,6 +251,19 @@ def test_data_that_does_not_fit(x: Any, y: Any, kind: type[Exception], message: 
         adapt(Model(), x, y)
 
 
+def test_structures_under_torch_compile() -> None:
+    model = Model(dict)
+    (a, b), (c, d) = inputs(6, 1), inputs(5, 2)
+
+    def evaluated(a: Tensor, b: Tensor, y: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        adapted = adapt(model, {"x": a, "scale": b}, y, loss=loss_of, steps=2, lr={"h*": 0.1, "*": 0.2})
+        return logits_of(adapted({"x": c, "scale": d}))
+
+    data = (a, b, Y, c, d)
+    compiled = torch.compile(evaluated, fullgraph=True, backend="aot_eager")
+    assert_close("predictions", compiled(*data), evaluated(*data), 1e-12)
+
+
 # ------------------------------------------------------------------------------------ no step
 
 
@@ -355,3 +370,14 @@ def test_a_model_is_left_as_it_was() -> None:
     adapt(model, *EPISODE.support, loss=loss_of, steps=2)(EPISODE.query[0])
     for name, tensor in model.state_dict().items():
         assert_same_bits(name, tensor, before[name])
+
+
+# ------------------------------------------------------------------------------------ what is public
+
+
+@pytest.mark.parametrize("module", [metakern.maml, metakern.clustering])
+def test_modules_list_what_is_public(module: Any) -> None:
+    assert dir(module) == sorted(module.__all__)
+    assert all(getattr(module, name) is not None for name in module.__all__)
+    assert not {"torch", "Tensor", "annotations", "Options"} & set(dir(module))
+    assert {name for name in metakern.__all__ if hasattr(metakern.maml, name)} <= {*dir(metakern.maml), "__version__"}

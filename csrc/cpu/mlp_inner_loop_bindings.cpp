@@ -127,13 +127,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> reduced(const MlpInnerLoopP
   return {grads, rate_grads};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>& params, const Tensor& x,
-                                                       const Tensor& y, const std::optional<Tensor>& mask,
-                                                       const std::vector<Tensor>& lr, double rate, int64_t steps,
-                                                       bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                                       int64_t checkpoint_every, bool keep,
-                                                       const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(
+    const std::vector<Tensor>& params, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
+    const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step, int64_t adapted,
+    const std::vector<int64_t>& activation, int64_t loss, int64_t checkpoint_every, bool keep,
+    const Tensor& second_order, const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   Call call(p, a, second_order);
   call->support = call.samples("support", x, y, mask);
@@ -154,9 +154,11 @@ std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
     const std::vector<Tensor>& grad_adapted, const Tensor& trajectory, const std::vector<Tensor>& params,
     const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, const std::vector<Tensor>& lr, double rate,
-    int64_t steps, bool per_step, int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-    const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+    int64_t steps, bool per_step, int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+    int64_t checkpoint_every, const Tensor& second_order, const std::vector<double>& slopes,
+    std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   check(grad_adapted.size() == params.size(), "grad_adapted must have one tensor for each of params");
   Call call(p, a, second_order);
@@ -197,9 +199,12 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
                                          const std::optional<Tensor>& mask, const Tensor& query_x,
                                          const Tensor& query_y, const std::optional<Tensor>& query_mask,
                                          const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step,
-                                         int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-                                         const Tensor& second_order, const Tensor& step_weights, bool with_grads) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                         int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+                                         int64_t checkpoint_every, const Tensor& second_order,
+                                         const Tensor& step_weights, bool with_grads, const std::vector<double>& slopes,
+                                         std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   p.query_samples = check_mlp_samples(p, "query", query_x, query_y, query_mask, params[0]);
   Call call(p, a, second_order);
@@ -223,7 +228,9 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_meta_loss_backward(
     const Tensor& grad_losses, const Tensor& task_grads, const std::vector<Tensor>& params, const Tensor& x,
     const Tensor& y, const std::vector<Tensor>& lr, int64_t steps, bool per_step, int64_t loss) {
-  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, 0, loss, 1};
+  const std::vector<int64_t> activation{0};  // which plays no part
+  const std::vector<double> slopes;
+  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, activation, loss, 1, slopes, std::nullopt};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, std::nullopt);
   Call call(p, a, std::nullopt);
   check_shape(grad_losses, "grad_losses", {p.num_tasks});

@@ -112,13 +112,13 @@ Gradients reduced(const MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a, 
   return {grads, rate_grads};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>& params, const Tensor& x,
-                                                       const Tensor& y, const std::optional<Tensor>& mask,
-                                                       const std::vector<Tensor>& lr, double rate, int64_t steps,
-                                                       bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                                       int64_t checkpoint_every, bool keep,
-                                                       const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(
+    const std::vector<Tensor>& params, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
+    const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step, int64_t adapted,
+    const std::vector<int64_t>& activation, int64_t loss, int64_t checkpoint_every, bool keep,
+    const Tensor& second_order, const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   Call call(MlpMode::adapt, p, a);
@@ -141,9 +141,11 @@ std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>
 Gradients mlp_inner_loop_backward(const std::vector<Tensor>& grad_adapted, const Tensor& trajectory,
                                   const std::vector<Tensor>& params, const Tensor& x, const Tensor& y,
                                   const std::optional<Tensor>& mask, const std::vector<Tensor>& lr, double rate,
-                                  int64_t steps, bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                  int64_t checkpoint_every, const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                  int64_t steps, bool per_step, int64_t adapted, const std::vector<int64_t>& activation,
+                                  int64_t loss, int64_t checkpoint_every, const Tensor& second_order,
+                                  const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   Call call(MlpMode::adapt_backward, p, a);
@@ -172,9 +174,12 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
                                          const std::optional<Tensor>& mask, const Tensor& query_x,
                                          const Tensor& query_y, const std::optional<Tensor>& query_mask,
                                          const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step,
-                                         int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-                                         const Tensor& second_order, const Tensor& step_weights, bool with_grads) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                         int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+                                         int64_t checkpoint_every, const Tensor& second_order,
+                                         const Tensor& step_weights, bool with_grads, const std::vector<double>& slopes,
+                                         std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   p.query_samples = check_mlp_samples(p, "query", query_x, query_y, query_mask, params[0]);
@@ -196,7 +201,9 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
 Gradients mlp_meta_loss_backward(const Tensor& grad_losses, const Tensor& task_grads, const std::vector<Tensor>& params,
                                  const Tensor& x, const Tensor& y, const std::vector<Tensor>& lr, int64_t steps,
                                  bool per_step, int64_t loss) {
-  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, 0, loss, 1};
+  const std::vector<int64_t> activation{0};  // which plays no part
+  const std::vector<double> slopes;
+  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, activation, loss, 1, slopes, std::nullopt};
   const MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, std::nullopt);
   const OnDevice on(x);
   int64_t flat = p.num_params();

@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
+from metakern._plain_data import quoted
 from metakern._requirements import check_installed
-from metakern.runs.folder import CONFIG, read_config
+from metakern.runs.folder import CONFIG, newest_folder, read_config
 from metakern.training.distributed import is_launched
 
 Option = typer.Option
@@ -39,7 +40,9 @@ LIBRARIES = ("matplotlib", "scipy", "sklearn", "tensorboard")
 class RunOptions:
     """Where a run goes and what it shows: no part of its configuration."""
 
-    output: Annotated[Path | None, Option(help="Folder of the run; default: runs/LEARNER.")] = None
+    output: Annotated[
+        Path | None, Option(help="Folder of the run; default: runs/LEARNER, or runs/LEARNER-2 for a second run.")
+    ] = None
     config: Annotated[
         Path | None, Option(help="All settings of another run, its config.yaml; options given beside it override.")
     ] = None
@@ -75,12 +78,14 @@ class RunCommand(TyperCommand):
         """Look for the file first; then parse as ever: what stands on the command line overrides."""
         given: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
         path = Path(given["config"]) if given.get("config") else None
-        if path is None and given.get("resume"):
-            folder_config = Path(given.get("output") or default_output(self.learner)) / CONFIG
+        resumes = path is None and given.get("resume")
+        if resumes:
+            folder_config = Path(given.get("output") or newest_folder(self.learner)) / CONFIG
             path = folder_config if folder_config.is_file() else None
         if path is not None:
             try:
-                ctx.default_map = checked_settings(self.settings, read_config(path, self.learner), path)
+                content = checked_settings(self.settings, read_config(path, self.learner), path)
+                ctx.default_map = kept(self.settings, content) if resumes else chosen(self.settings, content)
             except ERRORS as error:
                 raise fail(error) from error
         rest = super().parse_args(ctx, args)
@@ -121,6 +126,27 @@ def option(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def chosen(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's settings without those that only follow from the others.
+
+    A configuration says what was left open, too. Beside other options it follows these: the steps of evaluations those
+    of training, the learning rate the tasks. A value other than the suggested one was chosen, and stays.
+    """
+
+    def follows(name: str) -> bool:
+        others = kind(**{other: value for other, value in content.items() if other != name}).resolved()
+        return bool(getattr(others, name) == content[name])
+
+    can_be_open = [field.name for field in dataclasses.fields(kind) if field.default in (None, "auto")]
+    suggested = {name for name in can_be_open if name in content and follows(name)}
+    return {name: value for name, value in content.items() if name not in suggested}
+
+
+def kept(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run that goes on: its schedule remains that of the iterations that it began with."""
+    return {"decay_iterations": content.get(kind.count), **content}
+
+
 #: What a value of a setting must be, in words.
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
@@ -131,10 +157,12 @@ def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict
     Raises:
         ValueError: that names the file and the setting that is unknown or of another type.
     """
-    types = get_type_hints(kind)
-    if unknown := [str(name) for name in content if name not in types]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    types = {name: hint for name, hint in get_type_hints(kind).items() if name in names}
+    if unknown := [name for name in content if name not in types]:
         known = ", ".join(field.name for field in own_first(kind))
-        raise ValueError(f"configuration {path} has unknown settings {', '.join(unknown)}; known are {known}")
+        listed = ", ".join(quoted(name).strip("'") for name in unknown[:9]) + (", …" if len(unknown) > 9 else "")
+        raise ValueError(f"configuration {path} has unknown settings {listed}; known are {known}")
     return {name: _checked(f"configuration {path}: {name}", value, types[name]) for name, value in content.items()}
 
 
@@ -150,12 +178,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {value!r}")
-
-
-def default_output(learner: str) -> Path:
-    """The folder of a run that names none."""
-    return Path("runs") / learner
+    raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {quoted(value)}")
 
 
 def train_command(app: typer.Typer, learner: str, settings: type, function: Callable[..., None]) -> None:

@@ -16,26 +16,27 @@ from torch import Tensor
 from metakern._requirements import check_installed
 from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
 from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import IMAGES, MAMLSettings, make_learner, make_tasks, sampler
+from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
+from metakern.runs import load
+from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
     METRICS,
     RESULTS,
-    load_weights,
     make_folder,
     read_config,
     save_weights,
     write_json,
 )
-from metakern.runs.metrics import read_metrics
-from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
-from metakern.training import Trainer
+from metakern.training import FolderLock, Trainer
+from metakern.training.metrics import read_metrics
+from metakern.training.progress import Display
 
 LEARNER = "maml"
 
@@ -55,19 +56,14 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.iterations, settings.num_tasks or 1),
         scheduler=settings.make_scheduler(optimizer, settings.iterations),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
-    fit(run, trainer)
-    if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(
-            run.console,
-            run.folder,
-            [Trained(run.folder.name, run.folder, settings, learner, tasks)],
-            settings.test_tasks,
-        )
+    with begin(run, trainer):
+        run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
+        fit(run, trainer)
+        if finish(run, trainer, lambda folder: save_weights(folder, learner)):
+            trained = Trained(run.folder.name, run.folder, settings, learner, tasks)
+            report(run.console, run.folder, [trained], settings.test_tasks)
 
 
 def eval_maml(
@@ -77,7 +73,8 @@ def eval_maml(
     output: Annotated[
         Path | None,
         typer.Option(
-            metavar="PATH", help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."
+            metavar="PATH",
+            help="Folder for results.json and figures; default: RUNS/eval, or runs/eval/maml for several.",
         ),
     ] = None,
     num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
@@ -98,9 +95,10 @@ def eval_maml(
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)
         trained = [_load(run, name if unique else str(run), moved) for run, name in zip(runs, names, strict=True)]
-        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval") / LEARNER)
+        folder = output or (runs[0] / "eval" if len(runs) == 1 else Path("runs/eval") / LEARNER)
         make_folder(folder)
-        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
+        with FolderLock(folder):
+            report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
         raise fail(error) from error
 
@@ -122,10 +120,8 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     settings = MAMLSettings(**{**content, **moved}).resolved()
     if "data" in moved and settings.tasks not in IMAGES:
         raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
-    tasks = make_tasks(settings)
-    learner = make_learner(settings, tasks).to(device_of(settings.device))
-    load_weights(run, learner)
-    return Trained(name, run, settings, learner, tasks)
+    loaded = load(run, device=device_of(settings.device), data=settings.data)
+    return Trained(name, run, settings, loaded.learner, loaded.tasks)
 
 
 def report(

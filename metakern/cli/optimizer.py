@@ -3,44 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
+from metakern._plain_data import RESULT_BYTES, read_json
 from metakern._requirements import check_installed
 from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, choose, fail, group, train_command
 from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
-from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.progress import Display
-from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
-from metakern.tasks.classic_functions import FUNCTIONS
-from metakern.training import History, Trainer
+from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.training import FolderLock, History, Trainer
+from metakern.training.progress import Display
 
 LEARNER = "optimizer"
-
-#: What a learned optimizer is trained on, by name.
-PROBLEMS: dict[str, Callable[[], Optimizees]] = {
-    "digits": DigitsMLP,
-    "digits-regression": DigitsRegression,
-    "digits-cnn": DigitsCNN,
-    "digits-rnn": DigitsRNN,
-    "quadratics": Quadratics,
-    **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
-}
 
 
 def word_for(problem: str) -> str:
@@ -59,6 +46,8 @@ _RULE = group("Learned optimizer")
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
+
+    count: ClassVar[str] = "episodes"
 
     problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
     episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
@@ -92,7 +81,8 @@ class OptimizerSettings(OuterSettings):
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
-        return replace(self, preprocess=preprocess, output_scale=scale)
+        decay = self.decay_iterations or self.episodes
+        return replace(self, preprocess=preprocess, output_scale=scale, decay_iterations=decay)
 
 
 def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
@@ -100,21 +90,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     settings = settings.resolved()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    rule = CoordinatewiseLSTM(
-        settings.hidden_size,
-        settings.layers,
-        preprocess=settings.preprocess or "none",
-        output_scale=settings.output_scale or 0.0,
-        backend=settings.backend,
-    )
-    learner = RuleLearner(
-        rule,
-        steps=settings.steps,
-        unroll=settings.unroll,
-        objective=settings.objective,
-        second_order=settings.second_order,
-    )
+    learner = make_rule_learner(settings)
     optimizer = settings.make_optimizer(learner)
     run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
@@ -123,15 +99,14 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.episodes, settings.networks),
         scheduler=settings.make_scheduler(optimizer, settings.episodes),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    history = fit(run, trainer)
-    if finish(run, trainer, rule.save_pretrained):
-        _write_history(run.folder, history, settings)
-        best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
-        run.console.print(best, highlight=False, markup=False, soft_wrap=True)
+    with begin(run, trainer):
+        history = fit(run, trainer)
+        if finish(run, trainer, learner.rule.save_pretrained):
+            _write_history(run.folder, history, settings)
+            best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
+            run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
@@ -190,7 +165,8 @@ def eval_optimizer(
                 unroll = math.gcd(steps, OptimizerSettings.unroll)
                 comparison = compare_speed(rule, PROBLEMS[problem](), steps=steps, unroll=unroll)
         facts = {"problem": problem, "networks": networks, "steps": steps, "seed": seed}
-        _report(console, folder, curves, comparison, facts, word)
+        with FolderLock(folder):
+            _report(console, folder, curves, comparison, facts, word)
     except ERRORS as error:
         raise fail(error) from error
 
@@ -208,7 +184,7 @@ def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path
 def _trained_on(folder: Path) -> str:
     """The problem that training.json of the folder names; digits where there is none."""
     try:
-        return str(json.loads((folder / TRAINING).read_text())["problem"])
+        return str(read_json(folder / TRAINING, RESULT_BYTES)["problem"])
     except (OSError, ValueError, KeyError, TypeError):
         return OptimizerSettings.problem
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
@@ -34,9 +34,14 @@ MACHINE = group("Machine and draws")
 class OuterSettings:
     """What every training command lets its users set of the outer loop; a command's own settings inherit it."""
 
+    count: ClassVar[str] = "iterations"  # the setting that says how long a run is
+
     optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
     lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-3
     scheduler: Annotated[str, OUTER(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
+    decay_iterations: Annotated[
+        int | None, OUTER(min=1, help="Iterations in which the cosine falls; default: all of the run's.")
+    ] = None
     clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
     accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
@@ -58,7 +63,8 @@ class OuterSettings:
 
     def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
         """Names of settings that have no meaning beside the others, and why, in words that name the other option."""
-        return iter(())
+        if self.scheduler == "none":
+            yield ("decay_iterations",), "with --scheduler none; --scheduler cosine falls in them"
 
     def check_outer(self, *measures: str) -> None:
         """Raise ValueError for names that there are not, rates that are none, and a measure that the tasks have not."""
@@ -74,8 +80,16 @@ class OuterSettings:
         return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.lr)
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
-        """Of the outer learning rate."""
-        return cosine(optimizer, iterations) if self.scheduler == "cosine" else None
+        """Of the outer learning rate, which stays at its last value after ``decay_iterations``."""
+        return cosine(optimizer, self.decay_iterations or iterations) if self.scheduler == "cosine" else None
+
+    def describe_schedule(self) -> str:
+        """What to say of a schedule over other iterations than the run's; empty if there is nothing."""
+        iterations, decay = getattr(self, self.count), self.decay_iterations
+        if self.scheduler != "cosine" or decay in (None, iterations):
+            return ""
+        rest = f", and stays at {LAST_RATE:.0%} from there on" if iterations > decay else ""
+        return f"the outer learning rate falls over {decay} {self.count}{rest}"
 
     def trainer_config(self, iterations: int, num_tasks: int) -> TrainerConfig:
         """The trainer's part; 0 and none are what it calls None."""

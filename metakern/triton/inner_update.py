@@ -45,8 +45,8 @@ def _coefficients(squares: Any, factors: Any, grads: Sequence[Tensor], clip_norm
             launch_in_parts(squares, tasks * count, config, *arguments, BLOCK=config.block)
         at += count
     config = _config(sums.shape[1])
-    arguments = (sums, coefficients, sums.shape[1], *split(clip_norm))
-    launch_in_parts(factors, tasks, config, *arguments, BLOCK=config.block)
+    limits = split(clip_norm)
+    launch_in_parts(factors, tasks, config, sums, coefficients, sums.shape[1], *limits, BLOCK=config.block)
     return coefficients
 
 

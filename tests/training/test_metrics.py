@@ -9,10 +9,9 @@ import torch
 
 from metakern import figures
 from metakern.clustering import ClusterSampler
-from metakern.runs import metrics
-from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.tasks import Digits
-from metakern.training import Callback, History, Record
+from metakern.training import Callback, History, Record, metrics
+from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 
 
 def record(iteration: int, loss: float = 1.0) -> Record:

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from metakern.runs import progress
-from metakern.runs.progress import Display, ProgressReport, describe, duration
-from metakern.training import History, Record
+from metakern.training import History, Record, progress
+from metakern.training.progress import Display, ProgressReport, describe, duration
 
 #: Controls of a terminal: cursor, colours, erasing.
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

@@ -6,14 +6,18 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
-from metakern.training import Callback, History, Record, Trainer
+from metakern.training.callbacks import Callback
+from metakern.training.history import History, Record
+
+if TYPE_CHECKING:
+    from metakern.training.trainer import Trainer
 
 #: Seconds between two plain lines, but for evaluations, which have a line each.
 LINE_SECONDS = 30.0

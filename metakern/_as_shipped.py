@@ -1,0 +1,131 @@
+"""Whether PyTorch computes what it computed when this package was imported: no patches, modes or global hooks.
+
+The fused inner loop knows layers and losses by their classes and functions, and computes what those are documented to
+compute. Wherever a caller has changed that, it must not serve.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
+from torch.nn.modules import module as _module
+from torch.utils._device import DeviceContext
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+#: Modes of dispatch that trace: they see the operators and change none.
+_TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
+
+#: What may stand in a module as its weights: plain tensors, those of torch.func among them, or traced ones.
+_PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
+
+HOOKS = "the model has hooks"
+
+#: Classes whose instances are known by what they are documented to compute.
+KNOWN_CLASSES = (
+    nn.Module,
+    nn.Sequential,
+    nn.Linear,
+    nn.ReLU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.GELU,
+    nn.LeakyReLU,
+    nn.Identity,
+    nn.Flatten,
+    nn.Dropout,
+    nn.MSELoss,
+    nn.CrossEntropyLoss,
+    nn.BCEWithLogitsLoss,
+)
+
+
+def _methods(kind: Any) -> tuple[Any, ...]:
+    """What calling an instance of a class runs, by its attributes now."""
+    return kind.forward, kind.__call__, kind._call_impl, kind.__getattr__
+
+
+def _functions() -> tuple[Any, ...]:
+    """What these classes, and the functions of torch.nn.functional, call in turn."""
+    c = torch._C._nn  # type: ignore[attr-defined]
+    return (
+        *(F.linear, F.relu, F.gelu, F.leaky_relu, F.dropout, F.mse_loss, F.cross_entropy),
+        *(F.binary_cross_entropy_with_logits, torch.binary_cross_entropy_with_logits),
+        *(torch.relu, torch.relu_, torch.tanh, torch.sigmoid, Tensor.flatten),
+        *(c.mse_loss, c.cross_entropy_loss, c.leaky_relu, c.leaky_relu_),
+    )
+
+
+_FUNCTIONS = _functions()
+_METHODS = {kind: _methods(kind) for kind in KNOWN_CLASSES}
+_ITERATED = nn.Sequential.__iter__
+
+
+def changed_functions() -> str:
+    """Why nothing that is called here can be known by its name; empty where it can."""
+    for hooks in _GLOBAL_HOOKS:
+        if hooks:
+            return "global module hooks are registered"
+    if _functions() != _FUNCTIONS:
+        return "a function of PyTorch that it knows is replaced by another"
+    if torch._C._len_torch_function_stack() and not _only_a_default_device():
+        return "a TorchFunctionMode is active"
+    if torch._C._len_torch_dispatch_stack() and not _only_traced():
+        return "a TorchDispatchMode is active"
+    return ""
+
+
+def changed_class(kind: type) -> str:
+    """Why instances of one of :data:`KNOWN_CLASSES` may compute something else; empty where they do not."""
+    changed = _methods(kind) != _METHODS[kind]
+    if kind is nn.Linear:
+        changed = changed or "weight" in kind.__dict__ or "bias" in kind.__dict__
+    elif kind is nn.Sequential:
+        changed = changed or nn.Sequential.__iter__ is not _ITERATED
+    return f"a method of {kind.__name__} was replaced" if changed else ""
+
+
+def changed_classes() -> str:
+    """:func:`changed_class` of all of them."""
+    return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
+
+
+# torch.compile cannot look at these, and need not: what a traced call may ask is answered while it is traced.
+for _function in (changed_functions, changed_classes):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def changed_instance(module: nn.Module) -> str:
+    """Why a call of ``module`` may run more, or other things, than the ``forward`` of its class; empty if it cannot."""
+    own = module.__dict__
+    if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+        return HOOKS
+    if "forward" in own or "_call_impl" in own or own.get("_compiled_call_impl") is not None:
+        return "the model has a forward that was replaced"
+    return ""
+
+
+def is_plain(x: Any) -> bool:
+    """Whether ``x`` is a tensor without a mind of its own, as subclasses of Tensor have."""
+    return type(x) in _PLAIN
+
+
+def _only_a_default_device() -> bool:
+    stack = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    return all(type(mode) is DeviceContext for mode in stack)
+
+
+def _only_traced() -> bool:
+    return all(type(mode) in _TRACING_MODES for mode in _get_current_dispatch_mode_stack())

@@ -35,7 +35,7 @@ $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@touch $@
 
 # The demo's functions to fit from ten points: sinusoids, lines and parabolas, for a minute.
-FIT := --tasks regression-3 --iterations 1000
+FIT := --tasks regression-3 --iterations 1500
 CLUSTERS := --clusters 12 --cluster-warmup 50 --cluster-begin 50 --cluster-eval-temperature 0.15
 
 demo: $(VENV)/built

@@ -180,10 +180,10 @@ class TaskModel:
 
     def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of one task with PyTorch's functions in the form whose derivatives are right."""
-        tells_gradients = not is_transformed()
+        transformed = is_transformed()
 
         def corrected(*arguments: Any) -> Any:
-            with TaskFunctions(self.vectorization.at_once, tells_gradients):
+            with TaskFunctions(self.vectorization.at_once, transformed):
                 return function(*arguments)
 
         return corrected

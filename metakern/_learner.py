@@ -192,10 +192,14 @@ class MAML(Learner):
         allow_nograd: whether parameters with ``requires_grad=False`` are allowed, which then stay as they are
 
     Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: running statistics
-    that a clone's batch norm gathers are the model's.
+    that a clone's batch norm gathers are the model's. A clone's module refers to its own parts wherever the model
+    refers to its own; see :func:`clone_module`. What torch.compile made of the model is not used: clones run it as it
+    is written.
 
     Raises:
         TypeError, ValueError: for a model that is no module, and an ``lr`` that is not finite or has more elements.
+        RuntimeError: from a call of a clone whose module computes with the model's parameters in place of its own, by a
+            reference that cloning does not see through
 
     Example:
         >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
@@ -244,8 +248,8 @@ class MAML(Learner):
 
         Raises:
             TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that depends on no parameter; for parameters that require no gradient or have no
-                part in the loss, where they are not allowed.
+            RuntimeError: for a loss that depends on no parameter of this learner, whatever is allowed; for parameters
+                that require no gradient or have no part in the loss, where they are not allowed; without gradients.
         """
         first_order = self.first_order if first_order is None else first_order
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
@@ -306,7 +310,8 @@ class MetaSGD(Learner):
 
         Raises:
             TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that does not depend on every parameter that requires a gradient.
+            RuntimeError: for a loss that does not depend on every parameter that requires a gradient, and without
+                gradients.
         """
         first_order = self.first_order if first_order is None else first_order
         params, _ = self._trainable()

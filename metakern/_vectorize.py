@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from types import CodeType
@@ -15,6 +13,7 @@ from torch.nn.modules import module as torch_module
 
 from metakern._failures import explained, module_that_failed
 from metakern._random_state import random_state, set_random_state
+from metakern._warn import warn_user
 
 Result = TypeVar("Result")
 
@@ -102,7 +101,7 @@ class Vectorization:
 
     def _remember(self, reason: str) -> None:
         _loops.remember(self._model, self._kind())
-        _warn(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
+        warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
 
     def _kind(self) -> Hashable:
         """What decides whether torch.vmap can run the model. It refers to no module, which would keep it alive."""
@@ -170,11 +169,3 @@ def _cause(error: Exception, model: nn.Module) -> str:
     where = "the model or the loss" if found is None else found.label
     line = (str(error).splitlines() or [""])[0]
     return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
-
-
-def _warn(message: str) -> None:
-    """Warn at the line that called the package."""
-    package, level, frame = __name__.partition(".")[0], 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)

@@ -37,8 +37,8 @@ class LearnedOptimizer(Optimizer):
 
     A learned rule serves networks like those that it was meta-trained on, for as many steps, the rule's ``horizon``;
     one warning says when a parameter passes it. ``digits_lstm``, which ships, is for classifiers with one small hidden
-    layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and its own loss rises after
-    them. They want an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, that a scheduler lets decay.
+    layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and beyond them the loss may
+    rise. Other networks want an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, that a scheduler lets decay.
 
     The state of a parameter, ``state[p]``, is its step count and the rule's (h, c), in tiles of 32 coordinates: float64
     for float64 parameters; for all others float32, 8 · L · H bytes a coordinate, or half of that in bfloat16 if the

@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import SWALR
 
 from metakern.optim import FORMAT_VERSION, HEADER, LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
+from metakern.tasks.digit_networks import load_digits
 from tests.conftest import assert_close, assert_same_bits
 from tests.optimizers import (
     ODD_SHAPES,
@@ -329,3 +331,23 @@ def test_the_rule_that_ships_knows_its_horizon() -> None:
             optimizer.step()
     with pytest.warns(UserWarning, match="meta-trained for 100 steps, on classifiers 64-20-10"):
         optimizer.step()
+
+
+def test_other_networks_want_a_smaller_lr() -> None:
+    """What the documentation says of digits_lstm, on a network unlike those that it was trained on."""
+    images, labels = load_digits("train")
+    rule = CoordinatewiseLSTM.pretrained("digits_lstm")
+    start = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
+    losses = {}
+    for lr in (1.0, 0.1):
+        model = copy.deepcopy(start)
+        optimizer = LearnedOptimizer(model.parameters(), rule, lr=lr)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(100):
+            batch = torch.randint(len(images), (128,), generator=generator)
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            optimizer.step()
+        losses[lr] = F.cross_entropy(model(images), labels).item()
+    assert losses[0.1] < 0.1
+    assert losses[0.1] < 0.2 * losses[1.0]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -112,6 +113,14 @@ def test_learners_of_every_kind_are_recorded(tmp_path):
         assert (tmp_path / name / "model.safetensors").is_file()
         assert yaml.safe_load((tmp_path / name / "config.yaml").read_text())["learner"] == type(learner).__name__
         assert len(trainer.history.records) == 4
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    learner = MAMLLearner(mlp(1, 4, 1), steps=1, lr=0.01)
+    learner.note, learner.sizes = np.float64(0.5), [np.int64(3), 4]
+    train(tmp_path, learner, progress=False)
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert (config["learner.note"], config["learner.sizes"]) == (0.5, [3, 4])
 
 
 def test_a_history_is_short_to_read():

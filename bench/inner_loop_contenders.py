@@ -71,7 +71,8 @@ class Fused(Batched):
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
         """metakern.adapt, and the result called."""
-        return metakern.adapt(self.model, *support, **self.case.options)(x)
+        predictions: Tensor = metakern.adapt(self.model, *support, **self.case.options)(x)
+        return predictions
 
 
 class OneCall(Fused):

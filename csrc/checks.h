@@ -73,7 +73,13 @@ inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) 
 }
 
 inline std::string device_name(const Tensor& t) {
-  return t.is_cpu() ? "cpu" : (t.is_cuda() ? "cuda:" : "device ") + std::to_string(t.get_device_index());
+  if (t.is_cpu()) return "cpu";
+  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
+  return "another kind of device";
+}
+
+inline void check_on_cpu(const Tensor& t, const char* name) {
+  if (!t.is_cpu()) fail(name, " must be on the CPU, got ", device_name(t));
 }
 
 inline void check_same_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {

@@ -27,7 +27,7 @@ struct InnerUpdateProblem {
   double rate;
   double clip_norm;            // used where `coefficients` is not null
   const double* coefficients;  // [T], factors of the tasks' gradients, or null
-  const bool* active;          // [T], or null: all are
+  const uint8_t* active;       // [T], zero: rests; null: all step
 
   MK_INLINE int64_t task_size(const InnerUpdateTensor& t) const { return t.numel / num_tasks; }
 };

@@ -97,7 +97,7 @@ inline InnerUpdateArguments checked_inner_update(const std::vector<Tensor>& para
     check(active->scalar_type() == ScalarType::Bool, "active must be bool");
     check_same_device(*active, "active", params[0], "params");
     args.active = as_contiguous(*active);
-    p.active = static_cast<const bool*>(args.active->const_data_ptr());
+    p.active = static_cast<const uint8_t*>(args.active->const_data_ptr());
   }
   return args;
 }

@@ -15,7 +15,7 @@ constexpr int max_mlp_layers = 8;  // keep in step with MAX_LAYERS in metakern/o
 constexpr int max_mlp_tensors = 2 * max_mlp_layers;
 constexpr int task_lanes = 16;  // tasks are padded to a multiple, whatever the instruction set
 
-enum class Activation : int { relu, tanh, sigmoid, gelu };
+enum class Activation : int { relu, tanh, sigmoid, gelu, leaky_relu };
 enum class TaskLoss : int { mse, cross_entropy, binary_cross_entropy };
 
 // Where the learning rates of one parameter tensor lie.
@@ -33,7 +33,8 @@ struct MlpInnerLoopProblem {
   int support_samples;
   int query_samples;  // 0 without a query set
   int steps;
-  Activation activation;
+  Activation activations[max_mlp_layers];  // of every hidden layer
+  double slopes[max_mlp_layers];           // of leaky_relu at and below zero
   TaskLoss loss;
   bool is_double;
   bool shared[max_mlp_tensors];   // one tensor for all tasks
@@ -41,6 +42,7 @@ struct MlpInnerLoopProblem {
   double rate;
   Rates rates[max_mlp_tensors];
   int checkpoint_every;  // steps between two parameters that are kept
+  double clip_norm;      // largest norm of a task's gradient by all that adapts; 0: gradients are taken as they are
 
   MK_INLINE int num_tensors() const { return 2 * num_layers; }
   MK_INLINE int inputs(int tensor) const { return widths[tensor / 2]; }
@@ -55,6 +57,17 @@ struct MlpInnerLoopProblem {
     return n;
   }
   MK_INLINE int64_t num_params() const { return offset(num_tensors()); }
+  MK_INLINE bool clips() const { return clip_norm > 0; }
+  // Whether a hidden layer has this activation.
+  MK_INLINE bool has(Activation activation) const {
+    for (int l = 0; l + 1 < num_layers; ++l)
+      if (activations[l] == activation) return true;
+    return false;
+  }
+  // Whether every activation is a straight line on either side of zero: their second derivatives are zero.
+  MK_INLINE bool is_piecewise_linear() const {
+    return !has(Activation::tanh) && !has(Activation::sigmoid) && !has(Activation::gelu);
+  }
   MK_INLINE int outputs() const { return widths[num_layers]; }
   MK_INLINE int64_t padded_tasks() const { return (num_tasks + task_lanes - 1) / task_lanes * task_lanes; }
   MK_INLINE int num_checkpoints() const { return (steps + checkpoint_every - 1) / checkpoint_every; }

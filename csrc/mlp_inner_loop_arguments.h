@@ -19,10 +19,12 @@ struct MlpInnerLoopArguments {
   double rate;
   int64_t steps;
   bool per_step;
-  int64_t adapted;  // bit i: whether params[i] is
-  int64_t activation;
+  int64_t adapted;                          // bit i: whether params[i] is
+  const std::vector<int64_t>& activations;  // one for every hidden layer, or one for all
   int64_t loss;
   int64_t checkpoint_every;
+  const std::vector<double>& slopes;  // of leaky_relu, one for every activation; or none
+  std::optional<double> clip_norm;
 };
 
 inline void check_mlp_params(MlpInnerLoopProblem& p, const std::vector<Tensor>& params, int64_t num_tasks) {
@@ -106,22 +108,42 @@ inline int check_mlp_samples(const MlpInnerLoopProblem& p, const char* name, con
   return int(x.size(1));
 }
 
+inline void check_mlp_activations(MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a) {
+  const size_t hidden = size_t(p.num_layers - 1), count = a.activations.size();
+  check(count == hidden || count == 1, "activation must hold 1 kind or one for each of the ", hidden,
+        " hidden layers, got ", count);
+  check(a.slopes.empty() || a.slopes.size() == count, "slopes must hold none or one for each of the ", count,
+        " activations, got ", a.slopes.size());
+  for (size_t i = 0; i < count; ++i)
+    check(a.activations[i] >= 0 && a.activations[i] <= int(Activation::leaky_relu), "activation must be 0 to ",
+          int(Activation::leaky_relu), ", got ", a.activations[i]);
+  for (const double slope : a.slopes)
+    check(std::isfinite(slope) && slope >= 0, "slopes must be finite and not negative, got ", slope);
+  for (size_t l = 0; l < hidden; ++l) {
+    const size_t from = count == 1 ? 0 : l;
+    p.activations[l] = Activation(a.activations[from]);
+    p.slopes[l] = a.slopes.empty() ? 0 : a.slopes[from];
+  }
+}
+
 inline MlpInnerLoopProblem checked_mlp_problem(const MlpInnerLoopArguments& a, const Tensor& x, const Tensor& y,
                                                const std::optional<Tensor>& mask) {
   MlpInnerLoopProblem p{};
   check(x.dim() == 3 && x.size(0) >= 1, "support_x must be [T, S, inputs] with at least 1 task");
   p.num_tasks = x.size(0);
   check(a.steps >= 1 && a.steps <= (1 << 20), "steps must be 1 to ", 1 << 20, ", got ", a.steps);
-  check(a.activation >= 0 && a.activation <= 3, "activation must be 0 to 3, got ", a.activation);
   check(a.loss >= 0 && a.loss <= 2, "loss must be 0, 1 or 2, got ", a.loss);
   check(a.checkpoint_every >= 1 && a.checkpoint_every <= a.steps, "checkpoint_every must be 1 to ", a.steps, ", got ",
         a.checkpoint_every);
   check(std::isfinite(a.rate), "rate must be finite, got ", a.rate);
+  if (a.clip_norm)
+    check(std::isfinite(*a.clip_norm) && *a.clip_norm > 0, "clip_norm must be positive and finite, got ", *a.clip_norm);
   p.steps = int(a.steps);
-  p.activation = Activation(a.activation);
   p.loss = TaskLoss(a.loss);
   p.checkpoint_every = int(a.checkpoint_every);
+  p.clip_norm = a.clip_norm.value_or(0);
   check_mlp_params(p, a.params, p.num_tasks);
+  check_mlp_activations(p, a);
   check_mlp_rates(p, a);
   p.support_samples = check_mlp_samples(p, "support", x, y, mask, a.params[0]);
   return p;

@@ -1,9 +1,21 @@
 """Fused kernels for gradient-based meta-learning in PyTorch."""
 
-from metakern import maml, ops, optim, rules, tasks
-from metakern._backend import FallbackWarning, build_info, empty_cache
-from metakern._version import __version__
-from metakern.maml import MAML, MetaSGD, adapt, meta_backward, meta_loss
+from metakern._requirements import required
+
+with required():
+    from metakern import maml, ops, optim, rules, tasks
+    from metakern._backend import FallbackWarning, build_info, empty_cache
+    from metakern._version import __version__
+    from metakern.maml import (
+        MAML,
+        MetaSGD,
+        adapt,
+        clone_module,
+        detach_module,
+        meta_backward,
+        meta_loss,
+        update_module,
+    )
 
 #: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
 algorithms = maml
@@ -16,6 +28,8 @@ __all__ = [
     "adapt",
     "algorithms",
     "build_info",
+    "clone_module",
+    "detach_module",
     "empty_cache",
     "maml",
     "meta_backward",
@@ -24,4 +38,9 @@ __all__ = [
     "optim",
     "rules",
     "tasks",
+    "update_module",
 ]
+
+
+def __dir__() -> list[str]:
+    return sorted({*__all__, *(name for name in globals() if not name.startswith("_"))} - {"required"})

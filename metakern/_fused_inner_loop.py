@@ -24,6 +24,8 @@ from metakern._mlp import LOSS_FUNCTIONS, Mlp, Unserved, check_data, find_mlp, k
 from metakern._rates import learning_rates
 from metakern._recorded import record_loss, record_mlp
 from metakern._task_loss import TaskLoss
+from metakern._trees import Data
+from metakern._vectorize import Vectorize
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,
@@ -49,12 +51,14 @@ class Options(NamedTuple):
     parameters: str | Sequence[str] | None = None
     clip_norm: float | None = None
     checkpoint_every: int | None = None
-    vectorize: bool = True
+    vectorize: Vectorize = "auto"
     backend: str | None = None
     explain: bool = False
+    accumulate: int = 1
+    support_per_step: bool = False
 
 
-def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) -> dict[str, Tensor]:
     """Adapted parameters by name, [T, *shape] each.
 
     Raises:
@@ -70,8 +74,8 @@ def fused_adapt(options: Options, x: Tensor, y: Tensor, mask: Tensor | None) -> 
 
 def fused_meta_loss(
     options: Options,
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
+    support: tuple[Data, Data | None],
+    query: tuple[Data, Data | None],
     masks: tuple[Tensor | None, Tensor | None],
     step_weights: Sequence[float] | Tensor | None,
 ) -> Tensor:
@@ -82,7 +86,7 @@ def fused_meta_loss(
     """
     usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
     if usual is not None and usual.way is not None:
-        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))
+        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))  # type: ignore[arg-type]
         return _served(known)  # type: ignore[no-any-return]
     named = []
     for name, data, mask in (("support", support, masks[0]), ("query", query, masks[1])):
@@ -178,8 +182,9 @@ _MOST_REMEMBERED = 256
 def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
-    plain = type(options.lr) is float and type(options.first_order) is bool and options.vectorize
-    if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
+    plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
+    plain = plain and not options.support_per_step and options.steps > 0
+    if not plain or options.parameters is not None or asked == "reference":
         return None
     if is_transformed() or not isinstance(options.model, nn.Module):
         return None
@@ -199,7 +204,15 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     if len(facts) != 4 or True in [x.is_inference() for x in tensors]:
         return None
     of_model = (mlp.widths, mlp.activation, first.dtype, first.device)
-    of_call = (options.loss, options.steps, options.lr, options.first_order, options.checkpoint_every, asked)
+    of_call = (
+        options.loss,
+        options.steps,
+        options.lr,
+        options.first_order,
+        options.clip_norm,
+        options.checkpoint_every,
+        asked,
+    )
     key = (*of_model, *of_call, *facts)
     return _Usual(key, mlp.params, _served_before.get(key))
 
@@ -225,10 +238,10 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
     reason = _untransformed()
     if reason:
         raise Unserved(reason)
-    if options.clip_norm is not None:
-        raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
+    if options.support_per_step:
+        raise Unserved("support_per_step brings another support set for each step")
     mlp, loss = _recognised(options, sets)
     if torch.is_autocast_enabled(mlp.params[0].device.type):
         raise Unserved("autocast is on")
@@ -252,6 +265,7 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
             "activation": mlp.activation,
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
+            "clip_norm": options.clip_norm,
             "checkpoint_every": options.checkpoint_every,
         },
     )

@@ -7,7 +7,9 @@ one parameter tensor of the model.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import copy
+import operator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +21,15 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
-from metakern._inner_loop_input import TaskBatch, check_labels
-from metakern._rates import LearningRates
+from metakern._inner_loop_input import TaskBatch, check_labels, split
+from metakern._random_state import kept_random_state
+from metakern._rates import LearningRates, real_dtype
+from metakern._recomputation import recomputed
+from metakern._task_functions import TaskFunctions
 from metakern._task_loss import TaskLoss
+from metakern._trees import Data, first_tensor, flatten, map_tensors
+from metakern._vectorize import Vectorization, Vectorize
+from metakern._vectorize import is_transformed as is_transformed
 from metakern.ops.inner_update import inner_update
 from metakern.reference import inner_update as reference
 
@@ -29,27 +37,6 @@ from metakern.reference import inner_update as reference
 Tensors = dict[str, Tensor]
 #: Between inner steps: parameters, the weighted sum of query losses so far, running statistics.
 State = tuple[Tensors, Tensor | None, Tensors]
-
-_VMAP_NOTE = (
-    "metakern evaluates all tasks at once with torch.vmap. If the model cannot run so, because it writes into a buffer "
-    "what depends on the data, branches on the data, or has an operator without batching rule (nn.LSTM, the fast path "
-    "of nn.TransformerEncoderLayer in eval mode), pass vectorize=False: the tasks are then taken one after another."
-)
-
-
-@contextlib.contextmanager
-def _vmap_noted() -> Iterator[None]:
-    """Tells whoever meets an error of torch.vmap what else there is."""
-    try:
-        yield
-    except RuntimeError as error:
-        error.add_note(_VMAP_NOTE)
-        raise
-
-
-def is_transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func is at work around the call."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 class TaskModel:
@@ -63,11 +50,16 @@ class TaskModel:
         model: any module
         loss: of one task
         names: the parameters that each task has for itself; the others are shared
-        vectorize: evaluate all tasks at once, by torch.vmap, or one after another
+        vectorize: evaluate all tasks at once, by torch.vmap, one after another, or "auto"
+
+    Raises:
+        TypeError: for a model whose parameters torch.func cannot replace
     """
 
-    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: bool) -> None:
-        self.model, self.loss, self.names, self.vectorize = model, loss, list(names), vectorize
+    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: Vectorize) -> None:
+        _check_replaceable(model)
+        self.model, self.loss, self.names = model, loss, list(names)
+        self.vectorization = Vectorization(model, loss.loss, vectorize)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self.initial = {name: parameters[name] for name in names}
         self.shared: Tensors = {name: p for name, p in parameters.items() if name not in self.initial} | buffers
@@ -87,6 +79,12 @@ class TaskModel:
             if m.training
             for b in (m.running_mean, m.running_var)
         }
+
+    def again(self) -> TaskModel:
+        """The same for another call: the model's mode may be another, and so the way that its tasks are evaluated."""
+        other = copy.copy(self)
+        other.vectorization = Vectorization(self.model, self.loss.loss, self.vectorization.wanted)
+        return other
 
     def expand(self, num_tasks: int) -> Tensors:
         """The initial parameters, [T, *shape] each, the same for every task."""
@@ -111,10 +109,17 @@ class TaskModel:
             for name, tensor in statistics.items():
                 self.shared[name].copy_(tensor)
 
-    def predict(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
-        """Predictions [T, S, ...] for x [T, S, ...]."""
-        predictions: Tensor = self._for_tasks(self._forward, params, shared, (x,))
-        return predictions
+    def predict(self, params: Tensors, shared: Tensors, x: Data) -> Any:
+        """Predictions for x [T, S, ...]: what the model returns, with tensors [T, S, ...]."""
+        rebuild: list[Callable[..., Any]] = []
+
+        def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
+            found, restore = flatten(self._forward(params, shared, x))
+            rebuild.append(restore)
+            return tuple(found)
+
+        stacked = self._for_tasks(self._corrected(leaves), params, shared, (x,))
+        return rebuild[0](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
         """Losses [T]."""
@@ -147,55 +152,96 @@ class TaskModel:
             grads: list[Tensor | None] = [None] * len(at)
             if losses.requires_grad:
                 # The tasks' losses have no parameter in common, so the gradient of their sum is that of each.
-                with _vmap_noted() if self.vectorize else contextlib.nullcontext():
-                    grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
+                grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
         if all(g is None for g in grads):
             raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
 
-    def _forward(self, params: Tensors, shared: Tensors, x: Tensor) -> Tensor:
+    def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
+        """What the model returns for one task."""
         tensors = {**shared, **params}
         values = {slot: tensors[name] for slot, name in self._slots.items()}
-        prediction: Tensor = functional_call(self.model, values, (x,), tie_weights=False)
-        return prediction
+        if isinstance(x, dict):
+            return functional_call(self.model, values, (), x, tie_weights=False)
+        return functional_call(self.model, values, x if isinstance(x, tuple) else (x,), tie_weights=False)
 
     def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
-        def task_loss(params: Tensors, shared: Tensors, x: Tensor, *targets: Tensor) -> Tensor:
+        def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:
+            x, y, mask = batch.parts(*tensors)
             prediction = self._forward(params, shared, x)
             check_labels(batch, prediction)
-            return self.loss(prediction, *targets)
+            return self.loss(prediction, y, mask)
 
-        return task_loss
+        return self._corrected(task_loss)
 
-    def _for_tasks(
-        self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Tensor, ...]
-    ) -> Any:
+    def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function of one task with PyTorch's functions in the form whose derivatives are right."""
+        tells_gradients = not is_transformed()
+
+        def corrected(*arguments: Any) -> Any:
+            with TaskFunctions(self.vectorization.at_once, tells_gradients):
+                return function(*arguments)
+
+        return corrected
+
+    def _for_tasks(self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Data, ...]) -> Any:
         """``function(params, shared, *data)`` of every task, stacked."""
-        if not self.vectorize:
+        num_tasks, versions = first_tensor(data).shape[0], self._versions(params, shared)
+        if not self.vectorization.at_once:
             outputs, owns = [], []
-            for task in range(data[0].shape[0]):
+            for task in range(num_tasks):
                 own = {name: shared[name].clone() for name in self.buffers}
-                arguments = {n: p[task] for n, p in params.items()}, {**shared, **own}, *(d[task] for d in data)
-                outputs.append(function(*arguments))
+                of_task = [map_tensors(operator.itemgetter(task), part) for part in (params, *data)]
+                outputs.append(function(of_task[0], {**shared, **own}, *of_task[1:]))
+                self._check_unwritten(versions, params, shared)
                 owns.append({name: own[name] for name in self._gathered})
             self._gather(shared, {name: torch.stack([own[name] for own in owns]) for name in self._gathered})
-            return torch.stack(outputs)
-        num_tasks = data[0].shape[0]
+            return pytree.tree_map(lambda *tensors: torch.stack(tensors), *outputs)
         own = {name: shared[name].clone() for name in self.buffers if name not in self.statistics}
         for name in self.statistics:
             own[name] = shared[name].expand(num_tasks, *shared[name].shape).clone()
         axes = {name: 0 if name in self.statistics else None for name in shared}
         batched = vmap(function, in_dims=(0, axes, *[0] * len(data)), randomness="different")
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else _vmap_noted():
-            output = batched(params, {**shared, **own}, *data)
+        output = batched(params, {**shared, **own}, *data)
+        self._check_unwritten(versions, params, shared)
         self._gather(shared, own)
         return output
+
+    def _versions(self, params: Tensors, shared: Tensors) -> dict[str, int]:
+        """How often each parameter has been written; nothing where it is not known."""
+        if is_transformed():
+            return {}
+        buffers = set(self.buffers)
+        fixed = {name: tensor for name, tensor in shared.items() if name not in buffers}
+        return {name: tensor._version for name, tensor in {**fixed, **params}.items() if not tensor.is_inference()}
+
+    def _check_unwritten(self, versions: dict[str, int], params: Tensors, shared: Tensors) -> None:
+        written = [name for name, version in versions.items() if {**shared, **params}[name]._version != version]
+        if written:
+            raise RuntimeError(
+                f"model must not write into its parameters, but its forward has changed {written} in place, for all "
+                "tasks: compute with a new tensor there instead, or keep what is written in a buffer"
+            )
 
     def _gather(self, shared: Tensors, own: Tensors) -> None:
         """Put the means over the tasks of their running statistics, [T, K+1, C] each, into ``shared``."""
         for name, step in self._gathered.items():
             # Means of the rows that are the same for all tasks would differ from these by rounding.
             shared[name] = PerStepBatchNorm.replaced(shared[name], own[name].detach().mean(0), shared[step])
+
+
+def _check_replaceable(model: nn.Module) -> None:
+    kind = type(model).__name__
+    if isinstance(model, nn.DataParallel):
+        raise TypeError(
+            f"model must hold the parameters that it computes with, got {kind}, which copies them to its devices: pass "
+            "model.module; all tasks of a batch are evaluated together"
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"model must be a module in Python, got {kind}, whose parameters are fixed in TorchScript: pass the module "
+            "that was scripted or traced; torch.compile takes meta_loss as a whole"
+        )
 
 
 def _slots(model: nn.Module, tensors: Tensors) -> dict[str, str]:
@@ -222,6 +268,7 @@ class InnerLoop:
         clip_norm: largest norm of a task's gradient
         step_weights: a weight for the query loss after every step, or None where it is not wanted
         checkpoint_every: steps between two parameters that are kept for the backward, None to keep whole graphs
+        accumulate: parts that a support set is taken in
     """
 
     model: TaskModel
@@ -230,6 +277,7 @@ class InnerLoop:
     clip_norm: float | None = None
     step_weights: Sequence[float] | Tensor | None = None
     checkpoint_every: int | None = None
+    accumulate: int = 1
     num_steps: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -245,11 +293,12 @@ class InnerLoop:
         # Copies, as the backward may still need what the call was given when the model's have been written.
         statistics = {name: tensor.clone() for name, tensor in self.model.gathered(self.model.shared).items()}
         shared = {name: tensor for name, tensor in self.model.shared.items() if name not in statistics}
-        state: State = self.model.expand(support.x.shape[0]), None, statistics
+        state: State = self.model.expand(support.num_tasks), None, statistics
         every = self.checkpoint_every
-        if every is None or not torch.is_grad_enabled():
+        if torch.is_grad_enabled() and self.num_steps and (every is not None or self._recomputes_parts()):
+            self._check_captured(state[0], support, query)
+        if every is None or not self.num_steps or not torch.is_grad_enabled():
             return self._steps(state, shared, self._arguments(), support, query, range(self.num_steps))
-        self._check_captured(state[0], support, query)
         for start in range(0, self.num_steps, every):
             steps = range(start, min(start + every, self.num_steps))
             arguments = (state, shared, self._arguments(), support.tensors, query and query.tensors)
@@ -276,9 +325,10 @@ class InnerLoop:
         rates, weights = arguments
         names = self.model.names
         for step in steps:
-            grads = self.model.gradients(params, shared, support, self.first_order[step])
+            grads = self._gradients(params, shared, support.at_step(step), self.first_order[step])
             # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
-            update: Callable[..., list[Tensor]] = reference.inner_update if is_transformed() else inner_update
+            plain = is_transformed() or any(params[name].is_complex() for name in names)
+            update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
             updated = update(
                 [params[name] for name in names],
                 grads,
@@ -293,6 +343,32 @@ class InnerLoop:
                 total = losses if total is None else total + losses
         return params, total, self.model.gathered(shared)
 
+    def _gradients(self, params: Tensors, shared: Tensors, support: TaskBatch, first_order: bool) -> list[Tensor]:
+        """Gradients of the support losses, summed over parts of the sets; see :meth:`TaskModel.gradients`."""
+        if self.accumulate == 1:
+            return self.model.gradients(params, shared, support, first_order)
+        recomputes = torch.is_grad_enabled() and not first_order and not is_transformed()
+        total: list[Tensor] = []
+        for part, shares in split(support, self.accumulate, self.model.loss):
+            of_part, arguments = self._of_part(part, first_order), (params, shared, part.tensors, shares)
+            grads, statistics = recomputed(of_part, arguments) if recomputes else of_part(*arguments)
+            shared.update({name: tensor.detach() for name, tensor in statistics.items()})
+            total = [a + b for a, b in zip(total, grads, strict=True)] if total else grads
+        return total
+
+    def _of_part(self, part: TaskBatch, first_order: bool) -> Callable[..., Any]:
+        """A part's share of the gradients, and running statistics, as a function of all that they depend on."""
+
+        def run(params: Tensors, shared: Tensors, tensors: Any, shares: Tensor) -> Any:
+            grads = self.model.gradients(params, shared, part.with_tensors(tensors), first_order)
+            spread = [shares.view(-1, *[1] * (g.dim() - 1)).to(real_dtype(g)) for g in grads]
+            return [share * g for share, g in zip(spread, grads, strict=True)], self.model.gathered(shared)
+
+        return run
+
+    def _recomputes_parts(self) -> bool:
+        return self.accumulate > 1 and not all(self.first_order) and not is_transformed()
+
     def _segment(self, support: TaskBatch, query: TaskBatch | None, steps: range) -> Callable[..., Any]:
         """Some of the steps as a function of all the tensors that they depend on."""
 
@@ -305,97 +381,18 @@ class InnerLoop:
 
     def _check_captured(self, params: Tensors, support: TaskBatch, query: TaskBatch | None) -> None:
         """Raise where the loss or the model holds a tensor to which recomputation would lose the meta-gradient."""
+        name = "accumulate" if self.checkpoint_every is None else "checkpoint_every"
         params, shared = pytree.tree_map_only(Tensor, torch.detach, (params, self.model.shared))
-        with torch.enable_grad(), _kept_random_state(support.x.device):
-            for batch in (support, query):
+        with torch.enable_grad(), kept_random_state(support.device):
+            first = support.at_step(0)
+            if self.accumulate > 1:
+                first = split(first, self.accumulate, self.model.loss)[0][0]
+            for batch in (first, query):
                 if batch is None:
                     continue
-                detached = batch.with_tensors([tensor.detach() for tensor in batch.tensors])
+                detached = batch.with_tensors([map_tensors(Tensor.detach, part) for part in batch.tensors])
                 if self.model.losses(params, shared, detached).requires_grad:
                     raise RuntimeError(
-                        "checkpoint_every recomputes from model, data and lr, but loss or model holds another tensor "
-                        "that requires a gradient, which would be lost; register it in the model, or leave "
-                        "checkpoint_every out"
+                        f"{name} recomputes from model, data and lr, but loss or model holds another tensor that "
+                        f"requires a gradient, which would be lost; register it in the model, or leave {name} out"
                     )
-
-
-# ------------------------------------------------------------------------------------------------------- recomputation
-
-
-def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """``function(*arguments)``, of which the arguments alone are kept: the backward runs it again.
-
-    torch.utils.checkpoint does not serve: gradients that are taken inside the function would make it run the function
-    again for each of them. Random numbers and autocast are those of the first run. The function depends on no tensor
-    that requires a gradient besides its arguments. It can be differentiated once.
-    """
-    leaves, structure = pytree.tree_flatten(arguments)
-    results: list[Any] = []
-
-    def flat(*flat_leaves: Any) -> tuple[Any, ...]:
-        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(flat_leaves), structure)))
-        results[:] = [spec]
-        return tuple(outputs)
-
-    outputs = _Recomputed.apply(flat, *leaves)
-    return pytree.tree_unflatten(list(outputs), results[0])
-
-
-class _Recomputed(torch.autograd.Function):
-    """See :func:`recomputed`; takes and returns leaves, tensors among them."""
-
-    @staticmethod
-    def forward(ctx: Any, function: Callable[..., tuple[Any, ...]], *leaves: Any) -> tuple[Any, ...]:
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        device = tensors[0].device
-        ctx.function = function
-        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        ctx.random_state = _random_state(device)
-        kind = device.type
-        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        ctx.save_for_backward(*tensors)
-        return function(*leaves)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
-        leaves, inputs, positions = list(ctx.constants), [], []
-        for position, tensor in zip(ctx.positions, ctx.saved_tensors, strict=True):
-            leaves[position] = tensor.detach()
-            if ctx.needs_input_grad[position + 1]:
-                leaves[position].requires_grad_()
-                inputs.append(leaves[position])
-                positions.append(position + 1)
-        kind, dtype, enabled = ctx.autocast
-        with torch.enable_grad(), _kept_random_state(leaves[ctx.positions[0]].device):
-            _set_random_state(ctx.random_state)
-            with torch.autocast(kind, dtype, enabled):
-                outputs = ctx.function(*leaves)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
-        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
-        grads: list[Any] = [None] * (len(leaves) + 1)
-        for position, gradient in zip(positions, found, strict=True):
-            grads[position] = gradient
-        return tuple(grads)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, torch.device, Tensor | None]:
-    return torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, torch.device, Tensor | None]) -> None:
-    cpu, device, cuda = state
-    torch.set_rng_state(cpu)
-    if cuda is not None:
-        torch.cuda.set_rng_state(cuda, device)
-
-
-@contextlib.contextmanager
-def _kept_random_state(device: torch.device) -> Iterator[None]:
-    """Puts the random state back afterwards."""
-    state = _random_state(device)
-    try:
-        yield
-    finally:
-        _set_random_state(state)

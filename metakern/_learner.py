@@ -6,21 +6,31 @@ MAML: Finn et al. 2017, arXiv 1703.03400. Meta-SGD: Li et al. 2017, arXiv 1707.0
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Self, TypeVar
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern._clone import clone_parts, take_step
+from metakern._lineage import Lineage, foreign, nodes_of, quoted, reach, tensors_of, unregistered
 from metakern._rates import check_rate
-from metakern.ops.inner_update import step_of_one_task
+from metakern._substitution import Replaced, is_compiled, shallow_copy
+from metakern._warn import warn_user
+from metakern.ops.inner_update_autograd import is_transformed
 
-_M = TypeVar("_M", bound=nn.Module)
+_WITHOUT_GRAD = (
+    "clone(), the forward pass and adapt() take gradients, which torch.no_grad() and torch.inference_mode() forbid: "
+    "call them outside, or within torch.enable_grad()"
+)
 
 
 class Learner(nn.Module):
     """A module that is called like the one it wraps, and that lends its attributes."""
 
     module: nn.Module
+    first_order: bool
 
     def __init__(self, model: nn.Module, lr: float | Tensor) -> None:
         super().__init__()
@@ -28,6 +38,13 @@ class Learner(nn.Module):
             raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
         check_rate("lr", lr)
         self.module = model
+        self._lineage = Lineage()
+        self._lost_grad = False  # whether parameters lost their graph, as clone or adapt ran without gradients
+        if any(is_compiled(part) or part._compiled_call_impl is not None for part in model.modules()):
+            warn_user(
+                f"clones of {type(self).__name__} run the model as it is written, without torch.compile: what that "
+                "made is for one module, and most of it cannot be differentiated twice"
+            )
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -39,17 +56,72 @@ class Learner(nn.Module):
             return getattr(self.module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module returns."""
-        return self.module(*args, **kwargs)
+        """What the wrapped module returns.
+
+        Attention takes the implementation that can be differentiated twice, unless the learner is of first order.
+
+        Raises:
+            RuntimeError: for a clone whose module computes with parameters of the model that it was cloned from
+        """
+        with self._attention():
+            output = self.module(*args, **kwargs)
+        if not is_transformed() and self._lineage.begin and torch.is_grad_enabled():
+            self._check_own(output, (args, kwargs))
+        return output
+
+    def _attention(self) -> AbstractContextManager[None]:
+        if self.first_order or not torch.is_grad_enabled():
+            return nullcontext()
+        return sdpa_kernel(SDPBackend.MATH)
 
     def _copy(self) -> Self:
         """A learner of the same kind around a copy of the module, in the autograd graph of this one's parameters."""
-        clone = _copy_containers(self)
-        clone._modules["module"] = _clone_module(self.module, {})
+        clone = shallow_copy(self)
+        memo: Replaced = {id(self): (self, clone)}
+        held = clone_parts(self.module, memo, also=clone)
+        clone._lineage = self._lineage.of_clone(self.module, memo, held)
+        clone._lost_grad = self._lost_grad or not torch.is_grad_enabled()
         return clone
 
+    def _check_own(self, output: Any, given: Any) -> None:
+        """Raise where what the module returned was not computed with the clone's own parameters; warn of strangers."""
+        lineage = self._lineage
+        found = lineage.reached(nodes_of(tensors_of(output)), given)
+        stale = sorted({name for node, name in found.items() if node in lineage.origins})
+        if stale:
+            raise RuntimeError(
+                f"the module of a {type(self).__name__} clone must compute with its own parameters, but takes "
+                f"{quoted(stale)} from the model that it was cloned from, which do not adapt{self._references()}. A "
+                "function or an object that the model keeps must get the module, or its parameters, in each call; what "
+                "is computed with the original beforehand must be an argument"
+            )
+        strange = sorted(set(found.values()))
+        if strange and lineage.strangers:
+            lineage.strangers.clear()  # shared by all clones: once is enough
+            warn_user(
+                f"parameters in {quoted(strange)} are not registered in the model, so they do not adapt: use "
+                "nn.ModuleList, nn.ModuleDict or nn.ParameterList"
+            )
+
+    def _references(self) -> str:
+        found = foreign(self.module, self._lineage.original())
+        return f" ({'; '.join(found[:4])})" if found else ""
+
+    def _trainable(self) -> tuple[list[tuple[str, Tensor]], list[str]]:
+        """Parameters that require gradients, and the names of those that do not."""
+        params = list(self.module.named_parameters())
+        if self._lost_grad and not any(p.requires_grad for _, p in params):
+            raise RuntimeError(f"the learner's parameters must require gradients, but none does: {_WITHOUT_GRAD}")
+        if not params:
+            held = sorted({where for where, _ in unregistered(self.module)})
+            where = (
+                f"; those in {quoted(held)} are not registered: use nn.ModuleList or nn.ParameterList" if held else ""
+            )
+            raise RuntimeError(f"the model must have a parameter to adapt, got none{where}")
+        return [pair for pair in params if pair[1].requires_grad], [name for name, p in params if not p.requires_grad]
+
     def _gradients(
-        self, loss: Tensor, params: Sequence[tuple[str, Tensor]], first_order: bool, allow_unused: bool
+        self, loss: Tensor, params: Sequence[tuple[str, Tensor]], first_order: bool, allow_unused: bool, advice: str
     ) -> list[Tensor | None]:
         """Gradients of the loss, None for parameters on which it does not depend."""
         if not isinstance(loss, Tensor):
@@ -57,29 +129,53 @@ class Learner(nn.Module):
         if loss.numel() != 1:
             raise ValueError(f"loss must be one number, got shape {list(loss.shape)}")
         if not loss.requires_grad:
-            raise RuntimeError("loss must depend on the learner's parameters; it does not require a gradient")
-        grads: tuple[Tensor | None, ...] = ()
-        if params:
-            tensors, record = [p for _, p in params], not first_order
-            grads = torch.autograd.grad(loss, tensors, retain_graph=record, create_graph=record, allow_unused=True)
+            why = "" if torch.is_grad_enabled() else f": {_WITHOUT_GRAD}"
+            raise RuntimeError(f"loss must depend on the learner's parameters; it does not require a gradient{why}")
+        if not params:
+            return []
+        tensors, record = [p for _, p in params], not first_order
+        grads = torch.autograd.grad(loss, tensors, retain_graph=record, create_graph=record, allow_unused=True)
         unused = [name for (name, _), g in zip(params, grads, strict=True) if g is None]
+        if len(unused) == len(params):
+            raise RuntimeError(f"loss must depend on the learner's parameters, but on none it does: {self._why(loss)}")
+        if unused:
+            self._check_unused(loss, unused)
         if unused and not allow_unused:
-            raise RuntimeError(
-                f"loss must depend on every parameter, but has no use for {unused}: try allow_unused=True"
-            )
+            raise RuntimeError(f"loss must depend on every parameter, but has no use for {quoted(unused)}: {advice}")
         return list(grads)
 
-    def _update(self, params: Sequence[Tensor], grads: Sequence[Tensor | None], lr: Any) -> None:
+    def _check_unused(self, loss: Tensor, unused: Sequence[str]) -> None:
+        """Raise where the loss depends on the original's parameters in place of the clone's."""
+        found = {} if is_transformed() else self._lineage.reached(nodes_of([loss]))
+        stale = sorted(set(unused) & {name for node, name in found.items() if node in self._lineage.origins})
+        if stale:
+            raise RuntimeError(
+                f"loss must depend on the clone's own {quoted(stale)}, but was computed with those of the model that "
+                f"it was cloned from{self._references()}, which do not adapt: call the clone, and let what its module "
+                "keeps, such as functions and objects of other classes, get the module in each call"
+            )
+
+    def _why(self, loss: Tensor) -> str:
+        """What is likely where no parameter receives a gradient."""
+        lineage = self._lineage
+        found = {} if is_transformed() else lineage.reached(nodes_of([loss]))
+        if any(node in lineage.origins for node in found):
+            return (
+                "it was computed with the model that the learner was cloned from; compute it with the learner, as "
+                f"learner(x){self._references()}"
+            )
+        if not is_transformed() and reach([loss.grad_fn], lineage.own, dict.fromkeys(lineage.begin, "")):
+            return "it was computed before the last adapt(), with the parameters of then; compute it again"
+        held = sorted({where for where, _ in unregistered(self.module)})
+        if held:
+            return f"those in {quoted(held)} are not registered in the model; use nn.ModuleList or nn.ParameterList"
+        return "compute it with the learner, as learner(x), from tensors that are not detached"
+
+    def _update(self, params: Sequence[tuple[str, Tensor]], grads: Sequence[Tensor | None], lr: Any) -> None:
         """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it."""
-        kept = [index for index, g in enumerate(grads) if g is not None]
-        rates = [lr[index] for index in kept] if isinstance(lr, list) else lr
-        updated = step_of_one_task([params[index] for index in kept], [g for g in grads if g is not None], rates)
-        replacement = {id(params[index]): new for index, new in zip(kept, updated, strict=True)}
-        for module in self.module.modules():
-            for name, p in module._parameters.items():
-                if id(p) in replacement:
-                    module._parameters[name] = replacement[id(p)]
-            _refresh_flat_weights(module)
+        new = take_step(self.module, [p for _, p in params], grads, lr)
+        self._lineage.own = set(nodes_of(new))
+        self._lost_grad |= not torch.is_grad_enabled()
 
 
 class MAML(Learner):
@@ -154,13 +250,11 @@ class MAML(Learner):
         first_order = self.first_order if first_order is None else first_order
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
-        params = list(self.module.named_parameters())
-        frozen = [name for name, p in params if not p.requires_grad]
+        params, frozen = self._trainable()
         if frozen and not allow_nograd:
-            raise RuntimeError(f"parameters must require gradients, but {frozen} do not: try allow_nograd=True")
-        params = [(name, p) for name, p in params if p.requires_grad]
-        grads = self._gradients(loss, params, first_order, allow_unused)
-        self._update([p for _, p in params], grads, self.lr)
+            raise RuntimeError(f"parameters must require gradients, but {quoted(frozen)} do not: try allow_nograd=True")
+        grads = self._gradients(loss, params, first_order, allow_unused, "try allow_unused=True")
+        self._update(params, grads, self.lr)
 
 
 class MetaSGD(Learner):
@@ -215,45 +309,8 @@ class MetaSGD(Learner):
             RuntimeError: for a loss that does not depend on every parameter that requires a gradient.
         """
         first_order = self.first_order if first_order is None else first_order
-        named = zip(self.module.named_parameters(), self.lrs, strict=True)
-        trainable = [(name, p, rate) for (name, p), rate in named if p.requires_grad]
-        grads = self._gradients(loss, [(name, p) for name, p, _ in trainable], first_order, allow_unused=False)
-        self._update([p for _, p, _ in trainable], grads, [rate for *_, rate in trainable])
-
-
-def _copy_containers(module: _M) -> _M:
-    """A module with the same contents, whose parameters, buffers and submodules can be replaced."""
-    copied: _M = type(module).__new__(type(module))
-    copied.__dict__ = dict(module.__dict__)
-    for name in ("_parameters", "_buffers", "_modules"):
-        copied.__dict__[name] = dict(module.__dict__[name])
-    return copied
-
-
-def _clone_module(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy of the module whose parameters, and buffers that require gradients, are ``clone()`` of the originals.
-
-    What the module holds twice, a parameter or a submodule, the copy holds twice; ``memo`` maps the originals' ids.
-    """
-    if id(module) in memo:
-        return memo[id(module)]  # type: ignore[no-any-return]
-    copied = memo[id(module)] = _copy_containers(module)
-    tensors: Any
-    for tensors in (copied._parameters, copied._buffers):
-        for name, tensor in tensors.items():
-            if tensor is None or (tensors is copied._buffers and not tensor.requires_grad):
-                continue
-            if id(tensor) not in memo:
-                memo[id(tensor)] = tensor.clone()
-            tensors[name] = memo[id(tensor)]
-    for name, child in copied._modules.items():
-        if child is not None:
-            copied._modules[name] = _clone_module(child, memo)
-    _refresh_flat_weights(copied)
-    return copied
-
-
-def _refresh_flat_weights(module: nn.Module) -> None:
-    """Let an LSTM, GRU or RNN compute with the parameters that it holds now; it keeps a list of them."""
-    if isinstance(module, nn.RNNBase):
-        module._flat_weights = [module._parameters.get(name) for name in module._flat_weights_names]
+        params, _ = self._trainable()
+        advice = "let these not require a gradient, and they stay as they are"
+        grads = self._gradients(loss, params, first_order, False, advice)
+        named = zip(self.module.parameters(), self.lrs, strict=True)
+        self._update(params, grads, [rate for p, rate in named if p.requires_grad])

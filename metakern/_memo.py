@@ -67,7 +67,7 @@ def outside_modes() -> Iterator[None]:
     torch.inference_mode and the transforms of torch.func is at work there.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())  # type: ignore[attr-defined]
+        stack.enter_context(torch._C.DisableTorchFunction())
         stack.enter_context(temporarily_clear_interpreter_stack())
         stack.enter_context(_disable_current_modes())
         stack.enter_context(torch.inference_mode(False))

@@ -23,6 +23,9 @@ def attempt(call: str, options: Options, fused: Callable[[], Any]) -> tuple[Any,
     Raises:
         RuntimeError: where it was asked for by name, and where the transforms around the call refuse the generic path
     """
+    if options.steps == 0:  # nothing to fuse, whatever backend is asked for
+        _backend.requested(options.backend)
+        return None, "steps=0 takes the model as it is"
     try:
         result = fused()
     except Unserved as unserved:
@@ -44,8 +47,8 @@ def say_generic(call: str, options: Options, loop: InnerLoop, support: TaskBatch
     """Tell how the generic path serves a call, and why."""
     if not is_heard(options):
         return
-    tasks, samples = support.x.shape[:2]
-    how = "all tasks at once by torch.vmap" if loop.model.vectorize else "one task after another, as vectorize=False"
+    tasks, samples = support.num_tasks, support.num_samples
+    how = "all tasks at once by torch.vmap" if loop.model.vectorization.at_once else "one task after another"
     _say(
         options,
         f"{call}: T={tasks}, S={samples}, K={loop.num_steps}: generic path, {how}; "

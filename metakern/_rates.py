@@ -6,7 +6,9 @@ Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import numbers
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,19 +28,14 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> Learnin
     """α from a number, a tensor of one element, a mapping by name, or a sequence in the order of ``params``.
 
     Args:
-        lr: see :func:`metakern.adapt`
+        lr: see :func:`metakern.adapt`; in a mapping, names or glob patterns
         params: what is adapted, each [*shape]
         steps: K
     """
     if isinstance(lr, float) and math.isfinite(lr):  # what most calls bring, before the kinds that cost to recognise
         return LearningRates(lr, False)
     if isinstance(lr, (Mapping, nn.ParameterDict)):
-        missing, unknown = [n for n in params if n not in lr], [n for n in lr if n not in params]
-        if missing or unknown:
-            raise ValueError(
-                f"lr must name the adapted parameters, {list(params)}: missing {missing}, not among them {unknown}"
-            )
-        return _rates_of_tensors({name: lr[name] for name in params}, params, steps)
+        return _rates_of_tensors(rates_by_name(lr, list(params)), params, steps)
     if isinstance(lr, (list, tuple, nn.ParameterList)):
         if len(lr) != len(params):
             raise ValueError(f"lr must have one entry an adapted parameter, {len(params)}, got {len(lr)}")
@@ -54,24 +51,79 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> Learnin
     return LearningRates(float(lr), False)
 
 
+def rates_by_name(lr: Any, names: Sequence[str]) -> dict[str, Any]:
+    """The entry for each of ``names`` in a mapping by name or glob pattern: its own, else the first that matches.
+
+    Raises:
+        ValueError: for a name without an entry, and for a pattern that matches none or comes after one that leaves it
+            nothing.
+    """
+    patterns = {key: matching(key) for key in lr if key not in names}
+    found = {}
+    for name in names:
+        keys = [name] if name in lr else [key for key, pattern in patterns.items() if pattern.fullmatch(name)]
+        if keys:
+            found[name] = lr[keys[0]]
+    missing = [name for name in names if name not in found]
+    unknown = [key for key, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in names)]
+    if missing or unknown:
+        raise ValueError(
+            f"lr must name the adapted parameters, {list(names)}, or match them by glob patterns: missing {missing}, "
+            f"not among them {unknown}"
+        )
+    _check_order(patterns, names)
+    return found
+
+
+def matching(pattern: str) -> re.Pattern[str]:
+    """The expression of a glob pattern, in which ``*`` stands for any characters and ``?`` for one."""
+    # fnmatch would be the same; torch.compile does not trace it.
+    return re.compile("".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern))
+
+
+def _check_order(patterns: Mapping[str, re.Pattern[str]], names: Sequence[str]) -> None:
+    """Raise where an earlier pattern matches all that a later one does, which would then have no effect."""
+    seen: dict[str, set[str]] = {}
+    for key, pattern in patterns.items():
+        matched = {name for name in names if pattern.fullmatch(name)}
+        for before, wider in seen.items():
+            if matched <= wider:
+                raise ValueError(
+                    f"lr: {key!r} comes after {before!r}, which matches all that it does; put {key!r} first"
+                )
+        seen[key] = matched
+
+
 def check_rate(name: str, lr: Any) -> None:
     """Raise unless a learning rate is a finite number or a floating tensor of one element."""
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"{name} must be a number or a tensor of 1 element, got shape {list(lr.shape)}")
         return
-    if not isinstance(lr, (int, float)) or isinstance(lr, bool):
+    if not is_number(lr):
         raise TypeError(f"{name} must be a number or a tensor, got {type(lr).__name__}")
     if not math.isfinite(lr):
         raise ValueError(f"{name} must be finite, got {lr}")
 
 
-def check_count(name: str, value: Any, minimum: int = 1) -> None:
-    """Raise unless it is an integer of at least ``minimum``."""
-    if not isinstance(value, int) or isinstance(value, bool):
+def check_count(name: str, value: Any, minimum: int = 1) -> int:
+    """The value as an integer, NumPy's too; raise unless it is one of at least ``minimum``."""
+    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    count = int(value)
+    if count < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {count}")
+    return count
+
+
+def real_dtype(p: Tensor) -> torch.dtype:
+    """The dtype of a learning rate for the parameter: its own, or that of a complex parameter's parts."""
+    return p.dtype.to_real() if p.is_complex() else p.dtype
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, one of NumPy's too; a bool is none."""
+    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int) -> LearningRates:
@@ -81,7 +133,7 @@ def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], st
         p = params[name]
         if not isinstance(rate, Tensor):
             check_rate(f"lr[{name!r}]", rate)
-        value = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), dtype=p.dtype, device=p.device)
+        value = rate if isinstance(rate, Tensor) else torch.tensor(float(rate), dtype=real_dtype(p), device=p.device)
         layouts[name] = _layouts(name, value, p, steps)
         values[name] = value
     kinds = {layout for found in layouts.values() if len(found) == 1 for layout in found if layout != "tensor"}
@@ -104,8 +156,8 @@ def _layouts(name: str, value: Tensor, p: Tensor, steps: int) -> set[str]:
     """What the shape of a learning rate may mean: "tensor" [], "parameter" [*shape], "step" [K] or [K, *shape]."""
     if value.dim() == 0:
         return {"tensor"}
-    if value.dtype != p.dtype:
-        raise TypeError(f"lr[{name!r}] must have the parameter's dtype, {p.dtype}, got {value.dtype}")
+    if value.dtype != real_dtype(p):
+        raise TypeError(f"lr[{name!r}] must have the parameter's dtype, {real_dtype(p)}, got {value.dtype}")
     found = set()
     if value.shape == p.shape:
         found.add("parameter")

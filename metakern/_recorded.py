@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from metakern._as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
-from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved
+from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 
 #: Read facts that are the same for every task and step.
@@ -53,7 +53,8 @@ _MEANS = frozenset([torch.mean, Tensor.mean])
 #: Classes of PyTorch that may stand in a model that is recorded. A model with any other is not run.
 _KNOWN_MODULES = (*KNOWN_CLASSES, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_DROPOUT, _SIGNATURES = inspect.signature(F.dropout), {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
+_DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signature(F.leaky_relu)}
+_SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
 
 
 class _Stop(BaseException):
@@ -164,6 +165,9 @@ class _Layers(_Recorder):
             if func is F.gelu and kwargs.get("approximate", "none") != "none":
                 self.refuse("it calls gelu with an approximation")
             self._note(self.chain.add_activation, _ACTIVATIONS[func])
+        elif func in _LEAKY:
+            slope = _LEAKY[func].bind(*args, **kwargs).arguments.get("negative_slope", 0.01)
+            self._note(lambda: self.chain.add_activation(leaky_relu(slope)))
         elif func is F.dropout:
             if _DROPOUT.bind(*args, **kwargs).arguments.get("training", True) is not False:
                 self.refuse("it calls dropout in train() mode")
@@ -266,7 +270,7 @@ def _unrecorded(model: nn.Module) -> str:
         if any(buffer is not None for buffer in module._buffers.values()):
             return f"the model has buffers: {kind.__name__}"
         if kind.__module__.split(".")[0] == "torch" and kind not in _KNOWN_MODULES:
-            return f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}"
+            return f"the model is no chain of nn.Linear with activations between: {kind.__name__}"
     for p in model.parameters():
         if p.dim() not in (1, 2) or not is_plain(p):
             return f"the model has a parameter of shape {list(p.shape)}, which is none of an nn.Linear"

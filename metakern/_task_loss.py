@@ -1,4 +1,4 @@
-"""The loss of one task, also over the real samples of a padded set, or as sums over parts of a set.
+"""The loss of one task: of a whole set, of the real samples of a padded one, or of parts that make up a set.
 
 Axis legend: T tasks, S samples of a task.
 """
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import vmap
 from torch.utils import _pytree as pytree
 
 from metakern.ops.mlp_inner_loop_autograd import is_batched
@@ -81,18 +82,17 @@ class _Sums(NamedTuple):
     over: str
     options: dict[str, Any]
 
-    def count(self, losses: Tensor, y: Any, mask: Tensor | None) -> Tensor:
+    def divisor(self, losses: Tensor, y: Any, mask: Tensor) -> Tensor:
         """What the sum of ``losses`` [S, ...] over the samples in ``mask`` [S] is divided by, []."""
         if self.over == "one":
             return losses.new_ones(())
-        samples = losses.new_full((), losses.shape[0]) if mask is None else mask.sum().to(losses.dtype)
+        samples = mask.sum().to(losses.dtype)
         if self.over == "samples":
             return samples
         if self.over == "elements" or y.is_floating_point():
             return samples * losses[0].numel()
-        counted = y != self.options.get("ignore_index", -100)
-        if mask is not None:
-            counted = counted & _over_samples(mask, counted)
+        labelled: Tensor = y != self.options.get("ignore_index", -100)
+        counted = labelled & _over_samples(mask, labelled)
         weight = self.options.get("weight")
         if weight is None:
             return counted.sum().to(losses.dtype)
@@ -105,7 +105,7 @@ class TaskLoss:
 
     Args:
         loss: ``loss(prediction, y)``, or ``loss(prediction)`` where there is no target
-        in_parts: whether it will be asked for masked samples or sums over parts
+        in_parts: whether it will be asked for masked samples, or for parts of sets
     """
 
     def __init__(self, loss: Callable[..., Tensor], in_parts: bool) -> None:
@@ -128,18 +128,52 @@ class TaskLoss:
                 )
             return self._whole(*pytree.tree_map(lambda x: x[mask] if isinstance(x, Tensor) else x, (prediction, y)))
         losses = self._unreduced(prediction, y, mask.shape[0])
-        total, count = self._summed(losses, y, mask)
+        precise = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses  # sums may overflow
+        count = self.sums.divisor(precise, y, mask)
+        total = torch.where(_over_samples(mask, precise), precise, torch.zeros_like(precise)).sum()
         quotient = divided(total, count)
-        # Where all labels are ignored PyTorch's mean is NaN, with a gradient of zero.
-        return torch.where(count == 0, torch.full_like(quotient, torch.nan), quotient).to(losses.dtype)
+        # Where all labels are ignored PyTorch's mean is NaN, with a gradient of zero. Without any sample, which only
+        # calls meet that cannot look at masks, the loss is 0, as that of the operators.
+        ignored = (count == 0) & mask.any()
+        return torch.where(ignored, torch.full_like(quotient, torch.nan), quotient).to(losses.dtype)
 
-    def summed(self, prediction: Any, y: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """A sum over the samples in ``mask`` [S], or over all, and what the loss divides it by, [] each.
+    @property
+    def is_sum(self) -> bool:
+        """Whether the losses of parts of a set add up."""
+        return self.sums is not None and self.sums.over == "one"
 
-        Both add up over parts of a set. In float32 at least: half precision would overflow.
-        """
-        samples = pytree.tree_leaves(prediction)[0].shape[0]
-        return self._summed(self._unreduced(prediction, y, samples), y, mask)
+    def counts(self, y: Any, mask: Tensor | None) -> Tensor:
+        """[T]: in proportion to these the losses of parts of the sets make up that of the whole; y and mask [T, S]."""
+        assert self.sums is not None
+        assert mask is not None
+        sums = self.sums
+
+        def count(mask: Tensor, *targets: Tensor) -> Tensor:
+            return sums.divisor(torch.zeros_like(mask, dtype=torch.float64), targets[0] if targets else None, mask)
+
+        return vmap(count)(mask, *((y,) if sums.over == "labels" else ()))
+
+    def check_parts(self, y: Any) -> None:
+        """Raise where the loss cannot be taken of parts of the sets."""
+        if self.sums is None:
+            raise TypeError(
+                "loss must be a function of torch.nn.functional, a loss module of torch.nn or a functools.partial of "
+                f"one for accumulate, or a sum; got {self.loss!r}, whose mean over a part of a set is not known: leave "
+                "accumulate out, or pass functools.partial(loss, reduction='sum')"
+            )
+        if isinstance(y, Tensor) and y.is_floating_point():
+            for name, option in self.sums.options.items():
+                if isinstance(option, Tensor) and option.dim() == y.dim() - 1 and option.shape[0] > 1:
+                    raise ValueError(
+                        f"loss must not have an option for every sample with accumulate, but {name} has shape "
+                        f"{list(option.shape)}; leave accumulate out"
+                    )
+
+    @property
+    def needs_target(self) -> bool:
+        """Whether it is a loss of PyTorch, all of which compare predictions with targets."""
+        loss = self.loss.func if isinstance(self.loss, functools.partial) else self.loss
+        return type(loss) in _MODULES or any(loss is function for function, _ in _KNOWN)
 
     def label_range(self, y: Any, name: str) -> tuple[int, int] | None:
         """The smallest and the largest label in ``y``, None where the loss takes none or they cannot be read."""
@@ -169,14 +203,6 @@ class TaskLoss:
                 f"{list(losses.shape)}"
             )
         return losses
-
-    def _summed(self, losses: Tensor, y: Any, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        assert self.sums is not None
-        losses = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses
-        count = self.sums.count(losses, y, mask)
-        if mask is not None:
-            losses = torch.where(_over_samples(mask, losses), losses, torch.zeros_like(losses))
-        return losses.sum(), count
 
     def _whole(self, prediction: Any, y: Any) -> Tensor:
         check_targets(self.loss, prediction, y)

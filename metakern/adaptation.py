@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern._requirements import required
 from metakern.tasks import TaskDistribution
 
 #: The seed of test tasks: a constant, so that every learner is reported on the same; training and validation have other
@@ -55,7 +56,8 @@ class Adaptation:
 
 def mean_interval(sample: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of [..., T] over its last axis, and half of Student's 95 % interval around it; NaN for T = 1."""
-    from scipy import stats  # scikit-learn brings it; half a second
+    with required():
+        from scipy import stats  # scikit-learn brings it; half a second
 
     count = sample.shape[-1]
     quantile = float(stats.t.ppf(0.975, max(count - 1, 1)))

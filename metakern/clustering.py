@@ -13,8 +13,26 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from metakern._requirements import required
 from metakern.tasks import TaskDistribution
-from metakern.tasks.distribution import check_num_tasks, check_split
+from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
+
+__all__ = [
+    "BATCHES",
+    "EMBEDDINGS",
+    "LOSSES",
+    "MAX_CHUNKS",
+    "METHODS",
+    "Assigner",
+    "ClusterSampler",
+    "Clusters",
+    "Describe",
+    "Embedding",
+    "choose_number",
+    "normalised",
+    "projected",
+    "responsibilities",
+]
 
 #: How one learner describes a task, and the method that it is asked for: where the inner loop takes the parameters, and
 #: the support gradient where it starts.
@@ -210,7 +228,8 @@ def choose_number(
     Rousseeuw 1987, as scikit-learn computes it. Numbers that leave fewer than two clusters occupied are passed over; 1
     where all are, as for points that are all the same. Of points [T, D] what is behind ``width`` is padding.
     """
-    from sklearn.metrics import silhouette_score
+    with required():
+        from sklearn.metrics import silhouette_score
 
     scores: dict[int, float] = {}
     for number in range(2, min(max_clusters, points.shape[0] - 1) + 1):
@@ -224,9 +243,10 @@ def _fit(points: Tensor, number: int, method: str, seed: int, width: int) -> tup
     """Means and variances [C, D], shares [C]; behind ``width`` points are padding, and variances one."""
     import warnings
 
-    from sklearn.cluster import KMeans, MiniBatchKMeans
-    from sklearn.exceptions import ConvergenceWarning
-    from sklearn.mixture import GaussianMixture
+    with required():
+        from sklearn.cluster import KMeans, MiniBatchKMeans
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.mixture import GaussianMixture
 
     data = points.numpy()
     with warnings.catch_warnings():
@@ -254,7 +274,8 @@ def _log_densities(points: Tensor, means: Tensor, variances: Tensor, shares: Ten
 
 def _matching(old: Tensor, new: Tensor, number: int) -> Tensor:
     """Which new cluster takes each old number, so that as many points as possible keep theirs."""
-    from scipy.optimize import linear_sum_assignment
+    with required():
+        from scipy.optimize import linear_sum_assignment
 
     overlap = torch.zeros(number, number).index_put_((old, new), torch.ones(len(old)), accumulate=True)
     return torch.from_numpy(linear_sum_assignment(-overlap.numpy())[1])
@@ -288,7 +309,7 @@ class Assigner(Protocol):
         ...
 
 
-class ClusterSampler:
+class ClusterSampler(ShortRepr):
     """Another distribution's tasks in batches by cluster.
 
     Every batch is picked from tasks drawn for it alone, so that ``generator`` decides it and nothing is left behind for
@@ -349,3 +370,7 @@ def _picked(labels: Tensor, wanted: Tensor, num_tasks: int) -> Tensor:
     chosen = ranks <= wanted[labels]
     rest = (~chosen).nonzero().flatten()[: num_tasks - int(chosen.sum())]
     return torch.cat([chosen.nonzero().flatten(), rest]).sort().values
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

@@ -7,23 +7,28 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import torch
 from torch import Tensor
 
-matplotlib.use("Agg")  # no display is needed or touched
-
-from matplotlib import pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
+from metakern._files import write_whole
+from metakern._requirements import required
 from metakern.adaptation import Adaptation, Fits, mean_interval
-from metakern.evaluation import Curve
-from metakern.runs.folder import write_bytes
+
+if TYPE_CHECKING:
+    from metakern.evaluation import Curve
+
+with required():
+    import matplotlib
+
+    matplotlib.use("Agg")  # no display is needed or touched
+
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 Line = Mapping[str, Any]
 
@@ -110,6 +115,36 @@ def plot_learning(
         axes.legend(frameon=False)
     panels[-1, 0].set_xlabel(word)
     panels[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    _save(figure, path)
+
+
+def plot_validation(
+    runs: Mapping[str, Sequence[Line]], path: Path, word: str = "iteration", chance: float | None = None
+) -> None:
+    """Validation measures of several runs while they trained.
+
+    Args:
+        runs: lines of evaluations of each run's metrics.jsonl by its name, see :func:`metakern.runs.read_metrics`; at
+            least one line in all
+        path: of the PNG
+        word: what an iteration is called
+        chance: the accuracy of guessing, which is drawn
+    """
+    seen = {name: [(line["iteration"], line["evaluation"]) for line in lines] for name, lines in runs.items()}
+    measures = [key for key in MEASURES if any(key in line for lines in seen.values() for _, line in lines)]
+    size = (5 * len(measures) + 1, 4)
+    figure, panels = plt.subplots(1, len(measures), figsize=size, layout="constrained", squeeze=False)
+    for name, axes in zip(measures, panels[0], strict=True):
+        drawn: list[float] = []
+        for (run, lines), colour in zip(seen.items(), itertools.cycle(COLOURS), strict=False):
+            x, y = _points(lines, name)
+            axes.plot(x, y, color=colour, marker="o", markersize=3, label=run)
+            drawn += y
+        _measure_axis(axes, name, drawn, chance)
+        axes.set(xlabel=word, ylabel=f"{name} of validation tasks")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        axes.grid(alpha=0.3)
+    panels[0, -1].legend(frameon=False)
     _save(figure, path)
 
 
@@ -214,7 +249,8 @@ def _colours(count: int) -> list[Any]:
 
 def principal_components(embeddings: Tensor) -> Tensor:
     """The first two principal components [T, 2] of embeddings [T, D]; zeros where D is 1."""
-    from sklearn.decomposition import PCA
+    with required():
+        from sklearn.decomposition import PCA
 
     flat = embeddings.detach().flatten(1).double()
     count = min(2, *flat.shape)
@@ -262,4 +298,5 @@ def _save(figure: Figure, path: Path) -> None:
         figure.savefig(content, format="png", dpi=150)
     finally:
         plt.close(figure)
-    write_bytes(path, content.getvalue())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content.getvalue())

@@ -13,6 +13,7 @@ parameter tensor of the model.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,11 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._batch_norm import PerStepBatchNorm as PerStepBatchNorm
-from metakern._batch_norm import per_step_batch_norm as per_step_batch_norm
+from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
+from metakern._clone import clone_module, detach_module, maml_update, update_module
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
+    TaskBatch,
     adapted_names,
     check_clip_norm,
     check_samples,
@@ -32,11 +34,34 @@ from metakern._inner_loop_input import (
     first_order_steps,
     task_batch,
 )
-from metakern._learner import MAML as MAML
-from metakern._learner import MetaSGD as MetaSGD
+from metakern._learner import MAML, MetaSGD
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
+from metakern._trees import Data, as_data, named_tensors
+from metakern._vectorize import Vectorize, check_vectorize
+
+__all__ = [
+    "MAML",
+    "Adapted",
+    "MetaSGD",
+    "PerStepBatchNorm",
+    "Rates",
+    "adapt",
+    "clone_module",
+    "detach_module",
+    "maml",
+    "maml_update",
+    "meta_backward",
+    "meta_loss",
+    "multi_step_weights",
+    "per_step_batch_norm",
+    "reptile_step",
+    "update_module",
+]
+
+#: learn2learn has a module of this name, with MAML and maml_update, in ``algorithms``, which is this module here.
+maml = sys.modules[__name__]
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
@@ -56,22 +81,35 @@ class Adapted:
         self.parameters = parameters
         self._model, self._steps = model, steps
 
-    def __call__(self, query_x: Tensor) -> Tensor:
-        """Predictions [T, Q, ...] of every task's model for its own ``query_x`` [T, Q, ...].
+    def __call__(self, query_x: Data) -> Any:
+        """Predictions of every task's model for its own ``query_x``.
 
         The model is in the mode, ``train()`` or ``eval()``, that it has when this is called.
 
+        Args:
+            query_x: [T, Q, ...], of the kind of ``support_x``: a tensor, or a tuple or dict of tensors
+
+        Returns:
+            what the model returns, a tensor or a tuple, dict or dataclass of them, with tensors [T, Q, ...]
+
         Raises:
-            TypeError, ValueError: for an input of another kind, or of another T.
+            TypeError, ValueError: for an input of another kind, or of another T, and for an output of another kind.
         """
         check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
-        return self._model.predict(self.parameters, self._model.at_step(self._model.shared, self._steps), query_x)
+        model, x = self._model.again(), as_data(query_x)
+        shared = model.at_step(model.shared, self._steps)
+        return model.vectorization.run(lambda: model.predict(self.parameters, shared, x), named_tensors("query_x", x))
+
+    def __repr__(self) -> str:
+        tasks = next(iter(self.parameters.values())).shape[0]
+        model = type(self._model.model).__name__
+        return f"Adapted({model}, tasks={tasks}, steps={self._steps}, parameters={len(self.parameters)})"
 
 
 def adapt(
     model: nn.Module,
-    support_x: Tensor,
-    support_y: Tensor,
+    support_x: Data,
+    support_y: Data | None,
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,
@@ -81,7 +119,9 @@ def adapt(
     clip_norm: float | None = None,
     support_mask: Tensor | None = None,
     checkpoint_every: int | None = None,
-    vectorize: bool = True,
+    vectorize: Vectorize = "auto",
+    accumulate: int = 1,
+    support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
 ) -> Adapted:
@@ -96,12 +136,16 @@ def adapt(
             statistics of the task's current batch, support or query, and running statistics stay as they are; in
             ``eval()`` mode it uses the running ones. See :func:`per_step_batch_norm` for running statistics of every
             step. Dropout draws for each task and step.
-        support_x: [T, S, ...]
-        support_y: [T, S, ...]
-        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; a function or a module
-        steps: K
+        support_x: [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
+            or a dict of tensors, by keyword, [T, S, ...] each
+        support_y: [T, S, ...], a tensor or likewise several; None where the loss takes no target
+        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where ``support_y``
+            is None; a function or a module. ``prediction`` is what the model returns, whatever that is.
+        steps: K; 0 leaves the model as it is
         lr: α: a number or a tensor of one element; or by name in a dict, or in the order of the adapted parameters in a
-            list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]
+            list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]. In a
+            dict also by glob pattern: a parameter without an entry of its name takes that of the first pattern that
+            matches, as in ``{"head.*": 0.1, "*": 0.01}``.
         first_order: FOMAML: take the inner gradients as constants; or one bool a step. For derivative-order annealing
             pass ``epoch < 50``.
         parameters: glob pattern, or list of them, of the names to adapt, ``"head.*"`` for ANIL; None adapts all that
@@ -109,15 +153,25 @@ def adapt(
             the loss has no use for stay as they are.
         clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
         support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
-            its set without padding. ``loss`` must then be a function of torch.nn.functional, a loss module of torch.nn
-            or a ``functools.partial`` of one, with any of their options; any other loss must be a sum (``reduction=
-            "sum"`` by ``functools.partial``) or asks for ``vectorize=False``. Batch norm sees the padding, as copies of
-            the task's first sample.
+            its set without padding. Evaluated at once are functions of torch.nn.functional, loss modules of torch.nn
+            and a ``functools.partial`` of one, with all their options, and ``functools.partial(loss, reduction="sum")``
+            of any loss. Other losses are called for one task after another, with its samples alone. Batch norm sees the
+            padding, as copies of the task's first sample.
         checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
             backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
             differentiated again.
-        vectorize: evaluate all tasks at once by torch.vmap; False takes one after another, for models that vmap
-            refuses, and for large convolutions on the CPU, which are no faster together
+        accumulate: parts that a support set is taken in, one after another, in every inner step: their gradients add up
+            to that of the whole set, and memory holds the activations of one part at a time, as the backward computes
+            them again. Meta-gradients stay exact; they can not be differentiated again. Batch norm in ``train()`` mode
+            sees the part alone, so that results differ there. ``loss`` must be one that ``support_mask`` names. The
+            fused inner loop, whose memory is small, takes whole sets. torch.compile and the transforms of torch.func
+            see all parts, and keep them.
+        support_per_step: another support set for every inner step: ``support_x``, ``support_y`` and ``support_mask``
+            are [T, K, S, ...]
+        vectorize: evaluate all tasks at once by torch.vmap (True), or one after another (False), which suits large
+            convolutions on the CPU, no faster together. ``"auto"`` does the first, and the second, with one warning,
+            where torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that depend on the data, backward
+            hooks of modules. In torch.compile and torch.func it is True.
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
             or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
             fit the processor's cache; plain PyTorch otherwise. ``"cpp"`` raises where the fused one cannot;
@@ -133,24 +187,36 @@ def adapt(
         >>> adapted = adapt(net, support_x, support_y, loss=F.cross_entropy, steps=5, lr=0.4)
         >>> accuracy = (adapted(query_x).argmax(-1) == query_y).float().mean()
     """
-    masked = support_mask is not None
-    _check_options(steps, clip_norm, checkpoint_every, vectorize)
     options = Options(
-        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend, explain
+        model,
+        loss,
+        steps,
+        lr,
+        first_order,
+        parameters,
+        clip_norm,
+        checkpoint_every,
+        vectorize,
+        backend,
+        explain,
+        accumulate,
+        support_per_step,
     )
+    options = _checked(options)
     fused, reason = attempt("adapt", options, lambda: fused_adapt(options, support_x, support_y, support_mask))
-    loop, task_loss = _inner_loop(options, masked)
+    loop = _inner_loop(options, support_mask is not None)
     if fused is not None:
-        return Adapted(fused, loop.model, steps)
-    support = task_batch("support", (support_x, support_y), support_mask, task_loss)
+        return Adapted(fused, loop.model, options.steps)
+    support = _support(options, (support_x, support_y), support_mask, loop)
     say_generic("adapt", options, loop, support, reason)
-    return Adapted(loop.run(support)[0], loop.model, steps)
+    params = loop.model.vectorization.run(lambda: loop.run(support)[0], support.named)
+    return Adapted(params, loop.model, options.steps)
 
 
 def meta_loss(
     model: nn.Module,
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
+    support: tuple[Data, Data | None],
+    query: tuple[Data, Data | None],
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,
@@ -162,7 +228,9 @@ def meta_loss(
     query_mask: Tensor | None = None,
     step_weights: Sequence[float] | Tensor | None = None,
     checkpoint_every: int | None = None,
-    vectorize: bool = True,
+    vectorize: Vectorize = "auto",
+    accumulate: int = 1,
+    support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
 ) -> Tensor:
@@ -177,7 +245,7 @@ def meta_loss(
     Args:
         model: as for :func:`adapt`, but in ``train()`` mode, under ``torch.no_grad()`` too, the running statistics of
             :class:`PerStepBatchNorm` move
-        support: (x, y), [T, S, ...] each
+        support: (x, y), [T, S, ...] each, of the kinds that :func:`adapt` takes
         query: (x, y), [T, Q, ...] each
         loss: as for :func:`adapt`, of support and query sets
         steps: K
@@ -190,6 +258,8 @@ def meta_loss(
         step_weights: [K], MAML++'s multi-step loss: Σ_k w_k L_query(θ_k) over the parameters after every step, in place
             of L_query(θ_K); see :func:`multi_step_weights`
         checkpoint_every: as for :func:`adapt`
+        accumulate: as for :func:`adapt`
+        support_per_step: as for :func:`adapt`; query sets are [T, Q, ...] as always
         vectorize: as for :func:`adapt`
         backend: as for :func:`adapt`
         explain: as for :func:`adapt`
@@ -206,35 +276,62 @@ def meta_loss(
         >>> meta_loss(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01).mean().backward()
         >>> optimizer.step()
     """
-    masked = support_mask is not None or query_mask is not None
-    _check_options(steps, clip_norm, checkpoint_every, vectorize)
     options = Options(
-        model, loss, steps, lr, first_order, parameters, clip_norm, checkpoint_every, vectorize, backend, explain
+        model,
+        loss,
+        steps,
+        lr,
+        first_order,
+        parameters,
+        clip_norm,
+        checkpoint_every,
+        vectorize,
+        backend,
+        explain,
+        accumulate,
+        support_per_step,
     )
-    masks = support_mask, query_mask
+    return query_losses(options, support, query, (support_mask, query_mask), step_weights)
+
+
+def query_losses(
+    options: Options,
+    support: tuple[Data, Data | None],
+    query: tuple[Data, Data | None],
+    masks: tuple[Tensor | None, Tensor | None] = (None, None),
+    step_weights: Sequence[float] | Tensor | None = None,
+    moves_statistics: bool = True,
+) -> Tensor:
+    """:func:`meta_loss`, or with the model's running statistics left as they are."""
+    options = _checked(options)
     fused, reason = attempt("meta_loss", options, lambda: fused_meta_loss(options, support, query, masks, step_weights))
     if fused is not None:
         losses: Tensor = fused
         return losses
-    loop, task_loss = _inner_loop(options, masked, step_weights)
-    support_batch = task_batch("support", support, support_mask, task_loss)
-    query_batch = task_batch("query", query, query_mask, task_loss, support_batch.x.shape[0])
+    loop = _inner_loop(options, any(mask is not None for mask in masks), step_weights)
+    support_batch = _support(options, support, masks[0], loop)
+    query_batch = task_batch("query", query, masks[1], loop.model.loss, support_batch.num_tasks)
     say_generic("meta_loss", options, loop, support_batch, reason)
-    params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
-    if step_weights is None:
-        shared = loop.model.at_step({**loop.model.shared, **statistics}, steps)
-        weighted = loop.model.losses(params, shared, query_batch)
-        statistics = loop.model.gathered(shared)
+
+    def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
+        params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
+        if step_weights is not None:
+            return weighted, statistics
+        shared = loop.model.at_step({**loop.model.shared, **statistics}, options.steps)
+        return loop.model.losses(params, shared, query_batch), loop.model.gathered(shared)
+
+    weighted, statistics = loop.model.vectorization.run(evaluate, {**support_batch.named, **query_batch.named})
     if weighted is None:
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
-    loop.model.store(statistics)
+    if moves_statistics:
+        loop.model.store(statistics)
     return weighted
 
 
 def meta_backward(
     model: nn.Module,
-    support: tuple[Tensor, Tensor],
-    query: tuple[Tensor, Tensor],
+    support: tuple[Data, Data | None],
+    query: tuple[Data, Data | None],
     *,
     gradient: Tensor | None = None,
     **options: Any,
@@ -274,8 +371,7 @@ def meta_backward(
         raise TypeError(f"gradient must be a tensor [T], got {type(gradient).__name__}")
     losses = None
     if options.keys() <= _OF_ADAPT:
-        chosen = Options(model, **options)
-        _check_options(chosen.steps, chosen.clip_norm, chosen.checkpoint_every, chosen.vectorize)
+        chosen = _checked(Options(model, **options))
         losses = None if is_heard(chosen) else fused_meta_backward(chosen, support, query, gradient)
     if losses is None:
         with torch.enable_grad():
@@ -302,9 +398,7 @@ def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:
     Raises:
         TypeError, ValueError: unless K and E are at least 1 and e is not negative.
     """
-    check_count("steps", steps)
-    check_count("epochs", epochs)
-    check_count("epoch", epoch, minimum=0)
+    steps, epochs, epoch = check_count("steps", steps), check_count("epochs", epochs), check_count("epoch", epoch, 0)
     weights = torch.full((steps,), max(1 / steps - epoch / (steps * epochs), 0.03 / steps))
     weights[-1] = 1 - weights[:-1].sum()
     return weights
@@ -333,14 +427,22 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
         parameters[name].add_(epsilon * (phi.mean(0) - parameters[name]))
 
 
-def _inner_loop(
-    options: Options, masked: bool, step_weights: Sequence[float] | Tensor | None = None
-) -> tuple[InnerLoop, TaskLoss]:
+def __dir__() -> list[str]:
+    return list(__all__)
+
+
+def _support(options: Options, data: Any, mask: Tensor | None, loop: InnerLoop) -> TaskBatch:
+    """The support sets of a call."""
+    steps = options.steps if options.support_per_step else None
+    return task_batch("support", data, mask, loop.model.loss, steps=steps)
+
+
+def _inner_loop(options: Options, masked: bool, step_weights: Sequence[float] | Tensor | None = None) -> InnerLoop:
     """The inner loop that the options describe, checked."""
     model, steps = options.model, options.steps
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, steps)
-    task_loss = TaskLoss(options.loss, masked)
+    task_loss = TaskLoss(options.loss, masked or options.accumulate > 1)
     task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
     if task_model.max_steps is not None and steps > task_model.max_steps:
         raise ValueError(
@@ -348,15 +450,22 @@ def _inner_loop(
         )
     rates = learning_rates(options.lr, task_model.initial, steps)
     orders = first_order_steps(options.first_order, steps)
-    return InnerLoop(task_model, rates, orders, options.clip_norm, step_weights, options.checkpoint_every), task_loss
+    return InnerLoop(
+        task_model, rates, orders, options.clip_norm, step_weights, options.checkpoint_every, options.accumulate
+    )
 
 
-def _check_options(steps: int, clip_norm: float | None, checkpoint_every: int | None, vectorize: bool) -> None:
+def _checked(options: Options) -> Options:
+    """The options, numbers as Python has them; raises for those that do not fit."""
     if not is_transformed() and torch.is_inference_mode_enabled():
         raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
-    check_count("steps", steps)
-    check_clip_norm(clip_norm)
-    if not isinstance(vectorize, bool):
-        raise TypeError(f"vectorize must be a bool, got {vectorize!r}")
-    if checkpoint_every is not None:
-        check_count("checkpoint_every", checkpoint_every)
+    every = options.checkpoint_every
+    check_vectorize(options.vectorize)
+    if not isinstance(options.support_per_step, bool):
+        raise TypeError(f"support_per_step must be a bool, got {options.support_per_step!r}")
+    return options._replace(
+        steps=check_count("steps", options.steps, minimum=0),
+        clip_norm=check_clip_norm(options.clip_norm),
+        checkpoint_every=None if every is None else check_count("checkpoint_every", every),
+        accumulate=check_count("accumulate", options.accumulate),
+    )

@@ -16,6 +16,7 @@ from metakern.figures import (
     plot_curves,
     plot_fits,
     plot_learning,
+    plot_validation,
     principal_components,
 )
 from metakern.learners import MAMLLearner
@@ -150,6 +151,17 @@ def test_losses_that_were_not_finite_leave_gaps(tmp_path, boxes):
 def test_negative_losses_have_a_linear_axis(tmp_path, boxes):
     plot_learning([{"iteration": 1, "loss": -1.0}, {"iteration": 2, "loss": -2.0}], [], tmp_path / "learning.png")
     assert boxes[0][0].get_yscale() == "linear"
+
+
+def test_runs_are_compared_while_they_trained(tmp_path, boxes):
+    runs = {"plain": evaluations(10, 20, 30, accuracy=0.4), "clusters": evaluations(10, 20, 25, accuracy=0.7)}
+    plot_validation(runs, tmp_path / "learning.png", chance=0.2)
+    assert min(coloured_shares(tmp_path / "learning.png", boxes)) > 0.001
+    (loss, _), (accuracy, _) = boxes
+    assert [list(line.get_xdata()) for line in loss.lines] == [[10, 20, 30], [10, 20, 25]]
+    assert list(loss.lines[1].get_ydata()) == [2 / 10, 2 / 20, 2 / 25]
+    assert dashed(accuracy) == [0.2]
+    assert [text.get_text() for text in accuracy.get_legend().get_texts()] == ["plain", "clusters", "chance, 20 %"]
 
 
 def test_adaptation_has_a_panel_for_every_measure_and_a_line_for_every_learner(tmp_path, boxes):

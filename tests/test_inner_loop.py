@@ -106,17 +106,7 @@ def test_buffers_written_in_place(of_data: bool, vectorize: bool) -> None:
     assert model.calls == 0
 
 
-@pytest.mark.parametrize(
-    "model", [Counting(of_data=True), nn.LSTM(2, 2), nn.TransformerEncoderLayer(2, 2, 4, batch_first=True).eval()]
-)
-def test_models_that_vmap_refuses(model: nn.Module) -> None:
-    x = torch.randn(3, 4, 5, 2, dtype=F64)
-    with pytest.raises(RuntimeError) as caught:
-        adapt(model.double(), x, x)
-    assert "pass vectorize=False" in caught.value.__notes__[0]
-
-
-@pytest.mark.parametrize(("training", "vectorize"), [(True, True), (True, False), (False, False)])
+@pytest.mark.parametrize(("training", "vectorize"), [(True, True), (True, False), (False, True), (False, False)])
 def test_attention_to_second_order(training: bool, vectorize: bool) -> None:
     """Fused attention has no second derivative; the inner loop does without it."""
     torch.manual_seed(0)

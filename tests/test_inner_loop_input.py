@@ -29,7 +29,7 @@ class FirstOnly(nn.Sequential):
         return self[0](x)
 
 
-@pytest.mark.parametrize("name", ["steps", "checkpoint_every"])
+@pytest.mark.parametrize("name", ["checkpoint_every", "accumulate"])
 def test_counts(name: str) -> None:
     for value in (0, -1):
         with pytest.raises(ValueError, match=rf"{name} must be at least 1, got {value}"):
@@ -77,7 +77,7 @@ def test_kinds_of_data() -> None:
         call(None, SUPPORT[0])
     with pytest.raises(TypeError, match=r"support must be a pair \(support_x, support_y\), got tuple"):
         call(None, (*SUPPORT, None))
-    with pytest.raises(TypeError, match=r"query_y must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"query_y must be a tensor, or a tuple or a dict of tensors, got list"):
         call(None, SUPPORT, (QUERY[0], [1]))
     with pytest.raises(TypeError, match=r"model must be an nn.Module, got function"):
         call(lambda x: x)
@@ -86,7 +86,7 @@ def test_kinds_of_data() -> None:
         adapted(QUERY[0][:2])
     with pytest.raises(ValueError, match=r"query_x must be \[T, S, ...\] with .* 1 sample, got shape \[3, 0, 2\]"):
         adapted(QUERY[0][:, :0])
-    with pytest.raises(TypeError, match=r"query_x must be a tensor, got list"):
+    with pytest.raises(TypeError, match=r"query_x must be a tensor, or a tuple or a dict of tensors, got list"):
         adapted([1])
     with pytest.raises(ValueError, match=r"model must have a parameter that requires a gradient, got none"):
         adapt(nn.ReLU(), *SUPPORT)
@@ -138,7 +138,7 @@ def test_losses() -> None:
         call(FirstOnly(nn.Linear(2, 2).double(), nn.Tanh(), nn.Linear(2, 2).double()), parameters="2.*")
     mask = torch.ones(3, 4).bool()
     with pytest.raises(TypeError, match=r"loss must be a function of torch.nn.functional, .*; got <function .*, whose"):
-        call(loss=lambda prediction, y: (prediction - y).square().mean(), support_mask=mask)
+        call(loss=lambda prediction, y: (prediction - y).square().mean(), support_mask=mask, vectorize=True)
     total = partial(lambda prediction, y, reduction: (prediction - y).sum(), reduction="sum")
     with pytest.raises(ValueError, match=r"one value a sample with reduction='none', 4 here, got shape \[\]"):
         call(loss=total, support_mask=mask)
@@ -257,8 +257,6 @@ def test_other_options() -> None:
     for clip_norm in (0, -1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match=rf"clip_norm must be positive and finite, got {clip_norm}"):
             call(clip_norm=clip_norm)
-    with pytest.raises(TypeError, match=r"vectorize must be a bool, got 'yes'"):
-        call(vectorize="yes")
     with pytest.raises(ValueError, match=r"step_weights must be finite, got \[nan\]"):
         call(step_weights=[float("nan")])
     with pytest.raises(ValueError, match=r"step_weights must have one weight a step, 2, got 3"):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import adapt, meta_loss
+from metakern._task_loss import TaskLoss
 from tests.conftest import assert_close
 from tests.inner_loops import Episode, assert_same, hand_written, mlp, regression
 
@@ -160,8 +161,11 @@ def test_losses_whose_mean_is_not_known(loss: Any) -> None:
     options: dict[str, Any] = {"steps": 2, "lr": 0.1, "loss": loss, "support_mask": MASKS[0], "query_mask": MASKS[1]}
     with pytest.raises(TypeError, match=r"loss must be a function of torch.nn.functional, .*: pass vectorize=False"):
         meta_loss(net, episode.support, episode.query, vectorize=True, **options)
-    losses = meta_loss(net, episode.support, episode.query, vectorize=False, **options)
     expected = hand_written(net, episode, 2, lambda *_: 0.1, loss=loss, masks=MASKS)
+    losses = meta_loss(net, episode.support, episode.query, vectorize=False, **options)
+    assert_same(losses, expected, list(net.parameters()))
+    with pytest.warns(UserWarning, match=r"the tasks are evaluated one after another, .* loss must be a function"):
+        losses = meta_loss(net, episode.support, episode.query, **options)
     assert_same(losses, expected, list(net.parameters()))
 
 
@@ -197,6 +201,16 @@ def test_tasks_without_a_label_that_counts(masked: bool) -> None:
     losses = meta_loss(net, (x, y), (x, y), loss=F.cross_entropy, lr=0.1, query_mask=query_mask)
     assert losses[0].isnan()
     assert losses[1].isfinite()
+
+
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.CrossEntropyLoss(WEIGHT), nn.KLDivLoss(reduction="batchmean")])
+def test_a_task_without_any_sample_has_no_loss(loss: Any) -> None:
+    """Public functions refuse such masks where they can look at them; compiled calls agree with the operators."""
+    prediction = torch.randn(4, 3, dtype=F64, requires_grad=True)
+    y = torch.randint(3, (4,)) if isinstance(loss, nn.CrossEntropyLoss) else torch.rand(4, 3, dtype=F64)
+    value = TaskLoss(loss, True)(prediction, y, torch.zeros(4).bool())
+    assert value.item() == 0
+    assert_close("gradient", torch.autograd.grad(value, prediction)[0], torch.zeros(4, 3, dtype=F64), 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

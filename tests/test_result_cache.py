@@ -106,3 +106,68 @@ def test_a_limit_that_is_no_number_is_named(limit):
     result = run(STEPS, limit)
     assert result.returncode != 0
     assert f"METAKERN_CPU_CACHE_MB must be a number of mebibytes of at least 0, got '{limit}'" in result.stderr
+
+
+# Threads take blocks all the time, while the process forks; a child that waits for a lock is killed.
+FORKS = """
+import os, signal, sys, threading, time
+import torch
+from metakern import _backend
+from metakern.ops import inner_update
+
+params = [torch.ones(1, 2**14 + 1) for _ in range(64)]  # a smaller result is not kept
+stop = threading.Event()
+
+
+def work():
+    while not stop.is_set():
+        inner_update(params, params, 0.1, backend="cpp")
+
+
+threads = [threading.Thread(target=work) for _ in range(3)]
+for thread in threads:
+    thread.start()
+end, forks, failed = time.monotonic() + 40, 0, 0
+while forks < 1500 and (forks < 100 or time.monotonic() < end):
+    forks += 1
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        inner_update(params[:1], params[:1], 0.1, backend="cpp")
+        _backend._C.empty_cache()
+        os._exit(0)
+    failed += os.waitpid(child, 0)[1] != 0
+    if failed:
+        break
+stop.set()
+for thread in threads:
+    thread.join()
+inner_update(params, params, 0.1, backend="cpp")
+assert _backend._C.cached_bytes() > 0
+print(f"{failed} of {forks}")
+"""
+
+
+def test_a_forked_child_never_waits_for_a_thread_of_its_parent():
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", FORKS]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert result.returncode == 0, result.stderr
+    failed, forks = result.stdout.split(" of ")
+    assert int(forks) >= 100
+    assert int(failed) == 0, f"child {forks} was killed while it waited"
+
+
+def test_the_oldest_block_leaves_first_whatever_the_order():
+    blocks = {n: step(n)[1] for n in (10_000, 20_000, 40_000)}
+    sizes = {n: state.data.numel() * 4 for n, state in blocks.items()}
+    for n in (20_000, 40_000, 10_000):
+        del blocks[n]
+    total = _backend._C.cached_bytes()
+    assert total == sum(sizes.values())
+    _, middle = step(40_000)  # the one between two others
+    assert _backend._C.cached_bytes() == total - sizes[40_000]
+    _, first, _, last = *step(20_000), *step(10_000)
+    assert _backend._C.cached_bytes() == 0
+    del middle, first, last
+    assert _backend._C.cached_bytes() == total

@@ -10,6 +10,7 @@
 #include "../lstm_step_arguments.h"
 #include "capability.h"
 #include "lstm_step.h"
+#include "parallel.h"
 #include "result_cache.h"
 
 namespace metakern {
@@ -69,8 +70,7 @@ Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vecto
 constexpr int64_t grain_tiles = 8;
 
 void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmStepForward& args) {
-  torch::stable::parallel_for(0, p.num_tiles(), grain_tiles,
-                              [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
+  parallel_for(0, p.num_tiles(), grain_tiles, [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
 }
 
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
@@ -134,7 +134,7 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
                               grad_grads.mutable_data_ptr(),
                               grad_state.mutable_data_ptr(),
                               static_cast<double*>(partials.get())};
-  torch::stable::parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
+  parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
     const Buffer scratch = allocate(k.scratch_bytes(p));
     k.backward(p, args, scratch.get(), first, last);
   });

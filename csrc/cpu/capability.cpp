@@ -43,10 +43,10 @@ CpuCapability initial() {
   return CpuCapability::baseline;
 }
 
-std::atomic<CpuCapability>& current() {
-  static std::atomic<CpuCapability> value{initial()};
-  return value;
-}
+constexpr int unknown = -1;
+
+// Found out by the first call. Without a lock, which a fork could leave locked: two threads find the same.
+std::atomic<int> current{unknown};
 
 }  // namespace
 
@@ -57,8 +57,16 @@ std::vector<std::string> available_cpu_capabilities() {
   return found;
 }
 
-CpuCapability cpu_capability() { return current(); }
+CpuCapability cpu_capability() {
+  int value = current;
+  if (value == unknown) {
+    value = int(initial());
+    int expected = unknown;  // another thread may have set one in between
+    if (!current.compare_exchange_strong(expected, value)) value = expected;
+  }
+  return CpuCapability(value);
+}
 std::string cpu_capability_name() { return names[int(cpu_capability())]; }
-void set_cpu_capability(const std::string& name) { current() = parse(name, "CPU capability"); }
+void set_cpu_capability(const std::string& name) { current = int(parse(name, "CPU capability")); }
 
 }  // namespace metakern

@@ -83,7 +83,7 @@ void update(const InnerUpdateProblem& p, const InnerUpdateTensor& t, int64_t fir
       const int64_t task = first / task_size, left = (task + 1) * task_size - first;
       if (run.count > left) run.count = left;
       if (p.coefficients != nullptr) run.coefficient = p.coefficients[task];
-      active = p.active == nullptr || p.active[task];
+      active = p.active == nullptr || p.active[task] != 0;
     }
     if (active)
       update_run(p, t, run);

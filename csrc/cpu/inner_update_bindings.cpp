@@ -9,6 +9,7 @@
 #include "../inner_update_arguments.h"
 #include "capability.h"
 #include "inner_update.h"
+#include "parallel.h"
 #include "result_cache.h"
 
 namespace metakern {
@@ -50,7 +51,7 @@ void parallel_tiles(const std::vector<int64_t>& starts, const F& f) {
   if (starts.back() <= grain_tiles)
     range(0, starts.back());
   else
-    torch::stable::parallel_for(0, starts.back(), grain_tiles, range);
+    parallel_for(0, starts.back(), grain_tiles, range);
 }
 
 double sum_by_tree(double* values, int64_t count) {
@@ -72,7 +73,7 @@ std::vector<double> clip_coefficients(const InnerUpdateKernels& k, const InnerUp
     const InnerUpdateTensor& t = p.tensors[i];
     const int64_t tiles = task_starts[i + 1] - task_starts[i], size = p.task_size(t);
     const int64_t task = at / tiles, tile = at % tiles, first = tile * update_tile;
-    if (p.active != nullptr && !p.active[task]) return;
+    if (p.active != nullptr && p.active[task] == 0) return;
     partials[task * task_tiles + task_starts[i] + tile] =
         k.sum_of_squares(t, task * size + first, task * size + std::min(first + update_tile, size));
   });

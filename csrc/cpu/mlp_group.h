@@ -1,5 +1,6 @@
 // Whole inner loops of one unit of tasks: those in the lanes of a vector, or a single one; see mlp_layout.h.
 #pragma once
+#include "mlp_clipping.h"
 #include "mlp_inner_loop.h"
 #include "mlp_pass.h"
 
@@ -36,7 +37,7 @@ class MlpGroup {
     walks_back_ = false;
     if (call.task_grads != nullptr) {
       walks_back_ = flat_ > size_;
-      for (int step = 0; step < p.steps; ++step) walks_back_ |= call.second_order[step];
+      for (int step = 0; step < p.steps; ++step) walks_back_ |= call.second_order[step] != 0;
     }
     support_ = take_samples(p.support_samples);
     query_ = take_samples(p.query_samples);
@@ -47,10 +48,12 @@ class MlpGroup {
     tangents_ = query_activations_;
     steps_ = walks_back_ ? take_activations(p.support_samples, kept, false) : query_activations_;
     thetas_ = arena_.take(size_ * (walks_back_ ? kept + 1 : 1));
-    checkpoints_ = arena_.take(call.trajectory == nullptr && p.num_checkpoints() > 1 ? size_ * p.num_checkpoints() : 0);
+    const bool keeps = walks_back_ && call.trajectory == nullptr && p.num_checkpoints() > 1;
+    checkpoints_ = arena_.take(keeps ? size_ * p.num_checkpoints() : 0);
     direction_ = arena_.take(walks_back_ ? size_ : 0);
     adjoint_ = arena_.take(Layout::packed || call.task_grads == nullptr ? 0 : flat_);
     rates_ = arena_.take(Layout::transposes ? size_ : 0);
+    gradient_ = arena_.take(p.clips() ? size_ : 0);
   }
   int64_t bytes() const { return arena_.used() * int64_t(sizeof(V)); }
 
@@ -105,6 +108,7 @@ class MlpGroup {
   V* direction_;    // [size_]
   V* adjoint_;      // [flat_], in the result where the layouts are one
   V* rates_;        // [size_]
+  V* gradient_;     // [size_] where gradients are clipped: of the step at hand, before that
   int64_t first_task_ = 0;
   int tasks_ = 0;
 
@@ -137,7 +141,7 @@ class MlpGroup {
   }
   Activations<V> take_activations(int samples, int64_t passes, bool tangents) {
     const int64_t n = pass_.activation_vectors(samples) * passes;
-    const bool straight = p_.activation == Activation::relu, from_h = p_.activation != Activation::gelu;
+    const bool straight = p_.is_piecewise_linear(), from_h = !p_.has(Activation::gelu);
     V* h = arena_.take(n);
     V* delta = arena_.take(n);
     V* e = straight ? delta : arena_.take(n);
@@ -237,6 +241,7 @@ class MlpGroup {
     const Activations<V> a = activations(step);
     pass_.forward(now, support_, a);
     pass_.backward(now, support_, a);
+    const Clipping<V> clip = clip_gradient(a);
     for (int i = 0; i < p_.num_tensors(); ++i) {
       if (!p_.adapted[i]) {
         if (next != now)
@@ -244,8 +249,53 @@ class MlpGroup {
         continue;
       }
       with_rates(i, step, [&](const auto& rate) {
-        pass_.tensor_gradient(i, support_, a, [&](int64_t at, V g) { next[at] = now[at] - g * rate(at); });
+        step_gradient(i, a, clip, [&](int64_t at, V g) { next[at] = now[at] - g * rate(at); });
       });
+    }
+  }
+
+  // use(i, vector i of the parameters, those behind a row's end as zero) for all that adapt.
+  template <class Use>
+  MK_INLINE void each_adapted(const V* values, const Use& use) const {
+    for (int i = 0; i < p_.num_tensors(); ++i) {
+      if (!p_.adapted[i]) continue;
+      int64_t at = pass_.offset(i);
+      const int64_t row = Layout::row(columns(i));
+      for (int64_t r = 0; r < rows(i); ++r)
+        for (int64_t n = 0; n < row; ++n, ++at) use(at, Layout::used(values[at], int(n), int(columns(i))));
+    }
+  }
+
+  // The gradient of all that adapts, to gradient_, and its clipping; nothing where gradients are not clipped.
+  Clipping<V> clip_gradient(const Activations<V>& a) {
+    if (!p_.clips()) return {broadcast<V>(1), broadcast<V>(0)};
+    for (int i = 0; i < p_.num_tensors(); ++i)
+      if (p_.adapted[i]) pass_.tensor_gradient(i, support_, a, [&](int64_t at, V g) { gradient_[at] = g; });
+    LaneSums<V> squares;
+    each_adapted(gradient_, [&](int64_t, V g) { squares.add(g, g); });
+    return clipping<Layout>(squares, p_.clip_norm);
+  }
+
+  // sink(vector of the parameters, what a step takes as the gradient by it) for all vectors of a tensor that adapts.
+  template <class Sink>
+  MK_INLINE void step_gradient(int tensor, const Activations<V>& a, const Clipping<V>& clip, const Sink& sink) const {
+    if (!p_.clips()) return pass_.tensor_gradient(tensor, support_, a, sink);
+    for (int64_t at = pass_.offset(tensor); at < pass_.offset(tensor + 1); ++at)
+      sink(at, gradient_[at] * clip.coefficient);
+  }
+
+  // From the direction of a clipped gradient to that of the gradient: c / |g| (d - <d, g> g / |g|^2) where it is
+  // clipped.
+  void clip_direction(const Clipping<V>& clip) {
+    LaneSums<V> products;
+    each_adapted(gradient_, [&](int64_t at, V g) { products.add(direction_[at], g); });
+    V along = clip.inverse;
+    for (int lane = 0; lane < lanes<V>; ++lane)
+      if (along[lane] != S(0)) along[lane] = S(double(along[lane]) * Layout::task_total(products, lane));
+    for (int i = 0; i < p_.num_tensors(); ++i) {
+      if (!p_.adapted[i]) continue;
+      for (int64_t at = pass_.offset(i); at < pass_.offset(i + 1); ++at)
+        direction_[at] = clip.coefficient * (direction_[at] - along * (clip.inverse * gradient_[at]));
     }
   }
 
@@ -319,31 +369,34 @@ class MlpGroup {
   // From the adjoint of the parameters after a step to that of those before it.
   void step_backward(int step) {
     const Activations<V> a = activations(step);
-    const bool second_order = call_.second_order[step];
+    const bool second_order = call_.second_order[step] != 0, of_rates = flat_ > size_;
+    const Clipping<V> clip =
+        second_order || of_rates ? clip_gradient(a) : Clipping<V>{broadcast<V>(1), broadcast<V>(0)};
     for (int i = 0; i < p_.num_tensors(); ++i) {
       if (!p_.adapted[i]) {
         for (int64_t at = pass_.offset(i); at < pass_.offset(i + 1); ++at) direction_[at] = broadcast<V>(0);
         continue;
       }
-      if (rate_slots_[i] >= 0) rate_gradient(i, step, a);
+      if (rate_slots_[i] >= 0) rate_gradient(i, step, a, clip);
       if (!second_order) continue;
       with_rates(i, step, [&](const auto& rate) {
         for (int64_t at = pass_.offset(i), end = pass_.offset(i + 1); at < end; ++at)
           direction_[at] = -rate(at) * adjoint_[at];
       });
     }
+    if (second_order && p_.clips()) clip_direction(clip);
     if (second_order) pass_.add_hessian_product(theta(step), direction_, support_, a, tangents_, adjoint_);
   }
 
-  void rate_gradient(int tensor, int step, const Activations<V>& a) {
+  void rate_gradient(int tensor, int step, const Activations<V>& a, const Clipping<V>& clip) {
     V* slot = adjoint_ + rate_slots_[tensor] + step * rate_steps_[tensor];
     if (p_.rates[tensor].per_parameter) {
       const int64_t first = pass_.offset(tensor);
-      pass_.tensor_gradient(tensor, support_, a, [&](int64_t at, V g) { slot[at - first] -= g * adjoint_[at]; });
+      step_gradient(tensor, a, clip, [&](int64_t at, V g) { slot[at - first] -= g * adjoint_[at]; });
       return;
     }
     V total = broadcast<V>(0);
-    pass_.tensor_gradient(tensor, support_, a, [&](int64_t at, V g) { total += g * adjoint_[at]; });
+    step_gradient(tensor, a, clip, [&](int64_t at, V g) { total += g * adjoint_[at]; });
     *slot -= Layout::task_sum(total);
   }
 

@@ -20,7 +20,7 @@ struct MlpInnerLoopCall {
   void* adapted[max_mlp_tensors];  // [T, ...] each, null where it is not wanted
   void* trajectory;                // [checkpoints, P] in lanes: parameters before every checkpoint_every-th step
   const void* grad_adapted[max_mlp_tensors];  // [T, ...] each, null for zero
-  const bool* second_order;                   // [K]
+  const uint8_t* second_order;                // [K], zero: of first order
   const void* step_weights;                   // [K], of the query loss after every step
   void* losses;                               // [K, T], query losses after every step whose weight is not zero
   void* task_grads;                           // [flat] in lanes, null where no gradient is wanted

@@ -8,6 +8,7 @@
 #include "../mlp_inner_loop_arguments.h"
 #include "capability.h"
 #include "mlp_inner_loop.h"
+#include "parallel.h"
 #include "result_cache.h"
 
 namespace metakern {
@@ -60,8 +61,9 @@ class Call {
     }
     if (!second_order.has_value()) return;
     check_shape(*second_order, "second_order", {p.steps});
-    check(second_order->scalar_type() == ScalarType::Bool && second_order->is_cpu(), "second_order must be bool");
-    call_.second_order = static_cast<const bool*>(pointer(*second_order));
+    check(second_order->scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_on_cpu(*second_order, "second_order");
+    call_.second_order = static_cast<const uint8_t*>(pointer(*second_order));
   }
 
   MlpInnerLoopCall& operator*() { return call_; }
@@ -76,7 +78,7 @@ class Call {
   // Runs the loops over all units of tasks.
   void run(const MlpInnerLoopKernels& k, MlpRun loop) {
     const int64_t bytes = k.scratch_bytes(p_, call_);
-    torch::stable::parallel_for(0, k.units(p_).count(), 1, [&](int64_t first, int64_t last) {
+    parallel_for(0, k.units(p_).count(), 1, [&](int64_t first, int64_t last) {
       const CachedMemory scratch(bytes);
       loop(p_, call_, scratch.data(), first, last);
     });
@@ -125,13 +127,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> reduced(const MlpInnerLoopP
   return {grads, rate_grads};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>& params, const Tensor& x,
-                                                       const Tensor& y, const std::optional<Tensor>& mask,
-                                                       const std::vector<Tensor>& lr, double rate, int64_t steps,
-                                                       bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                                       int64_t checkpoint_every, bool keep,
-                                                       const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(
+    const std::vector<Tensor>& params, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
+    const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step, int64_t adapted,
+    const std::vector<int64_t>& activation, int64_t loss, int64_t checkpoint_every, bool keep,
+    const Tensor& second_order, const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   Call call(p, a, second_order);
   call->support = call.samples("support", x, y, mask);
@@ -152,9 +154,11 @@ std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
     const std::vector<Tensor>& grad_adapted, const Tensor& trajectory, const std::vector<Tensor>& params,
     const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask, const std::vector<Tensor>& lr, double rate,
-    int64_t steps, bool per_step, int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-    const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+    int64_t steps, bool per_step, int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+    int64_t checkpoint_every, const Tensor& second_order, const std::vector<double>& slopes,
+    std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   check(grad_adapted.size() == params.size(), "grad_adapted must have one tensor for each of params");
   Call call(p, a, second_order);
@@ -162,11 +166,13 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
   check(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
         "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
   check_dtype(trajectory, "trajectory", params[0].scalar_type());
+  check_on_cpu(trajectory, "trajectory");
   call->trajectory = const_cast<void*>(call.pointer(trajectory));
   for (size_t i = 0; i < params.size(); ++i) {
     check(grad_adapted[i].numel() == p.num_tasks * p.tensor_size(int(i)), "grad_adapted[", i,
           "] must have the adapted tensor's shape");
     check_dtype(grad_adapted[i], "grad_adapted", params[0].scalar_type());
+    check_on_cpu(grad_adapted[i], "grad_adapted");
     call->grad_adapted[i] = call.pointer(grad_adapted[i]);
   }
   Tensor task_grads = in_lanes(p, params[0], call->flat);
@@ -193,9 +199,12 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
                                          const std::optional<Tensor>& mask, const Tensor& query_x,
                                          const Tensor& query_y, const std::optional<Tensor>& query_mask,
                                          const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step,
-                                         int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-                                         const Tensor& second_order, const Tensor& step_weights, bool with_grads) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                         int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+                                         int64_t checkpoint_every, const Tensor& second_order,
+                                         const Tensor& step_weights, bool with_grads, const std::vector<double>& slopes,
+                                         std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   p.query_samples = check_mlp_samples(p, "query", query_x, query_y, query_mask, params[0]);
   Call call(p, a, second_order);
@@ -203,6 +212,7 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
   call->query = call.samples("query", query_x, query_y, query_mask);
   check_shape(step_weights, "step_weights", {steps});
   check_dtype(step_weights, "step_weights", params[0].scalar_type());
+  check_on_cpu(step_weights, "step_weights");
   call->step_weights = call.pointer(step_weights);
   Tensor losses = torch::stable::new_empty(params[0], {steps, p.num_tasks});
   call->losses = losses.mutable_data_ptr();
@@ -218,14 +228,18 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
 std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_meta_loss_backward(
     const Tensor& grad_losses, const Tensor& task_grads, const std::vector<Tensor>& params, const Tensor& x,
     const Tensor& y, const std::vector<Tensor>& lr, int64_t steps, bool per_step, int64_t loss) {
-  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, 0, loss, 1};
+  const std::vector<int64_t> activation{0};  // which plays no part
+  const std::vector<double> slopes;
+  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, activation, loss, 1, slopes, std::nullopt};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, std::nullopt);
   Call call(p, a, std::nullopt);
   check_shape(grad_losses, "grad_losses", {p.num_tasks});
   check_dtype(grad_losses, "grad_losses", params[0].scalar_type());
+  check_on_cpu(grad_losses, "grad_losses");
   check(task_grads.numel() == p.padded_tasks() * call->flat, "task_grads must be those of this problem, got ",
         task_grads.numel(), " elements");
   check_dtype(task_grads, "task_grads", params[0].scalar_type());
+  check_on_cpu(task_grads, "task_grads");
   return reduced(p, a, *call, call.pointer(grad_losses), as_contiguous(task_grads));
 }
 

@@ -70,7 +70,12 @@ struct TaskLanes {
 
   // Of a sum over vectors of samples, or of parameters, what belongs to each task.
   static MK_INLINE V task_sum(V v) { return v; }
-  // The lanes of a vector of samples that hold samples.
+  // Of sums in every lane, that of the task in one lane.
+  template <class Sums>
+  static double task_total(const Sums& sums, int lane) {
+    return sums[lane];
+  }
+  // The lanes of a vector in a row of samples, or of parameters, that hold one.
   static MK_INLINE V used(V v, int, int) { return v; }
 
   static void transpose(const V*, int, int, V*) {}
@@ -134,6 +139,12 @@ struct SampleLanes {
     V out = broadcast<V>(0);
     out[0] = sum_lanes(v);
     return out;
+  }
+  template <class Sums>
+  static double task_total(const Sums& sums, int) {
+    double total = sums[0];
+    for (int lane = 1; lane < width; ++lane) total += sums[lane];
+    return total;
   }
   static MK_INLINE V used(V v, int block, int samples) {
     const int first = block * width;

@@ -85,7 +85,7 @@ class MlpPass {
       const Term terms[1] = {{weight(theta, l), input(data, a, l), p_.widths[l]}};
       multiply(terms, p_.widths[l + 1], data.count, store_with_bias(theta, l, a.z, data.count));
       if (l + 1 == layers_) return;
-      activate(layer(a.z, l, data.count), layer(a.h, l, data.count), vectors(l, data.count));
+      activate(l, layer(a.z, l, data.count), layer(a.h, l, data.count), vectors(l, data.count));
       transpose(l, data.count, a);
     }
   }
@@ -107,7 +107,7 @@ class MlpPass {
       V* e = layer(a.e, l - 1, data.count);
       multiply(terms, p_.widths[l], data.count, Store<V>{e, Layout::row(data.count)});
       V* delta = layer(a.delta, l - 1, data.count);
-      each_slope(l - 1, data.count, a, [&](int64_t i, V slope, V) { delta[i] = e[i] * slope; });
+      each_unit(l - 1, data.count, a, [=](int64_t i, const auto& at) { delta[i] = at.slope_times(e[i]); });
     }
   }
 
@@ -141,14 +141,9 @@ class MlpPass {
       V* te = layer(t.e, l - 1, data.count);
       multiply(terms, p_.widths[l], data.count, Store<V>{te, Layout::row(data.count)});
       V* td = layer(t.delta, l - 1, data.count);
-      if (p_.activation == Activation::relu) {  // which has no curvature
-        each_slope(l - 1, data.count, a, [&](int64_t i, V slope, V) { td[i] = te[i] * slope; });
-        continue;
-      }
       const V* e = layer(a.e, l - 1, data.count);
       const V* tz = layer(t.z, l - 1, data.count);
-      each_slope(l - 1, data.count, a,
-                 [&](int64_t i, V slope, V bend) { td[i] = te[i] * slope + e[i] * tz[i] * bend; });
+      each_unit(l - 1, data.count, a, [=](int64_t i, const auto& at) { td[i] = at.tangent(te[i], e[i], tz[i]); });
     }
     for (int l = 0; l < layers_; ++l) add_gradient_tangents(l, data, a, t, out);
   }
@@ -190,7 +185,7 @@ class MlpPass {
     Layout::transpose(layer(a.h, l, samples), p_.widths[l + 1], samples, a.swapped + swapped_[l] * samples);
   }
   MK_INLINE LossSample<V> sample(const LaneSamples<V>& data, const Activations<V>& a, int s) const {
-    const int stride = int(Layout::row(data.count));
+    const int64_t stride = Layout::row(data.count);
     return {layer(a.z, layers_ - 1, data.count) + s, data.y + s, stride, p_.outputs(), data.weight[s]};
   }
   MK_INLINE StoreWithBias<V, Number> store_with_bias(const V* theta, int l, V* out, int samples) const {
@@ -203,31 +198,31 @@ class MlpPass {
 
   // body(activation), which the compiler knows: the loops are without branches.
   template <class Body>
-  MK_INLINE void with_activation(const Body& body) const {
-    switch (p_.activation) {
+  MK_INLINE void with_activation(int l, const Body& body) const {
+    switch (p_.activations[l]) {
       case Activation::relu: return body(std::integral_constant<Activation, Activation::relu>());
+      case Activation::leaky_relu: return body(std::integral_constant<Activation, Activation::leaky_relu>());
       case Activation::tanh: return body(std::integral_constant<Activation, Activation::tanh>());
       case Activation::sigmoid: return body(std::integral_constant<Activation, Activation::sigmoid>());
       default: return body(std::integral_constant<Activation, Activation::gelu>());
     }
   }
 
-  void activate(const V* z, V* h, int64_t count) const {
-    with_activation([=](auto activation) {
-      for (int64_t i = 0; i < count; ++i) h[i] = activation_value<V>(activation, z[i]);
+  void activate(int l, const V* z, V* h, int64_t count) const {
+    const S leak = S(p_.slopes[l]);
+    with_activation(l, [=](auto activation) {
+      for (int64_t i = 0; i < count; ++i) h[i] = activation_value<V>(activation, leak, z[i]);
     });
   }
 
-  // use(i, phi'(z[i]), phi''(z[i])) for a layer.
+  // use(i, the derivatives at z[i]) for a layer.
   template <class Use>
-  MK_INLINE void each_slope(int l, int samples, const Activations<V>& a, const Use& use) const {
+  MK_INLINE void each_unit(int l, int samples, const Activations<V>& a, const Use& use) const {
     const int64_t count = vectors(l, samples);
     const V *z = layer(a.z, l, samples), *h = layer(a.h, l, samples);
-    with_activation([&](auto activation) {
-      for (int64_t i = 0; i < count; ++i) {
-        const auto s = activation_slopes<V>(activation, z[i], h[i]);
-        use(i, s.slope, s.bend);
-      }
+    const S leak = S(p_.slopes[l]);
+    with_activation(l, [=](auto activation) {
+      for (int64_t i = 0; i < count; ++i) use(i, ActivationAt<V>{activation, leak, z[i], h[i]});
     });
   }
 
@@ -246,7 +241,7 @@ class MlpPass {
       if (l + 1 == layers_) return;
       V* th = layer(t.h, l, data.count);
       const V* tz = layer(t.z, l, data.count);
-      each_slope(l, data.count, a, [&](int64_t i, V slope, V) { th[i] = tz[i] * slope; });
+      each_unit(l, data.count, a, [=](int64_t i, const auto& at) { th[i] = at.slope_times(tz[i]); });
       transpose(l, data.count, t);
     }
   }

@@ -1,10 +1,11 @@
 #include "result_cache.h"
 
+#include <pthread.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
-#include <deque>
 #include <mutex>
+#include <new>
 
 #include "../checks.h"
 
@@ -12,12 +13,19 @@ namespace metakern {
 namespace {
 
 constexpr int64_t smallest = int64_t(1) << 16;  // below, malloc keeps memory itself
-constexpr int64_t header = 64;                  // holds the block's size, and keeps the data aligned
+constexpr int64_t header = 64;                  // before the data, which it keeps aligned
 
+// In the header of a block. Blocks that are kept are a list, so that to give one back allocates nothing and cannot
+// fail: torch's deleters must not throw.
 struct Block {
-  char* base;
   int64_t bytes;
+  Block* older;
+  Block* newer;
+
+  char* data() { return reinterpret_cast<char*>(this) + header; }
+  static Block* of(void* data) { return reinterpret_cast<Block*>(static_cast<char*>(data) - header); }
 };
+static_assert(sizeof(Block) <= header, "a block's header must hold it");
 
 int64_t limit_from_environment() {
   const char* text = std::getenv("METAKERN_CPU_CACHE_MB");
@@ -31,42 +39,44 @@ int64_t limit_from_environment() {
 
 class Cache {
  public:
-  // Never destroyed: tensors may be freed after static objects are.
-  static Cache& instance() {
-    static Cache& cache = *new Cache;
-    return cache;
+  Cache() {
+    // A child has the thread alone that forked: a lock that another one held would stay locked for ever.
+    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
+                   [] { instance().mutex_.unlock(); });
   }
+  static Cache& instance();
 
   char* take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      for (auto block = kept_.rbegin(); block != kept_.rend(); ++block)
+      if (limit_ < 0) limit_ = limit_from_environment();
+      for (Block* block = newest_; block != nullptr; block = block->older)
         if (block->bytes >= bytes && block->bytes <= bytes + bytes / 8) {
-          char* base = block->base;
-          bytes_ -= block->bytes;
-          kept_.erase(std::next(block).base());
-          return base;
+          remove(block);
+          return block->data();
         }
     }
-    void* base = nullptr;
-    if (posix_memalign(&base, header, size_t(bytes + header)) != 0) {
+    void* memory = nullptr;
+    if (posix_memalign(&memory, header, size_t(bytes + header)) != 0) {
       clear();
-      if (posix_memalign(&base, header, size_t(bytes + header)) != 0)
-        fail("out of memory: could not allocate a result of ", bytes, " bytes");
+      if (posix_memalign(&memory, header, size_t(bytes + header)) != 0)
+        fail("out of memory: could not allocate ", bytes, " bytes");
     }
-    *static_cast<int64_t*>(base) = bytes;
-    return static_cast<char*>(base);
+    return (new (memory) Block{bytes, nullptr, nullptr})->data();
   }
 
-  void give(char* base) {
-    const int64_t bytes = *reinterpret_cast<int64_t*>(base);
+  void give(void* data) noexcept {
+    Block* block = Block::of(data);
     const std::lock_guard<std::mutex> lock(mutex_);
-    kept_.push_back({base, bytes});
-    bytes_ += bytes;
+    block->older = newest_;
+    block->newer = nullptr;
+    (newest_ == nullptr ? oldest_ : newest_->newer) = block;
+    newest_ = block;
+    bytes_ += block->bytes;
     shrink(limit_);
   }
 
-  void clear() {
+  void clear() noexcept {
     const std::lock_guard<std::mutex> lock(mutex_);
     shrink(0);
   }
@@ -77,20 +87,33 @@ class Cache {
   }
 
  private:
-  void shrink(int64_t limit) {
-    for (; bytes_ > limit; kept_.pop_front()) {
-      bytes_ -= kept_.front().bytes;
-      std::free(kept_.front().base);
+  void remove(Block* block) noexcept {
+    (block->older == nullptr ? oldest_ : block->older->newer) = block->newer;
+    (block->newer == nullptr ? newest_ : block->newer->older) = block->older;
+    bytes_ -= block->bytes;
+  }
+
+  void shrink(int64_t limit) noexcept {
+    while (bytes_ > limit) {
+      Block* block = oldest_;
+      remove(block);
+      std::free(block);
     }
   }
 
   std::mutex mutex_;
-  std::deque<Block> kept_;  // oldest first
+  Block* newest_ = nullptr;
+  Block* oldest_ = nullptr;
   int64_t bytes_ = 0;
-  const int64_t limit_ = limit_from_environment();
+  int64_t limit_ = -1;  // read when the first result is made: an error there is the call's
 };
 
-void give_back(void* data) { Cache::instance().give(static_cast<char*>(data) - header); }
+// Made when the library is loaded, so that no thread can be in the middle of that during a fork. Never destroyed:
+// tensors may be freed after static objects are.
+Cache& the_cache = *new Cache;
+Cache& Cache::instance() { return the_cache; }
+
+void give_back(void* data) noexcept { Cache::instance().give(data); }
 
 }  // namespace
 
@@ -105,8 +128,7 @@ Tensor empty_of_shape(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayR
   }
   const int64_t bytes = stride * int64_t(like.element_size());
   if (bytes < smallest) return torch::stable::new_empty(like, shape);
-  char* base = Cache::instance().take(bytes);
-  return torch::stable::from_blob(base + header, shape, {strides.data(), strides.size()}, like.device(),
+  return torch::stable::from_blob(Cache::instance().take(bytes), shape, {strides.data(), strides.size()}, like.device(),
                                   like.scalar_type(), &give_back);
 }
 
@@ -118,7 +140,7 @@ Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> shape) {
   return empty_of_shape(like, {shape.begin(), shape.size()});
 }
 
-CachedMemory::CachedMemory(int64_t bytes) : data_(Cache::instance().take(bytes) + header) {}
+CachedMemory::CachedMemory(int64_t bytes) : data_(Cache::instance().take(bytes)) {}
 CachedMemory::~CachedMemory() { give_back(data_); }
 
 void empty_cache() { Cache::instance().clear(); }

@@ -39,8 +39,8 @@ struct UpdateArguments {
   int64_t num_units;
   double rate;
   double clip_norm;
-  const double* sums;  // [T][num_sums], of squared gradients
-  const bool* active;  // [T] or null
+  const double* sums;     // [T][num_sums], of squared gradients
+  const uint8_t* active;  // [T] or null
 };
 static_assert(sizeof(UpdateArguments) <= argument_bytes, "the list must fit the kernel's arguments");
 
@@ -60,8 +60,8 @@ struct NormArguments {
   int num_sums;       // of each task
   int64_t num_units;  // of one task
   int64_t num_tasks;
-  double* sums;        // [T][num_sums]
-  const bool* active;  // [T] or null
+  double* sums;           // [T][num_sums]
+  const uint8_t* active;  // [T] or null
 };
 static_assert(sizeof(NormArguments) <= argument_bytes, "the list must fit the kernel's arguments");
 
@@ -214,7 +214,7 @@ __global__ void __launch_bounds__(update_threads) update_kernel(const __grid_con
     const int64_t begin = (at - t.first_unit - row * row_units) * unit_elements, left = t.row - begin;
     const Unit unit{row * t.row + begin, left < unit_elements ? int(left) : unit_elements};
     const int64_t task = unit.first / t.task_size;
-    const bool active = a.active == nullptr || a.active[task];
+    const bool active = a.active == nullptr || a.active[task] != 0;
     const double coefficient = active && a.num_sums > 0 ? clip_coefficient(a, task) : 1.0;
     switch (t.dtype) {
       case DType::float32:
@@ -266,7 +266,7 @@ __global__ void __launch_bounds__(update_threads) norm_kernel(const __grid_const
   for (int64_t item = blockIdx.x; item < a.num_tasks * a.segments; item += gridDim.x) {
     const int64_t task = item / a.segments;
     const int segment = int(item - task * a.segments);
-    if (a.active != nullptr && !a.active[task]) continue;
+    if (a.active != nullptr && a.active[task] == 0) continue;
     double sum = 0;
     for (int64_t at = segment * update_warps + warp; at < a.num_units; at += int64_t(a.segments) * update_warps)
       sum += sum_of_squares(a, task, at);

@@ -52,14 +52,15 @@ class Call {
 
   void set_second_order(const Tensor& flags) {
     check_shape(flags, "second_order", {p_.steps});
-    check(flags.scalar_type() == ScalarType::Bool && flags.is_cpu(), "second_order must be bool, on the CPU");
-    const auto* data = static_cast<const bool*>(pointer(flags));
-    for (int step = 0; step < p_.steps; ++step) call_.second_order[step / 32] |= uint32_t(data[step]) << step % 32;
+    check(flags.scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_on_cpu(flags, "second_order");
+    const auto* data = static_cast<const uint8_t*>(pointer(flags));
+    for (int step = 0; step < p_.steps; ++step) call_.second_order[step / 32] |= uint32_t(data[step] != 0) << step % 32;
   }
   void set_step_weights(const Tensor& weights) {
     check_shape(weights, "step_weights", {p_.steps});
     check_dtype(weights, "step_weights", arithmetic(p_));
-    check(weights.is_cpu(), "step_weights must be on the CPU");
+    check_on_cpu(weights, "step_weights");
     const void* data = pointer(weights);
     for (int step = 0; step < p_.steps; ++step)
       call_.step_weights[step] =
@@ -111,13 +112,13 @@ Gradients reduced(const MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a, 
   return {grads, rate_grads};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>& params, const Tensor& x,
-                                                       const Tensor& y, const std::optional<Tensor>& mask,
-                                                       const std::vector<Tensor>& lr, double rate, int64_t steps,
-                                                       bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                                       int64_t checkpoint_every, bool keep,
-                                                       const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(
+    const std::vector<Tensor>& params, const Tensor& x, const Tensor& y, const std::optional<Tensor>& mask,
+    const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step, int64_t adapted,
+    const std::vector<int64_t>& activation, int64_t loss, int64_t checkpoint_every, bool keep,
+    const Tensor& second_order, const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   Call call(MlpMode::adapt, p, a);
@@ -140,9 +141,11 @@ std::tuple<std::vector<Tensor>, Tensor> mlp_inner_loop(const std::vector<Tensor>
 Gradients mlp_inner_loop_backward(const std::vector<Tensor>& grad_adapted, const Tensor& trajectory,
                                   const std::vector<Tensor>& params, const Tensor& x, const Tensor& y,
                                   const std::optional<Tensor>& mask, const std::vector<Tensor>& lr, double rate,
-                                  int64_t steps, bool per_step, int64_t adapted, int64_t activation, int64_t loss,
-                                  int64_t checkpoint_every, const Tensor& second_order) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                  int64_t steps, bool per_step, int64_t adapted, const std::vector<int64_t>& activation,
+                                  int64_t loss, int64_t checkpoint_every, const Tensor& second_order,
+                                  const std::vector<double>& slopes, std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   Call call(MlpMode::adapt_backward, p, a);
@@ -171,9 +174,12 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
                                          const std::optional<Tensor>& mask, const Tensor& query_x,
                                          const Tensor& query_y, const std::optional<Tensor>& query_mask,
                                          const std::vector<Tensor>& lr, double rate, int64_t steps, bool per_step,
-                                         int64_t adapted, int64_t activation, int64_t loss, int64_t checkpoint_every,
-                                         const Tensor& second_order, const Tensor& step_weights, bool with_grads) {
-  const MlpInnerLoopArguments a{params, lr, rate, steps, per_step, adapted, activation, loss, checkpoint_every};
+                                         int64_t adapted, const std::vector<int64_t>& activation, int64_t loss,
+                                         int64_t checkpoint_every, const Tensor& second_order,
+                                         const Tensor& step_weights, bool with_grads, const std::vector<double>& slopes,
+                                         std::optional<double> clip_norm) {
+  const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
+                                checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
   const OnDevice on(x);
   p.query_samples = check_mlp_samples(p, "query", query_x, query_y, query_mask, params[0]);
@@ -195,7 +201,9 @@ std::tuple<Tensor, Tensor> mlp_meta_loss(const std::vector<Tensor>& params, cons
 Gradients mlp_meta_loss_backward(const Tensor& grad_losses, const Tensor& task_grads, const std::vector<Tensor>& params,
                                  const Tensor& x, const Tensor& y, const std::vector<Tensor>& lr, int64_t steps,
                                  bool per_step, int64_t loss) {
-  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, 0, loss, 1};
+  const std::vector<int64_t> activation{0};  // which plays no part
+  const std::vector<double> slopes;
+  const MlpInnerLoopArguments a{params, lr, 0.0, steps, per_step, -1, activation, loss, 1, slopes, std::nullopt};
   const MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, std::nullopt);
   const OnDevice on(x);
   int64_t flat = p.num_params();

@@ -40,6 +40,7 @@ struct MlpLayout {
   int thetas;              // [slots + 1, or 1][params]
   int slot_elements;       // of what the passes of one step write
   int direction, adjoint;  // [params]; -1 where it is elsewhere or not needed
+  int gradient;            // [params], of a step that is clipped, in the direction's place; -1 without clipping
   int tangent_z, tangent_h, tangent_delta;  // [all units ...][row of the support set], where the query's passes write
   int sample_losses;                        // [query samples]
   int partials;                             // [tensors][warps]
@@ -86,7 +87,7 @@ MK_INLINE MlpSet samples_layout(const MlpInnerLoopProblem& p, int count, LayoutC
 MK_INLINE void passes_layout(const MlpInnerLoopProblem& p, int64_t units, bool with_e, MlpSet& set,
                              LayoutCounter& memory) {
   set.h = memory.take(units * set.row);
-  set.z = p.activation == Activation::gelu ? memory.take(units * set.row) : set.h;
+  set.z = p.has(Activation::gelu) ? memory.take(units * set.row) : set.h;
   set.e = with_e ? memory.take(units * set.row) : -1;
   set.delta = memory.take(units * set.row);
 }
@@ -107,7 +108,8 @@ MK_INLINE MlpLayout mlp_layout(const MlpInnerLoopProblem& p, MlpPlacement placem
   m.support = samples_layout(p, p.support_samples, memory);
   m.query = samples_layout(p, p.query_samples, memory);
   m.thetas = memory.take(params * (all_steps ? m.slots + 1 : 1));
-  m.direction = way_back ? memory.take(params) : -1;
+  m.direction = way_back || p.clips() ? memory.take(params) : -1;
+  m.gradient = p.clips() ? m.direction : -1;
   m.adjoint = way_back && placement != MlpPlacement::one_step_without_adjoint ? memory.take(params) : -1;
   const int64_t before = memory.used();
   passes_layout(p, units, true, m.support, memory);

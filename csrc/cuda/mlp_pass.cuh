@@ -29,11 +29,12 @@ class MlpPass {
     for (int l = 0; l < p_.num_layers; ++l) {
       const bool last = l + 1 == p_.num_layers;
       const int h = set.h + m_.rows[l] * set.row, z = set.z + m_.rows[l] * set.row, row = set.row;
-      const Activation activation = p_.activation;
+      const Activation activation = p_.activations[l];
+      const S leak = S(p_.slopes[l]);
       product<S>(p_.widths[l + 1], set.count, {matrix(theta, l), input(set, l), p_.widths[l] + 1}, {},
                  [=](int unit, int s, S value) {
                    const int at = unit * row + s;
-                   memory()[h + at] = last ? value : activation_value(activation, value);
+                   memory()[h + at] = last ? value : activation_value(activation, leak, value);
                    if (z != h) memory()[z + at] = value;
                  });
       if (!last) each(set.count, [=](int s) { memory()[h + p_.widths[l + 1] * row + s] = S(1); });
@@ -56,7 +57,7 @@ class MlpPass {
                  {}, [&](int unit, int s, S value) {
                    const int at = (m_.rows[l - 1] + unit) * set.row + s;
                    if (set.e >= 0) memory()[set.e + at] = value;
-                   memory()[set.delta + at] = value * slopes(set, at).slope;
+                   memory()[set.delta + at] = unit_at(set, l - 1, at).slope_times(value);
                  });
       __syncthreads();
     }
@@ -101,8 +102,9 @@ class MlpPass {
     const int top = set.h + m_.rows[p_.num_layers - 1] * set.row;
     return {memory() + top + s, memory() + set.y + s, set.row, p_.outputs(), memory()[set.weight + s]};
   }
-  __device__ __forceinline__ Slopes<S> slopes(const MlpSet& set, int at) const {
-    return activation_slopes(p_.activation, memory()[set.z + at], memory()[set.h + at]);
+  // Of a layer, at element `at` of what the passes wrote.
+  __device__ __forceinline__ ActivationAt<S> unit_at(const MlpSet& set, int l, int at) const {
+    return {p_.activations[l], S(p_.slopes[l]), memory()[set.z + at], memory()[set.h + at]};
   }
   // Of a layer behind the first, whose inputs do not move.
   __device__ __forceinline__ SharedMatrix input_tangent(const MlpSet& set, int l) const {
@@ -116,7 +118,7 @@ class MlpPass {
                  {matrix(theta, l), input_tangent(set, l), l == 0 ? 0 : p_.widths[l]}, [&](int unit, int s, S value) {
                    const int at = (m_.rows[l] + unit) * set.row + s;
                    memory()[m_.tangent_z + at] = value;
-                   if (!last) memory()[m_.tangent_h + at] = value * slopes(set, at).slope;
+                   if (!last) memory()[m_.tangent_h + at] = unit_at(set, l, at).slope_times(value);
                  });
       const int ones = m_.tangent_h + (m_.rows[l] + p_.widths[l + 1]) * set.row;
       if (!last) each(set.count, [=](int s) { memory()[ones + s] = S(0); });
@@ -137,9 +139,8 @@ class MlpPass {
                  {matrix(m_.direction, l).transposed(), rows(set.delta, set, l), p_.widths[l + 1]},
                  [&](int unit, int s, S value) {
                    const int at = (m_.rows[l - 1] + unit) * set.row + s;
-                   const Slopes<S> d = slopes(set, at);
                    memory()[m_.tangent_delta + at] =
-                       value * d.slope + memory()[set.e + at] * memory()[m_.tangent_z + at] * d.bend;
+                       unit_at(set, l - 1, at).tangent(value, memory()[set.e + at], memory()[m_.tangent_z + at]);
                  });
       __syncthreads();
     }

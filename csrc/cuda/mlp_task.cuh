@@ -137,6 +137,23 @@ class MlpTask {
     return x;
   }
 
+  // The same in double, which holds every square of a float. An element of the memory may not be aligned for one.
+  __device__ __forceinline__ double block_sum_double(double x) const {
+    auto* sums = reinterpret_cast<uint32_t*>(memory() + m_.partials);
+    x = warp_sum(x);
+    if (threadIdx.x % warp_lanes == 0) {
+      const auto bits = bit_copy<uint64_t>(x);
+      sums[2 * (threadIdx.x / warp_lanes)] = uint32_t(bits);
+      sums[2 * (threadIdx.x / warp_lanes) + 1] = uint32_t(bits >> 32);
+    }
+    __syncthreads();
+    x = 0;
+    for (int i = 0; i < int(blockDim.x) / warp_lanes; ++i)
+      x += bit_copy<double>(uint64_t(sums[2 * i]) | uint64_t(sums[2 * i + 1]) << 32);
+    __syncthreads();
+    return x;
+  }
+
   __device__ __forceinline__ void read_features(const void* data, int samples, int features, int to, int row) const {
     const int64_t first = task_ * samples * features;
     each(samples * features, [&](int i) {
@@ -261,6 +278,12 @@ class MlpTask {
       pass_.forward(now, set);
       pass_.backward(now, set);
       if (keep && !keeps_all()) save(step);
+      if (p_.clips()) {
+        clipped_update(step, set);
+        __syncthreads();
+        if (!keep && query_weight(step) != S(0)) query_loss(step);
+        continue;
+      }
       for (int l = 0; l < p_.num_layers; ++l) {
         const int first = m_.weights[l], row = matrix_row(p_.widths[l]);
         pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
@@ -277,6 +300,38 @@ class MlpTask {
       __syncthreads();
       if (!keep && query_weight(step) != S(0)) query_loss(step);
     }
+  }
+
+  // min(1, c / |g|) for the gradient g of a step and the norm c at which it is clipped, and 1 / |g| where it is, else
+  // 0.
+  struct Clipping {
+    S coefficient, inverse;
+  };
+  // The gradient of a step, to memory, and its clipping. Ends in a barrier.
+  __device__ __forceinline__ Clipping clip_gradient(const MlpSet& set) const {
+    double squares = 0;
+    for (int l = 0; l < p_.num_layers; ++l) {
+      const int first = m_.gradient + m_.weights[l], row = matrix_row(p_.widths[l]);
+      pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
+        memory()[first + unit * row + input] = gradient;
+        if (p_.adapted[place(l, unit, input).tensor]) squares += double(gradient) * double(gradient);
+      });
+    }
+    squares = block_sum_double(squares);
+    if (squares <= p_.clip_norm * p_.clip_norm) return {S(1), S(0)};  // false for NaN
+    const double length = sqrt(squares);
+    return {S(p_.clip_norm / length), S(1 / length)};
+  }
+
+  // Needs a barrier behind it.
+  __device__ __forceinline__ void clipped_update(int step, const MlpSet& set) const {
+    const int now = theta(step), next = next_theta(step);
+    const S coefficient = clip_gradient(set).coefficient;
+    for (int i = 0; i < p_.num_tensors(); ++i)
+      each_of_tensor(i, [&](int number, int at) {
+        const S old = memory()[now + at], gradient = memory()[m_.gradient + at] * coefficient;
+        memory()[next + at] = p_.adapted[i] ? old - gradient * rate(i, step, number) : old;
+      });
   }
 
   __device__ __forceinline__ S query_weight(int step) const {
@@ -343,8 +398,12 @@ class MlpTask {
   // From the adjoint of the parameters after a step to that of those before it.
   __device__ __forceinline__ void step_backward(int step) const {
     const MlpSet set = support(step);
-    rate_gradients(step, set);
-    write_direction(step);
+    if (p_.clips()) {
+      write_clipped_direction(step, set);
+    } else {
+      rate_gradients(step, set, S(1));
+      write_direction(step);
+    }
     __syncthreads();
     if (a_.call.second_order[step / 32] >> (step % 32) & 1) pass_.add_hessian_product(theta(step), set, adjoint_);
   }
@@ -362,11 +421,33 @@ class MlpTask {
       });
   }
 
+  // With d that direction: c / |g| (d - <d, g> g / |g|^2) where the gradient g is clipped. The direction takes g's
+  // place.
+  __device__ __forceinline__ void write_clipped_direction(int step, const MlpSet& set) const {
+    const Clipping clip = clip_gradient(set);
+    double along = 0;
+    for (int i = 0; i < p_.num_tensors(); ++i) {
+      if (!p_.adapted[i]) continue;
+      each_of_tensor(i, [&](int number, int at) {
+        along -= double(rate(i, step, number) * adjoint_[at]) * double(memory()[m_.gradient + at]);
+      });
+    }
+    along = block_sum_double(along);
+    rate_gradients(step, set, clip.coefficient);
+    const S share = clip.inverse == S(0) ? S(0) : S(along * double(clip.inverse));
+    for (int i = 0; i < p_.num_tensors(); ++i)
+      each_of_tensor(i, [&](int number, int at) {
+        const S own = -rate(i, step, number) * adjoint_[at], g = memory()[m_.gradient + at];
+        memory()[m_.direction + at] = p_.adapted[i] ? clip.coefficient * (own - share * (clip.inverse * g)) : S(0);
+      });
+  }
+
   __device__ __forceinline__ S* rate_slot(int tensor, int step) const {
     return task_grads() + a_.call.rate_slots[tensor] + step * p_.rates[tensor].step;
   }
 
-  __device__ __forceinline__ void rate_gradients(int step, const MlpSet& set) const {
+  // Of a gradient that is taken times `coefficient`.
+  __device__ __forceinline__ void rate_gradients(int step, const MlpSet& set, S coefficient) const {
     if (a_.call.rate_slots[0] < 0) return;
     const int warps = int(blockDim.x) / warp_lanes, warp = int(threadIdx.x) / warp_lanes;
     for (int l = 0; l < p_.num_layers; ++l) {
@@ -375,7 +456,7 @@ class MlpTask {
       S weight_sum = 0, bias_sum = 0;
       pass_.layer_gradient(l, set, [&](int unit, int input, S gradient) {
         const Place to = place(l, unit, input);
-        const S term = gradient * adjoint[unit * row + input];
+        const S term = gradient * coefficient * adjoint[unit * row + input];
         if (!p_.adapted[to.tensor]) return;
         if (!has_one_rate(p_, to.tensor))
           rate_slot(to.tensor, step)[to.number] -= term;

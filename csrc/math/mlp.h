@@ -69,52 +69,70 @@ MK_INLINE Normal<V> normal(V z) {
   return {power * S(0.39894228040143267794), z < zero ? above : S(1) - above};
 }
 
-// phi(z); NaN comes out of every one.
+// phi(z); NaN comes out of every one. `leak` is the slope of leaky_relu at and below zero.
 template <class V>
-MK_INLINE V activation_value(Activation activation, V z) {
+MK_INLINE V activation_value(Activation activation, lane_t<V> leak, V z) {
   const V zero = broadcast<V>(0);
   switch (activation) {
     case Activation::relu: return z <= zero ? zero : z;
+    case Activation::leaky_relu: return z > zero ? z : leak * z;
     case Activation::tanh: return tanh(z);
     case Activation::sigmoid: return sigmoid(z);
     default: return z * normal(z).cdf;
   }
 }
 
-// phi'(z) and phi''(z).
+// Derivatives at z, from h = phi(z) alone, but for gelu, which needs z. Those of relu and leaky_relu are selected,
+// never multiplied: an infinite gradient of a dead unit is zero, as in PyTorch, not NaN.
 template <class V>
-struct Slopes {
-  V slope, bend;
-};
-
-// From h = phi(z) alone, but for gelu, which needs z.
-template <class V>
-MK_INLINE Slopes<V> activation_slopes(Activation activation, V z, V h) {
+struct ActivationAt {
   using S = lane_t<V>;
-  const V one = broadcast<V>(1), zero = broadcast<V>(0);
-  switch (activation) {
-    case Activation::relu: return {h <= zero ? zero : one, zero};
-    case Activation::tanh: {
-      const V slope = one - h * h;
-      return {slope, S(-2) * h * slope};
-    }
-    case Activation::sigmoid: {
-      const V slope = h * (one - h);
-      return {slope, slope * (one - S(2) * h)};
-    }
-    default: {
-      const Normal<V> at = normal(z);
-      return {at.cdf + z * at.density, at.density * (S(2) - z * z)};
+  Activation activation;
+  S leak;
+  V z, h;
+
+  // phi'(z) v
+  MK_INLINE V slope_times(V v) const {
+    const V one = broadcast<V>(1), zero = broadcast<V>(0);
+    switch (activation) {
+      case Activation::relu: return h <= zero ? zero : v;
+      case Activation::leaky_relu: return h > zero ? v : leak * v;
+      case Activation::tanh: return v * (one - h * h);
+      case Activation::sigmoid: return v * (h * (one - h));
+      default: {
+        const Normal<V> at = normal(z);
+        return v * (at.cdf + z * at.density);
+      }
     }
   }
-}
+  // phi'(z) v + phi''(z) a b
+  MK_INLINE V tangent(V v, V a, V b) const {
+    const V one = broadcast<V>(1);
+    switch (activation) {
+      case Activation::relu:
+      case Activation::leaky_relu: return slope_times(v);
+      case Activation::tanh: {
+        const V slope = one - h * h;
+        return v * slope + a * b * (S(-2) * h * slope);
+      }
+      case Activation::sigmoid: {
+        const V slope = h * (one - h);
+        return v * slope + a * b * (slope * (one - S(2) * h));
+      }
+      default: {
+        const Normal<V> at = normal(z);
+        return v * (at.cdf + z * at.density) + a * b * (at.density * (S(2) - z * z));
+      }
+    }
+  }
+};
 
 // Predictions and targets of one sample, `stride` apart.
 template <class V>
 struct LossSample {
   const V* prediction;
   const V* target;  // the value, or the label as a number
-  int stride;
+  int64_t stride;
   int outputs;
   V weight;  // of this sample in its task's mean, for every output
 };

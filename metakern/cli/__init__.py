@@ -1,21 +1,38 @@
-"""The command line: metakern train · eval · info."""
+"""The command line: metakern train · eval · info · --version."""
 
 from __future__ import annotations
+
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakern import build_info
+from metakern import __version__, build_info
 from metakern.cli import maml, optimizer
 
-app = typer.Typer(no_args_is_help=True, help="Train and evaluate gradient-based meta-learners.")
+app = typer.Typer(no_args_is_help=True)
 train_app = typer.Typer(no_args_is_help=True, help="Meta-train a learner.")
 eval_app = typer.Typer(no_args_is_help=True, help="Evaluate a trained learner.")
 app.add_typer(train_app, name="train")
 app.add_typer(eval_app, name="eval")
 for learner in (maml, optimizer):
     learner.register(train_app, eval_app)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"metakern {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, metavar="", help="Print the version.")
+    ] = False,
+) -> None:
+    """Train and evaluate gradient-based meta-learners."""
 
 
 @app.command()

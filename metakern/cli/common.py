@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
@@ -14,20 +16,33 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from metakern.runs.folder import CONFIG, read_config
+from metakern._plain_data import quoted
+from metakern._requirements import check_installed
+from metakern.runs.folder import CONFIG, newest_folder, read_config
 from metakern.training.distributed import is_launched
 
 Option = typer.Option
 
-#: What a command raises for input that it cannot use, and for files that it cannot read or write.
-ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+def group(title: str) -> Callable[..., Any]:
+    """:data:`Option` for options that stand together in the help, under a title."""
+    return partial(typer.Option, rich_help_panel=title)
+
+
+#: What a command raises for input that it cannot use, files that it cannot read or write, and libraries not installed.
+ERRORS = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError)
+
+#: Libraries that commands import when they are due, some of them only after the work.
+LIBRARIES = ("matplotlib", "scipy", "sklearn", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
     """Where a run goes and what it shows: no part of its configuration."""
 
-    output: Annotated[Path | None, Option(help="Folder of the run; default: runs/LEARNER.")] = None
+    output: Annotated[
+        Path | None, Option(help="Folder of the run; default: runs/LEARNER, or runs/LEARNER-2, … for a second run.")
+    ] = None
     config: Annotated[
         Path | None, Option(help="All settings of another run, its config.yaml; options given beside it override.")
     ] = None
@@ -63,15 +78,73 @@ class RunCommand(TyperCommand):
         """Look for the file first; then parse as ever: what stands on the command line overrides."""
         given: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
         path = Path(given["config"]) if given.get("config") else None
-        if path is None and given.get("resume"):
-            folder_config = Path(given.get("output") or default_output(self.learner)) / CONFIG
+        resumes = path is None and given.get("resume")
+        if resumes:
+            folder_config = Path(given.get("output") or newest_folder(self.learner)) / CONFIG
             path = folder_config if folder_config.is_file() else None
         if path is not None:
             try:
-                ctx.default_map = checked_settings(self.settings, read_config(path, self.learner), path)
+                content = checked_settings(self.settings, read_config(path, self.learner), path)
+                ctx.default_map = kept(self.settings, content) if resumes else chosen(self.settings, content)
             except ERRORS as error:
                 raise fail(error) from error
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        if not ctx.resilient_parsing:
+            self._check_given(ctx.params, given)
+        return rest
+
+    def _check_given(self, values: Mapping[str, Any], given: Collection[str]) -> None:
+        """Leave with an error for options on the command line that have no meaning beside the others.
+
+        A configuration holds every setting, and those that its choices leave without meaning are no error.
+        """
+        try:
+            if "resume" in given and "overwrite" in given:
+                raise ValueError("--resume continues a run and --overwrite replaces it: give one of them")
+            settings = self.settings(**{field.name: values[field.name] for field in dataclasses.fields(self.settings)})
+            for names, reason in settings.resolved().meaningless():
+                if wrong := [option(name) for name in names if name in given]:
+                    verb = "have" if len(wrong) > 1 else "has"
+                    raise ValueError(f"{', '.join(wrong)} {verb} no meaning {reason}")
+        except ERRORS as error:
+            raise fail(error) from error
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """The help without a column of ``--no-FLAG``, which would leave eighty columns no room for words."""
+        negative = {parameter: parameter.secondary_opts for parameter in self.params}
+        try:
+            for parameter in negative:
+                parameter.secondary_opts = []
+            super().format_help(ctx, formatter)
+        finally:
+            for parameter, names in negative.items():
+                parameter.secondary_opts = names
+
+
+def option(name: str) -> str:
+    """A setting as it stands on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def chosen(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's settings without those that only follow from the others.
+
+    A configuration says what was left open, too. Beside other options it follows these: the steps of evaluations those
+    of training, the learning rate the tasks. A value other than the suggested one was chosen, and stays.
+    """
+
+    def follows(name: str) -> bool:
+        others = kind(**{other: value for other, value in content.items() if other != name}).resolved()
+        return bool(getattr(others, name) == content[name])
+
+    can_be_open = [field.name for field in dataclasses.fields(kind) if field.default in (None, "auto")]
+    suggested = {name for name in can_be_open if name in content and follows(name)}
+    return {name: value for name, value in content.items() if name not in suggested}
+
+
+def kept(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    """All settings of a run that goes on: its schedule remains that of the iterations that it began with."""
+    return {"decay_iterations": content.get(kind.count), **content}
 
 
 #: What a value of a setting must be, in words.
@@ -84,10 +157,12 @@ def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict
     Raises:
         ValueError: that names the file and the setting that is unknown or of another type.
     """
-    types = get_type_hints(kind)
-    if unknown := [str(name) for name in content if name not in types]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    types = {name: hint for name, hint in get_type_hints(kind).items() if name in names}
+    if unknown := [name for name in content if name not in types]:
         known = ", ".join(field.name for field in own_first(kind))
-        raise ValueError(f"configuration {path} has unknown settings {', '.join(unknown)}; known are {known}")
+        listed = ", ".join(quoted(name).strip("'") for name in unknown[:9]) + (", …" if len(unknown) > 9 else "")
+        raise ValueError(f"configuration {path} has unknown settings {listed}; known are {known}")
     return {name: _checked(f"configuration {path}: {name}", value, types[name]) for name, value in content.items()}
 
 
@@ -103,12 +178,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
-    raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {value!r}")
-
-
-def default_output(learner: str) -> Path:
-    """The folder of a run that names none."""
-    return Path("runs") / learner
+    raise ValueError(f"{name} must be {_WORDS[kinds[0]]}, got {quoted(value)}")
 
 
 def train_command(app: typer.Typer, learner: str, settings: type, function: Callable[..., None]) -> None:
@@ -120,6 +190,7 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
             for kind in (settings, RunOptions)
         ]
         try:
+            check_installed(*LIBRARIES)
             function(*parts)
         except typer.Exit:  # a RuntimeError, and no error
             raise
@@ -131,18 +202,29 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     command.__doc__ = function.__doc__
     kind = type("TrainCommand", (RunCommand,), {"learner": learner, "settings": settings})
-    app.command(learner, cls=kind)(command)
+    app.command(learner, cls=kind, epilog="--no-FLAG clears a flag that a configuration sets.")(command)
+
+
+#: What stands for a value in the help.
+_PLACES = {str: "TEXT", int: "N", float: "X", bool: "", Path: "PATH"}
 
 
 def _parameters(settings: Any) -> list[inspect.Parameter]:
     """A keyword for every field of a dataclass, with its option and default."""
     hints = get_type_hints(settings, include_extras=True)
-    return [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+    parameters = []
+    for field in own_first(settings):
+        kind, info = get_args(hints[field.name])
+        value = (get_args(kind) or (kind,))[0]
+        info = copy.copy(info)
+        info.metavar = info.metavar or _PLACES[value]
+        info.show_default = value is not bool
+        parameters.append(
+            inspect.Parameter(
+                field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=Annotated[kind, info]
+            )
         )
-        for field in own_first(settings)
-    ]
+    return parameters
 
 
 def own_first(settings: Any) -> list[dataclasses.Field[Any]]:

@@ -1,24 +1,17 @@
-"""Settings of ``train maml`` and what they stand for: tasks, model, learner."""
+"""Settings of ``train maml``; :mod:`metakern.runs.fewshot` makes tasks and learners of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from metakern.cli.common import Option, choose
-from metakern.cli.outer import OuterSettings
-from metakern.clustering import BATCHES, EMBEDDINGS, METHODS, ClusterSampler
-from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.cli.common import choose, group
+from metakern.cli.outer import OUTER, OuterSettings
+from metakern.clustering import BATCHES, EMBEDDINGS, METHODS
 from metakern.learners.clustered import ASSIGNMENTS
-from metakern.models import conv4, mlp
-from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
-from metakern.tasks.digits import DOMAINS
+from metakern.runs.fewshot import IMAGES, REGRESSION
 
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
 _DIGITS = {"shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.1, "num_tasks": 32, "hidden": "64,64", "filters": 0}
@@ -39,41 +32,100 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+#: Tasks of one preset, in a word of the help.
+_FAMILIES = {
+    "sinusoid": "sinusoid", "regression": "regression-3", "digits": "digits", "omniglot": "omniglot",
+    "mini-imagenet": "mini-imagenet",
+}  # fmt: skip
+
+
+def _by_tasks(setting: str) -> str:
+    """What a setting becomes where it is left open, for its help: "10 (sinusoid, regression), 1 (digits, ...)"."""
+    words: dict[Any, list[str]] = {}
+    for word, tasks in _FAMILIES.items():
+        words.setdefault(PRESETS[tasks][setting], []).append(word)
+    values = [f"{value:g}" if isinstance(value, float) else str(value) for value in words]
+    return "; ".join(f"{value} ({', '.join(found)})" for value, found in zip(values, words.values(), strict=True))
+
+
+_TASKS = group("Tasks")
+_MODEL = group("Model")
+_INNER = group("Inner loop")
+_CLUSTERS = group("Clusters")
+
+
 @dataclass(frozen=True)
 class MAMLSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the tasks suggest, see :data:`PRESETS`."""
 
-    tasks: Annotated[str, Option(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
-    data: Annotated[str | None, Option(help="Folder of omniglot or mini-imagenet.")] = None
-    ways: Annotated[int, Option(min=2, help="Classes of a few-shot task.")] = 5
-    shots: Annotated[int | None, Option(min=1, help="Support samples, of each class.")] = None
-    queries: Annotated[int | None, Option(min=1, help="Query samples, of each class.")] = None
-    model: Annotated[str, Option(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
-    hidden: Annotated[str | None, Option(help="Units of an mlp's hidden layers: 40,40.")] = None
-    filters: Annotated[int | None, Option(min=0, help="Filters of conv4.")] = None
-    steps: Annotated[int | None, Option(min=1, help="Inner steps in training.")] = None
-    eval_steps: Annotated[int | None, Option(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
-    inner_lr: Annotated[float | None, Option(help="Inner learning rate, or where learned ones start.")] = None
-    rates: Annotated[str, Option(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
-    first_order: Annotated[bool, Option(help="FOMAML: take inner gradients as constants.")] = False
-    anil: Annotated[bool, Option(help="Adapt the last layer alone.")] = False
-    parameters: Annotated[str | None, Option(help="Glob pattern of the parameters to adapt.")] = None
-    num_tasks: Annotated[int | None, Option(min=1, help="Tasks of a meta-batch.")] = None
-    iterations: Annotated[int, Option(min=1, help="Meta-batches to train on.")] = 1000
-    test_tasks: Annotated[int, Option(min=2, help="Test tasks at the end.")] = 600
-    clusters: Annotated[str, Option(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
-    cluster_by: Annotated[str, Option(help=f"What decides a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
-    cluster_embedding: Annotated[str, Option(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = "gradient"
-    cluster_method: Annotated[str, Option(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
-    cluster_batches: Annotated[str, Option(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
-    cluster_shared: Annotated[bool, Option(help="One learner for all; clusters shape batches alone.")] = False
-    cluster_warmup: Annotated[int, Option(min=0, help="Iterations before clusters.")] = 0
-    cluster_begin: Annotated[int, Option(min=1, help="Iterations by embedding before those by losses.")] = 100
-    cluster_refresh: Annotated[int, Option(min=1, help="Iterations between two looks at all clusters.")] = 100
-    cluster_temperature: Annotated[float, Option(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
+    tasks: Annotated[str, _TASKS(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
+    data: Annotated[str | None, _TASKS(help="Folder of omniglot or mini-imagenet.")] = None
+    ways: Annotated[int, _TASKS(min=2, help="Classes of a few-shot task.")] = 5
+    shots: Annotated[
+        int | None, _TASKS(min=1, help=f"Support samples, of each class; default: {_by_tasks('shots')}.")
+    ] = None
+    queries: Annotated[
+        int | None, _TASKS(min=1, help=f"Query samples, of each class; default: {_by_tasks('queries')}.")
+    ] = None
+    num_tasks: Annotated[
+        int | None, _TASKS(min=1, help=f"Tasks of a meta-batch; default: {_by_tasks('num_tasks')}.")
+    ] = None
+    test_tasks: Annotated[int, _TASKS(min=2, help="Test tasks at the end.")] = 600
+    model: Annotated[str, _MODEL(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
+    hidden: Annotated[str | None, _MODEL(help=f"Units of an mlp's hidden layers; default: {_by_tasks('hidden')}.")] = (
+        None
+    )
+    filters: Annotated[
+        int | None, _MODEL(min=0, help="Filters of conv4; default: 64 (omniglot); 32 (mini-imagenet).")
+    ] = None
+    steps: Annotated[int | None, _INNER(min=1, help=f"Inner steps in training; default: {_by_tasks('steps')}.")] = None
+    eval_steps: Annotated[int | None, _INNER(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
+    inner_lr: Annotated[
+        float | None,
+        _INNER(help=f"Inner learning rate, or where learned ones start; default: {_by_tasks('inner_lr')}."),
+    ] = None
+    rates: Annotated[str, _INNER(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
+    first_order: Annotated[bool, _INNER(help="FOMAML: take inner gradients as constants.")] = False
+    anil: Annotated[bool, _INNER(help="Adapt the last layer alone.")] = False
+    parameters: Annotated[str | None, _INNER(help="Glob pattern of the parameters to adapt.")] = None
+    iterations: Annotated[int, OUTER(min=1, help="Meta-batches to train on.")] = 1000
+    clusters: Annotated[str, _CLUSTERS(help="Clusters of tasks: a number, auto, or 0 for none.")] = "0"
+    cluster_by: Annotated[str, _CLUSTERS(help=f"What chooses a task's cluster: {', '.join(ASSIGNMENTS)}.")] = "losses"
+    cluster_embedding: Annotated[str, _CLUSTERS(help=f"What clusters begin with: {', '.join(EMBEDDINGS)}.")] = (
+        "gradient"
+    )
+    cluster_method: Annotated[str, _CLUSTERS(help=f"Their clustering: {', '.join(METHODS)}.")] = "kmeans"
+    cluster_batches: Annotated[str, _CLUSTERS(help=f"Batches by cluster: {', '.join(BATCHES)}.")] = "uniform"
+    cluster_shared: Annotated[bool, _CLUSTERS(help="One learner for all; clusters shape batches alone.")] = False
+    cluster_warmup: Annotated[int, _CLUSTERS(min=0, help="Iterations before clusters.")] = 0
+    cluster_begin: Annotated[int, _CLUSTERS(min=1, help="Iterations by embedding before those by losses.")] = 100
+    cluster_refresh: Annotated[int, _CLUSTERS(min=1, help="Iterations between two looks at all clusters.")] = 100
+    cluster_temperature: Annotated[float, _CLUSTERS(min=0, help="Softness of assignment in training; 0: hard.")] = 0.0
     cluster_eval_temperature: Annotated[
-        float, Option(min=0, help="Of averages over clusters in evaluation; 0: the best cluster's learner alone.")
+        float, _CLUSTERS(min=0, help="Softness of averages over clusters in evaluation; 0: the best alone.")
     ] = 0.0
+
+    def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
+        """Of resolved settings; see :class:`OuterSettings`."""
+        yield from super().meaningless()
+        if self.tasks in REGRESSION:
+            yield ("ways",), f"with --tasks {self.tasks}, which have no classes"
+        if self.tasks not in IMAGES:
+            yield ("data",), f"with --tasks {self.tasks}: only {' and '.join(IMAGES)} come from a folder"
+        if self.model == "conv4":
+            yield ("hidden",), "with --model conv4, whose size is --filters; --model mlp has hidden layers"
+        else:
+            yield ("filters",), "with --model mlp, whose size is --hidden; --model conv4 has filters"
+        if self.clusters == "0":
+            own = [field.name for field in fields(self) if field.name.startswith("cluster_")]
+            yield own, "without clusters: --clusters 4 makes four, --clusters auto as many as fit"
+        if self.cluster_by != "losses":
+            by = f"with --cluster-by {self.cluster_by}"
+            yield ("cluster_begin", "cluster_temperature", "cluster_eval_temperature"), f"{by}, only by losses"
+        if self.cluster_by == "modes":
+            yield ("cluster_embedding", "cluster_method"), "with --cluster-by modes, which tell the clusters themselves"
+        if self.cluster_batches == "uniform":
+            yield ("cluster_shared",), "with --cluster-batches uniform: give it balanced or one"
 
     def resolved(self) -> MAMLSettings:
         """The same with nothing left open.
@@ -93,13 +145,14 @@ class MAMLSettings(OuterSettings):
             raise ValueError(f"inner_lr must be positive and finite, got {self.inner_lr}")
         preset = PRESETS[self.tasks]
         settled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
-        images = self.tasks in ("omniglot", "mini-imagenet")
+        images = self.tasks in IMAGES
         model = ("conv4" if images else "mlp") if self.model == "auto" else self.model
         if model == "conv4" and not images:
             raise ValueError(
                 f"model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
             )
-        return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps)
+        decay = settled.decay_iterations or settled.iterations
+        return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
 
     def describe(self) -> str:
         """The run in a few words."""
@@ -107,91 +160,3 @@ class MAMLSettings(OuterSettings):
         size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
         clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
         return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{clusters}"
-
-
-REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
-
-
-def make_tasks(settings: MAMLSettings) -> TaskDistribution:
-    """The distribution that resolved settings name.
-
-    Raises:
-        ValueError: for images without a folder, and one that lacks what it should hold.
-    """
-    shots, queries = settings.shots or 1, settings.queries or 1
-    if settings.tasks == "sinusoid":
-        return Sinusoid(shots, queries, noise=0.0)
-    if settings.tasks in REGRESSION:
-        return mixture(int(settings.tasks[-1]), shots, queries)
-    episodes: dict[str, Any] = {"ways": settings.ways, "support": shots, "query": queries}
-    if settings.tasks.startswith("digits"):
-        return Digits(**episodes, domains=tuple(DOMAINS) if settings.tasks == "digits-domains" else ())
-    if settings.data is None:
-        raise ValueError(f"data must name the folder of {settings.tasks}, got none: --data FOLDER")
-    return (Omniglot if settings.tasks == "omniglot" else MiniImageNet)(settings.data, **episodes)
-
-
-def make_model(settings: MAMLSettings, tasks: TaskDistribution) -> nn.Module:
-    """A model for the tasks' inputs and outputs, which a draw shows."""
-    batch = tasks.sample(1, torch.Generator().manual_seed(0))
-    shape = batch.support_x.shape[2:]
-    outputs = settings.ways if not batch.support_y.is_floating_point() else int(batch.support_y.shape[-1])
-    if settings.model == "conv4":
-        return conv4(shape, settings.filters or 1, outputs)
-    body = mlp(math.prod(shape), *widths(settings.hidden or ""), outputs)
-    return body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body)
-
-
-def widths(text: str) -> list[int]:
-    """Units of hidden layers out of "40,40".
-
-    Raises:
-        ValueError: for anything but numbers with commas between.
-    """
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError as error:
-        raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {text!r}") from error
-
-
-def make_learner(settings: MAMLSettings, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
-    """The learner that resolved settings describe, on the CPU, its weights drawn from ``seed``."""
-    torch.manual_seed(settings.seed)
-    model = make_model(settings, tasks)
-    parameters = settings.parameters
-    if settings.anil:
-        parameters = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0] + ".*"
-    loss: Callable[..., Tensor] = F.mse_loss if settings.tasks in REGRESSION else F.cross_entropy
-    learner = MAMLLearner(
-        model,
-        loss=loss,
-        steps=settings.steps or 1,
-        eval_steps=settings.eval_steps,
-        lr=settings.inner_lr or 0.0,
-        rates=settings.rates.replace("-", "_"),
-        first_order=settings.first_order,
-        parameters=parameters,
-    )
-    if settings.clusters == "0":
-        return learner
-    return ClusteredLearner(
-        learner,
-        None if settings.clusters == "auto" else int(settings.clusters),
-        assign=settings.cluster_by,
-        warmup=settings.cluster_warmup,
-        begin=settings.cluster_begin,
-        refresh=settings.cluster_refresh,
-        embedding=settings.cluster_embedding,
-        method=settings.cluster_method,
-        temperature=settings.cluster_temperature,
-        eval_temperature=settings.cluster_eval_temperature,
-        per_cluster=not settings.cluster_shared,
-        seed=settings.seed,
-    )
-
-
-def sampler(settings: MAMLSettings, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
-    """The distribution to train on: in batches by cluster where settings say so."""
-    if settings.clusters == "0" or settings.cluster_batches == "uniform":
-        return tasks
-    return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]

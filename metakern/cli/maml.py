@@ -13,26 +13,30 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
+from metakern._requirements import check_installed
 from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
-from metakern.cli.common import ERRORS, RunOptions, checked_settings, fail, train_command
-from metakern.cli.fewshot import MAMLSettings, make_learner, make_tasks, sampler
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
+from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
+from metakern.runs import load
+from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
+    METRICS,
     RESULTS,
-    load_weights,
     make_folder,
     read_config,
     save_weights,
     write_json,
 )
-from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
-from metakern.training import Trainer
+from metakern.training import FolderLock, Trainer
+from metakern.training.metrics import read_metrics
+from metakern.training.progress import Display
 
 LEARNER = "maml"
 
@@ -52,47 +56,59 @@ def train_maml(settings: MAMLSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.iterations, settings.num_tasks or 1),
         scheduler=settings.make_scheduler(optimizer, settings.iterations),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
-    fit(run, trainer)
-    if finish(run, trainer, lambda folder: save_weights(folder, learner)):
-        report(run.console, run.folder, [Trained(run.folder.name, settings, learner, tasks)], settings.test_tasks)
+    with begin(run, trainer):
+        run.console.print(settings.describe(), highlight=False, markup=False, soft_wrap=True)
+        fit(run, trainer)
+        if finish(run, trainer, lambda folder: save_weights(folder, learner)):
+            trained = Trained(run.folder.name, run.folder, settings, learner, tasks)
+            report(run.console, run.folder, [trained], settings.test_tasks)
 
 
 def eval_maml(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of `metakern train maml`; several are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUNS", help="Folders of `metakern train maml`; several are compared.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder for results.json and figures; default: RUNS, or runs/eval/maml for several."),
+        typer.Option(
+            metavar="PATH",
+            help="Folder for results.json and figures; default: RUNS/eval, or runs/eval/maml for several.",
+        ),
     ] = None,
-    num_tasks: Annotated[int, typer.Option(min=2, help="Test tasks.")] = 600,
-    steps: Annotated[int | None, typer.Option(min=1, help="Inner steps; default: those of its evaluations.")] = None,
-    data: Annotated[str | None, typer.Option(help="Where the images are now, if they were elsewhere.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides the tasks.")] = TEST_SEED,
-    device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    num_tasks: Annotated[int, typer.Option(min=2, metavar="N", help="Test tasks.")] = 600,
+    steps: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Inner steps; default: those of its evaluations.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH", help="Where the images are now, if they were elsewhere.")
+    ] = None,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides the tasks.")] = TEST_SEED,
+    device: Annotated[str, typer.Option(metavar="TEXT", help="cpu, cuda, or auto.")] = "auto",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
     """Adapt trained initialisations to unseen tasks: loss and accuracy after every number of inner steps."""
     try:
+        check_installed(*LIBRARIES)
         moved = {"device": device} | ({"data": data} if data else {})
         names = [run.resolve().name for run in runs]
         unique = len(set(names)) == len(runs)
         trained = [_load(run, name if unique else str(run), moved) for run, name in zip(runs, names, strict=True)]
-        folder = output or (runs[0] if len(runs) == 1 else Path("runs/eval") / LEARNER)
+        folder = output or (runs[0] / "eval" if len(runs) == 1 else Path("runs/eval") / LEARNER)
         make_folder(folder)
-        report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
+        with FolderLock(folder):
+            report(Console(quiet=quiet), folder, trained, num_tasks, steps=steps, seed=seed)
     except ERRORS as error:
         raise fail(error) from error
 
 
 @dataclass(frozen=True)
 class Trained:
-    """A learner and the tasks that it was trained for."""
+    """A learner, the tasks that it was trained for, and the folder of its run."""
 
     name: str
+    folder: Path
     settings: MAMLSettings
     learner: Any
     tasks: TaskDistribution
@@ -102,10 +118,10 @@ def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
     """What a run trained; ``moved`` replaces settings of where it was."""
     content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
     settings = MAMLSettings(**{**content, **moved}).resolved()
-    tasks = make_tasks(settings)
-    learner = make_learner(settings, tasks).to(device_of(settings.device))
-    load_weights(run, learner)
-    return Trained(name, settings, learner, tasks)
+    if "data" in moved and settings.tasks not in IMAGES:
+        raise ValueError(f"--data has no meaning for {run}, a run on --tasks {settings.tasks}, which need no folder")
+    loaded = load(run, device=device_of(settings.device), data=settings.data)
+    return Trained(name, run, settings, loaded.learner, loaded.tasks)
 
 
 def report(
@@ -122,7 +138,7 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters, plot_fits  # matplotlib takes a second to import
+    from metakern.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:
@@ -133,7 +149,10 @@ def report(
     write_json(folder / RESULTS, {"test_tasks": num_tasks, "seed": seed, "runs": measures})
     plot_adaptation(adaptations, folder / FIGURES / "adaptation.png")
     written = [RESULTS, f"{FIGURES}/adaptation.png"]
-    tasks = trained[0].tasks
+    tasks, evaluations = trained[0].tasks, {each.name: _evaluations(each.folder) for each in trained}
+    if len(trained) > 1 and any(evaluations.values()):
+        plot_validation(evaluations, folder / FIGURES / "learning.png", chance=adaptations[0].chance)
+        written.append(f"{FIGURES}/learning.png")
     if fits := fit_tasks({each.name: each.learner for each in trained}, tasks, steps=steps, seed=seed):
         plot_fits(fits, folder / FIGURES / "fits.png")
         written.append(f"{FIGURES}/fits.png")
@@ -147,11 +166,17 @@ def report(
     console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+def _evaluations(run: Path) -> list[dict[str, Any]]:
+    """Lines of a run's evaluations; none where it has no metrics any more."""
+    path = run / METRICS
+    return read_metrics(path)[1] if path.is_file() else []
+
+
 def _measure(
     console: Console, trained: Sequence[Trained], num_tasks: int, steps: int | None, seed: int
 ) -> list[Adaptation]:
     """What every learner makes of the test tasks, with a bar, or lines where that takes long."""
-    adaptations = []
+    adaptations: list[Adaptation] = []
     with Display(console, "test tasks", num_tasks * len(trained)) as display:
         for each in trained:
             first = num_tasks * len(adaptations)

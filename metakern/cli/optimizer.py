@@ -3,43 +3,31 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakern.cli.common import ERRORS, Option, RunOptions, choose, fail, train_command
-from metakern.cli.outer import OuterSettings
+from metakern._plain_data import RESULT_BYTES, read_json
+from metakern._requirements import check_installed
+from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, choose, fail, group, train_command
+from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
-from metakern.learners import RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.progress import Display
-from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
-from metakern.tasks.classic_functions import FUNCTIONS
+from metakern.runs.problems import PROBLEMS, make_rule_learner
 from metakern.training import History, Trainer
+from metakern.training.progress import Display
 
 LEARNER = "optimizer"
-
-#: What a learned optimizer is trained on, by name.
-PROBLEMS: dict[str, Callable[[], Optimizees]] = {
-    "digits": DigitsMLP,
-    "digits-regression": DigitsRegression,
-    "digits-cnn": DigitsCNN,
-    "digits-rnn": DigitsRNN,
-    "quadratics": Quadratics,
-    **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
-}
 
 
 def word_for(problem: str) -> str:
@@ -51,29 +39,36 @@ def word_for(problem: str) -> str:
 TRAINING = "training.json"
 
 
+_PROBLEM = group("Problem and episodes")
+_RULE = group("Learned optimizer")
+
+
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
     """The whole configuration of a run; None stands for what the problem suggests."""
 
-    problem: Annotated[str, Option(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
-    episodes: Annotated[int, Option(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
-    networks: Annotated[int, Option(min=1, help="Problems solved side by side.")] = 8
-    steps: Annotated[int, Option(min=1, help="Inner steps of an episode.")] = 100
-    unroll: Annotated[int, Option(min=1, help="Inner steps between two outer steps.")] = 20
-    objective: Annotated[str, Option(help="sum of losses, or of their logarithms: log.")] = "log"
-    second_order: Annotated[bool, Option(help="Differentiate through the optimizee's gradients too.")] = False
-    hidden_size: Annotated[int, Option(min=1, max=64, help="Units of each LSTM layer.")] = 20
-    layers: Annotated[int, Option(min=1, max=3, help="LSTM layers.")] = 2
+    count: ClassVar[str] = "episodes"
+
+    problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
+    episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
+    networks: Annotated[int, _PROBLEM(min=1, help="Problems solved side by side.")] = 8
+    steps: Annotated[int, _PROBLEM(min=1, help="Inner steps of an episode.")] = 100
+    unroll: Annotated[int, _PROBLEM(min=1, help="Inner steps between two outer steps.")] = 20
+    objective: Annotated[str, _PROBLEM(help="sum of losses, or of their logarithms: log.")] = "log"
+    second_order: Annotated[bool, _PROBLEM(help="Differentiate through the optimizee's gradients too.")] = False
+    hidden_size: Annotated[int, _RULE(min=1, max=64, help="Units of each LSTM layer.")] = 20
+    layers: Annotated[int, _RULE(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
-        str | None, Option(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
+        str | None, _RULE(help="none, log_sign or log_and_clip; default: log_sign, none for quadratics.")
     ] = None
-    output_scale: Annotated[float | None, Option(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
-    backend: Annotated[str, Option(help="auto, cpp, cuda, triton or reference.")] = "auto"
-    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-2
-    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
-    eval_every: Annotated[int, Option(min=1, help="Episodes between evaluations.")] = 5
-    eval_tasks: Annotated[int, Option(min=1, help="Validation problems of an evaluation.")] = 16
-    checkpoint_every: Annotated[int, Option(min=1, help="Episodes between checkpoints.")] = 10
+    output_scale: Annotated[float | None, _RULE(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
+    backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
+    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
+    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
+    monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
+    eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
+    eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16
+    checkpoint_every: Annotated[int, EVALUATION(min=1, help="Episodes between checkpoints.")] = 10
 
     def resolved(self) -> OptimizerSettings:
         """The same with nothing left open.
@@ -86,7 +81,8 @@ class OptimizerSettings(OuterSettings):
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
-        return replace(self, preprocess=preprocess, output_scale=scale)
+        decay = self.decay_iterations or self.episodes
+        return replace(self, preprocess=preprocess, output_scale=scale, decay_iterations=decay)
 
 
 def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
@@ -94,21 +90,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     settings = settings.resolved()
     if settings.threads:
         torch.set_num_threads(settings.threads)
-    torch.manual_seed(settings.seed)
-    rule = CoordinatewiseLSTM(
-        settings.hidden_size,
-        settings.layers,
-        preprocess=settings.preprocess or "none",
-        output_scale=settings.output_scale or 0.0,
-        backend=settings.backend,
-    )
-    learner = RuleLearner(
-        rule,
-        steps=settings.steps,
-        unroll=settings.unroll,
-        objective=settings.objective,
-        second_order=settings.second_order,
-    )
+    learner = make_rule_learner(settings)
     optimizer = settings.make_optimizer(learner)
     run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
@@ -117,15 +99,14 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         optimizer,
         settings.trainer_config(settings.episodes, settings.networks),
         scheduler=settings.make_scheduler(optimizer, settings.episodes),
-        callbacks=run.callbacks(),
-        folder=run.folder,
+        folder=run.record,
     )
-    begin(run, trainer)
-    history = fit(run, trainer)
-    if finish(run, trainer, rule.save_pretrained):
-        _write_history(run.folder, history, settings)
-        best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
-        run.console.print(best, highlight=False, markup=False, soft_wrap=True)
+    with begin(run, trainer):
+        history = fit(run, trainer)
+        if finish(run, trainer, learner.rule.save_pretrained):
+            _write_history(run.folder, history, settings)
+            best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
+            run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 
 def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
@@ -141,21 +122,28 @@ def _write_history(folder: Path, history: History, settings: OptimizerSettings) 
 
 def eval_optimizer(
     rule_folder: Annotated[
-        str, typer.Argument(help="Folder of `metakern train optimizer`, or the name of a rule in the package.")
+        str,
+        typer.Argument(metavar="RULE", help="Folder of `metakern train optimizer`, or the name of a rule that ships."),
     ] = "digits_lstm",
     output: Annotated[
-        Path | None, typer.Option(help="Folder for figures; default: RULE_FOLDER, or runs/eval/optimizer.")
+        Path | None, typer.Option(metavar="PATH", help="Folder for figures; default: RULE, or runs/eval/optimizer.")
     ] = None,
-    problem: Annotated[str | None, typer.Option(help="Default: what it was trained on, or digits.")] = None,
-    networks: Annotated[int, typer.Option(min=2, help="Fresh networks.")] = 64,
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each network.")] = 100,
-    seed: Annotated[int, typer.Option(help="Decides networks and minibatches.")] = 1000,
-    speed: Annotated[bool, typer.Option(help="Also time meta-iterations against plain PyTorch.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print errors alone.")] = False,
+    problem: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help=f"{', '.join(PROBLEMS)}; default: what the rule was trained on, or digits."),
+    ] = None,
+    networks: Annotated[int, typer.Option(min=2, metavar="N", help="Fresh networks, or functions.")] = 64,
+    steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each network.")] = 100,
+    seed: Annotated[int, typer.Option(metavar="N", help="Decides networks and minibatches.")] = 1000,
+    speed: Annotated[
+        bool, typer.Option("--speed", metavar="", help="Also time meta-iterations against plain PyTorch.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", metavar="", help="Print errors alone.")] = False,
 ) -> None:
-    """Train unseen networks with a learned optimizer and with SGD, momentum, RMSprop and Adam at their best rates."""
+    """Train unseen networks by a learned optimizer, and by SGD, momentum, RMSprop and Adam at their best rates."""
     console = Console(quiet=quiet)
     try:
+        check_installed(*LIBRARIES)
         rule, folder = _load_rule(rule_folder, output)
         problem = choose("problem", problem or _trained_on(Path(rule_folder)), tuple(PROBLEMS))
         make_folder(folder)
@@ -195,7 +183,7 @@ def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path
 def _trained_on(folder: Path) -> str:
     """The problem that training.json of the folder names; digits where there is none."""
     try:
-        return str(json.loads((folder / TRAINING).read_text())["problem"])
+        return str(read_json(folder / TRAINING, RESULT_BYTES)["problem"])
     except (OSError, ValueError, KeyError, TypeError):
         return OptimizerSettings.problem
 

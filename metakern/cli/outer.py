@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from metakern.cli.common import Option, choose
+from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
 from metakern.training import TrainerConfig
 
@@ -25,29 +25,46 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 
 
+OUTER = group("Outer loop")
+EVALUATION = group("Evaluation and checkpoints")
+MACHINE = group("Machine and draws")
+
+
 @dataclass(frozen=True)
 class OuterSettings:
     """What every training command lets its users set of the outer loop; a command's own settings inherit it."""
 
-    optimizer: Annotated[str, Option(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
-    lr: Annotated[float, Option(help="Outer learning rate.")] = 1e-3
-    scheduler: Annotated[str, Option(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
-    clip_norm: Annotated[float, Option(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
-    accumulate: Annotated[int, Option(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
-    ema: Annotated[float, Option(min=0, max=1, help="Decay of averaged weights, 0.99; 0: no averages.")] = 0.0
-    precision: Annotated[str | None, Option(help="bf16 or fp16 where the device has it.")] = None
+    count: ClassVar[str] = "iterations"  # the setting that says how long a run is
+
+    optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
+    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-3
+    scheduler: Annotated[str, OUTER(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
+    decay_iterations: Annotated[
+        int | None, OUTER(min=1, help="Iterations in which the cosine falls; default: all of the run's.")
+    ] = None
+    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
+    accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
+    precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
     max_skipped: Annotated[
-        int, Option(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
+        int, OUTER(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
     ] = 10
-    monitor: Annotated[str, Option(help="What says which weights are best: loss; accuracy of classes.")] = "loss"
-    patience: Annotated[int, Option(min=0, help="Evaluations without a better one before it stops; 0: never.")] = 0
-    eval_every: Annotated[int, Option(min=1, help="Iterations between evaluations.")] = 100
-    eval_tasks: Annotated[int, Option(min=2, help="Validation tasks of an evaluation.")] = 256
-    checkpoint_every: Annotated[int, Option(min=1, help="Iterations between checkpoints.")] = 100
-    keep: Annotated[int, Option(min=1, help="Checkpoints kept, beside the best.")] = 3
-    seed: Annotated[int, Option(help="Decides weights and draws.")] = 0
-    threads: Annotated[int, Option(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
-    device: Annotated[str, Option(help="cpu, cuda, or auto.")] = "auto"
+    monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss or accuracy.")] = "loss"
+    patience: Annotated[
+        int, EVALUATION(min=0, help="Evaluations in a row without a better one before the run stops; 0: never.")
+    ] = 0
+    eval_every: Annotated[int, EVALUATION(min=1, help="Iterations between evaluations.")] = 100
+    eval_tasks: Annotated[int, EVALUATION(min=2, help="Validation tasks of an evaluation.")] = 256
+    checkpoint_every: Annotated[int, EVALUATION(min=1, help="Iterations between checkpoints.")] = 100
+    keep: Annotated[int, EVALUATION(min=1, help="Checkpoints kept, beside the best.")] = 3
+    seed: Annotated[int, MACHINE(help="Decides weights and draws.")] = 0
+    threads: Annotated[int, MACHINE(min=0, help="Threads of the CPU; 0: as torch chooses.")] = 0
+    device: Annotated[str, MACHINE(help="cpu, cuda, or auto.")] = "auto"
+
+    def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
+        """Names of settings that have no meaning beside the others, and why, in words that name the other option."""
+        if self.scheduler == "none":
+            yield ("decay_iterations",), "with --scheduler none; --scheduler cosine falls in them"
 
     def check_outer(self, *measures: str) -> None:
         """Raise ValueError for names that there are not, rates that are none, and a measure that the tasks have not."""
@@ -63,8 +80,16 @@ class OuterSettings:
         return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.lr)
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
-        """Of the outer learning rate."""
-        return cosine(optimizer, iterations) if self.scheduler == "cosine" else None
+        """Of the outer learning rate, which stays at its last value after ``decay_iterations``."""
+        return cosine(optimizer, self.decay_iterations or iterations) if self.scheduler == "cosine" else None
+
+    def describe_schedule(self) -> str:
+        """What to say of a schedule over other iterations than the run's; empty if there is nothing."""
+        iterations, decay = getattr(self, self.count), self.decay_iterations
+        if self.scheduler != "cosine" or decay in (None, iterations):
+            return ""
+        rest = f", and stays at {LAST_RATE:.0%} from there on" if iterations > decay else ""
+        return f"the outer learning rate falls over {decay} {self.count}{rest}"
 
     def trainer_config(self, iterations: int, num_tasks: int) -> TrainerConfig:
         """The trainer's part; 0 and none are what it calls None."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import platform
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,19 @@ import torch
 import typer
 from rich.console import Console
 
-from metakern.cli.common import RunOptions, checked_settings, default_output, is_first_process, own_first
-from metakern.runs import LearningCurves, MetricsLog, ProgressReport, TensorBoardLog
-from metakern.runs.folder import CONFIG, ENVIRONMENT, open_folder, read_config, write_config, write_environment
-from metakern.training import Callback, History, Interrupted, Trainer
+from metakern._plain_data import read_json
+from metakern.cli.common import RunOptions, checked_settings, is_first_process, own_first
+from metakern.runs.folder import (
+    CONFIG,
+    ENVIRONMENT,
+    default_folder,
+    launch,
+    make_folder,
+    newest_folder,
+    open_folder,
+    read_config,
+)
+from metakern.training import History, Interrupted, RunRecord, Trainer
 
 #: Share of the outer learning rate that is left at the end of the cosine.
 LAST_RATE = 0.03
@@ -47,25 +55,38 @@ class Run:
     options: RunOptions
     word: str = "iteration"
 
-    @property
+    @cached_property
     def folder(self) -> Path:
-        """Where it goes."""
-        return self.options.output or default_output(self.learner)
+        """Where it goes: a run that names no folder and replaces none has one of its own."""
+        if self.options.output is not None:
+            return self.options.output
+        newest = newest_folder(self.learner)
+        if self.options.resume or _began(newest):
+            return newest
+        return Path("runs") / self.learner if self.options.overwrite else default_folder(self.learner)
 
     @property
     def console(self) -> Console:
         """Where it prints."""
         return self.options.console
 
-    def callbacks(self) -> list[Callback]:
-        """Progress, metrics and figures."""
-        folder = self.folder
-        logs: list[Callback] = [MetricsLog(folder), TensorBoardLog(folder), LearningCurves(folder, self.word)]
-        return [ProgressReport(self.console, self.word), *logs]
+    @cached_property
+    def record(self) -> RunRecord:
+        """What it leaves and shows."""
+        settings = {f.name: getattr(self.settings, f.name) for f in own_first(type(self.settings))}
+        return RunRecord(
+            self.folder,
+            progress=self.console,
+            word=self.word,
+            command=self.learner,
+            settings=settings,
+            weights=False,  # each command writes them in its own format
+        )
 
 
-def begin(run: Run, trainer: Trainer) -> None:
-    """Open the folder, take the newest checkpoint where the run goes on, then write down what is about to run.
+@contextmanager
+def begin(run: Run, trainer: Trainer) -> Iterator[None]:
+    """Open the folder, and take the newest checkpoint where the run goes on; within it the folder is this process's.
 
     The first process alone looks at the folder and decides for all. A run goes on if that is asked for, or if this
     launch of torchrun began it: a process that died was started anew.
@@ -73,37 +94,34 @@ def begin(run: Run, trainer: Trainer) -> None:
     Raises:
         ValueError: for a run that goes on with other settings than it began with; see also
             :func:`metakern.runs.open_folder` and :meth:`metakern.training.Trainer.resume`
+        FolderInUse: where another process trains in the folder
         OSError: for a folder that cannot be made or written.
     """
-    goes_on = False
-    if trainer.processes.is_first:
-        goes_on = run.options.resume or _began(run.folder)
-        if goes_on:
-            _check_unchanged(run)
-        open_folder(run.folder, resume=goes_on, overwrite=run.options.overwrite)
-    if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
-        trainer.resume(required=False)  # one that ended before its first checkpoint starts again
-    if trainer.processes.is_first:
-        write_environment(run.folder, launch())
-        write_config(
-            run.folder, run.learner, {f.name: getattr(run.settings, f.name) for f in own_first(type(run.settings))}
-        )
+    first = trainer.processes.is_first
+    with trainer.processes.telling():
+        try:
+            goes_on = _open(run) if first else False
+            if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
+                trainer.resume(required=False)  # one that ended before its first checkpoint starts again
+            if schedule := run.settings.describe_schedule():
+                run.console.print(schedule, highlight=False)
+            yield
+        finally:
+            if first:
+                run.record.lock.release()
 
 
-def launch() -> str | None:
-    """What all processes that one ``torchrun`` starts and starts anew have in common; None without torchrun.
-
-    Its job's id, which is "none" where no one has given it any: then the process that started this one.
-    """
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if job != "none":
-        return job
-    parent = os.getppid()
-    try:  # numbers of processes are used again; clock ticks from the machine's start to theirs are not
-        since = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        since = ""
-    return f"{platform.node()} {parent} {since}"
+def _open(run: Run) -> bool:
+    """Open the folder, locked; whether its run goes on."""
+    goes_on = run.options.resume or _began(run.folder)
+    if goes_on and not (run.folder / CONFIG).is_file():
+        raise ValueError(f"{run.folder} holds no run to resume: it has no {CONFIG}")
+    make_folder(run.folder)
+    run.record.lock.acquire()
+    if goes_on:
+        _check_unchanged(run)
+    open_folder(run.folder, resume=goes_on, overwrite=run.options.overwrite)
+    return goes_on
 
 
 def _began(folder: Path) -> bool:
@@ -111,8 +129,8 @@ def _began(folder: Path) -> bool:
     if launch() is None or not (folder / CONFIG).is_file():
         return False
     try:
-        return bool(json.loads((folder / ENVIRONMENT).read_text()).get("launch") == launch())
-    except (OSError, ValueError):
+        return bool(read_json(folder / ENVIRONMENT).get("launch") == launch())
+    except (OSError, ValueError, AttributeError):
         return False
 
 
@@ -159,9 +177,9 @@ def finish(run: Run, trainer: Trainer, save: Callable[[Path], object]) -> bool:
 
 
 def cosine(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The outer rate falls along half a cosine to :data:`LAST_RATE` of itself."""
+    """The outer rate falls along half a cosine to :data:`LAST_RATE` of itself, and stays there."""
 
     def factor(iteration: int) -> float:
-        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+        return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1, iteration / iterations))) / 2
 
     return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from metakern._trees import class_scores, flatten, map_output
 from metakern.clustering import EMBEDDINGS, Clusters, ClusterSampler, Describe, Embedding, responsibilities
 from metakern.tasks import TaskDistribution
 
@@ -138,6 +139,10 @@ class ClusteredLearner(nn.Module):
         self.register_buffer("active", torch.zeros((), dtype=torch.int64))
         self.register_buffer("occupancy", torch.zeros(number))
 
+    def __repr__(self) -> str:
+        clusters = f"{self.num_active} of {len(self.occupancy)} clusters in use"
+        return f"ClusteredLearner({self.shared!r}, {clusters}, assign={self.assign_by!r})"
+
     # ------------------------------------------------------------------------------------------------------ a trainer's
 
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:
@@ -180,14 +185,18 @@ class ClusteredLearner(nn.Module):
         return measures
 
     @torch.no_grad()
-    def predict(self, batch: Any, steps: int | None = None) -> Tensor:
-        """Predictions [T, Q, ...] for the query sets after ``steps`` inner steps, ``eval_steps`` by default.
+    def predict(self, batch: Any, steps: int | None = None) -> Any:
+        """Predictions for the query sets after ``steps`` inner steps, ``eval_steps`` by default.
 
         Of the learner that a task is assigned to, or averages with ``eval_temperature``: of classes logarithms of
         averaged probabilities. The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
+        Predictions are what the model returns, with tensors [T, Q, ...].
+
+        Raises:
+            TypeError: for averages of integers, and of class predictions that are neither a tensor nor have ``logits``.
         """
         if not self.num_active or not self.per_cluster:
-            return self.shared.predict(batch, steps)  # type: ignore[operator, no-any-return]
+            return self.shared.predict(batch, steps)  # type: ignore[operator]
         if self._averages():
             return self._averaged_prediction(batch, steps)
         labels = self.assign(batch)
@@ -197,10 +206,11 @@ class ClusteredLearner(nn.Module):
             for learner, tasks in zip(self._used(), rows, strict=True)
             if len(tasks)
         ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        order = torch.cat(rows).argsort()
+        return map_output(lambda *tensors: torch.cat(tensors)[order], *parts)
 
-    def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Measures [T] of predictions [T, Q, ...] for targets, those of the shared learner."""
+    def measure(self, prediction: Any, target: Any) -> dict[str, Tensor]:
+        """Measures [T] of predictions for targets [T, Q, ...], those of the shared learner."""
         return self.shared.measure(prediction, target)  # type: ignore[operator, no-any-return]
 
     @property
@@ -313,17 +323,22 @@ class ClusteredLearner(nn.Module):
     def _averages(self) -> bool:
         return self.eval_temperature > 0 and self.assign_by == "losses" and not self._begins()
 
-    def _averaged_prediction(self, batch: Any, steps: int | None) -> Tensor:
+    def _averaged_prediction(self, batch: Any, steps: int | None) -> Any:
         shares = responsibilities(self.support_losses(batch), self.eval_temperature)
-        classes = not batch.query_y.is_floating_point()
-        total: Any = 0
-        for learner, share in zip(self._used(), shares, strict=True):
-            prediction = learner.predict(batch, steps)
-            if classes:
-                prediction = prediction.softmax(2)
-            total = total + prediction * share.view(-1, *[1] * (prediction.dim() - 1))
-        averaged: Tensor = total.clamp(min=torch.finfo(total.dtype).tiny).log() if classes else total
-        return averaged
+        predictions = [learner.predict(batch, steps) for learner in self._used()]
+        scores = None
+        if isinstance(batch.query_y, Tensor) and not batch.query_y.is_floating_point():
+            scores = class_scores(predictions[0])
+            if scores is None:
+                raise TypeError(
+                    "averages of class predictions need a tensor of scores, or an output with logits, got a "
+                    f"{type(predictions[0]).__name__}: return such from the model, or leave eval_temperature at 0"
+                )
+        positions = [tensor is scores for tensor in flatten(predictions[0])[0]]
+        averaged = []
+        for of_classes, *tensors in zip(positions, *(flatten(output)[0] for output in predictions), strict=True):
+            averaged.append(_mean(tensors, shares, of_classes))
+        return flatten(predictions[0])[1](averaged)
 
     # --------------------------------------------------------------------------------------------------- empty clusters
 
@@ -348,6 +363,20 @@ class ClusteredLearner(nn.Module):
             self.restarted += (empty,)
             labels = self.assign(pool)
         return labels
+
+
+def _mean(tensors: Sequence[Tensor], shares: Tensor, of_classes: bool) -> Tensor:
+    """Predictions [T, Q, ...] averaged by shares [C, T]; of classes, in axis 2, logarithms of mean probabilities."""
+    total: Any = 0
+    for tensor, share in zip(tensors, shares, strict=True):
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            raise TypeError(
+                f"averages of predictions must be of numbers, got {tensor.dtype}; leave eval_temperature at 0"
+            )
+        part = tensor.softmax(2) if of_classes else tensor
+        total = total + part * share.view(-1, *[1] * (part.dim() - 1)).to(part.dtype)
+    averaged: Tensor = total.clamp(min=torch.finfo(total.dtype).tiny).log() if of_classes else total
+    return averaged
 
 
 def _check(learner: nn.Module, assign: str, per_cluster: bool, embedding: Any, eval_temperature: float) -> None:

@@ -6,15 +6,20 @@ arXiv 1810.09502. Axis legend: T tasks, S support and Q query samples, K inner s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern._fused_inner_loop import Options
 from metakern._inner_loop_input import adapted_names
-from metakern.maml import Adapted, adapt, meta_loss, reptile_step
+from metakern._rates import check_count, check_rate, rates_by_name, real_dtype
+from metakern._task_loss import TaskLoss, ignored_label
+from metakern._trees import Data, class_scores, flatten, map_tensors
+from metakern.maml import Adapted, adapt, meta_loss, query_losses, reptile_step
 from metakern.tasks import Episodes
 
 #: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.
@@ -24,18 +29,24 @@ RATES = ("fixed", "lslr", "meta_sgd")
 class MAMLLearner(nn.Module):
     """A model whose initialisation is meta-learned.
 
+    Only :meth:`meta_losses` moves running statistics; evaluation, prediction and what clusters ask for leave every
+    buffer of the model as it is, in ``train()`` mode too.
+
     Args:
         model: any module; see :func:`metakern.adapt`
-        loss: of one task, as for :func:`metakern.adapt`
-        steps: K in training
+        loss: of one task, as for :func:`metakern.adapt`; class labels need one, as ``F.cross_entropy``
+        steps: K in training; 0 trains the model as it is
         eval_steps: K in evaluation; default: ``steps``, which learned rates by step demand
-        lr: α, where learned rates start
-        rates: one of :data:`RATES`
-        options: ``first_order``, ``parameters``, ``clip_norm``, ``checkpoint_every``, ``vectorize`` and ``backend`` of
-            :func:`metakern.adapt`
+        lr: α, where learned rates start: a number, or numbers by name or glob pattern; fixed rates may be all that
+            :func:`metakern.adapt` takes
+        rates: one of :data:`RATES`; learned ones have the dtype and device of their parameters
+        options: ``first_order``, ``parameters``, ``clip_norm``, ``checkpoint_every``, ``accumulate``,
+            ``support_per_step``, ``vectorize`` and ``backend`` of :func:`metakern.adapt`. With ``support_per_step``
+            the support sets of a batch are [T, K, S, ...], for at least as many steps as are asked for.
 
     Raises:
-        ValueError: for other ``rates``, and for ``eval_steps`` beyond the steps that rates are learned for.
+        TypeError, ValueError: for other ``rates``, for ``eval_steps`` beyond the steps that rates are learned for, and
+            for numbers out of range.
     """
 
     def __init__(
@@ -45,33 +56,41 @@ class MAMLLearner(nn.Module):
         loss: Callable[..., Tensor] = F.mse_loss,
         steps: int = 1,
         eval_steps: int | None = None,
-        lr: float = 0.01,
+        lr: Any = 0.01,
         rates: str = "fixed",
         **options: Any,
     ) -> None:
         super().__init__()
         if rates not in RATES:
             raise ValueError(f"rates must be one of {', '.join(RATES)}, got {rates!r}")
-        self.eval_steps = steps if eval_steps is None else eval_steps
+        steps = check_count("steps", steps, minimum=0)
+        self.eval_steps = steps if eval_steps is None else check_count("eval_steps", eval_steps, minimum=0)
         if rates == "lslr" and self.eval_steps != steps:
             raise ValueError(f"eval_steps must be steps, {steps}, as each step learns its rate, got {self.eval_steps}")
         self.model, self.loss, self.steps, self.lr, self.options = model, loss, steps, lr, options
-        self._by_step = rates == "lslr"
+        self._by_step, self._kind = rates == "lslr", rates
         self.rates = nn.ParameterDict(_initial_rates(model, options.get("parameters"), rates, steps, lr))
         self._names = {name.replace(".", "/"): name for name, _ in model.named_parameters()}
 
+    def __repr__(self) -> str:
+        number = sum(p.numel() for p in self.model.parameters())
+        settings = f"steps={self.steps}, eval_steps={self.eval_steps}, rates={self._kind!r}"
+        return f"MAMLLearner({type(self.model).__name__} of {number:,} parameters, {settings})"
+
     def meta_losses(self, batch: Episodes) -> Iterator[Tensor]:
         """Query losses [T] after K inner steps; one outer step a batch."""
-        yield meta_loss(self.model, batch.support, batch.query, **self._arguments(self.steps))
+        yield meta_loss(self.model, self._support(batch, self.steps), batch.query, **self._arguments(self.steps))
 
     def adapt(self, batch: Episodes, steps: int | None = None) -> Adapted:
         """The T models after ``steps`` inner steps on their support sets, ``eval_steps`` by default."""
-        return adapt(self.model, *batch.support, **self._arguments(self.eval_steps if steps is None else steps))
+        steps = self.eval_steps if steps is None else steps
+        return adapt(self.model, *self._support(batch, steps), **self._arguments(steps))
 
-    def predict(self, batch: Episodes, steps: int | None = None) -> Tensor:
-        """Predictions [T, Q, ...] for the query sets after ``steps`` steps; 0 steps leave the initialisation itself."""
-        if steps == 0:
-            return torch.stack([self.model(x) for x in batch.query_x])
+    def predict(self, batch: Episodes, steps: int | None = None) -> Any:
+        """Predictions for the query sets after ``steps`` steps; 0 steps leave the initialisation itself.
+
+        What the model returns, with tensors [T, Q, ...].
+        """
         return self.adapt(batch, steps)(batch.query_x)
 
     @torch.no_grad()
@@ -79,17 +98,32 @@ class MAMLLearner(nn.Module):
         """Query loss, and accuracy where targets are classes, of every task after ``eval_steps`` steps, [T] each."""
         return self.measure(self.predict(batch), batch.query_y)
 
-    def measure(self, prediction: Tensor, target: Tensor) -> dict[str, Tensor]:
-        """Loss, and accuracy where targets are classes, of predictions [T, Q, ...] for targets; [T] each."""
-        losses = torch.stack([self.loss(p, t) for p, t in zip(prediction, target, strict=True)])
-        if target.is_floating_point():
-            return {"loss": losses}
-        return {"loss": losses, "accuracy": (prediction.argmax(2) == target).float().mean(1)}
+    def measure(self, prediction: Any, target: Data | None) -> dict[str, Tensor]:
+        """Loss, and accuracy where targets are classes, of predictions for targets [T, Q, ...]; [T] each.
+
+        Predictions are what :meth:`predict` returns. Scores of classes are a tensor of predictions or its ``logits``;
+        of other structures only the loss is measured. Labels that the loss ignores do not count.
+        """
+        loss, (tensors, rebuild) = TaskLoss(self.loss, False), flatten(prediction)
+        losses = []
+        for task in range(len(tensors[0])):
+            of_task = rebuild([tensor[task] for tensor in tensors])
+            losses.append(loss(of_task, map_tensors(operator.itemgetter(task), target)))
+        measures, scores = {"loss": torch.stack(losses)}, class_scores(prediction)
+        if not isinstance(target, Tensor) or target.is_floating_point() or scores is None or scores.dim() < 3:
+            return measures
+        counted, ignored = torch.ones_like(target, dtype=torch.bool), ignored_label(self.loss)
+        if ignored is not None:
+            counted = target != ignored
+        hits = (scores.argmax(2) == target) & counted
+        return measures | {"accuracy": hits.flatten(1).sum(1).float() / counted.flatten(1).sum(1)}
 
     @torch.no_grad()
     def support_losses(self, batch: Episodes) -> Tensor:
         """Losses [T] on the support sets after ``eval_steps`` steps on them: query sets are not looked at."""
-        return meta_loss(self.model, batch.support, batch.support, **self._arguments(self.eval_steps))
+        options = Options(self.model, **self._arguments(self.eval_steps))
+        support = self._support(batch, self.eval_steps)
+        return query_losses(options, support, self._whole_support(batch), moves_statistics=False)
 
     @torch.no_grad()
     def displacements(self, batch: Episodes, steps: int | None = None) -> Tensor:
@@ -99,8 +133,8 @@ class MAMLLearner(nn.Module):
     @torch.no_grad()
     def support_gradients(self, batch: Episodes) -> Tensor:
         """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
-        arguments = {**self._arguments(1), "lr": 1.0}
-        return -self._displacements(adapt(self.model, *batch.support, **arguments))
+        arguments = {**self._arguments(1), "lr": 1.0, "support_per_step": False}
+        return -self._displacements(adapt(self.model, *self._whole_support(batch), **arguments))
 
     @torch.no_grad()
     def approach(self, batch: Episodes) -> None:
@@ -111,15 +145,36 @@ class MAMLLearner(nn.Module):
         start = dict(self.model.named_parameters())
         return torch.cat([(tensor - start[name]).flatten(1) for name, tensor in adapted.parameters.items()], 1)
 
+    def _support(self, batch: Episodes, steps: int) -> tuple[Data, Data | None]:
+        """What so many steps take of the support sets: those of the first steps, where each has its own."""
+        if not self.options.get("support_per_step", False):
+            return batch.support
+        x, y = (map_tensors(lambda tensor: tensor[:, :steps], part) for part in batch.support)
+        return x, y
+
+    def _whole_support(self, batch: Episodes) -> tuple[Data, Data | None]:
+        """All support samples of a task as one set."""
+        if not self.options.get("support_per_step", False):
+            return batch.support
+        x, y = (map_tensors(lambda tensor: tensor.flatten(1, 2), part) for part in batch.support)
+        return x, y
+
     def _arguments(self, steps: int) -> dict[str, Any]:
         rates = {self._names[key]: rate[:steps] if self._by_step else rate for key, rate in self.rates.items()}
         return {"loss": self.loss, "steps": steps, "lr": rates or self.lr, **self.options}
 
 
-def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: float) -> dict[str, nn.Parameter]:
+def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: Any) -> dict[str, nn.Parameter]:
     """α as learned tensors by parameter name; a slash for every dot, which names of parameters cannot have."""
     if rates == "fixed":
         return {}
-    named = dict(model.named_parameters())
-    shapes = {n: (steps,) if rates == "lslr" else named[n].shape for n in adapted_names(model, parameters)}
-    return {n.replace(".", "/"): nn.Parameter(torch.full(shape, float(lr))) for n, shape in shapes.items()}
+    named, names = dict(model.named_parameters()), adapted_names(model, parameters)
+    starts = rates_by_name(lr, names) if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
+    learned = {}
+    for name, start in starts.items():
+        check_rate("lr", start)
+        p = named[name]
+        shape = (steps,) if rates == "lslr" else p.shape
+        rate = torch.full(shape, float(start), dtype=real_dtype(p), device=p.device)
+        learned[name.replace(".", "/")] = nn.Parameter(rate)
+    return learned

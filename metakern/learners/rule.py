@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metakern._rates import check_count
 from metakern.tasks import OptimizeeBatch
 
 #: What an unroll minimises, summed over its steps: f, or log(f + 1e-3), which weighs the small losses at the end up.
@@ -56,17 +57,17 @@ class RuleLearner(nn.Module):
         second_order: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in (("steps", steps), ("unroll", unroll)):
-            if type(value) is not int:
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        steps, unroll = check_count("steps", steps), check_count("unroll", unroll)
         if steps % unroll:
             raise ValueError(f"unroll must divide steps, {steps}, got {unroll}")
         if objective not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {objective!r}")
         self.rule: Any = rule
         self.steps, self.unroll, self.objective, self.second_order = steps, unroll, objective, second_order
+
+    def __repr__(self) -> str:
+        settings = f"steps={self.steps}, unroll={self.unroll}, objective={self.objective!r}"
+        return f"RuleLearner({type(self.rule).__name__}, {settings})"
 
     def meta_losses(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
         """Solve the problems once: after every unroll their losses [T], meaned over its steps.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,6 +28,9 @@ from metakern.ops.inner_update_autograd import (
     subtract,
 )
 from metakern.reference import inner_update as reference
+
+#: Python's numbers, and NumPy's.
+_NUMBERS = (float, int, numbers.Real)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -99,9 +103,12 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
 
     For a small module the checks alone would take half the time.
     """
-    if isinstance(lr, Tensor) and params:
-        lr = lr.reshape(()).to(params[0].device)
-    if is_transformed():  # the compiler fuses the formula, and torch.func sees through it
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(()).to(params[0].device) if params else lr
+    elif not isinstance(lr, list):
+        lr = float(lr)  # a number of NumPy would take a product with a tensor for one of arrays
+    # The compiler fuses the formula, and torch.func sees through it; complex tensors have no kernels.
+    if is_transformed() or any(p.is_complex() for p in params):
         return reference.inner_update(params, grads, lr)
     if params and torch.is_grad_enabled() and is_small(params):
         return subtract(params, grads, lr if isinstance(lr, list) else [lr] * len(params))
@@ -113,16 +120,17 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
 
 def _rates_and_options(lr: Any, step: int | None, clip_norm: float | None) -> tuple[Sequence[Tensor], Options]:
     """α and the scalars as the operators take them; raises for those that do not fit."""
-    if step is not None and (type(step) is not int or step < 0):
-        error: type[Exception] = ValueError if type(step) is int else TypeError
+    is_index = isinstance(step, (int, numbers.Integral)) and not isinstance(step, bool)
+    if step is not None and (not is_index or step < 0):
+        error: type[Exception] = ValueError if is_index else TypeError
         raise error(f"step must be None or an index of an inner step, 0 or more, got {step!r}")
     if clip_norm is not None and type(clip_norm) is not float:
-        if isinstance(clip_norm, bool) or not isinstance(clip_norm, (int, float)):
+        if isinstance(clip_norm, bool) or not isinstance(clip_norm, _NUMBERS):
             raise TypeError(f"clip_norm must be None or a number, got {type(clip_norm).__name__}")
         clip_norm = float(clip_norm)
     if clip_norm is not None and not 0 < clip_norm < math.inf:
         raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
-    index = -1 if step is None else step
+    index = -1 if step is None else int(step)
     if isinstance(lr, Tensor):
         if step is None:
             _check_shared(lr, 0, "lr as one tensor must have shape []")
@@ -130,7 +138,7 @@ def _rates_and_options(lr: Any, step: int | None, clip_norm: float | None) -> tu
         _check_shared(lr, 1, "lr as one tensor must have shape [K] with step")
         _check_step(step, lr, "lr")
         return (lr[step],), Options(0.0, -1, clip_norm)
-    if isinstance(lr, (float, int)) and not isinstance(lr, bool):
+    if isinstance(lr, _NUMBERS) and not isinstance(lr, bool):
         if step is not None:
             raise ValueError(f"lr must be tensors with a leading axis of inner steps for step={step}, got {lr}")
         return (), Options(float(lr), -1, clip_norm)
@@ -171,7 +179,7 @@ def check(params: Any, grads: Any, lr: Any, step: int | None, active: Any, clip_
     if isinstance(lr, Tensor):
         if params:
             _check_rate("lr", lr, params[0])
-    elif not isinstance(lr, (float, int)):
+    elif not isinstance(lr, _NUMBERS):
         _check_rates(lr, params, step)
     if clip_norm is not None or active is not None:
         _check_tasks(params, active)

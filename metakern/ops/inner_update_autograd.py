@@ -216,7 +216,7 @@ def _gradients(
     if options.clip_norm is not None:
         coefficients = reference.clip_coefficients(used, options.clip_norm)
     if wants_lr:
-        clipped = used if coefficients is None else _scaled(coefficients, used)
+        clipped = used if coefficients is None else [reference.scaled(coefficients, g) for g in used]
         sums = [(-x * g).sum_to_size(rate.shape) for x, g, rate in zip(incoming, clipped, rates, strict=True)]
         grad_lr = _grad_of_rates(sums, lr, options.step)
     if wants_grads:
@@ -232,21 +232,20 @@ def _masked(active: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.where(reference._per_task(active, x), x, torch.zeros_like(x)) for x in tensors]
 
 
-def _scaled(values: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors [T, *shape] times values [T]."""
-    return [x * reference._per_task(values, x) for x in tensors]
-
-
 def _through_clipping(
     cotangents: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tensor, clip_norm: float
 ) -> list[Tensor]:
-    """Gradient of g, given that of c(g) · g for c = min(1, clip_norm / ‖g‖): c x − c³ / clip_norm² ⟨x, g⟩ g."""
-    products = [x * g for x, g in zip(cotangents, grads, strict=True)]
+    """Gradient of g, given that of c(g) · g for c = min(1, clip_norm / ‖g‖): c x − c³ / clip_norm² ⟨x, g⟩ g.
+
+    In the dtype of the coefficients: float32 does not hold c³ where the norm is far from ``clip_norm``.
+    """
+    pairs = [(reference.for_norms(x), reference.for_norms(g)) for x, g in zip(cotangents, grads, strict=True)]
+    products = [x * g for x, g in pairs]
     dots = torch.stack([x.flatten(1).sum(1) if x.dim() > 1 else x for x in products]).sum(0)
-    shares = coefficients**3 * (dots / clip_norm**2)
+    shares = coefficients * (coefficients / clip_norm) ** 2 * dots
     shares = torch.where(coefficients != 1, shares, torch.zeros_like(shares))
-    pairs = zip(_scaled(coefficients, cotangents), _scaled(shares, grads), strict=True)
-    return [direct - along for direct, along in pairs]
+    wide = [reference.scaled(coefficients, x) - reference.scaled(shares, g) for x, g in pairs]
+    return [x.to(cotangent.dtype) for x, cotangent in zip(wide, cotangents, strict=True)]
 
 
 def _grad_of_rates(sums: Sequence[Tensor], lr: Sequence[Tensor], step: int) -> list[Tensor]:

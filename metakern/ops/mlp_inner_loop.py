@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import math
+import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -61,7 +63,7 @@ def unserved_by_triton(widths: tuple[int, ...]) -> str:
 
 
 def cuda_shared_bytes(
-    widths: Sequence[int], samples: int, queries: int, activation: str, loss: str, dtype: torch.dtype
+    widths: Sequence[int], samples: int, queries: int, activation: str | Sequence[str], loss: str, dtype: torch.dtype
 ) -> int:
     """Shared memory that a block needs for one task at least: csrc/cuda/mlp_layout.h in Python.
 
@@ -76,7 +78,8 @@ def cuda_shared_bytes(
     units = sum(units + 1 for _, units in layers)
     targets = 1 if loss == "cross_entropy" else widths[-1]
     support, query = odd(samples), odd(queries)
-    kept = units * (4 if activation == "gelu" else 3)
+    names = [activation] * (len(layers) - 1) if isinstance(activation, str) else activation
+    kept = units * (4 if "gelu" in names else 3)
     passes = max(3 * units * support, (kept - units) * query)
     widest = max(units * max(inputs + 1, samples, queries) for inputs, units in layers)
     warps = 4 if widest <= 512 else 8 if widest <= 4096 else 16
@@ -90,7 +93,7 @@ def unserved_on_cuda(
     samples: int,
     queries: int,
     steps: int,
-    activation: str,
+    activation: str | tuple[str, ...],
     loss: str,
     dtype: torch.dtype,
     device: torch.device,
@@ -116,9 +119,10 @@ def mlp_inner_loop(
     steps: int,
     per_step: bool = False,
     adapted: Sequence[bool] | None = None,
-    activation: str = "relu",
+    activation: str | Sequence[str] = "relu",
     loss: str = "mse",
     first_order: bool | Sequence[bool] = False,
+    clip_norm: float | None = None,
     support_mask: Tensor | None = None,
     checkpoint_every: int | None = None,
     backend: str | None = None,
@@ -139,10 +143,15 @@ def mlp_inner_loop(
         steps: K
         per_step: whether the rates differ from step to step
         adapted: for each of ``params`` whether the steps change it; None for all
-        activation: between the layers: ``"relu"``, ``"tanh"``, ``"sigmoid"`` or ``"gelu"``
+        activation: between the layers: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"gelu"``, ``"leaky_relu:<slope>"`` with
+            a slope that is not negative, ``"leaky_relu"``, whose slope is 0.01, or ``"identity"``; one for all, or a
+            list of one for each hidden layer
         loss: mean over samples and outputs: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy_with_logits"``
         first_order: take the steps' gradients as constants; or one bool a step
-        support_mask: bool [T, S], False at samples that do not count
+        clip_norm: largest norm of a task's gradient over all tensors that adapt; a longer one is scaled down to it, and
+            meta-gradients go through that
+        support_mask: bool [T, S], False at samples that do not count; a task without any that counts has a loss and
+            gradients of zero, and keeps its parameters
         checkpoint_every: steps between parameters that are kept; None keeps those of every step
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
@@ -153,7 +162,9 @@ def mlp_inner_loop(
         TypeError, ValueError: for options that do not fit
         RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
     """
-    problem = make_problem(params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1)
+    problem = make_problem(
+        params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
+    )
     _check_devices(params, lr, support_x=support_x, support_y=support_y, support_mask=support_mask)
     serves = _backend.resolve(backend, support_x.device, _reasons(params, support_x, None, steps, activation, loss))
     if serves == "reference":
@@ -174,9 +185,10 @@ def mlp_meta_loss(
     steps: int,
     per_step: bool = False,
     adapted: Sequence[bool] | None = None,
-    activation: str = "relu",
+    activation: str | Sequence[str] = "relu",
     loss: str = "mse",
     first_order: bool | Sequence[bool] = False,
+    clip_norm: float | None = None,
     support_mask: Tensor | None = None,
     query_mask: Tensor | None = None,
     step_weights: Sequence[float] | None = None,
@@ -199,8 +211,9 @@ def mlp_meta_loss(
         activation: as for :func:`mlp_inner_loop`
         loss: of both sets, as for :func:`mlp_inner_loop`
         first_order: as for :func:`mlp_inner_loop`
+        clip_norm: as for :func:`mlp_inner_loop`
         support_mask: as for :func:`mlp_inner_loop`
-        query_mask: bool [T, Q]
+        query_mask: bool [T, Q]; a task without any sample that counts has a loss and gradients of zero
         step_weights: [K], of the query loss after every step (MAML++'s multi-step loss); None takes the last alone
         checkpoint_every: steps between parameters that are kept within the pass; None keeps all of a group of tasks
         backend: as for :func:`mlp_inner_loop`
@@ -209,7 +222,7 @@ def mlp_meta_loss(
         TypeError, ValueError, RuntimeError: as :func:`mlp_inner_loop`.
     """
     problem = make_problem(
-        params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps
+        params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps, clip_norm
     )
     weights = make_weights(step_weights, steps)
     for name, (x, y), mask in (("support", support, support_mask), ("query", query, query_mask)):
@@ -273,7 +286,7 @@ def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *set
 
 
 def _reasons(
-    params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str, loss: str
+    params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str | Sequence[str], loss: str
 ) -> dict[str, str]:
     """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
     reasons = {}
@@ -281,7 +294,8 @@ def _reasons(
     if x.device.type == "cuda" and x.dim() == queries.dim() == 3 and all(p.dim() for p in params):
         widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
         sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
-        reasons["cuda"] = unserved_on_cuda(widths, *sizes, steps, activation, loss, params[0].dtype, x.device)
+        names = activation if isinstance(activation, str) else tuple(activation)
+        reasons["cuda"] = unserved_on_cuda(widths, *sizes, steps, names, loss, params[0].dtype, x.device)
     return reasons
 
 
@@ -321,7 +335,7 @@ def _reference(
     y: Tensor,
     mask: Tensor | None,
     lr: Any,
-    activation: str,
+    activation: str | Sequence[str],
     loss: str,
 ) -> list[list[Tensor]]:
     adapted = [bool(problem.adapted >> i & 1) for i in range(len(params))]
@@ -337,6 +351,7 @@ def _reference(
         first_order=[not second for second in problem.second_order],
         activation=activation,
         loss=loss,
+        clip_norm=problem.clip_norm,
     )
 
 
@@ -352,18 +367,30 @@ def make_problem(
     steps: int,
     per_step: bool,
     adapted: Sequence[bool] | None,
-    activation: str,
+    activation: str | Sequence[str],
     loss: str,
     first_order: bool | Sequence[bool],
     checkpoint_every: int,
+    clip_norm: float | None = None,
 ) -> Problem:
     """The operators' scalars, checked; tensors are checked by the operators."""
     if not isinstance(steps, int) or isinstance(steps, bool):
         raise TypeError(f"steps must be an integer, got {steps!r}")
+    if clip_norm is not None:
+        clip_norm = _number("clip_norm", clip_norm)
+    if not isinstance(activation, Sequence):
+        raise TypeError(f"activation must be a name or a list of names, got {type(activation).__name__}")
+    names = activation if isinstance(activation, str) else tuple(activation)
     rate = 0.0 if isinstance(lr, (Tensor, Sequence)) else float(lr)
     orders = first_order if isinstance(first_order, bool) else tuple(first_order)
     flags = None if adapted is None else tuple(adapted)
-    return _checked(len(params), rate, steps, per_step, flags, activation, loss, orders, checkpoint_every)
+    return _checked(len(params), rate, steps, per_step, flags, names, loss, orders, checkpoint_every, clip_norm)
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are Real too
+        raise TypeError(f"{name} must be None or a number, got {type(value).__name__}")
+    return float(value)
 
 
 @memoized
@@ -373,16 +400,18 @@ def _checked(
     steps: int,
     per_step: bool,
     adapted: tuple[bool, ...] | None,
-    activation: str,
+    activation: str | tuple[str, ...],
     loss: str,
     first_order: bool | tuple[bool, ...],
     checkpoint_every: int,
+    clip_norm: float | None,
 ) -> Problem:
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    for name, value, choices in (("activation", activation, ACTIVATIONS), ("loss", loss, reference.LOSSES)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    if loss not in reference.LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(reference.LOSSES)}, got {loss!r}")
+    if clip_norm is not None and not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
     if num_params % 2 or not 2 <= num_params <= 2 * MAX_LAYERS:
         raise ValueError(f"params must hold weight and bias of 1 to {MAX_LAYERS} layers, got {num_params} tensors")
     if adapted is not None and (len(adapted) != num_params or not any(adapted)):
@@ -390,15 +419,19 @@ def _checked(
     orders = (first_order,) * steps if isinstance(first_order, bool) else first_order
     if len(orders) != steps:
         raise ValueError(f"first_order must have one bool a step, {steps}, got {len(orders)}")
+    kinds = reference.activations_of(activation, num_params // 2 - 1)
+    slopes = tuple(slope for _, slope in kinds)
     return Problem(
         rate,
         steps,
         per_step,
         -1 if adapted is None else sum(1 << i for i, flag in enumerate(adapted) if flag),
-        ACTIVATIONS.index(activation),
+        tuple(ACTIVATIONS.index(kind) for kind, _ in kinds),
         reference.LOSSES.index(loss),
         min(checkpoint_every, steps),
         tuple(not order for order in orders),
+        slopes if any(slopes) else (),
+        clip_norm,
     )
 
 

@@ -45,15 +45,22 @@ class Problem(NamedTuple):
     steps: int
     per_step: bool
     adapted: int  # bit i: whether params[i] is
-    activation: int
+    activation: tuple[int, ...]  # of every hidden layer
     loss: int
     checkpoint_every: int
     second_order: tuple[bool, ...]
+    slopes: tuple[float, ...]  # of leaky_relu, for every hidden layer; empty where no layer has one
+    clip_norm: float | None
 
     @property
     def scalars(self) -> tuple[Any, ...]:
         """Those that every operator takes, in order."""
-        return self[:7]
+        return *self[:4], list(self.activation), *self[5:7]
+
+    @property
+    def options(self) -> tuple[list[float], float | None]:
+        """Those that every operator takes at the end."""
+        return list(self.slopes), self.clip_norm
 
 
 class Operators:
@@ -72,14 +79,14 @@ class Operators:
             x, y, mask, second_order, trajectory, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.counts[0]]), list(tensors[ctx.counts[0] :])
             arguments = (trajectory, params, x, y, mask, lr, *ctx.scalars, second_order)
-            found, rates = self.adapt_backward(list(grad_adapted), *arguments)
-            return found, None, None, None, rates, *(None,) * 9
+            found, rates = self.adapt_backward(list(grad_adapted), *arguments, *ctx.options)
+            return found, None, None, None, rates, *_no_gradients(ctx.needs_input_grad[5:])
 
         def backward_meta_loss(ctx: Any, grad: Tensor, _: Any) -> Any:
             x, y, task_grads, *tensors = ctx.saved_tensors
             params, lr = list(tensors[: ctx.count]), list(tensors[ctx.count :])
             found, rates = self.meta_loss_backward(grad, task_grads, params, x, y, lr, *ctx.options)
-            return found, *(None,) * 6, rates, *(None,) * (ctx.arguments - 8)
+            return found, *(None,) * 6, rates, *_no_gradients(ctx.needs_input_grad[8:])
 
         library = torch.library
         library.register_fake(adapt, _fake)
@@ -122,12 +129,12 @@ class Run:
         problem = self.problem
         # Without a way back there is one segment of steps: the kernels reserve memory for the start of every other.
         every = problem.checkpoint_every if self.keep else problem.steps
-        arguments = (list(params), *data, list(lr), *problem.scalars[:-1], every)
+        arguments, options = (list(params), *data, list(lr), *problem.scalars[:-1], every), problem.options
         if self.weights is None:
-            results, kept = self.operators.adapt(*arguments, self.keep, second_order)
+            results, kept = self.operators.adapt(*arguments, self.keep, second_order, *options)
             return results, kept
         weights = constant(self.weights, _arithmetic(params[0]), _CPU)
-        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep)
+        losses, kept = self.operators.meta_loss(*arguments, second_order, weights, self.keep, *options)
         return [losses], kept
 
     def backward(self, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> list[Tensor]:
@@ -135,7 +142,7 @@ class Run:
         problem, lists = self.problem, (list(params), list(lr))
         if self.weights is None:
             second_order = constant(problem.second_order, torch.bool, _CPU)
-            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order)
+            arguments = (lists[0], *data, lists[1], *problem.scalars, second_order, *problem.options)
             found, rates = self.operators.adapt_backward(list(grads), kept, *arguments)
         else:
             options = problem.steps, problem.per_step, problem.loss
@@ -146,6 +153,11 @@ class Run:
         """params, data and lr, of which there are ``count`` params."""
         end = count + (3 if self.weights is None else 6)
         return tensors[:count], tensors[count:end], tensors[end:]
+
+
+def _no_gradients(wanted: Sequence[Any]) -> list[Any]:
+    """None for every argument, in the form that torch.library wants: a list of numbers that is empty is a list."""
+    return [[] if isinstance(flag, list) else None for flag in wanted]
 
 
 def _arithmetic(like: Tensor) -> torch.dtype:
@@ -393,7 +405,7 @@ def _fake(
 def _fake_backward(
     grad_adapted: Any, trajectory: Any, params: Any, x: Any, y: Any, mask: Any, lr: Any, *rest: Any
 ) -> tuple[list[Tensor], list[Tensor]]:
-    _check_fake(params, rest[-1], trajectory=trajectory, support_x=x, support_y=y, support_mask=mask, lr=lr)
+    _check_fake(params, rest[7], trajectory=trajectory, support_x=x, support_y=y, support_mask=mask, lr=lr)
     check_devices("params", params[0].device, grad_adapted=grad_adapted)
     return _fake_gradients(params, lr)
 
@@ -401,7 +413,7 @@ def _fake_backward(
 def _fake_meta_loss(
     params: Any, x: Any, y: Any, mask: Any, query_x: Any, query_y: Any, query_mask: Any, lr: Any, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    second_order, weights, with_grads = rest[-3:]
+    second_order, weights, with_grads = rest[7:10]
     _check_fake(params, second_order, support_x=x, support_y=y, support_mask=mask, lr=lr)
     check_devices("params", params[0].device, query_x=query_x, query_y=query_y, query_mask=query_mask)
     check_constants(params[0].device, step_weights=weights)
@@ -428,13 +440,13 @@ def _check_fake(params: Any, second_order: Tensor, **arguments: Any) -> None:
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    params, x, y, mask, lr, *scalars, _, second_order = inputs
-    ctx.counts, ctx.scalars = (len(params), len(lr)), scalars
+    params, x, y, mask, lr, *scalars, _, second_order, slopes, clip_norm = inputs
+    ctx.counts, ctx.scalars, ctx.options = (len(params), len(lr)), scalars, (slopes, clip_norm)
     ctx.save_for_backward(x, y, mask, second_order, output[1], *params, *lr)
 
 
 def _setup_meta_loss(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     params, x, y, *_ = inputs
     lr, steps, per_step, loss = inputs[7], inputs[9], inputs[10], inputs[13]
-    ctx.options, ctx.count, ctx.arguments = (steps, per_step, loss), len(params), len(inputs)
+    ctx.options, ctx.count = (steps, per_step, loss), len(params)
     ctx.save_for_backward(x, y, output[1], *params, *lr)

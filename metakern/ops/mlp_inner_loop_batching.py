@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from metakern.ops.inner_update_autograd import leading
 
@@ -87,7 +88,7 @@ def forward_rule(operator: Callable[..., Any], num_data: int, keep: int) -> Call
 
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
         end = num_data + 1
-        if _any(in_dims[end + 1 :]):
+        if _any(pytree.tree_leaves(in_dims[end + 1 :])):
             raise ValueError("second_order and step_weights must be the same for all elements of a vmap")
 
         def forward(params: Tensors, data: Tensors, lr: Tensors) -> tuple[Tensors, Tensor]:

@@ -15,13 +15,19 @@ import torch
 from torch import Tensor
 
 
+def for_norms(x: Tensor) -> Tensor:
+    """In float64, which holds the squares of all smaller dtypes; in float32 on Apple's GPUs, which have no float64."""
+    return x.to(torch.float32 if x.device.type == "mps" else torch.float64)
+
+
 def clip_coefficients(grads: Sequence[Tensor], clip_norm: float) -> Tensor:
     """Factors [T] that bring every task's gradient, all its tensors taken as one vector, to a norm of ``clip_norm``.
 
-    min(1, clip_norm / ‖g‖). For a gradient of zero it is 1 and has derivatives of zero; for a norm that is NaN it is
-    NaN, so that the whole task shows it.
+    min(1, clip_norm / ‖g‖), in the dtype of :func:`for_norms`. For a gradient of zero it is 1 and has derivatives of
+    zero; for a norm that is NaN it is NaN, so that the whole task shows it.
     """
-    squares = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in grads]).sum(0)
+    parts = [for_norms(torch.view_as_real(g) if g.is_complex() else g) for g in grads]
+    squares = torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in parts]).sum(0)
     large = ~(squares <= clip_norm**2)  # true for NaN
     # The root is taken where it is used only: at zero its derivative is infinite.
     norms = torch.where(large, squares, torch.ones_like(squares)).sqrt()
@@ -56,7 +62,7 @@ def inner_update(
         grads = [torch.where(_per_task(active, g), g, torch.zeros_like(g)) for g in grads]
     if clip_norm is not None:
         coefficients = clip_coefficients(grads, clip_norm)
-        grads = [g * _per_task(coefficients, g) for g in grads]
+        grads = [scaled(coefficients, g) for g in grads]
     rates: list[Any] = list(lr) if isinstance(lr, Sequence) else [lr] * len(params)
     if step is not None:
         rates = [rate[step] for rate in rates]
@@ -64,6 +70,12 @@ def inner_update(
     if active is None:
         return updated
     return [torch.where(_per_task(active, p), new, p) for p, new in zip(params, updated, strict=True)]
+
+
+def scaled(values: Tensor, x: Tensor) -> Tensor:
+    """A tensor [T, *shape] times values [T], in the tensor's dtype; small factors are not rounded to float16 first."""
+    arithmetic = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(arithmetic) * _per_task(values.to(arithmetic), x)).to(x.dtype)
 
 
 def _per_task(values: Tensor, like: Tensor) -> Tensor:

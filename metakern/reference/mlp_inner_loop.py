@@ -7,6 +7,8 @@ Axis legend: T tasks, S samples of a task, K inner steps, L layers; I inputs and
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,22 +22,75 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
     "gelu": F.gelu,
+    "leaky_relu": F.leaky_relu,
 }
+
+#: The slope of "leaky_relu" without one, which is PyTorch's.
+_DEFAULT_SLOPE = 0.01
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy_with_logits")
 
 
-def predict(params: Sequence[Tensor], x: Tensor, activation: str) -> Tensor:
+def parse_activation(name: str) -> tuple[str, float]:
+    """One of :data:`ACTIVATIONS`, and the slope at and below zero of ``"leaky_relu"``, 0 for others.
+
+    Args:
+        name: one of :data:`ACTIVATIONS`, ``"leaky_relu:<slope>"`` or ``"identity"``, a leaky ReLU with a slope of 1
+
+    Raises:
+        ValueError: for another name, and a slope that is negative or not finite
+    """
+    if name == "identity":
+        return "leaky_relu", 1.0
+    kind, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if kind not in ACTIVATIONS or (colon and kind != "leaky_relu"):
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"activation must be one of {known}, leaky_relu:<slope> and identity, got {name!r}")
+    if not colon:
+        return kind, _DEFAULT_SLOPE if kind == "leaky_relu" else 0.0
+    try:
+        slope = float(text)
+    except ValueError:
+        slope = math.nan
+    if not 0 <= slope < math.inf:
+        raise ValueError(f"the slope of a leaky_relu must be a finite number, not negative, got {name!r}")
+    return ("leaky_relu", slope) if slope else ("relu", 0.0)
+
+
+def activations_of(activation: str | Sequence[str], hidden: int) -> tuple[tuple[str, float], ...]:
+    """:func:`parse_activation` of every hidden layer's activation, from one name for all or one name a layer.
+
+    Raises:
+        ValueError: for other names, and another number of them than of hidden layers
+    """
+    if isinstance(activation, str):
+        return (parse_activation(activation),) * hidden
+    if len(activation) != hidden:
+        raise ValueError(
+            f"activation must be one name, or one for each of {hidden} hidden layers, got {list(activation)}"
+        )
+    return tuple(map(parse_activation, activation))
+
+
+def _function(kind: str, slope: float) -> Callable[[Tensor], Tensor]:
+    return functools.partial(F.leaky_relu, negative_slope=slope) if kind == "leaky_relu" else ACTIVATIONS[kind]
+
+
+def predict(params: Sequence[Tensor], x: Tensor, activation: str | Sequence[str]) -> Tensor:
     """Outputs [T, S, O] of MLPs for x [T, S, I]; weights [T, O, I] and biases [T, O] in the order of the layers."""
+    functions = [_function(*pair) for pair in activations_of(activation, len(params) // 2 - 1)]
     for layer in range(0, len(params), 2):
         x = torch.baddbmm(params[layer + 1].unsqueeze(1), x, params[layer].transpose(1, 2))
         if layer + 2 < len(params):
-            x = ACTIVATIONS[activation](x)
+            x = functions[layer // 2](x)
     return x
 
 
 def task_losses(prediction: Tensor, y: Tensor, loss: str, mask: Tensor | None = None) -> Tensor:
-    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its samples."""
+    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its samples.
+
+    A task none of whose samples count has a loss of zero, and so have its gradients.
+    """
     if loss == "cross_entropy":
         per_sample = F.cross_entropy(prediction.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
     elif loss == "mse":
@@ -44,7 +99,7 @@ def task_losses(prediction: Tensor, y: Tensor, loss: str, mask: Tensor | None = 
         per_sample = F.binary_cross_entropy_with_logits(prediction, y, reduction="none").mean(2)
     if mask is None:
         return per_sample.mean(1)
-    return torch.where(mask, per_sample, torch.zeros_like(per_sample)).sum(1) / mask.sum(1)
+    return torch.where(mask, per_sample, torch.zeros_like(per_sample)).sum(1) / mask.sum(1).clamp(min=1)
 
 
 def mlp_inner_loop(
@@ -58,8 +113,9 @@ def mlp_inner_loop(
     per_step: bool,
     adapted: Sequence[bool],
     first_order: Sequence[bool],
-    activation: str,
+    activation: str | Sequence[str],
     loss: str,
+    clip_norm: float | None = None,
 ) -> list[list[Tensor]]:
     """The parameters before the first and after every step, [K + 1] lists of tensors [T, O, I] and [T, O].
 
@@ -73,8 +129,9 @@ def mlp_inner_loop(
         per_step: whether ``lr`` has a leading axis [K]
         adapted: for each of ``params`` whether the steps change it
         first_order: for every step whether its gradient is a constant
-        activation: between the layers, of :data:`ACTIVATIONS`
+        activation: between the layers, as for :func:`parse_activation`; one name for all, or one a hidden layer
         loss: one of :data:`LOSSES`
+        clip_norm: largest norm of a task's gradient over all adapted tensors; a longer one is scaled down to it
     """
     num_tasks = support_x.shape[0]
     now = [p if p.dim() == 3 - i % 2 else p.unsqueeze(0).expand(num_tasks, *p.shape) for i, p in enumerate(params)]
@@ -93,7 +150,8 @@ def mlp_inner_loop(
         grads = torch.func.grad(support_loss)([now[i] for i in wanted], now)
         if first_order[step]:
             grads = [g.detach() for g in grads]
-        stepped = inner_update([now[i] for i in wanted], grads, rates, step=step if per_step else None)
+        index = step if per_step else None
+        stepped = inner_update([now[i] for i in wanted], grads, rates, step=index, clip_norm=clip_norm)
         now = list(now)
         for i, p in zip(wanted, stepped, strict=True):
             now[i] = p

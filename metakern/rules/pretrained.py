@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
 from huggingface_hub import PyTorchModelHubMixin, constants, hf_hub_download
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from metakern._digest import check_digest, digest
+from metakern._files import check_targets, write_whole
+from metakern._plain_data import check_flat, quoted, read_json
 
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
@@ -71,7 +72,9 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
             "rule": type(self).__name__,
             "sha256": digest(tensors),
         }
-        save_file(tensors, save_directory / constants.SAFETENSORS_SINGLE_FILE, metadata=metadata)
+        # The files that huggingface_hub writes beside them, too: none goes where a link points to.
+        check_targets(save_directory, (constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME, "README.md"))
+        write_whole(save_directory / constants.SAFETENSORS_SINGLE_FILE, save(tensors, metadata=metadata))
 
     @classmethod
     def _from_pretrained(
@@ -140,9 +143,10 @@ def _check_folder(folder: Path, options: set[str]) -> None:
         if not needed.is_file():
             raise ValueError(f"{folder} is not a folder of save_pretrained: it lacks {needed.name}")
     try:
-        content = json.loads(config.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config} is damaged or not JSON: {error}") from error
-    if not isinstance(content, dict) or not options <= content.keys():
-        got = sorted(content) if isinstance(content, dict) else type(content).__name__
-        raise ValueError(f"{config} must hold the options {sorted(options)}, got {got}")
+        content = check_flat(read_json(config))
+    except OSError as error:
+        raise ValueError(f"{config} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"{config} is damaged or no configuration: {error}") from error
+    if not options <= content.keys():
+        raise ValueError(f"{config} must hold the options {sorted(options)}, got {quoted(sorted(content))}")

@@ -1,46 +1,61 @@
-"""The folder of a run: configuration, environment, weights and results, each file whole or not there.
-
-config.yaml        every setting; ``metakern train … --config run/config.yaml --output again`` repeats the run
-environment.json   versions, build, command line, threads, date, launch of torchrun
-metrics.jsonl      one JSON object a line: iterations and evaluations
-events.out.*       the same for TensorBoard
-figures/*.png      learning curves, adaptation steps, clusters
-checkpoints/       of the trainer
-model.safetensors  the weights that the run ended with, the best by validation
-results.json       measures on test tasks
-"""
+"""The folder of a run as commands open and read it; :mod:`metakern.training.run_files` says what is in it."""
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import platform
-import sys
 import tempfile
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-import yaml  # type: ignore[import-untyped]  # its stubs are another package
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import nn
 
-from metakern._backend import build_info
-from metakern._digest import check_digest, digest
-from metakern._version import __version__
+from metakern._digest import check_digest
+from metakern._files import check_targets
+from metakern._plain_data import CONFIG_BYTES, check_flat, one_line, parse_yaml, quoted, read_text
+from metakern.training.lock import is_in_use
+from metakern.training.run_files import (
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    FIGURES,
+    FILES,
+    FOLDERS,
+    METRICS,
+    RESULTS,
+    WEIGHTS,
+    launch,
+    save_state,
+    write_bytes,
+    write_config,
+    write_environment,
+    write_json,
+    write_text,
+)
 
-CONFIG = "config.yaml"
-ENVIRONMENT = "environment.json"
-METRICS = "metrics.jsonl"
-FIGURES = "figures"
-CHECKPOINTS = "checkpoints"
-WEIGHTS = "model.safetensors"
-RESULTS = "results.json"
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG",
+    "ENVIRONMENT",
+    "FIGURES",
+    "METRICS",
+    "RESULTS",
+    "WEIGHTS",
+    "default_folder",
+    "holds_run",
+    "launch",
+    "load_weights",
+    "make_folder",
+    "newest_folder",
+    "open_folder",
+    "read_config",
+    "save_weights",
+    "write_bytes",
+    "write_config",
+    "write_environment",
+    "write_json",
+    "write_text",
+]
 
 #: What a run writes, as patterns: what ``overwrite`` removes, and nothing else.
 _WRITTEN = (
@@ -49,8 +64,16 @@ _WRITTEN = (
     f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
 )  # fmt: skip
 
-#: Packages whose versions a run notes, beside torch's in build_info.
-_PACKAGES = ("numpy", "scikit-learn", "safetensors", "triton", "tensorboard", "matplotlib")
+#: Files that a command writes beside those of a training.
+_COMMANDS_FILES = (RESULTS, "training.json", "config.json", f"{FIGURES}/adaptation.png", f"{FIGURES}/clusters.png")
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder holds anything of a run that would be lost: a checkpoint, or weights.
+
+    One that was refused, or diverged, before its first checkpoint left neither, and can be begun again.
+    """
+    return (folder / WEIGHTS).is_file() or any((folder / CHECKPOINTS).glob("*.pt"))
 
 
 def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -58,17 +81,18 @@ def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) 
 
     Raises:
         ValueError: where it holds a run already, unless that is resumed or overwritten; where it holds none to resume.
-        OSError: where it cannot be made or written.
+        OSError: where it cannot be made or written, and where a directory or a link has the name of a file to write.
     """
     exists = (folder / CONFIG).is_file()
-    if exists and not resume and not overwrite:
+    if holds_run(folder) and not resume and not overwrite:
         raise ValueError(
             f"{folder} holds a run already: --resume continues it, --overwrite replaces it, --output takes another"
         )
     if resume and not exists:
         raise ValueError(f"{folder} holds no run to resume: it has no {CONFIG}")
     make_folder(folder)
-    if overwrite and not resume:
+    check_targets(folder, (*FILES, *_COMMANDS_FILES), FOLDERS)
+    if not resume:
         for pattern in _WRITTEN:
             for path in folder.glob(pattern):
                 path.unlink()
@@ -88,100 +112,57 @@ def make_folder(folder: Path) -> None:
         raise OSError(f"folder {folder} cannot be written: {error.strerror or error}") from error
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; see :func:`write_bytes`."""
-    write_bytes(path, text.encode())
+def default_folder(learner: str) -> Path:
+    """The folder of a new run that names none: runs/LEARNER, or the first of runs/LEARNER-2, … that is free."""
+    return next(folder for folder in _numbered(learner) if not holds_run(folder) and not is_in_use(folder))
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all: to a temporary file beside it, synced and renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+def newest_folder(learner: str) -> Path:
+    """The newest folder that :func:`default_folder` gave a run; runs/LEARNER where there is none."""
+    newest = Path("runs") / learner
+    for folder in _numbered(learner):
+        if not (folder / CONFIG).is_file():
+            return newest
+        newest = folder
+    raise AssertionError("there are always more folders")
 
 
-def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write figures with the command, date and installation that made them."""
-    header: dict[str, object] = {
-        "command": " ".join(["metakern", *sys.argv[1:]]),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": build_info() | {"threads": torch.get_num_threads()},
-    }
-    write_text(path, json.dumps(finite(header | dict(content)), indent=1, allow_nan=False) + "\n")
+def _numbered(learner: str) -> Iterator[Path]:
+    first = Path("runs") / learner
+    yield first
+    number = 2
+    while True:
+        yield first.with_name(f"{learner}-{number}")
+        number += 1
 
 
-def finite(content: Any) -> Any:
-    """The same with null for infinity and NaN, which JSON does not have."""
-    if isinstance(content, Mapping):
-        return {key: finite(value) for key, value in content.items()}
-    if isinstance(content, (list, tuple)):
-        return [finite(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
-
-
-def write_environment(folder: Path, launch: str | None = None) -> None:
-    """environment.json: what a run's numbers may depend on, beside its configuration.
-
-    Args:
-        folder: of the run
-        launch: what tells this launch of several processes from others, if there are some
-    """
-    versions: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    machine = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
-    processes: dict[str, object] = {"processes": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch}
-    write_json(folder / ENVIRONMENT, machine | processes)
-
-
-def write_config(folder: Path, learner: str, settings: Mapping[str, object]) -> None:
-    """config.yaml: every setting of ``metakern train LEARNER`` by its name."""
-    head = (
-        f"# metakern train {learner} --config {folder / CONFIG} --output FOLDER repeats this run in another folder; "
-        "options given beside it override.\n"
-    )
-    content = {"learner": learner, "metakern": __version__, **settings}
-    write_text(folder / CONFIG, head + yaml.safe_dump(content, sort_keys=False))
-
-
-def read_config(path: Path, learner: str) -> dict[str, Any]:
-    """The settings that :func:`write_config` wrote.
+def read_config(path: Path, learner: str | None = None) -> dict[str, Any]:
+    """The settings that :func:`write_config` wrote; with ``learner`` only those of that learner.
 
     Raises:
-        ValueError: for a file that is missing, is no YAML mapping, or belongs to another learner.
+        ValueError: for a file that is missing, belongs to another learner, or is more than a short YAML mapping of
+            settings to scalars and short lists.
     """
     try:
-        content = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ValueError(f"configuration {path} cannot be read: {reason}") from error
-    except yaml.YAMLError as error:
-        raise ValueError(f"configuration {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"configuration {path} must map settings to values, got {type(content).__name__}")
+        text = read_text(path, CONFIG_BYTES)
+    except OSError as error:
+        raise ValueError(f"configuration {path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"configuration {path} cannot be read: {error}") from error
+    try:
+        content = check_flat(parse_yaml(text))
+    except ValueError as error:
+        raise ValueError(f"configuration {path}: {error}") from error
     found = content.pop("learner", learner)
-    if found != learner:
-        raise ValueError(f"configuration {path} must be of learner {learner!r}, got {found!r}")
+    if learner is not None and found != learner:
+        raise ValueError(f"configuration {path} must be of learner {learner!r}, got {quoted(found)}")
     content.pop("metakern", None)
-    return content
+    return content if learner is not None else {"learner": found, **content}
 
 
 def save_weights(folder: Path, module: nn.Module) -> None:
-    """model.safetensors: parameters and buffers of a learner, and their digest."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    metadata = {"format": "pt", "learner": type(module).__name__, "sha256": digest(tensors)}
-    write_bytes(folder / WEIGHTS, save(tensors, metadata=metadata))
+    """model.safetensors: parameters and buffers of a learner, and their checksum."""
+    save_state(folder, type(module).__name__, module.state_dict())
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
@@ -198,10 +179,9 @@ def load_weights(folder: Path, module: nn.Module) -> None:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {one_line(error)}") from error
     check_digest(path, metadata, tensors)
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path} does not hold the weights that {CONFIG} describes: {reason}") from error
+        raise ValueError(f"{path} does not hold the weights that {CONFIG} describes: {one_line(error)}") from error

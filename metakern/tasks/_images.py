@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from metakern._requirements import required
+
 #: The folder, within that of the data set, of decoded images.
 CACHE = ".metakern-cache"
 
@@ -115,8 +117,9 @@ def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None
 
 
 def _decode(files: Sequence[Path], mode: str, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:
-    from rich.console import Console
-    from rich.progress import track
+    with required():
+        from rich.console import Console
+        from rich.progress import track
 
     images = np.empty(shape, np.uint8)
     with ThreadPoolExecutor() as pool:
@@ -136,7 +139,8 @@ def _decode(files: Sequence[Path], mode: str, shape: tuple[int, ...], name: str)
 
 def _decode_one(file: Path, mode: str, size: int) -> np.ndarray[Any, Any]:
     """One image [channels, size, size]."""
-    from PIL import Image
+    with required():
+        from PIL import Image
 
     try:
         with Image.open(file) as opened:

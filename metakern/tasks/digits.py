@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from metakern._memo import outside_modes
+from metakern._requirements import required
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
 #: The digits of each split. A 6 that is turned looks like a 9, so one split has both; none of the others is a digit of
@@ -81,7 +82,8 @@ class Digits(FewShotEpisodes):
 @outside_modes()
 def all_digits() -> tuple[Tensor, Tensor]:
     """The images [1797, 8, 8] in [0, 1], float32, and the digits that they show, 64-bit integers; not to be changed."""
-    from sklearn.datasets import load_digits
+    with required():
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     return torch.from_numpy(data.images).float() / 16, torch.from_numpy(data.target).long()

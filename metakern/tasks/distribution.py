@@ -12,8 +12,23 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from metakern._trees import Data, first_tensor, map_tensors, named_tensors
+
 #: The splits of every distribution: to meta-train on, to choose by, and to report.
 SPLITS = ("train", "valid", "test")
+
+
+class ShortRepr:
+    """A repr of the class's name and its settings: attributes that are numbers, strings, or others of this kind."""
+
+    def __repr__(self) -> str:
+        def is_short(value: Any) -> bool:
+            if isinstance(value, tuple):
+                return bool(value) and all(isinstance(part, ShortRepr) for part in value)
+            return isinstance(value, (bool, int, float, str, ShortRepr))
+
+        shown = {name: value for name, value in vars(self).items() if not name.startswith("_") and is_short(value)}
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
 
 class TaskBatch(Protocol):
@@ -39,9 +54,12 @@ class TaskDistribution(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Episodes:
     """T few-shot tasks; every tensor has the task axis first.
+
+    Inputs of a model that takes several are a tuple of tensors, by position, or a dict of tensors, by keyword. Targets
+    may be several tensors too, or None where the loss takes none.
 
     Attributes:
         support_x: what a task adapts to, [T, S, ...]
@@ -52,35 +70,45 @@ class Episodes:
             no learner sees it but the oracle, :class:`metakern.learners.ClusteredLearner` with ``assign="modes"``
 
     Raises:
+        TypeError: for anything but tensors, tuples and dicts of them.
         ValueError: for tensors that do not share the task axis.
     """
 
-    support_x: Tensor
-    support_y: Tensor
-    query_x: Tensor
-    query_y: Tensor
+    support_x: Data
+    support_y: Data | None
+    query_x: Data
+    query_y: Data | None
     modes: Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, tensor in self._tensors().items():
-            if tensor.ndim == 0 or tensor.shape[0] != self.support_x.shape[0]:
-                raise ValueError(
-                    f"{name} must have the task axis of support_x, {list(self.support_x.shape)}, first, "
-                    f"got {list(tensor.shape)}"
-                )
+        first = next(iter(named_tensors("support_x", self.support_x).values()))
+        for name, data in self._tensors().items():
+            for part, tensor in named_tensors(name, data).items():
+                if tensor.ndim == 0 or tensor.shape[0] != first.shape[0]:
+                    raise ValueError(
+                        f"{part} must have the task axis of support_x, {list(first.shape)}, first, "
+                        f"got {list(tensor.shape)}"
+                    )
+
+    def __repr__(self) -> str:
+        parts = []
+        for name, data in self._tensors().items():
+            shapes = {part.removeprefix(name): list(x.shape) for part, x in named_tensors(name, data).items()}
+            parts.append(f"{name}={shapes.get('', shapes)}")
+        return f"Episodes({', '.join(parts)})"
 
     @property
     def num_tasks(self) -> int:
         """T."""
-        return self.support_x.shape[0]
+        return first_tensor(self.support_x).shape[0]
 
     @property
-    def support(self) -> tuple[Tensor, Tensor]:
+    def support(self) -> tuple[Data, Data | None]:
         """(x, y) of the support sets."""
         return self.support_x, self.support_y
 
     @property
-    def query(self) -> tuple[Tensor, Tensor]:
+    def query(self) -> tuple[Data, Data | None]:
         """(x, y) of the query sets."""
         return self.query_x, self.query_y
 
@@ -93,12 +121,12 @@ class Episodes:
         device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
         return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking))
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def _tensors(self) -> dict[str, Data]:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if value is not None}
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        return type(self)(**{name: function(tensor) for name, tensor in self._tensors().items()})
+        return type(self)(**{**vars(self), **{n: map_tensors(function, data) for n, data in self._tensors().items()}})
 
 
 def check_num_tasks(num_tasks: int) -> None:

@@ -13,7 +13,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from metakern.tasks.distribution import Episodes, check_num_tasks, check_split
+from metakern.tasks.distribution import Episodes, ShortRepr, check_num_tasks, check_split
 
 
 class ImageClasses:
@@ -62,6 +62,9 @@ class ImageClasses:
     def __len__(self) -> int:
         return len(self.counts)
 
+    def __repr__(self) -> str:
+        return f"ImageClasses(classes={len(self)}, images={list(self.images.shape)})"
+
     def rotated(self) -> ImageClasses:
         """4·C classes of images [..., H, W]: those here, then those turned by 90, 180 and 270 degrees.
 
@@ -71,7 +74,7 @@ class ImageClasses:
         return ImageClasses(torch.cat(turned), self.counts.tolist() * 4)
 
 
-class FewShotEpisodes:
+class FewShotEpisodes(ShortRepr):
     """N-way classification with S support and Q query images of each class.
 
     Every task draws its classes, which of them has which label, and its images, all without replacement. Support and

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
+from metakern.tasks.distribution import ShortRepr
 from metakern.tasks.optimizees import ProblemBatch
 
 
-class NetworkProblem:
+class NetworkProblem(ShortRepr):
     """Networks of one architecture that learn from one data set; they differ in starting points and minibatches.
 
     Minibatches are drawn with replacement. A network's params are its parameters flattened and joined, in the order of

@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from metakern.tasks.distribution import check_num_tasks
+from metakern.tasks.distribution import ShortRepr, check_num_tasks
 from metakern.tasks.optimizees import Optimizees
 
 
-class MixedOptimizees:
+class MixedOptimizees(ShortRepr):
     """A mixture of distributions of problems, which may differ in kind and size.
 
     Args:
@@ -67,6 +67,9 @@ class MixedBatch:
 
     def __init__(self, groups: Sequence[Any], modes: Tensor) -> None:
         self.groups, self.modes, self.num_tasks = tuple(groups), modes, len(modes)
+
+    def __repr__(self) -> str:
+        return f"MixedBatch({', '.join(map(repr, self.groups))})"
 
     def init_params(self) -> tuple[Any, ...]:
         """Fresh starting points of every group."""

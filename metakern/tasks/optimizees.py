@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor
 
-from metakern.tasks.distribution import check_num_tasks, check_split
+from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 
 
 class OptimizeeBatch(Protocol):
@@ -55,7 +55,7 @@ class Optimizees(Protocol):
         ...
 
 
-class ProblemBatch:
+class ProblemBatch(ShortRepr):
     """What batches of problems share: selections, devices, and draws that do not depend on what is selected.
 
     Draws are made on the CPU for all problems that were sampled, and the selected ones take their rows: so processes
@@ -109,7 +109,7 @@ class ProblemBatch:
         return changed
 
 
-class EndlessProblems:
+class EndlessProblems(ShortRepr):
     """What distributions share whose problems are drawn without end: a split is a stream of its own."""
 
     _split = "train"
@@ -167,7 +167,7 @@ class QuadraticBatch(ProblemBatch):
     full_loss = loss
 
 
-class GradientNoise:
+class GradientNoise(ShortRepr):
     """Problems whose gradients are met with noise added: N(0, std²) for every parameter, drawn anew at every loss.
 
     Values of losses, and full losses with their gradients, stay clean.

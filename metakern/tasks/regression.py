@@ -18,7 +18,7 @@ from typing import ClassVar, Self
 import torch
 from torch import Tensor
 
-from metakern.tasks.distribution import SPLITS, Episodes, check_num_tasks, check_split
+from metakern.tasks.distribution import SPLITS, Episodes, ShortRepr, check_num_tasks, check_split
 
 #: The interval that x is drawn from.
 INPUTS = (-5.0, 5.0)
@@ -26,7 +26,7 @@ INPUTS = (-5.0, 5.0)
 Range = tuple[float, float]
 
 
-class Family:
+class Family(ShortRepr):
     """Functions a·s(x - c) + b of one shape s; a family of your own is a subclass that sets the class attributes.
 
     x is from U[-5, 5]. Tasks are drawn without end. The splits turn the draws of a, c and b by a third of their range
@@ -116,7 +116,7 @@ class Abs(Family):
     factor = (-3.0, 3.0)
 
 
-class Mixture:
+class Mixture(ShortRepr):
     """Tasks of K families; ``modes`` of a batch says from which family each task is.
 
     Every task draws its family on its own, so the shares of a batch vary. (MMAML's public code takes as many tasks of

@@ -19,11 +19,13 @@ from typing import Any
 
 import torch
 
+from metakern._files import TEMPORARY, check_target, write_whole
+from metakern._plain_data import one_line
+
 #: Version of the state that a checkpoint holds; another one is refused.
 FORMAT = 1
 
 _NAME = re.compile(r"(\d{8,})\.pt")
-_TEMPORARY = ".tmp"
 _ASIDE = ".aside"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -69,7 +71,7 @@ def from_bytes(payload: bytes, name: str) -> dict[str, Any]:
             f"{name} holds more than tensors and plain data and is refused: it may run code"
         ) from error
     except Exception as error:  # a broken archive raises anything, and all of it means the same
-        raise CheckpointError(f"{name} is no torch file: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{name} is no torch file: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{name} is a torch file, but no checkpoint of a trainer")
     if state["format"] != FORMAT:
@@ -126,8 +128,12 @@ class Checkpoints:
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _write_synced(self.folder / f"probe{_TEMPORARY}", b"metakern")
-            (self.folder / f"probe{_TEMPORARY}").unlink()
+            for path in self.folder.iterdir():
+                if _NAME.fullmatch(path.with_suffix(".pt").name) and path.suffix in (".pt", ".sha256"):
+                    check_target(path)
+            probe = self.folder / f"probe-{os.getpid()}"
+            write_whole(probe, b"metakern")
+            probe.unlink()
         except OSError as error:
             raise _explained(error, self.folder, "no checkpoint can be written") from error
 
@@ -153,9 +159,7 @@ class Checkpoints:
             self._set_aside(state["iteration"])
             # The digest first: a file without one would be one that looks damaged.
             for target, data in ((_sidecar(path), _digest_line(path.name, payload)), (path, payload)):
-                temporary = target.with_name(target.name + _TEMPORARY)
-                _write_synced(temporary, data)
-                temporary.replace(target)
+                write_whole(target, data)
             _sync_folder(self.folder)
             self._prune(best)
         except OSError as error:
@@ -199,15 +203,15 @@ class Checkpoints:
             if _number(path) != best:
                 path.unlink()
                 _sidecar(path).unlink(missing_ok=True)
-        for path in self.folder.glob(f"*{_TEMPORARY}"):
-            path.unlink()
+        for path in self.folder.glob(f"*{TEMPORARY}"):  # of killed processes; a link goes, what it points to stays
+            if path.is_symlink() or path.is_file():
+                path.unlink()
 
     def _discard(self, path: Path) -> None:
-        """Remove what a failed save left, as far as the disk lets us: the error that is raised matters more."""
-        leftovers = [file.with_name(file.name + _TEMPORARY) for file in (path, _sidecar(path))]
-        for file in leftovers if path.exists() else [*leftovers, _sidecar(path)]:
-            if file.exists() and os.access(self.folder, os.W_OK):
-                file.unlink()
+        """Remove the digest of a checkpoint that was not written, as far as the disk lets us."""
+        sidecar = _sidecar(path)
+        if sidecar.is_file() and not path.exists() and os.access(self.folder, os.W_OK):
+            sidecar.unlink()
 
 
 def find_checkpoint(path: str | Path | None, own: Checkpoints | None) -> tuple[Path, bytes]:
@@ -244,13 +248,6 @@ def _digest_line(name: str, payload: bytes) -> bytes:
     return f"{hashlib.sha256(payload).hexdigest()}  {name}\n".encode()
 
 
-def _write_synced(path: Path, payload: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -266,4 +263,6 @@ def _explained(error: OSError, folder: Path, problem: str) -> OSError:
         reason = "the folder is read-only, or not yours to write into"
     else:
         reason = error.strerror or str(error)
+        if error.filename is not None and Path(error.filename).parent == folder:
+            reason = f"{Path(error.filename).name}: {reason}"
     return OSError(error.errno, f"{problem}, {reason}; older checkpoints are untouched", str(folder))

@@ -8,19 +8,36 @@ from __future__ import annotations
 
 import atexit
 import functools
+import hashlib
+import json
 import os
 import time
+import traceback
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.util import Finalize
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from metakern.training.identity import first_difference
+from metakern.training.signals import Interrupted, StopSignals
+
 #: How long processes wait for one that has not started yet.
 _PATIENCE = timedelta(minutes=30)
+
+#: Seconds that a process whose error ends the run waits for the others to end, so that its message comes last.
+_FAREWELL = 30.0
+
+#: Seconds that the others have to print theirs after they said that they end.
+_LAST_WORDS = 0.5
+
+#: Characters of an error that other processes are told.
+_TOLD = 2000
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -49,16 +66,21 @@ class Processes:
         RuntimeError: for a GPU that is not there.
     """
 
+    _store: Any = None  # where processes leave words; of all that are connected here, as the group is
+
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             self.device = _own_gpu(self.device)
-        self.rank, self.world, self._lost = 0, 1, False
+        self.rank, self.world = 0, 1
+        self._lost = self._failed = self._heard = False  # the others; this one by its own error; another one's error
         if not dist.is_available():
             return
         if not dist.is_initialized() and is_launched():
-            _connect("nccl" if self.device.type == "cuda" else "gloo")
+            Processes._store = _connect("nccl" if self.device.type == "cuda" else "gloo")
+        if self._store is not None:
             atexit.register(self._leave)
+            Finalize(None, self._leave, exitpriority=0)  # children of multiprocessing run this in place of atexit
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
@@ -130,6 +152,93 @@ class Processes:
         self.spread_([data])
         return data.cpu().numpy().tobytes()
 
+    def check_same(self, facts: Mapping[str, str], when: str) -> None:
+        """Compare facts over all processes, by their checksum; only where that differs are they exchanged.
+
+        Args:
+            facts: values by name
+            when: at which point they must be the same, for the error
+
+        Raises:
+            ValueError: in all processes, naming the first difference and who has which value.
+        """
+        if self.world == 1:
+            return
+        payload = json.dumps(facts).encode()
+        checksums = self._gather(torch.frombuffer(bytearray(hashlib.sha256(payload).digest()), dtype=torch.uint8))
+        if all(torch.equal(other, checksums[0]) for other in checksums):
+            return
+        sizes = [int(size) for size in self._gather(torch.tensor([len(payload)]))]
+        padded = torch.frombuffer(bytearray(payload.ljust(max(sizes))), dtype=torch.uint8)
+        texts = [tensor.numpy().tobytes()[:size] for tensor, size in zip(self._gather(padded), sizes, strict=True)]
+        difference = first_difference([json.loads(text) for text in texts])
+        raise ValueError(f"all {self.world} processes of a run must have the same {when}, but {difference}")
+
+    def _gather(self, tensor: Tensor) -> list[Tensor]:
+        """Every process's tensor, on the CPU; all have one shape."""
+        own = tensor.to(self.device)
+        gathered = [torch.empty_like(own) for _ in range(self.world)]
+        self._collective(lambda: dist.all_gather(gathered, own))
+        return [each.cpu() for each in gathered]
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Within it, an error of this process is told to the others before it is raised; see :meth:`announce`."""
+        try:
+            yield
+        except (ProcessLost, Interrupted):
+            raise
+        except BaseException as error:
+            self.announce(error)
+            self.let_others_end()
+            raise
+
+    def announce(self, error: BaseException) -> None:
+        """Tell the other processes what ends this one, and take no part in anything from now on."""
+        if self.world == 1 or self._store is None or self._lost:
+            return
+        self._lost = self._failed = self._heard = True
+        with suppress(RuntimeError):  # the process that keeps the store has ended
+            self._store.set(f"error/{self.rank}", f"{type(error).__name__}: {error}"[:_TOLD])
+        self._close()
+
+    def _close(self) -> None:
+        """Close the connections: others that wait for this process look into the store then."""
+        if dist.is_initialized() and dist.get_backend() == "gloo":
+            dist.destroy_process_group()
+
+    def let_others_end(self) -> None:
+        """After :meth:`announce`: wait until the others have ended or have errors of their own, for a while at most.
+
+        So the message that names the cause comes last. A signal ends the waiting: torchrun sends one as soon as one
+        process has ended.
+        """
+        if self._failed:
+            self._failed = False
+            self._wait_for("left", "error")
+            with suppress(RuntimeError):
+                self._store.set(f"bye/{self.rank}", "yes")
+            time.sleep(_LAST_WORDS)
+
+    def _wait_for(self, *words: str) -> None:
+        """Wait until every other process has said one of the words, for a while at most."""
+        missing, end = set(range(self.world)) - {self.rank}, time.monotonic() + _FAREWELL
+        with StopSignals() as signals, suppress(RuntimeError):
+            while missing and time.monotonic() < end and not signals.received:
+                missing -= {r for r in missing if any(self._store.check([f"{word}/{r}"]) for word in words)}
+                time.sleep(0.02)
+
+    def _cause(self) -> str:
+        """What another process said that ended it; empty if none did."""
+        try:
+            for rank in range(self.world) if self._store is not None else ():
+                if rank != self.rank and self._store.check([f"error/{rank}"]):
+                    self._heard = True
+                    return f"process {rank} ended with {self._store.get(f'error/{rank}').decode()}"
+        except RuntimeError:
+            pass
+        return ""
+
     def _collective(self, call: Callable[[], Any]) -> None:
         try:
             call()
@@ -137,6 +246,10 @@ class Processes:
             raise  # this process's own trouble
         except RuntimeError as error:
             self._lost = True
+            if cause := self._cause():
+                traceback.clear_frames(error.__traceback__)  # they hold the group, which would stay connected
+                self._close()
+                raise ProcessLost(f"process {self.rank} of {self.world} stops, as {cause}") from None
             reason = str(error).strip().splitlines()[0]
             raise ProcessLost(
                 f"process {self.rank} of {self.world} does not reach the others any more; one of them has ended, and "
@@ -144,11 +257,19 @@ class Processes:
             ) from error
 
     def _leave(self) -> None:
+        """At the end of the process: after an error of one, the process that keeps the store ends last."""
+        if self._heard and not self._failed:
+            self._heard = False
+            with suppress(RuntimeError):
+                self._store.set(f"left/{self.rank}", "yes")
+            if self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+                self._wait_for("left", "bye")
         if dist.is_initialized() and not self._lost:  # a lost process would be waited for
             dist.destroy_process_group()
 
 
-def _connect(backend: str) -> None:
+def _connect(backend: str) -> Any:
+    """Join the processes of the run; returns the store that they share."""
     # Builds of torch without distributed training have neither.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
@@ -156,6 +277,7 @@ def _connect(backend: str) -> None:
     store, rank, world = next(rendezvous("env://", timeout=_PATIENCE))
     store = PrefixStore(_new_name(store, rank, world), store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    return PrefixStore("metakern", store)
 
 
 def _new_name(store: Any, rank: int, world: int) -> str:

@@ -34,7 +34,7 @@ class Record:
     seconds: float
 
 
-@dataclass
+@dataclass(repr=False)
 class History:
     """A training so far.
 
@@ -49,6 +49,18 @@ class History:
     evaluations: list[tuple[int, dict[str, float]]] = field(default_factory=list)
     best: float | None = None
     best_iteration: int | None = None
+
+    def __repr__(self) -> str:
+        """The training in a few words."""
+        parts = [f"{len(self.records)} iterations"]
+        if self.records:
+            parts.append(f"last loss {self.records[-1].loss:.4g}")
+        parts.append(f"{len(self.evaluations)} evaluations")
+        if self.best is not None:
+            parts.append(f"best {self.best:.4g} after {self.best_iteration}")
+        if self.skipped:
+            parts.append(f"{self.skipped} outer steps skipped")
+        return f"{type(self).__name__}({', '.join(parts)})"
 
     @property
     def skipped(self) -> int:

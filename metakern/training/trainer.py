@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -26,9 +27,13 @@ from metakern.training.config import HIGHER_IS_BETTER, TrainerConfig
 from metakern.training.distributed import Processes, ProcessLost
 from metakern.training.draws import generator_for, own_global_draws, seed_global
 from metakern.training.history import History, Record
+from metakern.training.identity import differences, identity_in, identity_of, settings_of, values_of
 from metakern.training.outer import BatchResult, OuterLoop, own_parts
 from metakern.training.parts import Parts, check_parts
+from metakern.training.record import RunRecord, progress_reports
+from metakern.training.run_files import CHECKPOINTS
 from metakern.training.signals import Interrupted, StopSignals
+from metakern.training.state_checks import check_state
 
 State = dict[str, Any]
 
@@ -55,7 +60,9 @@ class Trainer:
         scheduler: steps after every iteration, or, if it is ``ReduceLROnPlateau``, after every evaluation by the
             monitored measure
         callbacks: see :class:`Callback`
-        folder: of the run; its ``checkpoints`` holds checkpoints. Without it none are written
+        folder: of the run. It gets what every run leaves: checkpoints, and what :class:`RunRecord` says. Without it
+            nothing is written. One process at a time trains in a folder
+        progress: whether the screen shows how training goes; default: where there is a folder
 
     Attributes:
         iteration: iterations so far
@@ -86,29 +93,53 @@ class Trainer:
         *,
         scheduler: LRScheduler | None = None,
         callbacks: Sequence[Callback] = (),
-        folder: str | Path | None = None,
+        folder: str | Path | RunRecord | None = None,
+        progress: bool | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
         self.processes = Processes(self.config.device)
-        check_parts(learner, tasks, optimizer)
-        world = self.processes.world
-        for name, least in (("num_tasks", world * self.config.accumulate), ("eval_tasks", world)):
-            number = getattr(self.config, name)
-            if number < least:
-                raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")
-        self.learner: Any = learner.to(self.processes.device)
-        self.tasks, self.optimizer, self.scheduler, self.callbacks = tasks, optimizer, scheduler, tuple(callbacks)
-        self.checkpoints = Checkpoints(Path(folder) / "checkpoints", self.config.keep) if folder is not None else None
-        self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
-        self.iteration, self.history = 0, History()
-        self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
-        self._splits = {"train": tasks.split("train")}
-        self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
-        self._best_weights: State | None = None
-        self._worse = 0  # evaluations since the best
-        self._signals = StopSignals()
-        self._saved: tuple[int, Path] | None = None  # the checkpoint of the folder that this training stands on
-        self._last_whole: tuple[State, tuple[Any, ...]] | None = None
+        with self.processes.telling():
+            check_parts(learner, tasks, optimizer)
+            world = self.processes.world
+            for name, least in (("num_tasks", world * self.config.accumulate), ("eval_tasks", world)):
+                number = getattr(self.config, name)
+                if number < least:
+                    raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")
+            self.learner: Any = learner.to(self.processes.device)
+            self.tasks, self.optimizer, self.scheduler = tasks, optimizer, scheduler
+            self._set_record(folder, progress, callbacks)
+            self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
+            self.iteration, self.history = 0, History()
+            self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
+            self._splits = {"train": tasks.split("train")}
+            self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
+            self._identity = identity_of(optimizer, scheduler, learner)
+            self._best_weights: State | None = None
+            self._worse = 0  # evaluations since the best
+            self._signals = StopSignals()
+            self._saved: tuple[int, Path] | None = None  # the checkpoint of the folder that this training stands on
+            self._last_whole: tuple[State, tuple[Any, ...]] | None = None
+
+    def _set_record(
+        self, folder: str | Path | RunRecord | None, progress: bool | None, callbacks: Sequence[Callback]
+    ) -> None:
+        """The folder's callback, and checkpoints; progress alone where there is no folder."""
+        self.record: RunRecord | None = None
+        self.checkpoints: Checkpoints | None = None
+        own: Sequence[Callback] = ()
+        if folder is None:
+            own = progress_reports(bool(progress))
+        else:
+            given = isinstance(folder, RunRecord)
+            self.record = folder if given else RunRecord(folder, progress=progress is not False)
+            self.checkpoints = Checkpoints(self.record.folder / CHECKPOINTS, self.config.keep)
+            own = (self.record,)
+        self.callbacks = (*own, *callbacks)
+
+    @property
+    def best_weights(self) -> State | None:
+        """The learner's state of the best evaluation, None before there is one."""
+        return self._best_weights
 
     @property
     def finished(self) -> bool:
@@ -124,16 +155,21 @@ class Trainer:
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, once the iteration is done and its checkpoint written
             FileExistsError: for a folder with checkpoints of a run that was not resumed
+            FolderInUse: where another process trains in the folder
+            ModuleNotFoundError: for a library that the folder's record needs and that is not installed
             OSError: for a folder or disk that takes no checkpoint; those from before are whole
+            ValueError: for processes with different settings, or weights that have drifted apart
             ProcessLost: when another process of the run has ended; a checkpoint of the last whole iteration is written
             RuntimeError: after ``max_skipped`` outer steps in a row that are not finite
         """
-        self._prepare_folder()
-        if self.processes.world > 1:
-            state = self.processes.spread_bytes(to_bytes(self.state_dict()))
-            self._load(from_bytes(state, "the first process's state"))
+        with self.processes.telling():
+            self._check_settings()
+            self._prepare_folder()
         ended_by: BaseException | None = None
         try:
+            if self.processes.world > 1:
+                state = self.processes.spread_bytes(to_bytes(self.state_dict()))
+                self._load(from_bytes(state, "the first process's state"))
             with self._signals, own_global_draws(self.processes.device):
                 self._call("on_start")
                 while not self.finished:
@@ -145,9 +181,17 @@ class Trainer:
             raise ended_by from error
         except BaseException as error:
             ended_by = error
+            if not isinstance(error, Interrupted):
+                self.processes.announce(error)
             raise
         finally:
-            self._end(ended_by)
+            try:
+                self.call_ends(self.callbacks if self.processes.is_first else (), ended_by)
+            finally:
+                if self.record is not None and self.processes.is_first:
+                    self.record.lock.release()
+            if ended_by is not None and not isinstance(ended_by, Interrupted | ProcessLost):
+                self.processes.let_others_end()
             if isinstance(ended_by, Interrupted) and self.processes.is_first:
                 print(ended_by, file=sys.stderr)
         return self.history
@@ -169,6 +213,8 @@ class Trainer:
             CheckpointError: for one that is damaged or not a checkpoint, and a folder without a whole one
             ValueError: for one of another learner, optimizer or scheduler; the trainer is unchanged then
         """
+        with self.processes.telling():
+            self._check_settings()
         found: tuple[Path, bytes] | None = None
         failure: Exception | None = None
         if self.processes.is_first:
@@ -197,7 +243,7 @@ class Trainer:
         Every call draws the same tasks, and all processes, which share them, return the same numbers.
         """
         config, processes = self.config, self.processes
-        with own_global_draws(processes.device), self.averaged():
+        with processes.telling(), own_global_draws(processes.device), self.averaged():
             seed_global(processes.device, config.seed, "evaluate", split, processes.rank)
             if split not in self._splits:
                 self._splits[split] = self.tasks.split(split)
@@ -236,6 +282,7 @@ class Trainer:
         return {
             "format": FORMAT,
             "iteration": self.iteration,
+            "identity": self._identity,
             **self._parts.state_dict(),
             "history": self.history.state_dict(),
             "best_weights": self._best_weights,
@@ -256,9 +303,15 @@ class Trainer:
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
             self.scheduler.step()
         self._record(result, lr, time.perf_counter() - start)
-        if self.iteration >= config.iterations or self.iteration % config.eval_every == 0:
+        last = self.iteration >= config.iterations
+        evaluates, keeps = (
+            last or self.iteration % every == 0 for every in (config.eval_every, config.checkpoint_every)
+        )
+        if evaluates or keeps:
+            self._check_values()
+        if evaluates:
             self._judge(self.evaluate())
-        if self.finished or self.iteration % config.checkpoint_every == 0:
+        if keeps or self.finished:
             self._save()
         # Of many processes, each knows of a signal that came to any since their last sum, and only of these.
         self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
@@ -314,10 +367,10 @@ class Trainer:
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)
 
-    def _end(self, error: BaseException | None) -> None:
+    def call_ends(self, callbacks: Sequence[Callback], error: BaseException | None) -> None:
         """Call every ``on_end``; one that fails hides neither the others nor the error that ended the training."""
         failure: Exception | None = None
-        for callback in self.callbacks if self.processes.is_first else ():
+        for callback in callbacks:
             try:
                 callback.on_end(self, self.history, error)
             except Exception as problem:
@@ -334,32 +387,64 @@ class Trainer:
     def _load(self, state: State) -> None:
         """Become what :meth:`state_dict` was; unchanged if that is of another kind of training."""
         before = copy.deepcopy(self.state_dict())
-        if state.keys() != before.keys():
+        if {*state, "identity"} != before.keys():
             raise CheckpointError(f"a checkpoint must hold {', '.join(before)}, got {', '.join(map(str, state))}")
+        check_state(state, before)
         try:
+            self._check_identity(state)
             self._take(state)
         except Exception as error:
             self._take(before)
             raise ValueError(f"the checkpoint must be of this learner, optimizer and scheduler: {error}") from error
+
+    def _check_identity(self, state: State) -> None:
+        """Raise ValueError for the checkpoint of another optimizer or schedule, naming both."""
+        saved = state["identity"] if "identity" in state else identity_in(state, self._identity)
+        try:
+            found = differences(saved, self._identity)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"its identity is none: {error}") from error
+        if found:
+            raise ValueError(f"it was written with {'; '.join(found)}")
 
     def _take(self, state: State) -> None:
         self._parts.load_state_dict(state)
         self.history.load_state_dict(state["history"])
         self.iteration, self._best_weights, self._worse = state["iteration"], state["best_weights"], state["worse"]
 
+    def _check_settings(self) -> None:
+        """Raise ValueError where processes train with different settings."""
+        if self.processes.world > 1:
+            config = {f"config.{name}": value for name, value in asdict(self.config).items()}
+            facts = settings_of(self.learner, self._splits["train"], self._identity, config)
+            self.processes.check_same(facts, "settings")
+
+    def _check_values(self) -> None:
+        """Raise ValueError where processes have drifted apart."""
+        if self.processes.world > 1:
+            facts = values_of({"iteration": self.iteration, **self._parts.state_dict()})
+            self.processes.check_same(facts, f"weights and states after iteration {self.iteration}")
+
     def _prepare_folder(self) -> None:
         """Raise what would go wrong with the first checkpoint before any work is done."""
         if self.checkpoints is None or not self.processes.is_first:
             return
         self.checkpoints.prepare()
-        found = self.checkpoints.numbered()
-        if found and self._saved is None:
-            raise FileExistsError(
-                errno.EEXIST,
-                f"there are checkpoints up to {found[-1].name}: resume, or take another folder for a new run",
-                str(self.checkpoints.folder),
-            )
-        to_bytes(self.state_dict())
+        assert self.record is not None, "there are checkpoints where there is a record"
+        self.record.lock.acquire()
+        try:
+            self.record.prepare()
+            found = self.checkpoints.numbered()
+            if found and self._saved is None:
+                raise FileExistsError(
+                    errno.EEXIST,
+                    f"there are checkpoints up to {found[-1].name}: resume, or take another folder for a new run",
+                    str(self.checkpoints.folder),
+                )
+            to_bytes(self.state_dict())
+        except BaseException:
+            self.record.lock.release()
+            raise
 
     def _save(self) -> None:
         if self.checkpoints is None or not self.processes.is_first:

@@ -22,17 +22,14 @@ def to_arithmetic(x):
 
 
 @triton.jit
-def scalar(high, low, like):
-    """A number of the host in the dtype of ``like``, from the float32 nearest to it and what is left.
+def scalar(number, number_low, like):
+    """A number of the host in the dtype of ``like``, from the upper and the lower half of its float64's bits.
 
-    Eager mode passes a float argument as float32, torch.compile as float64: both give the same bits here.
+    As a float argument it would be a float32 in eager mode and a float64 under torch.compile.
     """
-    high = tl.cast(high, tl.float32)
-    if like.dtype == tl.float64:
-        result = high.to(tl.float64) + tl.cast(low, tl.float32).to(tl.float64)
-    else:
-        result = high
-    return result
+    low = tl.cast(tl.cast(number_low, tl.int32), tl.uint32, bitcast=True).to(tl.int64)
+    bits = (tl.cast(number, tl.int64) << 32) | low
+    return bits.to(tl.float64, bitcast=True).to(like.dtype)
 
 
 # ------------------------------------------------------------------------------------------------ elementary functions

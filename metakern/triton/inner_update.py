@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.library import triton_op, wrap_triton
 
 from metakern.triton.inner_update_kernels import coefficients_kernel, squares_kernel, update_kernel
-from metakern.triton.launch import Config, is_interpreted, launch, split
+from metakern.triton.launch import Config, is_interpreted, launch_in_parts, split
 
 #: Most elements of a program, and its warps.
 MAX_BLOCK, NUM_WARPS = 1024, 4
@@ -42,10 +42,11 @@ def _coefficients(squares: Any, factors: Any, grads: Sequence[Tensor], clip_norm
         if count:
             config = Config(MAX_BLOCK, NUM_WARPS)
             arguments = (g, sums.view(-1)[at:], size, count, sums.shape[1])
-            launch(squares, tasks * count, config, *arguments, BLOCK=config.block)
+            launch_in_parts(squares, tasks * count, config, *arguments, BLOCK=config.block)
         at += count
     config = _config(sums.shape[1])
-    launch(factors, tasks, config, sums, coefficients, sums.shape[1], *split(clip_norm), BLOCK=config.block)
+    limits = split(clip_norm)
+    launch_in_parts(factors, tasks, config, sums, coefficients, sums.shape[1], *limits, BLOCK=config.block)
     return coefficients
 
 
@@ -70,7 +71,7 @@ def _update(
     config = _config(row)
     blocks = triton.cdiv(row, config.block)
     unused = params  # stands in for a tensor that is not read
-    launch(
+    launch_in_parts(
         kernel,
         n // row * blocks,
         config,

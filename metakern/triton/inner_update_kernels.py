@@ -13,14 +13,14 @@ import triton.language as tl
 from metakern.triton.arithmetic import scalar, to_arithmetic
 
 
-@triton.jit
+@triton.jit(do_not_specialize=("rate", "rate_low", "first_program"))
 def update_kernel(
     old_params, grads, rates, updated, coefficients, active,
-    row, blocks, task_size, rate_period, rate, rate_low,
+    row, blocks, task_size, rate_period, rate, rate_low, first_program,
     RATE: tl.constexpr, CLIP: tl.constexpr, ACTIVE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program updates BLOCK elements of a row; RATE: α is a number (0), one element (1) or one for each (2)."""
-    program = tl.program_id(0).to(tl.int64)
+    program = first_program + tl.program_id(0).to(tl.int64)
     first = program // blocks * row
     lanes = program % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = lanes < row
@@ -41,10 +41,10 @@ def update_kernel(
     tl.store(updated + at, new, mask=valid)
 
 
-@triton.jit
-def squares_kernel(grads, sums, task_size, blocks, row_length, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=("first_program",))
+def squares_kernel(grads, sums, task_size, blocks, row_length, first_program, BLOCK: tl.constexpr):
     """One program sums the squares of BLOCK elements of one task, in float64, which holds every square of a float32."""
-    program = tl.program_id(0).to(tl.int64)
+    program = first_program + tl.program_id(0).to(tl.int64)
     task = program // blocks
     block = program % blocks
     lanes = block * BLOCK + tl.arange(0, BLOCK)
@@ -52,10 +52,10 @@ def squares_kernel(grads, sums, task_size, blocks, row_length, BLOCK: tl.constex
     tl.store(sums + task * row_length + block, tl.sum(g * g, axis=0))
 
 
-@triton.jit
-def coefficients_kernel(sums, coefficients, row_length, clip_norm, clip_norm_low, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=("clip_norm", "clip_norm_low", "first_program"))
+def coefficients_kernel(sums, coefficients, row_length, clip_norm, clip_norm_low, first_program, BLOCK: tl.constexpr):
     """One program adds the sums of one task and says by what its gradient is multiplied."""
-    task = tl.program_id(0).to(tl.int64)
+    task = first_program + tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)
     for start in range(0, row_length, BLOCK):

@@ -11,6 +11,9 @@ import triton
 
 from metakern.triton.arithmetic import to_arithmetic
 
+#: Programs of one launch at most, by CUDA.
+MAX_GRID = 2**31 - 1
+
 
 class Config(NamedTuple):
     """How a kernel is cut: coordinates of a block (a multiple of 32) and warps of a program."""
@@ -25,7 +28,13 @@ def is_interpreted() -> bool:
 
 
 def launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any) -> None:
-    """Run a kernel over ``grid`` programs on the current stream of its tensors' device."""
+    """Run a kernel over ``grid`` programs on the current stream of its tensors' device.
+
+    Raises:
+        RuntimeError: for more programs than a GPU takes in one launch
+    """
+    if grid > MAX_GRID:
+        raise RuntimeError(f"the tensors are too large: they take {grid} programs, and one launch at most {MAX_GRID}")
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": 1}
     guard: AbstractContextManager[Any] = nullcontext()
     if isinstance(kernel, triton.runtime.JITFunction):  # not what wrap_triton makes of one while a graph is traced
@@ -36,10 +45,15 @@ def launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any)
         kernel[(grid,)](*args, **constants, **options)
 
 
-def split(*numbers: float) -> list[float]:
-    """Each number as the float32 nearest to it and the rest, so that float64 arithmetic gets 48 bits of it."""
-    pairs = []
-    for number in numbers:
-        high = struct.unpack("f", struct.pack("f", number))[0]
-        pairs += [high, number - high]
-    return pairs
+def launch_in_parts(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any) -> None:
+    """The same for a kernel whose last argument is the number of its first program: as many launches as it takes."""
+    for first in range(0, grid, MAX_GRID):
+        launch(kernel, min(MAX_GRID, grid - first), config, *args, first, **constants)
+
+
+def split(*numbers: float) -> list[int]:
+    """The upper and the lower half of each number's bits as a float64, for :func:`metakern.triton.arithmetic.scalar`.
+
+    As integers of 32 bits every number arrives as it is: float arguments become float32.
+    """
+    return [half for number in numbers for half in struct.unpack(">ii", struct.pack(">d", number))]

@@ -23,8 +23,13 @@ import triton.language as tl
 from metakern.triton import lstm_cell as cell
 from metakern.triton.arithmetic import scalar, to_arithmetic
 
+#: Numbers of the host, in two halves each: their value must not become part of a compiled kernel.
+_NUMBERS = tuple(
+    name + half for name in ("p", "exp_p", "exp_neg_p", "output_scale") for half in ("", "_low")
+)  # fmt: skip
 
-@triton.jit
+
+@triton.jit(do_not_specialize=_NUMBERS)
 def forward_kernel(
     old_params, grads, state, new_params, new_state,
     w_ih_0, w_hh_0, b_ih_0, b_hh_0, w_ih_1, w_hh_1, b_ih_1, b_hh_1, w_ih_2, w_hh_2, b_ih_2, b_hh_2, head_w, head_b,
@@ -81,7 +86,7 @@ def _store_layer(
     cell.store_units(new_state, lanes, valid, inside, row + H, c, H, HP, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def features_kernel(
     grads, features, n, p, p_low, exp_p, exp_p_low, exp_neg_p, exp_neg_p_low,
     PREPROCESS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
@@ -99,7 +104,7 @@ def features_kernel(
         tl.store(at + 32, second, mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def features_backward_kernel(
     grads, work, grad_grads, n, p, p_low, exp_p, exp_p_low, exp_neg_p, exp_neg_p_low,
     PREPROCESS: tl.constexpr, F: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
@@ -120,7 +125,7 @@ def features_backward_kernel(
     tl.store(grad_grads + coordinates, result.to(grad_grads.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def backward_kernel(
     grad_new_params, grad_new_state, x_tiles, state, grad_state, work, w_ih, w_hh, b_ih, b_hh, head_w,
     n, output_scale, output_scale_low,
@@ -172,7 +177,7 @@ def backward_kernel(
     cell.store_units(work, lanes, valid, inside, 5 * H, grad_x, K, HP, WORK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=_NUMBERS)
 def weights_kernel(
     grad_new_params, x_tiles, state, work, partials,
     n, blocks, blocks_per_chunk, row_length, output_scale, output_scale_low,

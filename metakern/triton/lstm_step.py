@@ -92,7 +92,7 @@ def _config(kernel: str, state: Tensor) -> Config:
     return CONFIGS[kernel, _padded_hidden(state.shape[3]), _has_warpgroups(state.device.index)]
 
 
-def _scalars(preprocess_scale: float, output_scale: float) -> list[float]:
+def _scalars(preprocess_scale: float, output_scale: float) -> list[int]:
     p = float(preprocess_scale)
     return split(p, math.exp(p), math.exp(-p), float(output_scale))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 from metakern._memo import constant, memoized
+from metakern.triton.launch import split
+from metakern.triton.mlp_functions import MIXED
 
 #: Keep in step with csrc/mlp_inner_loop.h; what the operators alone read is padded by TASK_LANES.
 MAX_LAYERS, TASK_LANES = 8, 16
@@ -25,6 +28,9 @@ _MOST = 2**20
 
 #: Outputs at most: a program takes all of a sample's at once in the loss.
 MAX_OUTPUTS = 4096
+
+#: Kinds of activations: relu, tanh, sigmoid, gelu, leaky_relu.
+_LAST_KIND = 4
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -38,9 +44,11 @@ class Arguments(NamedTuple):
     steps: int
     per_step: bool
     adapted: int  # bit i: whether params[i] is
-    activation: int
+    activation: list[int]  # of every hidden layer, or of all
     loss: int
     checkpoint_every: int
+    slopes: list[float] = []  # noqa: RUF012 of leaky_relu, for every activation; or none
+    clip_norm: float | None = None
 
 
 class Samples(NamedTuple):
@@ -71,6 +79,7 @@ class Network:
         widths: inputs, then the units of every layer
         sizes: elements of every tensor of one task
         shared: bit i: params[i] has no task axis
+        activations: kind and slope of every hidden layer's
     """
 
     def __init__(self, arguments: Arguments, x: Tensor) -> None:
@@ -79,10 +88,11 @@ class Network:
         self.tasks = x.shape[0]
         steps, every = arguments.steps, arguments.checkpoint_every
         check(1 <= steps <= _MOST, "steps must be 1 to ", _MOST, ", got ", steps)
-        check(0 <= arguments.activation <= 3, "activation must be 0 to 3, got ", arguments.activation)
         check(0 <= arguments.loss <= 2, "loss must be 0, 1 or 2, got ", arguments.loss)
         check(1 <= every <= steps, "checkpoint_every must be 1 to ", steps, ", got ", every)
         check(math.isfinite(arguments.rate), "rate must be finite, got ", arguments.rate)
+        clip = arguments.clip_norm
+        check(clip is None or 0 < clip < math.inf, "clip_norm must be positive and finite, got ", clip)
         self.widths: tuple[int, ...] = ()
         self.sizes: tuple[int, ...] = ()
         self.shared = 0
@@ -97,6 +107,7 @@ class Network:
         check(
             self.outputs <= MAX_OUTPUTS, "the last layer must have at most ", MAX_OUTPUTS, " units, got ", self.outputs
         )
+        self.activations = self._activations(arguments)
         self._check_rates(arguments)
 
     def _add(self, index: int, p: Tensor, first: Tensor) -> None:
@@ -118,6 +129,24 @@ class Network:
         self.sizes += (math.prod(p.shape[-own:]),)
         _check_like("params", p, first)
 
+    def _activations(self, a: Arguments) -> tuple[tuple[int, float], ...]:
+        """Kind and slope of every hidden layer's activation."""
+        hidden, count = len(self.widths) - 2, len(a.activation)
+        check(
+            count in (1, hidden),
+            *("activation must hold 1 kind or one for each of the ", hidden, " hidden layers, got ", count),
+        )
+        check(
+            len(a.slopes) in (0, count),
+            *("slopes must hold none or one for each of the ", count, " activations, got ", len(a.slopes)),
+        )
+        for kind in a.activation:
+            check(0 <= kind <= _LAST_KIND, "activation must be 0 to ", _LAST_KIND, ", got ", kind)
+        for slope in a.slopes:
+            check(0 <= slope < math.inf, "slopes must be finite and not negative, got ", slope)
+        pairs = tuple(zip(a.activation, a.slopes or [0.0] * count, strict=True))
+        return pairs[:hidden] if count == hidden else pairs * hidden
+
     def _check_rates(self, a: Arguments) -> None:
         count = len(self.sizes)
         check(
@@ -129,6 +158,12 @@ class Network:
             size, leading = self.sizes[index], a.steps if a.per_step else 1
             fits = rate.numel() in (leading, leading * size) if len(a.lr) > 1 else rate.numel() == leading
             check(fits, f"lr[{index}] must hold 1 or {size} rates", " a step" * a.per_step, ", got ", rate.shape)
+
+    @property
+    def activation(self) -> int:
+        """The kind that all activations have, or MIXED."""
+        kinds = {kind for kind, _ in self.activations}
+        return min(kinds, default=0) if len(kinds) < 2 else MIXED.value
 
     @property
     def outputs(self) -> int:
@@ -182,25 +217,39 @@ def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def table(network: Network, arguments: Arguments, device: torch.device) -> Tensor:
-    """The network as the kernels read it, int32 [2 L, 9]; the columns are named in metakern/triton/mlp_pass.py."""
+    """The network as the kernels read it, int32 [2 L, 12]; the columns are named in metakern/triton/mlp_pass.py."""
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
-    return constant(_rows(network.widths, network.sizes, bits, rates, steps), torch.int32, device)
+    rows = _rows(network.widths, network.sizes, bits, rates, steps, network.activations)
+    return constant(rows, torch.int32, device)
 
 
 @memoized
 def _rows(
-    widths: tuple[int, ...], sizes: tuple[int, ...], adapted: int, rates: tuple[int, ...], steps: int
+    widths: tuple[int, ...],
+    sizes: tuple[int, ...],
+    adapted: int,
+    rates: tuple[int, ...],
+    steps: int,
+    activations: tuple[tuple[int, float], ...],
 ) -> tuple[tuple[int, ...], ...]:
     rows = []
+    kinds = [(kind, *_bits(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
     offsets, slots = (list(itertools.accumulate(counts, initial=0)) for counts in (sizes, rates))
     for tensor, size in enumerate(sizes):
         layer, owner = tensor // 2, tensor if len(rates) > 1 else 0
         of_step = rates[owner] // max(steps, 1) if rates else 0
         row = [offsets[tensor], size, widths[layer], widths[layer + 1], sum(widths[1 : layer + 1])]
-        rows.append([*row, adapted >> tensor & 1, slots[owner], int(of_step > 1), of_step if steps else 0])
+        rates_of = slots[owner], int(of_step > 1), of_step if steps else 0
+        rows.append([*row, adapted >> tensor & 1, *rates_of, *kinds[layer]])
     return tuple(map(tuple, rows))
+
+
+def _bits(number: float) -> tuple[int, int]:
+    """The bits of the float32 nearest to a number, and of that nearest to the rest, as int32."""
+    high, low = split(number)
+    return struct.unpack("ii", struct.pack("ff", high, low))
 
 
 def starts(sizes: Sequence[int], device: torch.device) -> Tensor:

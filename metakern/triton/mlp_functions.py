@@ -16,6 +16,9 @@ from metakern.triton.arithmetic import exp, log, sigmoid, tanh, to_arithmetic
 #: Elements that a program takes at once where every element is for itself.
 BLOCK = tl.constexpr(512)
 
+#: The activation of a network whose layers have several kinds; each kind is a number below.
+MIXED = tl.constexpr(5)
+
 
 @triton.constexpr_function
 def loss_block(outputs):
@@ -24,16 +27,18 @@ def loss_block(outputs):
 
 
 @triton.jit
-def activation(z, ACTIVATION: tl.constexpr):
+def activation_of(z, leak, KIND: tl.constexpr):
     """φ(z); NaN comes out."""
-    if ACTIVATION == 0:
+    if KIND == 0:
         result = tl.where(z <= 0, 0.0, z)  # the comparison is false for NaN
-    elif ACTIVATION == 1:
+    elif KIND == 1:
         result = tanh(z)
-    elif ACTIVATION == 2:
+    elif KIND == 2:
         result = sigmoid(z)
-    else:
+    elif KIND == 3:
         result = z * normal_cdf(z)
+    else:
+        result = tl.where(z > 0, z, leak * z)
     return result
 
 
@@ -44,22 +49,96 @@ def normal_cdf(z):
 
 
 @triton.jit
-def derivatives(z, h, ACTIVATION: tl.constexpr):
-    """φ'(z) and φ''(z); from h = φ(z) where that says it."""
-    if ACTIVATION == 0:
-        slope = tl.where(z <= 0, 0.0, 1.0).to(z.dtype)
-        bend = slope * 0
-    elif ACTIVATION == 1:
+def tangent_of(z, h, v, curved, leak, KIND: tl.constexpr):
+    """φ'(z) v + φ''(z) curved; from h = φ(z) where that says it.
+
+    Of ReLU and leaky ReLU it is selected, never multiplied: an infinite gradient of a dead unit is zero, not NaN.
+    """
+    if KIND == 0:
+        result = tl.where(h <= 0, 0.0, v)
+    elif KIND == 1:
         slope = 1 - h * h
-        bend = -2 * h * slope
-    elif ACTIVATION == 2:
+        result = v * slope + curved * (-2 * h * slope)
+    elif KIND == 2:
         slope = h * (1 - h)
-        bend = slope * (1 - 2 * h)
-    else:
+        result = v * slope + curved * (slope * (1 - 2 * h))
+    elif KIND == 3:
         density = exp(-0.5 * z * z) * 0.39894228040143267794
-        slope = normal_cdf(z) + z * density
-        bend = density * (2 - z * z)
-    return slope, bend
+        result = v * (normal_cdf(z) + z * density) + curved * (density * (2 - z * z))
+    else:
+        result = tl.where(h > 0, v, leak * v)
+    return result
+
+
+@triton.jit
+def slope_of(z, h, v, leak, KIND: tl.constexpr):
+    """φ'(z) v."""
+    if KIND == 1:
+        result = v * (1 - h * h)
+    elif KIND == 2:
+        result = v * (h * (1 - h))
+    elif KIND == 3:
+        result = v * (normal_cdf(z) + z * exp(-0.5 * z * z) * 0.39894228040143267794)
+    else:
+        result = tangent_of(z, h, v, v, leak, KIND)
+    return result
+
+
+# Of a layer of ``kind``: the kind of all layers is ACTIVATION, or they differ, which is MIXED.
+
+
+@triton.jit
+def activation(z, kind, leak, ACTIVATION: tl.constexpr):
+    """φ(z)."""
+    if ACTIVATION != MIXED:
+        result = activation_of(z, leak, ACTIVATION)
+    else:
+        result = activation_of(z, leak, 0)
+        if kind == 1:
+            result = activation_of(z, leak, 1)
+        if kind == 2:
+            result = activation_of(z, leak, 2)
+        if kind == 3:
+            result = activation_of(z, leak, 3)
+        if kind == 4:
+            result = activation_of(z, leak, 4)
+    return result
+
+
+@triton.jit
+def slope_times(z, h, v, kind, leak, ACTIVATION: tl.constexpr):
+    """φ'(z) v."""
+    if ACTIVATION != MIXED:
+        result = slope_of(z, h, v, leak, ACTIVATION)
+    else:
+        result = slope_of(z, h, v, leak, 0)
+        if kind == 1:
+            result = slope_of(z, h, v, leak, 1)
+        if kind == 2:
+            result = slope_of(z, h, v, leak, 2)
+        if kind == 3:
+            result = slope_of(z, h, v, leak, 3)
+        if kind == 4:
+            result = slope_of(z, h, v, leak, 4)
+    return result
+
+
+@triton.jit
+def tangent(z, h, v, curved, kind, leak, ACTIVATION: tl.constexpr):
+    """φ'(z) v + φ''(z) curved."""
+    if ACTIVATION != MIXED:
+        result = tangent_of(z, h, v, curved, leak, ACTIVATION)
+    else:
+        result = tangent_of(z, h, v, curved, leak, 0)
+        if kind == 1:
+            result = tangent_of(z, h, v, curved, leak, 1)
+        if kind == 2:
+            result = tangent_of(z, h, v, curved, leak, 2)
+        if kind == 3:
+            result = tangent_of(z, h, v, curved, leak, 3)
+        if kind == 4:
+            result = tangent_of(z, h, v, curved, leak, 4)
+    return result
 
 
 # ------------------------------------------------------------------------------------------------------------- losses

@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 from torch.library import custom_op
 
+from metakern._memo import constant
 from metakern.triton.launch import Config, launch, split
 from metakern.triton.mlp_arguments import (
     TASK_LANES,
@@ -28,7 +29,6 @@ from metakern.triton.mlp_arguments import (
     Network,
     Samples,
     check,
-    constant,
     on_device,
     starts,
     table,
@@ -50,8 +50,12 @@ PROGRAMS_ON_CPU = 2
 SUM_TASKS, SUM_COLUMNS, SUM_CHUNK = 32, 32, 256
 
 _SCALARS = (
-    "float rate, int steps, bool per_step, int adapted, int activation, int loss, int checkpoint_every"
+    "float rate, int steps, bool per_step, int adapted, int[1] activation, int loss, int checkpoint_every"
 )  # fmt: skip
+_NUM_SCALARS = 7
+
+#: At the end, where the dispatcher leaves out what has its default.
+_OPTIONS = "float[] slopes=[], float? clip_norm=None"
 
 
 def _arithmetic(params: Sequence[Tensor]) -> torch.dtype:
@@ -132,13 +136,14 @@ class _Loop:
             *(unused if adjoints is None else adjoints, work, table(network, a, self.like.device)),
             *(network.tasks, self.support.x.shape[1], queries, a.steps, a.checkpoint_every),
             *(len(network.widths) - 1, network.units, network.params, self.flat, network.widths[0], network.outputs),
-            *(size, *split(a.rate)),
-            ACTIVATION=a.activation,
+            *(size, *split(a.rate, a.clip_norm or 0.0)),
+            ACTIVATION=network.activation,
             LOSS=a.loss,
             QUERY=query is not None,
             BACKWARD=adjoints is not None,
             KEEP=checkpoints is not None,
             RATED=bool(self.rates),
+            CLIPS=a.clip_norm is not None,
             MASKED=self.support.mask is not None,
             QUERY_MASKED=query is not None and query.mask is not None,
             TENSORS=len(self.params),
@@ -198,7 +203,7 @@ def _gradients(
     "metakern::mlp_inner_loop_triton",
     mutates_args=(),
     schema=f"(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor[] lr, {_SCALARS}, bool keep, "
-    "Tensor second_order) -> (Tensor[], Tensor)",
+    f"Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor)",
 )
 def mlp_inner_loop_triton(
     params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, lr: list[Tensor], *options: Any
@@ -208,8 +213,8 @@ def mlp_inner_loop_triton(
     float32, float64, or bfloat16 and float16 with float32 arithmetic; the trajectory is in the arithmetic dtype.
     Labels that name no output give a task whose loss and gradients are NaN.
     """
-    *scalars, keep, second_order = options
-    arguments = Arguments(params, lr, *scalars)
+    keep, second_order, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
     loop = _Loop(arguments, x, y, mask, second_order)
     network = loop.network
     trajectory = loop.padded(loop.segments * network.params if keep else 0)
@@ -223,15 +228,15 @@ def mlp_inner_loop_triton(
     "metakern::mlp_inner_loop_triton_backward",
     mutates_args=(),
     schema="(Tensor[] grad_adapted, Tensor trajectory, Tensor[] params, Tensor x, Tensor y, Tensor? mask, "
-    f"Tensor[] lr, {_SCALARS}, Tensor second_order) -> (Tensor[], Tensor[])",
+    f"Tensor[] lr, {_SCALARS}, Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor[])",
 )
 def mlp_inner_loop_triton_backward(
     grad_adapted: list[Tensor], trajectory: Tensor, params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None,
     lr: list[Tensor], *options: Any,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Gradients of params and rates from those of the adapted parameters."""
-    *scalars, second_order = options
-    arguments = Arguments(params, lr, *scalars)
+    second_order, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
     loop = _Loop(arguments, x, y, mask, second_order)
     network = loop.network
     check(len(grad_adapted) == len(params), "grad_adapted must have one tensor for each of params")
@@ -248,15 +253,16 @@ def mlp_inner_loop_triton_backward(
     "metakern::mlp_meta_loss_triton",
     mutates_args=(),
     schema="(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor query_x, Tensor query_y, Tensor? query_mask, "
-    f"Tensor[] lr, {_SCALARS}, Tensor second_order, Tensor step_weights, bool with_grads) -> (Tensor, Tensor)",
+    f"Tensor[] lr, {_SCALARS}, Tensor second_order, Tensor step_weights, bool with_grads, {_OPTIONS}) "
+    "-> (Tensor, Tensor)",
 )
 def mlp_meta_loss_triton(
     params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, query_x: Tensor, query_y: Tensor,
     query_mask: Tensor | None, lr: list[Tensor], *options: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Query losses [T], and the gradient of each in the arithmetic dtype, with ``with_grads``."""
-    *scalars, second_order, step_weights, with_grads = options
-    arguments = Arguments(params, lr, *scalars)
+    second_order, step_weights, with_grads, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
     loop = _Loop(arguments, x, y, mask, second_order)
     query = loop.samples("query", query_x, query_y, query_mask)
     check(step_weights.shape == (arguments.steps,), "step_weights must have shape ", [arguments.steps])
@@ -278,7 +284,7 @@ def mlp_meta_loss_triton_backward(
     per_step: bool, loss: int,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """Gradients of params and rates: the tasks' gradients, weighted and summed."""
-    arguments = Arguments(params, lr, 0.0, steps, per_step, -1, 0, loss, 1)
+    arguments = Arguments(params, lr, 0.0, steps, per_step, -1, [0], loss, 1)
     loop = _Loop(arguments, x, y, None, constant((True,) * steps, torch.bool, x.device))
     check(grad_losses.shape == (loop.network.tasks,), "grad_losses must have shape ", [loop.network.tasks])
     _check_private("task_grads", task_grads, loop, loop.flat)

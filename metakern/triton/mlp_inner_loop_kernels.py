@@ -8,7 +8,7 @@ steps are no compile-time constants: a compiled kernel serves every network of a
 Axis legend: T tasks; S support and Q query samples of a task; K inner steps; P parameters of a task, R rates that
 receive gradients; U units of all layers. A segment is the steps between two parameters that are kept. Arguments that
 travel together: ``net`` is (table, layers, U), ``data`` one set of a task (x, y, mask, factor, samples), ``alphas``
-(rates [R], and the rate where there are none, in two parts).
+(rates [R], the rate where there are none, and the norm at which gradients are clipped with CLIPS, in two parts each).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from metakern.triton.mlp_pass import (
 #: Arguments whose value must not become part of a compiled kernel.
 _NUMBERS = (
     "tasks", "support_samples", "query_samples", "steps", "every", "layers", "units", "params_size", "flat", "inputs",
-    "outputs", "work_size", "rate", "rate_low",
+    "outputs", "work_size", "rate", "rate_low", "clip", "clip_low",
 )  # fmt: skip
 
 
@@ -44,10 +44,33 @@ _NUMBERS = (
 
 
 @triton.jit
-def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
-    """θ' = θ − α g; a tensor that is not adapted keeps its bits."""
+def clipping(gradient, net, alphas):
+    """min(1, c / ‖g‖) for the gradient g of all that adapts, and 1 / ‖g‖ where it is clipped, else 0.
+
+    In float64, which holds every square of a float32.
+    """
     table, layers, _units = net
-    rates, rate, rate_low = alphas
+    _rates, _rate, _rate_low, clip, clip_low = alphas
+    total = tl.zeros([BLOCK], tl.float64)
+    for tensor in range(2 * layers):
+        offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
+        count = tl.where(entry(table, tensor, ADAPTED) != 0, size, 0)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            g = tl.load(gradient + offset + i, mask=i < count, other=0.0).to(tl.float64)
+            total += g * g
+    square = tl.sum(total, axis=0)
+    norm, length = scalar(clip, clip_low, square), tl.sqrt(square)
+    fits = square <= norm * norm  # false for NaN
+    like = gradient.dtype.element_ty
+    return tl.where(fits, 1.0, norm / length).to(like), tl.where(fits, 0.0, 1 / length).to(like)
+
+
+@triton.jit
+def update_phase(now, new, gradient, coefficient, step, net, alphas, RATED: tl.constexpr, CLIPS: tl.constexpr):
+    """θ' = θ − α g, with CLIPS of the gradient times its coefficient; a tensor that is not adapted keeps its bits."""
+    table, layers, _units = net
+    rates, rate, rate_low, _clip, _clip_low = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
         adapted, per = entry(table, tensor, ADAPTED) != 0, entry(table, tensor, PER_PARAMETER)
@@ -56,6 +79,8 @@ def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
             i = start + tl.arange(0, BLOCK)
             theta = tl.load(now + offset + i, mask=i < size, other=0.0)
             g = tl.load(gradient + offset + i, mask=i < size, other=0.0)
+            if CLIPS:
+                g *= coefficient
             if RATED:
                 alpha = tl.load(rates + slot + i * per, mask=i < size, other=0.0).to(g.dtype)
             else:
@@ -65,10 +90,17 @@ def update_phase(now, new, gradient, step, net, alphas, RATED: tl.constexpr):
 
 
 @triton.jit
-def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED: tl.constexpr):
-    """The direction −α ⊙ adjoint of the Hessian's product, zero where nothing adapts; gradients of α are added up."""
+def direction_phase(
+    adjoint, grad_rates, gradient, coefficient, direction, step, net, alphas,
+    RATED: tl.constexpr, CLIPS: tl.constexpr,
+):  # fmt: skip
+    """The direction −α ⊙ adjoint of the Hessian's product, zero where nothing adapts; gradients of α are added up.
+
+    Returns the product of direction and gradient with CLIPS, for :func:`clip_direction_phase`.
+    """
     table, layers, _units = net
-    rates, rate, rate_low = alphas
+    rates, rate, rate_low, _clip, _clip_low = alphas
+    along = tl.zeros([BLOCK], tl.float64)
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
         adapted, per = entry(table, tensor, ADAPTED) != 0, entry(table, tensor, PER_PARAMETER)
@@ -80,18 +112,42 @@ def direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas,
             v = tl.load(adjoint + offset + i, mask=i < size, other=0.0)
             if RATED:
                 alpha = tl.load(rates + slot + i * per, mask=i < size, other=0.0).to(v.dtype)
-                product = v * tl.load(gradient + offset + i, mask=i < size, other=0.0)
+                g = tl.load(gradient + offset + i, mask=i < size, other=0.0)
+                if CLIPS:
+                    g *= coefficient
+                product = v * g
                 total += product
                 at = grad_rates + slot + i
                 tl.store(at, tl.load(at, mask=i < own_rates, other=0.0) - product, mask=i < own_rates)
             else:
                 alpha = scalar(rate, rate_low, v)
-            tl.store(direction + offset + i, tl.where(adapted, -alpha * v, 0.0), mask=i < size)
+            moved = tl.where(adapted, -alpha * v, 0.0)
+            tl.store(direction + offset + i, moved, mask=i < size)
+            if CLIPS:
+                g = tl.load(gradient + offset + i, mask=i < tl.where(adapted, size, 0), other=0.0)
+                along += tl.where(i < size, moved.to(tl.float64) * g.to(tl.float64), 0.0)
         if RATED:
             whole = tl.sum(total, axis=0)
             if adapted & (per == 0):
                 tl.store(grad_rates + slot, tl.load(grad_rates + slot) - whole)
             tl.debug_barrier()  # the next tensor may have the same rate
+    tl.debug_barrier()
+    return tl.sum(along, axis=0)
+
+
+@triton.jit
+def clip_direction_phase(direction, gradient, along, coefficient, inverse, net):
+    """From the direction d of a clipped gradient to that of the gradient: c / ‖g‖ (d − ⟨d, g⟩ g / ‖g‖²)."""
+    table, layers, _units = net
+    share = tl.where(inverse == 0, 0.0, along * inverse.to(tl.float64)).to(inverse.dtype)
+    for tensor in range(2 * layers):
+        offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
+        count = tl.where(entry(table, tensor, ADAPTED) != 0, size, 0)
+        for start in range(0, count, BLOCK):
+            i = start + tl.arange(0, BLOCK)
+            g = tl.load(gradient + offset + i, mask=i < count, other=0.0)
+            d = tl.load(direction + offset + i, mask=i < count, other=0.0)
+            tl.store(direction + offset + i, coefficient * (d - share * (inverse * g)), mask=i < count)
     tl.debug_barrier()
 
 
@@ -216,7 +272,7 @@ def load_set(
 @triton.jit
 def forward_step(
     step, slot, scratch, support, outputs, net, alphas,
-    ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """The inner step ``step``, as number ``slot`` of its segment."""
@@ -225,7 +281,10 @@ def forward_step(
     record = records + slot * record_size
     loss_phases(now, record, support, outputs, net, ACTIVATION, LOSS, MASKED, BS, BU, OP)
     gradient_phases(now, record, gradient, 1.0, support, net, ACTIVATION, False, BS, BU)
-    update_phase(now, now + theta_size, gradient, step, net, alphas, RATED)
+    coefficient = 1.0
+    if CLIPS:
+        coefficient = clipping(gradient, net, alphas)[0]
+    update_phase(now, now + theta_size, gradient, coefficient, step, net, alphas, RATED, CLIPS)
 
 
 @triton.jit
@@ -244,13 +303,20 @@ def query_step(
 @triton.jit
 def backward_step(
     step, slot, second, adjoint, grad_rates, scratch, support, outputs, net, alphas,
-    ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, MASKED: tl.constexpr,
+    ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """From the adjoint of the parameters after a step to that of those before it."""
     thetas, gradients, records, direction, tangents, theta_size, record_size = scratch
     gradient = gradients + slot * theta_size
-    direction_phase(adjoint, grad_rates, gradient, direction, step, net, alphas, RATED)
+    if CLIPS:
+        coefficient, inverse = clipping(gradient, net, alphas)
+        along = direction_phase(
+            adjoint, grad_rates, gradient, coefficient, direction, step, net, alphas, RATED, CLIPS
+        )  # fmt: skip
+        clip_direction_phase(direction, gradient, along, coefficient, inverse, net)
+    else:
+        direction_phase(adjoint, grad_rates, gradient, 1.0, direction, step, net, alphas, RATED, CLIPS)
     if second != 0:
         theta, record = thetas + slot * theta_size, records + slot * record_size
         hessian_phases(
@@ -264,9 +330,9 @@ def inner_loop_kernel(
     x, y, mask, initial, ends, query_x, query_y, query_mask, rates, second_order, step_weights,
     losses, totals, checkpoints, adjoints, work, table,
     tasks, support_samples, query_samples, steps, every, layers, units, params_size, flat, inputs, outputs, work_size,
-    rate, rate_low,
+    rate, rate_low, clip, clip_low,
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, QUERY: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
-    RATED: tl.constexpr, MASKED: tl.constexpr, QUERY_MASKED: tl.constexpr,
+    RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr, QUERY_MASKED: tl.constexpr,
     TENSORS: tl.constexpr, SHARED: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
     """Every num_programs-th task.
@@ -275,7 +341,7 @@ def inner_loop_kernel(
     of those. With BACKWARD alone: adjoints from those of the adapted parameters, in ``ends``, and from ``checkpoints``.
     Without both: adapted parameters, to ``ends``, and with KEEP ``checkpoints`` [T, segments, P].
     """
-    net, alphas = (table, layers, units), (rates, rate, rate_low)
+    net, alphas = (table, layers, units), (rates, rate, rate_low, clip, clip_low)
     segments = (steps + every - 1) // every
     # The steps of a segment stay for the way back; without one, every step takes the place of the one before.
     span, theta_size = (every, params_size) if BACKWARD else (1, 0)
@@ -316,7 +382,7 @@ def inner_loop_kernel(
             for step in range(first, last):
                 forward_step(
                     step, step - first, scratch, support, outputs, net, alphas,
-                    ACTIVATION, LOSS, RATED, MASKED, BS, BU, OP,
+                    ACTIVATION, LOSS, RATED, CLIPS, MASKED, BS, BU, OP,
                 )  # fmt: skip
                 if QUERY and not BACKWARD:
                     query_step(
@@ -335,7 +401,7 @@ def inner_loop_kernel(
                         )  # fmt: skip
                     backward_step(
                         step, step - first, tl.load(second_order + step), adjoint, adjoint + params_size, scratch,
-                        support, outputs, net, alphas, ACTIVATION, LOSS, RATED, MASKED, BS, BU, OP,
+                        support, outputs, net, alphas, ACTIVATION, LOSS, RATED, CLIPS, MASKED, BS, BU, OP,
                     )  # fmt: skip
         if QUERY:
             tl.debug_barrier()

@@ -25,11 +25,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.triton.mlp_functions import activation, derivatives
+from metakern.triton.arithmetic import scalar
+from metakern.triton.mlp_functions import activation, slope_times, tangent
 
 #: Columns of the table of a network, a row for each tensor; keep in step with metakern/triton/mlp_inner_loop.py.
 OFFSET, SIZE, INPUTS, UNITS, BEFORE, ADAPTED, SLOT, PER_PARAMETER, STEP = map(tl.constexpr, range(9))
-COLUMNS = tl.constexpr(9)
+KIND, LEAK, LEAK_LOW = map(tl.constexpr, range(9, 12))
+COLUMNS = tl.constexpr(12)
 
 #: Of a block of a product: the least that tl.dot takes, which needs the fewest registers.
 DEPTH = tl.constexpr(16)
@@ -47,6 +49,14 @@ def layer_sizes(table, layer):
     inputs, units = entry(table, 2 * layer, INPUTS), entry(table, 2 * layer, UNITS)
     weight, bias = entry(table, 2 * layer, OFFSET), entry(table, 2 * layer + 1, OFFSET)
     return inputs, units, entry(table, 2 * layer, BEFORE), weight, bias
+
+
+@triton.jit
+def layer_activation(table, layer, like):
+    """Kind of a layer's activation, and the slope at and below zero, whose bits the table has in two parts."""
+    high = entry(table, 2 * layer, LEAK).to(tl.float32, bitcast=True)
+    low = entry(table, 2 * layer, LEAK_LOW).to(tl.float32, bitcast=True)
+    return entry(table, 2 * layer, KIND), scalar(high, low, like)
 
 
 @triton.jit
@@ -94,7 +104,8 @@ def forward_pass(
                 at = before * samples + s[:, None] * units + u[None, :]
                 inside = (s < samples)[:, None] & (u < units)[None, :]
                 tl.store(record + at, z, mask=inside)
-                tl.store(record + size + at, activation(z, ACTIVATION), mask=inside)
+                kind, leak = layer_activation(table, layer, z)
+                tl.store(record + size + at, activation(z, kind, leak, ACTIVATION), mask=inside)
         tl.debug_barrier()
 
 
@@ -119,9 +130,10 @@ def backward_pass(
                 at = (before - inputs) * samples + s[:, None] * inputs + u[None, :]
                 inside = (s < samples)[:, None] & (u < inputs)[None, :]
                 z = tl.load(record + at, mask=inside, other=0.0)
-                slope = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)[0]
+                h = tl.load(record + size + at, mask=inside, other=0.0)
+                kind, leak = layer_activation(table, layer - 1, z)
                 tl.store(record + 2 * size + at, e, mask=inside)
-                tl.store(record + 3 * size + at, e * slope, mask=inside)
+                tl.store(record + 3 * size + at, slope_times(z, h, e, kind, leak, ACTIVATION), mask=inside)
         tl.debug_barrier()
 
 
@@ -193,9 +205,10 @@ def tangent_forward_pass(
                 at = before * samples + s[:, None] * units + u[None, :]
                 inside = (s < samples)[:, None] & (u < units)[None, :]
                 z = tl.load(record + at, mask=inside, other=0.0)
-                slope = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)[0]
+                h = tl.load(record + size + at, mask=inside, other=0.0)
+                kind, leak = layer_activation(table, layer, z)
                 tl.store(tangents + at, tz, mask=inside)
-                tl.store(tangents + size + at, tz * slope, mask=inside)
+                tl.store(tangents + size + at, slope_times(z, h, tz, kind, leak, ACTIVATION), mask=inside)
         tl.debug_barrier()
 
 
@@ -225,8 +238,10 @@ def tangent_backward_pass(
                 at = (before - inputs) * samples + s[:, None] * inputs + u[None, :]
                 inside = (s < samples)[:, None] & (u < inputs)[None, :]
                 z = tl.load(record + at, mask=inside, other=0.0)
-                slope, bend = derivatives(z, tl.load(record + size + at, mask=inside, other=0.0), ACTIVATION)
+                h = tl.load(record + size + at, mask=inside, other=0.0)
                 e = tl.load(record + 2 * size + at, mask=inside, other=0.0)
                 tz = tl.load(tangents + at, mask=inside, other=0.0)
-                tl.store(tangents + 3 * size + at, te * slope + e * tz * bend, mask=inside)
+                kind, leak = layer_activation(table, layer - 1, z)
+                moved = tangent(z, h, te, e * tz, kind, leak, ACTIVATION)
+                tl.store(tangents + 3 * size + at, moved, mask=inside)
         tl.debug_barrier()

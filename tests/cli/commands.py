@@ -33,9 +33,9 @@ def metakern(*arguments: str, cwd: Path, **environment: str) -> subprocess.Compl
     )  # fmt: skip
 
 
-def invoke(arguments: str) -> Result:
+def invoke(arguments: str, **environment: str) -> Result:
     """The same command in this process."""
-    return CliRunner(env=ENVIRONMENT).invoke(app, arguments.split())
+    return CliRunner(env=ENVIRONMENT | environment).invoke(app, arguments.split())
 
 
 def succeed(arguments: str) -> str:

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from metakern.cli.fewshot import PRESETS, MAMLSettings, make_learner, make_model, make_tasks, widths
+from metakern.cli.fewshot import PRESETS, MAMLSettings
 from metakern.learners import ClusteredLearner
+from metakern.runs.fewshot import make_learner, make_model, make_tasks, widths
 from tests.tasks.pictures import write_omniglot
 
 

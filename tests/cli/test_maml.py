@@ -33,7 +33,7 @@ def test_a_run_leaves_its_configuration_metrics_figures_checkpoints_versions_and
     folder, _ = run
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name}
     assert files == {
-        "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "results.json", "figures",
+        ".lock", "config.yaml", "environment.json", "metrics.jsonl", "model.safetensors", "results.json", "figures",
         "figures/learning.png", "figures/adaptation.png", "checkpoints", "checkpoints/00000002.pt",
         "checkpoints/00000002.sha256", "checkpoints/00000004.pt", "checkpoints/00000004.sha256",
     }  # fmt: skip
@@ -175,6 +175,7 @@ def test_runs_are_compared_on_the_same_tasks(run, tmp_path):
     assert "other" in printed
     assert measures(tmp_path / "eval") == [*measures(folder), *measures(tmp_path / "other")]
     assert coloured_share(tmp_path / "eval" / "figures" / "clusters-other.png") > 0.0005
+    assert coloured_share(tmp_path / "eval" / "figures" / "learning.png") > 0.002
 
 
 def test_runs_of_different_tasks_are_not_compared(run, tmp_path):

@@ -86,16 +86,15 @@ def test_torchrun_does_not_go_on_with_a_run_that_it_did_not_begin(tmp_path, monk
 KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
-from metakern.cli import app, training
+from metakern.cli import app
+from metakern.training import RunRecord
 
-def callbacks(self, usual=training.Run.callbacks):
-    class Killed(training.Callback):
-        def on_iteration(self, trainer, record):
-            if record.iteration == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-                os.kill(os.getpid(), signal.SIGKILL)
-    return [*usual(self), Killed()]
+def on_iteration(self, trainer, record, usual=RunRecord.on_iteration):
+    usual(self, trainer, record)
+    if record.iteration == 4 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
 
-training.Run.callbacks = callbacks
+RunRecord.on_iteration = on_iteration
 app(sys.argv[1:])
 """
 

@@ -33,7 +33,8 @@ class _Problem(ctypes.Structure):
         ("support_samples", ctypes.c_int),
         ("query_samples", ctypes.c_int),
         ("steps", ctypes.c_int),
-        ("activation", ctypes.c_int),
+        ("activations", ctypes.c_int * _LAYERS),
+        ("slopes", ctypes.c_double * _LAYERS),
         ("loss", ctypes.c_int),
         ("is_double", ctypes.c_bool),
         ("shared", ctypes.c_bool * _TENSORS),
@@ -41,6 +42,7 @@ class _Problem(ctypes.Structure):
         ("rate", ctypes.c_double),
         ("rates", _Rates * _TENSORS),
         ("checkpoint_every", ctypes.c_int),
+        ("clip_norm", ctypes.c_double),
     )
 
 
@@ -148,7 +150,8 @@ class Arguments:
         widths = [self.support[0].shape[2], *(q.shape[-1] for q in self.params[1::2])]
         out = _Problem(self.num_tasks, n // 2, (ctypes.c_int * (_LAYERS + 1))(*widths), self.support[0].shape[1])
         out.query_samples = 0 if self.query is None else self.query[0].shape[1]
-        out.steps, out.activation, out.loss = p.steps, p.activation, p.loss
+        out.steps, out.loss, out.clip_norm = p.steps, p.loss, p.clip_norm or 0
+        out.activations, out.slopes = type(out.activations)(*p.activation), type(out.slopes)(*p.slopes)
         out.is_double, out.rate, out.checkpoint_every = self.dtype == torch.float64, p.rate, p.checkpoint_every
         copies = [memory.copy(r) for r in self.lr]
         for i, (q, size) in enumerate(zip(self.params, self.sizes, strict=True)):

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from metakern import MAML
 from metakern.ops import inner_update
 from tests.conftest import BACKENDS
 
@@ -147,3 +149,21 @@ def test_numbers_of_other_types_are_taken() -> None:
     (got,) = inner_update([torch.ones(1, 2)], (torch.ones(1, 2),), 1, clip_norm=1, backend="cpp")
     assert isinstance(got, Tensor)
     torch.testing.assert_close(got, torch.full((1, 2), 1 - 2**-0.5))
+
+
+def test_numbers_of_numpy() -> None:
+    params, grads = [torch.randn(2, 3), torch.randn(2)], [torch.randn(2, 3), torch.randn(2)]
+    for lr, clip_norm in ((np.float32(0.125), np.float64(0.5)), (np.int64(1), np.float16(0.5))):
+        found = inner_update(params, grads, lr, clip_norm=clip_norm)
+        expected = inner_update(params, grads, float(lr), clip_norm=float(clip_norm))
+        for a, b in zip(found, expected, strict=True):
+            assert torch.equal(a, b)
+    rates = [torch.rand(4), torch.rand(4)]
+    for index in (np.int64(2), np.uint8(2)):
+        found = inner_update(params, grads, rates, step=index)
+        for a, b in zip(found, inner_update(params, grads, rates, step=2), strict=True):
+            assert torch.equal(a, b)
+    learner = MAML(torch.nn.Linear(2, 1), lr=np.float32(0.5)).clone()
+    before = learner.module.weight
+    learner.adapt(learner(torch.ones(1, 2)).sum())
+    assert torch.allclose(learner.module.weight, before - 0.5)

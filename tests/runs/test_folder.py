@@ -10,8 +10,10 @@ from safetensors.torch import save_file
 
 from metakern.models import mlp
 from metakern.runs.folder import (
+    default_folder,
     load_weights,
     make_folder,
+    newest_folder,
     open_folder,
     read_config,
     save_weights,
@@ -20,11 +22,13 @@ from metakern.runs.folder import (
     write_json,
     write_text,
 )
+from metakern.training import FolderLock
 
 
 def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path):
     open_folder(tmp_path / "run")
     write_config(tmp_path / "run", "maml", {})
+    write_text(tmp_path / "run" / "checkpoints" / "00000001.pt", "")
     with pytest.raises(ValueError, match="holds a run already: --resume continues it, --overwrite replaces it"):
         open_folder(tmp_path / "run")
     open_folder(tmp_path / "run", resume=True)
@@ -45,6 +49,32 @@ def test_overwriting_removes_what_a_run_wrote_and_nothing_else(tmp_path):
     open_folder(tmp_path, overwrite=True)
     left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
     assert left == {"notes.txt", "figures/mine.svg"}
+
+
+@pytest.mark.parametrize("kept", ["checkpoints/00000100.pt", "model.safetensors"])
+def test_a_run_without_checkpoint_and_weights_can_be_begun_again(tmp_path, kept):
+    """It was refused, or diverged, before its first checkpoint; what it left is removed."""
+    write_config(tmp_path, "maml", {})
+    for name in ("metrics.jsonl", "environment.json", "notes.txt"):
+        write_text(tmp_path / name, "")
+    open_folder(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    write_text(tmp_path / kept, "")
+    with pytest.raises(ValueError, match="holds a run already"):
+        open_folder(tmp_path)
+
+
+def test_a_second_run_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(default_folder("maml")) == str(newest_folder("maml")) == "runs/maml"
+    for number, name in enumerate(("maml", "maml-2", "maml-3"), 2):
+        write_config(tmp_path / "runs" / name, "maml", {})
+        assert str(default_folder("maml")) == f"runs/{name}"  # it holds no checkpoint
+        write_text(tmp_path / "runs" / name / "checkpoints" / "00000001.pt", "")
+        assert str(default_folder("maml")) == f"runs/maml-{number}"
+        assert str(newest_folder("maml")) == f"runs/{name}"
+    with FolderLock(tmp_path / "runs" / "maml-4"):
+        assert str(default_folder("maml")) == "runs/maml-5"
 
 
 def test_there_must_be_a_run_to_resume(tmp_path):
@@ -84,9 +114,9 @@ def test_a_configuration_comes_back_as_it_was(tmp_path):
     ("text", "message"),
     [
         ("learner: optimizer\n", r"config\.yaml must be of learner 'maml', got 'optimizer'"),
-        ("- a\n- b\n", r"config\.yaml must map settings to values, got list"),
-        ("a: [1\n", r"config\.yaml is not YAML: while parsing"),
-        ("a: !!python/object/apply:os.getcwd []\n", r"config\.yaml is not YAML: could not determine a constructor"),
+        ("- a\n- b\n", r"config\.yaml: it must map settings to values, got list"),
+        ("a: [1\n", r"config\.yaml: it is not YAML: while parsing"),
+        ("a: !!python/object/apply:os.getcwd []\n", r"config\.yaml: it is not YAML: could not determine a constructor"),
         (b"\xff\xfe\x00", r"config\.yaml cannot be read"),
     ],
 )

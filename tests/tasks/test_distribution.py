@@ -5,7 +5,19 @@ import torch
 from torch import nn
 
 from metakern.learners import MAMLLearner
-from metakern.tasks import SPLITS, Digits, Episodes, Sinusoid, TaskDistribution, mixture
+from metakern.tasks import (
+    SPLITS,
+    ClassicFunction,
+    Digits,
+    DigitsMLP,
+    Episodes,
+    GradientNoise,
+    MixedOptimizees,
+    Quadratics,
+    Sinusoid,
+    TaskDistribution,
+    mixture,
+)
 from metakern.tasks.distribution import check_num_tasks, check_split
 from tests.tasks.draws import generator
 
@@ -101,3 +113,48 @@ def test_a_meta_learner_learns_from_every_distribution(tasks, inputs, outputs, l
             optimizer.step()
     after = learner.evaluate(held_out)["loss"].mean()
     assert after < 0.95 * before, (before, after)
+
+
+def test_inputs_of_several_tensors_and_no_targets():
+    x = torch.arange(24.0).view(4, 3, 2)
+    episodes = Episodes((x, x[..., 0]), {"a": x, "b": x[:, :, :1]}, {"ids": x.long(), "mask": x > 3}, None)
+    assert episodes.num_tasks == 4
+    part = episodes.select(torch.tensor([2, 0])).to(torch.float64)
+    assert [tensor.dtype for tensor in part.support_x] == [torch.float64] * 2
+    assert torch.equal(part.support_x[1], x[[2, 0], :, 0].double())
+    assert torch.equal(part.support_y["b"], x[[2, 0], :, :1].double())
+    assert part.query_x["ids"].dtype == torch.int64
+    assert part.query_x["mask"].dtype == torch.bool
+    assert part.query_y is None
+    with pytest.raises(ValueError, match=r"support_x\[1\] must have the task axis of support_x, \[4, 3, 2\], first"):
+        Episodes((x, x[:2]), None, x, None)
+    with pytest.raises(TypeError, match=r"query_x\['ids'\] must be a tensor, got NoneType"):
+        Episodes(x, None, {"ids": None}, None)
+    with pytest.raises(TypeError, match=r"support_x must be a tensor, or a tuple or a dict of tensors, got list"):
+        Episodes([x], None, x, None)
+
+
+def test_reprs_are_short():
+    assert repr(batch(modes=False)) == (
+        "Episodes(support_x=[4, 3, 2], support_y=[4, 3], query_x=[4, 3, 2], query_y=[4, 3])"
+    )
+    x = torch.zeros(2, 3, 1)
+    several = Episodes((x, x), None, {"a": x}, None)
+    assert repr(several) == "Episodes(support_x={'[0]': [2, 3, 1], '[1]': [2, 3, 1]}, query_x={\"['a']\": [2, 3, 1]})"
+    expected = {
+        "Sinusoid(support=5, query=5, noise=0.3)": Sinusoid(),
+        "Mixture(components=(Sinusoid(support=5, query=5, noise=0), Linear(support=5, query=5, noise=0)))": mixture(
+            2, noise=0
+        ),
+        "Digits(ways=5, support=1, query=15, flat=True)": Digits(),
+        "GradientNoise(problems=Quadratics(dim=3), std=0.1)": GradientNoise(Quadratics(3), 0.1),
+        "DigitsMLP(hidden_size=20, activation='sigmoid', batch_size=128)": DigitsMLP(),
+    }
+    for text, tasks in expected.items():
+        assert repr(tasks) == text
+    problems = MixedOptimizees([ClassicFunction("booth"), Quadratics(2)])
+    assert repr(problems) == (
+        "MixedOptimizees(distributions=(ClassicFunction(name='booth', dim=2), Quadratics(dim=2)))"
+    )
+    assert len(repr(problems.sample(8, generator(0)))) < 120
+    assert repr(Digits().classes["test"]).startswith("ImageClasses(classes=8, images=[")

@@ -148,14 +148,17 @@ def make_trainer(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of :class:`Learner` with :data:`FULL` settings but for those that are given."""
+    """A trainer of :class:`Learner` with :data:`FULL` settings but for those that are given.
+
+    Of what a run leaves in its folder only the checkpoints: figures and events would take most of the time.
+    """
     learner = learner or Learner()
     steps = optimizer(learner.parameters(), lr=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(steps, 6) if scheduled else None
     config = TrainerConfig(**{**FULL, **settings})
-    return Trainer(
-        learner, tasks or CountedLines(), steps, config, scheduler=schedule, callbacks=callbacks, folder=folder
-    )
+    trainer = Trainer(learner, tasks or CountedLines(), steps, config, scheduler=schedule, folder=folder)
+    trainer.callbacks = tuple(callbacks)
+    return trainer
 
 
 def assert_same_state(actual: Any, expected: Any, name: str = "state") -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from metakern.learners import MAMLLearner
+from metakern.tasks import Episodes
 from metakern.training import Interrupted, Trainer, TrainerConfig
 from tests.conftest import assert_close
 from tests.training.problems import FULL, Events, Learner, Lines, assert_same_state, make_trainer, meta_gradient
@@ -385,3 +386,38 @@ class Uneven(Learner):
 def test_interrupted_ends_a_process_with_the_signals_code():
     error = Interrupted(15, "SIGTERM: stopped")
     assert (error.code, str(error)) == (143, "SIGTERM: stopped")
+
+
+class Sums(nn.Module):
+    """A model of two inputs, by keyword, that returns its output in a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Linear(1, 1), nn.Linear(1, 1)
+
+    def forward(self, left: torch.Tensor, right: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"sum": self.left(left) + self.right(right)}
+
+
+class Pairs:
+    """y = a·left + b·right with a and b of a task's own around 1 and 2."""
+
+    def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:
+        numbers = torch.randn(num_tasks, 12, 2, generator=generator)
+        slopes = torch.randn(num_tasks, 2, 1, generator=generator) / 10 + torch.tensor([[1.0], [2.0]])
+        y = numbers @ slopes
+        x = [{"left": part[..., :1], "right": part[..., 1:]} for part in (numbers[:, :6], numbers[:, 6:])]
+        return Episodes(x[0], y[:, :6], x[1], y[:, 6:])
+
+    def split(self, name: str) -> "Pairs":
+        return self
+
+
+def test_a_model_of_several_inputs_and_an_output_in_a_dict() -> None:
+    learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), lr=0.1)
+    config = TrainerConfig(iterations=60, num_tasks=8, eval_every=30, eval_tasks=16, accumulate=2)
+    trainer = Trainer(learner, Pairs(), torch.optim.Adam(learner.parameters(), 0.1), config)
+    before = trainer.evaluate("valid")["loss"]
+    trainer.fit()
+    assert trainer.evaluate("valid")["loss"] < 0.05 * before

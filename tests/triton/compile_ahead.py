@@ -28,7 +28,7 @@ IN_PARAMS_DTYPE = ("old_params", "grads", "new_params", "grad_new_params", "grad
 IN_STATE_DTYPE = ("state", "new_state", "grad_state", "grad_new_state")
 IN_FLOAT64 = ("sums", "coefficients")
 INTEGERS = ("n", "blocks", "blocks_per_chunk", "row_length", "chunks", "row", "task_size", "rate_period")
-NUMBERS = ("p", "rate", "rate_low")
+NUMBERS = ("p", "rate", "rate_low", "first_program")
 
 
 def compile_kernel(
@@ -51,7 +51,7 @@ def compile_kernel(
         elif name == "active":
             signature[name] = "*u8"
         elif name in NUMBERS or name.startswith(("p_", "exp_", "output_", "clip_")):
-            signature[name] = "fp32"
+            signature[name] = "i32"
         else:
             signature[name] = f"*{work}"
     aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind.startswith("*")}

@@ -70,7 +70,9 @@ def mlp_classification() -> None:
 
 
 def mlp_adaptation() -> None:
-    Case([3, 20, 2], 2, loss="binary_cross_entropy_with_logits").adapt("triton", steps=3, activation="sigmoid")
+    """By clipped gradients, with layers of several activations."""
+    case = Case([3, 20, 9, 2], 2, loss="binary_cross_entropy_with_logits")
+    case.adapt("triton", steps=3, activation=["sigmoid", "leaky_relu:0.1"], clip_norm=1.0)
 
 
 #: By the architecture that they are launched for; those of mlp_inner_loop are compiled as well.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from metakern.triton import inner_update as triton_inner_update
+from metakern.triton import launch as triton_launch
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.update_problems import RATES, SHAPES, Update, make_update
 
@@ -132,13 +133,13 @@ def test_two_runs_give_the_same_bits(device: torch.device) -> None:
 @pytest.mark.parametrize("clip_norm", [None, 1.0])
 def test_launches(clip_norm: float | None, monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     launched: list[Any] = []
-    launch = triton_inner_update.launch
+    launch = triton_inner_update.launch_in_parts
 
     def counted(kernel: Any, *args: Any, **constants: Any) -> None:
         launched.append(kernel)
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(triton_inner_update, "launch", counted)
+    monkeypatch.setattr(triton_inner_update, "launch_in_parts", counted)
     update(make_update(3, shapes=[(3, 2), (5,), (0,)], clip_norm=clip_norm, device=device))
     assert len(launched) == (2 if clip_norm is None else 5)
 
@@ -153,3 +154,47 @@ def test_schema_is_that_of_the_compiled_operator(device: torch.device) -> None:
         torch.library.opcheck(
             torch.ops.metakern.inner_update_triton.default, problem.arguments(), test_utils="test_schema"
         )
+
+
+def test_more_programs_than_one_launch_takes_are_several_launches(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    problem = make_update(5, "per parameter", shapes=[(3,), (1500,)], clip_norm=1.0, resting=(1,), device=device)
+    whole = update(problem)
+    monkeypatch.setattr(triton_launch, "MAX_GRID", 2)
+    for new, want in zip(update(problem), whole, strict=True):
+        assert_same_bits("new params", new, want)
+
+
+def test_a_grid_that_no_launch_takes_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="too large: they take 2147483648 programs, and one launch at most"):
+        triton_launch.launch(None, 2**31, triton_launch.Config(32, 4))
+
+
+#: Beyond float32's range on both sides, of 53 bits, and subnormal as float64.
+NUMBERS = (1e39, -1e39, 1e-50, -0.1, 1 + 2**-52, 3e-310)
+
+
+@pytest.mark.parametrize("rate", NUMBERS)
+def test_float64_takes_a_rate_as_it_is(rate: float, device: torch.device) -> None:
+    problem = replace(make_update(2, dtype=torch.float64, shapes=[(5,)], device=device), rate=rate)
+    problem.params[0].zero_()
+    assert_same_bits("new params", update(problem)[0], 0 - rate * problem.grads[0])
+
+
+def test_float32_rounds_a_rate_to_the_nearest(device: torch.device) -> None:
+    for rate in (0.1, 1e39, -1e39, 1e-50, 1 + 2**-24, 1 + 3 * 2**-24):
+        problem = replace(make_update(2, shapes=[(5,)], device=device), rate=rate)
+        problem.params[0].zero_()
+        rounded = torch.tensor(rate, dtype=torch.float32, device=device)
+        assert_same_bits("new params", update(problem)[0], 0 - rounded * problem.grads[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("clip_norm", [1e39, 1e-30])
+def test_a_norm_to_clip_to_beyond_float32(clip_norm: float, dtype: torch.dtype, device: torch.device) -> None:
+    assert_matches_reference(make_update(2, dtype=dtype, shapes=[(5,), (3, 2)], clip_norm=clip_norm, device=device))
+    lone = make_update(1, dtype=torch.float64, shapes=[(4,)], clip_norm=1e39, device=device)
+    lone.grads[0].fill_(1e50)
+    lone.params[0].zero_()
+    assert_close("new params", update(lone)[0], torch.full_like(lone.params[0], -0.3 * 5e38), 1e-12)

@@ -9,14 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
+from metakern._files import write_whole
+from metakern._plain_data import parse_json
+from metakern._requirements import required
 from metakern.adaptation import chance_accuracy
 from metakern.clustering import ClusterSampler
-from metakern.runs.folder import FIGURES, METRICS, finite, write_text
-from metakern.training import Callback, History, Record, Trainer
+from metakern.training.callbacks import Callback
+from metakern.training.history import History, Record
+from metakern.training.run_files import FIGURES, METRICS, finite
+
+if TYPE_CHECKING:
+    from metakern.training.trainer import Trainer
 
 Line = dict[str, Any]
 
@@ -24,14 +31,26 @@ Line = dict[str, Any]
 POINTS = 1000
 
 
+#: Bytes of a line of metrics.jsonl; those that are written take some 200.
+_LINE_BYTES = 64 * 1024
+
+
 def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
-    """Lines of iterations and lines of evaluations; an unfinished line at the end, of a process killed, is left out."""
+    """Lines of iterations and lines of evaluations, up to the first that is none.
+
+    Such is the unfinished line of a process that was killed, and whatever else no run writes: text that is no JSON
+    object with a number of an iteration, and lines that are too long or nested too deeply.
+    """
     lines = []
-    for text in path.read_text().splitlines():
-        try:
-            lines.append(json.loads(text))
-        except json.JSONDecodeError:
-            break
+    with path.open("rb") as file:
+        while text := file.readline(_LINE_BYTES):
+            try:
+                line = parse_json(text.decode()) if text.endswith(b"\n") else None
+            except ValueError:
+                break
+            if not isinstance(line, dict) or type(line.get("iteration")) is not int:
+                break
+            lines.append(line)
     return [line for line in lines if "evaluation" not in line], [line for line in lines if "evaluation" in line]
 
 
@@ -61,7 +80,7 @@ class MetricsLog(Callback):
         if trainer.iteration and self.path.is_file():
             lines = [line for kind in read_metrics(self.path) for line in kind]
             kept = sorted((line for line in lines if line["iteration"] <= trainer.iteration), key=_order)
-        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = self.path.open("a")
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
@@ -98,10 +117,11 @@ class TensorBoardLog(Callback):
         self._writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open an events file; TensorBoard drops what a resumed run writes again."""
-        from torch.utils.tensorboard import SummaryWriter
+        """Open an events file; TensorBoard drops what is there of iterations that are still to come."""
+        with required():
+            from torch.utils.tensorboard import SummaryWriter  # it takes seconds to import
 
-        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1 if trainer.iteration else None)
+        self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1)
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
         """One scalar for every number."""

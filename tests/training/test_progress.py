@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from metakern.runs import progress
-from metakern.runs.progress import Display, ProgressReport, describe, duration
-from metakern.training import History, Record
+from metakern.training import History, Record, progress
+from metakern.training.progress import Display, ProgressReport, describe, duration
 
 #: Controls of a terminal: cursor, colours, erasing.
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -97,6 +96,18 @@ def test_counted_work_has_a_line_where_it_is_asked_for():
     first, second = plain.file.getvalue().splitlines()
     assert re.fullmatch(r"training networks 2/4: SGD · \d+:\d\d left", first)
     assert second == "training networks 4/4: Adam"
+
+
+def test_the_time_left_follows_from_the_pace_of_late(monkeypatch):
+    clock = iter([0.0, *(100.0 + k for k in range(60))])  # the first piece takes as long as all others
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(progress, "LINE_SECONDS", 1e9)
+    plain = console(80)
+    display = Display(plain, "work", 60)
+    display.start()
+    for completed in range(1, 31):
+        display.update(completed, line=completed == 30)
+    assert plain.file.getvalue() == "work 30/60: 0:30 left\n"
 
 
 def test_a_resumed_run_says_where_it_goes_on():

@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import pytest
 
 from metakern import figures
-from metakern.runs import metrics
-from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
-from metakern.training import Callback, History, Record
+from metakern.training import Callback, History, Record, metrics
+from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 
 
 def record(iteration: int, loss: float = 1.0) -> Record:

@@ -6,14 +6,18 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Column
 from rich.text import Text
 
-from metakern.training import Callback, History, Record, Trainer
+from metakern.training.callbacks import Callback
+from metakern.training.history import History, Record
+
+if TYPE_CHECKING:
+    from metakern.training.trainer import Trainer
 
 #: Seconds between two plain lines, but for evaluations, which have a line each.
 LINE_SECONDS = 30.0
@@ -21,7 +25,7 @@ LINE_SECONDS = 30.0
 #: Seconds between two updates of the bar: more often would cost a small meta-iteration a tenth of its time.
 UPDATE_SECONDS = 0.1
 
-#: Iterations that the tasks per second shown are of.
+#: Iterations that the tasks per second shown are of, and updates that the time left on a plain line follows from.
 RATE_WINDOW = 20
 
 #: The narrowest bar, in columns; where a terminal is wider, the bar takes what the count and the times leave.
@@ -58,6 +62,7 @@ class Display:
 
     def __init__(self, console: Console, title: str, total: int, *, completed: int = 0, word: str = "") -> None:
         self.console, self.word, self.total, self._first = console, word or title, total, completed
+        self._latest: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)  # when how much was done
         whole = Column(no_wrap=True)
         columns = (
             BarColumn(None, table_column=Column(ratio=1, min_width=BAR_WIDTH)), MofNCompleteColumn(table_column=whole),
@@ -68,11 +73,12 @@ class Display:
             *columns, console=console, expand=True, disable=not console.is_interactive or console.quiet,
         )  # fmt: skip
         self._task = self._bar.add_task(title, total=total, completed=completed, note="")
-        self._start = self._last_line = 0.0
+        self._last_line = 0.0
 
     def start(self) -> None:
         """Show the bar, and count the time from here."""
-        self._start = self._last_line = time.monotonic()
+        self._last_line = time.monotonic()
+        self._latest.append((self._last_line, self._first))
         self._bar.reset(self._task, completed=self._first)  # its clock starts here too
         self._bar.start()
 
@@ -99,11 +105,12 @@ class Display:
         """
         self._bar.update(self._task, completed=completed, note=note)
         now = time.monotonic()
+        since, before = self._latest[0] if self._latest else (now, completed)
+        self._latest.append((now, completed))
         if self.console.is_interactive or not (line or now - self._last_line > LINE_SECONDS):
             return
-        self._last_line, done = now, completed - self._first
-        rest = self.total - completed
-        left = f"{duration((now - self._start) / done * rest)} left" if done > 0 and rest > 0 else ""
+        self._last_line, done, rest = now, completed - before, self.total - completed
+        left = f"{duration((now - since) / done * rest)} left" if done > 0 and rest > 0 else ""
         notes = " · ".join(part for part in (note, left) if part)
         text = f"{self.word} {completed}/{self.total}: {notes}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,128 @@
+"""What a model's error comes from: data that do not fit it are named as arguments of the caller."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import FrameType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
+
+
+class Failed(NamedTuple):
+    """The innermost module that an error passed through, and its input where there is one by that name."""
+
+    label: str
+    module: nn.Module
+    input: Tensor | None
+
+
+def module_that_failed(error: BaseException, model: nn.Module) -> Failed | None:
+    """The innermost of the model's modules in whose forward the error was raised."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found, traceback = None, error.__traceback__
+    while traceback is not None:
+        module = _module_of(traceback.tb_frame)
+        if module is not None and id(module) in names:
+            name, given = names[id(module)], traceback.tb_frame.f_locals.get("input")
+            label = f"module {name!r} ({type(module).__name__})" if name else f"the model ({type(module).__name__})"
+            found = Failed(label, module, given if isinstance(given, Tensor) else None)
+        traceback = traceback.tb_next
+    return found
+
+
+def _module_of(frame: FrameType) -> nn.Module | None:
+    module = frame.f_locals.get("self")
+    return module if isinstance(module, nn.Module) else None
+
+
+def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> Exception:
+    """An error that says what of the data does not fit the model, or ``error`` where nothing is found.
+
+    Args:
+        error: raised by the model or its gradient
+        model: the module
+        data: the caller's tensors, by what a message calls them
+    """
+    return _of_dtype(error, model, data) or _of_device(error, model, data) or _of_width(error, model, data) or error
+
+
+def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> TypeError | None:
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(dtypes) != 1 or not any(word in str(error) for word in ("dtype", "scalar type")):
+        return None
+    expected = dtypes.pop()
+    failed = module_that_failed(error, model)
+    takes_indices = failed is None or isinstance(failed.module, (nn.Embedding, nn.EmbeddingBag))
+    for name, tensor in data.items():
+        wrong = tensor.is_floating_point() or (_is_input(name) and not takes_indices and not tensor.is_complex())
+        if wrong and tensor.dtype != expected:
+            other = f", or convert the model by model.to({tensor.dtype})" if tensor.is_floating_point() else ""
+            return TypeError(
+                f"{name} must have the dtype of the model's parameters, {expected}, got {tensor.dtype}: pass "
+                f"{name}.to({expected}){other}"
+            )
+    return None
+
+
+def _of_device(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> ValueError | None:
+    devices = {p.device for p in model.parameters()}
+    if len(devices) != 1 or "device" not in str(error):
+        return None
+    expected = devices.pop()
+    for name, tensor in data.items():
+        if tensor.device != expected:
+            return ValueError(
+                f"{name} must be on the device of the model's parameters, {expected}, got {tensor.device}: pass "
+                f"{name}.to({str(expected)!r}), or move the model by model.to({str(tensor.device)!r})"
+            )
+    return None
+
+
+def _of_width(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> ValueError | None:
+    failed = module_that_failed(error, model)
+    if failed is None or failed.input is None or failed.input.is_nested:
+        return None
+    wanted = _wanted(failed.module, failed.input)
+    if wanted is None:
+        return None
+    samples = ", ".join(f"{name} {list(x.shape)}" for name, x in data.items() if _is_input(name))
+    return ValueError(
+        f"{samples} must fit the model: {failed.label} takes {wanted[0]}, got {wanted[1]} in an input of shape "
+        f"{list(failed.input.shape)} (one task's); pass samples of another shape, or change the layer"
+    )
+
+
+def _is_input(name: str) -> bool:
+    return name.partition("[")[0].endswith("_x")
+
+
+def _wanted(module: Any, x: Tensor) -> tuple[str, str] | None:
+    """What a layer takes and what it got, None where its input fits or the layer is not known."""
+    size: tuple[Any, Any, str] | None = None
+    if isinstance(module, nn.Linear):
+        size = module.in_features, x.shape[-1] if x.dim() else None, "features"
+    elif isinstance(module, _ConvNd):
+        rank = len(module.kernel_size)
+        if x.dim() not in (rank + 1, rank + 2):
+            return f"{rank + 1} or {rank + 2} axes", str(x.dim())
+        size = module.in_channels, x.shape[-rank - 1], "channels"
+    elif isinstance(module, _NormBase):
+        size = module.num_features, x.shape[1] if x.dim() > 1 else None, "channels"
+    elif isinstance(module, nn.GroupNorm):
+        size = module.num_channels, x.shape[1] if x.dim() > 1 else None, "channels"
+    elif isinstance(module, (nn.LayerNorm, nn.RMSNorm)):
+        shape = list(module.normalized_shape)
+        size = shape, list(x.shape[-len(shape) :]), "as last axes"
+    elif isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
+        size = module.input_size, x.shape[-1] if x.dim() else None, "features"
+    elif isinstance(module, (nn.Embedding, nn.EmbeddingBag)) and x.numel():
+        low, high = (int(index) for index in torch.aminmax(x))
+        inside = low >= 0 and high < module.num_embeddings
+        return None if inside else (f"indices from 0 to {module.num_embeddings - 1}", str(low if low < 0 else high))
+    if size is None or size[0] == size[1]:
+        return None
+    return f"{size[0]} {size[2]}", str(size[1])

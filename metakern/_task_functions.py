@@ -1,0 +1,215 @@
+"""Functions of PyTorch that give wrong derivatives in the inner loop, in a form that is right.
+
+Two kinds: batching rules of torch.vmap whose result autograd differentiates wrongly, and functions without a second
+derivative. Found by comparing torch's operators under vmap with a loop, values, gradients and second derivatives.
+
+Axis legend: N indices, B bags, V rows of a table, D its columns.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from metakern.ops.mlp_inner_loop_autograd import is_batched, wants_gradient
+
+#: An index that no table has.
+_OUTSIDE = 2**40
+
+
+class TaskFunctions(TorchFunctionMode):
+    """While it is on, calls of such functions go to their right form.
+
+    Args:
+        vectorize: whether torch.vmap is at work
+        tells_gradients: whether a batched tensor says that it requires a gradient. torch.vmap hides it, so a model
+            that looks would take another branch than in a loop. Not for torch.compile and torch.func.
+    """
+
+    def __init__(self, vectorize: bool, tells_gradients: bool = False) -> None:
+        super().__init__()
+        self.replaced = {**_EVERYWHERE, **_BATCHED} if vectorize else _EVERYWHERE
+        if vectorize and tells_gradients:
+            self.replaced = {**self.replaced, Tensor.requires_grad.__get__: wants_gradient}  # type: ignore[attr-defined]
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return self.replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+# --------------------------------------------------------------------------------------------------------- embeddings
+
+
+def _batched_embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """F.embedding, whose batching rule puts all tasks into one table: the padding row is then the first task's alone.
+
+    ``scale_grad_by_freq`` would count over all tasks, and has no second derivative.
+    """
+    _refuse_max_norm(max_norm)
+    inside = (input >= 0) & (input < weight.shape[0])
+    input = torch.where(inside, input.long(), _OUTSIDE)  # it would be found in the table of another task
+    rows = F.embedding(input, weight, padding_idx)
+    if scale_grad_by_freq:
+        entries = input.flatten()
+        table = torch.zeros_like(weight[:, 0], dtype=torch.float32)
+        counts = table.scatter_add(0, entries, torch.ones_like(entries, dtype=torch.float32))
+        constant = rows.detach()
+        rows = constant + (rows - constant) / F.embedding(input, counts.unsqueeze(1)).to(rows.dtype)  # the same value
+    if padding_idx is not None:
+        padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)
+        rows = torch.where(padding, rows.detach(), rows)
+    return rows
+
+
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """F.embedding of one task: its gradient is dense, and with ``scale_grad_by_freq`` has a second derivative."""
+    _refuse_max_norm(max_norm)
+    if scale_grad_by_freq:
+        return _batched_embedding(input, weight, padding_idx, scale_grad_by_freq=True)
+    return F.embedding(input, weight, padding_idx)
+
+
+def _in_order_of_torch(embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.embedding, which takes the weight first."""
+
+    def call(
+        weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+    ) -> Tensor:
+        padding = None if padding_idx < 0 else padding_idx
+        return embedding(indices, weight, padding, scale_grad_by_freq=scale_grad_by_freq)
+
+    return call
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """F.embedding_bag, which has no second derivative, by embedding and reduction."""
+    _refuse_max_norm(max_norm)
+    fits = mode == "sum" or (mode == "mean" and per_sample_weights is None)
+    fits = fits or (mode == "max" and per_sample_weights is None and not scale_grad_by_freq)
+    if not fits or (input.dim(), offsets is None) not in ((2, True), (1, False)):
+        return F.embedding_bag(  # which says what is wrong
+            input,
+            weight,
+            offsets,
+            scale_grad_by_freq=scale_grad_by_freq,
+            mode=mode,
+            per_sample_weights=per_sample_weights,
+            include_last_offset=include_last_offset,
+            padding_idx=padding_idx,
+        )
+    rows = _batched_embedding(input, weight, padding_idx, scale_grad_by_freq=scale_grad_by_freq)
+    inside = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % weight.shape[0]
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    if offsets is not None:  # the bags lie one after another in [N]: [B, N] says which is whose
+        starts = offsets[:-1] if include_last_offset else offsets
+        bag = (torch.arange(input.shape[0], device=input.device).unsqueeze(1) >= starts).sum(1) - 1
+        inside = (bag == torch.arange(starts.shape[0], device=input.device).unsqueeze(1)) & inside
+        rows = rows.unsqueeze(0)
+    inside = inside.unsqueeze(-1)
+    if mode == "max":
+        largest = torch.where(inside, rows, -math.inf).max(1).values
+        return torch.where(inside.any(1), largest, 0.0)
+    total = torch.where(inside, rows, 0.0).sum(1)
+    return total / inside.sum(1).clamp(min=1) if mode == "mean" else total
+
+
+def _refuse_max_norm(max_norm: float | None) -> None:
+    if max_norm is not None:
+        raise ValueError(
+            f"an embedding must not have max_norm, got {max_norm}: it rescales rows of the model's weight in place, "
+            "which would change the model, and the other tasks with it; set max_norm=None, and rescale what is looked "
+            "up in the model's forward"
+        )
+
+
+def _embedding_renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_type: float) -> Tensor:
+    _refuse_max_norm(max_norm)
+    raise AssertionError
+
+
+# ------------------------------------------------------------------------------------------------------------- others
+
+
+def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
+    """torch.select_scatter, whose batching rule selects the gradient of ``src`` along another axis."""
+    index = index % input.shape[dim]
+    return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
+
+
+def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
+    """torch.index_fill, whose batching rule fills what the tasks share with the values of all of them."""
+    if not isinstance(value, Tensor):
+        return torch.index_fill(input, dim, index, value)
+    filled = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
+    shape = [1] * input.dim()
+    shape[dim] = -1
+    return torch.where(filled.reshape(shape), value.to(input.dtype), input)
+
+
+def _as_strided_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Tensor.as_strided_, whose batching rule looks at the tensors of all tasks."""
+    if is_batched(input):
+        raise RuntimeError("as_strided_ is wrong under torch.vmap; use as_strided")
+    return input.as_strided_(*args, **kwargs)
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Tensor:
+    """F.linear_cross_entropy not in chunks, which have no second derivative."""
+    result: Tensor = F.linear_cross_entropy(*args, **kwargs)
+    return result
+
+
+_EVERYWHERE: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    torch.embedding: _in_order_of_torch(_embedding),
+    F.embedding_bag: _embedding_bag,
+    torch.embedding_renorm_: _embedding_renorm,
+}
+if hasattr(F, "linear_cross_entropy"):
+    _EVERYWHERE[F.linear_cross_entropy] = _linear_cross_entropy
+
+_BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _batched_embedding,
+    torch.embedding: _in_order_of_torch(_batched_embedding),
+    torch.select_scatter: _select_scatter,
+    Tensor.select_scatter: _select_scatter,
+    torch.index_fill: _index_fill,
+    Tensor.index_fill: _index_fill,
+    Tensor.as_strided_: _as_strided_,
+}

@@ -1,0 +1,128 @@
+"""Trees of tensors: what models take, and what they return.
+
+Axis legend: T tasks, S samples of a task.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import enum
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+#: A tensor, or a tuple or dict of tensors: the input of a model, or targets.
+Data = Any
+
+#: What may stand beside tensors in a model's output, and is the same for all tasks.
+_CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
+
+_Build = Callable[[Iterator[Any]], Any]
+
+
+def named_tensors(name: str, data: Data) -> dict[str, Tensor]:
+    """The tensors of an argument by what a message calls them; TypeError where it is neither a tensor nor some."""
+    if isinstance(data, Tensor):
+        return {name: data}
+    if isinstance(data, Mapping):
+        found = {f"{name}[{key!r}]": tensor for key, tensor in data.items()}
+    elif isinstance(data, tuple):
+        found = {f"{name}[{index}]": tensor for index, tensor in enumerate(data)}
+    else:
+        raise TypeError(f"{name} must be a tensor, or a tuple or a dict of tensors, got {type(data).__name__}")
+    if not found:
+        raise ValueError(f"{name} must hold at least one tensor, got an empty {type(data).__name__}")
+    for part, tensor in found.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{part} must be a tensor, got {type(tensor).__name__}")
+    return found
+
+
+def map_tensors(function: Callable[[Tensor], Any], data: Data) -> Data:
+    """The same tree with ``function`` of every tensor; a mapping becomes a dict."""
+    if isinstance(data, Tensor):
+        return function(data)
+    if isinstance(data, Mapping):
+        return {key: map_tensors(function, value) for key, value in data.items()}
+    if isinstance(data, tuple):
+        return pytree.tree_map_only(Tensor, function, data)
+    return data
+
+
+def as_data(data: Data) -> Data:
+    """The same tensors, a mapping of any kind as a dict."""
+    return map_tensors(lambda tensor: tensor, data)
+
+
+def first_tensor(data: Data) -> Tensor:
+    """The first of a tree's tensors."""
+    if isinstance(data, Tensor):
+        return data
+    return first_tensor(next(iter(data.values() if isinstance(data, Mapping) else data)))
+
+
+def flatten(output: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
+    """The tensors in a model's output, and the function that puts others in their place.
+
+    Containers that torch's pytrees know, dataclasses and subclasses of dict (model outputs of transformers are both)
+    keep their kind; constants beside the tensors stay.
+
+    Raises:
+        TypeError: for anything else
+    """
+    leaves: list[Tensor] = []
+    build = _visit(output, leaves)
+    if not leaves:
+        raise TypeError(f"model must return at least one tensor, got {type(output).__name__}")
+    return leaves, lambda tensors: build(iter(tensors))
+
+
+def map_output(function: Callable[..., Any], *outputs: Any) -> Any:
+    """``function`` of the tensors that stand at the same place of several outputs of one model, in their structure."""
+    flat = [flatten(output) for output in outputs]
+    return flat[0][1](function(*tensors) for tensors in zip(*(leaves for leaves, _ in flat), strict=True))
+
+
+def class_scores(output: Any) -> Tensor | None:
+    """The scores [..., classes, ...] in an output: itself, or its ``logits`` by key or attribute; None without any."""
+    if isinstance(output, Tensor):
+        return output
+    scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    return scores if isinstance(scores, Tensor) else None
+
+
+def _visit(tree: Any, leaves: list[Tensor]) -> _Build:
+    if isinstance(tree, Tensor):
+        leaves.append(tree)
+        return next
+    if isinstance(tree, _CONSTANTS):
+        return lambda tensors: tree
+    parts, spec = pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
+    if len(parts) != 1 or parts[0] is not tree:
+        builds = [_visit(part, leaves) for part in parts]
+        return lambda tensors: pytree.tree_unflatten([build(tensors) for build in builds], spec)
+    is_dict = isinstance(tree, dict)
+    names = [field.name for field in dataclasses.fields(tree)] if dataclasses.is_dataclass(tree) else []
+    if not is_dict and not names:
+        raise TypeError(
+            "model must return tensors, or tuples, lists, dicts and dataclasses of them, got a "
+            f"{type(tree).__name__} among them"
+        )
+    items = {key: _visit(value, leaves) for key, value in tree.items()} if is_dict else {}
+    fields = {name: _visit(getattr(tree, name), leaves) for name in names if name not in items}
+
+    def build(tensors: Iterator[Any]) -> Any:
+        new = copy.copy(tree)
+        for key, item in items.items():
+            new[key] = item(tensors)
+            if key in names:  # of a model output the entry is an attribute too
+                object.__setattr__(new, key, new[key])
+        for name, field in fields.items():
+            object.__setattr__(new, name, field(tensors))
+        return new
+
+    return build

@@ -1,0 +1,180 @@
+"""Whether the tasks of a batch are evaluated at once, by torch.vmap, or one after another."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from metakern._failures import explained, module_that_failed
+from metakern._random_state import random_state, set_random_state
+
+Result = TypeVar("Result")
+
+#: How the tasks are evaluated: at once, one after another, or at once where torch.vmap can run the model.
+Vectorize = bool | str
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func is at work around the call."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+def check_vectorize(vectorize: Any) -> None:
+    """Raise unless it is a bool or "auto"."""
+    if not isinstance(vectorize, bool) and vectorize != "auto":
+        raise TypeError(f"vectorize must be True, False or 'auto', got {vectorize!r}")
+
+
+class Vectorization:
+    """The way that the tasks of one call are evaluated.
+
+    With "auto" a call that fails under torch.vmap starts again with a loop, from the same random numbers. The model is
+    then remembered, so that later calls loop at once, until its modules, their modes or the loss are others. The wrong
+    guess costs time alone: both ways give the same values.
+
+    Args:
+        model: what is evaluated
+        loss: of one task
+        vectorize: see :data:`Vectorize`; within torch.compile and torch.func "auto" means True
+
+    Attributes:
+        wanted: ``vectorize``
+        at_once: whether torch.vmap evaluates all tasks at once
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any], vectorize: Vectorize) -> None:
+        self.wanted, self.at_once = vectorize, bool(vectorize)
+        self._model, self._loss = model, loss
+        compiling = torch.compiler.is_compiling()
+        self._hooked = _module_with_backward_hook(model, loss) if vectorize and not compiling else ""
+        if vectorize == "auto" and not is_transformed():
+            self.at_once = not self._hooked and not _loops.holds(model, self._kind())
+
+    def run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+        """``evaluate()``, which looks at ``at_once``.
+
+        Args:
+            evaluate: all that is done for the tasks; it may be called twice
+            data: the caller's tensors, by what a message calls them
+
+        Raises:
+            RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
+            TypeError, ValueError: for data of another dtype, device or width than the model's
+        """
+        if is_transformed():
+            if self._hooked:
+                raise RuntimeError(f"torch.func cannot transform the model: {self._hooked}; remove it")
+            return evaluate()
+        if self._hooked and self.at_once:
+            raise RuntimeError(f"vectorize=True cannot run the model: {self._hooked}; {_WAY_OUT}")
+        if self._hooked and not _loops.holds(self._model, self._kind()):
+            self._remember(f": {self._hooked}")
+        if not self.at_once:
+            return self._loop(evaluate, data)
+        state = random_state(next(self._model.parameters()).device)
+        try:
+            return evaluate()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            cause = _cause(error, self._model)
+            # Its traceback holds all that was computed.
+            failure = None if self.wanted == "auto" else error
+        set_random_state(state)
+        self.at_once = False
+        result = self._loop(evaluate, data)  # what fails here too is no fault of torch.vmap
+        if failure is None:
+            self._remember(f", as torch.vmap fails in {cause}")
+            return result
+        set_random_state(state)
+        self.at_once = True
+        if not isinstance(failure, RuntimeError):  # it says by itself what is wrong
+            raise failure
+        raise RuntimeError(f"vectorize=True cannot run the model: torch.vmap fails in {cause}; {_WAY_OUT}") from failure
+
+    def _remember(self, reason: str) -> None:
+        _loops.remember(self._model, self._kind())
+        _warn(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
+
+    def _kind(self) -> Hashable:
+        """What decides whether torch.vmap can run the model. It refers to no module, which would keep it alive."""
+        code = getattr(self._loss, "__code__", None)
+        of_loss = code if isinstance(code, CodeType) else type(self._loss)
+        return of_loss, self._hooked, tuple((type(module), module.training) for module in self._model.modules())
+
+    def _loop(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+        try:
+            return evaluate()
+        except (RuntimeError, IndexError) as error:
+            better = explained(error, self._model, data)
+            if better is error:
+                raise
+            raise better from error
+
+
+_WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one after another'
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class _Loops:
+    """Models that torch.vmap could not run, as long as they live, and the kind that they were."""
+
+    def __init__(self) -> None:
+        self._kinds: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
+
+    def holds(self, model: nn.Module, kind: Hashable) -> bool:
+        known = self._kinds.get(id(model))
+        return known is not None and known[0]() is model and known[1] == kind
+
+    def remember(self, model: nn.Module, kind: Hashable) -> None:
+        key = id(model)
+        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kind
+
+
+_loops = _Loops()
+
+
+# -------------------------------------------------------------------------------------------------------------- hooks
+
+
+def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> str:
+    """Says which module has a hook that torch.vmap would not call; empty where none has."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return "there are backward hooks for all modules, which torch.vmap does not call"
+    named = list(model.named_modules())
+    if isinstance(loss, nn.Module):
+        named += [(f"loss.{name}" if name else "loss", module) for name, module in loss.named_modules()]
+    for name, module in named:
+        if module._backward_hooks or module._backward_pre_hooks:
+            of = f"module {name!r}" if name else "the model"
+            return f"{of} ({type(module).__name__}) has a backward hook, which torch.vmap does not call"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def _cause(error: Exception, model: nn.Module) -> str:
+    """The module that torch.vmap fails in, and its message's first line."""
+    found = module_that_failed(error, model)
+    where = "the model or the loss" if found is None else found.label
+    line = (str(error).splitlines() or [""])[0]
+    return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
+
+
+def _warn(message: str) -> None:
+    """Warn at the line that called the package."""
+    package, level, frame = __name__.partition(".")[0], 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, UserWarning, stacklevel=level)

@@ -1,0 +1,110 @@
+"""What settings of ``train maml`` stand for: tasks, model, learner.
+
+Settings are resolved ones of :class:`metakern.cli.fewshot.MAMLSettings`, or whatever has attributes of their names, as
+the content of a run's config.yaml.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from metakern.clustering import ClusterSampler
+from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.models import conv4, mlp
+from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
+from metakern.tasks.digits import DOMAINS
+
+#: Tasks of numbers, which have no classes; and those whose images are in a folder.
+REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
+IMAGES = ("omniglot", "mini-imagenet")
+
+
+def make_tasks(settings: Any) -> TaskDistribution:
+    """The distribution that resolved settings name.
+
+    Raises:
+        ValueError: for images without a folder, and one that lacks what it should hold.
+    """
+    shots, queries = settings.shots or 1, settings.queries or 1
+    if settings.tasks == "sinusoid":
+        return Sinusoid(shots, queries, noise=0.0)
+    if settings.tasks in REGRESSION:
+        return mixture(int(settings.tasks[-1]), shots, queries)
+    episodes: dict[str, Any] = {"ways": settings.ways, "support": shots, "query": queries}
+    if settings.tasks.startswith("digits"):
+        return Digits(**episodes, domains=tuple(DOMAINS) if settings.tasks == "digits-domains" else ())
+    if settings.data is None:
+        raise ValueError(f"data must name the folder of {settings.tasks}, got none: --data FOLDER")
+    return (Omniglot if settings.tasks == "omniglot" else MiniImageNet)(settings.data, **episodes)
+
+
+def make_model(settings: Any, tasks: TaskDistribution) -> nn.Module:
+    """A model for the tasks' inputs and outputs, which a draw shows."""
+    batch = tasks.sample(1, torch.Generator().manual_seed(0))
+    shape = batch.support_x.shape[2:]
+    outputs = settings.ways if not batch.support_y.is_floating_point() else int(batch.support_y.shape[-1])
+    if settings.model == "conv4":
+        return conv4(shape, settings.filters or 1, outputs)
+    body = mlp(math.prod(shape), *widths(settings.hidden or ""), outputs)
+    return body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body)
+
+
+def widths(text: str) -> list[int]:
+    """Units of hidden layers out of "40,40".
+
+    Raises:
+        ValueError: for anything but numbers with commas between.
+    """
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {text!r}") from error
+
+
+def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
+    """The learner that resolved settings describe, on the CPU, its weights drawn from ``seed``."""
+    torch.manual_seed(settings.seed)
+    model = make_model(settings, tasks)
+    parameters = settings.parameters
+    if settings.anil:
+        parameters = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0] + ".*"
+    loss: Callable[..., Tensor] = F.mse_loss if settings.tasks in REGRESSION else F.cross_entropy
+    learner = MAMLLearner(
+        model,
+        loss=loss,
+        steps=settings.steps or 1,
+        eval_steps=settings.eval_steps,
+        lr=settings.inner_lr or 0.0,
+        rates=settings.rates.replace("-", "_"),
+        first_order=settings.first_order,
+        parameters=parameters,
+    )
+    if settings.clusters == "0":
+        return learner
+    return ClusteredLearner(
+        learner,
+        None if settings.clusters == "auto" else int(settings.clusters),
+        assign=settings.cluster_by,
+        warmup=settings.cluster_warmup,
+        begin=settings.cluster_begin,
+        refresh=settings.cluster_refresh,
+        embedding=settings.cluster_embedding,
+        method=settings.cluster_method,
+        temperature=settings.cluster_temperature,
+        eval_temperature=settings.cluster_eval_temperature,
+        per_cluster=not settings.cluster_shared,
+        seed=settings.seed,
+    )
+
+
+def sampler(settings: Any, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
+    """The distribution to train on: in batches by cluster where settings say so."""
+    if settings.clusters == "0" or settings.cluster_batches == "uniform":
+        return tasks
+    return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]

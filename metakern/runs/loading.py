@@ -1,0 +1,120 @@
+"""A trained learner back in Python, from the folder of the run that trained it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from metakern._plain_data import one_line, quoted
+from metakern.rules import CoordinatewiseLSTM
+from metakern.runs.fewshot import make_learner, make_tasks
+from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config
+from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.tasks import TaskDistribution
+from metakern.training.checkpoints import CheckpointError, Checkpoints, from_bytes
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """What a run trained.
+
+    Attributes:
+        folder: of the run
+        command: of ``metakern train``: "maml" or "optimizer"
+        learner: with the best weights by validation: a :class:`metakern.learners.MAMLLearner`, a ``ClusteredLearner``
+            of a run in clusters, a ``RuleLearner`` of a learned optimizer
+        tasks: what it was trained on; their "test" split has tasks that training did not see
+        settings: the run's config.yaml
+    """
+
+    folder: Path
+    command: str
+    learner: Any
+    tasks: TaskDistribution
+    settings: dict[str, Any]
+
+    @property
+    def rule(self) -> CoordinatewiseLSTM:
+        """The learned optimizer of ``train optimizer``, for :class:`metakern.optim.LearnedOptimizer`.
+
+        Raises:
+            AttributeError: for a run of another command.
+        """
+        if self.command != "optimizer":
+            raise AttributeError(f"{self.folder} is a run of `metakern train {self.command}` and has no rule")
+        rule: CoordinatewiseLSTM = self.learner.rule
+        return rule
+
+
+def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | None = None) -> LoadedRun:
+    """The learner of a run with its best weights by validation, its tasks and its configuration.
+
+    Args:
+        folder: of ``metakern train``
+        device: where the learner is to be
+        data: where the images of omniglot or mini-imagenet are now, if they were elsewhere
+
+    Returns:
+        :class:`LoadedRun`. A run that has not ended yet has the best weights of its newest checkpoint.
+
+    Raises:
+        ValueError: for a folder without a run, without weights yet, or with damaged ones; and for a run of a
+            :class:`metakern.training.Trainer` in Python, whose learner only its own program can make
+
+    Example:
+        >>> run = metakern.runs.load("runs/5way")
+        >>> batch = run.tasks.split("test").sample(100, torch.Generator().manual_seed(0))
+        >>> run.learner.evaluate(batch)["accuracy"].mean()
+    """
+    folder = Path(folder)
+    settings = read_config(folder / CONFIG)
+    command = settings.pop("learner")
+    if data is not None:
+        settings["data"] = data
+    named = SimpleNamespace(**settings)
+    if command not in ("maml", "optimizer"):
+        raise ValueError(
+            f"{folder} is no run of `metakern train`: its {CONFIG} names {quoted(command)}, which only the program "
+            "that trained it can make; do so, and load its weights with metakern.runs.load_weights(folder, learner)"
+        )
+    learner: nn.Module
+    try:
+        if command == "maml":
+            tasks = make_tasks(named)
+            learner = make_learner(named, tasks)
+        else:
+            tasks = PROBLEMS[named.problem]()
+            learner = make_rule_learner(named, backend="auto")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(f"configuration {folder / CONFIG} does not describe a run: {one_line(error)}") from error
+    _load_best(folder, command, learner)
+    return LoadedRun(folder, command, learner.to(device), tasks, settings)
+
+
+def _load_best(folder: Path, command: str, learner: Any) -> None:
+    """The weights that the run ended with; of one that has not ended, the best so far."""
+    if not (folder / WEIGHTS).is_file():
+        _load_from_checkpoint(folder, learner)
+    elif command == "maml":
+        load_weights(folder, learner)
+    else:
+        learner.rule.load_state_dict(CoordinatewiseLSTM.from_pretrained(folder).state_dict())
+
+
+def _load_from_checkpoint(folder: Path, learner: nn.Module) -> None:
+    try:
+        path, payload = Checkpoints(folder / CHECKPOINTS, keep=1).load_newest()
+        best = from_bytes(payload, str(path))["best_weights"]
+    except (FileNotFoundError, CheckpointError, KeyError) as error:
+        raise ValueError(f"{folder} holds no trained learner: it has no {WEIGHTS}, and {one_line(error)}") from error
+    if best is None:
+        raise ValueError(f"{folder} holds no trained learner yet: there was no evaluation before {path.name}")
+    try:
+        learner.load_state_dict(best)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights that {CONFIG} describes: {one_line(error)}") from error

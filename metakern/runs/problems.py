@@ -1,0 +1,48 @@
+"""What settings of ``train optimizer`` stand for: problems to optimise, the rule and its learner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from metakern.learners import RuleLearner
+from metakern.rules import CoordinatewiseLSTM
+from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
+from metakern.tasks.classic_functions import FUNCTIONS
+
+#: What a learned optimizer is trained on, by name.
+PROBLEMS: dict[str, Callable[[], Optimizees]] = {
+    "digits": DigitsMLP,
+    "digits-regression": DigitsRegression,
+    "digits-cnn": DigitsCNN,
+    "digits-rnn": DigitsRNN,
+    "quadratics": Quadratics,
+    **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
+}
+
+
+def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
+    """The learner that resolved settings describe, its weights drawn from ``seed``.
+
+    Args:
+        settings: of :class:`metakern.cli.optimizer.OptimizerSettings`, or whatever has attributes of their names
+        backend: in place of the one in the settings
+    """
+    torch.manual_seed(settings.seed)
+    rule = CoordinatewiseLSTM(
+        settings.hidden_size,
+        settings.layers,
+        preprocess=settings.preprocess or "none",
+        output_scale=settings.output_scale or 0.0,
+        backend=backend or settings.backend,
+    )
+    return RuleLearner(
+        rule,
+        steps=settings.steps,
+        unroll=settings.unroll,
+        objective=settings.objective,
+        second_order=settings.second_order,
+    )

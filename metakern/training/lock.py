@@ -1,0 +1,125 @@
+"""One process at a time trains in a folder: a lock that the system releases when its holder ends, however it ends."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import platform
+import sys
+import warnings
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from filelock import FileLock, Timeout
+
+from metakern._files import check_targets, write_whole
+from metakern._plain_data import one_line, read_json
+
+#: The file that is locked, and the one that says by whom.
+LOCK, HOLDER = ".lock", ".lock.json"
+
+#: Seconds to wait for a holder that is about to end: torchrun starts processes anew as soon as the old ones are killed.
+_PATIENCE = 1.0
+
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+class FolderInUse(RuntimeError):
+    """Another process, or another trainer of this one, trains in the folder."""
+
+
+class FolderLock:
+    """The right to write a run's folder; taken more than once by one object, it is held until all have let go.
+
+    The system keeps the lock (``flock``): that of a process that was killed is free at once. Reading a folder needs no
+    lock.
+
+    Args:
+        folder: of the run; made where there is none
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: FileLock | None = None
+        self._times = 0
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            FolderInUse: where another holds it, saying who, and since when
+            OSError: for a folder that cannot be made or written.
+        """
+        if not self._times:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            check_targets(self.folder, (LOCK, HOLDER))
+            lock = FileLock(self.folder / LOCK, thread_local=False)
+            try:
+                lock.acquire(timeout=_PATIENCE, poll_interval=0.05)
+            except Timeout:
+                raise FolderInUse(
+                    f"folder {self.folder} is in use: {_holder(self.folder)} trains in it; wait until that ends, or "
+                    "take another folder"
+                ) from None
+            except OSError as error:
+                if error.errno not in _NO_LOCKS:
+                    raise
+                warnings.warn(
+                    f"folder {self.folder} cannot be locked on its file system ({error.strerror}): start no other run "
+                    "in it",
+                    RuntimeWarning,
+                    stacklevel=3,
+                )
+            self._lock = lock
+            write_whole(self.folder / HOLDER, json.dumps(_myself()).encode())
+        self._times += 1
+
+    def release(self) -> None:
+        """Let go; what was not taken need not be."""
+        if self._times == 1 and self._lock is not None:
+            (self.folder / HOLDER).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+        self._times = max(0, self._times - 1)
+
+    def __enter__(self) -> Self:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+
+def is_in_use(folder: Path) -> bool:
+    """Whether someone trains in a folder at this moment."""
+    if not (folder / LOCK).is_file():
+        return False
+    lock = FileLock(folder / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        return True
+    except OSError:
+        return False
+    lock.release()
+    return False
+
+
+def _myself() -> dict[str, str | int]:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    command = one_line(" ".join(sys.argv))
+    return {"process": os.getpid(), "host": platform.node(), "since": since, "command": command}
+
+
+def _holder(folder: Path) -> str:
+    try:
+        said = read_json(folder / HOLDER)
+        process, host, since, command = (one_line(said[key]) for key in ("process", "host", "since", "command"))
+    except (OSError, ValueError, KeyError, TypeError):  # it has just ended, or was killed while it wrote
+        return "another process"
+    return f"process {process} on {host} ({command}), since {since},"

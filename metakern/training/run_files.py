@@ -1,0 +1,134 @@
+"""The files of a run's folder, each whole or not there, and what they say of the run.
+
+config.yaml        every setting; ``metakern train … --config run/config.yaml --output again`` repeats the run
+environment.json   versions, build, command line, threads, date, launch of torchrun
+metrics.jsonl      one JSON object a line: iterations and evaluations
+events.out.*       the same for TensorBoard
+figures/*.png      learning curves, adaptation steps, clusters
+checkpoints/       of the trainer
+model.safetensors  the weights that the run ended with, the best by validation
+results.json       measures on test tasks
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml  # type: ignore[import-untyped]  # its stubs are another package
+from safetensors.torch import save
+from torch import Tensor
+
+from metakern._backend import build_info
+from metakern._digest import digest
+from metakern._files import write_whole
+from metakern._version import __version__
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+FIGURES = "figures"
+CHECKPOINTS = "checkpoints"
+WEIGHTS = "model.safetensors"
+RESULTS = "results.json"
+
+#: Files that a training writes under fixed names, and folders; see :func:`metakern._files.check_targets`.
+FILES = (CONFIG, ENVIRONMENT, METRICS, WEIGHTS, f"{FIGURES}/learning.png")
+FOLDERS = (FIGURES, CHECKPOINTS)
+
+#: Packages whose versions a run notes, beside torch's in build_info.
+_PACKAGES = ("numpy", "scikit-learn", "safetensors", "triton", "tensorboard", "matplotlib")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all; see :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all, and its folder where there is none; see :func:`metakern._files.write_whole`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, content)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write figures with the command, date and installation that made them."""
+    header: dict[str, object] = {
+        "command": " ".join(["metakern", *sys.argv[1:]]),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": build_info() | {"threads": torch.get_num_threads()},
+    }
+    write_text(path, json.dumps(finite(header | dict(content)), indent=1, allow_nan=False) + "\n")
+
+
+def finite(content: Any) -> Any:
+    """The same with null for infinity and NaN, which JSON does not have."""
+    if isinstance(content, Mapping):
+        return {key: finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def write_environment(folder: Path) -> None:
+    """environment.json: what a run's numbers may depend on, beside its configuration."""
+    versions: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    machine = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
+    processes: dict[str, object] = {"processes": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch()}
+    write_json(folder / ENVIRONMENT, machine | processes)
+
+
+def launch() -> str | None:
+    """What all processes that one ``torchrun`` starts and starts anew have in common; None without torchrun.
+
+    Its job's id, which is "none" where no one has given it any: then the process that started this one.
+    """
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job != "none":
+        return job
+    parent = os.getppid()
+    try:  # PIDs are reused; clock ticks from the machine's start to theirs are not
+        since = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        since = ""
+    return f"{platform.node()} {parent} {since}"
+
+
+def write_config(folder: Path, learner: str, settings: Mapping[str, object], *, command: bool = True) -> None:
+    """config.yaml: every setting of a run by its name.
+
+    Args:
+        folder: of the run
+        learner: the command that trains it, or the learner's class
+        settings: names and values
+        command: whether ``metakern train LEARNER`` takes them
+    """
+    head = (
+        f"# metakern train {learner} --config {folder / CONFIG} --output FOLDER repeats this run in another folder; "
+        "options given beside it override.\n"
+        if command
+        else f"# What a Trainer of {learner} was given in Python.\n"
+    )
+    content = {"learner": learner, "metakern": __version__, **settings}
+    write_text(folder / CONFIG, head + yaml.safe_dump(content, sort_keys=False))
+
+
+def save_state(folder: Path, learner: str, state: Mapping[str, Any]) -> None:
+    """model.safetensors: the tensors of a learner's state and their checksum; extra state is in checkpoints alone."""
+    tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
+    metadata = {"format": "pt", "learner": learner, "sha256": digest(tensors)}
+    write_bytes(folder / WEIGHTS, save(tensors, metadata=metadata))

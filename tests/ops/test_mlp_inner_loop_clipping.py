@@ -1,0 +1,292 @@
+"""Clipped gradients in mlp_inner_loop and mlp_meta_loss: against loops by hand, the reference, and bit by bit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import grad, vmap
+
+from metakern.ops import mlp_inner_loop, mlp_meta_loss
+from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from tests.inner_loops import assert_same, hand_written, mlp, regression
+from tests.mlp_problems import Case, assert_equal
+
+F32, F64 = torch.float32, torch.float64
+BACKENDS = ("cpp", "reference")  # Triton's: tests/triton
+NORMS = (0.05, 2.7, 1e3)  # below all gradients of these problems, between them, above them
+
+
+def largest_norms(case: Case) -> Tensor:
+    """Of every task's gradient by all parameters, at the start."""
+    steps = mlp_inner_loop(case.params, *case.support, lr=1.0, steps=1, loss=case.loss, backend="reference")
+    return torch.cat([(p - s).flatten(1) for p, s in zip(case.params, steps, strict=True)], 1).norm(dim=1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("first_order", [False, True, (False, True, False)], ids=["second", "first", "mixed"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("activation", [nn.ReLU, nn.Tanh])
+def test_equals_a_loop_by_hand(
+    activation: Callable[[], nn.Module], norm: float, first_order: Any, backend: str
+) -> None:
+    net, episode = mlp(2, 5, 3, activation=activation), regression(3, 4, 3, 2, 3)
+    rate = torch.tensor(0.3, dtype=F64, requires_grad=True)
+    params = list(net.parameters())
+    kind = "relu" if activation is nn.ReLU else "tanh"
+    options = {"steps": 3, "activation": kind, "clip_norm": norm, "first_order": first_order, "backend": backend}
+    losses = mlp_meta_loss(params, episode.support, episode.query, lr=rate, **options)
+    expected = hand_written(net, episode, 3, lambda *_: rate, first_order=first_order, clip_norm=norm)
+    assert_same(losses, expected, [*params, rate])
+
+
+def test_the_norms_of_these_tests_lie_below_between_and_above_the_gradients() -> None:
+    norms = largest_norms(Case([3, 20, 4], 19))
+    assert NORMS[0] < norms.min()
+    assert norms.min() < NORMS[1] < norms.max()
+    assert NORMS[2] > norms.max()
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("tasks", [1, 15, 17])
+def test_groups_of_tasks_on_every_instruction_set(tasks: int, norm: float, dtype: torch.dtype, capability: str) -> None:
+    """Odd widths, learned rates of every step, masks, a last segment of one step, clipped beside other tasks."""
+    case, steps = Case([3, 7, 5, 1], tasks, 17, 3), 5
+    mask = torch.rand(tasks, 17, generator=case.generator) < 0.6
+    mask[:, -1] = True
+    lr = [0.1 + 0.05 * case.draw(steps, *p.shape) for p in case.params]
+    options = {"lr": lr, "steps": steps, "per_step": True, "support_mask": mask, "checkpoint_every": 2}
+    options |= {"clip_norm": norm, "activation": "tanh"}
+    tolerance = GRADIENT_TOLERANCE[dtype]
+    assert_equal(case.meta("cpp", dtype, **options), case.meta("reference", **options), tolerance)
+    assert_equal(case.adapt("cpp", dtype, **options), case.adapt("reference", **options), tolerance)
+
+
+@pytest.mark.parametrize("first_order", [False, True, (False, True, False)], ids=["second", "first", "mixed"])
+@pytest.mark.parametrize("rates", ["one", "tensor", "parameter"])
+def test_learned_rates(rates: str, first_order: Any) -> None:
+    case = Case([2, 9, 3], 11)
+    lr = [0.3 + 0.05 * case.draw(*(p.shape if rates == "parameter" else ())) for p in case.params]
+    options = {"steps": 3, "clip_norm": 0.5, "activation": "gelu", "first_order": first_order}
+    if rates == "one":
+        results = []
+        for backend in ("cpp", "reference"):
+            params, rate = [p.requires_grad_() for p in case.params], torch.tensor(0.3, dtype=F64, requires_grad=True)
+            losses = mlp_meta_loss(params, case.support, case.query, lr=rate, backend=backend, **options)
+            results.append([losses, *torch.autograd.grad(losses.sum(), [rate, *params])])
+        assert_equal(*results, 1e-10)
+        return
+    assert_equal(case.meta("cpp", lr=lr, **options), case.meta("reference", lr=lr, **options), 1e-10)
+    assert_equal(case.adapt("cpp", lr=lr, **options), case.adapt("reference", lr=lr, **options), 1e-10)
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits"])
+def test_the_norm_is_that_of_the_adapted_parameters_alone(loss: str) -> None:
+    case = Case([2, 9, 3], 19, loss=loss)
+    for adapted in ([False, False, True, True], [True, False, False, True]):
+        options = {"steps": 3, "adapted": adapted, "clip_norm": 0.3, "step_weights": [0.25, 0.25, 0.5]}
+        assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
+        options.pop("step_weights")
+        assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
+
+
+def test_central_differences() -> None:
+    case, options = Case([2, 4, 1], 3), {"steps": 3, "activation": "gelu", "clip_norm": 0.4}
+    gradients = case.meta("cpp", **options)[1:]
+    weights = torch.linspace(0.5, 1.5, 3, dtype=F64)
+    for p, gradient in zip(case.params, gradients, strict=True):
+        for index in range(p.numel()):
+            values = []
+            for offset in (1e-5, -1e-5):
+                p.view(-1)[index] += offset
+                losses = mlp_meta_loss(case.params, case.support, case.query, lr=0.1, **options)
+                values.append((losses * weights).sum())
+                p.view(-1)[index] -= offset
+            assert_close("derivative", gradient.view(-1)[index], (values[0] - values[1]) / 2e-5, 1e-6)
+
+
+# ------------------------------------------------------------------------------------ numbers at the border
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gradient_of_zero_is_not_clipped(backend: str) -> None:
+    """Neither its root, whose derivative is infinite, nor a division by it."""
+    case = Case([2, 3, 2], 3, own=True)
+    perfect = nn.functional.linear(torch.zeros(5, 3, dtype=F64), case.params[2][1], case.params[3][1])
+    case.params[0][1] = case.params[1][1] = 0
+    case.support[1][1] = perfect
+    options = {"steps": 2, "clip_norm": 0.1}
+    got = case.meta(backend, **options)
+    assert all(x.isfinite().all() for x in got)
+    assert_equal(got, case.meta("reference", **options), 1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_squares_that_overflow_float32_are_clipped(backend: str) -> None:
+    """The norm of such a gradient is near 1e25."""
+    case = Case([2, 5, 1], 3)
+    case.support = case.support[0], case.support[1] * 1e25
+    options = {"steps": 1, "clip_norm": 1.0, "activation": "tanh"}
+    if backend == "reference":  # its squares are those of its dtype
+        options["dtype"] = F64
+    got, expected = case.meta(backend, **({"dtype": F32} | options)), case.meta("reference", **options)
+    assert_close("losses", got[0], expected[0], 1e-5)
+    moved = mlp_inner_loop([p.float() for p in case.params], *case.data(F32)[0], lr=1.0, steps=1, clip_norm=1.0)
+    norms = torch.cat([(p.float() - m).flatten(1) for p, m in zip(case.params, moved, strict=True)], 1).norm(dim=1)
+    assert_close("length of the step", norms, torch.ones(3), 1e-5)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("task", [5, 17])  # one in a group of lanes, one by itself
+def test_a_task_that_is_not_finite_leaves_the_others_alone(task: int, value: float) -> None:
+    case, options = Case([2, 9, 3], 18, own=True), {"steps": 2, "clip_norm": 0.3}
+    before = case.meta("cpp", **options) + case.adapt("cpp", **options)
+    case.support[0][task].view(-1)[0] = value
+    after = case.meta("cpp", **options) + case.adapt("cpp", **options)
+    others = torch.arange(18) != task
+    for index, (a, b) in enumerate(zip(after, before, strict=True)):
+        assert_same_bits(f"result {index}", a[others], b[others])
+    assert not after[0][task].isfinite()
+    assert not after[1][task].isfinite().all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_infinite_gradient_of_one_parameter_takes_no_step_elsewhere(backend: str) -> None:
+    """Of an infinite norm the factor is zero: what is finite stays, what is infinite becomes NaN, as in PyTorch."""
+    x, y = torch.tensor([[[1e200]], [[1.0]]], dtype=F64), torch.tensor([[[-1e200]], [[-1.0]]], dtype=F64)
+    params = [torch.zeros(1, 1, dtype=F64), torch.zeros(1, dtype=F64)]
+    weight, bias = mlp_inner_loop(params, x, y, lr=0.1, steps=1, clip_norm=1.0, backend=backend)
+    assert weight[0].isnan()
+    assert bias[0] == 0
+    assert weight[1].isfinite()
+    assert bias[1] < 0
+
+
+# ------------------------------------------------------------------------------------ bits
+
+
+@pytest.mark.sanitize
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    case, results, options = Case([3, 20, 4], 67), [], {"steps": 3, "clip_norm": 2.7}
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append(case.meta("cpp", dtype, **options) + case.adapt("cpp", dtype, **options))
+    for other in results[1:]:
+        for index, (a, b) in enumerate(zip(results[0], other, strict=True)):
+            assert_same_bits(f"result {index}", a, b)
+
+
+def test_same_bits_with_and_without_a_graph_and_checkpoints() -> None:
+    case, options = Case([3, 20, 4], 19), {"steps": 7, "step_weights": [0.1] * 7, "clip_norm": 2.7}
+    expected = case.meta("cpp", **options)
+    for every in (1, 3, 7):
+        for index, (a, b) in enumerate(zip(case.meta("cpp", checkpoint_every=every, **options), expected, strict=True)):
+            assert_same_bits(f"result {index}", a, b)
+    with torch.no_grad():
+        plain = mlp_meta_loss(case.params, case.support, case.query, lr=0.1, **options)
+    assert_same_bits("losses", plain, expected[0])
+
+
+def test_gradients_that_are_not_clipped_have_the_bits_of_those_without() -> None:
+    case = Case([3, 20, 4], 19)
+    for index, (a, b) in enumerate(
+        zip(case.adapt("cpp", steps=2, clip_norm=1e6)[:4], case.adapt("cpp", steps=2)[:4], strict=True)
+    ):
+        assert_close(f"result {index}", a, b, 1e-15)
+
+
+# ------------------------------------------------------------------------------------ torch
+
+
+def flags(steps: int) -> Tensor:
+    return torch.ones(steps, dtype=torch.bool)
+
+
+@pytest.mark.parametrize("slopes", [[], [0.2, 0.0]], ids=["none", "slopes"])
+@pytest.mark.parametrize("name", ["mlp_inner_loop", "mlp_meta_loss"])
+def test_opcheck(name: str, slopes: list[float]) -> None:
+    case = Case([2, 4, 3, 1], 3)
+    params, rates = [p.requires_grad_() for p in case.params], [torch.tensor(0.1, dtype=F64, requires_grad=True)]
+    scalars = 0.0, 2, False, -1, [4, 1], 0, 1
+    if name == "mlp_inner_loop":
+        args = (params, *case.support, None, rates, *scalars, True, flags(2), slopes, 0.5)
+    else:
+        weights = torch.tensor([0.0, 1.0], dtype=F64)
+        args = (params, *case.support, None, *case.query, None, rates, *scalars, flags(2), weights, True, slopes, 0.5)
+    torch.library.opcheck(getattr(torch.ops.metakern, name).default, args)
+
+
+@pytest.mark.parametrize("call", ["meta", "adapt"])
+def test_torch_compile(call: str) -> None:
+    case, lr = Case([2, 6, 4, 3], 5), 0.1
+    options = {"steps": 3, "clip_norm": 0.5, "activation": ["leaky_relu:0.2", "tanh"]}
+    expected = getattr(case, call)("cpp", **options)
+
+    def function(params: list[Tensor]) -> Any:
+        if call == "meta":
+            return mlp_meta_loss(params, case.support, case.query, lr=lr, **options)
+        return mlp_inner_loop(params, *case.support, lr=lr, **options)
+
+    params = [p.requires_grad_() for p in case.params]
+    got = torch.compile(function, fullgraph=True, backend="aot_eager")(params)
+    if call == "meta":
+        total, results = (got * torch.linspace(0.5, 1.5, 5, dtype=F64)).sum(), [got]
+    else:
+        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=F64).view(r.shape)).sum() for r in got)
+        results = list(got)
+    for index, (a, b) in enumerate(zip([*results, *torch.autograd.grad(total, params)], expected, strict=True)):
+        assert_same_bits(f"result {index}", a, b)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_vmap_of_grad_equals_a_loop(learned: bool) -> None:
+    """A batch becomes more tasks, each with a norm of its own; with learned rates it is a loop."""
+    case = Case([2, 4, 1], 3)
+    lr: Any = [torch.tensor(0.1, dtype=F64) for _ in case.params] if learned else 0.1
+    options = {"steps": 2, "clip_norm": 0.4, "activation": ["leaky_relu:0.2"]}
+
+    def loss(params: list[Tensor], lr: Any) -> Tensor:
+        return mlp_meta_loss(params, case.support, case.query, lr=lr, **options).sum()
+
+    batch = [torch.stack([p, 2 * p, -p]) for p in case.params]
+    gradient = grad(loss, (0, 1) if learned else 0)
+    got = vmap(gradient, (0, None))(batch, lr)
+    rows = [gradient([p[i] for p in batch], lr) for i in range(3)]
+    for i, row in enumerate(rows):
+        leaves = [torch.utils._pytree.tree_leaves(x) for x in (got, row)]
+        for a, b in zip(*leaves, strict=True):
+            assert_close("gradient", a[i], b, 1e-12)
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("activation", "slopes", "norm", "message"),
+    [
+        ([5], [], None, "activation must be 0 to 4, got 5"),
+        ([-1], [], None, "activation must be 0 to 4, got -1"),
+        ([1, 1, 1], [], None, "activation must hold 1 kind or one for each of the 2 hidden layers, got 3"),
+        ([], [], None, "activation must hold 1 kind or one for each of the 2 hidden layers, got 0"),
+        ([4], [0.1, 0.1], None, "slopes must hold none or one for each of the 1 activations, got 2"),
+        ([4], [-0.1], None, "slopes must be finite and not negative, got -0.1"),
+        ([4], [math.inf], None, "slopes must be finite and not negative, got inf"),
+        ([1], [], 0.0, "clip_norm must be positive and finite, got 0"),
+        ([1], [], -1.0, "clip_norm must be positive and finite, got -1"),
+        ([1], [], math.nan, "clip_norm must be positive and finite, got nan"),
+    ],
+)
+def test_the_operator_called_directly_refuses(
+    activation: list[int], slopes: list[float], norm: float | None, message: str
+) -> None:
+    case = Case([2, 4, 3, 1], 3)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.metakern.mlp_inner_loop(
+            case.params, *case.support, None, [], 0.1, 2, False, -1, activation, 0, 1, False, flags(2), slopes, norm
+        )

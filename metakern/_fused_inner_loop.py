@@ -37,7 +37,7 @@ from metakern.ops.mlp_inner_loop import (
 from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
-_LABEL_ERROR = "as the model has"
+LABEL_ERROR = "as the model has"
 
 
 class Options(NamedTuple):
@@ -345,6 +345,6 @@ def _served(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except RuntimeError as error:
-        if _LABEL_ERROR in str(error):
+        if LABEL_ERROR in str(error):
             raise Unserved(str(error)) from error
         raise

@@ -102,7 +102,7 @@ class Vectorization:
 
     def _remember(self, reason: str) -> None:
         _loops.remember(self._model, self._kind())
-        _warn(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
+        warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
 
     def _kind(self) -> Hashable:
         """What decides whether torch.vmap can run the model. It refers to no module, which would keep it alive."""
@@ -172,9 +172,9 @@ def _cause(error: Exception, model: nn.Module) -> str:
     return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
 
 
-def _warn(message: str) -> None:
+def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
     """Warn at the line that called the package."""
     package, level, frame = __name__.partition(".")[0], 1, sys._getframe(0)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
         frame, level = frame.f_back, level + 1
-    warnings.warn(message, UserWarning, stacklevel=level)
+    warnings.warn(message, category, stacklevel=level)

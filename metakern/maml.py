@@ -35,6 +35,7 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._learner import MAML, MetaSGD
+from metakern._missed import warn_if_missed
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
@@ -210,6 +211,7 @@ def adapt(
     support = _support(options, (support_x, support_y), support_mask, loop)
     say_generic("adapt", options, loop, support, reason)
     params = loop.model.vectorization.run(lambda: loop.run(support)[0], support.named)
+    warn_if_missed(options, support_x, reason)
     return Adapted(params, loop.model, options.steps)
 
 
@@ -325,6 +327,7 @@ def query_losses(
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
     if moves_statistics:
         loop.model.store(statistics)
+    warn_if_missed(options, support[0], reason)
     return weighted
 
 

@@ -126,7 +126,7 @@ def test_raw_operators_of_inner_loops(name: str) -> None:
         for index, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 changed: Any = value.to("meta")
-            elif isinstance(value, list):
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 changed = [*value[:-1], value[-1].to("meta")]
             else:
                 continue
@@ -143,7 +143,7 @@ def raw(name: str) -> tuple[Callable[..., Any], list[Any]]:
         **{"params": params(), "lr": [torch.tensor(0.1)] * 4, "rate": 0.0, "steps": 2, "per_step": False},
         **{"adapted": -1, "activation": 0, "loss": 0, "checkpoint_every": 1, "second_order": second_order},
         **{"x": x, "y": y, "mask": mask, "query_x": query_x, "query_y": query_y, "query_mask": query_mask},
-        **{"step_weights": weights, "weights": weights},
+        **{"step_weights": weights, "weights": weights, "slopes": [], "clip_norm": None},
     }
     forward = getattr(OPS, name.removesuffix("_backward")).default
     flags = {a.name: True for a in forward._schema.arguments if a.name not in known}

@@ -59,7 +59,7 @@ def _methods(kind: Any) -> tuple[Any, ...]:
 
 def _functions() -> tuple[Any, ...]:
     """What these classes, and the functions of torch.nn.functional, call in turn."""
-    c = torch._C._nn  # type: ignore[attr-defined]
+    c = torch._C._nn
     return (
         *(F.linear, F.relu, F.gelu, F.leaky_relu, F.dropout, F.mse_loss, F.cross_entropy),
         *(F.binary_cross_entropy_with_logits, torch.binary_cross_entropy_with_logits),
@@ -69,7 +69,7 @@ def _functions() -> tuple[Any, ...]:
 
 
 _FUNCTIONS = _functions()
-_METHODS = {kind: _methods(kind) for kind in KNOWN_CLASSES}
+_METHODS: dict[type, tuple[Any, ...]] = {kind: _methods(kind) for kind in KNOWN_CLASSES}
 _ITERATED = nn.Sequential.__iter__
 
 

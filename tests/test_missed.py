@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from metakern import FallbackWarning, _missed, adapt, meta_loss
 from metakern.maml import meta_backward
-from tests.fused import EPISODE, F64, Net, sequential
+from tests.fused import EPISODE, F64, sequential
 from tests.inner_loops import Episode
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "forgotten")]
@@ -47,7 +47,7 @@ def test_a_reason_is_said_once_with_the_ratio() -> None:
     assert heard(sequential(nn.Linear(2, 3), nn.Softplus(), nn.Linear(3, 1))) == [], "another size is no other reason"
     (message,) = heard(sequential(), loss=nn.L1Loss())
     assert "l1_loss" in message
-    (message,) = heard(Net(lambda net, x: net.last(net.first(x).sin())).eval())
+    (message,) = heard(Sine().double())
     assert "sin" in message
 
 
@@ -72,6 +72,17 @@ SERVED_OR_CHOSEN: dict[str, tuple[Any, dict[str, Any]]] = {
     "large": (lambda: sequential(nn.Linear(2, 1500), nn.ReLU(), nn.Linear(1500, 1)), {}),
     "branches": (lambda: Branches().double(), {}),
 }
+
+
+class Sine(nn.Module):
+    """An activation that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.first(x).sin())
 
 
 class Branches(nn.Module):

@@ -293,6 +293,8 @@ def _of_first_task(name: str, tensor: Any) -> Tensor:
         raise Unserved(f"{name} is no pair of tensors with a task and a sample")
     if not is_plain(tensor):
         raise Unserved("the samples are of a subclass of Tensor")
+    if tensor.is_inference():
+        raise Unserved(f"{name} was made in inference mode")
     return tensor[0]
 
 

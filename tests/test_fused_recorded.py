@@ -67,7 +67,8 @@ UNSERVED: dict[str, tuple[str, Forward]] = {
     "by size": ("of another size", lambda net, x: net.last(getattr(net.first(x), "relu" if len(x) == 4 else "tanh")())),
     "caught": ("calls sin", lambda net, x: net.last(caught(net.first(x)).relu())),
     "function of its own": ("gradients off", lambda net, x: net.last(Doubled.apply(net.first(x)).relu())),
-    "unseen write": ("writes into the results", lambda net, x: net.last(unseen_write(net.first(x)).relu())),
+    "unseen write": ("writes into samples or results", lambda net, x: net.last(unseen_write(net.first(x)).relu())),
+    "own way to a weight": ("no parameters of the model", lambda net, x: net.last(F.linear(x, *net.kept).relu())),
     "raises": ("raises ValueError", lambda net, x: fails(x)),
 }
 
@@ -134,7 +135,7 @@ def test_layers_in_a_module_of_ones_own(name: str, capsys: pytest.CaptureFixture
 
 
 #: Of these plain PyTorch raises, or vmap.
-FAILING = ("raises", "unseen write", "data", "on values")
+FAILING = ("raises", "unseen write", "data", "on values", "own way to a weight")
 
 
 @pytest.mark.parametrize("name", [name for name in UNSERVED if name not in FAILING])
@@ -148,8 +149,10 @@ def test_modules_that_do_anything_else(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", FAILING)
 def test_modules_that_a_recording_cannot_follow(name: str) -> None:
     reason, forward = UNSERVED[name]
+    net = Net(forward).eval()
+    net.kept = [net.first.weight, net.first.bias]
     with pytest.raises(RuntimeError, match=f"backend 'cpp' cannot run: .*{reason}"):
-        meta_loss(Net(forward).eval(), EPISODE.support, EPISODE.query, backend="cpp")
+        meta_loss(net, EPISODE.support, EPISODE.query, backend="cpp")
 
 
 def test_rates_follow_the_order_of_parameters_not_of_layers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -272,6 +275,7 @@ OTHER_LOSSES: dict[str, Any] = {
     "two": lambda p, t: (F.mse_loss(p, t), F.mse_loss(2 * p, t))[1],
     "first of two": lambda p, t: (a := F.mse_loss(p, t), F.l1_loss(p, t), a)[2],
     "detached": lambda p, t: F.mse_loss(p.detach(), t) + 0 * p.sum() + p.mean(),
+    "random": lambda p, t: F.mse_loss(p, t) if random.random() < 2 else F.l1_loss(p, t),
     "by size": lambda p, t: F.mse_loss(p, t) if len(p) == 4 else F.l1_loss(p, t),
 }
 

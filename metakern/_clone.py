@@ -85,6 +85,32 @@ def replace_tensors(module: nn.Module, replaced: Replaced) -> None:
     Substitution(replaced, copies=False).fill(list(module.modules()))
 
 
+def captures_tensors(model: nn.Module) -> bool:
+    """Whether a model refers to its parameters or buffers otherwise than by those that are registered.
+
+    ``torch.func.functional_call`` does not replace them there. It does in nn.LSTM and its kin, which keep a list.
+    """
+    parts = list(model.modules())
+    tensors = (tensor for part in parts for held in (part._parameters, part._buffers) for tensor in held.values())
+    probe = Substitution({id(tensor): (tensor, None) for tensor in tensors if tensor is not None}, copies=True)
+    probe.keep(parts)
+    return any(probe.fill_attributes(shallow_copy(part)) for part in parts if not isinstance(part, nn.RNNBase))
+
+
+def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:
+    """What a model returns with other tensors in place of its own, wherever it refers to them.
+
+    The call is one of a copy: attributes that it sets are lost.
+    """
+    memo = dict(replaced)
+    made = []
+    for part in model.modules():
+        made.append(shallow_copy(part))
+        memo[id(part)] = (part, made[-1])
+    Substitution(memo, copies=True).fill(made)
+    return made[0](*args, **kwargs)
+
+
 def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, memo: Replaced | None = None) -> _M:
     """Put p + u in place of each parameter p of a module that has an update u; gradients flow through both.
 

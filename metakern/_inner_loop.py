@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
+from metakern._clone import call_with_tensors, captures_tensors
 from metakern._inner_loop_input import TaskBatch, check_labels, split
 from metakern._random_state import kept_random_state
 from metakern._rates import LearningRates, real_dtype
@@ -70,6 +71,7 @@ class TaskModel:
         statistics |= {id(b) for m in per_step for b in (m.running_mean, m.running_var)}
         self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
         self._slots = _slots(model, parameters | buffers)
+        self._captures = not torch.compiler.is_compiling() and captures_tensors(model)
         names_of = {id(buffer): name for name, buffer in buffers.items()}
         self.max_steps = min([m.steps for m in per_step]) if per_step else None
         self._step_buffers = [names_of[id(m.step)] for m in per_step]
@@ -160,10 +162,12 @@ class TaskModel:
     def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """What the model returns for one task."""
         tensors = {**shared, **params}
+        args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
+        if self._captures:
+            own = {**self.shared, **self.initial}
+            return call_with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own}, *args, **kwargs)
         values = {slot: tensors[name] for slot, name in self._slots.items()}
-        if isinstance(x, dict):
-            return functional_call(self.model, values, (), x, tie_weights=False)
-        return functional_call(self.model, values, x if isinstance(x, tuple) else (x,), tie_weights=False)
+        return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
     def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
         def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:
@@ -176,10 +180,10 @@ class TaskModel:
 
     def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function of one task with PyTorch's functions in the form whose derivatives are right."""
-        tells_gradients = not is_transformed()
+        transformed = is_transformed()
 
         def corrected(*arguments: Any) -> Any:
-            with TaskFunctions(self.vectorization.at_once, tells_gradients):
+            with TaskFunctions(self.vectorization.at_once, transformed):
                 return function(*arguments)
 
         return corrected

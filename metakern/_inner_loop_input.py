@@ -120,7 +120,7 @@ def task_batch(
         )
     x, y = as_data(x), as_data(y)
     if mask is not None:
-        _check_mask(f"{name}_mask", mask, axes)
+        _check_mask(f"{name}_mask", mask, axes, first_tensor(x).device)
         first = mask.to(torch.int8).argmax(-1, keepdim=True)
         source = torch.where(mask, torch.arange(axes[-1], device=mask.device), first)
         leading = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in axes[:-1]), indexing="ij")
@@ -184,13 +184,15 @@ def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | 
     return shape
 
 
-def _check_mask(name: str, mask: Any, axes: torch.Size) -> None:
+def _check_mask(name: str, mask: Any, axes: torch.Size, device: torch.device) -> None:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
         got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
         raise TypeError(f"{name} must be a bool tensor, got {got}")
     if mask.shape != axes:
         legend = "[T, S]" if len(axes) == 2 else "[T, K, S]"
         raise ValueError(f"{name} must be {legend}, {list(axes)}, got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the device of the samples, {device}, got {mask.device}")
     if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
         empty = (~mask.any(-1)).nonzero()[:, 0].unique().tolist()
         raise ValueError(f"{name} must leave every task a sample, got none for tasks {empty}")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern._clone import clone_parts, take_step
-from metakern._lineage import Lineage, foreign, nodes_of, quoted, reach, tensors_of, unregistered
+from metakern._lineage import Lineage, foreign, listed, nodes_of, reach, tensors_of, unregistered
 from metakern._rates import check_rate
 from metakern._substitution import Replaced, is_compiled, shallow_copy
 from metakern._warn import warn_user
@@ -91,7 +91,7 @@ class Learner(nn.Module):
         if stale:
             raise RuntimeError(
                 f"the module of a {type(self).__name__} clone must compute with its own parameters, but takes "
-                f"{quoted(stale)} from the model that it was cloned from, which do not adapt{self._references()}. A "
+                f"{listed(stale)} from the model that it was cloned from, which do not adapt{self._references()}. A "
                 "function or an object that the model keeps must get the module, or its parameters, in each call; what "
                 "is computed with the original beforehand must be an argument"
             )
@@ -99,7 +99,7 @@ class Learner(nn.Module):
         if strange and lineage.strangers:
             lineage.strangers.clear()  # shared by all clones: once is enough
             warn_user(
-                f"parameters in {quoted(strange)} are not registered in the model, so they do not adapt: use "
+                f"parameters in {listed(strange)} are not registered in the model, so they do not adapt: use "
                 "nn.ModuleList, nn.ModuleDict or nn.ParameterList"
             )
 
@@ -115,7 +115,7 @@ class Learner(nn.Module):
         if not params:
             held = sorted({where for where, _ in unregistered(self.module)})
             where = (
-                f"; those in {quoted(held)} are not registered: use nn.ModuleList or nn.ParameterList" if held else ""
+                f"; those in {listed(held)} are not registered: use nn.ModuleList or nn.ParameterList" if held else ""
             )
             raise RuntimeError(f"the model must have a parameter to adapt, got none{where}")
         return [pair for pair in params if pair[1].requires_grad], [name for name, p in params if not p.requires_grad]
@@ -141,7 +141,7 @@ class Learner(nn.Module):
         if unused:
             self._check_unused(loss, unused)
         if unused and not allow_unused:
-            raise RuntimeError(f"loss must depend on every parameter, but has no use for {quoted(unused)}: {advice}")
+            raise RuntimeError(f"loss must depend on every parameter, but has no use for {listed(unused)}: {advice}")
         return list(grads)
 
     def _check_unused(self, loss: Tensor, unused: Sequence[str]) -> None:
@@ -150,7 +150,7 @@ class Learner(nn.Module):
         stale = sorted(set(unused) & {name for node, name in found.items() if node in self._lineage.origins})
         if stale:
             raise RuntimeError(
-                f"loss must depend on the clone's own {quoted(stale)}, but was computed with those of the model that "
+                f"loss must depend on the clone's own {listed(stale)}, but was computed with those of the model that "
                 f"it was cloned from{self._references()}, which do not adapt: call the clone, and let what its module "
                 "keeps, such as functions and objects of other classes, get the module in each call"
             )
@@ -168,7 +168,7 @@ class Learner(nn.Module):
             return "it was computed before the last adapt(), with the parameters of then; compute it again"
         held = sorted({where for where, _ in unregistered(self.module)})
         if held:
-            return f"those in {quoted(held)} are not registered in the model; use nn.ModuleList or nn.ParameterList"
+            return f"those in {listed(held)} are not registered in the model; use nn.ModuleList or nn.ParameterList"
         return "compute it with the learner, as learner(x), from tensors that are not detached"
 
     def _update(self, params: Sequence[tuple[str, Tensor]], grads: Sequence[Tensor | None], lr: Any) -> None:
@@ -192,10 +192,14 @@ class MAML(Learner):
         allow_nograd: whether parameters with ``requires_grad=False`` are allowed, which then stay as they are
 
     Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: running statistics
-    that a clone's batch norm gathers are the model's.
+    that a clone's batch norm gathers are the model's. A clone's module refers to its own parts wherever the model
+    refers to its own; see :func:`clone_module`. What torch.compile made of the model is not used: clones run it as it
+    is written.
 
     Raises:
         TypeError, ValueError: for a model that is no module, and an ``lr`` that is not finite or has more elements.
+        RuntimeError: from a call of a clone whose module computes with the model's parameters in place of its own, by a
+            reference that cloning does not see through
 
     Example:
         >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
@@ -244,15 +248,15 @@ class MAML(Learner):
 
         Raises:
             TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that depends on no parameter; for parameters that require no gradient or have no
-                part in the loss, where they are not allowed.
+            RuntimeError: for a loss that depends on no parameter of this learner, whatever is allowed; for parameters
+                that require no gradient or have no part in the loss, where they are not allowed; without gradients.
         """
         first_order = self.first_order if first_order is None else first_order
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
         allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
         params, frozen = self._trainable()
         if frozen and not allow_nograd:
-            raise RuntimeError(f"parameters must require gradients, but {quoted(frozen)} do not: try allow_nograd=True")
+            raise RuntimeError(f"parameters must require gradients, but {listed(frozen)} do not: try allow_nograd=True")
         grads = self._gradients(loss, params, first_order, allow_unused, "try allow_unused=True")
         self._update(params, grads, self.lr)
 
@@ -306,7 +310,8 @@ class MetaSGD(Learner):
 
         Raises:
             TypeError, ValueError: for a loss that is no tensor or not one number.
-            RuntimeError: for a loss that does not depend on every parameter that requires a gradient.
+            RuntimeError: for a loss that does not depend on every parameter that requires a gradient, and without
+                gradients.
         """
         first_order = self.first_order if first_order is None else first_order
         params, _ = self._trainable()

@@ -211,7 +211,7 @@ def _kind(value: Any) -> str:
     return "a function" if isinstance(value, types.FunctionType) else type(value).__name__
 
 
-def quoted(names: Sequence[str], limit: int = 6) -> str:
+def listed(names: Sequence[str], limit: int = 6) -> str:
     """Names for a message, not all of many."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return f"[{shown}{', …' if len(names) > limit else ''}]"

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from metakern import _backend
 from metakern._fused_inner_loop import LABEL_ERROR, Options
-from metakern._vectorize import is_transformed, warn_user
+from metakern._vectorize import is_transformed
+from metakern._warn import warn_user
 from metakern.ops.mlp_inner_loop import unserved
 
 #: How many times as long plain PyTorch took for MLPs of 1,761 to 247,000 parameters: the least and the most of the

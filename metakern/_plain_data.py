@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 #: Bytes of a configuration; the longest that the project writes takes 2 kB.
-CONFIG_BYTES = 64 * 1024
+CONFIG_BYTES = 32 * 1024
 
 #: Bytes of a file of results or of a line of metrics.
 RESULT_BYTES = 64 * 1024 * 1024
 
-#: Entries of a list in a configuration.
+#: Entries of a list in a configuration, and characters of a text, as long as a path may be.
 LIST_ENTRIES = 64
+TEXT_LENGTH = 4096
 
 #: Characters that an error quotes of a value, and of another library's message.
 QUOTED = 80
@@ -97,11 +98,12 @@ def parse_yaml(text: str) -> Any:
 
     try:
         _check_events(yaml.parse(text, Loader=yaml.SafeLoader))
-        return yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(f"it is not YAML: {one_line(error)}") from error
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # values that their tags do not fit raise anything
+        raise ValueError(f"it is not YAML: {one_line(error)}") from error
 
 
 def check_flat(content: Any) -> dict[str, Any]:
@@ -121,6 +123,10 @@ def check_flat(content: Any) -> dict[str, Any]:
         for entry in entries:
             if not isinstance(entry, str | int | float | bool | None):
                 raise ValueError(f"{quoted(name)} must be a number, text or a list of these, got {quoted(value)}")
+            if isinstance(entry, str) and len(entry) > TEXT_LENGTH:
+                raise ValueError(
+                    f"{quoted(name)} must be text of at most {TEXT_LENGTH:,} characters, got {len(entry):,}"
+                )
             if isinstance(entry, int) and entry.bit_length() > _INTEGER_BITS:
                 raise ValueError(f"{quoted(name)} must hold integers of at most 64 bits, got {quoted(entry)}")
     return content

@@ -119,7 +119,8 @@ class _Recorder(TorchFunctionMode):
         except _Stop:
             result = None
         except Exception as error:  # the generic path will meet it, too
-            raise Unserved(f"{self.what} raises {type(error).__name__}") from error
+            line = (str(error).splitlines() or [""])[0][:200]
+            raise Unserved(f"{self.what} raises {type(error).__name__}: {line}") from error
         if not self.reason and result is not self.current:
             self.reason = "it returns something else than the last function's result"
         if self.reason:

@@ -76,17 +76,21 @@ class Substitution:
         self._seen: Replaced = {}
         self.graph: set[Any] = set()
 
+    def keep(self, modules: Iterable[nn.Module]) -> None:
+        """Let the modules stay where they are held."""
+        self._seen.update({id(module): (module, module) for module in modules})
+
     def fill(self, modules: Sequence[nn.Module]) -> bool:
         """Replace what each of the modules holds, in place; returns whether anything was.
 
         Where they hold each other, they stay.
         """
-        self._seen.update({id(module): (module, module) for module in modules})
+        self.keep(modules)
         filled = [self._fill(module) for module in modules]
         return any(filled)
 
     def _fill(self, module: nn.Module) -> bool:
-        changed, held, replaced = False, module.__dict__, self._replaced
+        changed, held, replaced = self.fill_attributes(module), module.__dict__, self._replaced
         for registry in _REGISTERED:
             entries = held[registry]
             for name, value in entries.items():
@@ -95,6 +99,13 @@ class Substitution:
                 if new is not value:
                     entries[name] = new
                     changed = True
+        if self._copies and is_compiled(module):
+            held["forward"] = held["_modules"]["_orig_mod"].__call__
+        return changed
+
+    def fill_attributes(self, module: nn.Module) -> bool:
+        """Replace what ``module`` holds besides what is registered in it, in place; returns whether anything was."""
+        changed, held = False, module.__dict__
         for name, value in held.items():
             kind = type(value)
             # Of the some 20 attributes of a module, almost all are atoms or registries without an entry.
@@ -104,8 +115,6 @@ class Substitution:
             if new is not value:
                 held[name] = new
                 changed = True
-        if self._copies and is_compiled(module):
-            held["forward"] = held["_modules"]["_orig_mod"].__call__
         return changed
 
     def __call__(self, value: Any) -> Any:

@@ -28,15 +28,15 @@ class TaskFunctions(TorchFunctionMode):
 
     Args:
         vectorize: whether torch.vmap is at work
-        tells_gradients: whether a batched tensor says that it requires a gradient. torch.vmap hides it, so a model
-            that looks would take another branch than in a loop. Not for torch.compile and torch.func.
+        transformed: whether torch.compile or torch.func is at work around it; gradients are then taken within
+            torch.vmap, otherwise outside
     """
 
-    def __init__(self, vectorize: bool, tells_gradients: bool = False) -> None:
+    def __init__(self, vectorize: bool, transformed: bool) -> None:
         super().__init__()
-        self.replaced = {**_EVERYWHERE, **_BATCHED} if vectorize else _EVERYWHERE
-        if vectorize and tells_gradients:
-            self.replaced = {**self.replaced, Tensor.requires_grad.__get__: wants_gradient}  # type: ignore[attr-defined]
+        self.replaced = _EVERYWHERE
+        if vectorize:
+            self.replaced = _TRANSFORMED if transformed else _BATCHED
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,6 +163,91 @@ def _embedding_renorm(weight: Tensor, indices: Tensor, max_norm: float, norm_typ
     raise AssertionError
 
 
+# -------------------------------------------------------------------------------------------------------------- norms
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """F.batch_norm, of whose gradient within torch.vmap autograd takes mean and variance for constants."""
+    rest = running_mean, running_var, weight, bias, training, momentum, eps
+    if not training:
+        return F.batch_norm(input, *rest)
+    with torch.no_grad():  # moves the running statistics, and looks at the arguments
+        F.batch_norm(input.detach(), *rest)
+    return _affine(_normalised(input, [0, *range(2, input.dim())], eps), weight, bias)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """F.instance_norm, the same."""
+    rest = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
+    if not use_input_stats:
+        return F.instance_norm(input, *rest)
+    with torch.no_grad():
+        F.instance_norm(input.detach(), *rest)
+    return _affine(_normalised(input, list(range(2, input.dim())), eps), weight, bias)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Any,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enable: bool = True,
+) -> Tensor:
+    """F.layer_norm, the same."""
+    if tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says what is wrong
+    normalised = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
+    normalised = normalised if weight is None else normalised * weight
+    return normalised if bias is None else normalised + bias
+
+
+def _in_order_of_torch_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """torch.batch_norm and torch.instance_norm, which take weight and bias first."""
+
+    def call(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Tensor:
+        return norm(x, mean, var, weight, bias, training, *rest[:2])
+
+    return call
+
+
+def _refused(*args: Any, **kwargs: Any) -> Any:
+    raise RuntimeError(
+        "torch.native_layer_norm and torch.native_batch_norm have wrong second derivatives in torch.func and "
+        "torch.compile; use torch.nn.functional.layer_norm and batch_norm"
+    )
+
+
+def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
+    variance, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
+    return (x - mean) * (variance + eps).rsqrt()
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """With a weight and a bias for each channel of [N, C, ...]."""
+    shape = [-1] + [1] * (x.dim() - 2)
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
 # ------------------------------------------------------------------------------------------------------------- others
 
 
@@ -204,7 +289,8 @@ _EVERYWHERE: dict[Callable[..., Any], Callable[..., Any]] = {
 if hasattr(F, "linear_cross_entropy"):
     _EVERYWHERE[F.linear_cross_entropy] = _linear_cross_entropy
 
-_BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {
+_VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_EVERYWHERE,
     F.embedding: _batched_embedding,
     torch.embedding: _in_order_of_torch(_batched_embedding),
     torch.select_scatter: _select_scatter,
@@ -212,4 +298,22 @@ _BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.index_fill: _index_fill,
     Tensor.index_fill: _index_fill,
     Tensor.as_strided_: _as_strided_,
+}
+
+#: Where gradients are taken outside of torch.vmap, which hides that a tensor requires one: a model that looks would
+#: take another branch than in a loop.
+_BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {**_VMAP}
+_BATCHED[Tensor.requires_grad.__get__] = wants_gradient  # type: ignore[attr-defined]
+
+#: Where they are taken within.
+_TRANSFORMED: dict[Callable[..., Any], Callable[..., Any]] = {
+    **_VMAP,
+    F.batch_norm: _batch_norm,
+    torch.batch_norm: _in_order_of_torch_norm(_batch_norm),
+    F.instance_norm: _instance_norm,
+    torch.instance_norm: _in_order_of_torch_norm(_instance_norm),
+    F.layer_norm: _layer_norm,
+    torch.layer_norm: _layer_norm,
+    torch.native_layer_norm: _refused,
+    torch.native_batch_norm: _refused,
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
 import weakref
 from collections.abc import Callable, Hashable, Mapping
 from types import CodeType
@@ -13,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from metakern._failures import explained, module_that_failed
+from metakern._failures import check_no_mixed_meta, explained, module_that_failed
 from metakern._random_state import random_state, set_random_state
+from metakern._warn import warn_user
 
 Result = TypeVar("Result")
 
@@ -67,8 +66,9 @@ class Vectorization:
 
         Raises:
             RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
-            TypeError, ValueError: for data of another dtype, device or width than the model's
+            TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
         """
+        check_no_mixed_meta(self._model, data)
         if is_transformed():
             if self._hooked:
                 raise RuntimeError(f"torch.func cannot transform the model: {self._hooked}; remove it")
@@ -170,11 +170,3 @@ def _cause(error: Exception, model: nn.Module) -> str:
     where = "the model or the loss" if found is None else found.label
     line = (str(error).splitlines() or [""])[0]
     return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
-
-
-def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called the package."""
-    package, level, frame = __name__.partition(".")[0], 1, sys._getframe(0)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, category, stacklevel=level)

@@ -7,11 +7,9 @@ Axis legend: N coordinates, H hidden units, L layers.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import Any
 
 import torch
@@ -19,27 +17,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from metakern._memo import outside_modes
-from metakern.ops import LSTMState, pack_state, unpack_state
+from metakern._optim_checkpoints import FORMAT_VERSION as FORMAT_VERSION
+from metakern._optim_checkpoints import HEADER as HEADER
+from metakern._optim_checkpoints import from_checkpoint, to_checkpoint
+from metakern._optim_groups import check_group, check_rate
+from metakern._warn import warn_user
+from metakern.ops import LSTMState
 from metakern.ops.lstm_state import TILE_LANES, tiles
 from metakern.ops.lstm_step import PARAM_DTYPES
 from metakern.rules import CoordinatewiseLSTM
-
-#: Version of the checkpoint that ``state_dict`` makes; another one is refused.
-FORMAT_VERSION = 1
-
-#: The key of a state_dict that tells a checkpoint of this optimizer from any other.
-HEADER = "learned_optimizer"
-
-_GROUP_KEYS = ("params", "lr")
-_ENTRY_KEYS = ("step", "h", "c")
-_SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class LearnedOptimizer(Optimizer):
     """Trains a model with a learned update rule; the rule itself stays as it is.
 
-    θ' = θ + lr · rule(∇θ, state), for every coordinate of a parameter group in one launch. A parameter whose ``grad``
-    is None is skipped: neither it nor its state moves. A gradient that is not finite spoils its own coordinates only.
+    θ' = (1 − lr · weight_decay) · θ + lr · rule(∇θ, state), for every coordinate of a parameter group in one launch. A
+    parameter whose ``grad`` is None is skipped: neither it nor its state moves, nor does it decay. A gradient that is
+    not finite spoils its own coordinates only.
+
+    A learned rule serves networks like those that it was meta-trained on, for as many steps, the rule's ``horizon``;
+    one warning says when a parameter passes it. ``digits_lstm``, which ships, is for classifiers with one small hidden
+    layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and beyond them the loss may
+    rise. Other networks want an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, that a scheduler lets decay.
 
     The state of a parameter, ``state[p]``, is its step count and the rule's (h, c), in tiles of 32 coordinates: float64
     for float64 parameters; for all others float32, 8 · L · H bytes a coordinate, or half of that in bfloat16 if the
@@ -55,12 +54,16 @@ class LearnedOptimizer(Optimizer):
         params: parameters, named parameters or group dicts, as for any torch optimizer; dense float32, bfloat16,
             float16 or float64, on the device of the rule.
         rule: the update rule; optimizers may share one.
-        lr: multiplier of the update; a group's ``"lr"`` replaces it, and torch's schedulers drive it.
+        lr: multiplier of the update, 1 for what the rule was trained to do; a group's ``"lr"`` replaces it, and torch's
+            schedulers drive it.
+        weight_decay: decoupled weight decay, as in AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): before the
+            rule's update, a step takes lr · weight_decay of a parameter away. As ``lr`` is 1 where AdamW's is 0.001,
+            the same decay is a number 1000 times smaller. A group's ``"weight_decay"`` replaces it.
 
     Raises:
-        TypeError: for a rule, parameter or learning rate of another type
-        ValueError: for a learning rate that is negative or not finite, a parameter that is not on the rule's device or
-            that is given twice
+        TypeError: for a rule, parameter, learning rate or decay of another type
+        ValueError: for a learning rate or decay that is negative or not finite, a parameter that is not on the rule's
+            device or that is given twice, and a group with another option than these two
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -71,20 +74,25 @@ class LearnedOptimizer(Optimizer):
         ...     optimizer.step()
     """
 
-    def __init__(self, params: Iterable[Any], rule: CoordinatewiseLSTM, lr: float = 1.0) -> None:
+    _past_horizon = False  # whether a step beyond the rule's horizon was warned of
+
+    def __init__(
+        self, params: Iterable[Any], rule: CoordinatewiseLSTM, lr: float = 1.0, weight_decay: float = 0.0
+    ) -> None:
         if not isinstance(rule, CoordinatewiseLSTM):
             raise TypeError(f"rule must be a metakern.rules.CoordinatewiseLSTM, got {type(rule).__name__}")
         self.rule = rule
         self._slots: dict[int, list[_Slot | None]] = {}
-        super().__init__(params, {"lr": _checked_lr(lr, "lr")})
-        self.register_state_dict_post_hook(_to_checkpoint, prepend=True)
+        defaults = {"lr": check_rate(lr, "lr"), "weight_decay": check_rate(weight_decay, "weight_decay")}
+        super().__init__(params, defaults)
+        self.register_state_dict_post_hook(to_checkpoint, prepend=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; errors are those of the constructor and leave the optimizer as it was."""
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            _checked_lr(group["lr"], f"lr of group {index}")
+            check_group(group, f"group {index}")
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"group {index} must hold each parameter once, got one twice")
             for position in range(len(group["params"])):
@@ -105,18 +113,27 @@ class LearnedOptimizer(Optimizer):
             what the closure returned, or None
 
         Raises:
-            TypeError: for a gradient that is not dense or a parameter whose dtype became one that no kernel serves
-            ValueError: for a learning rate, device or number of coordinates that does not fit (any more)
+            TypeError: for a closure that is no function, a gradient that is not dense or a parameter whose dtype became
+                one that no kernel serves
+            ValueError: for an option, device or number of coordinates that does not fit (any more)
 
         Errors come before the first parameter moves.
         """
         loss = None
+        if closure is not None and not callable(closure):
+            raise TypeError(
+                f"closure must be a function that evaluates the model, calls backward and returns the loss, got "
+                f"{type(closure).__name__}: for a loss call loss.backward() and then step() without it"
+            )
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         plan = [launch for index in range(len(self.param_groups)) for launch in self._plan(index)]
-        for arena, slots, lr in plan:
-            arena.step_(self.rule, slots, lr)
+        for arena, slots, lr, weight_decay in plan:
+            arena.step_(self.rule, slots, lr, weight_decay)
+        if self.rule.horizon is not None and not self._past_horizon:
+            steps = max((slot.entry["step"] for _, slots, *_ in plan for slot in slots), default=0)
+            self._check_horizon(self.rule.horizon, steps)
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -129,7 +146,7 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict).__name__}")
         # Registered last, so that it sees what the caller's own hooks made of the checkpoint.
-        handle = self.register_load_state_dict_pre_hook(_from_checkpoint)
+        handle = self.register_load_state_dict_pre_hook(from_checkpoint)
         try:
             super().load_state_dict(dict(state_dict))
         finally:
@@ -150,14 +167,24 @@ class LearnedOptimizer(Optimizer):
             if isinstance(entry.get("lstm"), LSTMState):
                 entry["lstm"] = entry["lstm"].data
         if "rule" in state:  # hooks are not part of what is pickled
-            self.register_state_dict_post_hook(_to_checkpoint, prepend=True)
+            self.register_state_dict_post_hook(to_checkpoint, prepend=True)
+
+    def _check_horizon(self, horizon: int, steps: int) -> None:
+        """Warn once where a parameter has taken more steps than the rule was trained for."""
+        if steps > horizon:
+            self._past_horizon = True
+            trained_on = f", on {self.rule.trained_on}" if self.rule.trained_on else ""
+            warn_user(
+                f"the rule was meta-trained for {horizon} steps{trained_on}; this is step {steps}, and beyond its "
+                "horizon the loss may rise: let a scheduler decay lr, and start other networks at an lr of 0.03 to 0.3"
+            )
 
     # -------------------------------------------------------------------------------------------- what a step moves
 
-    def _plan(self, index: int) -> Iterator[tuple[_Arena, list[_Slot], float]]:
-        """The launches that group ``index`` needs: an arena, the slots in it that have a gradient, the multiplier."""
+    def _plan(self, index: int) -> Iterator[tuple[_Arena, list[_Slot], float, float]]:
+        """The launches that group ``index`` needs: an arena, the slots in it that have a gradient, lr, weight decay."""
         group = self.param_groups[index]
-        lr = _checked_lr(group["lr"], f"lr of group {index}")
+        lr, weight_decay = check_group(group, f"group {index}")
         params = group["params"]
         slots = self._slots.get(index, ())
         if len(slots) != len(params) or any(
@@ -170,7 +197,10 @@ class LearnedOptimizer(Optimizer):
             if p.grad is None or slot is None:
                 continue
             if p.grad.layout != torch.strided:
-                raise TypeError(f"gradient of {self._name(index, position)} must be dense, got {p.grad.layout}")
+                raise TypeError(
+                    f"gradient of {self.name_of(index, position)} must be dense, got {p.grad.layout}: make its "
+                    "nn.Embedding with sparse=False, or let p.grad = p.grad.to_dense() before the step"
+                )
             active.setdefault(slot.arena, []).append(slot)
         for arena, members in active.items():
             if arena.params.device != self.rule.head.weight.device:
@@ -178,7 +208,7 @@ class LearnedOptimizer(Optimizer):
                     f"rule must be on the device of the parameters of group {index}, {arena.params.device}, "
                     f"got {self.rule.head.weight.device}"
                 )
-            yield arena, members, lr
+            yield arena, members, lr, weight_decay
 
     def _build(self, index: int) -> list[_Slot | None]:
         """New arenas for the parameters of group ``index`` that have a gradient or a state; the state moves there."""
@@ -191,12 +221,12 @@ class LearnedOptimizer(Optimizer):
             self._check_param(index, position)
             if entry and entry["lstm"].shape[1:4:2] != (self.rule.num_layers, self.rule.hidden_size):
                 raise ValueError(
-                    f"rule must have the layers and hidden units of the state of {self._name(index, position)}, "
+                    f"rule must have the layers and hidden units of the state of {self.name_of(index, position)}, "
                     f"{list(entry['lstm'].shape[1:4:2])}, got {[self.rule.num_layers, self.rule.hidden_size]}"
                 )
             if entry and entry["numel"] != p.numel():
                 raise ValueError(
-                    f"{self._name(index, position)} must keep the {entry['numel']} coordinates that its state has, "
+                    f"{self.name_of(index, position)} must keep the {entry['numel']} coordinates that its state has, "
                     f"got {p.numel()}; delete optimizer.state[parameter] to let it start anew"
                 )
             kinds.setdefault((p.dtype, p.device), []).append(position)
@@ -215,14 +245,15 @@ class LearnedOptimizer(Optimizer):
         if p.dtype not in PARAM_DTYPES or p.layout != torch.strided:
             what = p.dtype if p.layout == torch.strided else p.layout
             raise TypeError(
-                f"{self._name(index, position)} must be dense and float32, bfloat16, float16 or float64, got {what}"
+                f"{self.name_of(index, position)} must be dense and float32, bfloat16, float16 or float64, got {what}"
             )
         if p.device != device:
             raise ValueError(
-                f"{self._name(index, position)} must be on the device of the rule, {device}, got {p.device}"
+                f"{self.name_of(index, position)} must be on the device of the rule, {device}, got {p.device}"
             )
 
-    def _name(self, index: int, position: int) -> str:
+    def name_of(self, index: int, position: int) -> str:
+        """How messages call a parameter."""
         group = self.param_groups[index]
         shape = list(group["params"][position].shape)
         if "param_names" in group:
@@ -292,11 +323,13 @@ class _Arena:
             yield _Slot(self, p, first, last, params, grads, self.state.data[first:last], {})
             first = last
 
-    def step_(self, rule: CoordinatewiseLSTM, slots: Sequence[_Slot], lr: float) -> None:
+    def step_(self, rule: CoordinatewiseLSTM, slots: Sequence[_Slot], lr: float, weight_decay: float) -> None:
         """Update the parameters of ``slots``, which are in order: one launch for each run of neighbours."""
         params = [slot.param for slot in slots]
         views = [slot.params for slot in slots]
         torch._foreach_copy_(views, params)
+        if weight_decay:
+            torch._foreach_mul_(views, 1 - lr * weight_decay)
         torch._foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
         if len(slots) == self.count:
             rule.step_(self.params, self.grads, self.state, lr)
@@ -319,99 +352,3 @@ def _runs(slots: Sequence[_Slot]) -> Iterator[tuple[int, int]]:
             first = slot.first
         last = slot.last
     yield first, last
-
-
-# ------------------------------------------------------------------------------------------------------- checkpoint
-
-
-def _to_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Post-hook of state_dict: the state in its portable form, copied, and the header.
-
-    h and c keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
-    """
-    assert isinstance(optimizer, LearnedOptimizer)
-    state = {}
-    for key, entry in state_dict["state"].items():
-        if entry:  # looking at state[p] leaves an empty entry
-            h, c = (x.contiguous().clone() for x in unpack_state(LSTMState(entry["lstm"], entry["numel"])))
-            state[key] = {"step": entry["step"], "h": h, "c": c}
-    return {**state_dict, "state": state, HEADER: _header(optimizer.rule)}
-
-
-def _from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Pre-hook of load_state_dict: check everything, then pack the state."""
-    assert isinstance(optimizer, LearnedOptimizer)
-    for key, kind in (("state", Mapping), ("param_groups", Sequence), (HEADER, Mapping)):
-        if not isinstance(state_dict.get(key), kind):
-            raise ValueError(
-                f"state_dict must be a checkpoint of LearnedOptimizer with the keys 'state', 'param_groups' and "
-                f"{HEADER!r}, got {type(state_dict[key]).__name__ if key in state_dict else 'nothing'} for {key!r}"
-            )
-    for key, expected in _header(optimizer.rule).items():
-        if state_dict[HEADER].get(key) != expected:
-            raise ValueError(f"state_dict must have {key} {expected}, got {state_dict[HEADER].get(key)!r}")
-    names = _match_groups(optimizer, state_dict["param_groups"])
-    state = {}
-    for key, entry in state_dict["state"].items():
-        if key not in names:
-            raise ValueError(f"state of {key!r} must belong to a parameter of 'param_groups', {sorted(names)}")
-        param, name = names[key]
-        _check_entry(entry, name, (optimizer.rule.num_layers, param.numel(), optimizer.rule.hidden_size))
-        like = optimizer.rule.init_state(param.new_empty(0)).data
-        # An LSTMState passes the base class untouched, which would cast a tensor to the dtype of the parameter.
-        packed = pack_state(entry["h"].detach().to(like), entry["c"].detach().to(like))
-        state[key] = {"step": entry["step"], "numel": param.numel(), "lstm": packed}
-    return {**state_dict, "state": state}
-
-
-def _header(rule: CoordinatewiseLSTM) -> dict[str, int]:
-    return {"format_version": FORMAT_VERSION, "hidden_size": rule.hidden_size, "num_layers": rule.num_layers}
-
-
-def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any]) -> dict[Any, tuple[Tensor, str]]:
-    """The parameter and its name for each id that the saved groups hold; ValueError where they do not match."""
-    groups = optimizer.param_groups
-    if len(saved) != len(groups):
-        raise ValueError(f"state_dict must have {len(groups)} parameter groups, got {len(saved)}")
-    names: dict[Any, tuple[Tensor, str]] = {}
-    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
-        if not isinstance(other, Mapping) or any(key not in other for key in _GROUP_KEYS):
-            got = list(other) if isinstance(other, Mapping) else type(other).__name__
-            raise ValueError(f"group {index} of state_dict must be a dict with the keys {_GROUP_KEYS}, got {got}")
-        saved_params = other["params"]
-        count = len(saved_params) if isinstance(saved_params, Sequence) else repr(saved_params)
-        if count != len(group["params"]):
-            raise ValueError(f"group {index} of state_dict must have {len(group['params'])} parameters, got {count}")
-        try:
-            _checked_lr(other["lr"], f"lr of group {index} of state_dict")
-        except TypeError as error:
-            raise ValueError(str(error)) from error
-        for position, (key, p) in enumerate(zip(saved_params, group["params"], strict=True)):
-            names[key] = (p, optimizer._name(index, position))
-    return names
-
-
-def _check_entry(entry: Any, name: str, shape: tuple[int, int, int]) -> None:
-    if not isinstance(entry, Mapping) or any(key not in entry for key in _ENTRY_KEYS):
-        got = list(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise ValueError(f"state of {name} must be a dict with the keys {_ENTRY_KEYS}, got {got}")
-    if type(entry["step"]) is not int or entry["step"] < 0:
-        raise ValueError(f"step of {name} must be an integer of at least 0, got {entry['step']!r}")
-    for key in ("h", "c"):
-        value = entry[key]
-        is_tensor = isinstance(value, Tensor)
-        if not is_tensor or value.dtype not in _SAVED_DTYPES or value.layout != torch.strided or value.shape != shape:
-            got = f"{value.dtype} {value.layout} {list(value.shape)}" if is_tensor else type(value).__name__
-            raise ValueError(
-                f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
-            )
-
-
-def _checked_lr(lr: Any, name: str) -> float:
-    """``lr`` as a number; TypeError or ValueError if it is none, negative or not finite."""
-    if not isinstance(lr, (Real, Tensor)) or (isinstance(lr, Tensor) and lr.numel() != 1):
-        raise TypeError(f"{name} must be a number, got {lr!r}")
-    value = float(lr)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value}")
-    return value

@@ -96,7 +96,7 @@ LAYERS: dict[str, tuple[Layer, tuple[int, ...]]] = {
     "AvgPool1d": (lambda: nn.AvgPool1d(2), SIGNAL),
     "AvgPool2d": (lambda: nn.AvgPool2d(2, padding=1, count_include_pad=False), IMAGE),
     "AvgPool3d": (lambda: nn.AvgPool3d(2), VOLUME),
-    "LPPool1d": (lambda: nn.LPPool1d(3, 2), SIGNAL),
+    "LPPool1d": (lambda: nn.LPPool1d(2, 2), SIGNAL),
     "LPPool2d": (lambda: nn.LPPool2d(2, 2), IMAGE),
     "AdaptiveMaxPool1d": (lambda: nn.AdaptiveMaxPool1d(4), SIGNAL),
     "AdaptiveMaxPool2d": (lambda: nn.AdaptiveMaxPool2d((3, None)), IMAGE),

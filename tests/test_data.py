@@ -251,6 +251,19 @@ def test_data_that_does_not_fit(x: Any, y: Any, kind: type[Exception], message: 
         adapt(Model(), x, y)
 
 
+def test_structures_under_torch_compile() -> None:
+    model = Model(dict)
+    (a, b), (c, d) = inputs(6, 1), inputs(5, 2)
+
+    def evaluated(a: Tensor, b: Tensor, y: Tensor, c: Tensor, d: Tensor) -> Tensor:
+        adapted = adapt(model, {"x": a, "scale": b}, y, loss=loss_of, steps=2, lr={"h*": 0.1, "*": 0.2})
+        return logits_of(adapted({"x": c, "scale": d}))
+
+    data = (a, b, Y, c, d)
+    compiled = torch.compile(evaluated, fullgraph=True, backend="aot_eager")
+    assert_close("predictions", compiled(*data), evaluated(*data), 1e-12)
+
+
 # ------------------------------------------------------------------------------------ no step
 
 

@@ -106,6 +106,11 @@ def test_inference_mode() -> None:
     [
         (torch.ones(3, 4), TypeError, r"support_mask must be a bool tensor, got torch.float32"),
         ([[True]], TypeError, r"support_mask must be a bool tensor, got list"),
+        (
+            torch.ones(3, 4, device="meta").bool(),
+            ValueError,
+            r"support_mask must be on the device of .*, got meta",
+        ),
         (torch.ones(4, 3).bool(), ValueError, r"support_mask must be \[T, S\], \[3, 4\], got \[4, 3\]"),
         (
             torch.tensor([[0], [1], [0]]).expand(3, 4).bool(),

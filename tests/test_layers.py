@@ -83,11 +83,35 @@ def problem(make: Layer, shape: tuple[int, ...]) -> tuple[nn.Module, Episode]:
     return model, Episode((x[0], y[0]), (x[1], y[1]))
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("name", LAYERS)
-def test_layer(name: str, vectorize: bool) -> None:
+def test_layer(name: str) -> None:
     model, episode = problem(*LAYERS[name])
-    compare(name, model, episode, F.mse_loss, vectorize)
+    compare(name, model, episode, F.mse_loss, True)
+
+
+def compare_transformed(name: str, model: nn.Module, episode: Episode, loss: Callable[..., Tensor]) -> None:
+    """Derivatives by the rates of all parameters: from the second step on they hold second derivatives of the loss."""
+    rates = {param: torch.tensor(RATE, dtype=F64, requires_grad=True) for param, _ in model.named_parameters()}
+    options: dict[str, Any] = {"loss": loss, "steps": STEPS, "first_order": name in FIRST_ORDER}
+
+    def losses(lr: dict[str, Tensor]) -> Tensor:
+        return meta_loss(model, episode.support, episode.query, lr=lr, **options).sum()
+
+    got = torch.func.grad(losses)(rates)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        expected = hand_written(model, episode, rate=lambda param, _: rates[param], **options).sum()
+    want = torch.autograd.grad(expected, list(rates.values()))
+    largest = max(float(g.abs()) for g in want)
+    for param, b in zip(got, want, strict=True):
+        error = float((got[param] - b).abs())
+        assert error <= 1e-10 * largest, (
+            f"derivative by the rate of {param} is off by {error}, the largest is {largest}"
+        )
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layer_in_torch_func(name: str) -> None:
+    compare_transformed(name, *problem(*LAYERS[name]), F.mse_loss)
 
 
 @pytest.mark.parametrize("name", LOOPED)
@@ -108,12 +132,12 @@ def classification(draw: Callable[[int, torch.Generator], Tensor]) -> tuple[nn.M
     return nn.Sequential(nn.Linear(2, 3), nn.Softsign(), nn.Linear(3, 3)).double(), Episode((x[0], y[0]), (x[1], y[1]))
 
 
-@pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("name", LOSSES)
-def test_loss(name: str, vectorize: bool) -> None:
+def test_loss(name: str) -> None:
     loss, draw = LOSSES[name]
     model, episode = classification(draw)
-    compare(name, model, episode, loss, vectorize)
+    compare(name, model, episode, loss, True)
+    compare_transformed(name, model, episode, loss)
 
 
 @pytest.mark.parametrize("name", LOOPED_LOSSES)

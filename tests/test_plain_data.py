@@ -23,21 +23,24 @@ HOSTILE = {
     "aliases": (laughs(8), "it must have no anchors and aliases, got 'a0'"),
     "alias of itself": ("a: &x [*x]\n", "no anchors and aliases, got 'x'"),
     "merge keys": ("a: &x {b: 1}\n<<: *x\n", "no anchors and aliases"),
-    "deep flow lists": ("a: " + "[" * 60_000, "got deeper nesting"),
-    "deep flow mappings": ("a: " + "{a: " * 15_000, "got deeper nesting"),
-    "deep blocks": ("".join(" " * depth + "a:\n" for depth in range(300)), "got deeper nesting"),
+    "deep flow lists": ("a: " + "[" * 30_000, "got deeper nesting"),
+    "deep flow mappings": ("a: " + "{a: " * 7_000, "got deeper nesting"),
+    "deep blocks": ("".join(" " * depth + "a:\n" for depth in range(200)), "got deeper nesting"),
     "nested settings": ("a: {b: [1]}\n", "got deeper nesting"),
     "mapping as value": ("a: {b: 1}\n", "'a' must be a number, text or a list of these"),
     "long list": ("a: [" + "1, " * 200 + "1]\n", f"'a' must be a list of at most {LIST_ENTRIES} entries, got 201"),
-    "huge integer": ("a: " + "9" * 60_000, "integer"),
-    "huge hexadecimal integer": ("a: 0x" + "f" * 60_000, "'a' must hold integers of at most 64 bits, got <integer of"),
+    "huge integer": ("a: " + "9" * 30_000, "integer"),
+    "huge hexadecimal integer": ("a: 0x" + "f" * 30_000, "'a' must hold integers of at most 64 bits, got <integer of"),
+    "long text": ("a: " + "x" * 30_000 + "\n", "'a' must be text of at most 4,096 characters, got 30,000"),
+    "no number": ("a: !!float " + "x" * 30_000 + "\n", "it is not YAML: could not convert string to float"),
+    "no time": ("a: !!timestamp x\n", "it is not YAML"),
     "date": ("a: 2020-01-01\n", "'a' must be a number, text or a list of these"),
     "number as name": ("1: 2\n", "settings must be named by text, got 1"),
-    "large file": ("# " + "x" * 70_000 + "\n", "it must be at most 65,536 bytes, got more"),
-    "open quotes": ('a: "' + "x" * 60_000, "it is not YAML"),
-    "long tag": ("a: !" + "x" * 60_000 + " 1\n", "it is not YAML"),
-    "many settings": ("".join(f"s{i}: 1\n" for i in range(6000)), None),
-    "many colons": ("a: " + "1:" * 30_000 + "1\n", None),
+    "large file": ("# " + "x" * 70_000 + "\n", "it must be at most 32,768 bytes, got more"),
+    "open quotes": ('a: "' + "x" * 30_000, "it is not YAML"),
+    "long tag": ("a: !" + "x" * 30_000 + " 1\n", "it is not YAML"),
+    "many settings": ("".join(f"s{i}: 1\n" for i in range(3000)), None),
+    "many colons": ("a: " + "1:" * 15_000 + "1\n", None),
     "control characters": ("a: \x00\x1b[31m\n", "it is not YAML"),
 }
 
@@ -71,6 +74,16 @@ def test_a_command_says_one_short_line(name, tmp_path):
     assert len(line) < 1500  # the settings that there are
     assert time.process_time() - start < 2
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("setting", ["tasks", "device", "hidden", "clusters", "optimizer", "precision"])
+def test_errors_quote_little_of_a_setting(setting, tmp_path):
+    (tmp_path / "config.yaml").write_text(f"{setting}: {'x' * 4000}\n")
+    result = invoke(f"train maml --config {tmp_path}/config.yaml --output {tmp_path}/run")
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert setting in line
+    assert len(line) < 400
 
 
 @pytest.mark.parametrize(
@@ -140,7 +153,7 @@ def test_the_config_of_a_rule_is_refused_where_it_is_hostile(tmp_path):
         ('{"a":' * 5000 + "1" + "}" * 5000, "nested too deeply"),
         (json.dumps(content | {"hidden_size": [[1]]}), "must be a number, text or a list of these"),
         (json.dumps(content)[:-1] + ', "x": ' + "9" * 5000 + "}", "at most 64 bits"),
-        (" " * 100_000, "at most 65,536 bytes"),
+        (" " * 100_000, "at most 32,768 bytes"),
     ):
         (tmp_path / "config.json").write_text(text)
         start = time.process_time()

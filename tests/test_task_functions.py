@@ -322,3 +322,63 @@ def test_cross_entropy_in_chunks_has_a_second_derivative(vectorize: bool) -> Non
     losses = meta_loss(net, data.support, data.query, loss=loss, steps=2, lr=0.7, vectorize=vectorize)
     expected = hand_written(net, data, 2, lambda *_: 0.7, loss=lambda p, labels: F.cross_entropy(p @ head.T, labels))
     assert_same(losses, expected, list(net.parameters()), 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------- norms
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [
+        lambda: nn.BatchNorm1d(4),
+        lambda: nn.LayerNorm(4),
+        lambda: nn.Sequential(nn.Unflatten(1, (1, 4)), nn.InstanceNorm1d(1, affine=True), nn.Flatten()),
+        lambda: Normed(lambda x, w, b: torch.batch_norm(x, w, b, None, None, True, 0.1, 1e-5, False)),
+        lambda: Normed(lambda x, w, b: torch.instance_norm(x[..., None] * b, w, b, None, None, True, 0.1, 1e-5, False)),
+        lambda: Normed(lambda x, w, b: torch.layer_norm(x, (4,), w, b, 1e-5)),
+        lambda: Normed(lambda x, w, b: F.layer_norm(x * w, (4,), eps=0.1) + b),
+    ],
+)
+def test_norms_to_second_order_in_transforms(norm: Callable[[], nn.Module]) -> None:
+    """Within torch.vmap autograd takes means and variances of a norm's gradient for constants."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), norm(), nn.Flatten(), nn.Tanh(), nn.LazyLinear(2)).double()
+    x, y = torch.randn(2, 3, 5, 3, dtype=F64), torch.randn(2, 3, 5, 2, dtype=F64)
+    net(x[0, 0])
+    data, rate = Episode((x[0], y[0]), (x[1], y[1])), torch.tensor(0.3, dtype=F64)
+
+    def losses(lr: Tensor) -> Tensor:
+        return meta_loss(net, data.support, data.query, steps=3, lr=lr)
+
+    def by_hand(lr: Tensor) -> Tensor:
+        return hand_written(net, data, 3, lambda *_: lr)
+
+    assert_close("jacrev", torch.func.jacrev(losses)(rate), torch.autograd.functional.jacobian(by_hand, rate), 1e-12)
+
+
+class Normed(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.weight, self.bias = nn.Parameter(torch.randn(4)), nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x, self.weight, self.bias)
+
+
+def test_norms_to_second_order_compiled() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)).double()
+    x, y = torch.randn(2, 3, 5, 3, dtype=F64), torch.randn(2, 3, 5, 2, dtype=F64)
+    data = Episode((x[0], y[0]), (x[1], y[1]))
+    compiled = torch.compile(meta_loss, fullgraph=True, backend="aot_eager")
+    losses = compiled(net, data.support, data.query, steps=2, lr=0.3)
+    cancelled = net[0].bias  # which batch norm takes away again
+    assert_same(losses, hand_written(net, data, 2, lambda *_: 0.3), [p for p in net.parameters() if p is not cancelled])
+
+
+def test_norms_whose_statistics_are_wanted_too_are_refused_in_transforms() -> None:
+    net = Normed(lambda x, w, b: torch.native_layer_norm(x, (4,), w, b, 1e-5)[0]).double()
+    x = torch.randn(3, 5, 4, dtype=F64)
+    with pytest.raises(RuntimeError, match=r"use torch\.nn\.functional\.layer_norm"):
+        torch.func.jacrev(lambda lr: meta_loss(net, (x, x), (x, x), lr=lr))(torch.tensor(0.1, dtype=F64))

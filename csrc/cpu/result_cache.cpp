@@ -39,13 +39,6 @@ int64_t limit_from_environment() {
 
 class Cache {
  public:
-  Cache() {
-    // A child has the thread alone that forked: a lock that another one held would stay locked for ever.
-    pthread_atfork([] { instance().mutex_.lock(); }, [] { instance().mutex_.unlock(); },
-                   [] { instance().mutex_.unlock(); });
-  }
-  static Cache& instance();
-
   char* take(int64_t bytes) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
@@ -86,6 +79,10 @@ class Cache {
     return bytes_;
   }
 
+  // Around a fork.
+  void hold() { mutex_.lock(); }
+  void release() { mutex_.unlock(); }
+
  private:
   void remove(Block* block) noexcept {
     (block->older == nullptr ? oldest_ : block->older->newer) = block->newer;
@@ -110,10 +107,13 @@ class Cache {
 
 // Made when the library is loaded, so that no thread can be in the middle of that during a fork. Never destroyed:
 // tensors may be freed after static objects are.
-Cache& the_cache = *new Cache;
-Cache& Cache::instance() { return the_cache; }
+Cache& cache = *new Cache;
 
-void give_back(void* data) noexcept { Cache::instance().give(data); }
+// A child process has only the thread that forked: a lock that another thread held would stay locked for ever.
+[[maybe_unused]] const int fork_handlers =
+    pthread_atfork([] { cache.hold(); }, [] { cache.release(); }, [] { cache.release(); });
+
+void give_back(void* data) noexcept { cache.give(data); }
 
 }  // namespace
 
@@ -128,7 +128,7 @@ Tensor empty_of_shape(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayR
   }
   const int64_t bytes = stride * int64_t(like.element_size());
   if (bytes < smallest) return torch::stable::new_empty(like, shape);
-  return torch::stable::from_blob(Cache::instance().take(bytes), shape, {strides.data(), strides.size()}, like.device(),
+  return torch::stable::from_blob(cache.take(bytes), shape, {strides.data(), strides.size()}, like.device(),
                                   like.scalar_type(), &give_back);
 }
 
@@ -140,10 +140,10 @@ Tensor empty_result(const Tensor& like, std::initializer_list<int64_t> shape) {
   return empty_of_shape(like, {shape.begin(), shape.size()});
 }
 
-CachedMemory::CachedMemory(int64_t bytes) : data_(Cache::instance().take(bytes)) {}
+CachedMemory::CachedMemory(int64_t bytes) : data_(cache.take(bytes)) {}
 CachedMemory::~CachedMemory() { give_back(data_); }
 
-void empty_cache() { Cache::instance().clear(); }
-int64_t cached_bytes() { return Cache::instance().bytes(); }
+void empty_cache() { cache.clear(); }
+int64_t cached_bytes() { return cache.bytes(); }
 
 }  // namespace metakern

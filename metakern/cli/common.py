@@ -41,7 +41,7 @@ class RunOptions:
     """Where a run goes and what it shows: no part of its configuration."""
 
     output: Annotated[
-        Path | None, Option(help="Folder of the run; default: runs/LEARNER, or runs/LEARNER-2, … for a second run.")
+        Path | None, Option(help="Folder of the run; default: runs/LEARNER, for a second run runs/LEARNER-2.")
     ] = None
     config: Annotated[
         Path | None, Option(help="All settings of another run, its config.yaml; options given beside it override.")
@@ -245,5 +245,5 @@ def choose(name: str, value: str, choices: Sequence[str]) -> str:
         ValueError: that names the setting and the choices.
     """
     if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")
     return value

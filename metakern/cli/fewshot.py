@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
+from metakern._plain_data import quoted
 from metakern.cli.common import choose, group
 from metakern.cli.outer import OUTER, OuterSettings
 from metakern.clustering import BATCHES, EMBEDDINGS, METHODS
@@ -138,9 +139,9 @@ class MAMLSettings(OuterSettings):
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
         self.check_outer("loss", *(() if self.tasks in REGRESSION else ("accuracy",)))
         if self.clusters != "auto" and not self.clusters.isdecimal():
-            raise ValueError(f"clusters must be a number, auto, or 0 for none, got {self.clusters!r}")
+            raise ValueError(f"clusters must be a number, auto, or 0 for none, got {quoted(self.clusters)}")
         if self.anil and self.parameters is not None:
-            raise ValueError(f"parameters must be left out where anil chooses them, got {self.parameters!r}")
+            raise ValueError(f"parameters must be left out where anil chooses them, got {quoted(self.parameters)}")
         if self.inner_lr is not None and not 0 < self.inner_lr < math.inf:
             raise ValueError(f"inner_lr must be positive and finite, got {self.inner_lr}")
         preset = PRESETS[self.tasks]

@@ -24,7 +24,7 @@ from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedCompariso
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
 from metakern.runs.problems import PROBLEMS, make_rule_learner
-from metakern.training import History, Trainer
+from metakern.training import FolderLock, History, Trainer
 from metakern.training.progress import Display
 
 LEARNER = "optimizer"
@@ -165,7 +165,8 @@ def eval_optimizer(
                 unroll = math.gcd(steps, OptimizerSettings.unroll)
                 comparison = compare_speed(rule, PROBLEMS[problem](), steps=steps, unroll=unroll)
         facts = {"problem": problem, "networks": networks, "steps": steps, "seed": seed}
-        _report(console, folder, curves, comparison, facts, word)
+        with FolderLock(folder):
+            _report(console, folder, curves, comparison, facts, word)
     except ERRORS as error:
         raise fail(error) from error
 

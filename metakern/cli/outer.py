@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from metakern._plain_data import quoted
 from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
 from metakern.training import TrainerConfig
@@ -121,7 +122,7 @@ def device_of(name: str) -> str:
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"device must be cpu, cuda or auto, got {name!r}")
+        raise ValueError(f"device must be cpu, cuda or auto, got {quoted(name)}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name} needs a GPU, and torch finds none: --device cpu")
     return name

@@ -98,17 +98,17 @@ def begin(run: Run, trainer: Trainer) -> Iterator[None]:
         OSError: for a folder that cannot be made or written.
     """
     first = trainer.processes.is_first
-    with trainer.processes.telling():
-        try:
+    try:
+        with trainer.processes.telling():
             goes_on = _open(run) if first else False
             if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
                 trainer.resume(required=False)  # one that ended before its first checkpoint starts again
-            if schedule := run.settings.describe_schedule():
-                run.console.print(schedule, highlight=False)
-            yield
-        finally:
-            if first:
-                run.record.lock.release()
+        if schedule := run.settings.describe_schedule():
+            run.console.print(schedule, highlight=False)
+        yield
+    finally:
+        if first:
+            run.record.lock.release()
 
 
 def _open(run: Run) -> bool:

@@ -57,6 +57,8 @@ class CoordinatewiseLSTM(PretrainedRule):
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
         precision: of the products, ``"highest"``, ``"high"`` or ``"medium"``, as in :func:`metakern.ops.lstm_step`.
         bfloat16_state: keep (h, c) in bfloat16, half the memory, on a GPU; the arithmetic stays float32.
+        horizon: steps that the rule was meta-trained for; it changes no step, but LearnedOptimizer warns beyond it.
+        trained_on: what the rule was meta-trained on, in words, for its model card and that warning.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -80,6 +82,8 @@ class CoordinatewiseLSTM(PretrainedRule):
         *,
         precision: str = "highest",
         bfloat16_state: bool = False,
+        horizon: int | None = None,
+        trained_on: str | None = None,
     ) -> None:
         super().__init__()
         check_sizes(0, hidden_size, num_layers)
@@ -89,10 +93,14 @@ class CoordinatewiseLSTM(PretrainedRule):
         check_precision(precision)
         check_backend(backend)
         prepare(backend)
+        if not isinstance(bfloat16_state, bool):
+            raise TypeError(f"bfloat16_state must be a bool, got {bfloat16_state!r}")
+        _check_training(horizon, trained_on)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
         self.output_scale, self.backend = output_scale, backend
         self.precision, self.bfloat16_state = precision, bfloat16_state
+        self.horizon, self.trained_on = horizon, trained_on
         self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
 
@@ -223,11 +231,33 @@ class CoordinatewiseLSTM(PretrainedRule):
 
     def extra_repr(self) -> str:
         """The options that the submodules do not show."""
+        horizon = "" if self.horizon is None else f", horizon={self.horizon}"
         return (
             f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
             f"output_scale={self.output_scale}, precision={self.precision!r}, bfloat16_state={self.bfloat16_state}, "
-            f"backend={self.backend!r}"
+            f"backend={self.backend!r}{horizon}"
         )
+
+    def described(self) -> str:
+        """What the rule is, for its model card."""
+        layers = f"{self.num_layers} layer{'s' if self.num_layers > 1 else ''}"
+        return (
+            "A learned optimizer: one small LSTM, its weights shared by all coordinates, turns the gradient of every "
+            "parameter into its update (Andrychowicz et al. 2016, "
+            "[arXiv 1606.04474](https://arxiv.org/abs/1606.04474)).\n"
+            f"It has {layers} of {self.hidden_size} units, sees gradients by "
+            f"`preprocess={self.preprocess!r}` (p = {self.preprocess_scale}), and its output is scaled by "
+            f"{self.output_scale}."
+        )
+
+
+def _check_training(horizon: Any, trained_on: Any) -> None:
+    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
+        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
 
 
 def _lstm_weights(lstm: Any) -> tuple[list[nn.LSTM | nn.LSTMCell], dict[str, Tensor]]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern._plain_data import quoted
 from metakern.clustering import ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.models import conv4, mlp
@@ -64,7 +65,7 @@ def widths(text: str) -> list[int]:
     try:
         return [int(part) for part in text.split(",") if part.strip()]
     except ValueError as error:
-        raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {text!r}") from error
+        raise ValueError(f"hidden must be numbers with commas between, as 40,40, got {quoted(text)}") from error
 
 
 def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:

@@ -64,8 +64,11 @@ _WRITTEN = (
     f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
 )  # fmt: skip
 
-#: Files that a command writes beside those of a training.
-_COMMANDS_FILES = (RESULTS, "training.json", "config.json", f"{FIGURES}/adaptation.png", f"{FIGURES}/clusters.png")
+#: Files that commands write beside those of a training.
+_COMMANDS_FILES = (
+    RESULTS, "training.json", "config.json", "README.md", "curves.png",
+    *(f"{FIGURES}/{name}.png" for name in ("adaptation", "clusters", "fits")),
+)  # fmt: skip
 
 
 def holds_run(folder: Path) -> bool:
@@ -91,7 +94,6 @@ def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) 
     if resume and not exists:
         raise ValueError(f"{folder} holds no run to resume: it has no {CONFIG}")
     make_folder(folder)
-    check_targets(folder, (*FILES, *_COMMANDS_FILES), FOLDERS)
     if not resume:
         for pattern in _WRITTEN:
             for path in folder.glob(pattern):
@@ -102,7 +104,8 @@ def make_folder(folder: Path) -> None:
     """Make a folder where there is none, and write to it once.
 
     Raises:
-        OSError: where it cannot be made or written; the message names it and says why.
+        OSError: where it cannot be made or written, and where a directory or a link has the name of a file that
+            commands write; the message names it and says why.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +113,7 @@ def make_folder(folder: Path) -> None:
             pass
     except OSError as error:
         raise OSError(f"folder {folder} cannot be written: {error.strerror or error}") from error
+    check_targets(folder, (*FILES, *_COMMANDS_FILES), FOLDERS)
 
 
 def default_folder(learner: str) -> Path:

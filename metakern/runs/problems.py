@@ -38,6 +38,8 @@ def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
         preprocess=settings.preprocess or "none",
         output_scale=settings.output_scale or 0.0,
         backend=backend or settings.backend,
+        horizon=settings.steps,
+        trained_on=f"the problem `{settings.problem}` of `metakern train optimizer`",
     )
     return RuleLearner(
         rule,

@@ -5,18 +5,18 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import uuid
 import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from metakern._files import write_whole
 from metakern._requirements import required
 
 #: The folder, within that of the data set, of decoded images.
@@ -94,19 +94,15 @@ def _checksum(images: np.ndarray[Any, Any]) -> bytes:
 
 
 def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None:
-    """Write images to a temporary file, then rename it: a cache is whole or not there. Others of the prefix go."""
-    temporary = cache.with_name(f"{cache.name}.{uuid.uuid4().hex}.tmp")
+    """Write images; a cache is whole or not there. Others of the prefix go."""
+
+    def write(file: IO[bytes]) -> None:
+        np.save(file, images, allow_pickle=False)
+        file.write(_checksum(images))
+
     try:
         cache.parent.mkdir(exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                np.save(file, images, allow_pickle=False)
-                file.write(_checksum(images))
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(cache)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_whole(cache, write)
         for other in cache.parent.glob(f"{prefix}-*.npy"):
             if other != cache:
                 other.unlink(missing_ok=True)

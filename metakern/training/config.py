@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from metakern._plain_data import quoted
+
 #: Measures of which more is better; of all others less is.
 HIGHER_IS_BETTER = ("accuracy",)
 
@@ -74,17 +76,17 @@ class TrainerConfig:
         _check_integer("seed", self.seed)
         for name in ("monitor", "device"):
             if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
+                raise TypeError(f"{name} must be a string, got {quoted(getattr(self, name))}")
         for name, limit in (("clip_norm", math.inf), ("ema", 1.0)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | float):
-                raise TypeError(f"{name} must be a number or None, got {value!r}")
+                raise TypeError(f"{name} must be a number or None, got {quoted(value)}")
             if value is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}")
         if self.precision is not None and self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+            raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {quoted(self.precision)}")
 
 
 def _check_integer(name: str, value: object) -> None:
     if type(value) is not int:
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+        raise TypeError(f"{name} must be an integer, got {quoted(value)}")

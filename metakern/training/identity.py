@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -105,7 +106,12 @@ def _plain(value: Any) -> Any:
         return value.tolist()
     if isinstance(value, list | tuple):
         return [_plain(entry) for entry in value]
-    return value if isinstance(value, _SCALARS) else type(value).__name__
+    if isinstance(value, np.generic):
+        return value.item()
+    for kind in (bool, int, float, str):
+        if isinstance(value, kind):
+            return kind(value)
+    return None if value is None else type(value).__name__
 
 
 def _class_name(value: object) -> str:
@@ -132,18 +138,20 @@ def plain_settings(learner: nn.Module, optimizer: torch.optim.Optimizer, schedul
     found: dict[str, Any] = asdict(config)
     found["optimizer"] = type(optimizer).__name__
     for name, value in optimizer.defaults.items():
-        found[f"optimizer.{name}"] = _plain(value)
+        found[f"optimizer.{name}"] = value
     found["scheduler"] = None if scheduler is None else type(scheduler).__name__
     if scheduler is not None:
         found |= {f"scheduler.{name}": value for name, value in _schedule(scheduler.state_dict()).items()}
     for prefix, module in learner.named_modules():
-        where = ".".join(filter(None, ("learner", prefix)))
-        found |= {name: _plain(value) for name, value in _attributes(module, where, text=True)}
-    return {
-        name: value
-        for name, value in found.items()
-        if not isinstance(value, list) or (len(value) <= LIST_ENTRIES and all(isinstance(x, _SCALARS) for x in value))
-    }
+        if not type(module).__module__.startswith("torch."):  # layers are of the learner's own making
+            where = ".".join(filter(None, ("learner", prefix)))
+            found |= dict(_attributes(module, where, text=True))
+    plain = {name: _plain(value) for name, value in found.items()}
+    return {name: value for name, value in plain.items() if not isinstance(value, list) or _is_short(value)}
+
+
+def _is_short(values: list[Any]) -> bool:
+    return len(values) <= LIST_ENTRIES and all(isinstance(value, _SCALARS) for value in values)
 
 
 # --------------------------------------------------------------------------------------------------- between processes
@@ -177,7 +185,7 @@ def values_of(state: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _attributes(owner: object, where: str, *, text: bool) -> Iterator[tuple[str, Any]]:
-    kinds: tuple[type, ...] = _SCALARS if text else (bool, int, float)
+    kinds: tuple[type, ...] = (np.generic, *(_SCALARS if text else (bool, int, float)))
     for name, value in getattr(owner, "__dict__", {}).items():
         if name.startswith("_") or name in _OWN:
             continue

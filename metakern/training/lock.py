@@ -73,8 +73,12 @@ class FolderLock:
                     RuntimeWarning,
                     stacklevel=3,
                 )
+            try:
+                write_whole(self.folder / HOLDER, json.dumps(_myself()).encode())
+            except BaseException:
+                lock.release()
+                raise
             self._lock = lock
-            write_whole(self.folder / HOLDER, json.dumps(_myself()).encode())
         self._times += 1
 
     def release(self) -> None:

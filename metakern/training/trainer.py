@@ -42,13 +42,16 @@ class Trainer:
     """Meta-trains a learner on a distribution of tasks.
 
     Under ``torchrun`` each process takes its share of every meta-batch, and the meta-gradient is that of the whole; the
-    first process alone writes and calls callbacks. All draws follow from ``config.seed``: torch's global generators are
-    seeded before each iteration and stand where they stood when ``fit`` ends. A learner with a method
-    ``on_iteration(iteration, tasks, generator)`` has it called before each meta-batch, in every process, with the
-    iterations so far and the "train" split; what it does must follow from these and the learner alone. It may return
-    parameters that it has replaced, which then start anew in the optimizer's state and in the average. A "train" split
-    with ``state_dict`` and ``load_state_dict`` has its state in the checkpoints. Modules stay in ``train()`` or
-    ``eval()`` as they are, in evaluations too.
+    first process alone writes and calls callbacks. All processes must have the same settings: configuration, optimizer,
+    schedule, and public attributes of the learner's modules that are numbers or text (one of a process's own starts
+    with an underscore). These are compared at the start, weights and states at every evaluation and checkpoint.
+
+    All draws follow from ``config.seed``: torch's global generators are seeded before each iteration and stand where
+    they stood when ``fit`` ends. A learner with a method ``on_iteration(iteration, tasks, generator)`` has it called
+    before each meta-batch, in every process, with the iterations so far and the "train" split; what it does must follow
+    from these and the learner alone. It may return parameters that it has replaced, which then start anew in the
+    optimizer's state and in the average. A "train" split with ``state_dict`` and ``load_state_dict`` has its state in
+    the checkpoints. Modules stay in ``train()`` or ``eval()`` as they are, in evaluations too.
 
     Args:
         learner: a :class:`metakern.learners.MetaLearner`, an ``nn.Module``; trained in place, and moved to
@@ -126,14 +129,11 @@ class Trainer:
         """The folder's callback, and checkpoints; progress alone where there is no folder."""
         self.record: RunRecord | None = None
         self.checkpoints: Checkpoints | None = None
-        own: Sequence[Callback] = ()
-        if folder is None:
-            own = progress_reports(bool(progress))
-        else:
-            given = isinstance(folder, RunRecord)
-            self.record = folder if given else RunRecord(folder, progress=progress is not False)
-            self.checkpoints = Checkpoints(self.record.folder / CHECKPOINTS, self.config.keep)
-            own = (self.record,)
+        own: Sequence[Callback] = progress_reports(bool(progress)) if folder is None else ()
+        if folder is not None:
+            record = folder if isinstance(folder, RunRecord) else RunRecord(folder, progress=progress is not False)
+            self.record, self.checkpoints = record, Checkpoints(record.folder / CHECKPOINTS, self.config.keep)
+            own = (record,)
         self.callbacks = (*own, *callbacks)
 
     @property

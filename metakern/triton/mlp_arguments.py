@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -235,7 +234,7 @@ def _rows(
     activations: tuple[tuple[int, float], ...],
 ) -> tuple[tuple[int, ...], ...]:
     rows = []
-    kinds = [(kind, *_bits(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
+    kinds = [(kind, *split(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
     offsets, slots = (list(itertools.accumulate(counts, initial=0)) for counts in (sizes, rates))
     for tensor, size in enumerate(sizes):
         layer, owner = tensor // 2, tensor if len(rates) > 1 else 0
@@ -244,12 +243,6 @@ def _rows(
         rates_of = slots[owner], int(of_step > 1), of_step if steps else 0
         rows.append([*row, adapted >> tensor & 1, *rates_of, *kinds[layer]])
     return tuple(map(tuple, rows))
-
-
-def _bits(number: float) -> tuple[int, int]:
-    """The bits of the float32 nearest to a number, and of that nearest to the rest, as int32."""
-    high, low = split(number)
-    return struct.unpack("ii", struct.pack("ff", high, low))
 
 
 def starts(sizes: Sequence[int], device: torch.device) -> Tensor:

@@ -8,7 +8,7 @@ steps are no compile-time constants: a compiled kernel serves every network of a
 Axis legend: T tasks; S support and Q query samples of a task; K inner steps; P parameters of a task, R rates that
 receive gradients; U units of all layers. A segment is the steps between two parameters that are kept. Arguments that
 travel together: ``net`` is (table, layers, U), ``data`` one set of a task (x, y, mask, factor, samples), ``alphas``
-(rates [R], the rate where there are none, and the norm at which gradients are clipped with CLIPS, in two parts each).
+(rates [R], the rate where there are none, and the norm at which gradients are clipped with CLIPS).
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def clipping(gradient, net, alphas):
     In float64, which holds every square of a float32.
     """
     table, layers, _units = net
-    _rates, _rate, _rate_low, clip, clip_low = alphas
+    norm = alphas[2]
     total = tl.zeros([BLOCK], tl.float64)
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -60,7 +60,7 @@ def clipping(gradient, net, alphas):
             g = tl.load(gradient + offset + i, mask=i < count, other=0.0).to(tl.float64)
             total += g * g
     square = tl.sum(total, axis=0)
-    norm, length = scalar(clip, clip_low, square), tl.sqrt(square)
+    length = tl.sqrt(square)
     fits = square <= norm * norm  # false for NaN
     like = gradient.dtype.element_ty
     return tl.where(fits, 1.0, norm / length).to(like), tl.where(fits, 0.0, 1 / length).to(like)
@@ -70,7 +70,7 @@ def clipping(gradient, net, alphas):
 def update_phase(now, new, gradient, coefficient, step, net, alphas, RATED: tl.constexpr, CLIPS: tl.constexpr):
     """θ' = θ − α g, with CLIPS of the gradient times its coefficient; a tensor that is not adapted keeps its bits."""
     table, layers, _units = net
-    rates, rate, rate_low, _clip, _clip_low = alphas
+    rates, rate, _norm = alphas
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
         adapted, per = entry(table, tensor, ADAPTED) != 0, entry(table, tensor, PER_PARAMETER)
@@ -81,10 +81,9 @@ def update_phase(now, new, gradient, coefficient, step, net, alphas, RATED: tl.c
             g = tl.load(gradient + offset + i, mask=i < size, other=0.0)
             if CLIPS:
                 g *= coefficient
+            alpha = rate
             if RATED:
                 alpha = tl.load(rates + slot + i * per, mask=i < size, other=0.0).to(g.dtype)
-            else:
-                alpha = scalar(rate, rate_low, g)
             tl.store(new + offset + i, tl.where(adapted, theta - alpha * g, theta), mask=i < size)
     tl.debug_barrier()
 
@@ -99,7 +98,7 @@ def direction_phase(
     Returns the product of direction and gradient with CLIPS, for :func:`clip_direction_phase`.
     """
     table, layers, _units = net
-    rates, rate, rate_low, _clip, _clip_low = alphas
+    rates, rate, _norm = alphas
     along = tl.zeros([BLOCK], tl.float64)
     for tensor in range(2 * layers):
         offset, size = entry(table, tensor, OFFSET), entry(table, tensor, SIZE)
@@ -120,7 +119,7 @@ def direction_phase(
                 at = grad_rates + slot + i
                 tl.store(at, tl.load(at, mask=i < own_rates, other=0.0) - product, mask=i < own_rates)
             else:
-                alpha = scalar(rate, rate_low, v)
+                alpha = rate
             moved = tl.where(adapted, -alpha * v, 0.0)
             tl.store(direction + offset + i, moved, mask=i < size)
             if CLIPS:
@@ -341,7 +340,8 @@ def inner_loop_kernel(
     of those. With BACKWARD alone: adjoints from those of the adapted parameters, in ``ends``, and from ``checkpoints``.
     Without both: adapted parameters, to ``ends``, and with KEEP ``checkpoints`` [T, segments, P].
     """
-    net, alphas = (table, layers, units), (rates, rate, rate_low, clip, clip_low)
+    alpha = scalar(rate, rate_low, tl.zeros([1], work.dtype.element_ty))
+    net, alphas = (table, layers, units), (rates, alpha, scalar(clip, clip_low, tl.zeros([1], tl.float64)))
     segments = (steps + every - 1) // every
     # The steps of a segment stay for the way back; without one, every step takes the place of the one before.
     span, theta_size = (every, params_size) if BACKWARD else (1, 0)

@@ -53,10 +53,9 @@ def layer_sizes(table, layer):
 
 @triton.jit
 def layer_activation(table, layer, like):
-    """Kind of a layer's activation, and the slope at and below zero, whose bits the table has in two parts."""
-    high = entry(table, 2 * layer, LEAK).to(tl.float32, bitcast=True)
-    low = entry(table, 2 * layer, LEAK_LOW).to(tl.float32, bitcast=True)
-    return entry(table, 2 * layer, KIND), scalar(high, low, like)
+    """Kind of a layer's activation, and the slope at and below zero, a number of the host."""
+    leak = scalar(entry(table, 2 * layer, LEAK), entry(table, 2 * layer, LEAK_LOW), like)
+    return entry(table, 2 * layer, KIND), leak
 
 
 @triton.jit

@@ -86,17 +86,19 @@ class MlpCase:
 
     widths: tuple[int, ...] = (3, 20, 5)
     dtype: torch.dtype = torch.float32
-    activation: str = "tanh"
+    activation: str | tuple[str, ...] = "tanh"
     loss: str = "mse"
     steps: int = 3
     per_parameter: bool = False
     checkpoint_every: int = 2
+    clip_norm: float | None = None
 
     def run(self, backend: str, device: str) -> None:
         """Raise unless adapted parameters, losses and meta-gradients are numbers."""
         problem = MlpProblem(list(self.widths), 3, loss=self.loss, device=device)
         lr = [torch.full(p.shape if self.per_parameter else (), 0.01, device=device) for p in problem.params]
         options = {"steps": self.steps, "activation": self.activation, "checkpoint_every": self.checkpoint_every}
+        options["clip_norm"] = self.clip_norm
         for call in (problem.meta, problem.adapt):
             for index, x in enumerate(call(backend, self.dtype, lr, **options)):
                 if bool(x.cpu().isnan().any()):
@@ -140,6 +142,7 @@ MLP_CASES = [
     *(MlpCase(loss=loss) for loss in ("cross_entropy", "binary_cross_entropy_with_logits")),
     *(MlpCase(dtype=dtype, per_parameter=True) for dtype in (torch.float64, torch.float16, torch.bfloat16)),
     MlpCase((1, 40, 40, 1), per_parameter=True),
+    MlpCase((3, 20, 7, 5), activation=("leaky_relu:0.1", "gelu"), clip_norm=0.1),
     MlpCase((20, 40, 10), torch.float64, "gelu", steps=20, checkpoint_every=20),
 ]
 

@@ -47,6 +47,18 @@ def test_activations_losses_and_orders(activation: str, loss: str, first_order: 
             assert_equal(call(BACKEND, dtype, **options), expected, GRADIENT_TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("norm", [0.05, 2.0, 1e3])
+@pytest.mark.parametrize("names", [["leaky_relu:0.2", "tanh"], ["gelu", "relu"]], ids=str)
+def test_clipped_gradients_and_several_activations(names: list[str], norm: float) -> None:
+    case = on_device([3, 40, 17, 5], 19, 10, 7)
+    lr = [0.05 + 0.01 * case.draw(*p.shape) for p in case.params]
+    options = {"steps": 3, "activation": names, "first_order": (False, True, False), "clip_norm": norm, "lr": lr}
+    for name in ("meta", "adapt"):
+        call, expected = getattr(case, name), getattr(case, name)("reference", **options)
+        for dtype in (F64, F32):
+            assert_equal(call(BACKEND, dtype, **options), expected, GRADIENT_TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize("widths", [[1, 1], [1, 40, 40, 1], [64, 100, 30, 10], [2, 3, 4, 3, 2, 3, 4, 3, 2]], ids=str)
 def test_sizes(widths: list[int], own: bool) -> None:

@@ -73,13 +73,16 @@ def _inner_loop_arguments(kind: str, seed: int, tasks: int, loss: int, suffix: s
     lr = [torch.full(p.shape[-2 + i % 2 :], 0.1) for i, p in enumerate(params)]
     options = [lr, 0.0, steps, False, -1, 1, loss, 1]
     second_order, weights = torch.tensor([True, False]), torch.tensor([0.5, 1.0])
+    # Of the activations, and of clipping; every third case does without.
+    last: list[Any] = [[], None] if seed % 3 == 0 else [[0.1], 0.5]
+    options[5] = 1 if seed % 3 == 0 else [4]  # a leaky ReLU has the slope
     if kind.startswith("mlp_inner_loop"):
-        forward = [params, *support, *options, True, second_order]
+        forward = [params, *support, *options, True, second_order, *last]
         if kind == "mlp_inner_loop":
             return forward
         results, trajectory = operator(f"mlp_inner_loop{suffix}")(*forward)
-        return [[torch.ones_like(x) for x in results], trajectory, params, *support, *options, second_order]
-    forward = [params, *support, *query, *options, second_order, weights, True]
+        return [[torch.ones_like(x) for x in results], trajectory, params, *support, *options, second_order, *last]
+    forward = [params, *support, *query, *options, second_order, weights, True, *last]
     if kind == "mlp_meta_loss":
         return forward
     losses, task_grads = operator(f"mlp_meta_loss{suffix}")(*forward)

@@ -18,6 +18,9 @@ from tests.mlp_problems import Case, assert_equal
 
 F64 = torch.float64
 
+#: Of activations, each kind and another slope.
+NAMES = (*ACTIVATIONS, "leaky_relu:0.5", "identity")
+
 
 # ------------------------------------------------------------------------------------ against the reference
 
@@ -28,7 +31,8 @@ F64 = torch.float64
     samples=st.integers(1, 20),
     steps=st.integers(1, 4),
     widths=st.lists(st.integers(1, 14), min_size=2, max_size=5),
-    activation=st.sampled_from(ACTIVATIONS),
+    activation=st.sampled_from(ACTIVATIONS) | st.lists(st.sampled_from(NAMES), min_size=3, max_size=3),
+    clip_norm=st.sampled_from((None, None, 0.1, 2.0)),
     loss=st.sampled_from(LOSSES),
     first_order=st.booleans(),
     every=st.sampled_from((None, 1, 2, 3)),
@@ -40,7 +44,8 @@ def test_equals_the_reference(
     samples: int,
     steps: int,
     widths: list[int],
-    activation: str,
+    activation: str | list[str],
+    clip_norm: float | None,
     loss: str,
     first_order: bool,
     every: int | None,
@@ -49,7 +54,9 @@ def test_equals_the_reference(
 ) -> None:
     assume(loss != "cross_entropy" or widths[-1] > 1)  # of one class it is zero, and so is every gradient
     case = Case(widths, tasks, samples, loss=loss, own=own, seed=seed)
-    options = {"steps": steps, "activation": activation, "first_order": first_order, "checkpoint_every": every}
+    names = activation if isinstance(activation, str) else activation[: len(widths) - 2]
+    options = {"steps": steps, "activation": names, "first_order": first_order, "checkpoint_every": every}
+    options["clip_norm"] = clip_norm
     assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
     assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
 

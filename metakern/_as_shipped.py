@@ -6,6 +6,7 @@ compute. Wherever a caller has changed that, it must not serve.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -68,8 +69,15 @@ def _functions() -> tuple[Any, ...]:
     )
 
 
-_FUNCTIONS = _functions()
-_METHODS: dict[type, tuple[Any, ...]] = {kind: _methods(kind) for kind in KNOWN_CLASSES}
+def _shipped(functions: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """These functions; None, which equals none, if one is not PyTorch's: it was replaced before this was imported."""
+    home = os.path.dirname(torch.__file__)
+    codes = [f.__code__ for f in functions if hasattr(f, "__code__")]  # others are built in
+    return functions if all(code.co_filename.startswith(home) for code in codes) else None
+
+
+_FUNCTIONS = _shipped(_functions())
+_METHODS = {kind: _shipped(_methods(kind)) for kind in KNOWN_CLASSES}
 _ITERATED = nn.Sequential.__iter__
 
 

@@ -178,13 +178,14 @@ def find_mlp(model: nn.Module) -> Mlp:
 
 def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None:
     """Append a module, and those within, to the chain, and their classes to ``kinds``."""
-    kind, held = type(module), module._parameters
+    kind = type(module)
     if kind not in _LAYERS:
         raise Unserved(f"the model is no chain of nn.Linear with activations between: {kind.__name__}")
     reason = changed_instance(module)
     if reason:
         raise Unserved(reason)
     kinds.add(kind)
+    held = module._parameters
     if kind is nn.Linear:
         own = module.__dict__
         if len(held) != 2 or "weight" not in held or "bias" not in held or "weight" in own or "bias" in own:

@@ -298,7 +298,9 @@ def _unrecorded(model: nn.Module) -> str:
         if kind.__module__.split(".")[0] == "torch" and kind not in _KNOWN_MODULES:
             return f"the model is no chain of nn.Linear with activations between: {kind.__name__}"
     for p in model.parameters():
-        if p.dim() not in (1, 2) or not is_plain(p):
+        if not is_plain(p):
+            return "the model has weights that are no plain tensors"
+        if p.dim() not in (1, 2):
             return f"the model has a parameter of shape {list(p.shape)}, which is none of an nn.Linear"
         layers += p.dim() == 2
     return "" if 1 <= layers <= MAX_LAYERS else f"the model has {layers} layers; 1 to {MAX_LAYERS} are served"

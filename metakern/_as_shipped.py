@@ -77,7 +77,7 @@ def _shipped(functions: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 _FUNCTIONS = _shipped(_functions())
-_METHODS = {kind: _shipped(_methods(kind)) for kind in KNOWN_CLASSES}
+_METHODS: dict[type, tuple[Any, ...] | None] = {kind: _shipped(_methods(kind)) for kind in KNOWN_CLASSES}
 _ITERATED = nn.Sequential.__iter__
 
 

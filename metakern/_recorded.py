@@ -220,7 +220,7 @@ def record_mlp(model: nn.Module, samples: Sequence[Tensor]) -> Mlp:
     reason = changed_functions() or _unrecorded(model)
     if reason:
         raise Unserved(reason)
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     before = _Surroundings("the model's forward", model)
     chains: dict[Any, Chain] = {}
     for x in samples:

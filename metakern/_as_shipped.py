@@ -6,6 +6,7 @@ compute. Wherever a caller has changed that, it must not serve.
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def _methods(kind: Any) -> tuple[Any, ...]:
 
 def _functions() -> tuple[Any, ...]:
     """What these classes, and the functions of torch.nn.functional, call in turn."""
-    c = torch._C._nn  # type: ignore[attr-defined]
+    c = torch._C._nn
     return (
         *(F.linear, F.relu, F.gelu, F.leaky_relu, F.dropout, F.mse_loss, F.cross_entropy),
         *(F.binary_cross_entropy_with_logits, torch.binary_cross_entropy_with_logits),
@@ -68,8 +69,15 @@ def _functions() -> tuple[Any, ...]:
     )
 
 
-_FUNCTIONS = _functions()
-_METHODS = {kind: _methods(kind) for kind in KNOWN_CLASSES}
+def _shipped(functions: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    """These functions; None, which equals none, if one is not PyTorch's: it was replaced before this was imported."""
+    home = os.path.dirname(torch.__file__)
+    codes = [f.__code__ for f in functions if hasattr(f, "__code__")]  # others are built in
+    return functions if all(code.co_filename.startswith(home) for code in codes) else None
+
+
+_FUNCTIONS = _shipped(_functions())
+_METHODS: dict[type, tuple[Any, ...] | None] = {kind: _shipped(_methods(kind)) for kind in KNOWN_CLASSES}
 _ITERATED = nn.Sequential.__iter__
 
 

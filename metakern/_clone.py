@@ -99,18 +99,36 @@ def captures_tensors(model: nn.Module) -> bool:
     return any(probe.fill_attributes(shallow_copy(part)) for part in parts if not isinstance(part, whole))
 
 
-def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:
-    """What a model returns with other tensors in place of its own, wherever it refers to them.
+def with_tensors(model: nn.Module, replaced: Replaced, holders: Sequence[nn.Module] = ()) -> nn.Module:
+    """A copy of a model with other tensors in place of its own, wherever it refers to them.
 
-    The call is one of a copy: attributes that it sets are lost.
+    Args:
+        model: is not changed
+        replaced: its tensors, and what stands in their places
+        holders: modules that hold the model, and then hold the copy
     """
     memo = dict(replaced)
-    made = []
+    made: list[nn.Module] = []
     for part in model.modules():
         made.append(shallow_copy(part))
         memo[id(part)] = (part, made[-1])
-    Substitution(memo, copies=True).fill(made)
-    return made[0](*args, **kwargs)
+    Substitution(memo, copies=True).fill([*made, *holders])
+    return made[0]
+
+
+def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:
+    """What a model returns with other tensors in place of its own, wherever it refers to them.
+
+    A copy is called. Attributes that the call sets, such as an auxiliary loss, are set on the model, as by
+    ``torch.func.functional_call``.
+    """
+    copied = with_tensors(model, replaced)
+    pairs = list(zip(model.modules(), copied.modules(), strict=True))
+    before = [dict(copy.__dict__) for _, copy in pairs]
+    result = copied(*args, **kwargs)
+    for (part, copy), held in zip(pairs, before, strict=True):
+        part.__dict__.update({name: x for name, x in copy.__dict__.items() if held.get(name, held) is not x})
+    return result
 
 
 def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, memo: Replaced | None = None) -> _M:
@@ -192,7 +210,9 @@ def maml_update(model: _M, lr: float | Tensor, grads: Sequence[Tensor | None] | 
     return model
 
 
-def take_step(model: nn.Module, params: Sequence[Tensor], grads: Sequence[Tensor | None], lr: Any) -> list[Tensor]:
+def take_step(
+    model: nn.Module, params: Sequence[Tensor], grads: Sequence[Tensor | None], lr: Any, holder: nn.Module | None = None
+) -> list[Tensor]:
     """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it.
 
     Args:
@@ -200,6 +220,7 @@ def take_step(model: nn.Module, params: Sequence[Tensor], grads: Sequence[Tensor
         params: of the model
         grads: one a parameter
         lr: a number, a tensor of one element, or a list of one rate a parameter
+        holder: the module that holds the model; if given, it gets a copy in its place, and the model stays as it is
 
     Returns:
         the new parameters
@@ -210,7 +231,11 @@ def take_step(model: nn.Module, params: Sequence[Tensor], grads: Sequence[Tensor
     # Gradients of embeddings with sparse=True are sparse, and no kernel takes them.
     dense = [g if g.layout == torch.strided else g.to_dense() for _, g in pairs]
     new = step_of_one_task(old, dense, rates)
-    replace_tensors(model, {id(p): (p, q) for p, q in zip(old, new, strict=True)})
+    replaced = {id(p): (p, q) for p, q in zip(old, new, strict=True)}
+    if holder is None:
+        replace_tensors(model, replaced)
+    else:
+        with_tensors(model, replaced, [holder])
     return new
 
 

@@ -53,6 +53,16 @@ def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) ->
     return _of_dtype(error, model, data) or _of_device(error, model, data) or _of_width(error, model, data) or error
 
 
+def check_no_mixed_meta(model: nn.Module, data: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where some tensors are on "meta": PyTorch's gradients are then memory that nobody wrote."""
+    parameters = dict(model.named_parameters())
+    name, device = next(((name, p.device) for name, p in parameters.items()), ("", None))
+    of = f"the model's {name}"
+    for other, tensor in {**data, **{f"the model's {n}": p for n, p in parameters.items()}}.items():
+        if device is not None and tensor.device != device and "meta" in (tensor.device.type, device.type):
+            raise ValueError(f"{other} must be on the device of {of}, {device}, got {tensor.device}")
+
+
 def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> TypeError | None:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
     if len(dtypes) != 1 or not any(word in str(error) for word in ("dtype", "scalar type")):

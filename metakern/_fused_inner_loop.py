@@ -37,7 +37,7 @@ from metakern.ops.mlp_inner_loop import (
 from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
 #: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
-_LABEL_ERROR = "as the model has"
+LABEL_ERROR = "as the model has"
 
 
 class Options(NamedTuple):
@@ -184,7 +184,7 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     asked = _backend.requested(options.backend)
     plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
     plain = plain and not options.support_per_step and options.steps > 0
-    if not plain or options.parameters is not None or options.clip_norm is not None or asked == "reference":
+    if not plain or options.parameters is not None or asked == "reference":
         return None
     if is_transformed() or not isinstance(options.model, nn.Module):
         return None
@@ -204,7 +204,15 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     if len(facts) != 4 or True in [x.is_inference() for x in tensors]:
         return None
     of_model = (mlp.widths, mlp.activation, first.dtype, first.device)
-    of_call = (options.loss, options.steps, options.lr, options.first_order, options.checkpoint_every, asked)
+    of_call = (
+        options.loss,
+        options.steps,
+        options.lr,
+        options.first_order,
+        options.clip_norm,
+        options.checkpoint_every,
+        asked,
+    )
     key = (*of_model, *of_call, *facts)
     return _Usual(key, mlp.params, _served_before.get(key))
 
@@ -230,8 +238,6 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
     reason = _untransformed()
     if reason:
         raise Unserved(reason)
-    if options.clip_norm is not None:
-        raise Unserved("clip_norm clips gradients")
     if not options.vectorize:
         raise Unserved("vectorize=False asks for it")
     if options.support_per_step:
@@ -259,6 +265,7 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
             "activation": mlp.activation,
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
+            "clip_norm": options.clip_norm,
             "checkpoint_every": options.checkpoint_every,
         },
     )
@@ -286,6 +293,8 @@ def _of_first_task(name: str, tensor: Any) -> Tensor:
         raise Unserved(f"{name} is no pair of tensors with a task and a sample")
     if not is_plain(tensor):
         raise Unserved("the samples are of a subclass of Tensor")
+    if tensor.is_inference():
+        raise Unserved(f"{name} was made in inference mode")
     return tensor[0]
 
 
@@ -338,6 +347,6 @@ def _served(call: Callable[[], Any]) -> Any:
     try:
         return call()
     except RuntimeError as error:
-        if _LABEL_ERROR in str(error):
+        if LABEL_ERROR in str(error):
             raise Unserved(str(error)) from error
         raise

@@ -23,12 +23,13 @@ from torch.utils import _pytree as pytree
 from metakern._batch_norm import PerStepBatchNorm
 from metakern._clone import call_with_tensors, captures_tensors
 from metakern._inner_loop_input import TaskBatch, check_labels, split
+from metakern._lineage import nodes_of, recomputes
 from metakern._random_state import kept_random_state
 from metakern._rates import LearningRates, real_dtype
 from metakern._recomputation import recomputed
 from metakern._task_functions import TaskFunctions
 from metakern._task_loss import TaskLoss
-from metakern._trees import Data, first_tensor, flatten, map_tensors
+from metakern._trees import Data, check_constants, first_tensor, flatten, map_tensors
 from metakern._vectorize import Vectorization, Vectorize
 from metakern._vectorize import is_transformed as is_transformed
 from metakern.ops.inner_update import inner_update
@@ -113,19 +114,27 @@ class TaskModel:
 
     def predict(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """Predictions for x [T, S, ...]: what the model returns, with tensors [T, S, ...]."""
-        rebuild: list[Callable[..., Any]] = []
+        outputs: list[Any] = []
 
         def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
-            found, restore = flatten(self._forward(params, shared, x))
-            rebuild.append(restore)
-            return tuple(found)
+            outputs.append(self._forward(params, shared, x))
+            return tuple(flatten(outputs[-1])[0])
 
-        stacked = self._for_tasks(self._corrected(leaves), params, shared, (x,))
-        return rebuild[0](stacked)
+        def evaluate(shared: Tensors) -> Any:
+            return self._for_tasks(self._corrected(leaves), params, shared, (x,))
+
+        stacked = self._recomputable(evaluate, params, shared)
+        check_constants(outputs)
+        return flatten(outputs[0])[1](stacked)
 
     def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
         """Losses [T]."""
-        losses: Tensor = self._for_tasks(self._task_loss(batch), params, shared, batch.tensors)
+
+        def evaluate(shared: Tensors) -> Tensor:
+            losses: Tensor = self._for_tasks(self._task_loss(batch), params, shared, batch.tensors)
+            return losses
+
+        losses: Tensor = self._recomputable(evaluate, params, shared)
         return losses
 
     def gradients(self, params: Tensors, shared: Tensors, batch: TaskBatch, first_order: bool) -> list[Tensor]:
@@ -158,6 +167,26 @@ class TaskModel:
         if all(g is None for g in grads):
             raise RuntimeError(f"loss must depend on the adapted parameters, {self.names}; it depends on none")
         return [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
+
+    def _recomputable(self, evaluate: Callable[[Tensors], Any], params: Tensors, shared: Tensors) -> Any:
+        """``evaluate(shared)``, whose graph may call the model again in the backward, as with torch.utils.checkpoint.
+
+        functional_call has put the model's own parameters back by then, so a copy with the tasks' is called.
+
+        Raises:
+            RuntimeError: within torch.vmap, which is over by then, too
+        """
+        if self._captures or is_transformed() or not torch.is_grad_enabled():
+            return evaluate(shared)
+        gathered = dict(shared)
+        result = evaluate(gathered)
+        if recomputes(nodes_of(pytree.tree_leaves(result)), set(nodes_of(params.values()))):
+            if self.vectorization.at_once:
+                raise RuntimeError("torch.utils.checkpoint calls the model again in the backward, outside torch.vmap")
+            self._captures = True
+            return evaluate(shared)
+        shared.update(gathered)
+        return result
 
     def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
         """What the model returns for one task."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from metakern._clone import clone_parts, take_step
-from metakern._lineage import Lineage, foreign, listed, nodes_of, reach, tensors_of, unregistered
+from metakern._lineage import Lineage, foreign, listed, nodes_of, reach, recomputes, tensors_of, unregistered
 from metakern._rates import check_rate
 from metakern._substitution import Replaced, is_compiled, shallow_copy
 from metakern._warn import warn_user
@@ -39,6 +39,8 @@ class Learner(nn.Module):
         check_rate("lr", lr)
         self.module = model
         self._lineage = Lineage()
+        # Whether a backward calls the module again, which must then have the parameters of the forward.
+        self._recomputed = False
         self._lost_grad = False  # whether parameters lost their graph, as clone or adapt ran without gradients
         if any(is_compiled(part) or part._compiled_call_impl is not None for part in model.modules()):
             warn_user(
@@ -110,8 +112,9 @@ class Learner(nn.Module):
     def _trainable(self) -> tuple[list[tuple[str, Tensor]], list[str]]:
         """Parameters that require gradients, and the names of those that do not."""
         params = list(self.module.named_parameters())
-        if self._lost_grad and not any(p.requires_grad for _, p in params):
-            raise RuntimeError(f"the learner's parameters must require gradients, but none does: {_WITHOUT_GRAD}")
+        if self._lost_grad and not all(p.requires_grad for _, p in params):
+            lost = [name for name, p in params if not p.requires_grad]
+            raise RuntimeError(f"parameters must require gradients, but {listed(lost)} do not: {_WITHOUT_GRAD}")
         if not params:
             held = sorted({where for where, _ in unregistered(self.module)})
             where = (
@@ -133,6 +136,8 @@ class Learner(nn.Module):
             raise RuntimeError(f"loss must depend on the learner's parameters; it does not require a gradient{why}")
         if not params:
             return []
+        if not self._recomputed and not is_transformed():
+            self._recomputed = recomputes(nodes_of([loss]), self._lineage.begin | self._lineage.own)
         tensors, record = [p for _, p in params], not first_order
         grads = torch.autograd.grad(loss, tensors, retain_graph=record, create_graph=record, allow_unused=True)
         unused = [name for (name, _), g in zip(params, grads, strict=True) if g is None]
@@ -173,7 +178,8 @@ class Learner(nn.Module):
 
     def _update(self, params: Sequence[tuple[str, Tensor]], grads: Sequence[Tensor | None], lr: Any) -> None:
         """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it."""
-        new = take_step(self.module, [p for _, p in params], grads, lr)
+        holder = self if self._recomputed else None
+        new = take_step(self.module, [p for _, p in params], grads, lr, holder)
         self._lineage.own = set(nodes_of(new))
         self._lost_grad |= not torch.is_grad_enabled()
 

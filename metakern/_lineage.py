@@ -106,6 +106,47 @@ def reach(roots: Iterable[Any], stops: Nodes, targets: dict[Any, str]) -> dict[A
     return found
 
 
+def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
+    """Whether a graph holds what torch.utils.checkpoint computes again in the backward, by calling the model.
+
+    What it calls then takes the parameters that the module has then, and those must still be the ones of the forward.
+    """
+    stack = [root for root in roots if root not in stops]
+    seen = {*stops, *stack}
+    while stack:
+        current = stack.pop()
+        if any(_is_checkpointed(saved) for saved in _saved(current)):
+            return True
+        for node, _ in current.next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
+#: The attributes of a type of node that hold what it saved.
+_SAVED: dict[type, list[str]] = {}
+
+
+def _saved(node: Any) -> Iterator[Any]:
+    """What a node of the graph saved for the backward, still packed."""
+    kind = type(node)
+    if kind not in _SAVED:
+        _SAVED[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    for name in _SAVED[kind]:
+        try:
+            value = getattr(node, name)
+        except RuntimeError:  # freed by a backward
+            continue
+        yield from value if isinstance(value, tuple) else (value,)
+
+
+def _is_checkpointed(saved: Any) -> bool:
+    if getattr(saved, "unpack_hook", None) is None:
+        return False
+    return type(saved.data).__module__ == "torch.utils.checkpoint"
+
+
 def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
     """The nodes of tensors that have one."""
     return (tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)

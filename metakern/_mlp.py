@@ -8,6 +8,7 @@ Axis legend: T tasks, S samples of a task, I inputs and O outputs of the model.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -35,7 +36,7 @@ _LOSS_MODULES: dict[type, str] = {
 
 
 #: Classes of which models are recognised.
-_LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.Identity, nn.Flatten, nn.Dropout])
+_LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout])
 
 
 class Unserved(Exception):
@@ -49,7 +50,7 @@ class Mlp(NamedTuple):
         names: of the parameters; empty where a layer has no bias
         params: weight [O, I] and bias [O] of every layer in turn
         widths: inputs, then the units of every layer
-        activation: between the layers
+        activation: between the layers, by the names of :func:`metakern.ops.mlp_inner_loop`: one, or one for each pair
         flattens: whether the model flattens a sample first
         recorded: whether it was recognised by what it computes, and not by its classes
     """
@@ -57,7 +58,7 @@ class Mlp(NamedTuple):
     names: list[str]
     params: list[Tensor]
     widths: tuple[int, ...]
-    activation: str
+    activation: str | tuple[str, ...]
     flattens: bool
     recorded: bool = False
 
@@ -90,7 +91,7 @@ class Chain:
 
     Attributes:
         names, params: as in :class:`Mlp`
-        activations: behind each layer, at most one
+        activations: between each two layers
         after_linear: whether an activation may come next
         flattens: whether a sample is flattened before the first
     """
@@ -106,7 +107,7 @@ class Chain:
     def add_linear(self, weight_name: str, weight: Any, bias_name: str, bias: Any) -> None:
         """A layer; its bias is None where there is none."""
         if self.after_linear:
-            raise Unserved("the model has two nn.Linear without an activation between")
+            self.activations.append("identity")
         if not is_plain(weight) or not (bias is None or is_plain(bias)):
             raise Unserved("the model has weights that are no plain tensors")
         if bias is None:
@@ -116,11 +117,9 @@ class Chain:
         self.after_linear = True
 
     def add_activation(self, name: str) -> None:
-        """An activation, which must be that of the other layers."""
+        """An activation behind a layer."""
         if not self.after_linear:
             raise Unserved(f"the model has {name} elsewhere than behind an nn.Linear")
-        if self.activations and self.activations[0] != name:
-            raise Unserved(f"the model has several activations, {self.activations[0]} and {name}")
         self.activations.append(name)
         self.after_linear = False
 
@@ -151,7 +150,8 @@ class Chain:
             if p.dtype is not dtype or p.device != device:
                 raise Unserved("the parameters differ in dtype or device")
         widths = (params[0].shape[1], *[p.shape[0] for p in params[1::2]])
-        activation = self.activations[0] if self.activations else "relu"
+        kinds = self.activations
+        activation = tuple(kinds) if len(set(kinds)) > 1 else kinds[0] if kinds else "relu"
         return Mlp(self.names, params, widths, activation, self.flattens, recorded)
 
 
@@ -178,13 +178,14 @@ def find_mlp(model: nn.Module) -> Mlp:
 
 def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None:
     """Append a module, and those within, to the chain, and their classes to ``kinds``."""
-    kind, held = type(module), module._parameters
+    kind = type(module)
     if kind not in _LAYERS:
-        raise Unserved(f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}")
+        raise Unserved(f"the model is no chain of nn.Linear with activations between: {kind.__name__}")
     reason = changed_instance(module)
     if reason:
         raise Unserved(reason)
     kinds.add(kind)
+    held = module._parameters
     if kind is nn.Linear:
         own = module.__dict__
         if len(held) != 2 or "weight" not in held or "bias" not in held or "weight" in own or "bias" in own:
@@ -201,12 +202,21 @@ def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None
         if kind is nn.GELU and module.approximate != "none":
             raise Unserved("the model has an approximate GELU")
         chain.add_activation(ACTIVATIONS[kind])
+    elif kind is nn.LeakyReLU:
+        chain.add_activation(leaky_relu(module.negative_slope))
     elif kind is nn.Flatten:
         if module.start_dim != 1 or module.end_dim != -1:
             raise Unserved("the model flattens other axes than those of a sample")
         chain.add_flatten()
     elif kind is nn.Dropout and module.training:
         raise Unserved("the model has nn.Dropout in train() mode")
+
+
+def leaky_relu(slope: Any) -> str:
+    """The name of a leaky ReLU."""
+    if type(slope) not in (int, float) or not 0 <= slope < math.inf:
+        raise Unserved(f"the model has a leaky ReLU of slope {slope}")
+    return f"leaky_relu:{float(slope)!r}"
 
 
 def known_loss(loss: Any) -> str:

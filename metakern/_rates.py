@@ -58,40 +58,31 @@ def rates_by_name(lr: Any, names: Sequence[str]) -> dict[str, Any]:
         ValueError: for a name without an entry, and for a pattern that matches none or comes after one that leaves it
             nothing.
     """
-    patterns = {key: matching(key) for key in lr if key not in names}
-    found = {}
+    patterns = {key: matching(key) for key in lr if isinstance(key, str) and key not in names}
+    matches = {key: [name for name in names if pattern.fullmatch(name)] for key, pattern in patterns.items()}
+    chosen = {}
     for name in names:
-        keys = [name] if name in lr else [key for key, pattern in patterns.items() if pattern.fullmatch(name)]
+        keys = [name] if name in lr else [key for key, matched in matches.items() if name in matched]
         if keys:
-            found[name] = lr[keys[0]]
-    missing = [name for name in names if name not in found]
-    unknown = [key for key, pattern in patterns.items() if not any(pattern.fullmatch(name) for name in names)]
+            chosen[name] = keys[0]
+    missing, unknown = [name for name in names if name not in chosen], [key for key in lr if key not in names]
+    unknown = [key for key in unknown if not matches.get(key)]
     if missing or unknown:
         raise ValueError(
             f"lr must name the adapted parameters, {list(names)}, or match them by glob patterns: missing {missing}, "
             f"not among them {unknown}"
         )
-    _check_order(patterns, names)
-    return found
+    for key, matched in matches.items():
+        takers = [chosen[name] for name in matched if chosen[name] in patterns]
+        if takers and key not in takers:
+            raise ValueError(f"lr: {key!r} comes after {takers[0]!r}, which matches before it; put {key!r} first")
+    return {name: lr[key] for name, key in chosen.items()}
 
 
 def matching(pattern: str) -> re.Pattern[str]:
     """The expression of a glob pattern, in which ``*`` stands for any characters and ``?`` for one."""
     # fnmatch would be the same; torch.compile does not trace it.
     return re.compile("".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern))
-
-
-def _check_order(patterns: Mapping[str, re.Pattern[str]], names: Sequence[str]) -> None:
-    """Raise where an earlier pattern matches all that a later one does, which would then have no effect."""
-    seen: dict[str, set[str]] = {}
-    for key, pattern in patterns.items():
-        matched = {name for name in names if pattern.fullmatch(name)}
-        for before, wider in seen.items():
-            if matched <= wider:
-                raise ValueError(
-                    f"lr: {key!r} comes after {before!r}, which matches all that it does; put {key!r} first"
-                )
-        seen[key] = matched
 
 
 def check_rate(name: str, lr: Any) -> None:

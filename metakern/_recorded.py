@@ -19,10 +19,11 @@ import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from metakern._as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
-from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved
+from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 
 #: Read facts that are the same for every task and step.
@@ -53,7 +54,8 @@ _MEANS = frozenset([torch.mean, Tensor.mean])
 #: Classes of PyTorch that may stand in a model that is recorded. A model with any other is not run.
 _KNOWN_MODULES = (*KNOWN_CLASSES, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
-_DROPOUT, _SIGNATURES = inspect.signature(F.dropout), {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
+_DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signature(F.leaky_relu)}
+_SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
 
 
 class _Stop(BaseException):
@@ -117,7 +119,8 @@ class _Recorder(TorchFunctionMode):
         except _Stop:
             result = None
         except Exception as error:  # the generic path will meet it, too
-            raise Unserved(f"{self.what} raises {type(error).__name__}") from error
+            line = (str(error).splitlines() or [""])[0][:200]
+            raise Unserved(f"{self.what} raises {type(error).__name__}: {line}") from error
         if not self.reason and result is not self.current:
             self.reason = "it returns something else than the last function's result"
         if self.reason:
@@ -141,7 +144,7 @@ class _Layers(_Recorder):
 
     Args:
         x: [S, ...], what the model will be called with
-        names: of the model's parameters, by id
+        names: of the tensors that stand for the model's parameters, by id
     """
 
     what = "the model's forward"
@@ -149,21 +152,23 @@ class _Layers(_Recorder):
     def __init__(self, x: Tensor, names: dict[int, str]) -> None:
         super().__init__(x.device)
         self.current, self.names, self.chain = x, names, Chain()
-        self.version = 0
+        self.version = x._version
 
     def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """One layer, activation or change of shape."""
         known = kwargs.get("input", kwargs.get("self")) if not args else args[0]
         if known is not self.current:
             self.refuse(f"it calls {_name(func)} of something else than the last function's result")
-        if self.chain.params and self.current._version != self.version:
-            self.refuse("it writes into the results of its layers")
+        self.check_version()
         if func is F.linear:
             self._linear(*args, **kwargs)
         elif func in _ACTIVATIONS:
             if func is F.gelu and kwargs.get("approximate", "none") != "none":
                 self.refuse("it calls gelu with an approximation")
             self._note(self.chain.add_activation, _ACTIVATIONS[func])
+        elif func in _LEAKY:
+            slope = _LEAKY[func].bind(*args, **kwargs).arguments.get("negative_slope", 0.01)
+            self._note(lambda: self.chain.add_activation(leaky_relu(slope)))
         elif func is F.dropout:
             if _DROPOUT.bind(*args, **kwargs).arguments.get("training", True) is not False:
                 self.refuse("it calls dropout in train() mode")
@@ -174,6 +179,11 @@ class _Layers(_Recorder):
             self._reshaped(func, result)
         self.current, self.version = result, result._version
         return result
+
+    def check_version(self) -> None:
+        """Refuse if the last result, or the samples before the first, were written."""
+        if self.current._version != self.version:
+            self.refuse("it writes into samples or results of its layers")
 
     def _linear(self, input: Tensor, weight: Any, bias: Any = None) -> None:
         parameters = [id(p) in self.names for p in (weight, bias) if p is not None]
@@ -210,42 +220,62 @@ def record_mlp(model: nn.Module, samples: Sequence[Tensor]) -> Mlp:
     reason = changed_functions() or _unrecorded(model)
     if reason:
         raise Unserved(reason)
-    parameters = dict(model.named_parameters())
-    names = {id(p): name for name, p in parameters.items()}
-    before = _Surroundings(model)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    before = _Surroundings("the model's forward", model)
     chains: dict[Any, Chain] = {}
     for x in samples:
         if x.shape not in chains:
-            recorder = _Layers(x, names)
-            recorder.record(model, x)
-            chains[x.shape] = recorder.chain
+            chains[x.shape] = _chain_of(model, parameters, x)
     before.check()
     found = list(chains.values())
     if any(not chain.equals(found[0]) for chain in found[1:]):
         raise Unserved("the model computes something else for query sets of another size")
     if {name for name in found[0].names if name} != set(parameters):
         raise Unserved("the model has parameters that its layers do not use")
+    found[0].params = [parameters[name] if name else p for name, p in zip(found[0].names, found[0].params, strict=True)]
     return found[0].mlp(recorded=True)
 
 
-class _Surroundings:
-    """What a forward could have changed, beside tensors that it computes: attributes, parameters, random numbers."""
+def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Chain:
+    """The chain that a model computes for ``x``, of tensors in the places of its parameters.
 
-    def __init__(self, model: nn.Module) -> None:
-        held = [d for m in model.modules() for d in (vars(m), m._parameters, m._modules, m._buffers)]
-        self.held = [(d, dict(d)) for d in held]
-        self.versions = [(p, p._version) for p in model.parameters()]
-        self.random = _random_states()
+    The inner loop evaluates models so. A forward that reaches a parameter by another way, by a variable of its own or
+    in a list, would not see it adapt.
+    """
+    instead = {name: p.detach() for name, p in parameters.items()}
+    recorder = _Layers(x, {id(p): name for name, p in instead.items()})
+    versions = [p._version for p in instead.values()]
+    recorder.record(lambda: functional_call(model, instead, (x,), tie_weights=False))
+    try:
+        recorder.check_version()
+    except _Stop:
+        raise Unserved(f"{recorder.what} is none that it knows: {recorder.reason}") from None
+    if versions != [p._version for p in instead.values()]:
+        raise Unserved("the model's forward writes into its parameters")
+    return recorder.chain
+
+
+class _Surroundings:
+    """What a call could have changed, beside the tensors that it computes: attributes, random numbers.
+
+    Args:
+        what: is called
+        called: the module or another callable
+    """
+
+    def __init__(self, what: str, called: Any) -> None:
+        modules = list(called.modules()) if isinstance(called, nn.Module) else []
+        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
+        self.held = [(d, dict(d)) for d in held or [getattr(called, "__dict__", {})]]
+        self.what, self.random = what, _random_states()
 
     def check(self) -> None:
         """Raise Unserved if anything did change."""
         for now, before in self.held:
             if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-                raise Unserved("the model's forward changes attributes of the model")
-        if any(p._version != version for p, version in self.versions):
-            raise Unserved("the model's forward writes into its parameters")
+                raise Unserved(f"{self.what} changes attributes")
         if _random_states() != self.random:
-            raise Unserved("the model's forward draws random numbers")
+            raise Unserved(f"{self.what} draws random numbers")
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -266,9 +296,11 @@ def _unrecorded(model: nn.Module) -> str:
         if any(buffer is not None for buffer in module._buffers.values()):
             return f"the model has buffers: {kind.__name__}"
         if kind.__module__.split(".")[0] == "torch" and kind not in _KNOWN_MODULES:
-            return f"the model is no chain of nn.Linear with one kind of activation between: {kind.__name__}"
+            return f"the model is no chain of nn.Linear with activations between: {kind.__name__}"
     for p in model.parameters():
-        if p.dim() not in (1, 2) or not is_plain(p):
+        if not is_plain(p):
+            return "the model has weights that are no plain tensors"
+        if p.dim() not in (1, 2):
             return f"the model has a parameter of shape {list(p.shape)}, which is none of an nn.Linear"
         layers += p.dim() == 2
     return "" if 1 <= layers <= MAX_LAYERS else f"the model has {layers} layers; 1 to {MAX_LAYERS} are served"
@@ -359,6 +391,7 @@ def record_loss(loss: Callable[..., Any], mlp: Mlp, targets: Sequence[Tensor]) -
     if reason:
         raise Unserved(reason)
     names: dict[Any, str] = {}
+    before = _Surroundings("the loss", loss)
     for y in targets:
         if y.shape in names:
             continue
@@ -369,6 +402,7 @@ def record_loss(loss: Callable[..., Any], mlp: Mlp, targets: Sequence[Tensor]) -
         if recorder.stage != "loss" or recorder.versions != (prediction._version, y._version):
             raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits")
         names[y.shape] = recorder.name
+    before.check()
     if len(set(names.values())) != 1:
         raise Unserved("the loss is another one for query sets of another size")
     return names[targets[0].shape]

@@ -14,16 +14,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
-from torch.utils import _pytree as pytree
 
+from metakern._trees import map_output, map_tensors
 from metakern.ops.mlp_inner_loop_autograd import is_batched
 
 #: Losses of integer class labels, which index memory.
 _LABEL_LOSSES = (F.cross_entropy, F.nll_loss)
 _LABEL_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
+#: Losses that compare numbers, for which class labels are a mistake.
+_REGRESSION = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+
 #: Losses of which prediction and target have one shape. PyTorch would broadcast others, with a wrong mean.
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE = (*_REGRESSION, F.poisson_nll_loss, F.hinge_embedding_loss, F.soft_margin_loss, F.kl_div)
 
 #: Functions whose mean is known, and their options under which it is: it divides the sum of ``reduction="none"`` by the
 #: weights of the labels that count (_LABEL_LOSSES), or by the number of elements. F.mse_loss, F.l1_loss and
@@ -126,7 +129,8 @@ class TaskLoss:
                     "over some of the samples is not known: pass vectorize=False, which calls it for each task with "
                     "the samples in the mask alone"
                 )
-            return self._whole(*pytree.tree_map(lambda x: x[mask] if isinstance(x, Tensor) else x, (prediction, y)))
+            of_samples = functools.partial(_selected, mask=mask)
+            return self._whole(map_output(of_samples, prediction), map_tensors(of_samples, y))
         losses = self._unreduced(prediction, y, mask.shape[0])
         precise = losses.float() if losses.dtype in (torch.float16, torch.bfloat16) else losses  # sums may overflow
         count = self.sums.divisor(precise, y, mask)
@@ -146,10 +150,10 @@ class TaskLoss:
         """[T]: in proportion to these the losses of parts of the sets make up that of the whole; y and mask [T, S]."""
         assert self.sums is not None
         assert mask is not None
-        sums = self.sums
+        sums, dtype = self.sums, torch.float32 if mask.device.type == "mps" else torch.float64
 
         def count(mask: Tensor, *targets: Tensor) -> Tensor:
-            return sums.divisor(torch.zeros_like(mask, dtype=torch.float64), targets[0] if targets else None, mask)
+            return sums.divisor(torch.zeros_like(mask, dtype=dtype), targets[0] if targets else None, mask)
 
         return vmap(count)(mask, *((y,) if sums.over == "labels" else ()))
 
@@ -236,7 +240,7 @@ def check_targets(loss: Any, prediction: Any, y: Any) -> None:
     if function not in _ELEMENTWISE or not isinstance(prediction, Tensor) or not isinstance(y, Tensor):
         return
     name = getattr(function, "__name__", "the loss")
-    if not y.is_floating_point() and not y.is_complex():
+    if function in _REGRESSION and not y.is_floating_point() and not y.is_complex():
         raise TypeError(
             f"loss= must be given for targets of {y.dtype}, F.cross_entropy for class labels: {name} compares numbers, "
             "which must be floating-point"
@@ -285,6 +289,16 @@ def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, An
         return None
     names = next(names for each, names in _KNOWN if each is function)
     return function, {name: getattr(module, name) for name in ("reduction", *names)}
+
+
+def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
+    """The samples in the mask [S] of a tensor [S, ...]."""
+    if tensor.dim() == 0 or tensor.shape[0] != mask.shape[0]:
+        raise ValueError(
+            f"model must return tensors of the samples, [{mask.shape[0]}, ...], where a mask is given, as others may "
+            f"depend on padding; got shape {list(tensor.shape)}"
+        )
+    return tensor[mask]
 
 
 def _takes_reduction(function: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import enum
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -74,11 +74,34 @@ def flatten(output: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
     Raises:
         TypeError: for anything else
     """
-    leaves: list[Tensor] = []
+    leaves: list[Any] = []
     build = _visit(output, leaves)
-    if not leaves:
+    places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    if not places:
         raise TypeError(f"model must return at least one tensor, got {type(output).__name__}")
-    return leaves, lambda tensors: build(iter(tensors))
+
+    def rebuild(tensors: Iterable[Any]) -> Any:
+        new = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            new[place] = tensor
+        return build(iter(new))
+
+    return [leaves[place] for place in places], rebuild
+
+
+def check_constants(outputs: Sequence[Any]) -> None:
+    """Raise TypeError where constants in outputs of one model differ: of several tasks one would be taken for all."""
+    found = []
+    for output in outputs:
+        leaves: list[Any] = []
+        _visit(output, leaves)
+        found.append([leaf for leaf in leaves if not isinstance(leaf, Tensor)])
+    for constants in found[1:]:
+        if repr(constants) != repr(found[0]):
+            raise TypeError(
+                f"model must return tensors for what differs between tasks, got {found[0]} for one and {constants} for "
+                "another among its output"
+            )
 
 
 def map_output(function: Callable[..., Any], *outputs: Any) -> Any:
@@ -95,12 +118,11 @@ def class_scores(output: Any) -> Tensor | None:
     return scores if isinstance(scores, Tensor) else None
 
 
-def _visit(tree: Any, leaves: list[Tensor]) -> _Build:
-    if isinstance(tree, Tensor):
+def _visit(tree: Any, leaves: list[Any]) -> _Build:
+    """Add the tensors and constants of a tree to ``leaves``; the result makes a tree from as many others."""
+    if isinstance(tree, (Tensor, *_CONSTANTS)):
         leaves.append(tree)
         return next
-    if isinstance(tree, _CONSTANTS):
-        return lambda tensors: tree
     parts, spec = pytree.tree_flatten(tree, is_leaf=lambda node: node is not tree)
     if len(parts) != 1 or parts[0] is not tree:
         builds = [_visit(part, leaves) for part in parts]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from metakern._failures import explained, module_that_failed
+from metakern._failures import check_no_mixed_meta, explained, module_that_failed
 from metakern._random_state import random_state, set_random_state
 from metakern._warn import warn_user
 
@@ -67,8 +67,9 @@ class Vectorization:
 
         Raises:
             RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
-            TypeError, ValueError: for data of another dtype, device or width than the model's
+            TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
         """
+        check_no_mixed_meta(self._model, data)
         if is_transformed():
             if self._hooked:
                 raise RuntimeError(f"torch.func cannot transform the model: {self._hooked}; remove it")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metakern._requirements import required
-from metakern.tasks import TaskDistribution
+from metakern.tasks import Episodes, TaskDistribution
 
 #: The seed of test tasks: a constant, so that every learner is reported on the same; training and validation have other
 #: splits.
@@ -111,11 +111,14 @@ def measure_adaptation(
 def chance_accuracy(labels: Any) -> float | None:
     """The accuracy of the best guess that looks at no input, for labels [T, Q]: 1/N in N-way tasks.
 
-    None for targets that are not integers [T, Q].
+    Negative labels, which cross entropy may ignore, do not count. None for targets that are not integers [T, Q], and
+    where no label counts.
     """
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
-    return float(torch.nn.functional.one_hot(labels.long()).float().mean(1).max(1).values.mean())
+    counted = [row[row >= 0] for row in labels.cpu()]
+    shares = [float(row.unique(return_counts=True)[1].max()) / len(row) for row in counted if len(row)]
+    return sum(shares) / len(shares) if shares else None
 
 
 #: Points that curves are drawn through, and tasks that are looked through for one of every mode.
@@ -164,13 +167,16 @@ def fit_tasks(
     batch = tasks.split("test").sample(LOOKED_THROUGH, torch.Generator().manual_seed(seed))
     if not _is_curve(batch):
         return None
-    modes = [0, 1, 2] if batch.modes is None else batch.modes.tolist()
-    first = [modes.index(mode) for mode in sorted(set(modes))]
-    titles = [mode_name(tasks, mode) for mode in sorted(set(modes))] if batch.modes is not None else ["task"] * 3
-    batch = batch.select(torch.tensor(first))
+    if batch.modes is None:
+        rows, titles = [0, 1, 2], ["task"] * 3
+    else:
+        modes = batch.modes.tolist()
+        rows = [modes.index(mode) for mode in sorted(set(modes))]
+        titles = [mode_name(tasks, mode) for mode in sorted(set(modes))]
+    batch = batch.select(torch.tensor(rows))
     inputs = torch.cat([batch.support_x, batch.query_x], 1)
     x = torch.linspace(float(inputs.min()), float(inputs.max()), POINTS)
-    grid = x.view(1, -1, 1).expand(len(first), -1, -1)
+    grid = x.view(1, -1, 1).expand(len(rows), -1, -1)
     wide = replace(batch, query_x=torch.cat([batch.query_x, grid.to(batch.query_x)], 1))
     counts, before, after, errors = [], [], [], []
     queries = batch.query_x.shape[1]
@@ -187,7 +193,9 @@ def fit_tasks(
 
 
 def _is_curve(batch: Any) -> bool:
-    sides = [getattr(batch, name, None) for name in ("support_x", "support_y", "query_x", "query_y")]
+    if not isinstance(batch, Episodes):
+        return False
+    sides = [batch.support_x, batch.support_y, batch.query_x, batch.query_y]
     return all(isinstance(side, Tensor) and side.dim() == 3 and side.shape[2] == 1 for side in sides)
 
 

@@ -182,6 +182,7 @@ def plot_fits(fits: Fits, path: Path) -> None:
         rows, columns, figsize=size, layout="constrained", sharex=True, sharey="col", squeeze=False
     )
     batch = fits.batch
+    after = f"after {fits.steps[0]} steps" if len(set(fits.steps)) == 1 else "after adaptation"
     for row, name in enumerate(fits.names):
         for column, title in enumerate(fits.titles):
             axes = panels[row, column]
@@ -193,7 +194,7 @@ def plot_fits(fits: Fits, path: Path) -> None:
                 axes.plot(x[column].flatten().cpu(), y[column].flatten().cpu(), **style, **dots)
             line = {"color": COLOURS[row % len(COLOURS)]}
             axes.plot(fits.x, fits.before[row][column], **line, linestyle=":", label="before adaptation")
-            axes.plot(fits.x, fits.after[row][column], **line, linewidth=2, label=f"after {fits.steps[row]} steps")
+            axes.plot(fits.x, fits.after[row][column], **line, linewidth=2, label=after)
             axes.set_title(f"{title}: MSE {fits.errors[row][column]:.2g}", fontsize=10)
             axes.grid(alpha=0.3)
         panels[row, 0].set_ylabel(name)

@@ -35,6 +35,7 @@ from metakern._inner_loop_input import (
     task_batch,
 )
 from metakern._learner import MAML, MetaSGD
+from metakern._missed import warn_if_missed
 from metakern._path import attempt, is_heard, say_generic
 from metakern._rates import check_count, check_rate, learning_rates
 from metakern._task_loss import TaskLoss
@@ -172,10 +173,16 @@ def adapt(
             convolutions on the CPU, no faster together. ``"auto"`` does the first, and the second, with one warning,
             where torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that depend on the data, backward
             hooks of modules. In torch.compile and torch.func it is True.
-        backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, tanh, sigmoid
-            or GELU between and a mean ``mse_loss``, ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which
-            fit the processor's cache; plain PyTorch otherwise. ``"cpp"`` raises where the fused one cannot;
-            ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is ``"auto"``.
+        backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, leaky ReLU,
+            tanh, sigmoid or GELU between, dropout in ``eval()`` mode and a flatten first, and a mean ``mse_loss``,
+            ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which fit the processor's cache; plain PyTorch
+            otherwise, with one warning for each reason where a small MLP misses it. ``"cpp"`` raises where the fused
+            one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is
+            ``"auto"``. Modules of torch.nn are recognised by their classes. Another model, or a loss of your own, is
+            called once on the first task's samples, and served if it calls nothing but these layers and losses: what
+            else its ``forward`` does in Python, counting or printing, it then does once for the call, and not in every
+            step. torch.compile recognises classes alone. Hooks, replaced methods and modes of dispatch or functions
+            lead to plain PyTorch.
         explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
             at level DEBUG. Compiled calls say nothing.
 
@@ -210,6 +217,7 @@ def adapt(
     support = _support(options, (support_x, support_y), support_mask, loop)
     say_generic("adapt", options, loop, support, reason)
     params = loop.model.vectorization.run(lambda: loop.run(support)[0], support.named)
+    warn_if_missed(options, support_x, reason)
     return Adapted(params, loop.model, options.steps)
 
 
@@ -325,6 +333,7 @@ def query_losses(
         raise ValueError(f"step_weights must not all be zero, got {step_weights}")
     if moves_statistics:
         loop.model.store(statistics)
+    warn_if_missed(options, support[0], reason)
     return weighted
 
 
@@ -341,9 +350,10 @@ def meta_backward(
     What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and sooner for small tasks:
     where the fused inner loop serves, from the second call of a kind on, its meta-gradients come without a graph. So
     they do for an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor
-    strides of their own; a ``loss`` that is a function; an ``lr`` that is a number; and of the options ``steps``,
-    ``first_order``, ``checkpoint_every`` and ``backend`` alone. Other calls go by autograd, with the same result. Hooks
-    of gradient accumulators, which DistributedDataParallel sets, are called then alone.
+    strides of their own; a ``loss`` that is a function of torch.nn.functional; an ``lr`` that is a number; and of the
+    options ``steps``, ``first_order``, ``clip_norm``, ``checkpoint_every`` and ``backend`` alone. Other calls go by
+    autograd, with the same result. Hooks of gradient accumulators, which DistributedDataParallel sets, are called then
+    alone. Threads may call it on one model: no gradient is lost.
 
     Args:
         model: as for :func:`meta_loss`

@@ -50,6 +50,9 @@ def test_regression_has_no_accuracy():
 def test_guessing_is_right_as_often_as_the_largest_class_comes(learner):
     assert chance_accuracy(torch.tensor([[0, 0, 1], [2, 2, 2]])) == pytest.approx((2 / 3 + 1) / 2)
     assert measure_adaptation(learner, TASKS, num_tasks=4).chance == pytest.approx(1 / 3)
+    assert chance_accuracy(torch.tensor([[1, -100, 4, 1], [-100, -100, -100, -100]])) == pytest.approx(2 / 3)
+    assert chance_accuracy(torch.full((2, 3), -100)) is None
+    assert chance_accuracy(torch.tensor([[10**15, 0]])) == 0.5
     assert chance_accuracy(torch.rand(2, 3)) is None
     assert chance_accuracy(torch.zeros(2, 3, 1, dtype=torch.int64)) is None
     assert chance_accuracy(None) is None

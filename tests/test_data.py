@@ -140,6 +140,28 @@ def test_outputs_of_every_kind(kind: Any, vectorize: bool) -> None:
     assert model.head.weight.grad is not None
 
 
+@pytest.mark.parametrize("kind", [tuple, dict, Named, ModelOutput])
+def test_outputs_of_every_kind_with_masks(kind: Any) -> None:
+    """The loss sees the real samples of every part of the output."""
+    model, seen = Model(kind), []
+
+    def loss(output: Any, y: Tensor) -> Tensor:
+        seen.append((type(output), logits_of(output).shape[0], y.shape[0]))
+        return loss_of(output, y)
+
+    masks = {"support_mask": MASKS[0], "query_mask": MASKS[1]}
+    losses = meta_loss(model, EPISODE.support, EPISODE.query, loss=loss, lr=0.1, vectorize=False, **masks)
+    assert seen == [(kind, n, n) for n in (6, 2, 4, 5, 4, 2)]
+    sets = [
+        [((x[m],), y[m]) for x, y, m in zip(*part, mask, strict=True)]
+        for part, mask in ((EPISODE.support, MASKS[0]), (EPISODE.query, MASKS[1]))
+    ]
+    used = [p for name, p in model.named_parameters() if "second" not in name]
+    assert_same(losses, by_hand(model, *sets, steps=1), used)
+    with pytest.raises(ValueError, match=r"model must return tensors of the samples, \[6, ...\], where a mask"):
+        meta_loss(Model(Frozen), EPISODE.support, EPISODE.query, loss=loss, vectorize=False, **masks)
+
+
 def test_outputs_that_are_refused() -> None:
     adapted = adapt(Model(collections.UserDict), *EPISODE.support, loss=lambda output, y: loss_of(output["logits"], y))
     with pytest.raises(TypeError, match=r"model must return tensors, or tuples, lists, dicts .*, got a UserDict"):
@@ -147,6 +169,26 @@ def test_outputs_that_are_refused() -> None:
     adapted = adapt(Model(), *EPISODE.support)
     adapted._model.model = Model(lambda parts: ("no tensor", None))
     with pytest.raises(TypeError, match=r"model must return at least one tensor, got tuple"):
+        adapted(EPISODE.query[0])
+
+
+class Told(nn.Module):
+    """Returns a number beside its output: the same for all tasks, or one that depends on the data."""
+
+    def __init__(self, of_data: bool) -> None:
+        super().__init__()
+        self.net, self.of_data = mlp(2, 4, 1), of_data
+
+    def forward(self, x: Tensor) -> Any:
+        return {"logits": self.net(x), "level": x.mean().item() if self.of_data else 0.5}
+
+
+def test_constants_are_the_same_for_all_tasks() -> None:
+    for vectorize in (True, False):
+        output = adapt(Told(False), *EPISODE.support, loss=loss_of, vectorize=vectorize)(EPISODE.query[0])
+        assert output["level"] == 0.5
+    adapted = adapt(Told(True), *EPISODE.support, loss=loss_of, vectorize=False)
+    with pytest.raises(TypeError, match=r"model must return tensors for what differs between tasks, got \[.*\] for"):
         adapted(EPISODE.query[0])
 
 
@@ -356,7 +398,9 @@ def test_rates_by_pattern(backend: str) -> None:
     [
         ({"head.*": 0.1, "*": 0.01}, r"missing \[\], not among them \['head.\*'\]"),
         ({"2.*": 0.1}, r"missing \['0.weight', '0.bias'\], not among them \[\]"),
-        ({"*": 0.01, "2.*": 0.1}, r"lr: '2.\*' comes after '\*', which matches all that it does; put '2.\*' first"),
+        ({"*": 0.01, "2.*": 0.1}, r"lr: '2.\*' comes after '\*', which matches before it; put '2.\*' first"),
+        ({"*.bias": 0.1, "*t": 0.2, "2.*": 0.3}, r"lr: '2.\*' comes after '\*t', which matches before it"),
+        ({"*": 0.1, 0: 0.2}, r"missing \[\], not among them \[0\]"),
     ],
 )
 def test_patterns_that_do_not_fit(lr: Any, message: str) -> None:

@@ -206,6 +206,8 @@ def test_fits_have_a_row_a_learner_and_a_column_a_task(tmp_path, boxes):
     first = boxes[0][0]
     assert first.get_ylabel() == "plain"
     assert first.get_title() == f"sinusoid: MSE {fits.errors[0][0]:.2g}"
+    (words,) = (text for legend in first.figure.legends for text in [[t.get_text() for t in legend.get_texts()]])
+    assert words == ["query points", "support points", "before adaptation", "after 2 steps"]
     query, support, before, after = first.lines
     assert query.get_ydata() == pytest.approx(fits.batch.query_y[0, :, 0])
     assert support.get_xdata() == pytest.approx(fits.batch.support_x[0, :, 0])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import subprocess
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterator
@@ -184,8 +186,10 @@ def test_global_backward_hooks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_nested_container_that_is_emptied(capsys: pytest.CaptureFixture[str]) -> None:
     net = sequential(nn.Linear(2, 5), nn.Sequential(nn.ReLU()), nn.Linear(5, 1))
     assert served(net, capsys)
+    before = meta_loss(net, EPISODE.support, EPISODE.query, lr=0.1)
     del net[1][0]
-    assert not served(net, capsys)
+    assert served(net, capsys), "two layers without an activation between"
+    assert bool((meta_loss(net, EPISODE.support, EPISODE.query, lr=0.1) - before).abs().max() > 1e-3)
 
 
 def test_a_subclass_whose_forward_is_patched(capsys: pytest.CaptureFixture[str]) -> None:
@@ -277,3 +281,27 @@ def test_losses_are_not_kept_alive(capsys: pytest.CaptureFixture[str]) -> None:
     del loss
     gc.collect()
     assert alive() is None
+
+
+PATCHED_BEFORE = """
+import functools
+import torch
+from torch import nn
+old = nn.Linear.forward
+nn.Linear.forward = functools.wraps(old)(lambda self, x: 0.5 * old(self, x))
+from metakern import meta_loss
+net, sets = nn.Sequential(nn.Linear(2, 5), nn.ReLU(), nn.Linear(5, 1)), (torch.randn(3, 4, 2), torch.randn(3, 4, 1))
+losses = [meta_loss(net, sets, sets, backend=backend) for backend in (None, "reference")]
+torch.testing.assert_close(*losses)
+"""
+
+
+def test_changes_of_pytorch_before_the_package_is_imported() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", PATCHED_BEFORE], check=True)
+
+
+def test_containers_with_nothing_in_a_place() -> None:
+    net = sequential()
+    net.register_module("3", None)
+    with pytest.raises(TypeError):
+        meta_loss(net, EPISODE.support, EPISODE.query)

@@ -73,6 +73,7 @@ class Walk:
             lambda: Derived(*layers),
         ]
         self.dtype = torch.float64
+        self.clip_norm = self.random.choice([None, None, 0.5])
         self.net = self.random.choice(kinds)().double().train(self.random.random() < 0.3)
         self.handles: list[Any] = []
         self.restore: list[Callable[[], None]] = []
@@ -99,9 +100,9 @@ class Walk:
 
 
 def swap_activation(walk: Walk) -> None:
-    place = walk.place(nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU)
+    place = walk.place(nn.ReLU, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.GELU, nn.LeakyReLU)
     if place:
-        kinds = [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus, lambda: nn.GELU(approximate="tanh")]
+        kinds = [nn.ReLU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.Softplus, lambda: nn.LeakyReLU(0.2)]
         setattr(*place, walk.random.choice(kinds)())
 
 
@@ -285,7 +286,9 @@ def outcome(walk: Walk, backend: str | None, call: Callable[..., Tensor]) -> lis
     torch.manual_seed(2)  # of dropout
     try:
         walk.net.zero_grad()
-        losses = call(walk.net, tuple(sets[:2]), tuple(sets[2:]), lr=0.1, steps=2, backend=backend)
+        losses = call(
+            walk.net, tuple(sets[:2]), tuple(sets[2:]), lr=0.1, steps=2, backend=backend, clip_norm=walk.clip_norm
+        )
         if call is meta_loss:
             losses.mean().backward()
     except Exception as error:

@@ -29,6 +29,9 @@ SERVED: dict[str, Forward] = {
     "method": lambda net, x: net.last(net.first(x).tanh()),
     "method in place": lambda net, x: net.last(net.first(x).sigmoid_()),
     "module": lambda net, x: net.last(net.act(net.first(x))),
+    "leaky": lambda net, x: net.last(F.leaky_relu(net.first(x), 0.3)),
+    "leaky in place": lambda net, x: net.last(F.leaky_relu(net.first(x), inplace=True)),
+    "no activation": lambda net, x: net.last(net.first(x)),
     "flatten": lambda net, x: net.last(net.first(x.flatten(1)).relu()),
     "view": lambda net, x: net.last(net.first(x.view(x.shape[0], -1)).relu()),
     "view of all": lambda net, x: net.last(net.first(x.view(-1, 2)).relu()),
@@ -50,7 +53,10 @@ UNSERVED: dict[str, tuple[str, Forward]] = {
     "gradient hook": ("calls requires_grad", lambda net, x: net.last(hooked(net.first(x)).relu())),
     "scaled weight": ("calls mul", lambda net, x: net.last(F.linear(x, 2 * net.first.weight, net.first.bias).relu())),
     "skip": ("something else than the last", lambda net, x: net.last(net.first(x).relu() + net.first(x))),
-    "no activation": ("two nn.Linear without", lambda net, x: net.last(net.first(x))),
+    "activation first": ("relu elsewhere than behind", lambda net, x: net.last(net.first(x.relu()))),
+    "two activations": ("tanh elsewhere than behind", lambda net, x: net.last(net.first(x).relu().tanh())),
+    "activation last": ("does not end in nn.Linear", lambda net, x: net.last(net.first(x)).relu()),
+    "negative slope": ("leaky ReLU of slope -0.1", lambda net, x: net.last(F.leaky_relu(net.first(x), -0.1))),
     "tanh of gelu": ("calls gelu with an approx", lambda net, x: net.last(F.gelu(net.first(x), approximate="tanh"))),
     "another output": ("returns something else", lambda net, x: unseen_product(net.last(net.first(x).relu()))),
     "squeezed": ("calls squeeze", lambda net, x: net.last(net.first(x).relu()).squeeze(-1).unsqueeze(-1)),
@@ -61,7 +67,8 @@ UNSERVED: dict[str, tuple[str, Forward]] = {
     "by size": ("of another size", lambda net, x: net.last(getattr(net.first(x), "relu" if len(x) == 4 else "tanh")())),
     "caught": ("calls sin", lambda net, x: net.last(caught(net.first(x)).relu())),
     "function of its own": ("gradients off", lambda net, x: net.last(Doubled.apply(net.first(x)).relu())),
-    "unseen write": ("writes into the results", lambda net, x: net.last(unseen_write(net.first(x)).relu())),
+    "unseen write": ("writes into samples or results", lambda net, x: net.last(unseen_write(net.first(x)).relu())),
+    "own way to a weight": ("no parameters of the model", lambda net, x: net.last(F.linear(x, *net.kept).relu())),
     "raises": ("raises ValueError", lambda net, x: fails(x)),
 }
 
@@ -128,7 +135,7 @@ def test_layers_in_a_module_of_ones_own(name: str, capsys: pytest.CaptureFixture
 
 
 #: Of these plain PyTorch raises, or vmap.
-FAILING = ("raises", "unseen write", "data", "on values")
+FAILING = ("raises", "unseen write", "data", "on values", "own way to a weight")
 
 
 @pytest.mark.parametrize("name", [name for name in UNSERVED if name not in FAILING])
@@ -142,8 +149,10 @@ def test_modules_that_do_anything_else(name: str, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize("name", FAILING)
 def test_modules_that_a_recording_cannot_follow(name: str) -> None:
     reason, forward = UNSERVED[name]
+    net = Net(forward).eval()
+    net.kept = [net.first.weight, net.first.bias]
     with pytest.raises(RuntimeError, match=f"backend 'cpp' cannot run: .*{reason}"):
-        meta_loss(Net(forward).eval(), EPISODE.support, EPISODE.query, backend="cpp")
+        meta_loss(net, EPISODE.support, EPISODE.query, backend="cpp")
 
 
 def test_rates_follow_the_order_of_parameters_not_of_layers(capsys: pytest.CaptureFixture[str]) -> None:
@@ -266,6 +275,7 @@ OTHER_LOSSES: dict[str, Any] = {
     "two": lambda p, t: (F.mse_loss(p, t), F.mse_loss(2 * p, t))[1],
     "first of two": lambda p, t: (a := F.mse_loss(p, t), F.l1_loss(p, t), a)[2],
     "detached": lambda p, t: F.mse_loss(p.detach(), t) + 0 * p.sum() + p.mean(),
+    "random": lambda p, t: F.mse_loss(p, t) if random.random() < 2 else F.l1_loss(p, t),
     "by size": lambda p, t: F.mse_loss(p, t) if len(p) == 4 else F.l1_loss(p, t),
 }
 
@@ -346,3 +356,30 @@ def test_masks_ask_for_a_loss_that_is_known(capsys: pytest.CaptureFixture[str]) 
     mask = torch.tensor([[True, True, False, True]] * 3)
     assert served(sequential(), capsys, loss=F.mse_loss, support_mask=mask)
     assert not served(sequential(), capsys, loss=functools.partial(F.mse_loss), support_mask=mask)
+
+
+# ------------------------------------------------------------------------------------------- activations and clipping
+
+
+def test_activations_of_each_layer(capsys: pytest.CaptureFixture[str]) -> None:
+    layers = [nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4), nn.LeakyReLU(0.2), nn.Linear(4, 3), nn.Linear(3, 1)]
+    net = sequential(*layers)
+    for _ in range(2):
+        assert served(net, capsys)
+    losses = meta_loss(net, EPISODE.support, EPISODE.query, steps=3, lr=0.1, backend="cpp")
+    assert_close("losses", losses, hand_written(net, EPISODE, 3, lambda name, step: 0.1), 1e-11)
+    net[3].negative_slope = 0.4
+    assert served(net, capsys)
+    net[3].negative_slope = -0.4
+    assert not served(net, capsys)
+
+
+@pytest.mark.parametrize("model", ["Sequential", "Net"])
+def test_clipped_gradients(model: str, capsys: pytest.CaptureFixture[str]) -> None:
+    net = sequential() if model == "Sequential" else Net(SERVED["F.relu"])
+    for clip_norm in (0.3, 0.3, 0.5, 1e3, None):
+        assert served(net, capsys, clip_norm=clip_norm)
+        losses = meta_loss(net, EPISODE.support, EPISODE.query, steps=3, lr=0.1, clip_norm=clip_norm)
+        expected = hand_written(net, EPISODE, 3, lambda name, step: 0.1, clip_norm=clip_norm)
+        assert_close("losses", losses, expected, 1e-11)
+    assert served(net, capsys, clip_norm=0.3, parameters="*weight")

@@ -10,6 +10,10 @@ import torch
 import metakern
 from metakern import _requirements
 from metakern._requirements import check_installed, required
+from metakern.learners import MAMLLearner
+from metakern.models import mlp
+from metakern.tasks import Sinusoid
+from metakern.training import Trainer, TrainerConfig
 from tests.cli.commands import SINUSOID, invoke
 
 #: Runs code in a process that has not some libraries.
@@ -71,6 +75,17 @@ def test_a_command_looks_for_its_libraries_before_the_work(command, library, dis
         result.stderr == f"error: metakern needs {distribution}, which is not installed: pip install {distribution}\n"
     )
     assert not list(tmp_path.iterdir())
+
+
+def test_a_training_in_python_looks_for_what_its_figures_need_before_the_work(monkeypatch, tmp_path):
+    learner = MAMLLearner(mlp(1, 4, 1), steps=1, lr=0.1)
+    optimizer = torch.optim.SGD(learner.parameters(), 0.1)
+    config = TrainerConfig(iterations=2, num_tasks=2, eval_tasks=2)
+    trainer = Trainer(learner, Sinusoid(2, 2), optimizer, config, folder=tmp_path / "run", progress=False)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install matplotlib"):
+        trainer.fit()
+    assert trainer.iteration == 0
 
 
 def test_clusters_need_scikit_learn(monkeypatch):

@@ -144,8 +144,11 @@ extension = setup.Extension("metakern._C", sources=[], language="c++")
 command = setup.BuildExtension(Distribution({"ext_modules": [extension]}))
 command.finalize_options()
 build_ext.build_ext.build_extension = lambda *_: None  # no linking
-setup.Job.run = lambda job: print(job.command[-1], job.output) or True
+planned = []
+setup.Job.run = lambda job: planned.append(f"{job.command[-1]} {job.output}") or True
 command.run()
+for line in planned:
+    print(line)
 """
 
 

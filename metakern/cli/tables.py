@@ -92,4 +92,4 @@ def _cells(adaptation: Adaptation, name: str) -> list[str]:
 def _cell(name: str, mean: float, half: float) -> str:
     if name == "accuracy":
         return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{mean:.4g} ± {half:.2g}"
+    return f"{f'{mean:#.4g}'.rstrip('.')} ± {half:.2g}"  # as many digits in every row

@@ -76,7 +76,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
     command = settings.pop("learner")
     if data is not None:
         settings["data"] = data
-    named = SimpleNamespace(**settings)
+    named = SimpleNamespace(**_as_meant(settings))
     if command not in ("maml", "optimizer"):
         raise ValueError(
             f"{folder} is no run of `metakern train`: its {CONFIG} names {quoted(command)}, which only the program "
@@ -94,6 +94,29 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
         raise ValueError(f"configuration {folder / CONFIG} does not describe a run: {one_line(error)}") from error
     _load_best(folder, command, learner)
     return LoadedRun(folder, command, learner.to(device), tasks, settings)
+
+
+#: Settings of fractions, which YAML takes for text if they are written as 1e-3.
+_FRACTIONS = ("inner_lr", "cluster_temperature", "cluster_eval_temperature", "output_scale")
+
+
+def _as_meant(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a person wrote by hand: 1e-3 is a number, and 8 the width of one hidden layer.
+
+    Raises:
+        ValueError: for text that is no number.
+    """
+    meant = dict(settings)
+    if type(settings.get("hidden")) is int:
+        meant["hidden"] = str(settings["hidden"])
+    for name in _FRACTIONS:
+        value = settings.get(name)
+        if isinstance(value, str):
+            try:
+                meant[name] = float(value)
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {quoted(value)}") from None
+    return meant
 
 
 def _load_best(folder: Path, command: str, learner: Any) -> None:

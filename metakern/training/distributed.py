@@ -164,8 +164,9 @@ class Processes:
         """
         if self.world == 1:
             return
-        payload = json.dumps(facts).encode()
-        checksums = self._gather(torch.frombuffer(bytearray(hashlib.sha256(payload).digest()), dtype=torch.uint8))
+        payload = json.dumps(facts).encode()  # in its own order, which says what to name first
+        checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
+        checksums = self._gather(torch.frombuffer(bytearray(checksum), dtype=torch.uint8))
         if all(torch.equal(other, checksums[0]) for other in checksums):
             return
         sizes = [int(size) for size in self._gather(torch.tensor([len(payload)]))]

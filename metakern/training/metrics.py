@@ -17,7 +17,6 @@ from metakern._files import write_whole
 from metakern._plain_data import parse_json
 from metakern._requirements import required
 from metakern.adaptation import chance_accuracy
-from metakern.clustering import ClusterSampler
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
 from metakern.training.run_files import FIGURES, METRICS, finite
@@ -158,13 +157,11 @@ class LearningCurves(Callback):
         iterations, evaluations = read_metrics(path) if path.is_file() else ([], [])
         if iterations:
             classes = any("accuracy" in line["evaluation"] for line in evaluations)
-            chance = _chance(trainer.tasks) if classes else None
+            chance = _chance(trainer) if classes else None
             plot_learning(iterations, evaluations, self.folder / FIGURES / "learning.png", self.word, chance)
 
 
-def _chance(tasks: Any) -> float | None:
-    """The accuracy of guessing, by a validation task; None where its labels do not say."""
-    if isinstance(tasks, ClusterSampler):
-        tasks = tasks.tasks
-    batch = tasks.split("valid").sample(1, torch.Generator().manual_seed(0))
+def _chance(trainer: Trainer) -> float | None:
+    """The accuracy of guessing, by as many validation tasks as an evaluation has; None where labels do not say."""
+    batch = trainer.tasks.split("valid").sample(trainer.config.eval_tasks, torch.Generator().manual_seed(0))
     return chance_accuracy(getattr(batch, "query_y", None))

@@ -110,7 +110,7 @@ class Display:
         if self.console.is_interactive or not (line or now - self._last_line > LINE_SECONDS):
             return
         self._last_line, done, rest = now, completed - before, self.total - completed
-        left = f"{duration((now - since) / done * rest)} left" if done > 0 and rest > 0 else ""
+        left = f"{duration((now - since) / done * rest)} left" if done > 1 and rest > 0 else ""  # one piece says little
         notes = " · ".join(part for part in (note, left) if part)
         text = f"{self.word} {completed}/{self.total}: {notes}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -1,7 +1,11 @@
 """The commands that there are, and what every one of them shares."""
 
+import warnings
+
 import torch
 
+from metakern import cli
+from metakern.__main__ import main
 from tests.cli.commands import invoke, metakern, succeed
 
 
@@ -28,3 +32,18 @@ def test_an_unknown_option_is_a_usage_error():
     result = invoke("train maml --wrap 3")
     assert result.exit_code == 2
     assert "No such option: --wrap" in result.stderr
+
+
+def test_a_warning_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr(cli, "app", lambda: warnings.warn("the rule was\n  trained for 4 steps", stacklevel=1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        main()
+    assert capsys.readouterr().err == "warning: the rule was trained for 4 steps\n"
+
+
+def test_no_command_shows_the_help():
+    result = invoke("")
+    assert "eval" in result.output
+    assert "Traceback" not in result.output

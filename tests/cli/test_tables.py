@@ -34,7 +34,7 @@ def test_every_figure_is_printed_whole(width, count, options):
     assert "…" not in text
     for k in range(count):
         for step in range(3):
-            assert f"{100 + k + step / 8:.4g} ± 0" in text
+            assert f"{100 + k + step / 8:.1f} ± 0" in text
     assert text.count("50.0 ± 0.0 %") == 3 * count
 
 

@@ -341,13 +341,24 @@ def test_class_labels_need_a_loss(loss: Any, targets: torch.dtype) -> None:
             look(batch)
 
 
-def test_targets_that_would_be_broadcast() -> None:
+@pytest.mark.parametrize("loss", [F.mse_loss, nn.SmoothL1Loss(), nn.PoissonNLLLoss(), F.kl_div, F.soft_margin_loss])
+def test_targets_that_would_be_broadcast(loss: Any) -> None:
     batch = episodes()
     flat = Episodes(batch.support_x, batch.support_y.squeeze(-1), batch.query_x, batch.query_y.squeeze(-1))
-    message = r"targets must have the shape of the predictions of a task, \[6, 1\], for mse_loss, got \[6\], which"
-    for learner in (MAMLLearner(mlp(2, 5, 1)), MAMLLearner(mlp(2, 5, 1), loss=nn.MSELoss(), vectorize=False)):
+    message = r"targets must have the shape of the predictions of a task, \[6, 1\], for [a-z0-9_]+, got \[6\], which"
+    for vectorize in (True, False):
+        learner = MAMLLearner(mlp(2, 5, 1), loss=loss, vectorize=vectorize)
         with pytest.raises(ValueError, match=message):
             next(learner.meta_losses(flat))
+
+
+def test_counts_are_no_class_labels() -> None:
+    batch = episodes()
+    counts = batch.support_y.abs().round().long()
+    sets = (batch.support_x, counts), (batch.query_x, batch.query_y.abs().round().long())
+    exact = [(x, y.double()) for x, y in sets]
+    losses = [meta_loss(mlp(2, 5, 1), *each, loss=nn.PoissonNLLLoss(), lr=0.01) for each in (sets, exact)]
+    assert_close("losses", losses[0], losses[1], 1e-13)
 
 
 def test_reprs_are_short() -> None:

@@ -126,7 +126,7 @@ def test_raw_operators_of_inner_loops(name: str) -> None:
         for index, value in enumerate(arguments):
             if isinstance(value, Tensor):
                 changed: Any = value.to("meta")
-            elif isinstance(value, list) and value:
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
                 changed = [*value[:-1], value[-1].to("meta")]
             else:
                 continue

@@ -91,6 +91,19 @@ def test_a_run_that_has_not_ended_gives_its_best_weights_so_far(tmp_path):
     assert all(torch.equal(so_far[name], tensor) for name, tensor in ended.items())
 
 
+def test_a_configuration_that_a_person_wrote_counts_as_it_is_meant(tmp_path):
+    succeed(f"{SINUSOID} --iterations 2 --inner-lr 1e-3 --output {tmp_path} --quiet")
+    config = tmp_path / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("hidden: '8'", "hidden: 8").replace("inner_lr: 0.001", "inner_lr: 1e-3"))
+    assert config.read_text().count("1e-3") == 1
+    run = runs.load(tmp_path)
+    assert (run.learner.lr, run.learner.model[0].out_features) == (0.001, 8)
+    config.write_text(text.replace("inner_lr: 0.001", "inner_lr: fast"))
+    with pytest.raises(ValueError, match="inner_lr must be a number, got 'fast'"):
+        runs.load(tmp_path)
+
+
 def test_what_cannot_be_loaded_is_named(tmp_path, optimizer):
     with pytest.raises(ValueError, match=r"none/config\.yaml cannot be read: No such file"):
         runs.load(tmp_path / "none")

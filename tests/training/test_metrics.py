@@ -5,8 +5,11 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from metakern import figures
+from metakern.clustering import ClusterSampler
+from metakern.tasks import Digits
 from metakern.training import Callback, History, Record, metrics
 from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 
@@ -103,6 +106,21 @@ def test_learning_curves_call_an_iteration_what_the_run_calls_it(tmp_path, monke
     play(MetricsLog(tmp_path), range(1, 3))
     LearningCurves(tmp_path, "episode").on_end(SimpleNamespace(), History(), None)
     assert words == ["episode"]
+
+
+@pytest.mark.parametrize("clustered", [False, True])
+def test_accuracies_are_drawn_with_the_level_of_chance(tmp_path, monkeypatch, clustered):
+    levels = []
+    monkeypatch.setattr(figures, "plot_learning", lambda *arguments: levels.append(arguments[4]))
+    log = MetricsLog(tmp_path)
+    tasks = ClusterSampler(Digits(ways=4), torch.nn.Linear(1, 1), "one") if clustered else Digits(ways=4)
+    trainer = SimpleNamespace(iteration=0, tasks=tasks, config=SimpleNamespace(eval_tasks=3, iterations=2))
+    log.on_start(trainer)
+    log.on_iteration(trainer, record(1))
+    log.on_evaluation(trainer, {"loss": 1.0, "accuracy": 0.5})
+    log.on_end(trainer, History(), None)
+    LearningCurves(tmp_path).on_end(trainer, History(), None)
+    assert levels == [pytest.approx(0.25)]
 
 
 def test_a_run_that_could_not_start_draws_nothing(tmp_path):

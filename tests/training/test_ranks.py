@@ -199,6 +199,20 @@ def test_where_one_process_raises_all_say_why_and_it_says_so_last(tmp_path, worl
     assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("*.pt")]
 
 
+def orders(folder):
+    """Settings that were set in another order are the same."""
+    rank = int(os.environ["RANK"])
+    learner = Learner()
+    for name in ("first", "second")[:: -1 if rank else 1]:
+        setattr(learner, name, 1)
+    make_trainer(folder / "run", learner=learner, **SETTINGS).fit()
+
+
+def test_the_order_of_settings_does_not_matter(tmp_path):
+    ranks = start_ranks(2, orders, tmp_path, output=tmp_path / "err")
+    assert [ended(process) for process in ranks] == [0, 0]
+
+
 def fails_everywhere(folder):
     """All meet the same error at the same time: none waits for the others."""
     trainer = make_trainer(folder / "run", **SETTINGS)

@@ -17,6 +17,7 @@ import torch
 
 from metakern._machine import cpu_model
 from metakern._version import __version__
+from metakern._warn import warn_user
 
 #: Names that ``backend=`` takes.
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
@@ -161,9 +162,14 @@ def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] 
 
 
 def _warn_once(reason: str) -> None:
-    if reason not in _warned:
-        _warned.add(reason)
-        warnings.warn(f"metakern uses its slow reference implementation: {reason}", FallbackWarning, stacklevel=5)
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    message = f"metakern uses its slow reference implementation: {reason}"
+    if torch.compiler.is_compiling():  # the compiler follows no frames
+        warnings.warn(message, FallbackWarning, stacklevel=5)
+    else:
+        warn_user(message, FallbackWarning)
 
 
 def empty_cache() -> None:

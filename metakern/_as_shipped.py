@@ -19,7 +19,8 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_GLOBAL_HOOKS = (
+#: Hooks of all modules; empty ones are false.
+GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
     _module._global_backward_hooks,
@@ -83,7 +84,7 @@ _ITERATED = nn.Sequential.__iter__
 
 def changed_functions() -> str:
     """Why nothing that is called here can be known by its name; empty where it can."""
-    for hooks in _GLOBAL_HOOKS:
+    for hooks in GLOBAL_HOOKS:
         if hooks:
             return "global module hooks are registered"
     if _functions() != _FUNCTIONS:

@@ -124,8 +124,8 @@ def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     return False
 
 
-#: The attributes of a type of node that hold what it saved.
-_SAVED: dict[type, list[str]] = {}
+#: The attributes of a type of node that hold what it saved. torch.vmap makes a type for each call of a custom Function.
+_SAVED: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
 
 def _saved(node: Any) -> Iterator[Any]:

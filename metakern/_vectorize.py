@@ -36,9 +36,9 @@ def check_vectorize(vectorize: Any) -> None:
 class Vectorization:
     """The way that the tasks of one call are evaluated.
 
-    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The model is
-    then remembered, and later calls loop straight away until its modules, their modes, hooks or the loss change. A
-    stale entry costs only time: both ways give the same values.
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. That is then
+    remembered, and later calls loop straight away where modules, their modes, hooks and loss are the same. A stale
+    entry costs only time: both ways give the same values.
 
     Args:
         model: what is evaluated
@@ -131,18 +131,23 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 
 
 class _Loops:
-    """Models that torch.vmap could not run, held weakly, each with what it was like then."""
+    """Models that torch.vmap could not run, held weakly, each with what it was like then: in train() mode and eval()."""
+
+    most = 16  # kinds of a model
 
     def __init__(self) -> None:
-        self._kinds: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
+        self._kinds: dict[int, tuple[weakref.ref[nn.Module], list[Hashable]]] = {}
 
     def holds(self, model: nn.Module, kind: Hashable) -> bool:
-        known = self._kinds.get(id(model))
-        return known is not None and known[0]() is model and known[1] == kind
+        return kind in self._of(model)
 
     def remember(self, model: nn.Module, kind: Hashable) -> None:
-        key = id(model)
-        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kind
+        key, kinds = id(model), [*self._of(model), kind][-self.most :]
+        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kinds
+
+    def _of(self, model: nn.Module) -> list[Hashable]:
+        known = self._kinds.get(id(model))
+        return known[1] if known is not None and known[0]() is model else []
 
 
 _loops = _Loops()

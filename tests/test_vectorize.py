@@ -137,6 +137,18 @@ def test_falls_back_with_one_warning_and_the_right_values(kind: str) -> None:
     assert not caught(lambda: call(vectorize=False))[1]
 
 
+def test_one_warning_for_each_mode_and_loss_that_take_turns() -> None:
+    model, episode = problem(UNSUPPORTED["branch"][0])
+
+    def turn() -> None:
+        for training in (True, False):
+            for loss in (F.mse_loss, nn.L1Loss()):
+                meta_loss(model.train(training), episode.support, episode.query, loss=loss, lr=0.1)
+
+    assert len(caught(turn)[1]) == 4
+    assert not caught(turn)[1]
+
+
 def test_the_warning_is_of_the_line_that_calls() -> None:
     model, episode = problem(UNSUPPORTED["branch"][0])
     learner = MAMLLearner(model, lr=0.1)

@@ -249,7 +249,8 @@ class TaskModel:
         return {name: tensor._version for name, tensor in {**fixed, **params}.items() if not tensor.is_inference()}
 
     def _check_unwritten(self, versions: dict[str, int], params: Tensors, shared: Tensors) -> None:
-        written = [name for name, version in versions.items() if {**shared, **params}[name]._version != version]
+        now = {**shared, **params}
+        written = [name for name, version in versions.items() if now[name]._version != version]
         if written:
             raise RuntimeError(
                 f"model must not write into its parameters, but its forward has changed {written} in place, for all "

@@ -110,7 +110,7 @@ class Adapted:
 def adapt(
     model: nn.Module,
     support_x: Data,
-    support_y: Data | None,
+    support_y: Data | None = None,
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,

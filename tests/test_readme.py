@@ -41,7 +41,7 @@ def test_cleaning_leaves_what_took_someone_time(tmp_path):
     (tmp_path / "csrc").mkdir()
     shutil.copy(ROOT / "Makefile", tmp_path)
     kept = {"runs/mine/model.safetensors", "build/clusters/run.json", ".venv/bin/python"}
-    for name in (*kept, "runs/demo/a", "runs/digits/plain/a", "build/temp/a.o", "dist/a.whl", "metakern/_C.so"):
+    for name in (*kept, "runs/demo/a", "runs/fit/plain/a", "build/temp/a.o", "dist/a.whl", "metakern/_C.so"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     subprocess.run(["make", "clean"], cwd=tmp_path, check=True, capture_output=True)

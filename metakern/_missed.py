@@ -55,6 +55,8 @@ def warn_if_missed(options: Options, x: Any, reason: str) -> None:
     """
     if is_transformed() or not options.steps or not options.vectorize or _backend.requested(options.backend) != "auto":
         return  # who compiles, transforms or chooses has not overlooked it
+    if not _backend.is_compiled():
+        return  # which is said already
     cause = "some labels are those that the loss ignores" if LABEL_ERROR in reason else reason
     key = re.sub(r"\d+", "", cause)
     if key in _said or not is_small_mlp(options.model, x):

@@ -22,23 +22,9 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _POINTWISE = tuple(
     getattr(nn, name)
     for name in (
-        *(
-            "ReLU",
-            "ReLU6",
-            "LeakyReLU",
-            "RReLU",
-            "ELU",
-            "CELU",
-            "SELU",
-            "GELU",
-            "SiLU",
-            "Mish",
-            "Hardswish",
-            "Hardtanh",
-        ),
-        *("Hardsigmoid", "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Softsign", "Softshrink", "Hardshrink"),
-        *("Tanhshrink", "Threshold", "Identity", "Flatten", "Unflatten", "Dropout"),
-    )
+        "ReLU ReLU6 LeakyReLU ELU CELU SELU GELU SiLU Mish Hardswish Hardtanh Hardsigmoid Tanh Sigmoid LogSigmoid "
+        "Softplus Softsign Softshrink Hardshrink Tanhshrink Threshold Identity Flatten Unflatten Dropout"
+    ).split()
 )
 
 #: Reasons of which a user has heard, without their numbers.

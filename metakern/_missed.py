@@ -19,13 +19,12 @@ _RATIO = "3 to 56 times"
 
 #: Modules of torch.nn, besides nn.Linear, that a small MLP may have.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_POINTWISE = tuple(
-    getattr(nn, name)
-    for name in (
-        "ReLU ReLU6 LeakyReLU ELU CELU SELU GELU SiLU Mish Hardswish Hardtanh Hardsigmoid Tanh Sigmoid LogSigmoid "
-        "Softplus Softsign Softshrink Hardshrink Tanhshrink Threshold Identity Flatten Unflatten Dropout"
-    ).split()
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Softshrink, nn.Hardshrink),
+    *(nn.Tanhshrink, nn.Threshold),
 )
+_POINTWISE = (*_ACTIVATIONS, nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)
 
 #: Reasons of which a user has heard, without their numbers.
 _said: set[str] = set()

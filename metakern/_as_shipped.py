@@ -27,7 +27,7 @@ GLOBAL_HOOKS = (
     _module._global_backward_pre_hooks,
 )
 
-#: Modes of dispatch that trace: they see the operators and change none.
+#: Dispatch modes that trace operators and do not change them.
 _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
 #: What may stand in a module as its weights: plain tensors, those of torch.func among them, or traced ones.
@@ -111,7 +111,7 @@ def changed_classes() -> str:
     return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
 
 
-# torch.compile cannot look at these, and need not: what a traced call may ask is answered while it is traced.
+# torch.compile cannot trace these functions: it calls them while it traces, and takes the result for a constant.
 for _function in (changed_functions, changed_classes):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -127,7 +127,7 @@ def changed_instance(module: nn.Module) -> str:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor without a mind of its own, as subclasses of Tensor have."""
+    """Whether ``x`` is a tensor or parameter, and not of a subclass that may override functions."""
     return type(x) in _PLAIN
 
 

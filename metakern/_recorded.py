@@ -1,9 +1,9 @@
 """Models and losses that are recognised by what they compute: called once, under a mode that sees every function.
 
-A model that is not made of torch.nn's own classes alone, and a loss that is none of PyTorch's, may be served
-nevertheless if they come down to the same functions. A recording is made for every call of adapt or meta_loss and says
-nothing about the next. A function that is not known is not run: it ends the recording. So recordings draw no random
-numbers and write into no tensors; what else a ``forward`` or a loss does in Python, it does once.
+A model with a ``forward`` of its own, or a loss that the user wrote, is served if it calls the same functions as the
+known layers and losses. Every call of adapt or meta_loss makes its own recording, and nothing is cached. An unknown
+function ends the recording before it runs, so a recording draws no random numbers of PyTorch and writes into no
+tensors. Other Python code in a ``forward`` or a loss runs once.
 
 Axis legend: S samples of a task, I inputs and O outputs of the model.
 """
@@ -66,7 +66,7 @@ class _Recorder(TorchFunctionMode):
     """Runs the functions that ``step`` knows, and raises at any other.
 
     Attributes:
-        reason: why what was recorded is not known; empty so far
+        reason: why what was recorded is not served; empty so far
         current: what the last of these functions returned
     """
 
@@ -77,7 +77,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.reason:  # raised before, and caught by what is recorded
+        if self.reason:  # refused before, but the recorded code caught the exception
             raise _Stop
         if func in _READS:
             return func(*args, **kwargs)
@@ -124,8 +124,13 @@ class _Recorder(TorchFunctionMode):
         if not self.reason and result is not self.current:
             self.reason = "it returns something else than the last function's result"
         if self.reason:
-            raise Unserved(f"{self.what} is none that it knows: {self.reason}")
+            raise self.unserved()
         return result
+
+    def unserved(self) -> Unserved:
+        """The reason as an error."""
+        is_of_call = self.reason.startswith("it ")
+        return Unserved(self.what + self.reason[2:] if is_of_call else self.reason)
 
     what = "it"
 
@@ -249,7 +254,7 @@ def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Cha
     try:
         recorder.check_version()
     except _Stop:
-        raise Unserved(f"{recorder.what} is none that it knows: {recorder.reason}") from None
+        raise recorder.unserved() from None
     if versions != [p._version for p in instead.values()]:
         raise Unserved("the model's forward writes into its parameters")
     return recorder.chain

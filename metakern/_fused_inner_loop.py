@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._as_shipped import is_plain
+from metakern._exclusive import exclusive
 from metakern._inner_loop import is_transformed
 from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
 from metakern._mlp import LOSS_FUNCTIONS, Mlp, Unserved, check_data, find_mlp, known_loss, unserved_size
@@ -64,7 +65,8 @@ def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) 
     Raises:
         Unserved: where the generic path must serve
     """
-    mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
+    with exclusive(options.model):
+        mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
     serves = _serving(options, mlp, arguments["loss"], x)
     results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, backend=serves, **arguments))
@@ -93,7 +95,8 @@ def fused_meta_loss(
         if not isinstance(data, (tuple, list)) or len(data) != 2:
             raise Unserved(f"{name} is no pair")
         named.append((name, *data, mask))
-    mlp, _, arguments = _arguments(options, named)
+    with exclusive(options.model):
+        mlp, _, arguments = _arguments(options, named)
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
         if isinstance(step_weights, Tensor):

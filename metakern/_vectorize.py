@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from metakern._exclusive import exclusive
 from metakern._failures import check_no_mixed_meta, explained, module_that_failed
 from metakern._random_state import random_state, set_random_state
 from metakern._warn import warn_user
@@ -69,6 +70,10 @@ class Vectorization:
             RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
             TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
         """
+        with exclusive(self._model):
+            return self._run(evaluate, data)
+
+    def _run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
         check_no_mixed_meta(self._model, data)
         if is_transformed():
             if self._hooked:
@@ -131,7 +136,7 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 
 
 class _Loops:
-    """Models that torch.vmap could not run, held weakly, each with what it was like then: in train() mode and eval()."""
+    """Models that torch.vmap could not run, held weakly, each with what it was like: train() or eval(), which loss."""
 
     most = 16  # kinds of a model
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
 from metakern._clone import clone_module, detach_module, maml_update, update_module
+from metakern._exclusive import exclusive
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -453,7 +454,8 @@ def _inner_loop(options: Options, masked: bool, step_weights: Sequence[float] | 
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, steps)
     task_loss = TaskLoss(options.loss, masked or options.accumulate > 1)
-    task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
+    with exclusive(model):
+        task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
     if task_model.max_steps is not None and steps > task_model.max_steps:
         raise ValueError(
             f"steps must be at most {task_model.max_steps}, for which the model has batch norm, got {steps}"

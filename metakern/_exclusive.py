@@ -28,7 +28,8 @@ def exclusive(model: Any) -> AbstractContextManager[Any]:
         known = _locks.get(key)
         if known is None or known[0]() is not model:
             known = _locks[key] = weakref.ref(model, lambda gone: _drop(key, gone)), threading.RLock()
-    return known[1]  # type: ignore[no-any-return]
+    lock: AbstractContextManager[Any] = known[1]
+    return lock
 
 
 def _drop(key: int, gone: Any) -> None:

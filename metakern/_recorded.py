@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from metakern._as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
+from metakern._lineage import used_by
 from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 
@@ -56,6 +57,10 @@ _KNOWN_MODULES = (*KNOWN_CLASSES, nn.ModuleList, nn.ModuleDict, nn.ParameterList
 
 _DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signature(F.leaky_relu)}
 _SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
+
+
+#: In these a change is looked for; in larger ones it is not.
+_CONTAINERS, _SMALL = frozenset([dict, list, set]), 64
 
 
 class _Stop(BaseException):
@@ -261,7 +266,9 @@ def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Cha
 
 
 class _Surroundings:
-    """What a call could have changed, beside the tensors that it computes: attributes, random numbers.
+    """What a call could have changed, beside the tensors that it computes: attributes, variables, random numbers.
+
+    A model that counts its calls may compute something else in the next.
 
     Args:
         what: is called
@@ -269,18 +276,35 @@ class _Surroundings:
     """
 
     def __init__(self, what: str, called: Any) -> None:
-        modules = list(called.modules()) if isinstance(called, nn.Module) else []
-        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
-        self.held = [(d, dict(d)) for d in held or [getattr(called, "__dict__", {})]]
-        self.what, self.random = what, _random_states()
+        self.what, self.called = what, called
+        self.before, self.random = self._held(), _random_states()
 
     def check(self) -> None:
         """Raise Unserved if anything did change."""
-        for now, before in self.held:
-            if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-                raise Unserved(f"{self.what} changes attributes")
+        now = self._held()
+        if len(now) != len(self.before) or any(a is not b for a, b in zip(now, self.before, strict=True)):
+            raise Unserved(f"{self.what} changes attributes or variables")
         if _random_states() != self.random:
             raise Unserved(f"{self.what} draws random numbers")
+
+    def _held(self) -> list[Any]:
+        """Attributes, what closures and global names refer to, and what stands in small containers there."""
+        modules = list(self.called.modules()) if isinstance(self.called, nn.Module) else []
+        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
+        found = _elements(held or [getattr(self.called, "__dict__", {})])
+        for function in {id(f): f for f in ([type(m).forward for m in modules] or [self.called])}.values():
+            found += used_by(function)
+        return found + _elements(x for x in found if type(x) in _CONTAINERS and 0 < len(x) <= _SMALL)
+
+
+def _elements(containers: Iterable[Any]) -> list[Any]:
+    """Keys and values of dicts, elements of others."""
+    found: list[Any] = []
+    for each in containers:
+        found += each
+        if isinstance(each, dict):
+            found += each.values()
+    return found
 
 
 def _random_states() -> tuple[Any, ...]:

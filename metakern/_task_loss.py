@@ -70,7 +70,7 @@ _MODULES: dict[type, Callable[..., Tensor]] = {
 }
 
 #: What their instances run, unless it was patched.
-_FORWARDS = {kind: kind.forward for kind in _MODULES}
+_FORWARDS: dict[type, Any] = {kind: vars(kind)["forward"] for kind in _MODULES}
 
 #: What loss functions of PyTorch take besides ``reduction``, in place of it.
 _LEGACY = ("size_average", "reduce")
@@ -290,7 +290,10 @@ def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, An
     function = _MODULES.get(type(module))
     if function is None or changed_instance(module) or any(GLOBAL_HOOKS):
         return None
-    if type(module).forward is not _FORWARDS[type(module)] or getattr(F, function.__name__) is not function:
+    if (
+        vars(type(module)).get("forward") is not _FORWARDS[type(module)]
+        or getattr(F, function.__name__) is not function
+    ):
         return None
     names = next(names for each, names in _KNOWN if each is function)
     return function, {name: getattr(module, name) for name in ("reduction", *names)}

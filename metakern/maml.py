@@ -180,10 +180,10 @@ def adapt(
             otherwise, with one warning for each reason where a small MLP misses it. ``"cpp"`` raises where the fused
             one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is
             ``"auto"``. Modules of torch.nn are recognised by their classes. Another model, or a loss of your own, is
-            called once on the first task's samples, and served if it calls nothing but these layers and losses: what
-            else its ``forward`` does in Python, counting or printing, it then does once for the call, and not in every
-            step. torch.compile recognises classes alone. Hooks, replaced methods and modes of dispatch or functions
-            lead to plain PyTorch.
+            called once on the first task's samples, and served if it calls nothing but these layers and losses, and
+            changes no attribute or variable. What else it does in Python, such as printing, it then does once for the
+            call, and not in every step. torch.compile recognises classes alone. Hooks, replaced methods and modes of
+            dispatch or functions lead to plain PyTorch.
         explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
             at level DEBUG. Compiled calls say nothing.
 

@@ -194,7 +194,8 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     if type(options.loss) is not FunctionType or options.loss not in LOSS_FUNCTIONS:
         return None
     try:
-        mlp = find_mlp(options.model)
+        with exclusive(options.model):
+            mlp = find_mlp(options.model)
     except Unserved:
         return None
     first = mlp.params[0]

@@ -26,8 +26,9 @@ _ACTIVATIONS = (
 )
 _POINTWISE = (*_ACTIVATIONS, nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)
 
-#: Reasons of which a user has heard, without their numbers.
+#: Reasons of which a user has heard, without their numbers; so many at most.
 _said: set[str] = set()
+_MOST_SAID = 64
 
 
 def warn_if_missed(options: Options, x: Any, reason: str) -> None:
@@ -44,7 +45,7 @@ def warn_if_missed(options: Options, x: Any, reason: str) -> None:
         return  # which is said already
     cause = "some labels are those that the loss ignores" if LABEL_ERROR in reason else reason
     key = re.sub(r"\d+", "", cause)
-    if key in _said or not is_small_mlp(options.model, x):
+    if key in _said or len(_said) >= _MOST_SAID or not is_small_mlp(options.model, x):
         return
     _said.add(key)
     warn_user(

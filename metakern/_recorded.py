@@ -23,6 +23,7 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from metakern._as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
+from metakern._failures import first_line
 from metakern._lineage import used_by
 from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
@@ -124,8 +125,7 @@ class _Recorder(TorchFunctionMode):
         except _Stop:
             result = None
         except Exception as error:  # the generic path will meet it, too
-            line = (str(error).splitlines() or [""])[0][:200]
-            raise Unserved(f"{self.what} raises {type(error).__name__}: {line}") from error
+            raise Unserved(f"{self.what} raises {first_line(error)}") from error
         if not self.reason and result is not self.current:
             self.reason = "it returns something else than the last function's result"
         if self.reason:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from metakern._exclusive import exclusive
-from metakern._failures import check_no_mixed_meta, explained, module_that_failed
+from metakern._failures import check_no_mixed_meta, explained, first_line, module_that_failed
 from metakern._random_state import random_state, set_random_state
 from metakern._warn import warn_user
 
@@ -182,5 +182,4 @@ def _cause(error: Exception, model: nn.Module) -> str:
     """The module that torch.vmap fails in, and its message's first line."""
     found = module_that_failed(error, model)
     where = "the model or the loss" if found is None else found.label
-    line = (str(error).splitlines() or [""])[0]
-    return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
+    return f"{where}: {first_line(error)}"

@@ -157,6 +157,27 @@ def test_models_that_are_called_have_their_own_parameters_in_every_thread(
         assert_close("meta-gradient", p.grad / (THREADS * (ROUNDS // 3)), expected, 1e-12)
 
 
+@pytest.mark.usefixtures("switches")
+def test_layers_that_another_thread_calls_are_recognised_with_their_own_parameters() -> None:
+    net, stop, losses = mlp(2, 3, 1), threading.Event(), []
+
+    def generic() -> None:
+        while not stop.is_set():
+            meta_loss(net, SETS.support, SETS.query, steps=2, vectorize=False)
+
+    thread = threading.Thread(target=generic)
+    thread.start()
+    try:
+        losses = [meta_loss(net, SETS.support, SETS.query, steps=2, lr=0.1) for _ in range(ROUNDS)]
+    finally:
+        stop.set()
+        thread.join()
+    assert len({loss.item() for loss in losses}) == 1
+    for loss in losses:
+        grads = torch.autograd.grad(loss.sum(), list(net.parameters()))
+        assert all(grad.isfinite().all() for grad in grads)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_child_can_call_a_model_that_a_thread_was_in_when_it_was_forked() -> None:
     net, inside, leave = Generic().double(), threading.Event(), threading.Event()

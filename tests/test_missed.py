@@ -51,6 +51,13 @@ def test_a_reason_is_said_once_with_the_ratio() -> None:
     assert "sin" in message
 
 
+def test_reasons_that_are_remembered_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_missed, "_MOST_SAID", 1)
+    assert len(heard(softplus())) == 1
+    assert heard(sequential(), loss=nn.L1Loss()) == []
+    assert len(_missed._said) == 1
+
+
 @pytest.mark.filterwarnings("always:plain PyTorch serves")
 def test_every_call_says_it_at_the_users_line(recwarn: pytest.WarningsRecorder) -> None:
     adapt(softplus(), *EPISODE.support)

@@ -37,7 +37,7 @@ from metakern.ops.mlp_inner_loop import (
 )
 from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
-#: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
+#: Text that identifies the operator's label error. The generic path raises a ValueError, or knows labels to ignore.
 LABEL_ERROR = "as the model has"
 
 
@@ -168,7 +168,7 @@ def _accumulates(p: Tensor) -> bool:
 
 
 class _Usual(NamedTuple):
-    """A call without unusual options: what decides how it is served, and how it was served before, if it was."""
+    """Cache entry for a call with default options: its key, and how such a call was served before, if it was."""
 
     key: Hashable
     params: Sequence[Tensor]
@@ -183,7 +183,7 @@ _MOST_REMEMBERED = 256
 
 
 def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
-    """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
+    """None for a call with other options. Checking those takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
     plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
     plain = plain and not options.support_per_step and options.steps > 0

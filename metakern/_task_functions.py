@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -42,7 +43,24 @@ class TaskFunctions(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if type(func) is FunctionType and not torch.compiler.is_compiling() and func not in _SHIPPED:
+            func = _behind(func)
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
+
+
+#: Functions of torch.nn.functional by name, and all of PyTorch's that are written in Python.
+_FUNCTIONALS = {name: f for name, f in vars(F).items() if type(f) is FunctionType}
+_SHIPPED = frozenset(
+    f for owner in (F, torch.functional, Tensor) for f in vars(owner).values() if type(f) is FunctionType
+)
+
+
+def _behind(func: Callable[..., Any]) -> Callable[..., Any]:
+    """The function of torch.nn.functional in whose place a caller has put ``func``; ``func`` where there is none.
+
+    To modes a function gives what stands under its name, so that a replacement which calls it would be called again.
+    """
+    return next((f for name, f in _FUNCTIONALS.items() if getattr(F, name, None) is func), func)
 
 
 # --------------------------------------------------------------------------------------------------------- embeddings

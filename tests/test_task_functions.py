@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from metakern import adapt, meta_loss
 from tests.conftest import assert_close, assert_same_bits
-from tests.inner_loops import Episode, assert_same, check, hand_written
+from tests.inner_loops import Episode, assert_same, check, hand_written, mlp, regression
 
 F64 = torch.float64
 
@@ -395,3 +395,15 @@ def test_norms_whose_statistics_are_wanted_too_are_refused_in_transforms() -> No
     x = torch.randn(3, 5, 4, dtype=F64)
     with pytest.raises(RuntimeError, match=r"use torch\.nn\.functional\.layer_norm"):
         torch.func.jacrev(lambda lr: meta_loss(net, (x, x), (x, x), lr=lr))(torch.tensor(0.1, dtype=F64))
+
+
+@pytest.mark.parametrize("vectorize", [True, False])
+@pytest.mark.parametrize("name", ["mse_loss", "leaky_relu"])
+def test_functions_that_were_wrapped_run_once(name: str, vectorize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(F, name)
+    monkeypatch.setattr(F, name, lambda *args, **options: 3 * original(*args, **options))
+    net, episode = mlp(2, 4, 1, activation=nn.LeakyReLU), regression(3, 4, 4, 2, 1)
+    expected = hand_written(net, episode, 2, lambda *_: 0.1, loss=lambda p, y: F.mse_loss(p, y))
+    options: dict[str, Any] = {"vectorize": vectorize, "loss": lambda p, y: F.mse_loss(p, y)}
+    losses = meta_loss(net, episode.support, episode.query, steps=2, lr=0.1, **options)
+    assert_same(losses, expected, list(net.parameters()))

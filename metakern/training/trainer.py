@@ -301,7 +301,10 @@ class Trainer:
         self.processes.spread_(self.learner.buffers())
         self.iteration += 1
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
+            with warnings.catch_warnings():
+                if self._outer.skipped:  # torch takes an outer step that was skipped for one that was forgotten
+                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+                self.scheduler.step()
         self._record(result, lr, time.perf_counter() - start)
         last = self.iteration >= config.iterations
         evaluates, keeps = (

@@ -95,7 +95,7 @@ def needed(name: str) -> ModuleType:
         package = name.partition(".")[0]
         raise SystemExit(
             f"{package} is needed to build metakern's kernels, and cannot be imported ({error}): pip install "
-            f"{package}, or set METAKERN_BUILD: {WITHOUT_KERNELS}"
+            f"{package}; {WITHOUT_KERNELS}"
         ) from None
 
 
@@ -204,8 +204,8 @@ def read_dependencies(report: Path) -> list[str]:
 class Job(NamedTuple):
     """One run of a compiler, left out where its object file is current.
 
-    It is current where the command and the versions are those that it was made with, and no file that it was made from
-    has another time of change. What is compared lies beside it in a .json file.
+    It is current if it was made by the same command and versions, and no file that it was made from has been modified
+    since. A .json file beside it records all three.
     """
 
     command: list[str]  # compiler, options and source

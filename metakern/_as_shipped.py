@@ -19,14 +19,15 @@ from torch.nn.modules import module as _module
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-_GLOBAL_HOOKS = (
+#: Hooks of all modules; empty ones are false.
+GLOBAL_HOOKS = (
     _module._global_forward_hooks,
     _module._global_forward_pre_hooks,
     _module._global_backward_hooks,
     _module._global_backward_pre_hooks,
 )
 
-#: Modes of dispatch that trace: they see the operators and change none.
+#: Dispatch modes that trace operators and do not change them.
 _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
 #: What may stand in a module as its weights: plain tensors, those of torch.func among them, or traced ones.
@@ -83,7 +84,7 @@ _ITERATED = nn.Sequential.__iter__
 
 def changed_functions() -> str:
     """Why nothing that is called here can be known by its name; empty where it can."""
-    for hooks in _GLOBAL_HOOKS:
+    for hooks in GLOBAL_HOOKS:
         if hooks:
             return "global module hooks are registered"
     if _functions() != _FUNCTIONS:
@@ -110,7 +111,7 @@ def changed_classes() -> str:
     return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
 
 
-# torch.compile cannot look at these, and need not: what a traced call may ask is answered while it is traced.
+# torch.compile cannot trace these functions: it calls them while it traces, and takes the result for a constant.
 for _function in (changed_functions, changed_classes):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
@@ -126,7 +127,7 @@ def changed_instance(module: nn.Module) -> str:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor without a mind of its own, as subclasses of Tensor have."""
+    """Whether ``x`` is a tensor or parameter, and not of a subclass that may override functions."""
     return type(x) in _PLAIN
 
 

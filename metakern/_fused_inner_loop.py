@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 
 from metakern import _backend
 from metakern._as_shipped import is_plain
+from metakern._exclusive import exclusive
 from metakern._inner_loop import is_transformed
 from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
 from metakern._mlp import LOSS_FUNCTIONS, Mlp, Unserved, check_data, find_mlp, known_loss, unserved_size
@@ -36,7 +37,7 @@ from metakern.ops.mlp_inner_loop import (
 )
 from metakern.ops.mlp_inner_loop_autograd import Problem, is_batched, wants_gradient
 
-#: Of the operator's complaint about a label: the generic path says it as a ValueError, or knows labels to ignore.
+#: Text that identifies the operator's label error. The generic path raises a ValueError, or knows labels to ignore.
 LABEL_ERROR = "as the model has"
 
 
@@ -64,7 +65,8 @@ def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) 
     Raises:
         Unserved: where the generic path must serve
     """
-    mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
+    with exclusive(options.model):
+        mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
     x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
     serves = _serving(options, mlp, arguments["loss"], x)
     results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, backend=serves, **arguments))
@@ -93,7 +95,8 @@ def fused_meta_loss(
         if not isinstance(data, (tuple, list)) or len(data) != 2:
             raise Unserved(f"{name} is no pair")
         named.append((name, *data, mask))
-    mlp, _, arguments = _arguments(options, named)
+    with exclusive(options.model):
+        mlp, _, arguments = _arguments(options, named)
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, options.steps)
         if isinstance(step_weights, Tensor):
@@ -165,7 +168,7 @@ def _accumulates(p: Tensor) -> bool:
 
 
 class _Usual(NamedTuple):
-    """A call without unusual options: what decides how it is served, and how it was served before, if it was."""
+    """Cache entry for a call with default options: its key, and how such a call was served before, if it was."""
 
     key: Hashable
     params: Sequence[Tensor]
@@ -180,7 +183,7 @@ _MOST_REMEMBERED = 256
 
 
 def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
-    """None for a call with unusual options, whose way must be looked up, which takes as long as a small inner loop."""
+    """None for a call with other options. Checking those takes as long as a small inner loop."""
     asked = _backend.requested(options.backend)
     plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
     plain = plain and not options.support_per_step and options.steps > 0
@@ -191,7 +194,8 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
     if type(options.loss) is not FunctionType or options.loss not in LOSS_FUNCTIONS:
         return None
     try:
-        mlp = find_mlp(options.model)
+        with exclusive(options.model):
+            mlp = find_mlp(options.model)
     except Unserved:
         return None
     first = mlp.params[0]

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metakern._batch_norm import PerStepBatchNorm
 from metakern._clone import call_with_tensors, captures_tensors
+from metakern._exclusive import exclusive
 from metakern._inner_loop_input import TaskBatch, check_labels, split
 from metakern._lineage import nodes_of, recomputes
 from metakern._random_state import kept_random_state
@@ -394,7 +395,8 @@ class InnerLoop:
         """A part's share of the gradients, and running statistics, as a function of all that they depend on."""
 
         def run(params: Tensors, shared: Tensors, tensors: Any, shares: Tensor) -> Any:
-            grads = self.model.gradients(params, shared, part.with_tensors(tensors), first_order)
+            with exclusive(self.model.model):  # the backward runs it again
+                grads = self.model.gradients(params, shared, part.with_tensors(tensors), first_order)
             spread = [shares.view(-1, *[1] * (g.dim() - 1)).to(real_dtype(g)) for g in grads]
             return [share * g for share, g in zip(spread, grads, strict=True)], self.model.gathered(shared)
 
@@ -409,7 +411,8 @@ class InnerLoop:
         def run(state: Any, shared: Tensors, arguments: Any, support_tensors: Any, query_tensors: Any) -> Any:
             new_support = support.with_tensors(support_tensors)
             new_query = query and query.with_tensors(query_tensors)
-            return self._steps(state, shared, arguments, new_support, new_query, steps)
+            with exclusive(self.model.model):  # the backward runs it again
+                return self._steps(state, shared, arguments, new_support, new_query, steps)
 
         return run
 

@@ -124,8 +124,8 @@ def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     return False
 
 
-#: The attributes of a type of node that hold what it saved.
-_SAVED: dict[type, list[str]] = {}
+#: The attributes of a type of node that hold what it saved. torch.vmap makes a type for each call of a custom Function.
+_SAVED: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
 
 def _saved(node: Any) -> Iterator[Any]:
@@ -223,12 +223,12 @@ def _inside(value: Any, anything: bool = False, depth: int = 4) -> Iterator[Any]
     elif isinstance(value, (list, tuple, set, frozenset)):
         held = list(value)
     elif anything:
-        held = _used_by(value)
+        held = used_by(value)
     for inner in held:
         yield from _inside(inner, anything, depth - 1)
 
 
-def _used_by(value: Any) -> list[Any]:
+def used_by(value: Any) -> list[Any]:
     """What a function or an object uses."""
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]

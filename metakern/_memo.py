@@ -1,4 +1,4 @@
-"""Memoization of what every call asks again; what is remembered depends on no device, mode or transform of a caller."""
+"""Memoization for per-call checks and constants; nothing cached depends on a caller's device, mode or transform."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _LONGEST_CONSTANT = 1024
 
 
 def memoized(function: Function) -> Function:
-    """Remember what a function of hashable arguments returned, plain values and no tensors.
+    """Cache the results of a function of hashable arguments. They must be plain values, not tensors.
 
-    torch.compile, which cannot see memories, calls the function. So do traces whose sizes are symbols.
+    torch.compile does not see caches and calls the function; so do traces with symbolic sizes.
     """
     remembered = functools.lru_cache(256)(function)
 
@@ -61,10 +61,10 @@ def once(function: Function) -> Function:
 
 @contextlib.contextmanager
 def outside_modes() -> Iterator[None]:
-    """No mode and no transform of the caller reaches what is made within: it is the same at any later call.
+    """Switches off the caller's modes and transforms, so that what is made within can be kept for later calls.
 
-    None of torch.device(...), torch.set_default_device, other modes of functions or dispatch (FakeTensorMode, make_fx),
-    torch.inference_mode and the transforms of torch.func is at work there.
+    These are torch.device(...), torch.set_default_device, other function and dispatch modes (FakeTensorMode, make_fx),
+    torch.inference_mode and the transforms of torch.func.
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch._C.DisableTorchFunction())
@@ -75,7 +75,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers; remembered, unless the caller is traced: a trace must see where it comes from."""
+    """A tensor of a few numbers, cached. Under tracing it is made anew, as the trace must see how it is made."""
     traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
     if traced or len(values) > _LONGEST_CONSTANT:
         return torch.tensor(values, dtype=dtype, device=device)

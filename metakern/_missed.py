@@ -19,30 +19,16 @@ _RATIO = "3 to 56 times"
 
 #: Modules of torch.nn, besides nn.Linear, that a small MLP may have.
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_POINTWISE = tuple(
-    getattr(nn, name)
-    for name in (
-        *(
-            "ReLU",
-            "ReLU6",
-            "LeakyReLU",
-            "RReLU",
-            "ELU",
-            "CELU",
-            "SELU",
-            "GELU",
-            "SiLU",
-            "Mish",
-            "Hardswish",
-            "Hardtanh",
-        ),
-        *("Hardsigmoid", "Tanh", "Sigmoid", "LogSigmoid", "Softplus", "Softsign", "Softshrink", "Hardshrink"),
-        *("Tanhshrink", "Threshold", "Identity", "Flatten", "Unflatten", "Dropout"),
-    )
+_ACTIVATIONS = (
+    *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus, nn.Softsign),
+    *(nn.Tanh, nn.Sigmoid, nn.LogSigmoid, nn.Hardswish, nn.Hardtanh, nn.Hardsigmoid, nn.Softshrink, nn.Hardshrink),
+    *(nn.Tanhshrink, nn.Threshold),
 )
+_POINTWISE = (*_ACTIVATIONS, nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)
 
-#: Reasons of which a user has heard, without their numbers.
+#: Reasons of which a user has heard, without their numbers; so many at most.
 _said: set[str] = set()
+_MOST_SAID = 64
 
 
 def warn_if_missed(options: Options, x: Any, reason: str) -> None:
@@ -55,9 +41,11 @@ def warn_if_missed(options: Options, x: Any, reason: str) -> None:
     """
     if is_transformed() or not options.steps or not options.vectorize or _backend.requested(options.backend) != "auto":
         return  # who compiles, transforms or chooses has not overlooked it
+    if not _backend.is_compiled():
+        return  # which is said already
     cause = "some labels are those that the loss ignores" if LABEL_ERROR in reason else reason
     key = re.sub(r"\d+", "", cause)
-    if key in _said or not is_small_mlp(options.model, x):
+    if key in _said or len(_said) >= _MOST_SAID or not is_small_mlp(options.model, x):
         return
     _said.add(key)
     warn_user(

@@ -1,7 +1,7 @@
 """Which models and losses the fused inner loop serves: chains of linear layers with activations between them.
 
-Models of torch.nn's own classes are recognised by these, anew at every call: nothing is remembered of a model, so that
-no change of it can go unseen. For other models and losses see :mod:`metakern._recorded`.
+Models made of torch.nn's own classes are recognised by class, at every call: nothing is cached, so no change of a model
+goes unseen. For other models and losses see :mod:`metakern._recorded`.
 
 Axis legend: T tasks, S samples of a task, I inputs and O outputs of the model.
 """

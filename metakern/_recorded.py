@@ -1,9 +1,9 @@
 """Models and losses that are recognised by what they compute: called once, under a mode that sees every function.
 
-A model that is not made of torch.nn's own classes alone, and a loss that is none of PyTorch's, may be served
-nevertheless if they come down to the same functions. A recording is made for every call of adapt or meta_loss and says
-nothing about the next. A function that is not known is not run: it ends the recording. So recordings draw no random
-numbers and write into no tensors; what else a ``forward`` or a loss does in Python, it does once.
+A model with a ``forward`` of its own, or a loss that the user wrote, is served if it calls the same functions as the
+known layers and losses. Every call of adapt or meta_loss makes its own recording, and nothing is cached. An unknown
+function ends the recording before it runs, so a recording draws no random numbers of PyTorch and writes into no
+tensors. Other Python code in a ``forward`` or a loss runs once.
 
 Axis legend: S samples of a task, I inputs and O outputs of the model.
 """
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy
@@ -23,6 +23,8 @@ from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
 from metakern._as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
+from metakern._failures import first_line
+from metakern._lineage import used_by
 from metakern._mlp import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 
@@ -58,6 +60,10 @@ _DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signatur
 _SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
 
 
+#: In these a change is looked for; in larger ones it is not.
+_CONTAINERS, _SMALL = frozenset([dict, list, set]), 64
+
+
 class _Stop(BaseException):
     """Ends a recording; no Exception, which what is recorded could catch."""
 
@@ -66,7 +72,7 @@ class _Recorder(TorchFunctionMode):
     """Runs the functions that ``step`` knows, and raises at any other.
 
     Attributes:
-        reason: why what was recorded is not known; empty so far
+        reason: why what was recorded is not served; empty so far
         current: what the last of these functions returned
     """
 
@@ -77,7 +83,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self.reason:  # raised before, and caught by what is recorded
+        if self.reason:  # refused before, but the recorded code caught the exception
             raise _Stop
         if func in _READS:
             return func(*args, **kwargs)
@@ -119,13 +125,17 @@ class _Recorder(TorchFunctionMode):
         except _Stop:
             result = None
         except Exception as error:  # the generic path will meet it, too
-            line = (str(error).splitlines() or [""])[0][:200]
-            raise Unserved(f"{self.what} raises {type(error).__name__}: {line}") from error
+            raise Unserved(f"{self.what} raises {first_line(error)}") from error
         if not self.reason and result is not self.current:
             self.reason = "it returns something else than the last function's result"
         if self.reason:
-            raise Unserved(f"{self.what} is none that it knows: {self.reason}")
+            raise self.unserved()
         return result
+
+    def unserved(self) -> Unserved:
+        """The reason as an error."""
+        is_of_call = self.reason.startswith("it ")
+        return Unserved(self.what + self.reason[2:] if is_of_call else self.reason)
 
     what = "it"
 
@@ -249,14 +259,16 @@ def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Cha
     try:
         recorder.check_version()
     except _Stop:
-        raise Unserved(f"{recorder.what} is none that it knows: {recorder.reason}") from None
+        raise recorder.unserved() from None
     if versions != [p._version for p in instead.values()]:
         raise Unserved("the model's forward writes into its parameters")
     return recorder.chain
 
 
 class _Surroundings:
-    """What a call could have changed, beside the tensors that it computes: attributes, random numbers.
+    """What a call could have changed, beside the tensors that it computes: attributes, variables, random numbers.
+
+    A model that counts its calls may compute something else in the next.
 
     Args:
         what: is called
@@ -264,18 +276,35 @@ class _Surroundings:
     """
 
     def __init__(self, what: str, called: Any) -> None:
-        modules = list(called.modules()) if isinstance(called, nn.Module) else []
-        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
-        self.held = [(d, dict(d)) for d in held or [getattr(called, "__dict__", {})]]
-        self.what, self.random = what, _random_states()
+        self.what, self.called = what, called
+        self.before, self.random = self._held(), _random_states()
 
     def check(self) -> None:
         """Raise Unserved if anything did change."""
-        for now, before in self.held:
-            if now.keys() != before.keys() or any(now[name] is not value for name, value in before.items()):
-                raise Unserved(f"{self.what} changes attributes")
+        now = self._held()
+        if len(now) != len(self.before) or any(a is not b for a, b in zip(now, self.before, strict=True)):
+            raise Unserved(f"{self.what} changes attributes or variables")
         if _random_states() != self.random:
             raise Unserved(f"{self.what} draws random numbers")
+
+    def _held(self) -> list[Any]:
+        """Attributes, what closures and global names refer to, and what stands in small containers there."""
+        modules = list(self.called.modules()) if isinstance(self.called, nn.Module) else []
+        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
+        found = _elements(held or [getattr(self.called, "__dict__", {})])
+        for function in {id(f): f for f in ([type(m).forward for m in modules] or [self.called])}.values():
+            found += used_by(function)
+        return found + _elements(x for x in found if type(x) in _CONTAINERS and 0 < len(x) <= _SMALL)
+
+
+def _elements(containers: Iterable[Any]) -> list[Any]:
+    """Keys and values of dicts, elements of others."""
+    found: list[Any] = []
+    for each in containers:
+        found += each
+        if isinstance(each, dict):
+            found += each.values()
+    return found
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
+from metakern._as_shipped import GLOBAL_HOOKS, changed_instance
 from metakern._trees import map_output, map_tensors
 from metakern.ops.mlp_inner_loop_autograd import is_batched
 
@@ -67,6 +68,9 @@ _MODULES: dict[type, Callable[..., Tensor]] = {
     nn.MultiLabelMarginLoss: F.multilabel_margin_loss,
     nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
 }
+
+#: What their instances run, unless it was patched.
+_FORWARDS: dict[type, Any] = {kind: vars(kind)["forward"] for kind in _MODULES}
 
 #: What loss functions of PyTorch take besides ``reduction``, in place of it.
 _LEGACY = ("size_average", "reduce")
@@ -284,8 +288,12 @@ def _as_sums(loss: Any) -> _Sums | None:
 def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
     """The function that a loss module of torch calls, and its options; None for a module that may do something else."""
     function = _MODULES.get(type(module))
-    changed = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
-    if function is None or changed or module._backward_hooks or module._backward_pre_hooks:
+    if function is None or changed_instance(module) or any(GLOBAL_HOOKS):
+        return None
+    if (
+        vars(type(module)).get("forward") is not _FORWARDS[type(module)]
+        or getattr(F, function.__name__) is not function
+    ):
         return None
     names = next(names for each, names in _KNOWN if each is function)
     return function, {name: getattr(module, name) for name in ("reduction", *names)}

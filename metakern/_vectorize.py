@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from metakern._failures import check_no_mixed_meta, explained, module_that_failed
+from metakern._exclusive import exclusive
+from metakern._failures import check_no_mixed_meta, explained, first_line, module_that_failed
 from metakern._random_state import random_state, set_random_state
 from metakern._warn import warn_user
 
@@ -36,9 +37,9 @@ def check_vectorize(vectorize: Any) -> None:
 class Vectorization:
     """The way that the tasks of one call are evaluated.
 
-    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The model is
-    then remembered, and later calls loop straight away until its modules, their modes, hooks or the loss change. A
-    stale entry costs only time: both ways give the same values.
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. That is then
+    remembered, and later calls loop straight away where modules, their modes, hooks and loss are the same. A stale
+    entry costs only time: both ways give the same values.
 
     Args:
         model: what is evaluated
@@ -69,6 +70,10 @@ class Vectorization:
             RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
             TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
         """
+        with exclusive(self._model):
+            return self._run(evaluate, data)
+
+    def _run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
         check_no_mixed_meta(self._model, data)
         if is_transformed():
             if self._hooked:
@@ -131,18 +136,23 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 
 
 class _Loops:
-    """Models that torch.vmap could not run, held weakly, each with what it was like then."""
+    """Models that torch.vmap could not run, held weakly, each with what it was like: train() or eval(), which loss."""
+
+    most = 16  # kinds of a model
 
     def __init__(self) -> None:
-        self._kinds: dict[int, tuple[weakref.ref[nn.Module], Hashable]] = {}
+        self._kinds: dict[int, tuple[weakref.ref[nn.Module], list[Hashable]]] = {}
 
     def holds(self, model: nn.Module, kind: Hashable) -> bool:
-        known = self._kinds.get(id(model))
-        return known is not None and known[0]() is model and known[1] == kind
+        return kind in self._of(model)
 
     def remember(self, model: nn.Module, kind: Hashable) -> None:
-        key = id(model)
-        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kind
+        key, kinds = id(model), [*self._of(model), kind][-self.most :]
+        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kinds
+
+    def _of(self, model: nn.Module) -> list[Hashable]:
+        known = self._kinds.get(id(model))
+        return known[1] if known is not None and known[0]() is model else []
 
 
 _loops = _Loops()
@@ -172,5 +182,4 @@ def _cause(error: Exception, model: nn.Module) -> str:
     """The module that torch.vmap fails in, and its message's first line."""
     found = module_that_failed(error, model)
     where = "the model or the loss" if found is None else found.label
-    line = (str(error).splitlines() or [""])[0]
-    return f"{where}: {type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
+    return f"{where}: {first_line(error)}"

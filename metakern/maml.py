@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from metakern._batch_norm import PerStepBatchNorm, per_step_batch_norm
 from metakern._clone import clone_module, detach_module, maml_update, update_module
+from metakern._exclusive import exclusive
 from metakern._fused_inner_loop import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
 from metakern._inner_loop import InnerLoop, TaskModel, is_transformed
 from metakern._inner_loop_input import (
@@ -179,10 +180,10 @@ def adapt(
             otherwise, with one warning for each reason where a small MLP misses it. ``"cpp"`` raises where the fused
             one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is
             ``"auto"``. Modules of torch.nn are recognised by their classes. Another model, or a loss of your own, is
-            called once on the first task's samples, and served if it calls nothing but these layers and losses: what
-            else its ``forward`` does in Python, counting or printing, it then does once for the call, and not in every
-            step. torch.compile recognises classes alone. Hooks, replaced methods and modes of dispatch or functions
-            lead to plain PyTorch.
+            called once on the first task's samples, and served if it calls nothing but these layers and losses, and
+            changes no attribute or variable. What else it does in Python, such as printing, it then does once for the
+            call, and not in every step. torch.compile recognises classes alone. Hooks, replaced methods and modes of
+            dispatch or functions lead to plain PyTorch.
         explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
             at level DEBUG. Compiled calls say nothing.
 
@@ -347,13 +348,13 @@ def meta_backward(
 ) -> Tensor:
     """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
 
-    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and sooner for small tasks:
-    where the fused inner loop serves, from the second call of a kind on, its meta-gradients come without a graph. So
-    they do for an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor
-    strides of their own; a ``loss`` that is a function of torch.nn.functional; an ``lr`` that is a number; and of the
-    options ``steps``, ``first_order``, ``clip_norm``, ``checkpoint_every`` and ``backend`` alone. Other calls go by
-    autograd, with the same result. Hooks of gradient accumulators, which DistributedDataParallel sets, are called then
-    alone. Threads may call it on one model: no gradient is lost.
+    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: from
+    the second call of a kind on, the fused inner loop computes meta-gradients without an autograd graph. It does so for
+    an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor strides of
+    their own, with a ``loss`` of torch.nn.functional, a number as ``lr``, and no other options than ``steps``,
+    ``first_order``, ``clip_norm``, ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same
+    result. Only those call the hooks of gradient accumulators, which DistributedDataParallel sets. Threads may call it
+    on one model, and no gradient is lost; where plain PyTorch serves, they take turns.
 
     Args:
         model: as for :func:`meta_loss`
@@ -453,7 +454,8 @@ def _inner_loop(options: Options, masked: bool, step_weights: Sequence[float] | 
     if step_weights is not None:
         step_weights = check_step_weights(step_weights, steps)
     task_loss = TaskLoss(options.loss, masked or options.accumulate > 1)
-    task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
+    with exclusive(model):
+        task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
     if task_model.max_steps is not None and steps > task_model.max_steps:
         raise ValueError(
             f"steps must be at most {task_model.max_steps}, for which the model has batch norm, got {steps}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from metakern import MAML, MetaSGD, adapt, meta_loss
+from metakern import MAML, MetaSGD, _lineage, adapt, meta_loss
 from metakern.maml import per_step_batch_norm
 from tests.conftest import assert_close
 
@@ -57,6 +58,27 @@ class Sequence(Net):
 
     def forward(self, x: Tensor) -> Tensor:
         return checkpoint_sequential(self.layers, 2, x, use_reentrant=False) if self.checkpointed else self.layers(x)
+
+
+class Square(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+class Squares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Square.apply(x)
 
 
 MODELS = [Net, ByTensors, Sequence]
@@ -124,6 +146,16 @@ def test_statistics_of_every_step_move_once() -> None:
         losses.mean().backward()
         results.append((losses, [*(p.grad for p in net.parameters()), net[1].running_mean, net[1].running_var]))
     assert_same_meta_gradients(results)
+
+
+def test_types_of_nodes_that_torch_vmap_makes_for_a_call_are_not_kept() -> None:
+    net, (x, y) = nn.Sequential(nn.Linear(2, 3), Squares(), nn.Linear(3, 1)), data(2, 4)
+    known = []
+    for _ in range(4):
+        meta_loss(net, (x, y), (x, y), steps=2).sum().backward()
+        gc.collect()
+        known.append(len(_lineage._SAVED))
+    assert known[1:] == known[:1] * 3
 
 
 def test_a_checkpointed_clone_leaves_its_model_as_it_is() -> None:

@@ -208,6 +208,34 @@ def test_a_recording_is_made_at_every_call(capsys: pytest.CaptureFixture[str]) -
     assert not served(net, capsys)
 
 
+@pytest.mark.parametrize("where", ["attribute", "list", "closure", "loss"])
+def test_calls_that_are_counted(where: str) -> None:
+    """The next may compute something else: here the third, and those after it."""
+    counts, net = [0], nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.count, self.counts = net, 0, [0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            if where == "attribute":
+                self.count += 1
+            elif where == "list":
+                self.counts[0] += 1
+            elif where == "closure":
+                counts[0] += 1
+            return self.net(x) if self.count + self.counts[0] + counts[0] < 3 else self.net(-x)
+
+    def loss(prediction: Tensor, y: Tensor) -> Tensor:
+        counts[0] += where == "loss"
+        return F.mse_loss(prediction, y)
+
+    episode = regression(1, 4, 4, 2, 1)
+    losses = meta_loss(Counting(), episode.support, episode.query, loss=loss, steps=3)
+    assert type(losses.grad_fn).__name__ != "_EagerMetaLossBackward", "the fused inner loop serves"
+
+
 def test_random_numbers_and_buffers_stay_as_they_were() -> None:
     """Models that draw or count in PyTorch are not run before it is known that they do."""
     net = Net(lambda net, x: net.last(F.dropout(net.first(x), 0.5, net.training).relu()))

@@ -280,7 +280,7 @@ def test_which_path_serves_is_logged_or_printed(
     assert not other
     fused, first, second = heard
     assert fused == "meta_loss: K=2: fused inner loop, Sequential"
-    assert first.endswith("does not serve: the loss is none that it knows: it calls l1_loss")
+    assert first.endswith("does not serve: the loss calls l1_loss")
     assert first.startswith("meta_loss: T=3, S=4, K=2: generic path, all tasks at once by torch.vmap")
     assert second.startswith("adapt: T=3, S=4, K=1: generic path, one task after another")
 

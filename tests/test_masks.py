@@ -187,6 +187,34 @@ def test_loss_modules_that_were_changed(change: Any) -> None:
         meta_loss(net, episode.support, episode.query, vectorize=True, backend="reference", **options)
 
 
+def twice_mse(prediction: Tensor, y: Tensor, **_: Any) -> Tensor:
+    return 2 * (prediction - y).square().mean()
+
+
+@pytest.mark.parametrize("place", ["class", "function", "hooks"])
+def test_losses_that_were_changed_for_all_modules(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    episode, net = sets("numbers"), mlp(2, 4, 3)
+    options: dict[str, Any] = {"steps": 2, "lr": 0.1, "support_mask": MASKS[0], "query_mask": MASKS[1]}
+    doubled = hand_written(net, episode, 2, lambda *_: 0.1, loss=twice_mse, masks=MASKS)
+    hook = None
+    if place == "class":
+        monkeypatch.setattr(nn.MSELoss, "forward", lambda self, p, y: twice_mse(p, y))
+    elif place == "function":
+        monkeypatch.setattr(F, "mse_loss", twice_mse)
+    else:
+        hook = nn.modules.module.register_module_forward_hook(
+            lambda module, _, output: 2 * output if isinstance(module, nn.MSELoss) else None
+        )
+    try:
+        losses = meta_loss(net, episode.support, episode.query, loss=nn.MSELoss(), vectorize=False, **options)
+        assert_same(losses, doubled, list(net.parameters()))
+        with pytest.raises(TypeError, match="whose mean over a part of a set is not known"):
+            meta_loss(net, episode.support, episode.query, loss=nn.MSELoss(), **{**options, "accumulate": 2})
+    finally:
+        if hook is not None:
+            hook.remove()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_tasks_without_a_label_that_counts(masked: bool) -> None:
     """PyTorch's mean over nothing is NaN, with a gradient of zero: the parameters stay, as in a loop by hand."""

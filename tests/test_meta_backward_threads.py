@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gc
+import os
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from metakern import _fused_inner_loop, meta_loss
+from metakern import _exclusive, _fused_inner_loop, meta_loss
+from metakern._exclusive import exclusive
 from metakern.maml import meta_backward
 from tests.conftest import assert_close
 from tests.inner_loops import mlp, regression
@@ -99,3 +105,104 @@ def test_one_thread_and_several_give_the_same(monkeypatch: pytest.MonkeyPatch) -
         assert all(p.grad is not None and p.grad.stride() == p.stride() for p in net.parameters())
     for a, b in zip(*results, strict=True):
         assert_close("gradient", a, b, 1e-13)
+
+
+class Recorded(nn.Module):
+    """Served by the fused inner loop, which calls it once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(2, 3), nn.Linear(3, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).tanh())
+
+
+class Generic(Recorded):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x).sin())
+
+
+OPTIONS: list[dict[str, Any]] = [{}, {"vectorize": False}, {"backend": "reference", "checkpoint_every": 1}]
+
+
+@pytest.mark.usefixtures("switches")
+@pytest.mark.parametrize("options", [*OPTIONS, {"accumulate": 2}], ids=str)
+@pytest.mark.parametrize("make", [Recorded, Generic])
+def test_models_that_are_called_have_their_own_parameters_in_every_thread(
+    make: type[Recorded], options: dict[str, Any]
+) -> None:
+    net, episode, errors = make().double(), regression(2, 4, 4, 2, 1), []
+    params = list(net.parameters())
+    meta_backward(net, episode.support, episode.query, steps=2, **options)
+    once = [p.grad.clone() for p in params if p.grad is not None]
+    net.zero_grad()
+
+    def run() -> None:
+        try:
+            for _ in range(ROUNDS // 3):
+                meta_backward(net, episode.support, episode.query, steps=2, **options)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(THREADS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors
+    assert all(a is b for a, b in zip(net.parameters(), params, strict=True))
+    for p, expected in zip(params, once, strict=True):
+        assert p.grad is not None
+        assert_close("meta-gradient", p.grad / (THREADS * (ROUNDS // 3)), expected, 1e-12)
+
+
+def test_layers_that_another_thread_calls_are_recognised_with_their_own_parameters() -> None:
+    net, results = mlp(2, 3, 1), []
+
+    def call() -> None:
+        results.append(meta_loss(net, SETS.support, SETS.query, steps=2).item())
+
+    call()
+    call()  # of a kind that is known now
+    thread, weight = threading.Thread(target=call), net[0].weight
+    with exclusive(net):
+        net[0].weight = nn.Parameter(torch.ones_like(weight))
+        thread.start()
+        thread.join(0.2)
+        net[0].weight = weight
+    thread.join()
+    assert len(results) == 3
+    assert len(set(results)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_child_can_call_a_model_that_a_thread_was_in_when_it_was_forked() -> None:
+    net, inside, leave = Generic().double(), threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with exclusive(net):
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of threads in a process that forks
+        child = os.fork()
+    if not child:
+        signal.alarm(20)
+        meta_loss(net, SETS.support, SETS.query)
+        os._exit(0)
+    leave.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_locks_go_with_their_models() -> None:
+    before = len(_exclusive._locks)
+    for _ in range(5):
+        meta_loss(Generic().double(), SETS.support, SETS.query)
+    gc.collect()
+    assert len(_exclusive._locks) <= before

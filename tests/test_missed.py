@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern import FallbackWarning, _missed, adapt, meta_loss
+from metakern import FallbackWarning, _backend, _missed, adapt, meta_loss
 from metakern.maml import meta_backward
 from tests.fused import EPISODE, F64, sequential
 from tests.inner_loops import Episode
@@ -49,6 +49,13 @@ def test_a_reason_is_said_once_with_the_ratio() -> None:
     assert "l1_loss" in message
     (message,) = heard(Sine().double())
     assert "sin" in message
+
+
+def test_reasons_that_are_remembered_are_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_missed, "_MOST_SAID", 1)
+    assert len(heard(softplus())) == 1
+    assert heard(sequential(), loss=nn.L1Loss()) == []
+    assert len(_missed._said) == 1
 
 
 @pytest.mark.filterwarnings("always:plain PyTorch serves")
@@ -106,6 +113,15 @@ def test_convolutions_are_not_bothered() -> None:
     net = sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8, 1))
     sets = [(torch.randn(2, n, 1, 4, 4, dtype=F64), torch.randn(2, n, 1, dtype=F64)) for n in (3, 2)]
     assert heard(net, Episode(*sets)) == []
+
+
+def test_a_package_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And not for each kind of call."""
+    monkeypatch.setattr(_backend, "_C", None)
+    monkeypatch.setattr(_backend, "_missing", "there are none")
+    monkeypatch.setattr(_backend, "_warned", set())
+    for net in (sequential(), softplus()):
+        assert not [message for message in heard(net) if "small MLP" in message]
 
 
 def test_errors_come_alone() -> None:

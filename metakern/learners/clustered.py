@@ -50,9 +50,9 @@ class ClusteredLearner(nn.Module):
     its worst served tasks: empty clusters are filled so, and one that took nearly all tasks is split. Losses may be
     below zero, where they count from the least of them; one that is not finite counts as the worst.
 
-    What an optimizer and an average of the weights keep of a learner that starts again is of another one, and gradients
-    that were not finite stay in it for good. :class:`metakern.training.Trainer` drops it, and takes no step that is not
-    finite; a training loop of one's own drops what it keeps of the parameters that :meth:`on_iteration` returns.
+    Optimizer state and weight averages of a learner that starts again are stale.
+    :class:`metakern.training.Trainer` drops them, and takes no step that is not finite. A training loop of your own
+    must drop them for the parameters that :meth:`on_iteration` returns.
 
     Args:
         learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for

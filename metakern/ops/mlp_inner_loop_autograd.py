@@ -161,7 +161,7 @@ def _no_gradients(wanted: Sequence[Any]) -> list[Any]:
 
 
 def _arithmetic(like: Tensor) -> torch.dtype:
-    """Of what the operators compute, and of what is private to them."""
+    """Dtype of the arithmetic and of internal buffers."""
     return torch.promote_types(like.dtype, torch.float32)
 
 

@@ -47,8 +47,11 @@ def launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any)
 
 def launch_in_parts(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any) -> None:
     """The same for a kernel whose last argument is the number of its first program: as many launches as it takes."""
-    for first in range(0, grid, MAX_GRID):
-        launch(kernel, min(MAX_GRID, grid - first), config, *args, first, **constants)
+    first = 0
+    while grid - first > MAX_GRID:
+        launch(kernel, MAX_GRID, config, *args, first, **constants)
+        first += MAX_GRID
+    launch(kernel, grid - first, config, *args, first, **constants)  # of a symbolic grid, too
 
 
 def split(*numbers: float) -> list[int]:

@@ -163,23 +163,3 @@ def test_meta_tensors_alone_give_meta_results() -> None:
     new, state = raw_step(arguments, "cpp")
     assert new.is_meta
     assert state.is_meta
-
-
-def test_inner_loops_without_a_way_back_keep_no_checkpoints() -> None:
-    """The start of every one of 100,000 steps took 4 GiB."""
-    net = [torch.randn(64, 64) / 64, torch.zeros(64), torch.randn(64, 64) / 64, torch.zeros(64)]
-    x, y = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
-    peaks = []
-    for steps in (1, 3000):
-        before = resident()
-        with torch.no_grad():
-            mlp_inner_loop(net, x, y, lr=1e-4, steps=steps, backend="cpp")
-        peaks.append(resident() - before)
-    assert peaks[1] - peaks[0] < 3000 * 64 * 64 * 4 / 2 / 1024, f"{peaks} KiB"
-
-
-def resident() -> int:
-    """KiB of memory at most so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -301,10 +301,7 @@ class Trainer:
         self.processes.spread_(self.learner.buffers())
         self.iteration += 1
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            with warnings.catch_warnings():
-                if self._outer.skipped:  # torch takes an outer step that was skipped for one that was forgotten
-                    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-                self.scheduler.step()
+            self._step_schedule(self.scheduler)
         self._record(result, lr, time.perf_counter() - start)
         last = self.iteration >= config.iterations
         evaluates, keeps = (
@@ -318,6 +315,15 @@ class Trainer:
             self._save()
         # Of many processes, each knows of a signal that came to any since their last sum, and only of these.
         self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
+
+    def _step_schedule(self, scheduler: LRScheduler) -> None:
+        """torch takes a skipped first outer step for one that was forgotten, and warns of it in the first iteration."""
+        if self.iteration > 1 or not self._outer.skipped:
+            scheduler.step()
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            scheduler.step()
 
     def _draw(self) -> Any:
         """The meta-batch of this iteration, the same in all processes."""

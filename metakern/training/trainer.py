@@ -317,7 +317,7 @@ class Trainer:
         self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
 
     def _step_schedule(self, scheduler: LRScheduler) -> None:
-        """torch takes a skipped first outer step for one that was forgotten, and warns of it in the first iteration."""
+        """Step it; a first outer step that was skipped looks forgotten to torch, whose warning is left out."""
         if self.iteration > 1 or not self._outer.skipped:
             scheduler.step()
             return

@@ -132,7 +132,7 @@ class MAMLSettings(OuterSettings):
         """The same with nothing left open.
 
         Raises:
-            ValueError: for names and combinations that there are not.
+            ValueError: for unknown names, and settings that exclude each other.
         """
         choose("tasks", self.tasks, tuple(PRESETS))
         choose("model", self.model, ("auto", "mlp", "conv4"))

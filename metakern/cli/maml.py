@@ -22,7 +22,7 @@ from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
 from metakern.learners import ClusteredLearner
 from metakern.runs import load
-from metakern.runs.fewshot import IMAGES, make_learner, make_tasks, sampler
+from metakern.runs.fewshot import IMAGES, REGRESSION, make_learner, make_tasks, sampler
 from metakern.runs.folder import (
     CONFIG,
     FIGURES,
@@ -195,7 +195,8 @@ def _show(display: Display, name: str, first: int, done: int) -> None:
 
 def _kind(settings: MAMLSettings) -> str:
     """What must be the same for results to be compared."""
-    return f"{settings.tasks} of {settings.ways} ways, {settings.shots} shots, {settings.queries} queries"
+    ways = "" if settings.tasks in REGRESSION else f"{settings.ways}-way "
+    return f"{settings.tasks}, {ways}{settings.shots}-shot with {settings.queries} queries"
 
 
 def cluster_map(

@@ -74,7 +74,7 @@ class OptimizerSettings(OuterSettings):
         """The same with nothing left open.
 
         Raises:
-            ValueError: for names that there are not, and rates that are none.
+            ValueError: for unknown names and invalid rates.
         """
         choose("problem", self.problem, tuple(PROBLEMS))
         self.check_outer("loss")

@@ -68,7 +68,7 @@ class OuterSettings:
             yield ("decay_iterations",), "with --scheduler none; --scheduler cosine falls in them"
 
     def check_outer(self, *measures: str) -> None:
-        """Raise ValueError for names that there are not, rates that are none, and a measure that the tasks have not."""
+        """Raise ValueError for unknown names, invalid rates, and a measure that these tasks lack."""
         choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
         choose("scheduler", self.scheduler, ("cosine", "none"))
         choose("monitor", self.monitor, measures)

@@ -92,8 +92,8 @@ def begin(run: Run, trainer: Trainer) -> Iterator[None]:
     launch of torchrun began it: a process that died was started anew.
 
     Raises:
-        ValueError: for a run that goes on with other settings than it began with; see also
-            :func:`metakern.runs.open_folder` and :meth:`metakern.training.Trainer.resume`
+        ValueError: for a run that goes on with other settings than it began with, or to fewer iterations than it has
+            done; see also :func:`metakern.runs.open_folder` and :meth:`metakern.training.Trainer.resume`
         FolderInUse: where another process trains in the folder
         OSError: for a folder that cannot be made or written.
     """
@@ -103,6 +103,9 @@ def begin(run: Run, trainer: Trainer) -> Iterator[None]:
             goes_on = _open(run) if first else False
             if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
                 trainer.resume(required=False)  # one that ended before its first checkpoint starts again
+                _check_length(run, trainer)
+        if run.options.output is None:
+            run.console.print(f"the run is in {run.folder}/", highlight=False, markup=False, soft_wrap=True)
         if schedule := run.settings.describe_schedule():
             run.console.print(schedule, highlight=False)
         yield
@@ -146,6 +149,15 @@ def _check_unchanged(run: Run) -> None:
     if changed:
         raise ValueError(
             f"the run in {run.folder} goes on as it began, not with {'; '.join(changed)}: --output starts another"
+        )
+
+
+def _check_length(run: Run, trainer: Trainer) -> None:
+    """Raise ValueError where the run has done more already than it is asked for: config.yaml would not be true."""
+    word, done, wanted = run.settings.count, trainer.iteration, trainer.config.iterations
+    if done > wanted:
+        raise ValueError(
+            f"the run in {run.folder} has done {done} {word}: --{word} must be at least as many, got {wanted}"
         )
 
 

@@ -118,7 +118,7 @@ tags:
 
 ## Limits
 
-{limits} For other networks start at an `lr` from 0.03 to 0.3, tuned as for any optimizer, and let it decay.
+{limits} For other networks tune `lr` as for any optimizer, and let it decay; `digits_lstm` wants 0.03 to 0.3.
 
 ## Use
 

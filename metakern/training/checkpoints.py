@@ -21,6 +21,7 @@ import torch
 
 from metakern._files import TEMPORARY, check_target, write_whole
 from metakern._plain_data import one_line
+from metakern.training.run_files import CHECKPOINTS
 
 #: Version of the state that a checkpoint holds; another one is refused.
 FORMAT = 1
@@ -232,7 +233,7 @@ def find_checkpoint(path: str | Path | None, own: Checkpoints | None) -> tuple[P
     path = Path(path)
     if not path.is_dir():
         return path, read_verified(path)
-    inner = path / "checkpoints"
+    inner = path / CHECKPOINTS
     return Checkpoints(inner if inner.is_dir() else path, keep=1).load_newest()
 
 

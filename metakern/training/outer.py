@@ -146,7 +146,7 @@ class OuterLoop:
         self.skipped += 1
         self._in_a_row += 1
         if self._in_a_row >= self.config.max_skipped:
-            rates = ", ".join(str(float(group["lr"])) for group in self.optimizer.param_groups if "lr" in group)
+            rates = ", ".join(f"{float(group['lr']):.3g}" for group in self.optimizer.param_groups if "lr" in group)
             raise RuntimeError(
                 f"{self._in_a_row} outer steps in a row had a loss or meta-gradient that is not finite (the last: loss "
                 f"{loss}, norm of the meta-gradient {norm}) and were skipped: lower the optimizer's lr ({rates}) or "

@@ -68,7 +68,7 @@ class RunRecord(Callback):
 
     def on_start(self, trainer: Trainer) -> None:
         """Write down what is about to run."""
-        write_environment(self.folder)
+        write_environment(self.folder, command=self.command is not None)
         if self.command is not None:
             write_config(self.folder, self.command, self.settings or {})
         else:

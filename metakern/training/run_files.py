@@ -79,8 +79,13 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def write_environment(folder: Path) -> None:
-    """environment.json: what a run's numbers may depend on, beside its configuration."""
+def write_environment(folder: Path, *, command: bool = True) -> None:
+    """environment.json: what a run's numbers may depend on, beside its configuration.
+
+    Args:
+        folder: of the run
+        command: whether the command line trains; otherwise it is a program in Python, which is named
+    """
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
         try:
@@ -89,7 +94,8 @@ def write_environment(folder: Path) -> None:
             versions[name] = None
     machine = {"python": platform.python_version(), "platform": platform.platform(), "packages": versions}
     processes: dict[str, object] = {"processes": int(os.environ.get("WORLD_SIZE", "1")), "launch": launch()}
-    write_json(folder / ENVIRONMENT, machine | processes)
+    program: dict[str, object] = {} if command else {"command": " ".join(["python", *sys.argv])}
+    write_json(folder / ENVIRONMENT, machine | processes | program)
 
 
 def launch() -> str | None:

@@ -301,7 +301,7 @@ class Trainer:
         self.processes.spread_(self.learner.buffers())
         self.iteration += 1
         if self.scheduler is not None and not isinstance(self.scheduler, ReduceLROnPlateau):
-            self.scheduler.step()
+            self._step_schedule(self.scheduler)
         self._record(result, lr, time.perf_counter() - start)
         last = self.iteration >= config.iterations
         evaluates, keeps = (
@@ -315,6 +315,15 @@ class Trainer:
             self._save()
         # Of many processes, each knows of a signal that came to any since their last sum, and only of these.
         self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
+
+    def _step_schedule(self, scheduler: LRScheduler) -> None:
+        """Step it; a first outer step that was skipped looks forgotten to torch, whose warning is left out."""
+        if self.iteration > 1 or not self._outer.skipped:
+            scheduler.step()
+            return
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            scheduler.step()
 
     def _draw(self) -> Any:
         """The meta-batch of this iteration, the same in all processes."""

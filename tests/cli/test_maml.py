@@ -183,7 +183,8 @@ def test_runs_of_different_tasks_are_not_compared(run, tmp_path):
     succeed(f"{SINUSOID} --iterations 2 --output {tmp_path}/other --quiet")
     result = invoke(f"eval maml {folder} {tmp_path}/other --output {tmp_path}/eval")
     assert result.exit_code == 1
-    assert "runs must be of the same tasks to be compared, got digits of 5 ways" in result.stderr
+    kinds = "digits, 5-way 1-shot with 3 queries; sinusoid, 10-shot with 10 queries"
+    assert f"runs must be of the same tasks to be compared, got {kinds}" in result.stderr
 
 
 def test_a_folder_without_a_run_is_named(tmp_path):

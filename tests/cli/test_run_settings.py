@@ -68,6 +68,16 @@ def test_a_configuration_without_the_schedules_length_goes_on_with_that_of_its_r
     assert rates(folder) == pytest.approx([cosine(i, 4) for i in range(6)], rel=1e-12)
 
 
+def test_a_run_does_not_go_on_to_fewer_iterations_than_it_has_done(tmp_path):
+    folder = tmp_path / "run"
+    succeed(f"{COSINE} --iterations 4 --output {folder} --quiet")
+    before = (folder / "config.yaml").read_text()
+    result = invoke(f"train maml --resume --iterations 3 --output {folder}")
+    assert result.exit_code == 1
+    assert "has done 4 iterations: --iterations must be at least as many, got 3" in result.stderr
+    assert (folder / "config.yaml").read_text() == before
+
+
 def test_an_optimizers_run_keeps_its_schedule(tmp_path):
     options = "--networks 2 --steps 2 --unroll 2 --hidden-size 4 --eval-every 1 --eval-tasks 2 --problem rosenbrock"
     succeed(f"train optimizer {options} --episodes 2 --checkpoint-every 1 --output {tmp_path}/run --quiet")
@@ -136,8 +146,8 @@ def test_an_evaluation_leaves_the_runs_own_results(tmp_path):
 
 def test_runs_without_a_name_have_folders_of_their_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for _ in range(2):
-        succeed(f"{SINUSOID} --iterations 2 --quiet")
+    succeed(f"{SINUSOID} --iterations 2 --quiet")
+    assert "the run is in runs/maml-2/\n" in succeed(f"{SINUSOID} --iterations 2")
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["maml", "maml-2"]
     first = metrics(tmp_path / "runs" / "maml")
     succeed("train maml --resume --iterations 3 --quiet")  # the newest

@@ -181,6 +181,7 @@ def test_a_card_says_what_the_rule_is_and_what_is_not_known(folder: Path) -> Non
     assert "`preprocess='log_and_clip'`" in card
     assert "It is not recorded what this rule was meta-trained on" in card
     assert "not recorded for how many steps" in card
+    assert "`digits_lstm` wants 0.03 to 0.3" in card  # what is measured of it is not said of others
     assert "pushed" not in card
     assert "More Information Needed" not in card
 

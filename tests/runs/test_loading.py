@@ -45,6 +45,7 @@ def test_a_run_measures_as_it_did_when_it_ended(kind, tmp_path):
     (expected,) = json.loads((tmp_path / "run" / "results.json").read_text())["runs"]
     summary = measure_adaptation(run.learner, run.tasks, num_tasks=6, name="run").summary()
     assert json.loads(json.dumps(summary)) == expected["measures"]
+    assert len(repr(run)) < 500
     with pytest.raises(AttributeError, match=r"is a run of `metakern train maml` and has no rule"):
         _ = run.rule
 

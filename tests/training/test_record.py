@@ -1,6 +1,7 @@
 """What Trainer(folder=...) leaves and shows from Python: the same as the command line."""
 
 import json
+import sys
 from dataclasses import asdict
 
 import numpy as np
@@ -59,6 +60,7 @@ def test_its_configuration_says_what_it_was_given(trained):
     assert (config["learner.steps"], config["learner.lr"]) == (2, 0.01)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["tensorboard"]
+    assert environment["command"] == " ".join(["python", *sys.argv])
     with pytest.raises(ValueError, match=r"names 'MAMLLearner', which only the program that trained it can make"):
         runs.load(folder)
 

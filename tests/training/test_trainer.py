@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import warnings
 
 import pytest
 import torch
@@ -236,6 +237,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(gradient_only):
     assert not torch.equal(weights[2][0], weights[3][0])
     assert all(p.isfinite().all() for p in trainer.learner.parameters())
     assert math.isfinite(history.records[1].loss) == gradient_only
+
+
+def test_a_schedule_steps_over_skipped_iterations_without_a_warning():
+    learner = Spoiled({1, 2})
+    optimizer = torch.optim.SGD(learner.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+    config = TrainerConfig(iterations=4, num_tasks=8, eval_every=4, eval_tasks=8)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = Trainer(learner, Lines(), optimizer, config, scheduler=schedule).fit()
+    assert [record.skipped for record in history.records] == [1, 2, 2, 2]
+    assert [record.lr for record in history.records] == [0.1, 0.1, 0.05, 0.05]
 
 
 def test_too_many_skipped_steps_in_a_row_end_training_and_say_what_to_look_at(tmp_path):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from metakern._rates import check_rate
-from metakern._substitution import Replaced, Substitution, shallow_copy
+from metakern._substitution import Replaced, Substitution, copied_with_rest, named_parts, shallow_copy
 from metakern.ops.inner_update import step_of_one_task
 
 _M = TypeVar("_M")
@@ -51,21 +51,21 @@ def clone_parts(module: nn.Module, memo: Replaced, also: nn.Module | None = None
     Returns:
         autograd nodes of other tensors that the module holds, and the copies, too
     """
-    made = [] if also is None else [also]
-    made.extend(_copied(part, memo) for part in module.modules() if id(part) not in memo)
+    made: list[tuple[nn.Module, list[str] | None]] = [] if also is None else [(also, None)]
+    made.extend(_copied(part, memo) for _, part in named_parts(module) if id(part) not in memo)
     substitution = Substitution(memo, copies=True)
-    substitution.fill(made)
+    substitution.fill([copied for copied, _ in made], [rest for _, rest in made])
     return substitution.graph
 
 
-def _copied(module: nn.Module, memo: Replaced) -> nn.Module:
-    """A copy of a module alone, which still holds what the original does; ``memo`` receives it and the tensors'."""
+def _copied(module: nn.Module, memo: Replaced) -> tuple[nn.Module, list[str]]:
+    """:func:`copied_with_rest` of a module, which still holds what the original does; ``memo`` receives all copies."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"model must not be scripted or traced, got {type(module).__name__}, whose parameters cannot be replaced: "
             "pass the module that torch.jit was given"
         )
-    copied = shallow_copy(module)
+    copied, rest = copied_with_rest(module)
     memo[id(module)] = (module, copied)
     buffers = [buffer for buffer in module._buffers.values() if buffer is not None and buffer.requires_grad]
     for tensor in (*module._parameters.values(), *buffers):
@@ -77,12 +77,12 @@ def _copied(module: nn.Module, memo: Replaced) -> nn.Module:
                 "first call: call the model once before"
             )
         memo[id(tensor)] = (tensor, tensor.clone())
-    return copied
+    return copied, rest
 
 
 def replace_tensors(module: nn.Module, replaced: Replaced) -> None:
     """Put tensors in place of others wherever the module holds them."""
-    Substitution(replaced, copies=False).fill(list(module.modules()))
+    Substitution(replaced, copies=False).fill([part for _, part in named_parts(module)])
 
 
 def captures_tensors(model: nn.Module) -> bool:

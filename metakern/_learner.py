@@ -11,10 +11,20 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from metakern._attention import math_attention
 from metakern._clone import clone_parts, take_step
-from metakern._lineage import Lineage, foreign, listed, nodes_of, reach, recomputes, tensors_of, unregistered
+from metakern._lineage import (
+    Lineage,
+    foreign,
+    listed,
+    named_parameters,
+    nodes_of,
+    reach,
+    recomputes,
+    tensors_of,
+    unregistered,
+)
 from metakern._rates import check_rate
 from metakern._substitution import Replaced, is_compiled, shallow_copy
 from metakern._warn import warn_user
@@ -74,21 +84,24 @@ class Learner(nn.Module):
     def _attention(self) -> AbstractContextManager[None]:
         if self.first_order or not torch.is_grad_enabled():
             return nullcontext()
-        return sdpa_kernel(SDPBackend.MATH)
+        return math_attention()
 
     def _copy(self) -> Self:
         """A learner of the same kind around a copy of the module, in the autograd graph of this one's parameters."""
         clone = shallow_copy(self)
         memo: Replaced = {id(self): (self, clone)}
         held = clone_parts(self.module, memo, also=clone)
-        clone._lineage = self._lineage.of_clone(self.module, memo, held)
-        clone._lost_grad = self._lost_grad or not torch.is_grad_enabled()
+        # No parameters or modules, for which alone nn.Module looks when it sets an attribute.
+        clone.__dict__["_lineage"] = self._lineage.of_clone(self.module, memo, held)
+        clone.__dict__["_lost_grad"] = self._lost_grad or not torch.is_grad_enabled()
         return clone
 
     def _check_own(self, output: Any, given: Any) -> None:
         """Raise where what the module returned was not computed with the clone's own parameters; warn of strangers."""
         lineage = self._lineage
         found = lineage.reached(nodes_of(tensors_of(output)), given)
+        if not found:
+            return
         stale = sorted({name for node, name in found.items() if node in lineage.origins})
         if stale:
             raise RuntimeError(
@@ -111,7 +124,7 @@ class Learner(nn.Module):
 
     def _trainable(self) -> tuple[list[tuple[str, Tensor]], list[str]]:
         """Parameters that require gradients, and the names of those that do not."""
-        params = list(self.module.named_parameters())
+        params = named_parameters(self.module)
         if self._lost_grad and not all(p.requires_grad for _, p in params):
             lost = [name for name, p in params if not p.requires_grad]
             raise RuntimeError(f"parameters must require gradients, but {listed(lost)} do not: {_WITHOUT_GRAD}")
@@ -136,8 +149,9 @@ class Learner(nn.Module):
             raise RuntimeError(f"loss must depend on the learner's parameters; it does not require a gradient{why}")
         if not params:
             return []
-        if not self._recomputed and not is_transformed():
-            self._recomputed = recomputes(nodes_of([loss]), self._lineage.begin | self._lineage.own)
+        stops = self._lineage.begin | self._lineage.own
+        if not self._recomputed and not is_transformed() and recomputes(nodes_of([loss]), stops):
+            self._recomputed = True
         tensors, record = [p for _, p in params], not first_order
         grads = torch.autograd.grad(loss, tensors, retain_graph=record, create_graph=record, allow_unused=True)
         unused = [name for (name, _), g in zip(params, grads, strict=True) if g is None]
@@ -181,7 +195,8 @@ class Learner(nn.Module):
         holder = self if self._recomputed else None
         new = take_step(self.module, [p for _, p in params], grads, lr, holder)
         self._lineage.own = set(nodes_of(new))
-        self._lost_grad |= not torch.is_grad_enabled()
+        if not torch.is_grad_enabled():
+            self._lost_grad = True
 
 
 class MAML(Learner):
@@ -236,9 +251,10 @@ class MAML(Learner):
         A clone can be cloned, adapted or not. Arguments replace those of the constructor; None keeps them.
         """
         clone = self._copy()
-        clone.first_order = self.first_order if first_order is None else first_order
-        clone.allow_unused = self.allow_unused if allow_unused is None else allow_unused
-        clone.allow_nograd = self.allow_nograd if allow_nograd is None else allow_nograd
+        given = {"first_order": first_order, "allow_unused": allow_unused, "allow_nograd": allow_nograd}
+        for name, value in given.items():
+            if value is not None:
+                setattr(clone, name, value)
         return clone
 
     def adapt(

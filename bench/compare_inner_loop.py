@@ -2,6 +2,7 @@
 
 python -m bench.compare_inner_loop            the measurement that the README shows (tens of minutes, most to compile)
 python -m bench.compare_inner_loop --quick    small cases, no compiled peer, nothing written: that everything runs
+python -m bench.compare_inner_loop --cases TEXT --output FILE    only cases with TEXT in their title, and MAML.adapt
 
 Results go to bench/results/<device>-inner-loop.json. learn2learn, higher and torchopt take part where they can be
 imported (``pip install --target FOLDER --no-deps``, FOLDER in PYTHONPATH); the results say which could not, and why.
@@ -108,6 +109,19 @@ QUICK = Plan(
 )
 
 
+def with_cases(plan: Plan, text: str) -> Plan:
+    """The plan with those cases alone whose titles hold ``text``, and without memory; MAML.adapt is always measured.
+
+    Raises:
+        typer.BadParameter: where no case's title does
+    """
+    cells = tuple(cell for cell in plan.cells if text in cell[0].title)
+    if not cells:
+        titles = "; ".join(case.title for case, _ in plan.cells)
+        raise typer.BadParameter(f"--cases must be part of a title, got {text!r}; there are: {titles}")
+    return replace(plan, cells=cells, memory_tasks=())
+
+
 def measure_cell(
     case: Case, names: Sequence[str], plan: Plan, libraries: dict[str, ModuleType], gflops: float, advance: Advance
 ) -> dict[str, Any]:
@@ -207,15 +221,20 @@ def main(
     quick: Annotated[bool, typer.Option("--quick", help="Small cases, no compiled peer, nothing written.")] = False,
     threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one case.")] = FULL.seconds,
+    cases: Annotated[str | None, typer.Option(help="Only cases with this in their title, and MAML.adapt.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="JSON to write; default bench/results/<device>-inner-loop.json.")
     ] = None,
 ) -> None:
     """Measure metakern's inner loop against loops over tasks, torch.func and torch.compile."""
+    plan = QUICK if quick else replace(FULL, seconds=seconds)
+    if cases is not None:
+        plan = with_cases(plan, cases)
+        if output is None and not quick:
+            raise typer.BadParameter("--cases needs --output: the results of all cases stay where they are")
     console = Console()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    plan = QUICK if quick else replace(FULL, seconds=seconds)
     results = describe_run("mlp_inner_loop", "bench.compare_inner_loop") | measure(plan, console)
     show(results, console)
     if output is None and not quick:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench import compare_inner_loop
@@ -50,6 +51,16 @@ def test_quick_comparison_writes_everything(quick: Path) -> None:
     (memory,) = results["memory"]
     assert list(memory["contenders"]) == list(plan.memory_names)
     assert [target["name"].split(",")[0] for target in results["targets"]] == ["MAML.adapt on one task"]
+
+
+def test_some_of_the_cases() -> None:
+    plan = compare_inner_loop.with_cases(compare_inner_loop.FULL, "K = 5, first order")
+    assert [case.title for case, _ in plan.cells] == [sinusoid(first_order=True).title]
+    assert plan.memory_tasks == ()
+    with pytest.raises(typer.BadParameter, match="must be part of a title, got 'K = 7'; there are: sinusoid"):
+        compare_inner_loop.with_cases(plan, "K = 7")
+    with pytest.raises(typer.BadParameter, match="--cases needs --output"):
+        compare_inner_loop.main(cases="K = 5")
 
 
 PLAIN = ("metakern", "metakern, checkpoints", "metakern.MAML", "vmap", "loop")

@@ -32,7 +32,9 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> Learnin
         params: what is adapted, each [*shape]
         steps: K
     """
-    if isinstance(lr, float) and math.isfinite(lr):  # what most calls bring, before the kinds that cost to recognise
+    # What most calls bring, before the kinds that cost to recognise. A rate that changes between calls is symbolic to
+    # torch.compile, which compares it, but cannot ask math.isfinite.
+    if isinstance(lr, float) and -math.inf < lr < math.inf:
         return LearningRates(lr, False)
     if isinstance(lr, (Mapping, nn.ParameterDict)):
         return _rates_of_tensors(rates_by_name(lr, list(params)), params, steps)
@@ -93,7 +95,7 @@ def check_rate(name: str, lr: Any) -> None:
         return
     if not is_number(lr):
         raise TypeError(f"{name} must be a number or a tensor, got {type(lr).__name__}")
-    if not math.isfinite(lr):
+    if not -math.inf < lr < math.inf:
         raise ValueError(f"{name} must be finite, got {lr}")
 
 

@@ -237,6 +237,19 @@ def test_torch_compile(first_order: bool) -> None:
     assert_same(compiled(*data), losses(*data), [*net.parameters(), *lr.values()], 1e-12)
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_torch_compile_with_another_rate_at_every_call(backend: str) -> None:
+    """From the second rate on, torch.compile takes it for a symbol."""
+    episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
+
+    def losses(lr: float) -> Tensor:
+        return meta_loss(net, episode.support, episode.query, lr=lr, backend=backend)
+
+    compiled = torch.compile(losses, fullgraph=True, backend="aot_eager")
+    for lr in (0.1, 0.2, 0.3):
+        assert_same(compiled(lr), losses(lr), list(net.parameters()), 1e-12)
+
+
 def test_torch_compile_of_a_convolutional_network() -> None:
     """With the options that choose code: batch norm, patterns, masks, labels, weights of steps."""
     torch.manual_seed(0)

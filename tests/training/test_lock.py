@@ -56,6 +56,9 @@ def test_a_killed_holder_blocks_nobody(tmp_path, holder):
 
 def race(folder, number):
     trainer = make_trainer(folder, iterations=40, callbacks=[Events(lambda *_: time.sleep(0.01))])
+    (folder.parent / f"ready{number}").touch()
+    while len(list(folder.parent.glob("ready*"))) < 3:  # a process may take seconds to start
+        time.sleep(0.01)
     trainer.resume(required=False)
     trainer.fit()
 

@@ -55,7 +55,7 @@ def test_a_killed_holder_blocks_nobody(tmp_path, holder):
 
 
 def race(folder, number):
-    trainer = make_trainer(folder, iterations=40, callbacks=[Events(lambda *_: time.sleep(0.01))])
+    trainer = make_trainer(folder, iterations=40, callbacks=[Events(lambda *_: time.sleep(0.05))])
     (folder.parent / f"ready{number}").touch()
     while len(list(folder.parent.glob("ready*"))) < 3:  # a process may take seconds to start
         time.sleep(0.01)
@@ -68,7 +68,9 @@ def test_of_processes_that_race_for_a_folder_one_trains_it_whole(tmp_path):
     codes = [ended(process) for process in processes]
     assert sorted(codes) == [0, 1, 1]
     for number, code in enumerate(codes):
-        assert ("FolderInUse" in (tmp_path / f"err{number}").read_text()) == bool(code)
+        error = (tmp_path / f"err{number}").read_text()
+        # One that comes when the winner has ended is refused too, by the checkpoints that it finds.
+        assert any(name in error for name in ("FolderInUse", "FileExistsError")) == bool(code)
     state = load_checkpoint(tmp_path / "run" / "checkpoints" / "00000040.pt")
     assert state["history"]["columns"]["iteration"].tolist() == list(range(1, 41))
 

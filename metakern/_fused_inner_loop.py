@@ -21,6 +21,7 @@ from metakern._as_shipped import is_plain
 from metakern._exclusive import exclusive
 from metakern._inner_loop import is_transformed
 from metakern._inner_loop_input import adapted_names, check_step_weights, first_order_steps, task_batch
+from metakern._lineage import accumulator
 from metakern._mlp import LOSS_FUNCTIONS, Mlp, Unserved, check_data, find_mlp, known_loss, unserved_size
 from metakern._rates import learning_rates
 from metakern._recorded import record_loss, record_mlp
@@ -146,7 +147,11 @@ def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
 def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Add gradients to ``grad``; those that other threads add meanwhile, by this or by backward(), are not lost."""
     if len(sys._current_frames()) > 1:  # all of Python's threads; a thread that is alone can start none in between
-        torch.autograd.backward(list(params), list(grads))  # adds under a mutex, and takes several times as long
+        with torch.enable_grad():
+            nodes = [accumulator(p) for p in params]
+        with torch.no_grad():  # each adds in place, under the mutex that backward() takes, too
+            for node, found in zip(nodes, grads, strict=True):
+                node(found)
         return
     with torch.no_grad():
         for p, found in zip(params, grads, strict=True):

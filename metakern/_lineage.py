@@ -67,7 +67,7 @@ class Lineage:
         if self.strangers is None:  # once for all clones of a learner: it looks through every attribute
             strangers = [(where, p) for where, p in unregistered(original) if p.requires_grad]
             with torch.enable_grad():
-                self.strangers = {_accumulator(p): where for where, p in strangers}
+                self.strangers = {accumulator(p): where for where, p in strangers}
         lineage.strangers = self.strangers
         lineage.original = weakref.ref(original)
         return lineage
@@ -176,8 +176,8 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
             yield from (value for value in vars(leaf).values() if isinstance(value, Tensor))
 
 
-def _accumulator(leaf: Tensor) -> Any:
-    """The node that adds to the ``grad`` of a leaf."""
+def accumulator(leaf: Tensor) -> Any:
+    """The node that adds to the ``grad`` of a leaf, under a mutex; gradients must be enabled."""
     node: Any = leaf.view_as(leaf).grad_fn
     return node.next_functions[0][0]
 

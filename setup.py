@@ -30,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Instruction sets that every csrc/cpu/<op>.cpp is compiled for; the one in use is picked when the library loads.
+# Instruction sets that every csrc/<op>/cpu_kernel*.cpp is compiled for; the library picks one when it loads.
 CAPABILITY_FLAGS: dict[str, list[str]] = {"baseline": []}
 if IS_X86:
     CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma"]
@@ -38,27 +38,6 @@ if IS_X86:
     quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
     CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
 
-# With the options that a file asks for: inner_update gives PyTorch's bits on every instruction set.
-KERNELS: dict[str, list[str]] = {
-    "csrc/cpu/lstm_step.cpp": [],
-    "csrc/cpu/inner_update.cpp": ["-ffp-contract=off"],
-    "csrc/cpu/mlp_inner_loop.cpp": [],
-}
-SOURCES = [
-    "csrc/ops.cpp",
-    "csrc/cpu/bindings.cpp",
-    "csrc/cpu/inner_update_bindings.cpp",
-    "csrc/cpu/mlp_inner_loop_bindings.cpp",
-    "csrc/cpu/capability.cpp",
-    "csrc/cpu/result_cache.cpp",
-]
-
-CUDA_KERNELS = ["csrc/cuda/lstm_step.cu", "csrc/cuda/inner_update.cu", "csrc/cuda/mlp_inner_loop.cu"]
-CUDA_SOURCES = [
-    "csrc/cuda/bindings.cpp",
-    "csrc/cuda/inner_update_bindings.cpp",
-    "csrc/cuda/mlp_inner_loop_bindings.cpp",
-]
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
@@ -110,6 +89,31 @@ def compiler_version(compiler: list[str]) -> str:
         ) from None
     lines = result.stdout.splitlines()
     return next((line for line in lines if "release" in line), lines[0])
+
+
+class Sources(NamedTuple):
+    """The files to compile, as paths below ROOT: every one in the folders of csrc, told apart by its name."""
+
+    cpu_kernels: list[str]  # <folder>/cpu_kernel*.cpp, once per instruction set
+    once: list[str]  # every other <folder>/*.cpp
+    cuda_kernels: list[str]  # <folder>/*.cu
+    cuda: list[str]  # <folder>/cuda*.cpp, where there is CUDA
+
+    @classmethod
+    def find(cls, root: Path = ROOT) -> Sources:
+        """Those of the csrc beside setup.py, or of another root."""
+        cpp = sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cpp"))
+        kernels = [name for name in cpp if Path(name).name.startswith("cpu_kernel")]
+        cuda = [name for name in cpp if Path(name).name.startswith("cuda")]
+        once = [name for name in cpp if name not in kernels and name not in cuda]
+        return cls(kernels, once, sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cu")), cuda)
+
+
+def own_options(source: Path) -> list[str]:
+    """The compiler's options that a file's first line asks for: ``// compile with: -ffp-contract=off``."""
+    with source.open(encoding="utf-8") as file:
+        match = re.match(r"// compile with: (.+)", file.readline())
+    return match[1].split() if match else []
 
 
 class Cuda(NamedTuple):
@@ -286,20 +290,24 @@ class BuildExtension(build_ext):
         if IS_X86:
             macros["METAKERN_X86_CAPABILITIES"] = "1"
         includes = [pybind11.get_include(), *needed("torch.utils.cpp_extension").include_paths()]
-        sources, jobs = list(SOURCES), []
+        found = Sources.find()
+        sources: list[str] = list(found.once)
+        jobs: list[Job] = []
         if cuda:
             nvcc_version = compiler_version([cuda.nvcc])
             jobs += [
-                Job(cuda.command(kernel), OBJECTS / f"{kernel}.o", {"nvcc": nvcc_version}) for kernel in CUDA_KERNELS
+                Job(cuda.command(kernel), OBJECTS / f"{kernel}.o", {"nvcc": nvcc_version})
+                for kernel in found.cuda_kernels
             ]
-            sources += CUDA_SOURCES
+            sources += found.cuda
             macros["USE_CUDA"] = "1"  # torch's own switch for its CUDA shims
             macros["METAKERN_CUDA_ARCHITECTURES"] = f'"{cuda.architectures}"'
             macros["METAKERN_NVCC"] = f'"{nvcc_version}"'
             includes.append(str(cuda.home / "include"))
         versions = {"compiler": version}
         for name, capability_flags in CAPABILITY_FLAGS.items():
-            for kernel, own in KERNELS.items():
+            for kernel in found.cpu_kernels:
+                own = own_options(ROOT / kernel)
                 command = [*compiler, f"-DMK_CAPABILITY={name}", *flags, *capability_flags, *own, "-c", kernel]
                 jobs.append(Job(command, OBJECTS / name / f"{kernel}.o", versions))
         # Headers of other packages are system headers: their warnings are not ours.

@@ -154,12 +154,12 @@ def main(
 ) -> None:
     """Compile for every architecture, write the table, fail on a spill."""
     nvcc, start = find_nvcc(), time.perf_counter()
-    sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    sources = sorted((ROOT / "csrc").glob("*/*.cu"))
     jobs = [(nvcc, source, architecture) for source in sources for architecture in ARCHITECTURES]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         kernels = [kernel for found in pool.map(lambda job: compile_kernels(*job), jobs) for kernel in found]
     results = {
-        "command": f"python -m bench.ptxas: nvcc {' '.join(FLAGS)} -arch=ARCHITECTURE csrc/cuda/*.cu",
+        "command": f"python -m bench.ptxas: nvcc {' '.join(FLAGS)} -arch=ARCHITECTURE csrc/*/*.cu",
         "nvcc": nvcc_version(nvcc),
         "kernels": [asdict(kernel) for kernel in sorted(kernels, key=lambda k: (k.name, k.architecture))],
     }

@@ -3,7 +3,7 @@
 // No libm call and no fast-math: the same source serves the scalar device code and the vector loops, NaN comes out
 // where it went in, and the error is a few units in the last place (tests/ops/lstm_step/test_lstm_step.py holds it).
 #pragma once
-#include "portable.h"
+#include "../core/portable.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {

@@ -1,8 +1,8 @@
 // Activations and losses of an inner loop with their first and second derivatives: of one value or one sample, or of
 // one in every lane of a vector.
 #pragma once
-#include "../mlp_inner_loop.h"
 #include "activations.h"
+#include "mlp_kinds.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {

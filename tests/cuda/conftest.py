@@ -11,17 +11,17 @@ from tests.cuda.mlp_inner_loop_emulator import MlpEmulator
 
 @pytest.fixture(scope="session")
 def emulator() -> Emulator:
-    """csrc/cuda/lstm_step.cu, compiled for the CPU."""
+    """csrc/lstm_step/cuda_kernels.cu, compiled for the CPU."""
     return Emulator()
 
 
 @pytest.fixture(scope="session")
 def inner_update() -> InnerUpdateEmulator:
-    """csrc/cuda/inner_update.cu, compiled for the CPU."""
+    """csrc/inner_update/cuda_kernels.cu, compiled for the CPU."""
     return InnerUpdateEmulator()
 
 
 @pytest.fixture(scope="session")
 def mlp() -> MlpEmulator:
-    """csrc/cuda/mlp_inner_loop.cu, compiled for the CPU."""
+    """csrc/mlp_inner_loop/cuda_kernels.cu, compiled for the CPU."""
     return MlpEmulator()

@@ -119,7 +119,7 @@ class Library:
 
     def __init__(self, name: str) -> None:
         """Build and load it."""
-        kernels = [p for folder in ("", "cuda", "math") for p in (ROOT / "csrc" / folder).iterdir() if p.is_file()]
+        kernels = [p for p in (ROOT / "csrc").glob("*/*") if not p.name.startswith("cpu")]
         self.functions = ctypes.CDLL(str(build(name, (f"{name}.cpp", "runtime.cpp"), kernels)))
         self.functions.emulation_report.restype = ctypes.c_char_p
 

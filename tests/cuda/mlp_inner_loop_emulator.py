@@ -145,7 +145,7 @@ class Arguments:
         return sum(self.sizes) + sum(r.numel() for r in self.lr)
 
     def structure(self, memory: Guarded) -> _Problem:
-        """As csrc/mlp_inner_loop.h has it; α is copied to ``memory``."""
+        """As csrc/mlp_inner_loop/problem.h has it; α is copied to ``memory``."""
         p, n = self.problem, len(self.params)
         widths = [self.support[0].shape[2], *(q.shape[-1] for q in self.params[1::2])]
         out = _Problem(self.num_tasks, n // 2, (ctypes.c_int * (_LAYERS + 1))(*widths), self.support[0].shape[1])

@@ -17,7 +17,7 @@ BARRIER_ERROR = 719  # cudaErrorLaunchFailure
 
 @cache
 def library() -> ctypes.CDLL:
-    path = build("self_test", ("self_test.cpp", "runtime.cpp"), [ROOT / "csrc" / "cuda" / "intrinsics.cuh"])
+    path = build("self_test", ("self_test.cpp", "runtime.cpp"), [ROOT / "csrc" / "core" / "intrinsics.cuh"])
     loaded = ctypes.CDLL(str(path))
     loaded.emulation_report.restype = ctypes.c_char_p
     return loaded

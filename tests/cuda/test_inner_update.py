@@ -1,4 +1,4 @@
-"""csrc/cuda/inner_update.cu itself, run on the CPU thread by thread, held to the reference.
+"""csrc/inner_update/cuda_kernels.cu itself, run on the CPU thread by thread, held to the reference.
 
 Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """

@@ -1,4 +1,4 @@
-"""csrc/cuda/lstm_step.cu itself, run on the CPU thread by thread, held to the float64 reference.
+"""csrc/lstm_step/cuda_kernels.cu itself, run on the CPU thread by thread, held to the float64 reference.
 
 Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 """

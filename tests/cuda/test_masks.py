@@ -1,4 +1,4 @@
-"""Masks in csrc/cuda/mlp_inner_loop.cu, run on the CPU: tasks without samples, and bytes other than 0 and 1."""
+"""Masks in csrc/mlp_inner_loop/cuda_kernels.cu, run on the CPU: tasks without samples, and bytes other than 0 and 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""csrc/cuda/mlp_inner_loop.cu itself, run on the CPU thread by thread, held to the reference.
+"""csrc/mlp_inner_loop/cuda_kernels.cu itself, run on the CPU thread by thread, held to the reference.
 
 Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 """

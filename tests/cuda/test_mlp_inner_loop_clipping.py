@@ -1,4 +1,4 @@
-"""Clipped gradients and several activations in csrc/cuda/mlp_inner_loop.cu, run on the CPU thread by thread."""
+"""Clipped gradients and several activations in csrc/mlp_inner_loop/cuda_kernels.cu, run on the CPU thread by thread."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ def test_status_and_table(
     monkeypatch.setattr(ptxas, "find_nvcc", lambda: "nvcc")
     monkeypatch.setattr(ptxas, "nvcc_version", lambda nvcc: "release 13.0")
     monkeypatch.setattr(ptxas, "ARCHITECTURES", ("sm_90",))
-    monkeypatch.setattr(ptxas, "compile_kernels", lambda nvcc, source, architecture: found.get(source.stem, []))
+    monkeypatch.setattr(ptxas, "compile_kernels", lambda nvcc, source, architecture: found.get(source.parent.name, []))
     app = ptxas.typer.Typer()
     app.command()(ptxas.main)
     result = CliRunner().invoke(app, ["--output", str(tmp_path / "ptxas.json")])

@@ -35,7 +35,7 @@ PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Bounds of the preprocessing's scale p: e^p and 1/p stay finite in float32.
 MIN_SCALE, MAX_SCALE = 1e-6, 88.0
 
-#: Names of the products' precisions; a kernel receives the index. Keep in step with csrc/lstm_step.h.
+#: Names of the products' precisions; a kernel receives the index. Keep in step with csrc/lstm_step/problem.h.
 PRECISIONS = ("highest", "high", "medium")
 
 _PRECISION_INDEX = {name: index for index, name in enumerate(PRECISIONS)}

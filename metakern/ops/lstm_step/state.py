@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-#: Coordinates of one tile. Keep in step with tile_lanes in csrc/cpu/lstm_step.h.
+#: Coordinates of one tile. Keep in step with tile_lanes in csrc/core/dtypes.h.
 TILE_LANES = 32
 
 #: Version of the layout; a state of another version is refused.

@@ -26,7 +26,7 @@ from metakern.ops.core.devices import check_devices
 from metakern.ops.mlp_inner_loop import reference
 from metakern.ops.mlp_inner_loop.autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
 
-#: Keep in step with csrc/mlp_inner_loop.h.
+#: Keep in step with csrc/mlp_inner_loop/problem.h.
 MAX_LAYERS, MAX_WIDTH = 8, 1024
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -34,7 +34,7 @@ ACTIVATIONS = tuple(reference.ACTIVATIONS)
 #: Bytes of a task on the CPU, parameters three times and activations eight times: they must stay in the cache.
 MAX_TASK_BYTES = 2**24
 
-#: Keep in step with csrc/cuda/mlp_inner_loop.h.
+#: Keep in step with csrc/mlp_inner_loop/cuda.h.
 MAX_CUDA_STEPS = 256
 
 #: Keep in step with metakern/triton/mlp_arguments.py.
@@ -65,7 +65,7 @@ def unserved_by_triton(widths: tuple[int, ...]) -> str:
 def cuda_shared_bytes(
     widths: Sequence[int], samples: int, queries: int, activation: str | Sequence[str], loss: str, dtype: torch.dtype
 ) -> int:
-    """Shared memory that a block needs for one task at least: csrc/cuda/mlp_layout.h in Python.
+    """Shared memory that a block needs for one task at least: csrc/mlp_inner_loop/cuda_layout.h in Python.
 
     Of a task that takes more, which is faster, the kernels keep the rest in global memory.
     """

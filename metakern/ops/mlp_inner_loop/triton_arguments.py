@@ -1,7 +1,7 @@
 """The checks of mlp_inner_loop's arguments, and what its kernels need to know of them.
 
 They guard memory: an operator that is called directly, past the Python function, must not read out of bounds. Their
-messages are those of csrc/mlp_inner_loop_arguments.h. Axis legend: T tasks, S support and Q query samples of a task, K
+messages are those of csrc/mlp_inner_loop/arguments.h. Axis legend: T tasks, S support and Q query samples of a task, K
 inner steps, P parameters of a task.
 """
 
@@ -19,7 +19,7 @@ from metakern.core.memo import constant, memoized
 from metakern.ops.core.triton_launch import split
 from metakern.ops.mlp_inner_loop.triton_functions import MIXED
 
-#: Keep in step with csrc/mlp_inner_loop.h; what the operators alone read is padded by TASK_LANES.
+#: Keep in step with csrc/mlp_inner_loop/problem.h; what the operators alone read is padded by TASK_LANES.
 MAX_LAYERS, TASK_LANES = 8, 16
 
 #: Steps, and units, inputs or samples of a task, at most.

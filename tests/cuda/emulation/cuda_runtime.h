@@ -1,4 +1,4 @@
-// Runs CUDA kernels on the CPU, thread by thread: the built-ins that csrc/cuda uses, for tests only.
+// Runs CUDA kernels on the CPU, thread by thread: the built-ins that csrc uses, for tests only.
 //
 // Looked for first, on PyPI and in Debian 12 (2026-11): of HIP-CPU, GPU Ocelot, CuPBoP, chipStar, AdaptiveCpp and pocl
 // only the last can be had there, and it compiles OpenCL; the CUDA simulator of Numba runs kernels written in Python;

@@ -1,5 +1,6 @@
-// csrc/cuda/inner_update.cu on the emulated device, behind a C interface for tests/cuda/inner_update_emulator.py.
-#include "../../../csrc/cuda/inner_update.cu"
+// csrc/inner_update/cuda_kernels.cu on the emulated device, behind a C interface for
+// tests/cuda/inner_update_emulator.py.
+#include "../../../csrc/inner_update/cuda_kernels.cu"
 
 extern "C" {
 

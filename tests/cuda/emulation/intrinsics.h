@@ -1,4 +1,4 @@
-// What csrc/cuda/intrinsics.cuh wraps, on the CPU. Approximations are as bad as the real ones may be: each result is
+// What csrc/core/intrinsics.cuh wraps, on the CPU. Approximations are as bad as the real ones may be: each result is
 // moved to the edge of its documented error, up or down by a bit of the argument.
 #pragma once
 #include <cmath>

@@ -1,5 +1,5 @@
-// csrc/cuda/lstm_step.cu on the emulated device, behind a C interface for ctypes (tests/cuda/emulator.py).
-#include "../../../csrc/cuda/lstm_step.cu"
+// csrc/lstm_step/cuda_kernels.cu on the emulated device, behind a C interface for ctypes (tests/cuda/emulator.py).
+#include "../../../csrc/lstm_step/cuda_kernels.cu"
 
 extern "C" {
 

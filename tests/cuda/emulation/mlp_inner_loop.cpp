@@ -1,5 +1,6 @@
-// csrc/cuda/mlp_inner_loop.cu on the emulated device, behind a C interface for tests/cuda/mlp_inner_loop_emulator.py.
-#include "../../../csrc/cuda/mlp_inner_loop.cu"
+// csrc/mlp_inner_loop/cuda_kernels.cu on the emulated device, behind a C interface for
+// tests/cuda/mlp_inner_loop_emulator.py.
+#include "../../../csrc/mlp_inner_loop/cuda_kernels.cu"
 
 extern "C" {
 

@@ -1,6 +1,6 @@
 // Kernels that are wrong in one way each, and right ones, to test the emulation itself (tests/cuda/test_emulation.py).
 #define MK_CAPABILITY cuda
-#include "../../../csrc/cuda/intrinsics.cuh"
+#include "../../../csrc/core/intrinsics.cuh"
 
 namespace {
 

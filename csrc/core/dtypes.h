@@ -1,0 +1,13 @@
+// The dtypes of tensors that kernels read and write. No torch header: kernels are compiled without, because inline
+// functions of other libraries must not be compiled once per instruction set.
+#pragma once
+
+namespace metakern {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+// Elements that are converted at once between memory and the arithmetic's dtype, and the coordinates of one tile of a
+// recurrent state. Keep in step with TILE_LANES in metakern/ops/lstm_state.py.
+constexpr int tile_lanes = 32;
+
+}  // namespace metakern

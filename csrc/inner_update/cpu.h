@@ -1,0 +1,17 @@
+// Interface between the inner_update binding and its vectorised loops.
+#pragma once
+#include "problem.h"
+
+namespace metakern {
+
+constexpr int64_t update_tile = 4096;  // elements that a thread takes at a time, and whose squares make one partial sum
+
+MK_INLINE int64_t update_tiles(int64_t elements) { return (elements + update_tile - 1) / update_tile; }
+
+// The loops of one instruction set. Ranges of elements are half-open.
+struct InnerUpdateKernels {
+  void (*update)(const InnerUpdateProblem&, const InnerUpdateTensor&, int64_t first, int64_t last);
+  double (*sum_of_squares)(const InnerUpdateTensor&, int64_t first, int64_t last);  // of grads
+};
+
+}  // namespace metakern

@@ -1,0 +1,47 @@
+// Interface between the lstm_step binding and its vectorised loops.
+#pragma once
+#include "problem.h"
+
+namespace metakern {
+
+constexpr int block_tiles = 16;  // tiles whose outer products are summed in the compute dtype before going to double
+constexpr int max_groups = 128;  // partial weight gradients; a function of N alone, so threads do not change bits
+
+MK_INLINE int64_t num_blocks(const LstmStepProblem& p) { return (p.num_tiles() + block_tiles - 1) / block_tiles; }
+MK_INLINE int64_t num_groups(const LstmStepProblem& p) {
+  return num_blocks(p) < max_groups ? num_blocks(p) : max_groups;
+}
+
+struct LstmStepForward {
+  const void* packed;
+  const void* params;  // [N]
+  const void* grads;   // [N]
+  const void* state;
+  void* new_params;  // [N], may be params
+  void* new_state;   // may be state
+};
+
+struct LstmStepBackward {
+  const void* packed;
+  const void* grads;  // [N]
+  const void* state;
+  const void* grad_new_params;  // [N]
+  const void* grad_new_state;
+  void* grad_grads;  // [N]
+  void* grad_state;
+  double* partials;  // [num_groups, flat_weights]
+};
+
+// The loops of one instruction set and compute dtype. Ranges are half-open.
+struct LstmStepKernels {
+  int64_t (*packed_bytes)(const LstmStepProblem&, bool for_backward);
+  void (*pack)(const LstmStepProblem&, const void* const* weights, bool for_backward, void* packed);
+  void (*forward)(const LstmStepProblem&, const LstmStepForward&, int64_t first_tile, int64_t last_tile);
+  int64_t (*scratch_bytes)(const LstmStepProblem&);
+  void (*backward)(const LstmStepProblem&, const LstmStepBackward&, void* scratch, int64_t first_group,
+                   int64_t last_group);
+  // Adds the partials up by a fixed tree (in place) and writes the gradient of every weight.
+  void (*reduce)(const LstmStepProblem&, double* partials, void* const* grad_weights);
+};
+
+}  // namespace metakern

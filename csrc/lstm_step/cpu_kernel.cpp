@@ -1,0 +1,368 @@
+// lstm_step on the CPU: coordinates in SIMD lanes, weights broadcast, gates in registers; the state of a tile is read
+// once and written once. Compiled once per instruction set; problem.h has the axis legend.
+#include "../core/vec.h"
+#include "../math/activations_avx512.h"
+#include "../math/lstm_cell.h"
+#include "../math/outer_products.h"
+#include "../math/preprocess.h"
+#include "cpu.h"
+#include "cpu_weights.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+namespace {
+
+// Vectors of lanes that one pass keeps in registers, next to the accumulators of J units and four gates. With AVX-512
+// a weight is broadcast by the multiplication that reads it; otherwise by a load of its own, which two vectors share.
+constexpr int U = vector_bytes == 64 ? 1 : 2;
+
+template <class S>
+struct Tile {
+  static constexpr int width = U * lanes<vec_t<S>>;  // coordinates of one pass
+};
+
+template <class S>
+PreprocessScale<S> preprocess_scale(const LstmStepProblem& p) {
+  const double scale = p.preprocess_scale;
+  return {S(__builtin_exp(scale)), S(__builtin_exp(-scale)), S(1 / scale)};
+}
+
+// Pre-activations of J units: acc[j][gate][u] += sum over k of w[k][j][gate] * rows[k][u].
+template <class V, int J>
+MK_INLINE void add_products(V (&acc)[J][4][U], const lane_t<V>*& w, const lane_t<V>* rows, int count) {
+  for (int k = 0; k < count; ++k, w += J * 4, rows += tile_lanes) {
+    V x[U];
+    for (int u = 0; u < U; ++u) x[u] = load<V>(rows + u * lanes<V>);
+#pragma GCC unroll 16
+    for (int j = 0; j < J; ++j)
+#pragma GCC unroll 4
+      for (int gate = 0; gate < 4; ++gate)
+#pragma GCC unroll 2
+        for (int u = 0; u < U; ++u) acc[j][gate][u] += x[u] * w[j * 4 + gate];
+  }
+}
+
+// What a layer's units read and write, each a [rows][tile_lanes] array at the pass's first lane.
+template <class S>
+struct LayerIO {
+  const S* x;  // [inputs]
+  const S* h;  // [H]
+  const S* c;  // [H]
+  S* new_h;    // [H]
+  S* new_c;    // [H], null when recomputing for backward
+  S* gates;    // [4][H], null in forward
+  S* tanh_c;   // [H], null in forward
+};
+
+template <class V, int J>
+MK_INLINE void forward_units(const LayerIO<lane_t<V>>& io, const lane_t<V>*& w, int inputs, int H, int first) {
+  V acc[J][4][U];
+  for (int j = 0; j < J; ++j)
+    for (int gate = 0; gate < 4; ++gate)
+      for (int u = 0; u < U; ++u) acc[j][gate][u] = broadcast<V>(w[j * 4 + gate]);
+  w += J * 4;
+  add_products<V, J>(acc, w, io.x, inputs);
+  add_products<V, J>(acc, w, io.h, H);
+#pragma GCC unroll 16
+  for (int j = 0; j < J; ++j)
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u) {
+      const int64_t at = int64_t(first + j) * tile_lanes + u * lanes<V>;
+      const LstmGates<V> preactivation{acc[j][0][u], acc[j][1][u], acc[j][2][u], acc[j][3][u]};
+      const V c = load<V>(io.c + at);
+      if (io.gates == nullptr) {
+        const auto unit = lstm_unit<V>(preactivation, c);
+        store(io.new_h + at, unit.h);
+        store(io.new_c + at, unit.c);
+        continue;
+      }
+      const auto unit = lstm_unit_activations<V>(preactivation, c);
+      const int64_t gate_stride = int64_t(H) * tile_lanes;
+      store(io.new_h + at, unit.h);
+      store(io.gates + at, unit.gates.i);
+      store(io.gates + gate_stride + at, unit.gates.f);
+      store(io.gates + 2 * gate_stride + at, unit.gates.g);
+      store(io.gates + 3 * gate_stride + at, unit.gates.o);
+      store(io.tanh_c + at, unit.tanh_c);
+    }
+}
+
+template <class V>
+void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs, int H) {
+  int unit = 0;
+  for (; unit + unit_block <= H; unit += unit_block) forward_units<V, unit_block>(io, w, inputs, H, unit);
+  for (; unit < H; ++unit) forward_units<V, 1>(io, w, inputs, H, unit);
+}
+
+template <class V>
+void write_features(const LstmStepProblem& p, const PreprocessScale<lane_t<V>>& scale, const lane_t<V>* grads,
+                    lane_t<V>* features) {
+  for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+    const auto f = preprocess<V>(Preprocess(p.preprocess), scale, load<V>(grads + lane));
+    for (int k = 0; k < p.num_features; ++k) store(features + k * tile_lanes + lane, f.x[k]);
+  }
+}
+
+MK_INLINE int lanes_in_tile(const LstmStepProblem& p, int64_t tile) {
+  const int64_t left = p.num_coordinates - tile * tile_lanes;
+  return left < tile_lanes ? int(left) : tile_lanes;
+}
+
+template <class S>
+void clear_padding(S* rows, int64_t count, int used_lanes) {
+  for (int64_t row = 0; row < count; ++row)
+    for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
+}
+
+template <class S>
+void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t first_tile, int64_t last_tile) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const auto scale = preprocess_scale<S>(p);
+  const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
+  alignas(64) S grads[tile_lanes], params[tile_lanes], features[2 * tile_lanes], old_h[max_hidden * tile_lanes];
+  for (int64_t tile = first_tile; tile < last_tile; ++tile) {
+    const int used = lanes_in_tile(p, tile);
+    read_lanes(args.grads, p.dtype, tile * tile_lanes, used, grads);
+    read_lanes(args.params, p.dtype, tile * tile_lanes, used, params);
+    write_features<V>(p, scale, grads, features);
+    const S* state = static_cast<const S*>(args.state) + tile * p.tile_state();
+    S* new_state = static_cast<S*>(args.new_state) + tile * p.tile_state();
+    const S* x = features;
+    for (int layer = 0; layer < p.num_layers; ++layer) {
+      const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
+      __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
+      for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
+        forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
+                          nullptr, nullptr},
+                         packed.forward(layer), p.inputs(layer), H);
+      x = new_state + h_at;
+    }
+    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+      V out = broadcast<V>(packed.head_bias());
+      for (int j = 0; j < H; ++j) out += load<V>(x + j * tile_lanes + lane) * packed.head()[j];
+      store(params + lane, load<V>(params + lane) + out * S(p.output_scale));
+    }
+    if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
+    write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, params);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------- backward
+
+// Working memory of one thread: activations of a block of tiles, overwritten by their gradients.
+template <class S>
+struct Scratch {
+  int64_t gates_stride, hidden_stride;  // elements a tile
+  S* gates;                             // [block_tiles, L, 4, H, tile_lanes]
+  S* hidden;                            // [block_tiles, L, H, tile_lanes]     h' of every layer
+  S* features;                          // [block_tiles, 2, tile_lanes]
+  S* grad_out;                          // [block_tiles, tile_lanes]
+  S* tanh_c;                            // [L, H, tile_lanes]
+  S* grad_x;                            // [max(H, 2), tile_lanes]
+  S* last_state;                        // [L, 2, H, tile_lanes]; last tile, zero behind the last coordinate
+
+  static int64_t elements(const LstmStepProblem& p) {
+    const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
+    return tile_lanes * (block_tiles * (5 * rows + 3) + 3 * rows + (p.hidden_size < 2 ? 2 : p.hidden_size));
+  }
+  Scratch(const LstmStepProblem& p, S* memory) {
+    const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
+    gates_stride = 4 * rows * tile_lanes;
+    hidden_stride = rows * tile_lanes;
+    gates = memory;
+    hidden = gates + block_tiles * gates_stride;
+    features = hidden + block_tiles * hidden_stride;
+    grad_out = features + block_tiles * 2 * tile_lanes;
+    tanh_c = grad_out + block_tiles * tile_lanes;
+    grad_x = tanh_c + rows * tile_lanes;
+    last_state = grad_x + (p.hidden_size < 2 ? 2 : p.hidden_size) * tile_lanes;
+  }
+};
+
+// out[k] = sum over the 4H gate rows of w[row][k] * rows[row], for K inputs k at once.
+template <class V, int K>
+MK_INLINE void transposed_product(const lane_t<V>*& w, const lane_t<V>* rows, int count, lane_t<V>* out) {
+  V acc[K][U];
+  for (int k = 0; k < K; ++k)
+    for (int u = 0; u < U; ++u) acc[k][u] = broadcast<V>(0);
+  for (int row = 0; row < count; ++row, w += K) {
+    V d[U];
+    for (int u = 0; u < U; ++u) d[u] = load<V>(rows + int64_t(row) * tile_lanes + u * lanes<V>);
+#pragma GCC unroll 16
+    for (int k = 0; k < K; ++k)
+#pragma GCC unroll 2
+      for (int u = 0; u < U; ++u) acc[k][u] += d[u] * w[k];
+  }
+  for (int k = 0; k < K; ++k)
+    for (int u = 0; u < U; ++u) store(out + k * tile_lanes + u * lanes<V>, acc[k][u]);
+}
+
+template <class V>
+void transposed_products(const lane_t<V>* w, const lane_t<V>* rows, int count, lane_t<V>* out, int outputs) {
+  int k = 0;
+  for (; k + input_block <= outputs; k += input_block)
+    transposed_product<V, input_block>(w, rows, count, out + k * tile_lanes);
+  for (; k + 4 <= outputs; k += 4) transposed_product<V, 4>(w, rows, count, out + k * tile_lanes);
+  for (; k < outputs; ++k) transposed_product<V, 1>(w, rows, count, out + k * tile_lanes);
+}
+
+// Recompute one tile's gates and hidden states into the scratch memory.
+template <class S>
+void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const Scratch<S>& scratch,
+                    int in_block) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const int64_t rows = int64_t(H) * tile_lanes;
+  const S* x = scratch.features + in_block * 2 * tile_lanes;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
+    S* hidden = scratch.hidden + in_block * scratch.hidden_stride + layer * rows;
+    const S* h = state + layer * 2 * rows;
+    for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
+      forward_layer<V>({x + lane, h + lane, h + rows + lane, hidden + lane, nullptr, gates + lane,
+                        scratch.tanh_c + layer * rows + lane},
+                       packed.forward(layer), p.inputs(layer), H);
+    x = hidden;
+  }
+}
+
+// Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state.
+template <class S>
+void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const S* grad_new_state,
+                   S* grad_state, const Scratch<S>& scratch, int in_block, int used) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const int64_t rows = int64_t(H) * tile_lanes;
+  const S* grad_out = scratch.grad_out + in_block * tile_lanes;
+  for (int layer = p.num_layers - 1; layer >= 0; --layer) {
+    const bool top = layer == p.num_layers - 1;
+    S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
+    const S* c = state + (layer * 2 + 1) * rows;
+    for (int j = 0; j < H; ++j)
+      for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+        const int64_t at = int64_t(j) * tile_lanes + lane;
+        V grad_h = load<V>(grad_new_state + layer * 2 * rows + at);
+        V grad_c = load<V>(grad_new_state + (layer * 2 + 1) * rows + at);
+        grad_h += top ? load<V>(grad_out + lane) * packed.head()[j] : load<V>(scratch.grad_x + at);
+        const auto d =
+            lstm_unit_backward<V>({load<V>(gates + at), load<V>(gates + rows + at), load<V>(gates + 2 * rows + at),
+                                   load<V>(gates + 3 * rows + at)},
+                                  load<V>(scratch.tanh_c + layer * rows + at), load<V>(c + at), grad_h, grad_c);
+        store(gates + at, d.preactivation.i);
+        store(gates + rows + at, d.preactivation.f);
+        store(gates + 2 * rows + at, d.preactivation.g);
+        store(gates + 3 * rows + at, d.preactivation.o);
+        store(grad_state + (layer * 2 + 1) * rows + at, d.c);
+      }
+    if (used < tile_lanes) {  // lanes behind the last coordinate: whatever gradient was given for them is dropped
+      clear_padding(gates, 4 * H, used);
+      clear_padding(grad_state + (layer * 2 + 1) * rows, H, used);
+    }
+    for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width) {
+      transposed_products<V>(packed.transposed_h(layer), gates + lane, 4 * H, grad_state + layer * 2 * rows + lane, H);
+      transposed_products<V>(packed.transposed_x(layer), gates + lane, 4 * H, scratch.grad_x + lane, p.inputs(layer));
+    }
+  }
+}
+
+// Adds the weight gradients of a block of tiles to `partial`, laid out as lstm_step_weights.h says.
+template <class S>
+void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int first, int tiles,
+                          double* partial) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const int64_t rows = int64_t(H) * tile_lanes;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const Rows<S> gates{scratch.gates + first * scratch.gates_stride + layer * 4 * rows, scratch.gates_stride};
+    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features + first * 2 * tile_lanes, 2 * tile_lanes}
+                                 : Rows<S>{scratch.hidden + first * scratch.hidden_stride + (layer - 1) * rows,
+                                           scratch.hidden_stride};
+    const Rows<S> h{state + layer * 2 * rows, p.tile_state()};
+    const FlatLayer at(p, layer);
+    outer_products<V>(gates, 4 * H, x, p.inputs(layer), tiles, partial + at.weight_ih);
+    outer_products<V>(gates, 4 * H, h, H, tiles, partial + at.weight_hh);
+    row_sums<V>(gates, 4 * H, tiles, partial + at.bias);
+  }
+  const Rows<S> grad_out{scratch.grad_out + first * tile_lanes, tile_lanes};
+  const Rows<S> top{scratch.hidden + first * scratch.hidden_stride + (p.num_layers - 1) * rows, scratch.hidden_stride};
+  const int64_t head = p.flat_weights() - H - 1;
+  outer_products<V>(grad_out, 1, top, H, tiles, partial + head);
+  row_sums<V>(grad_out, 1, tiles, partial + head + H);
+}
+
+template <class S>
+void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, const Scratch<S>& scratch,
+                    int64_t first_tile, int tiles, double* partial) {
+  using V = vec_t<S>;
+  const auto scale = preprocess_scale<S>(p);
+  const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
+  const S* state = static_cast<const S*>(args.state) + first_tile * p.tile_state();
+  alignas(64) S grads[tile_lanes], grad_grads[tile_lanes];
+  int partial_tile = 0;
+  for (int i = 0; i < tiles; ++i) {
+    const int64_t tile = first_tile + i;
+    const int used = lanes_in_tile(p, tile);
+    S* features = scratch.features + i * 2 * tile_lanes;
+    S* grad_out = scratch.grad_out + i * tile_lanes;
+    read_lanes(args.grads, p.dtype, tile * tile_lanes, used, grads);
+    read_lanes(args.grad_new_params, p.dtype, tile * tile_lanes, used, grad_out);
+    for (int lane = 0; lane < tile_lanes; ++lane) grad_out[lane] *= S(p.output_scale);
+    write_features<V>(p, scale, grads, features);
+    const S* tile_state = state + i * p.tile_state();
+    if (used < tile_lanes) {  // whatever stands behind the last coordinate, NaN included, must not reach the weights
+      __builtin_memcpy(scratch.last_state, tile_state, sizeof(S) * p.tile_state());
+      clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
+      tile_state = scratch.last_state;
+      partial_tile = 1;
+    }
+    recompute_tile(p, packed, tile_state, scratch, i);
+    backward_tile(p, packed, tile_state, static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
+                  static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
+    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+      const Features<V> grad_features{
+          {load<V>(scratch.grad_x + lane), load<V>(scratch.grad_x + (p.num_features - 1) * tile_lanes + lane)}};
+      store(grad_grads + lane,
+            preprocess_backward<V>(Preprocess(p.preprocess), scale, load<V>(grads + lane), grad_features));
+    }
+    write_lanes(args.grad_grads, p.dtype, tile * tile_lanes, used, grad_grads);
+  }
+  add_weight_gradients(p, state, scratch, 0, tiles - partial_tile, partial);
+  if (partial_tile) add_weight_gradients<S>(p, scratch.last_state, scratch, tiles - 1, 1, partial);
+}
+
+template <class S>
+void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memory, int64_t first_group,
+              int64_t last_group) {
+  const Scratch<S> scratch(p, static_cast<S*>(memory));
+  const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
+  for (int64_t group = first_group; group < last_group; ++group) {
+    double* partial = args.partials + group * p.flat_weights();
+    for (int64_t i = 0; i < p.flat_weights(); ++i) partial[i] = 0;
+    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+      const int64_t first = block * block_tiles;
+      const int count = int(tiles - first < block_tiles ? tiles - first : block_tiles);
+      backward_block<S>(p, args, scratch, first, count, partial);
+    }
+  }
+}
+
+template <class S>
+int64_t scratch_bytes(const LstmStepProblem& p) {
+  return Scratch<S>::elements(p) * int64_t(sizeof(S));
+}
+
+template <class S>
+constexpr LstmStepKernels kernels{packed_bytes<S>,  pack_weights<S>, forward<S>,
+                                  scratch_bytes<S>, backward<S>,     reduce_partials<S>};
+
+}  // namespace
+}  // namespace MK_CAPABILITY
+
+#define MK_JOIN_(a, b) a##b
+#define MK_JOIN(a, b) MK_JOIN_(a, b)
+const LstmStepKernels& MK_JOIN(lstm_step_kernels_, MK_CAPABILITY)(bool is_double) {
+  return is_double ? kernels<double> : kernels<float>;
+}
+
+}  // namespace metakern

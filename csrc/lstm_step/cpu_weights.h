@@ -1,0 +1,138 @@
+// The weights of lstm_step in the order in which its loops read them, and the flat layout of their gradients.
+#pragma once
+#include "../core/vec.h"
+#include "cpu.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+namespace {
+
+// Units (times four gates, times U vectors) and inputs (times U vectors) whose accumulators fit the registers.
+constexpr int unit_block = vector_bytes == 64 ? 4 : 1;
+constexpr int input_block = vector_bytes == 64 ? 16 : 4;
+
+// Offsets of one layer's gradients in a flat copy: weight_ih [4H, inputs], weight_hh [4H, H], bias [4H] (both biases
+// have the same gradient). The head's weight [H] and bias come last.
+struct FlatLayer {
+  int64_t weight_ih, weight_hh, bias;
+  FlatLayer(const LstmStepProblem& p, int layer) {
+    const int64_t H = p.hidden_size;
+    int64_t at = 0;
+    for (int l = 0; l < layer; ++l) at += 4 * H * (p.inputs(l) + H + 1);
+    weight_ih = at;
+    weight_hh = weight_ih + 4 * H * p.inputs(layer);
+    bias = weight_hh + 4 * H * H;
+  }
+};
+
+// One allocation: per layer the forward part, the head's weight and bias, then per layer the transposed parts, which
+// only backward needs.
+//   forward: per block of units: bias_ih + bias_hh as [unit][gate], then [input, then hidden][unit][gate]
+//   transposed x, transposed h: per block of inputs: [gate row][input]
+template <class S>
+class PackedWeights {
+ public:
+  PackedWeights(const LstmStepProblem& problem, S* memory) : p(problem), data(memory) {}
+
+  S* forward(int layer) const {
+    S* at = data;
+    for (int l = 0; l < layer; ++l) at += 4 * H() * (p.inputs(l) + H() + 1);
+    return at;
+  }
+  S* head() const { return forward(p.num_layers); }
+  S& head_bias() const { return head()[H()]; }
+  S* transposed_x(int layer) const {
+    S* at = head() + H() + 1;
+    for (int l = 0; l < layer; ++l) at += 4 * H() * (p.inputs(l) + H());
+    return at;
+  }
+  S* transposed_h(int layer) const { return transposed_x(layer) + 4 * H() * p.inputs(layer); }
+  int64_t elements(bool with_transposed) const {
+    return (with_transposed ? transposed_x(p.num_layers) : head() + H() + 1) - data;
+  }
+
+ private:
+  int64_t H() const { return p.hidden_size; }
+  const LstmStepProblem& p;
+  S* data;
+};
+
+template <class S>
+int64_t packed_bytes(const LstmStepProblem& p, bool for_backward) {
+  return PackedWeights<S>(p, nullptr).elements(for_backward) * int64_t(sizeof(S));
+}
+
+template <class S>
+S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
+  for (int unit = 0; unit < H;) {
+    const int units = unit + unit_block <= H ? unit_block : 1;
+    const int stride = units * 4;
+    for (int j = 0; j < units; ++j)
+      for (int gate = 0; gate < 4; ++gate) {
+        const int row = gate * H + unit + j;
+        S* at = out + j * 4 + gate;  // rows are read in order and written with a stride
+        *at = w[2][row] + w[3][row];
+        for (int k = 0; k < inputs; ++k) at[(1 + k) * stride] = w[0][row * inputs + k];
+        for (int k = 0; k < H; ++k) at[(1 + inputs + k) * stride] = w[1][row * H + k];
+      }
+    out += (1 + inputs + H) * stride;
+    unit += units;
+  }
+  return out;
+}
+
+template <class S>
+S* pack_transposed(S* out, const S* w, int inputs, int H) {
+  for (int k = 0; k < inputs;) {
+    const int left = inputs - k;
+    const int count = left >= input_block ? input_block : left >= 4 ? 4 : 1;
+    for (int row = 0; row < 4 * H; ++row)
+      for (int i = 0; i < count; ++i) *out++ = w[int64_t(row) * inputs + k + i];
+    k += count;
+  }
+  return out;
+}
+
+template <class S>
+void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for_backward, void* memory) {
+  const int H = p.hidden_size;
+  S* out = static_cast<S*>(memory);
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const S* w[4];
+    for (int i = 0; i < 4; ++i) w[i] = static_cast<const S*>(weights[layer * 4 + i]);
+    out = pack_forward(out, w, p.inputs(layer), H);
+  }
+  const S* head = static_cast<const S*>(weights[p.num_layers * 4]);
+  for (int j = 0; j < H; ++j) *out++ = head[j];
+  *out++ = *static_cast<const S*>(weights[p.num_layers * 4 + 1]);
+  if (!for_backward) return;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    out = pack_transposed(out, static_cast<const S*>(weights[layer * 4]), p.inputs(layer), H);
+    out = pack_transposed(out, static_cast<const S*>(weights[layer * 4 + 1]), H, H);
+  }
+}
+
+template <class S>
+void reduce_partials(const LstmStepProblem& p, double* partials, void* const* grad_weights) {
+  const int64_t n = p.flat_weights(), H = p.hidden_size;
+  for (int64_t step = 1; step < num_groups(p); step *= 2)
+    for (int64_t group = 0; group + step < num_groups(p); group += 2 * step)
+      for (int64_t i = 0; i < n; ++i) partials[group * n + i] += partials[(group + step) * n + i];
+  const auto copy = [&](int weight, int64_t from, int64_t count) {
+    S* out = static_cast<S*>(grad_weights[weight]);
+    for (int64_t i = 0; i < count; ++i) out[i] = p.num_coordinates ? S(partials[from + i]) : S(0);
+  };
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const FlatLayer at(p, layer);
+    copy(layer * 4, at.weight_ih, 4 * H * p.inputs(layer));
+    copy(layer * 4 + 1, at.weight_hh, 4 * H * H);
+    copy(layer * 4 + 2, at.bias, 4 * H);
+    copy(layer * 4 + 3, at.bias, 4 * H);
+  }
+  copy(p.num_layers * 4, n - H - 1, H);
+  copy(p.num_layers * 4 + 1, n - 1, 1);
+}
+
+}  // namespace
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

@@ -1,0 +1,50 @@
+// The problem that every implementation of lstm_step solves. No torch header: the loops and the kernels are compiled
+// without, and inline functions of other libraries must not be compiled once per instruction set.
+//
+// Axis legend, here and in every file of this folder:
+//   N coordinates, in tiles of `tile_lanes`;  H hidden units;  L layers;  F features (1 or 2)
+//   state: [ceil(N / tile_lanes), L, 2 (h, c), H, tile_lanes], contiguous
+//   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [1, H], bias
+//   [1]
+#pragma once
+#include <stdint.h>
+
+#include "../core/dtypes.h"
+#include "../core/portable.h"
+
+namespace metakern {
+
+constexpr int max_hidden = 64;
+constexpr int max_layers = 3;
+constexpr int max_weights = 4 * max_layers + 2;
+
+// Of the products of weights and hidden states; the names are those of torch.set_float32_matmul_precision. A processor
+// without the faster product computes a finer one.
+enum class Precision : int { highest, high, medium };  // float32, TF32, bfloat16
+
+// Its functions are inlined by force: as weak symbols, one instruction set's copy could serve all.
+struct LstmStepProblem {
+  int64_t num_coordinates;
+  int hidden_size;
+  int num_layers;
+  int preprocess;  // metakern::Preprocess
+  int num_features;
+  double preprocess_scale;
+  double output_scale;
+  Precision precision;
+  DType dtype;        // of params and grads; the arithmetic is double for float64 and float otherwise
+  DType state_dtype;  // float64 for float64 params, else float32 or bfloat16
+
+  MK_INLINE int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
+  MK_INLINE int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
+  MK_INLINE int inputs(int layer) const { return layer == 0 ? num_features : hidden_size; }
+  MK_INLINE int num_weights() const { return 4 * num_layers + 2; }
+  // Elements of one flat copy of the weight gradients, the two equal biases of a layer counted once.
+  MK_INLINE int64_t flat_weights() const {
+    int64_t n = hidden_size + 1;
+    for (int l = 0; l < num_layers; ++l) n += int64_t(4) * hidden_size * (inputs(l) + hidden_size + 1);
+    return n;
+  }
+};
+
+}  // namespace metakern

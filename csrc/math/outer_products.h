@@ -1,0 +1,79 @@
+// Weight gradients: sums over coordinates of products of two arrays' rows, in a fixed order.
+#pragma once
+#include "../core/vec.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+namespace {
+
+// A [tiles, rows, tile_lanes] array with its stride between tiles.
+template <class S>
+struct Rows {
+  const S* data;
+  int64_t tile_stride;
+};
+
+// out[a][b] += sum over all lanes of A[a] * B[b], for RA x RB rows at once.
+template <class V, int RA, int RB>
+MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, double* out, int64_t out_stride) {
+  V acc[RA][RB];
+  for (int a = 0; a < RA; ++a)
+    for (int b = 0; b < RB; ++b) acc[a][b] = broadcast<V>(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const lane_t<V>* pa = A.data + tile * A.tile_stride;
+    const lane_t<V>* pb = B.data + tile * B.tile_stride;
+    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+      V xb[RB];
+#pragma GCC unroll 4
+      for (int b = 0; b < RB; ++b) xb[b] = load<V>(pb + b * tile_lanes + lane);
+#pragma GCC unroll 4
+      for (int a = 0; a < RA; ++a) {
+        const V xa = load<V>(pa + a * tile_lanes + lane);
+#pragma GCC unroll 4
+        for (int b = 0; b < RB; ++b) acc[a][b] += xa * xb[b];
+      }
+    }
+  }
+  if constexpr (RA * RB % lanes<V> == 0) {
+    lane_t<V> sums[RA * RB];
+    for (int i = 0; i < RA * RB; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(&acc[0][0] + i));
+    for (int a = 0; a < RA; ++a)
+      for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sums[a * RB + b]);
+  } else {
+    for (int a = 0; a < RA; ++a)
+      for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sum_lanes(acc[a][b]));
+  }
+}
+
+template <class V, int RA>
+MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
+  constexpr int RB = vector_bytes == 64 ? 4 : 2;
+  int b = 0;
+  for (; b + RB <= b_rows; b += RB)
+    outer_product<V, RA, RB>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; b < b_rows; ++b) outer_product<V, RA, 1>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
+}
+
+template <class V>
+void outer_products(Rows<lane_t<V>> A, int a_rows, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
+  int a = 0;
+  for (; a + 4 <= a_rows; a += 4)
+    outer_product_row<V, 4>({A.data + a * tile_lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
+  for (; a < a_rows; ++a)
+    outer_product_row<V, 1>({A.data + a * tile_lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
+}
+
+template <class V>
+void row_sums(Rows<lane_t<V>> A, int a_rows, int tiles, double* out) {
+  for (int a = 0; a < a_rows; ++a) {
+    V acc = broadcast<V>(0);
+    for (int tile = 0; tile < tiles; ++tile)
+      for (int lane = 0; lane < tile_lanes; lane += lanes<V>)
+        acc += load<V>(A.data + tile * A.tile_stride + a * tile_lanes + lane);
+    out[a] += double(sum_lanes(acc));
+  }
+}
+
+}  // namespace
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

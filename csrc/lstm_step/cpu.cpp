@@ -16,24 +16,12 @@
 
 namespace metakern {
 
-const LstmStepKernels& lstm_step_kernels_baseline(bool is_double);
-#ifdef METAKERN_X86_CAPABILITIES
-const LstmStepKernels& lstm_step_kernels_avx2(bool is_double);
-const LstmStepKernels& lstm_step_kernels_avx512(bool is_double);
-#endif
-
 namespace {
 
 const LstmStepKernels& kernels(const LstmStepProblem& p) {
   const bool is_double = p.dtype == DType::float64;
-#ifdef METAKERN_X86_CAPABILITIES
-  switch (cpu_capability()) {
-    case CpuCapability::avx512: return lstm_step_kernels_avx512(is_double);
-    case CpuCapability::avx2: return lstm_step_kernels_avx2(is_double);
-    default: break;
-  }
-#endif
-  return lstm_step_kernels_baseline(is_double);
+  return with_cpu_capability(
+      [&](auto capability) -> const LstmStepKernels& { return lstm_step_kernels<capability.value>(is_double); });
 }
 
 struct Free {

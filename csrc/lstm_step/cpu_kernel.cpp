@@ -359,9 +359,8 @@ constexpr LstmStepKernels kernels{packed_bytes<S>,  pack_weights<S>, forward<S>,
 }  // namespace
 }  // namespace MK_CAPABILITY
 
-#define MK_JOIN_(a, b) a##b
-#define MK_JOIN(a, b) MK_JOIN_(a, b)
-const LstmStepKernels& MK_JOIN(lstm_step_kernels_, MK_CAPABILITY)(bool is_double) {
+template <>
+const LstmStepKernels& lstm_step_kernels<CpuCapability::MK_CAPABILITY>(bool is_double) {
   return is_double ? kernels<double> : kernels<float>;
 }
 

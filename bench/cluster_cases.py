@@ -40,7 +40,7 @@ class Way:
             shares of the run.
         clusters: C; None: as many as there are true modes
         settled: whether the learning rate falls to zero in the end and weights are averaged
-        batches: of :class:`metakern.clustering.ClusterSampler`
+        batches: of :class:`metakern.learners.clustering.ClusterSampler`
         by_loss: whether evaluation assigns tasks by support losses, whatever training assigns them by
         wide: one model of as many parameters as all clusters have together
     """

@@ -39,9 +39,9 @@ from bench.report import CLUSTERED_COLUMNS, MEASURES, way_cells
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_clusters
 from bench.train_sinusoid import summary
-from metakern.clustering import ClusterSampler
-from metakern.figures import COLOURS
 from metakern.learners import ClusteredLearner
+from metakern.learners.clustering import ClusterSampler
+from metakern.runs.figures import COLOURS
 from metakern.training.averaging import MovingAverage, start_anew
 
 #: Where runs are kept.

@@ -26,8 +26,8 @@ from bench.timing import Calls, alternate, quantiles
 from bench.unroll import KINDS, in_subprocess
 from bench.work import BACKWARD_FORWARDS, HIDDEN, LAYERS, bytes_per_coordinate, flops_per_coordinate
 from metakern import build_info
+from metakern.ops.lstm_step.reference import PREPROCESS
 from metakern.optim import LearnedOptimizer
-from metakern.reference.lstm_step import PREPROCESS
 
 OPS = {"forward": False, "forward_backward": True}
 

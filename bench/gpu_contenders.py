@@ -18,7 +18,7 @@ from bench.contenders import Contender, Eager, Fused, Problem
 from bench.gpu_device import Device
 from metakern.ops import LSTMState, lstm_step, pack_state
 from metakern.ops.lstm_step import PRECISIONS
-from metakern.reference.lstm_step import gradient_features
+from metakern.ops.lstm_step.reference import gradient_features
 from metakern.rules import CoordinatewiseLSTM
 
 #: Largest relative difference to eager float32, by precision of the products: forward, and forward and backward. In

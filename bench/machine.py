@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import metakern
-from metakern._machine import cpu_model
+from metakern.core.machine import cpu_model
 
 
 def slug(text: str) -> str:

@@ -32,9 +32,9 @@ from bench.inner_loop_cases import Case, sinusoid
 from bench.inner_loop_contenders import Batched, Fused, Vmap, iterate
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_sinusoid
-from metakern.adaptation import mean_interval
-from metakern.figures import COLOURS
+from metakern.evaluation.adaptation import mean_interval
 from metakern.models import mlp
+from metakern.runs.figures import COLOURS
 
 WAYS: dict[str, type[Batched]] = {"metakern": Fused, "plain PyTorch": Vmap}
 

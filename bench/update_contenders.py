@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import inner_update
-from metakern.reference import inner_update as reference
+from metakern.ops.inner_update import reference
 
 #: α, one number.
 LR = 0.01

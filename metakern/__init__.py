@@ -1,11 +1,14 @@
 """Fused kernels for gradient-based meta-learning in PyTorch."""
 
-from metakern._requirements import required
+from metakern.core import moved
+from metakern.core.requirements import required
+
+moved.install()
 
 with required():
     from metakern import maml, ops, optim, rules, tasks
-    from metakern._backend import FallbackWarning, build_info, empty_cache
-    from metakern._version import __version__
+    from metakern.core.backend import FallbackWarning, build_info, empty_cache
+    from metakern.core.version import __version__
     from metakern.maml import (
         MAML,
         MetaSGD,

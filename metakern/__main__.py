@@ -11,7 +11,7 @@ def main() -> None:
     """The command line; where a library is missing, a line that names it, and status 1."""
     warnings.showwarning = show_warning
     try:
-        from metakern._requirements import required
+        from metakern.core.requirements import required
 
         with required():
             from metakern.cli import app

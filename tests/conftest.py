@@ -12,7 +12,7 @@ from torch import Tensor
 if not torch.cuda.is_available():  # Triton's kernels then run on the CPU; it reads this when it is first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from metakern import _backend
+from metakern.core import backend as _backend
 
 #: Devices that have kernels; one joins the list with its first kernel.
 DEVICES = ("cpu",)

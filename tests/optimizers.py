@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from metakern import _backend
+from metakern.core import backend as _backend
 from metakern.ops import unpack_state
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from metakern.reference import inner_update as reference
+from metakern.ops.inner_update import reference
 
 #: Sizes of one task's tensors: tails behind multiples of 4 and of 512, n = 1025 with n // 4 a multiple of 256, and no
 #: elements at all.
@@ -49,7 +49,7 @@ class Update:
     def run(self, backend: str) -> list[Tensor]:
         """Results of the operator that ``backend`` has, without the public function."""
         if backend == "triton":
-            importlib.import_module("metakern.triton.inner_update")
+            importlib.import_module("metakern.ops.inner_update.triton")
         name = "inner_update_triton" if backend == "triton" else "inner_update"
         results: list[Tensor] = getattr(torch.ops.metakern, name)(*self.arguments())
         return results

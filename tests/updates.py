@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.reference import inner_update as reference
+from metakern.ops.inner_update import reference
 
 STEPS = 3  # K where α has an axis of inner steps
 STEP = 1  # the one that is taken

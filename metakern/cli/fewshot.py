@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any
 
-from metakern._plain_data import quoted
 from metakern.cli.common import choose, group
 from metakern.cli.outer import OUTER, OuterSettings
-from metakern.clustering import BATCHES, EMBEDDINGS, METHODS
+from metakern.core.plain_data import quoted
 from metakern.learners.clustered import ASSIGNMENTS
+from metakern.learners.clustering import BATCHES, EMBEDDINGS, METHODS
 from metakern.runs.fewshot import IMAGES, REGRESSION
 
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}

@@ -13,13 +13,13 @@ import typer
 from rich.console import Console
 from torch import Tensor
 
-from metakern._requirements import check_installed
-from metakern.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
 from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, checked_settings, fail, train_command
 from metakern.cli.fewshot import MAMLSettings
 from metakern.cli.outer import device_of
 from metakern.cli.tables import adaptation_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
+from metakern.core.requirements import check_installed
+from metakern.evaluation.adaptation import TEST_SEED, Adaptation, fit_tasks, measure_adaptation
 from metakern.learners import ClusteredLearner
 from metakern.runs import load
 from metakern.runs.fewshot import IMAGES, REGRESSION, make_learner, make_tasks, sampler
@@ -138,7 +138,7 @@ def report(
     Raises:
         ValueError: for learners of different tasks.
     """
-    from metakern.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
+    from metakern.runs.figures import plot_adaptation, plot_clusters, plot_fits, plot_validation  # a second to import
 
     kinds = {_kind(each.settings) for each in trained}
     if len(kinds) > 1:

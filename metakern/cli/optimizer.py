@@ -14,13 +14,20 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakern._plain_data import RESULT_BYTES, read_json
-from metakern._requirements import check_installed
 from metakern.cli.common import ERRORS, LIBRARIES, RunOptions, choose, fail, group, train_command
 from metakern.cli.outer import EVALUATION, OUTER, OuterSettings
 from metakern.cli.tables import BEST, figures_table, print_table
 from metakern.cli.training import Run, begin, finish, fit
-from metakern.evaluation import LEARNING_RATES, TRAININGS, Curve, SpeedComparison, compare_optimizers, compare_speed
+from metakern.core.plain_data import RESULT_BYTES, read_json
+from metakern.core.requirements import check_installed
+from metakern.evaluation.optimizers import (
+    LEARNING_RATES,
+    TRAININGS,
+    Curve,
+    SpeedComparison,
+    compare_optimizers,
+    compare_speed,
+)
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
 from metakern.runs.problems import PROBLEMS, make_rule_learner
@@ -197,7 +204,7 @@ def _report(
     facts: Mapping[str, object],
     word: str,
 ) -> None:
-    from metakern.figures import plot_curves  # matplotlib takes a second to import
+    from metakern.runs.figures import plot_curves  # matplotlib takes a second to import
 
     print_table(console, optimizer_table(curves, word))
     console.print(verdict(curves), highlight=False, soft_wrap=True)

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from metakern._plain_data import quoted
 from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
+from metakern.core.plain_data import quoted
 from metakern.training import TrainerConfig
 
 #: Outer optimizers by name; of many small tensors Adam takes longer than the kernels, unless it is fused.

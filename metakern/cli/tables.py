@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 
-from metakern.adaptation import Adaptation
+from metakern.evaluation.adaptation import Adaptation
 
 #: Columns of a terminal that a name has at least; a longer one goes on in the next line.
 NAME_WIDTH = 8

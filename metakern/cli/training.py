@@ -15,8 +15,8 @@ import torch
 import typer
 from rich.console import Console
 
-from metakern._plain_data import read_json
 from metakern.cli.common import RunOptions, checked_settings, is_first_process, own_first
+from metakern.core.plain_data import read_json
 from metakern.runs.folder import (
     CONFIG,
     ENVIRONMENT,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern._trees import class_scores, flatten, map_output
-from metakern.clustering import EMBEDDINGS, Clusters, ClusterSampler, Describe, Embedding, responsibilities
+from metakern.core.trees import class_scores, flatten, map_output
+from metakern.learners.clustering import EMBEDDINGS, Clusters, ClusterSampler, Describe, Embedding, responsibilities
 from metakern.tasks import TaskDistribution
 
 #: What decides a task's cluster: the support loss after adaptation under each cluster's learner, the clusters of its
@@ -65,9 +65,9 @@ class ClusteredLearner(nn.Module):
         begin: iterations by embedding, at least 1, before those by losses
         refresh: iterations from one pool to the next
         pool: tasks of a pool, at least ``num_clusters``, and more than ``max_clusters`` where the number is chosen
-        embedding: one of :data:`metakern.clustering.EMBEDDINGS`, or a function of a batch; see
-            :class:`metakern.clustering.Embedding`, whose "losses" say nothing while all learners are copies of one:
-            assignment by losses is what uses them
+        embedding: one of :data:`metakern.learners.clustering.EMBEDDINGS`, or a function of a batch; see
+            :class:`metakern.learners.clustering.Embedding`. While all learners are copies of one, "losses" say
+            nothing: assignment by losses is what uses them
         method: "kmeans", "minibatch_kmeans" or "gmm"
         max_clusters: learners kept ready where the number is chosen
         temperature: in training by losses: 0 gives each task to one learner; above, every learner takes a share of it
@@ -78,7 +78,7 @@ class ClusteredLearner(nn.Module):
             predictions are averaged by the softmax of −support loss/temperature, those of classes as probabilities
         least_share: of a pool, at most 1, below which a cluster counts as empty
         per_cluster: False: all clusters share one learner, and shape the batches of a
-            :class:`metakern.clustering.ClusterSampler` alone
+            :class:`metakern.learners.clustering.ClusterSampler` alone
         dim: numbers that embeddings are projected to; those of a function must not be more
         seed: of projection and clusterings
 
@@ -226,7 +226,7 @@ class ClusteredLearner(nn.Module):
 
         Args:
             iteration: its number
-            tasks: where a pool is drawn; of a :class:`metakern.clustering.ClusterSampler` its own distribution
+            tasks: where a pool is drawn; of a :class:`metakern.learners.clustering.ClusterSampler` its own distribution
             generator: decides the pool
 
         Returns:

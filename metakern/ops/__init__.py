@@ -1,8 +1,8 @@
 """The operators, one file each: public function, shape rules for tracing, autograd formula, choice of backend."""
 
 from metakern.ops.inner_update import inner_update
-from metakern.ops.lstm_state import LSTMState, pack_state, unpack_state
 from metakern.ops.lstm_step import lstm_step, lstm_step_
+from metakern.ops.lstm_step.state import LSTMState, pack_state, unpack_state
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 
 __all__ = [

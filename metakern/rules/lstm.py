@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern._backend import check_backend
+from metakern.core.backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_
-from metakern.ops.lstm_state import check_layout, check_sizes
 from metakern.ops.lstm_step import check_precision, check_scales, prepare
-from metakern.reference.lstm_step import PREPROCESS, num_features
+from metakern.ops.lstm_step.reference import PREPROCESS, num_features
+from metakern.ops.lstm_step.state import check_layout, check_sizes
 from metakern.rules.pretrained import PretrainedRule
 
 

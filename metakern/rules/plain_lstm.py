@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.reference.lstm_step import gradient_features
+from metakern.ops.lstm_step.reference import gradient_features
 from metakern.rules.lstm import CoordinatewiseLSTM, flatten
 
 PlainState = list[tuple[Tensor, Tensor]]

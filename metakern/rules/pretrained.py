@@ -14,9 +14,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from metakern._digest import check_digest, digest
-from metakern._files import check_targets, write_whole
-from metakern._plain_data import check_flat, quoted, read_json
+from metakern.core.checksum import check_digest, digest
+from metakern.core.files import check_targets, write_whole
+from metakern.core.plain_data import check_flat, quoted, read_json
 
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
@@ -50,7 +50,7 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
 
         ``digits_lstm`` was meta-trained on classifiers of 8×8 digits with one hidden layer of 20 sigmoid units, for 100
         steps. On other networks, and for more steps, it needs an ``lr`` of 0.03 to 0.3 that decays; see
-        :class:`metakern.optim.LearnedOptimizer`.
+        :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
 
         Raises:
             ValueError: for a name that does not; the message lists those that do.
@@ -123,7 +123,7 @@ tags:
 ## Use
 
 ```python
-from metakern.optim import LearnedOptimizer
+from metakern.optim.learned_optimizer import LearnedOptimizer
 from metakern.rules import {name}
 
 rule = {name}.from_pretrained("path/to/this/folder")
@@ -209,7 +209,7 @@ optimizer = LearnedOptimizer(model.parameters(), rule)
 
 def _shipped() -> dict[str, Path]:
     """The folders of the rules that ship with the package, by name."""
-    root = Path(str(resources.files("metakern") / "pretrained"))
+    root = Path(str(resources.files("metakern") / "rules" / "weights"))
     return {entry.name: entry for entry in sorted(root.iterdir()) if entry.is_dir()} if root.is_dir() else {}
 
 

@@ -1,6 +1,6 @@
 """Runs that are kept: folders as commands open them, and trained learners as they are loaded."""
 
-from metakern._requirements import required
+from metakern.core.requirements import required
 
 with required():
     from metakern.runs.folder import load_weights, open_folder, read_config, save_weights, write_config, write_json

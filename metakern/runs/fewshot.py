@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._plain_data import quoted
-from metakern.clustering import ClusterSampler
+from metakern.core.plain_data import quoted
 from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.learners.clustering import ClusterSampler
 from metakern.models import conv4, mlp
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
 from metakern.tasks.digits import DOMAINS

@@ -10,9 +10,9 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from metakern._digest import check_digest
-from metakern._files import check_targets
-from metakern._plain_data import CONFIG_BYTES, check_flat, one_line, parse_yaml, quoted, read_text
+from metakern.core.checksum import check_digest
+from metakern.core.files import check_targets
+from metakern.core.plain_data import CONFIG_BYTES, check_flat, one_line, parse_yaml, quoted, read_text
 from metakern.training.lock import is_in_use
 from metakern.training.run_files import (
     CHECKPOINTS,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakern._plain_data import one_line, quoted
+from metakern.core.plain_data import one_line, quoted
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.fewshot import make_learner, make_tasks
 from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config
@@ -40,7 +40,7 @@ class LoadedRun:
 
     @property
     def rule(self) -> CoordinatewiseLSTM:
-        """The learned optimizer of ``train optimizer``, for :class:`metakern.optim.LearnedOptimizer`.
+        """The learned optimizer of ``train optimizer``, for :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
 
         Raises:
             AttributeError: for a run of another command.

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from metakern._files import write_whole
-from metakern._requirements import required
+from metakern.core.files import write_whole
+from metakern.core.requirements import required
 
 #: The folder, within that of the data set, of decoded images.
 CACHE = ".metakern-cache"

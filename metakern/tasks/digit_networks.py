@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern._memo import outside_modes
+from metakern.core.memo import outside_modes
 from metakern.tasks.digits import all_digits
 from metakern.tasks.distribution import check_split
 from metakern.tasks.network_problems import NetworkProblem

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern._memo import outside_modes
-from metakern._requirements import required
+from metakern.core.memo import outside_modes
+from metakern.core.requirements import required
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
 #: The digits of each split. A 6 that is turned looks like a 9, so one split has both; none of the others is a digit of

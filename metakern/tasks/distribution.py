@@ -12,7 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
-from metakern._trees import Data, first_tensor, map_tensors, named_tensors
+from metakern.core.trees import Data, first_tensor, map_tensors, named_tensors
 
 #: The splits of every distribution: to meta-train on, to choose by, and to report.
 SPLITS = ("train", "valid", "test")

@@ -1,6 +1,6 @@
 """The outer loop that a person runs: training, checkpoints, many processes."""
 
-from metakern._requirements import required
+from metakern.core.requirements import required
 
 with required():
     from metakern.training.callbacks import Callback

@@ -19,8 +19,8 @@ from typing import Any
 
 import torch
 
-from metakern._files import TEMPORARY, check_target, write_whole
-from metakern._plain_data import one_line
+from metakern.core.files import TEMPORARY, check_target, write_whole
+from metakern.core.plain_data import one_line
 from metakern.training.run_files import CHECKPOINTS
 
 #: Version of the state that a checkpoint holds; another one is refused.

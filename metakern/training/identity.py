@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metakern._plain_data import LIST_ENTRIES, quoted
+from metakern.core.plain_data import LIST_ENTRIES, quoted
 
 #: Options of an optimizer that a schedule moves; a checkpoint brings its own.
 _RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"})

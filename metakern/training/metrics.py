@@ -13,10 +13,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import torch
 
-from metakern._files import write_whole
-from metakern._plain_data import parse_json
-from metakern._requirements import required
-from metakern.adaptation import chance_accuracy
+from metakern.core.files import write_whole
+from metakern.core.plain_data import parse_json
+from metakern.core.requirements import required
+from metakern.evaluation.adaptation import chance_accuracy
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
 from metakern.training.run_files import FIGURES, METRICS, finite
@@ -151,7 +151,7 @@ class LearningCurves(Callback):
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
         """Draw, unless there is nothing to show."""
-        from metakern.figures import plot_learning  # matplotlib takes a second to import
+        from metakern.runs.figures import plot_learning  # matplotlib takes a second to import
 
         path = self.folder / METRICS
         iterations, evaluations = read_metrics(path) if path.is_file() else ([], [])

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from metakern._files import check_targets
-from metakern._requirements import check_installed
+from metakern.core.files import check_targets
+from metakern.core.requirements import check_installed
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
 from metakern.training.identity import plain_settings

@@ -28,10 +28,10 @@ import yaml  # type: ignore[import-untyped]  # its stubs are another package
 from safetensors.torch import save
 from torch import Tensor
 
-from metakern._backend import build_info
-from metakern._digest import digest
-from metakern._files import write_whole
-from metakern._version import __version__
+from metakern.core.backend import build_info
+from metakern.core.checksum import digest
+from metakern.core.files import write_whole
+from metakern.core.version import __version__
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
@@ -41,7 +41,7 @@ CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
 RESULTS = "results.json"
 
-#: Files that a training writes under fixed names, and folders; see :func:`metakern._files.check_targets`.
+#: Files that a training writes under fixed names, and folders; see :func:`metakern.core.files.check_targets`.
 FILES = (CONFIG, ENVIRONMENT, METRICS, WEIGHTS, f"{FIGURES}/learning.png")
 FOLDERS = (FIGURES, CHECKPOINTS)
 
@@ -55,7 +55,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and its folder where there is none; see :func:`metakern._files.write_whole`."""
+    """Write a file whole or not at all, and its folder where there is none."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from metakern.adaptation import Adaptation
 from metakern.cli.tables import adaptation_table, figures_table, print_table
+from metakern.evaluation.adaptation import Adaptation
 from tests.cli.commands import SINUSOID, invoke, metakern, succeed
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import LSTMState
-from metakern.reference import lstm_step as reference
+from metakern.ops.lstm_step import reference
 from tests.cuda.device import DEVICE, DTYPES, Device, Guarded, Library
 
 PRECISIONS = ("highest", "high", "medium")

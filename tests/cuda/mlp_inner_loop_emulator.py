@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from metakern.ops.mlp_inner_loop_autograd import Problem, _padded
+from metakern.ops.mlp_inner_loop.autograd import Problem, _padded
 from tests.cuda.device import DEVICE, DTYPES, Device, Guarded, Library
 
 _LAYERS, _TENSORS, _STEPS = 8, 16, 256

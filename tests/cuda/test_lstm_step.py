@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import LSTMState, pack_state, unpack_state
-from metakern.reference import lstm_step as reference
+from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.device import DTYPES, Device, EmulationError
 from tests.cuda.emulator import Emulator

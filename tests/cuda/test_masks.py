@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metakern.reference.mlp_inner_loop import LOSSES
+from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE
 from tests.cuda.mlp_inner_loop_emulator import MlpEmulator
 from tests.cuda.test_mlp_inner_loop import assert_same, meta

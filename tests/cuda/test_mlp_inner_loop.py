@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops.mlp_inner_loop import ACTIVATIONS, cuda_shared_bytes, make_problem
-from metakern.reference.mlp_inner_loop import LOSSES
+from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE, assert_same_bits
 from tests.cuda.device import DEVICE, Device, EmulationError
 from tests.cuda.mlp_inner_loop_emulator import (

@@ -13,7 +13,7 @@ from tests.cuda.device import Device
 from tests.cuda.mlp_inner_loop_emulator import ONE_STEP, WITHOUT_ADJOINT, Arguments, MlpEmulator
 from tests.cuda.test_mlp_inner_loop import F32, adapt, arguments, assert_same, meta, small
 from tests.mlp_problems import F64, Case, assert_equal
-from tests.ops.test_mlp_inner_loop_activations import MIXED, exploding, plain
+from tests.ops.mlp_inner_loop.test_activations import MIXED, exploding, plain
 
 
 @pytest.mark.parametrize("first_order", [False, True, (False, True)], ids=["second", "first", "mixed"])

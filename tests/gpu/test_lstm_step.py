@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
-from metakern.reference import lstm_step as reference
+from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.test_lstm_step import PRODUCT_ERROR, error_bounds
 from tests.gpu.common import BACKENDS, forward, needs_cuda, shifted, strided, with_bfloat16_state

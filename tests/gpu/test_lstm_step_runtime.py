@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.func import grad, vmap
 
 from bench.gpu_device import CudaDevice
-from metakern import _backend
+from metakern.core import backend as _backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.gpu.common import BACKENDS, Arguments, assert_all_same_bits, captured, forward, needs_cuda
@@ -253,7 +253,7 @@ OPERATORS = {"cuda": "lstm_step", "triton": "lstm_step_triton"}
 def test_opcheck(suffix: str, backend: str) -> None:
     pytest.importorskip("expecttest", reason="torch.library.opcheck needs the package expecttest")
     if backend == "triton":
-        importlib.import_module("metakern.triton.lstm_step")
+        importlib.import_module("metakern.ops.lstm_step.triton")
     operator = getattr(torch.ops.metakern, OPERATORS[backend] + suffix).default
     problem = make_problem(33, 5, 2, device="cuda")
     tensors = [x.clone() for x in (problem.params, problem.grads, problem.state.data)]

@@ -17,7 +17,7 @@ import metakern
 from bench.gpu_device import CudaDevice
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop import ACTIVATIONS
-from metakern.reference.mlp_inner_loop import LOSSES
+from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.gpu.common import assert_all_same_bits, captured, needs_cuda, shifted, strided
 from tests.mlp_problems import F64, Case, assert_equal

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from metakern.clustering import EMBEDDINGS, METHODS, Clusters, ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner, MetaLearner
 from metakern.learners.clustered import ASSIGNMENTS
+from metakern.learners.clustering import EMBEDDINGS, METHODS, Clusters, ClusterSampler
 from metakern.tasks import Episodes
 from tests.conftest import assert_same_bits
 from tests.planted import TwoFamilies, agreement, generator, linear_learner

@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import meta_loss
-from metakern.adaptation import measure_adaptation
+from metakern.evaluation.adaptation import measure_adaptation
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.maml import PerStepBatchNorm
 from metakern.tasks import Episodes, Sinusoid
 from tests.conftest import assert_close, assert_same_bits
+from tests.inner_loop.test_data import Frozen, Model, ModelOutput, logits_of, loss_of
 from tests.inner_loops import hand_written, mlp, regression
-from tests.test_data import Frozen, Model, ModelOutput, logits_of, loss_of
 
 F64 = torch.float64
 

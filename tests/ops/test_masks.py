@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import inner_update, mlp_inner_loop, mlp_meta_loss
-from metakern.reference.mlp_inner_loop import LOSSES
+from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import assert_close, assert_same_bits
 from tests.mlp_problems import F64, Case
 from tests.updates import draw

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import metakern
-from metakern import _backend
+from metakern.core import backend as _backend
 from metakern.ops import LSTMState, inner_update, lstm_step
 
 pytestmark = pytest.mark.skipif(not _backend.is_compiled(), reason="the memory is that of the compiled kernels")

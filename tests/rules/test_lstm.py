@@ -17,7 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from metakern.ops import LSTMState, unpack_state
-from metakern.reference import lstm_step as reference
+from metakern.ops.lstm_step import reference
 from metakern.rules import CoordinatewiseLSTM
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 

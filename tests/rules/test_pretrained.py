@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from metakern._digest import digest
+from metakern.core.checksum import digest
 from metakern.rules import CoordinatewiseLSTM
 from tests.conftest import assert_same_bits
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from metakern._plain_data import CONFIG_BYTES
+from metakern.core.plain_data import CONFIG_BYTES
 from metakern.rules import CoordinatewiseLSTM
 from tests.rules.test_pretrained import CONFIG, OPTIONS, WEIGHTS, assert_refused, load, rewrite_weights
 from tests.rules.test_pretrained import folder as folder  # fixtures

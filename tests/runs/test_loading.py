@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from metakern import runs
-from metakern.adaptation import measure_adaptation
 from metakern.evaluation import training_curve
+from metakern.evaluation.adaptation import measure_adaptation
 from metakern.learners import ClusteredLearner, MAMLLearner, RuleLearner
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM

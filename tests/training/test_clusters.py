@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from metakern.clustering import ClusterSampler
 from metakern.learners import ClusteredLearner, MAMLLearner
+from metakern.learners.clustering import ClusterSampler
 from metakern.models import mlp
 from metakern.tasks import mixture
 from metakern.training import Trainer, TrainerConfig

@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from metakern import figures
-from metakern.clustering import ClusterSampler
+from metakern.learners.clustering import ClusterSampler
+from metakern.runs import figures
 from metakern.tasks import Digits
 from metakern.training import Callback, History, Record, metrics
 from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics

@@ -18,11 +18,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from metakern.triton import inner_update_kernels
-from metakern.triton import lstm_kernels as kernels
-from metakern.triton.inner_update import MAX_BLOCK, NUM_WARPS
-from metakern.triton.launch import Config
-from metakern.triton.lstm_step import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS
+from metakern.ops.core.triton_launch import Config
+from metakern.ops.inner_update import triton_kernels as inner_update_kernels
+from metakern.ops.inner_update.triton import MAX_BLOCK, NUM_WARPS
+from metakern.ops.lstm_step import triton_kernels as kernels
+from metakern.ops.lstm_step.triton import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS
 
 IN_PARAMS_DTYPE = ("old_params", "grads", "new_params", "grad_new_params", "grad_grads", "rates", "updated")
 IN_STATE_DTYPE = ("state", "new_state", "grad_state", "grad_new_state")

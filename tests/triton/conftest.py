@@ -10,9 +10,9 @@ import torch
 
 pytest.importorskip("triton", reason="needs the package triton")
 
+from metakern.ops.core.triton_launch import is_interpreted
+from metakern.ops.lstm_step import triton as triton_lstm_step
 from metakern.ops.lstm_step import triton_operators
-from metakern.triton import lstm_step as triton_lstm_step
-from metakern.triton.launch import is_interpreted
 
 triton_operators()
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import LSTMState, pack_state, unpack_state
-from metakern.reference import lstm_step as reference
+from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 from tests.problems import Problem, evaluate_reference, weight_names
 

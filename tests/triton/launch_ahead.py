@@ -18,9 +18,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
-from metakern import _backend
+from metakern.core import backend as _backend
 from metakern.ops.lstm_step import triton_operators
-from metakern.triton import mlp_inner_loop_kernels
+from metakern.ops.mlp_inner_loop import triton_kernels as mlp_inner_loop_kernels
 from tests.mlp_problems import Case
 from tests.problems import make_problem
 from tests.triton.compile_ahead import cubin_facts
@@ -85,7 +85,7 @@ LAUNCHES: dict[int, tuple[Callable[[], None], ...]] = {
 def main() -> None:
     _backend.missing = lambda *_: ""  # type: ignore[assignment]
     triton_operators()
-    importlib.import_module("metakern.triton.inner_update")
+    importlib.import_module("metakern.ops.inner_update.triton")
     run, compile_kernel = JITFunction.run, JITFunction._do_compile
 
     def bound(kernel: Any, key: Any, *args: Any, **options: Any) -> None:

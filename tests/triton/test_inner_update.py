@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from metakern.triton import inner_update as triton_inner_update
-from metakern.triton import launch as triton_launch
+from metakern.ops.core import triton_launch
+from metakern.ops.inner_update import triton as triton_inner_update
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.update_problems import RATES, SHAPES, Update, make_update
 

@@ -10,10 +10,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from metakern.reference import lstm_step as reference
-from metakern.triton import lstm_step as triton_lstm_step
-from metakern.triton.launch import Config, is_interpreted
-from metakern.triton.lstm_step import CONFIGS, FLOAT64_CONFIG
+from metakern.ops.core.triton_launch import Config, is_interpreted
+from metakern.ops.lstm_step import reference
+from metakern.ops.lstm_step import triton as triton_lstm_step
+from metakern.ops.lstm_step.triton import CONFIGS, FLOAT64_CONFIG
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.problems import evaluate_reference, make_problem
 from tests.triton.evaluation import assert_matches_reference, backward, forward, options

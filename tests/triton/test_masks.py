@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import metakern.triton.mlp_inner_loop  # noqa: F401  registers the operators
+import metakern.ops.mlp_inner_loop.triton  # noqa: F401  registers the operators
 from tests.ops import test_masks as checks
 
 LOSSES = ("mse", "cross_entropy")

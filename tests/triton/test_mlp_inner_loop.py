@@ -16,10 +16,10 @@ from torch import Tensor
 
 import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
+from metakern.ops.core.triton_launch import is_interpreted
 from metakern.ops.mlp_inner_loop import ACTIVATIONS, triton_operators
-from metakern.reference.mlp_inner_loop import LOSSES
-from metakern.triton import mlp_inner_loop as triton_mlp
-from metakern.triton.launch import is_interpreted
+from metakern.ops.mlp_inner_loop import triton as triton_mlp
+from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal

@@ -106,7 +106,7 @@ for function in (forward, in_place, backward):
 """
 
 INNER_UPDATE = """
-import metakern.triton.inner_update
+import metakern.ops.inner_update.triton
 from tests.update_problems import make_update
 
 problem = make_update(2, "per parameter", shapes=[(3, 2), (5,)], resting=(1,))
@@ -146,7 +146,7 @@ def test_compile_sees_every_kernel_of_inner_update() -> None:
 
 
 def test_metakern_works_without_triton_and_says_what_is_missing() -> None:
-    code = "import sys; sys.modules['triton'] = None; import metakern; import metakern.triton.lstm_step"
+    code = "import sys; sys.modules['triton'] = None; import metakern; import metakern.ops.lstm_step.triton"
     result = run_python(code)
     assert "ImportError: the Triton kernels need the package triton, 3.6 or newer: pip install triton" in result.stderr
     assert run_python("import sys, metakern; sys.exit('triton' in sys.modules)").returncode == 0

@@ -1,0 +1,210 @@
+"""Which implementation serves a call.
+
+``auto`` (the default) takes the fastest that works here and says once, as a :class:`FallbackWarning`, when that is the
+plain PyTorch reference. A backend that is asked for by name either runs or raises. The environment variable
+``METAKERN_BACKEND``, read when the package is imported, replaces ``auto``.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+
+from metakern.core.machine import cpu_model
+from metakern.core.version import __version__
+from metakern.core.warn import warn_user
+
+#: Names that ``backend=`` takes.
+BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
+
+#: What auto tries on a device, the fastest first; the reference serves where none of them can.
+PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
+
+_C: Any
+try:
+    from metakern import _C  # type: ignore[attr-defined,no-redef]
+
+    _missing = ""
+except (ImportError, RuntimeError) as error:  # the package must import without its kernels
+    _C = None
+    _reason = str(error)
+    if importlib.util.find_spec("metakern._C") is None:  # the import's own message speaks of a circular import
+        _reason = "metakern._C is not part of this installation: METAKERN_BUILD=0 leaves it out, and so does Windows"
+    _missing = f"the compiled kernels could not be loaded ({_reason})"
+else:
+    _C.cpu_capability()  # ValueError for a METAKERN_CPU_CAPABILITY that is not available: it was asked for by name
+
+_override = os.environ.get("METAKERN_BACKEND", "") or "auto"
+if _override not in BACKENDS:
+    raise ValueError(f"METAKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {_override!r}")
+
+
+def is_compiled() -> bool:
+    """Whether the compiled kernels were found and loaded."""
+    return _C is not None
+
+
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _architecture_list() -> list[str]:
+    return [] if _C is None else _C.cuda_architectures.replace(";", " ").split()
+
+
+class Architecture(NamedTuple):
+    """One entry of TORCH_CUDA_ARCH_LIST."""
+
+    version: tuple[int, int]
+    specific: bool  # "9.0a": code for this chip alone
+    ptx: bool  # "9.0+PTX": later ones compile it for themselves
+
+    @classmethod
+    def parse(cls, entry: str) -> Architecture:
+        """From a text like "9.0", "9.0a" or "10.0+PTX"."""
+        number, _, ptx = entry.partition("+")
+        major, minor = number.rstrip("af").split(".")
+        return cls((int(major), int(minor)), number[-1] in "af", bool(ptx))
+
+    def runs_on(self, capability: tuple[int, int]) -> bool:
+        """Whether a device of this compute capability runs code for this architecture."""
+        if self.specific or self.version > capability:
+            return self.version == capability
+        return self.ptx or self.version[0] == capability[0]
+
+
+_ARCHITECTURES = [Architecture.parse(entry) for entry in _architecture_list()]
+
+_warned: set[str] = set()
+
+
+class FallbackWarning(UserWarning):
+    """The plain PyTorch reference serves a call, because no kernel can."""
+
+
+def missing(name: str, device: torch.device) -> str:
+    """Why the backend ``name`` cannot serve tensors on ``device``; empty where it can."""
+    if name == "triton":
+        if not _HAS_TRITON:
+            return "Triton is not installed (pip install triton)"
+        if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+            return ""
+        return f"Triton's kernels serve tensors on cuda (on the CPU with TRITON_INTERPRET=1), not on {device.type}"
+    if _C is None:
+        return _missing + "; reinstall metakern with a C++ compiler at hand"
+    if name == "cpp":
+        return "" if device.type == "cpu" else f"the C++ kernels serve tensors on the CPU, not on {device.type}"
+    if device.type != "cuda":
+        return f"the CUDA kernels serve tensors on cuda, not on {device.type}"
+    if not _ARCHITECTURES:
+        return "metakern was built without CUDA; reinstall it with nvcc on PATH or CUDA_HOME set"
+    properties = torch.cuda.get_device_properties(device)
+    capability = (properties.major, properties.minor)
+    if any(architecture.runs_on(capability) for architecture in _ARCHITECTURES):
+        return ""
+    number = ".".join(map(str, capability))
+    return (
+        f"{device} has compute capability {number}, metakern was built for {_C.cuda_architectures}; reinstall it with "
+        f"TORCH_CUDA_ARCH_LIST={number}"
+    )
+
+
+def prefers_triton(backend: str | None = None) -> bool:
+    """Whether Triton's kernels will serve GPUs. None is asked: that would start CUDA, and forks could not use it."""
+    name = _override if backend in (None, "auto") else backend
+    by_auto = name == "auto" and torch.backends.cuda.is_built() and not _ARCHITECTURES
+    return _HAS_TRITON and (name == "triton" or by_auto)
+
+
+def requested(backend: str | None) -> str:
+    """The name that a call asks for, ``METAKERN_BACKEND`` in place of auto.
+
+    Raises:
+        ValueError: for a name that is not one of :data:`BACKENDS`
+    """
+    check_backend(backend)
+    return _override if backend is None or backend == "auto" else backend
+
+
+def check_backend(backend: str | None) -> None:
+    """Raise ValueError unless ``backend`` is None or one of :data:`BACKENDS`."""
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+
+
+def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] | None = None) -> str:
+    """The backend that serves a call on ``device``: one of :data:`BACKENDS` but "auto".
+
+    ``unserved`` maps backends that do not serve this call to the reason.
+
+    Raises:
+        ValueError: for a name that is not one of :data:`BACKENDS`
+        RuntimeError: for a backend that was asked for by name and cannot run here
+    """
+    name = _override if backend in (None, "auto") else backend
+    if name == "reference":
+        return name
+    check_backend(name)
+    reasons = {}
+    for candidate in PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
+        reason = (unserved or {}).get(candidate, "") or missing(candidate, device)
+        if not reason:
+            return candidate
+        reasons[candidate] = reason
+    if name != "auto":
+        raise RuntimeError(f"backend {name!r} cannot run: {reasons[name]}")
+    _warn_once("; ".join(reasons.values()))
+    return "reference"
+
+
+def _warn_once(reason: str) -> None:
+    if reason in _warned:
+        return
+    _warned.add(reason)
+    message = f"metakern uses its slow reference implementation: {reason}"
+    if torch.compiler.is_compiling():  # the compiler follows no frames
+        warnings.warn(message, FallbackWarning, stacklevel=5)
+    else:
+        warn_user(message, FallbackWarning)
+
+
+def empty_cache() -> None:
+    """Free the memory that the CPU kernels keep for their next large results.
+
+    They keep up to 1 GiB of it; the environment variable ``METAKERN_CPU_CACHE_MB`` sets another limit, 0 for none.
+    """
+    if _C is not None:
+        _C.empty_cache()
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def build_info() -> dict[str, Any]:
+    """What this installation can run: versions, compiler, instruction sets, CUDA architectures."""
+    facts: dict[str, Any] = {
+        "metakern": __version__,
+        "torch": torch.__version__,
+        "cpu": cpu_model(),
+        "compiled": is_compiled(),
+    }
+    if _C is None:
+        return facts | {"backend": _override, "reason": _missing}
+    return facts | {
+        "built_with_torch": _C.torch_version,
+        "compiler": _C.compiler,
+        "cpu_capability": _C.cpu_capability(),
+        "cpu_capabilities": _C.available_cpu_capabilities(),
+        "nvcc": _C.nvcc,
+        "cuda_architectures": _architecture_list(),
+        "triton": _triton_version(),
+        "backend": _override,
+    }

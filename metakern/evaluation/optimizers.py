@@ -1,0 +1,253 @@
+"""How well an optimizer trains networks it has not seen, learned or not: curves, tuned baselines, seconds."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.learners import RuleLearner
+from metakern.optim.learned_optimizer import LearnedOptimizer
+from metakern.rules import CoordinatewiseLSTM
+from metakern.rules.plain_lstm import PlainLSTM
+from metakern.tasks import Optimizees
+
+OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+#: Learning rates that every baseline is tried at: 10^-4 to 10^1.5, four a decade.
+LEARNING_RATES = tuple(10 ** (k / 4) for k in range(-16, 7))
+
+#: Baselines by name, as a function of the learning rate.
+BASELINES: dict[str, Callable[[float], OptimizerFactory]] = {
+    "SGD": lambda lr: lambda params: torch.optim.SGD(params, lr),
+    "Momentum 0.9": lambda lr: lambda params: torch.optim.SGD(params, lr, momentum=0.9),
+    "RMSprop": lambda lr: lambda params: torch.optim.RMSprop(params, lr),
+    "Adam": lambda lr: lambda params: torch.optim.Adam(params, lr),
+}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Training losses of one optimizer on T networks.
+
+    Attributes:
+        name: the optimizer's name
+        losses: full training loss before every step and after the last, [steps + 1, T]
+        lr: learning rate of a baseline, chosen on the validation split
+    """
+
+    name: str
+    losses: Tensor
+    lr: float | None = None
+
+    @property
+    def final(self) -> Tensor:
+        """Losses [T] after the last step."""
+        return self.losses[-1]
+
+    @property
+    def mean(self) -> float:
+        """Mean of the losses after the last step; infinity where one of them is NaN or infinite: it diverged."""
+        mean = self.final.mean().item()
+        return mean if math.isfinite(mean) else math.inf
+
+    def summary(self) -> dict[str, float | str | list[float] | None]:
+        """Plain figures for JSON."""
+        return {
+            "optimizer": self.name,
+            "lr": self.lr,
+            "final_loss_mean": self.final.mean().item(),
+            "final_loss_std": self.final.std(correction=0).item(),
+            "final_loss_median": self.final.median().item(),
+            "final_loss_max": self.final.max().item(),
+            "curve_mean": self.losses.mean(1).tolist(),
+            "curve_std": self.losses.std(1, correction=0).tolist(),
+        }
+
+
+def training_curve(
+    factory: OptimizerFactory, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, every_step: bool = True
+) -> Tensor:
+    """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
+
+    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
+
+    Returns:
+        full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
+    """
+    batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
+    params = pytree.tree_map(Tensor.requires_grad_, batch.init_params())
+    leaves = pytree.tree_leaves(params)
+    optimizer = factory(leaves)
+    losses = []
+    for _ in range(steps):
+        if every_step:
+            with torch.no_grad():
+                losses.append(batch.full_loss(params))
+        for leaf, grad in zip(leaves, torch.autograd.grad(batch.loss(params).sum(), leaves), strict=True):
+            leaf.grad = grad
+        optimizer.step()
+    with torch.no_grad():
+        losses.append(batch.full_loss(params))
+    return torch.stack(losses)
+
+
+#: Trainings of a comparison: the learned optimizer's, and for every baseline one a learning rate and one more.
+TRAININGS = 1 + len(BASELINES) * (len(LEARNING_RATES) + 1)
+
+#: Is told of every training that is done, and whether that was a curve of the comparison.
+Advance = Callable[[str, bool], object]
+
+
+def tune(
+    name: str, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, advance: Advance | None = None
+) -> float:
+    """The learning rate of :data:`LEARNING_RATES` with which a baseline ends at the lowest mean loss.
+
+    ``advance`` is called after every rate.
+    """
+
+    def final(lr: float) -> float:
+        losses = training_curve(
+            BASELINES[name](lr), problems, num_tasks=num_tasks, steps=steps, seed=seed, every_step=False
+        )
+        if advance is not None:
+            advance(f"{name}, learning rate {lr:.3g}", False)
+        return Curve(name, losses, lr).mean
+
+    return min(LEARNING_RATES, key=final)
+
+
+def compare_optimizers(
+    rule: CoordinatewiseLSTM,
+    problems: Optimizees,
+    *,
+    num_tasks: int = 64,
+    steps: int = 100,
+    seed: int = 1000,
+    advance: Advance | None = None,
+) -> Iterable[Curve]:
+    """The learned optimizer, then every baseline at its best learning rate, on the same fresh networks.
+
+    Learning rates are chosen on the validation split, where the rule's weights were chosen too; the curves are of
+    networks that learn from the test split's images. ``advance`` is called :data:`TRAININGS` times.
+    """
+    test, valid = problems.split("test"), problems.split("valid")
+
+    def curve(name: str, factory: OptimizerFactory, lr: float | None = None) -> Curve:
+        losses = training_curve(factory, test, num_tasks=num_tasks, steps=steps, seed=seed)
+        if advance is not None:
+            advance(name, True)
+        return Curve(name, losses, lr)
+
+    yield curve("Learned LSTM", lambda params: LearnedOptimizer(params, rule))
+    for name, baseline in BASELINES.items():
+        lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)
+        yield curve(name, baseline(lr), lr)
+
+
+#: Largest relative difference between the meta-gradients of the fused and the plain rule. Both are float32; rounding
+#: grows along an unroll of a trained rule, from 3e-7 with fresh weights to some 1e-4.
+SPEED_TOLERANCE = 5e-3
+
+
+@dataclass(frozen=True)
+class SpeedComparison:
+    """Seconds of one meta-iteration (an episode with all its outer steps), fused and plain, medians of ``repeats``.
+
+    ``difference`` is the distance of the two meta-gradients of an unroll on the same draws, relative to their norm.
+    """
+
+    fused_seconds: float
+    plain_seconds: float
+    repeats: int
+    coordinates: int
+    difference: float
+    tolerance: float = SPEED_TOLERANCE
+
+    @property
+    def ratio(self) -> float:
+        """How many times faster the fused rule is."""
+        return self.plain_seconds / self.fused_seconds
+
+
+def compare_speed(
+    rule: CoordinatewiseLSTM,
+    problems: Optimizees,
+    *,
+    num_tasks: int = 8,
+    steps: int = 100,
+    unroll: int = 20,
+    lr: float = 1e-2,
+    repeats: int = 3,
+) -> SpeedComparison:
+    """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
+
+    Both train by Adam in every repeat, starting from ``rule``'s weights; the rule itself is left alone.
+
+    Args:
+        rule: the rule
+        problems: what it trains on, their "train" split
+        num_tasks: T, problems of a meta-iteration
+        steps: inner steps of a meta-iteration
+        unroll: inner steps between two outer steps
+        lr: Adam's
+        repeats: meta-iterations that are timed, of each
+
+    Raises:
+        RuntimeError: where the two do not compute the same within :data:`SPEED_TOLERANCE`
+    """
+    runs = [
+        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, lr)
+        for each in (copy.deepcopy(rule), PlainLSTM(rule))
+    ]
+    fused, plain = (run.meta_gradient() for run in runs)
+    difference = ((fused - plain).norm() / plain.norm()).item()
+    if not difference <= SPEED_TOLERANCE:
+        raise RuntimeError(
+            f"the meta-gradients of the fused and the plain rule differ by {difference:.1e} relative, allowed are "
+            f"{SPEED_TOLERANCE}: a ratio of their times would mean nothing"
+        )
+    for run in runs:  # warm up
+        run.iterate()
+    seconds = [[run.iterate() for run in runs] for _ in range(repeats)]
+    batch = problems.sample(num_tasks, torch.Generator().manual_seed(0))
+    return SpeedComparison(
+        fused_seconds=statistics.median(row[0] for row in seconds),
+        plain_seconds=statistics.median(row[1] for row in seconds),
+        repeats=repeats,
+        coordinates=sum(leaf.numel() for leaf in pytree.tree_leaves(batch.init_params())),
+        difference=difference,
+    )
+
+
+class _MetaTraining:
+    """A learner's outer loop as it is timed: fresh problems, Adam, clipped gradients."""
+
+    def __init__(self, learner: RuleLearner, problems: Optimizees, num_tasks: int, lr: float) -> None:
+        self.learner, self.problems, self.num_tasks = learner, problems, num_tasks
+        self.weights = list(learner.parameters())
+        self.optimizer = torch.optim.Adam(self.weights, lr)
+        self.generator = torch.Generator().manual_seed(0)
+
+    def meta_gradient(self) -> Tensor:
+        """Of the first unroll on fresh problems, all weights in one vector; none moves."""
+        losses = next(iter(self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator))))
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(losses.mean(), self.weights)])
+
+    def iterate(self) -> float:
+        """Seconds of a meta-iteration: fresh problems solved once, with an outer step after every unroll."""
+        start = time.perf_counter()
+        for losses in self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator)):
+            self.optimizer.zero_grad()
+            losses.mean().backward()
+            nn.utils.clip_grad_norm_(self.weights, 1.0)
+            self.optimizer.step()
+        return time.perf_counter() - start

@@ -1,0 +1,282 @@
+"""Arguments of the batched inner loop: checked, and brought into one form.
+
+Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape of one parameter tensor of the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
+from metakern.inner_loop.task_loss import TaskLoss, divided
+from metakern.ops.mlp_inner_loop.autograd import wants_gradient
+from metakern.rules.rates import is_number, matching
+
+
+@dataclass(frozen=True)
+class TaskBatch:
+    """The support or the query sets of T tasks.
+
+    Attributes:
+        name: "support" or "query"
+        x: [T, S, ...], a tensor, or a tuple or dict of tensors
+        y: [T, S, ...], likewise, or None where the loss takes no target
+        mask: bool [T, S], False at padding, or None where there is none
+        labels: the smallest and the largest class label, where the loss takes labels
+        by_step: whether the axis of the inner steps stands behind that of the tasks: [T, K, S, ...]
+    """
+
+    name: str
+    x: Data
+    y: Data | None
+    mask: Tensor | None
+    labels: tuple[int, int] | None
+    by_step: bool = False
+
+    @property
+    def num_tasks(self) -> int:
+        """T."""
+        return first_tensor(self.x).shape[0]
+
+    @property
+    def num_samples(self) -> int:
+        """S."""
+        return first_tensor(self.x).shape[2 if self.by_step else 1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the samples are."""
+        return first_tensor(self.x).device
+
+    @property
+    def named(self) -> dict[str, Tensor]:
+        """The samples by what a message calls them."""
+        targets = {} if self.y is None else named_tensors(f"{self.name}_y", self.y)
+        return {**named_tensors(f"{self.name}_x", self.x), **targets}
+
+    @property
+    def tensors(self) -> tuple[Data, ...]:
+        """What differs from task to task."""
+        return tuple(part for part in (self.x, self.y, self.mask) if part is not None)
+
+    def parts(self, x: Data, *rest: Data) -> tuple[Data, Data | None, Tensor | None]:
+        """x, y and mask from ``tensors``, or from what was made of each."""
+        return x, None if self.y is None else rest[0], None if self.mask is None else rest[-1]
+
+    def with_tensors(self, tensors: Sequence[Data]) -> TaskBatch:
+        """The batch with others in place of its ``tensors``."""
+        return TaskBatch(self.name, *self.parts(*tensors), self.labels, self.by_step)
+
+    def at_step(self, step: int) -> TaskBatch:
+        """The sets [T, S, ...] of one inner step."""
+        if not self.by_step:
+            return self
+        tensors = [map_tensors(lambda tensor: tensor[:, step], part) for part in self.tensors]
+        return TaskBatch(self.name, *self.parts(*tensors), self.labels)
+
+
+# ------------------------------------------------------------------------------------------------------- task batches
+
+
+def task_batch(
+    name: str,
+    data: Any,
+    mask: Tensor | None,
+    loss: TaskLoss,
+    num_tasks: int | None = None,
+    steps: int | None = None,
+) -> TaskBatch:
+    """The sets of T tasks from a pair (x, y), each [T, S, ...]; ``name`` is "support" or "query".
+
+    With ``steps``, K, one set for each inner step: [T, K, S, ...]. Padding, where ``mask`` [T, S] is False, is replaced
+    by the task's first sample, so that it may hold anything.
+    """
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise TypeError(f"{name} must be a pair ({name}_x, {name}_y), got {type(data).__name__}")
+    x, y = data
+    axes = check_samples(f"{name}_x", x, num_tasks, steps)
+    if y is not None:
+        legend = "[T, S]" if steps is None else "[T, K, S]"
+        check_samples(f"{name}_y", y, num_tasks, steps)
+        for part, tensor in named_tensors(f"{name}_y", y).items():
+            if tensor.shape[: len(axes)] != axes:
+                raise ValueError(
+                    f"{part} must share {legend} with {name}_x, {list(axes)}, got {list(tensor.shape[: len(axes)])}"
+                )
+    elif loss.needs_target:
+        function = getattr(loss.loss, "__name__", type(loss.loss).__name__)
+        raise TypeError(
+            f"{name}_y must be given: {function} compares predictions with targets; None is for a loss that takes the "
+            "prediction alone"
+        )
+    x, y = as_data(x), as_data(y)
+    if mask is not None:
+        _check_mask(f"{name}_mask", mask, axes, first_tensor(x).device)
+        first = mask.to(torch.int8).argmax(-1, keepdim=True)
+        source = torch.where(mask, torch.arange(axes[-1], device=mask.device), first)
+        leading = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in axes[:-1]), indexing="ij")
+        places = (*(index.unsqueeze(-1) for index in leading), source)
+        x, y = (map_tensors(lambda tensor: tensor[places], part) for part in (x, y))
+    return TaskBatch(name, x, y, mask, loss.label_range(y, f"{name}_y"), steps is not None)
+
+
+def split(batch: TaskBatch, parts: int, loss: TaskLoss) -> list[tuple[TaskBatch, Tensor]]:
+    """The sets [T, S, ...] in so many parts, at most S, and the shares [T] of the whole loss that those of parts have.
+
+    All parts are masked: in some of them a task may have no sample.
+    """
+    samples = batch.num_samples
+    loss.check_parts(batch.y)
+    mask = batch.mask
+    if mask is None:
+        mask = torch.ones(batch.num_tasks, samples, dtype=torch.bool, device=batch.device)
+    masked = TaskBatch(batch.name, batch.x, batch.y, mask, batch.labels)
+    parts = min(parts, samples)
+    bounds = [samples * index // parts for index in range(parts + 1)]
+    made = []
+    for begin, end in pairwise(bounds):
+        part = masked.with_tensors(
+            [map_tensors(itemgetter((slice(None), slice(begin, end))), d) for d in masked.tensors]
+        )
+        made.append((part, loss.counts(part.y, part.mask)))
+    if loss.is_sum:
+        return made
+    whole = torch.stack([counts for _, counts in made]).sum(0)
+    return [(part, divided(counts, whole)) for part, counts in made]
+
+
+def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | None = None) -> torch.Size:
+    """[T, S], or [T, K, S] with ``steps``, that all tensors of ``x`` begin with.
+
+    Raises unless T and S are at least 1, and T is as expected if that is given.
+    """
+    shape: torch.Size | None = None
+    for part, tensor in named_tensors(name, x).items():
+        if not torch.compiler.is_compiling() and tensor.is_inference():
+            raise RuntimeError(
+                f"{part} was made in torch.inference_mode(), which forbids gradients; use torch.no_grad()"
+            )
+        if steps is None:
+            if tensor.dim() < 2 or not tensor.shape[0] or not tensor.shape[1]:
+                got = list(tensor.shape)
+                raise ValueError(f"{part} must be [T, S, ...] with at least 1 task and 1 sample, got shape {got}")
+        elif tensor.dim() < 3 or not tensor.shape[0] or not tensor.shape[2] or tensor.shape[1] != steps:
+            raise ValueError(
+                f"{part} must be [T, K, S, ...] for support_per_step=True, with K = {steps} inner steps and at least 1 "
+                f"task and 1 sample, got shape {list(tensor.shape)}"
+            )
+        if num_tasks is not None and tensor.shape[0] != num_tasks:
+            raise ValueError(f"{part} must share the task axis, T = {num_tasks}, got shape {list(tensor.shape)}")
+        axes = tensor.shape[: 2 if steps is None else 3]
+        if shape is not None and axes != shape:
+            raise ValueError(f"{part} must begin with {list(shape)} as the other tensors, got {list(tensor.shape)}")
+        shape = axes
+    assert shape is not None
+    return shape
+
+
+def _check_mask(name: str, mask: Any, axes: torch.Size, device: torch.device) -> None:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"{name} must be a bool tensor, got {got}")
+    if mask.shape != axes:
+        legend = "[T, S]" if len(axes) == 2 else "[T, K, S]"
+        raise ValueError(f"{name} must be {legend}, {list(axes)}, got {list(mask.shape)}")
+    if mask.device != device:
+        raise ValueError(f"{name} must be on the device of the samples, {device}, got {mask.device}")
+    if not torch.compiler.is_compiling() and not bool(mask.any(-1).all()):
+        empty = (~mask.any(-1)).nonzero()[:, 0].unique().tolist()
+        raise ValueError(f"{name} must leave every task a sample, got none for tasks {empty}")
+
+
+def check_labels(batch: TaskBatch, prediction: Any) -> None:
+    """Raise ValueError for a label that the model has no output for; ``prediction`` is [S, classes, ...]."""
+    if batch.labels is None or not isinstance(prediction, Tensor):
+        return
+    if prediction.dim() > 1 and batch.labels[1] >= prediction.shape[1]:
+        classes = prediction.shape[1]
+        raise ValueError(
+            f"{batch.name}_y must be 0 to {classes - 1}, as the model has {classes} outputs, got {batch.labels[1]}"
+        )
+
+
+# ----------------------------------------------------------------------------------------------------------- options
+
+
+def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
+    """Names of the parameters that are adapted: those that require gradients and match a glob pattern, or all.
+
+    In a pattern ``*`` stands for any characters, ``?`` for one.
+    A tied parameter goes by its first name and is matched by any of its names.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+    names = [name for name, p in model.named_parameters() if wants_gradient(p)]
+    if not names:
+        raise ValueError("model must have a parameter that requires a gradient, got none")
+    if patterns is None:
+        return names
+    if isinstance(patterns, str):
+        patterns = [patterns]
+    if not isinstance(patterns, Sequence) or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"parameters must be a glob pattern or a list of them, got {patterns!r}")
+    if not patterns:
+        raise ValueError("parameters must name at least one pattern, got none")
+    first = {id(p): name for name, p in reversed(list(model.named_parameters()))}
+    matched: set[str] = set()
+    for pattern in patterns:
+        aliases = model.named_parameters(remove_duplicate=False)
+        expression = matching(pattern)
+        hits = {first[id(p)] for name, p in aliases if wants_gradient(p) and expression.fullmatch(name)}
+        if not hits:
+            raise ValueError(f"parameters: {pattern!r} matches none that requires a gradient; there are {names}")
+        matched |= hits
+    return [name for name in names if name in matched]
+
+
+def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bool]:
+    """One bool for every inner step."""
+    if isinstance(first_order, (bool, np.bool_)):
+        return [bool(first_order)] * steps
+    if not isinstance(first_order, Sequence) or not all(isinstance(flag, (bool, np.bool_)) for flag in first_order):
+        raise TypeError(f"first_order must be a bool or a sequence of bools, got {first_order!r}")
+    if len(first_order) != steps:
+        raise ValueError(f"first_order must have one bool a step, {steps}, got {len(first_order)}")
+    return [bool(flag) for flag in first_order]
+
+
+def check_clip_norm(clip_norm: Any) -> float | None:
+    """It as a float; raise unless it is None or positive and finite."""
+    if clip_norm is None:
+        return None
+    if not is_number(clip_norm):
+        raise TypeError(f"clip_norm must be a number, got {clip_norm!r}")
+    if not 0 < clip_norm < math.inf:
+        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
+    return float(clip_norm)
+
+
+def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:
+    """Weights of the query loss after every step, one a step: a list of numbers, or a tensor [K]."""
+    if not steps:
+        raise ValueError("step_weights weigh the query losses after every inner step, of which steps=0 takes none")
+    if isinstance(weights, Tensor):
+        if weights.shape != (steps,):
+            raise ValueError(f"step_weights must have one weight a step, [{steps}], got {list(weights.shape)}")
+        return weights
+    if not isinstance(weights, (Sequence, np.ndarray)) or not all(is_number(w) for w in weights):
+        raise TypeError(f"step_weights must be a tensor or a sequence of numbers, got {weights!r}")
+    if len(weights) != steps:
+        raise ValueError(f"step_weights must have one weight a step, {steps}, got {len(weights)}")
+    if not all(math.isfinite(w) for w in weights):
+        raise ValueError(f"step_weights must be finite, got {weights}")
+    return [float(w) for w in weights]

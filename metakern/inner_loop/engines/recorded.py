@@ -1,0 +1,437 @@
+"""Models and losses that are recognised by what they compute: called once, under a mode that sees every function.
+
+A model with a ``forward`` of its own, or a loss that the user wrote, is served if it calls the same functions as the
+known layers and losses. Every call of adapt or meta_loss makes its own recording, and nothing is cached. An unknown
+function ends the recording before it runs, so a recording draws no random numbers of PyTorch and writes into no
+tensors. Other Python code in a ``forward`` or a loss runs once.
+
+Axis legend: S samples of a task, I inputs and O outputs of the model.
+"""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode
+
+from metakern.inner_loop.as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
+from metakern.inner_loop.engines.mlp_model import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
+from metakern.inner_loop.failures import first_line
+from metakern.inner_loop.lineage import used_by
+from metakern.ops.mlp_inner_loop import MAX_LAYERS
+
+#: Read facts that are the same for every task and step.
+_READS = frozenset(
+    [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "itemsize")]
+    + [Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__]
+    + [Tensor.is_floating_point, torch.is_floating_point, torch.is_tensor, torch.numel]
+)
+
+#: Return their first argument where there is nothing to do, and are known then alone.
+_CASTS = frozenset([Tensor.contiguous, Tensor.to, Tensor.float, Tensor.double, Tensor.long, Tensor.type_as])
+
+_RESHAPES = frozenset([Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten])
+
+_ACTIVATIONS: dict[Any, str] = {
+    **dict.fromkeys([F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_], "relu"),
+    **dict.fromkeys([torch.tanh, torch.tanh_, Tensor.tanh, Tensor.tanh_], "tanh"),
+    **dict.fromkeys([torch.sigmoid, torch.sigmoid_, Tensor.sigmoid, Tensor.sigmoid_], "sigmoid"),
+    F.gelu: "gelu",
+}
+
+_DIFFERENCES = frozenset([torch.sub, Tensor.sub, Tensor.__sub__, torch.subtract, Tensor.subtract])
+_POWERS = frozenset([torch.pow, Tensor.pow, Tensor.__pow__])
+_SQUARES = frozenset([torch.square, Tensor.square])
+_PRODUCTS = frozenset([torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply])
+_MEANS = frozenset([torch.mean, Tensor.mean])
+
+#: Classes of PyTorch that may stand in a model that is recorded. A model with any other is not run.
+_KNOWN_MODULES = (*KNOWN_CLASSES, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+_DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signature(F.leaky_relu)}
+_SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
+
+
+#: In these a change is looked for; in larger ones it is not.
+_CONTAINERS, _SMALL = frozenset([dict, list, set]), 64
+
+
+class _Stop(BaseException):
+    """Ends a recording; no Exception, which what is recorded could catch."""
+
+
+class _Recorder(TorchFunctionMode):
+    """Runs the functions that ``step`` knows, and raises at any other.
+
+    Attributes:
+        reason: why what was recorded is not served; empty so far
+        current: what the last of these functions returned
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.device, self.reason = device, ""
+        self.current: Any = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.reason:  # refused before, but the recorded code caught the exception
+            raise _Stop
+        if func in _READS:
+            return func(*args, **kwargs)
+        if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            self.refuse("it switches gradients off")
+        if torch.is_autocast_enabled(self.device.type):
+            self.refuse("it runs under autocast")
+        if func in _CASTS:
+            if not args or not self.is_known(args[0]):
+                self.refuse(f"it calls {_name(func)} of other tensors")
+            result = func(*args, **kwargs)
+            if result is not args[0]:
+                self.refuse(f"it calls {_name(func)}, which changes dtype, device or layout")
+            return result
+        return self.step(func, args, kwargs)
+
+    def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Run a function that computes, and take note; or refuse."""
+        raise NotImplementedError
+
+    def is_known(self, x: Any) -> bool:
+        """Whether ``x`` is what the functions so far work on."""
+        return x is self.current
+
+    def refuse(self, reason: str) -> None:
+        """End the recording."""
+        self.reason = reason
+        raise _Stop
+
+    def record(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What ``function`` returns.
+
+        Raises:
+            Unserved: for functions that are not known, and errors
+        """
+        try:
+            with torch.enable_grad(), self:
+                result = function(*args)
+        except _Stop:
+            result = None
+        except Exception as error:  # the generic path will meet it, too
+            raise Unserved(f"{self.what} raises {first_line(error)}") from error
+        if not self.reason and result is not self.current:
+            self.reason = "it returns something else than the last function's result"
+        if self.reason:
+            raise self.unserved()
+        return result
+
+    def unserved(self) -> Unserved:
+        """The reason as an error."""
+        is_of_call = self.reason.startswith("it ")
+        return Unserved(self.what + self.reason[2:] if is_of_call else self.reason)
+
+    what = "it"
+
+
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", None) or str(func)
+    owner = getattr(func, "__self__", None)  # of the getter of an attribute
+    return getattr(owner, "__name__", name) if name == "__get__" else name
+
+
+# ----------------------------------------------------------------------------------------------------------- models
+
+
+class _Layers(_Recorder):
+    """Records a chain of layers.
+
+    Args:
+        x: [S, ...], what the model will be called with
+        names: of the tensors that stand for the model's parameters, by id
+    """
+
+    what = "the model's forward"
+
+    def __init__(self, x: Tensor, names: dict[int, str]) -> None:
+        super().__init__(x.device)
+        self.current, self.names, self.chain = x, names, Chain()
+        self.version = x._version
+
+    def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One layer, activation or change of shape."""
+        known = kwargs.get("input", kwargs.get("self")) if not args else args[0]
+        if known is not self.current:
+            self.refuse(f"it calls {_name(func)} of something else than the last function's result")
+        self.check_version()
+        if func is F.linear:
+            self._linear(*args, **kwargs)
+        elif func in _ACTIVATIONS:
+            if func is F.gelu and kwargs.get("approximate", "none") != "none":
+                self.refuse("it calls gelu with an approximation")
+            self._note(self.chain.add_activation, _ACTIVATIONS[func])
+        elif func in _LEAKY:
+            slope = _LEAKY[func].bind(*args, **kwargs).arguments.get("negative_slope", 0.01)
+            self._note(lambda: self.chain.add_activation(leaky_relu(slope)))
+        elif func is F.dropout:
+            if _DROPOUT.bind(*args, **kwargs).arguments.get("training", True) is not False:
+                self.refuse("it calls dropout in train() mode")
+        elif func not in _RESHAPES:
+            self.refuse(f"it calls {_name(func)}")
+        result = func(*args, **kwargs)
+        if func in _RESHAPES or func is F.dropout:
+            self._reshaped(func, result)
+        self.current, self.version = result, result._version
+        return result
+
+    def check_version(self) -> None:
+        """Refuse if the last result, or the samples before the first, were written."""
+        if self.current._version != self.version:
+            self.refuse("it writes into samples or results of its layers")
+
+    def _linear(self, input: Tensor, weight: Any, bias: Any = None) -> None:
+        parameters = [id(p) in self.names for p in (weight, bias) if p is not None]
+        if not all(parameters):
+            self.refuse("it calls linear with weights that are no parameters of the model")
+        names = [self.names.get(id(p), "") for p in (weight, bias)]
+        self._note(self.chain.add_linear, names[0], weight, names[1], bias)
+
+    def _note(self, add: Callable[..., None], *args: Any) -> None:
+        try:
+            add(*args)
+        except Unserved as unserved:
+            self.refuse(str(unserved))
+
+    def _reshaped(self, func: Any, result: Tensor) -> None:
+        x: Tensor = self.current
+        rows = (x.shape[0], x[0].numel())
+        if result.dtype != x.dtype or result.shape not in (x.shape, rows):
+            self.refuse(f"it calls {_name(func)} to another shape than that of flat samples")
+        if result.shape != x.shape:
+            self._note(self.chain.add_flatten)
+
+
+def record_mlp(model: nn.Module, samples: Sequence[Tensor]) -> Mlp:
+    """The chain of layers that a model computes for a task.
+
+    Args:
+        model: any
+        samples: [S, ...] of one task for each of its sets; the model is called with one of each shape
+
+    Raises:
+        Unserved: for a model that computes anything else
+    """
+    reason = changed_functions() or _unrecorded(model)
+    if reason:
+        raise Unserved(reason)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    before = _Surroundings("the model's forward", model)
+    chains: dict[Any, Chain] = {}
+    for x in samples:
+        if x.shape not in chains:
+            chains[x.shape] = _chain_of(model, parameters, x)
+    before.check()
+    found = list(chains.values())
+    if any(not chain.equals(found[0]) for chain in found[1:]):
+        raise Unserved("the model computes something else for query sets of another size")
+    if {name for name in found[0].names if name} != set(parameters):
+        raise Unserved("the model has parameters that its layers do not use")
+    found[0].params = [parameters[name] if name else p for name, p in zip(found[0].names, found[0].params, strict=True)]
+    return found[0].mlp(recorded=True)
+
+
+def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Chain:
+    """The chain that a model computes for ``x``, of tensors in the places of its parameters.
+
+    The inner loop evaluates models so. A forward that reaches a parameter by another way, by a variable of its own or
+    in a list, would not see it adapt.
+    """
+    instead = {name: p.detach() for name, p in parameters.items()}
+    recorder = _Layers(x, {id(p): name for name, p in instead.items()})
+    versions = [p._version for p in instead.values()]
+    recorder.record(lambda: functional_call(model, instead, (x,), tie_weights=False))
+    try:
+        recorder.check_version()
+    except _Stop:
+        raise recorder.unserved() from None
+    if versions != [p._version for p in instead.values()]:
+        raise Unserved("the model's forward writes into its parameters")
+    return recorder.chain
+
+
+class _Surroundings:
+    """What a call could have changed, beside the tensors that it computes: attributes, variables, random numbers.
+
+    A model that counts its calls may compute something else in the next.
+
+    Args:
+        what: is called
+        called: the module or another callable
+    """
+
+    def __init__(self, what: str, called: Any) -> None:
+        self.what, self.called = what, called
+        self.before, self.random = self._held(), _random_states()
+
+    def check(self) -> None:
+        """Raise Unserved if anything did change."""
+        now = self._held()
+        if len(now) != len(self.before) or any(a is not b for a, b in zip(now, self.before, strict=True)):
+            raise Unserved(f"{self.what} changes attributes or variables")
+        if _random_states() != self.random:
+            raise Unserved(f"{self.what} draws random numbers")
+
+    def _held(self) -> list[Any]:
+        """Attributes, what closures and global names refer to, and what stands in small containers there."""
+        modules = list(self.called.modules()) if isinstance(self.called, nn.Module) else []
+        held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
+        found = _elements(held or [getattr(self.called, "__dict__", {})])
+        for function in {id(f): f for f in ([type(m).forward for m in modules] or [self.called])}.values():
+            found += used_by(function)
+        return found + _elements(x for x in found if type(x) in _CONTAINERS and 0 < len(x) <= _SMALL)
+
+
+def _elements(containers: Iterable[Any]) -> list[Any]:
+    """Keys and values of dicts, elements of others."""
+    found: list[Any] = []
+    for each in containers:
+        found += each
+        if isinstance(each, dict):
+            found += each.values()
+    return found
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Of Python and NumPy; PyTorch's generators cannot be reached in a recording."""
+    _, _, *numpy_state = numpy.random.get_state()  # noqa: NPY002 -- what a forward may draw from
+    return random.getstate(), numpy_state
+
+
+def _unrecorded(model: nn.Module) -> str:
+    """Why a model is not worth a recording, or must not be run for one; empty where it is."""
+    layers = 0
+    for module in model.modules():
+        kind, reason = type(module), changed_instance(module)
+        if reason == HOOKS:
+            return reason
+        if module._compiled_call_impl is not None:
+            return "the model is compiled"
+        if any(buffer is not None for buffer in module._buffers.values()):
+            return f"the model has buffers: {kind.__name__}"
+        if kind.__module__.split(".")[0] == "torch" and kind not in _KNOWN_MODULES:
+            return f"the model is no chain of nn.Linear with activations between: {kind.__name__}"
+    for p in model.parameters():
+        if not is_plain(p):
+            return "the model has weights that are no plain tensors"
+        if p.dim() not in (1, 2):
+            return f"the model has a parameter of shape {list(p.shape)}, which is none of an nn.Linear"
+        layers += p.dim() == 2
+    return "" if 1 <= layers <= MAX_LAYERS else f"the model has {layers} layers; 1 to {MAX_LAYERS} are served"
+
+
+# ----------------------------------------------------------------------------------------------------------- losses
+
+
+class _Loss(_Recorder):
+    """Records a loss: a function of PyTorch, or the mean of the squares of a difference.
+
+    Args:
+        prediction: [S, O]
+        target: of these samples
+    """
+
+    what = "the loss"
+
+    def __init__(self, prediction: Tensor, target: Tensor) -> None:
+        super().__init__(prediction.device)
+        self.prediction, self.target = prediction, target
+        self.versions = prediction._version, target._version
+        self.stage, self.name = "", ""
+
+    def is_known(self, x: Any) -> bool:
+        """Prediction, target and what was made of them."""
+        return any(x is known for known in (self.prediction, self.target, self.current))
+
+    def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """One function of the loss."""
+        stage = self._stage(func, args, kwargs)
+        if not stage:
+            self.refuse(f"it calls {_name(func)}")
+        self.stage, self.current = stage, func(*args, **kwargs)
+        return self.current
+
+    def _stage(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+        """What this function computes: "difference", "squares" or "loss"; empty for anything else."""
+        if func in LOSS_FUNCTIONS and not self.stage:
+            self.name = LOSS_FUNCTIONS[func]
+            return "loss" if self._is_plain(func, args, kwargs) else ""
+        if kwargs:
+            return ""
+        ours, of_current = [id(x) for x in args], [x is self.current for x in args]
+        if func in _DIFFERENCES and not self.stage:
+            return "difference" if sorted(ours) == sorted([id(self.prediction), id(self.target)]) else ""
+        if self.stage == "difference":
+            squared = func in _SQUARES and of_current == [True]
+            squared = squared or (func in _PRODUCTS and of_current == [True, True])
+            squared = squared or (func in _POWERS and of_current == [True, False] and _is_two(args[1]))
+            return "squares" if squared else ""
+        if self.stage == "squares" and func in _MEANS and of_current == [True]:
+            self.name = "mse"
+            return "loss"
+        return ""
+
+    def _is_plain(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+        """Whether it is called with prediction and target, and without options."""
+        signature = _SIGNATURES[func]
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+        pair = arguments.pop("input"), arguments.pop("target")
+        if pair[0] is not self.prediction or pair[1] is not self.target:
+            return False
+        return all(
+            value is default or (type(value) is type(default) and value == default)
+            for value, default in ((v, signature.parameters[name].default) for name, v in arguments.items())
+        )
+
+
+def _is_two(x: Any) -> bool:
+    return type(x) in (int, float) and x == 2
+
+
+def record_loss(loss: Callable[..., Any], mlp: Mlp, targets: Sequence[Tensor]) -> str:
+    """The name of the loss that a callable computes, among those of the fused inner loop.
+
+    Args:
+        loss: called as ``loss(prediction, y)``
+        mlp: the model
+        targets: [S, ...] of one task for each of its sets; the loss is called with one of each shape
+
+    Raises:
+        Unserved: for any other loss
+    """
+    reason = changed_functions()
+    if isinstance(loss, nn.Module) and any(changed_instance(m) == HOOKS for m in loss.modules()):
+        reason = "the loss has hooks"
+    if reason:
+        raise Unserved(reason)
+    names: dict[Any, str] = {}
+    before = _Surroundings("the loss", loss)
+    for y in targets:
+        if y.shape in names:
+            continue
+        # Without values: a loss that looks at them is none that is known.
+        prediction = mlp.params[0].detach().new_zeros(y.shape[0], mlp.widths[-1]).requires_grad_()
+        recorder = _Loss(prediction, y)
+        recorder.record(loss, prediction, y)
+        if recorder.stage != "loss" or recorder.versions != (prediction._version, y._version):
+            raise Unserved("the loss is none of mse_loss, cross_entropy and binary_cross_entropy_with_logits")
+        names[y.shape] = recorder.name
+    before.check()
+    if len(set(names.values())) != 1:
+        raise Unserved("the loss is another one for query sets of another size")
+    return names[targets[0].shape]

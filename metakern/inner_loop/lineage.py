@@ -1,0 +1,270 @@
+"""Finds parameters of an original model in what a clone computes, where the clone's own should stand.
+
+A clone's parameters begin in the autograd graph at the ``clone()`` of the original's. What reaches an original's
+parameter by another way was computed with the original itself, and does not adapt.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.inner_loop.substitution import Replaced, named_parts
+
+#: Where tensors stand in the autograd graph.
+Nodes = set[Any]
+
+
+class Lineage:
+    """What a clone stems from.
+
+    Attributes:
+        begin: nodes at which parameters of the clone, and of those that it was cloned from, begin; and of tensors that
+            these held when they were cloned
+        origins: nodes of the parameters of the models that it was cloned from, and their names
+        original: the model that it was cloned from
+        own: nodes of the parameters that the clone took its last step to; nothing behind them is looked at
+        strangers: nodes of parameters that the model holds without having them registered, and where it does
+    """
+
+    def __init__(self) -> None:
+        self.begin: Nodes = set()
+        self.origins: dict[Any, str] = {}
+        self.own: Nodes = set()
+        self.strangers: dict[Any, str] | None = None
+        self.original: Callable[[], nn.Module | None] = lambda: None
+
+    def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
+        """Nodes of a graph can be neither copied nor pickled: a copy starts anew."""
+        return Lineage, ()
+
+    def of_clone(self, original: nn.Module, memo: Replaced, held: Nodes) -> Lineage:
+        """The lineage of a clone of ``original``, a learner's module whose own lineage this is.
+
+        Args:
+            original: what was cloned
+            memo: by what copies
+            held: nodes of other tensors in the original, computed before
+        """
+        lineage = Lineage()
+        params = named_parameters(original)
+        if any(p.grad_fn is not None for _, p in params):
+            # Else the original was detached, and its past would be kept in memory for nothing.
+            lineage.begin, lineage.origins = set(self.begin), dict(self.origins)
+        copies = [copy.grad_fn for _, copy in memo.values() if isinstance(copy, Tensor)]
+        lineage.begin.update(held, copies)
+        lineage.begin.discard(None)
+        for name, p in params:
+            node = memo[id(p)][1].grad_fn
+            if node is not None:
+                lineage.origins[node.next_functions[0][0]] = name
+        if self.strangers is None:  # once for all clones of a learner: it looks through every attribute
+            strangers = [(where, p) for where, p in unregistered(original) if p.requires_grad]
+            with torch.enable_grad():
+                self.strangers = {accumulator(p): where for where, p in strangers}
+        lineage.strangers = self.strangers
+        lineage.original = weakref.ref(original)
+        return lineage
+
+    def reached(self, roots: Iterable[Any], given: Any = ()) -> dict[Any, str]:
+        """Nodes of originals and strangers that ``roots`` reach by other ways than a clone's parameters.
+
+        Args:
+            roots: nodes of what was computed
+            given: pytree of the arguments of the call
+        """
+        roots, stops = list(roots), self.begin | self.own
+        found = reach(roots, stops, {**self.origins, **self.strangers} if self.strangers else self.origins)
+        if not found:
+            return found
+        # What was computed with an original before, and is given to the clone, is the caller's.
+        known = [tensor for tensor in pytree.tree_leaves(given) if isinstance(tensor, Tensor)]
+        leaves = {id(tensor) for tensor in known}
+        targets = {node: name for node, name in found.items() if id(getattr(node, "variable", None)) not in leaves}
+        return reach(roots, {*stops, *nodes_of(known)}, targets)
+
+
+def reach(roots: Iterable[Any], stops: Nodes, targets: dict[Any, str]) -> dict[Any, str]:
+    """The targets that can be reached from the roots without passing a stop."""
+    found = {}
+    stack = [root for root in roots if root not in stops]
+    seen = {*stops, *stack}
+    for root in stack:
+        if root in targets:
+            found[root] = targets[root]
+    while stack:
+        for node, _ in stack.pop().next_functions:
+            if node in targets:
+                found[node] = targets[node]
+            elif node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return found
+
+
+def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
+    """Whether a graph holds what torch.utils.checkpoint computes again in the backward, by calling the model.
+
+    What it calls then takes the parameters that the module has then, and those must still be the ones of the forward.
+    """
+    stack = [root for root in roots if root not in stops]
+    seen = {*stops, *stack}
+    while stack:
+        current = stack.pop()
+        for name in _saved_names(type(current)):
+            try:
+                value = getattr(current, name)
+            except RuntimeError:  # freed by a backward
+                continue
+            for saved in value if isinstance(value, tuple) else (value,):
+                if _is_checkpointed(saved):
+                    return True
+        for node, _ in current.next_functions:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
+#: The attributes of a type of node that hold what it saved for the backward, still packed. torch.vmap makes a type for
+#: each call of a custom autograd.Function.
+_SAVED: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+
+
+def _saved_names(kind: type) -> list[str]:
+    if kind not in _SAVED:
+        _SAVED[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
+    return _SAVED[kind]
+
+
+def _is_checkpointed(saved: Any) -> bool:
+    if getattr(saved, "unpack_hook", None) is None:
+        return False
+    return type(saved.data).__module__ == "torch.utils.checkpoint"
+
+
+def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """``list(model.named_parameters())`` in half the time, which counts in a clone of a small model."""
+    found: dict[int, tuple[str, Tensor]] = {}
+    for prefix, module in named_parts(model):
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in found:
+                found[id(p)] = (f"{prefix}.{name}" if prefix else name, p)
+    return list(found.values())
+
+
+def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
+    """The nodes of tensors that have one."""
+    return (tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
+
+
+def tensors_of(output: Any) -> Iterator[Tensor]:
+    """The tensors in what a module returned: a tensor, a tree of them, or objects that hold some as attributes."""
+    if isinstance(output, Tensor):
+        yield output
+        return
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif hasattr(leaf, "__dict__") and not isinstance(leaf, (type, types.FunctionType, nn.Module)):
+            yield from (value for value in vars(leaf).values() if isinstance(value, Tensor))
+
+
+def accumulator(leaf: Tensor) -> Any:
+    """The node that adds to the ``grad`` of a leaf, under a mutex; gradients must be enabled."""
+    node: Any = leaf.view_as(leaf).grad_fn
+    return node.next_functions[0][0]
+
+
+# ------------------------------------------------------------------------------------------------- what models hold
+
+
+def unregistered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """Parameters in plain attributes, lists and unregistered modules of a model, and the attribute that holds them."""
+    registered = {id(p) for p in model.parameters()}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    modules = {id(module) for module in model.modules()}
+    for where, value in _attributes(model):
+        for held in _inside(value):
+            parameters = held.parameters() if isinstance(held, nn.Module) and id(held) not in modules else (held,)
+            for p in parameters:
+                if isinstance(p, nn.Parameter) and id(p) not in registered:
+                    found.setdefault(id(p), (where, p))
+    return list(found.values())
+
+
+def foreign(model: nn.Module, original: nn.Module | None) -> list[str]:
+    """Where a clone's module refers to the original's parts in a way that cloning does not see through."""
+    if original is None:
+        return []
+    names = {id(module): f"module {name!r}" if name else "the model" for name, module in original.named_modules()}
+    names |= {id(p): f"parameter {name!r}" for name, p in original.named_parameters()}
+    found = []
+    for where, value in _attributes(model):
+        for held in _inside(value, anything=True):
+            name = names.get(id(held))
+            if name is not None:
+                found.append(f"{where!r} ({_kind(value)}) refers to {name} of the original")
+                break
+    return found
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """All attributes that are not registered, by name."""
+    registries = nn.Module().__dict__.keys() - {"_forward_hooks", "_forward_pre_hooks"}
+    for prefix, module in model.named_modules():
+        for name, value in module.__dict__.items():
+            if name not in registries:
+                yield f"{prefix}.{name}" if prefix else name, value
+
+
+def _inside(value: Any, anything: bool = False, depth: int = 4) -> Iterator[Any]:
+    """An attribute's value, and what it holds: elements, and with ``anything`` all that functions and objects use."""
+    yield value
+    if depth == 0 or isinstance(value, (str, bytes, Tensor, nn.Module)):
+        return
+    held: list[Any] = []
+    if isinstance(value, dict):
+        held = list(value.values())
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        held = list(value)
+    elif anything:
+        held = used_by(value)
+    for inner in held:
+        yield from _inside(inner, anything, depth - 1)
+
+
+def used_by(value: Any) -> list[Any]:
+    """What a function or an object uses."""
+    if isinstance(value, types.MethodType):
+        return [value.__self__, value.__func__]
+    if isinstance(value, types.BuiltinMethodType):
+        return [value.__self__]
+    if isinstance(value, types.FunctionType):
+        cells = []
+        for cell in value.__closure__ or ():
+            try:
+                cells.append(cell.cell_contents)
+            except ValueError:
+                continue
+        known = value.__globals__
+        return [*cells, *(known[name] for name in value.__code__.co_names if name in known)]
+    if isinstance(value, (type, types.ModuleType)):
+        return []
+    return list(getattr(value, "__dict__", {}).values())
+
+
+def _kind(value: Any) -> str:
+    return "a function" if isinstance(value, types.FunctionType) else type(value).__name__
+
+
+def listed(names: Sequence[str], limit: int = 6) -> str:
+    """Names for a message, not all of many."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return f"[{shown}{', …' if len(names) > limit else ''}]"

@@ -1,0 +1,70 @@
+"""Recomputation in the backward, for functions that take gradients themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metakern.core.random_state import kept_random_state, random_state, set_random_state
+
+
+def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    """``function(*arguments)``, of which the arguments alone are kept: the backward runs it again.
+
+    torch.utils.checkpoint does not serve: gradients that are taken inside the function would make it run the function
+    again for each of them. Random numbers and autocast are those of the first run. The function depends on no tensor
+    that requires a gradient besides its arguments. It can be differentiated once.
+    """
+    leaves, structure = pytree.tree_flatten(arguments)
+    results: list[Any] = []
+
+    def flat(*flat_leaves: Any) -> tuple[Any, ...]:
+        outputs, spec = pytree.tree_flatten(function(*pytree.tree_unflatten(list(flat_leaves), structure)))
+        results[:] = [spec]
+        return tuple(outputs)
+
+    outputs = _Recomputed.apply(flat, *leaves)
+    return pytree.tree_unflatten(list(outputs), results[0])
+
+
+class _Recomputed(torch.autograd.Function):
+    """See :func:`recomputed`; takes and returns leaves, tensors among them."""
+
+    @staticmethod
+    def forward(ctx: Any, function: Callable[..., tuple[Any, ...]], *leaves: Any) -> tuple[Any, ...]:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        device = tensors[0].device
+        ctx.function = function
+        ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        ctx.random_state = random_state(device)
+        kind = device.type
+        ctx.autocast = (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        ctx.save_for_backward(*tensors)
+        return function(*leaves)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *cotangents: Any) -> tuple[Any, ...]:
+        leaves, inputs, positions = list(ctx.constants), [], []
+        for position, tensor in zip(ctx.positions, ctx.saved_tensors, strict=True):
+            leaves[position] = tensor.detach()
+            if ctx.needs_input_grad[position + 1]:
+                leaves[position].requires_grad_()
+                inputs.append(leaves[position])
+                positions.append(position + 1)
+        kind, dtype, enabled = ctx.autocast
+        with torch.enable_grad(), kept_random_state(leaves[ctx.positions[0]].device):
+            set_random_state(ctx.random_state)
+            with torch.autocast(kind, dtype, enabled):
+                outputs = ctx.function(*leaves)
+        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+        found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+        grads: list[Any] = [None] * (len(leaves) + 1)
+        for position, gradient in zip(positions, found, strict=True):
+            grads[position] = gradient
+        return tuple(grads)

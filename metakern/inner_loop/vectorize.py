@@ -1,0 +1,185 @@
+"""Whether the tasks of a batch are evaluated at once, by torch.vmap, or one after another."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable, Mapping
+from types import CodeType
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from metakern.core.exclusive import exclusive
+from metakern.core.random_state import random_state, set_random_state
+from metakern.core.warn import warn_user
+from metakern.inner_loop.failures import check_no_mixed_meta, explained, first_line, module_that_failed
+
+Result = TypeVar("Result")
+
+#: How the tasks are evaluated: all at once (True), one after another (False), or at once if torch.vmap can run the
+#: model ("auto").
+Vectorize = bool | str
+
+
+def is_transformed() -> bool:
+    """Whether torch.compile or a transform of torch.func is at work around the call."""
+    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
+
+
+def check_vectorize(vectorize: Any) -> None:
+    """Raise unless it is a bool or "auto"."""
+    if not isinstance(vectorize, bool) and vectorize != "auto":
+        raise TypeError(f"vectorize must be True, False or 'auto', got {vectorize!r}")
+
+
+class Vectorization:
+    """The way that the tasks of one call are evaluated.
+
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. That is then
+    remembered, and later calls loop straight away where modules, their modes, hooks and loss are the same. A stale
+    entry costs only time: both ways give the same values.
+
+    Args:
+        model: what is evaluated
+        loss: of one task
+        vectorize: see :data:`Vectorize`; within torch.compile and torch.func "auto" means True
+
+    Attributes:
+        wanted: ``vectorize``
+        at_once: whether torch.vmap evaluates all tasks at once
+    """
+
+    def __init__(self, model: nn.Module, loss: Callable[..., Any], vectorize: Vectorize) -> None:
+        self.wanted, self.at_once = vectorize, bool(vectorize)
+        self._model, self._loss = model, loss
+        compiling = torch.compiler.is_compiling()
+        self._hooked = _module_with_backward_hook(model, loss) if vectorize and not compiling else ""
+        if vectorize == "auto" and not is_transformed():
+            self.at_once = not self._hooked and not _loops.holds(model, self._kind())
+
+    def run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+        """``evaluate()``, which looks at ``at_once``.
+
+        Args:
+            evaluate: all that is done for the tasks; it may be called twice
+            data: the caller's tensors, by what a message calls them
+
+        Raises:
+            RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
+            TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
+        """
+        with exclusive(self._model):
+            return self._run(evaluate, data)
+
+    def _run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+        check_no_mixed_meta(self._model, data)
+        if is_transformed():
+            if self._hooked:
+                raise RuntimeError(f"torch.func cannot transform the model: {self._hooked}; remove it")
+            return evaluate()
+        if self._hooked and self.at_once:
+            raise RuntimeError(f"vectorize=True cannot run the model: {self._hooked}; {_WAY_OUT}")
+        if self._hooked and not _loops.holds(self._model, self._kind()):
+            self._remember(f": {self._hooked}")
+        if not self.at_once:
+            return self._loop(evaluate, data)
+        device = next(self._model.parameters()).device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return evaluate()  # a CUDA graph can neither be asked for random states nor begun again
+        state = random_state(device)
+        try:
+            return evaluate()
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            cause = _cause(error, self._model)
+            # Its traceback holds all that was computed.
+            failure = None if self.wanted == "auto" else error
+        set_random_state(state)
+        self.at_once = False
+        result = self._loop(evaluate, data)  # what fails here too is no fault of torch.vmap
+        if failure is None:
+            self._remember(f", as torch.vmap fails in {cause}")
+            return result
+        set_random_state(state)
+        self.at_once = True
+        if not isinstance(failure, RuntimeError):  # it says by itself what is wrong
+            raise failure
+        raise RuntimeError(f"vectorize=True cannot run the model: torch.vmap fails in {cause}; {_WAY_OUT}") from failure
+
+    def _remember(self, reason: str) -> None:
+        _loops.remember(self._model, self._kind())
+        warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
+
+    def _kind(self) -> Hashable:
+        """What decides whether torch.vmap can run the model. It refers to no module, which would keep it alive."""
+        code = getattr(self._loss, "__code__", None)
+        of_loss = code if isinstance(code, CodeType) else type(self._loss)
+        return of_loss, self._hooked, tuple((type(module), module.training) for module in self._model.modules())
+
+    def _loop(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+        try:
+            return evaluate()
+        except (RuntimeError, IndexError) as error:
+            better = explained(error, self._model, data)
+            if better is error:
+                raise
+            raise better from error
+
+
+_WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one after another'
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+class _Loops:
+    """Models that torch.vmap could not run, held weakly, each with what it was like: train() or eval(), which loss."""
+
+    most = 16  # kinds of a model
+
+    def __init__(self) -> None:
+        self._kinds: dict[int, tuple[weakref.ref[nn.Module], list[Hashable]]] = {}
+
+    def holds(self, model: nn.Module, kind: Hashable) -> bool:
+        return kind in self._of(model)
+
+    def remember(self, model: nn.Module, kind: Hashable) -> None:
+        key, kinds = id(model), [*self._of(model), kind][-self.most :]
+        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kinds
+
+    def _of(self, model: nn.Module) -> list[Hashable]:
+        known = self._kinds.get(id(model))
+        return known[1] if known is not None and known[0]() is model else []
+
+
+_loops = _Loops()
+
+
+# -------------------------------------------------------------------------------------------------------------- hooks
+
+
+def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> str:
+    """Says which module has a hook that torch.vmap would not call; empty where none has."""
+    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+        return "there are backward hooks for all modules, which torch.vmap does not call"
+    named = list(model.named_modules())
+    if isinstance(loss, nn.Module):
+        named += [(f"loss.{name}" if name else "loss", module) for name, module in loss.named_modules()]
+    for name, module in named:
+        if module._backward_hooks or module._backward_pre_hooks:
+            of = f"module {name!r}" if name else "the model"
+            return f"{of} ({type(module).__name__}) has a backward hook, which torch.vmap does not call"
+    return ""
+
+
+# ----------------------------------------------------------------------------------------------------------- messages
+
+
+def _cause(error: Exception, model: nn.Module) -> str:
+    """The module that torch.vmap fails in, and its message's first line."""
+    found = module_that_failed(error, model)
+    where = "the model or the loss" if found is None else found.label
+    return f"{where}: {first_line(error)}"

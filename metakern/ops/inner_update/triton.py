@@ -1,0 +1,128 @@
+"""inner_update by Triton kernels: how they are launched, and the operator.
+
+Triton's kernels take no list of pointers, so every tensor is a launch of its own; with ``clip_norm`` another for its
+squares, and one for the tasks' factors. Nothing is copied together. Nothing depends on the order in which programs run.
+
+Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor of the model. Needs the package
+triton, 3.6 or newer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import triton_op, wrap_triton
+
+from metakern.ops.core.triton_launch import Config, is_interpreted, launch_in_parts, split
+from metakern.ops.inner_update.triton_kernels import coefficients_kernel, squares_kernel, update_kernel
+
+#: Most elements of a program, and its warps.
+MAX_BLOCK, NUM_WARPS = 1024, 4
+
+
+def _config(elements: int) -> Config:
+    """For rows of so many elements: no more lanes than there is use for."""
+    return Config(min(MAX_BLOCK, max(32, triton.next_power_of_2(elements))), NUM_WARPS)
+
+
+def _coefficients(squares: Any, factors: Any, grads: Sequence[Tensor], clip_norm: float) -> Tensor:
+    """Factors [T], float64, of the tasks' gradients; ``squares`` and ``factors`` are the kernels, maybe wrapped."""
+    tasks = grads[0].shape[0]
+    # Of a list without elements, one sum a task remains: zero.
+    sizes = [g.numel() // tasks if g.numel() else 0 for g in grads]
+    counts = [triton.cdiv(size, MAX_BLOCK) for size in sizes]
+    sums = grads[0].new_zeros((tasks, max(1, sum(counts))), dtype=torch.float64)
+    coefficients = grads[0].new_empty((tasks,), dtype=torch.float64)
+    at = 0
+    for g, size, count in zip(grads, sizes, counts, strict=True):
+        if count:
+            config = Config(MAX_BLOCK, NUM_WARPS)
+            arguments = (g, sums.view(-1)[at:], size, count, sums.shape[1])
+            launch_in_parts(squares, tasks * count, config, *arguments, BLOCK=config.block)
+        at += count
+    config = _config(sums.shape[1])
+    limits = split(clip_norm)
+    launch_in_parts(factors, tasks, config, sums, coefficients, sums.shape[1], *limits, BLOCK=config.block)
+    return coefficients
+
+
+def _update(
+    kernel: Any,
+    params: Tensor,
+    grads: Tensor,
+    rates: Tensor | None,
+    rate: float,
+    coefficients: Tensor | None,
+    active: Tensor | None,
+) -> Tensor:
+    """θ' of one tensor; ``rates`` repeat along it."""
+    updated = torch.empty_like(params)
+    n = params.numel()
+    if n == 0:
+        return updated
+    by_task = coefficients is not None or active is not None
+    task_size = n // params.shape[0] if by_task else n
+    period = n if rates is None or rates.numel() == 1 else rates.numel()
+    row = min(task_size, period)  # one of the two divides the other
+    config = _config(row)
+    blocks = triton.cdiv(row, config.block)
+    unused = params  # stands in for a tensor that is not read
+    launch_in_parts(
+        kernel,
+        n // row * blocks,
+        config,
+        *(params, grads, unused if rates is None else rates, updated),
+        *(unused if coefficients is None else coefficients, unused if active is None else active),
+        *(row, blocks, task_size, period, *split(rate)),
+        RATE=0 if rates is None else 1 if rates.numel() == 1 else 2,
+        CLIP=coefficients is not None,
+        ACTIVE=active is not None,
+        BLOCK=config.block,
+    )
+    return updated
+
+
+@triton_op("metakern::inner_update_triton", mutates_args=())
+def inner_update_triton(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    lr: Sequence[Tensor],
+    rate: float,
+    step: int,
+    clip_norm: float | None,
+    active: Tensor | None,
+) -> list[Tensor]:
+    """One gradient step of all tasks: θ' = θ − α ⊙ g for a list of tensors.
+
+    Args:
+        params: θ, each [T, *shape]; float32, float64, or bfloat16 and float16 with float32 arithmetic. Without
+            ``clip_norm`` and ``active`` also [*shape].
+        grads: g, of the shapes and dtypes of ``params``
+        lr: α: no tensor, one of one element for everything, or one for each tensor, of its last axes or none, with one
+            more leading axis K where ``step`` is not -1; of any of the dtypes
+        rate: α where ``lr`` is empty
+        step: index of the inner step along the leading axis of ``lr``, or -1 where it has none
+        clip_norm: largest norm of a task's gradient over all its tensors
+        active: bool [T], tasks that step; the others keep θ, bit for bit
+
+    Returns:
+        θ', like ``params``
+    """
+    params, grads = [p.contiguous() for p in params], [g.contiguous() for g in grads]
+    shared = len(lr) == 1 and lr[0].numel() == 1
+    rates: list[Tensor | None] = [None] * len(params)
+    if lr:
+        selected = [r if step < 0 or shared else r[step] for r in lr]
+        rates = [r.contiguous() for r in (selected * len(params) if shared else selected)]
+    coefficients = None
+    if clip_norm is not None and params and params[0].shape[0]:
+        squares = squares_kernel if is_interpreted() else wrap_triton(squares_kernel)
+        factors = coefficients_kernel if is_interpreted() else wrap_triton(coefficients_kernel)
+        coefficients = _coefficients(squares, factors, grads, clip_norm)
+    tasks = None if active is None else active.contiguous().view(torch.uint8)
+    kernel = update_kernel if is_interpreted() else wrap_triton(update_kernel)
+    return [_update(kernel, p, g, r, rate, coefficients, tasks) for p, g, r in zip(params, grads, rates, strict=True)]

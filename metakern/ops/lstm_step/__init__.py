@@ -1,0 +1,356 @@
+"""lstm_step: one step of the coordinatewise LSTM optimizer for every coordinate at once.
+
+Andrychowicz et al. 2016, arXiv 1606.04474. The definition is :mod:`metakern.ops.lstm_step.reference`.
+
+Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.core import backend as _backend
+from metakern.core.memo import once
+from metakern.ops.lstm_step import reference
+from metakern.ops.lstm_step.autograd import Operators, Options, call
+from metakern.ops.lstm_step.state import (
+    LAYOUT,
+    MAX_HIDDEN,
+    MAX_LAYERS,
+    LSTMState,
+    check_layout,
+    pack_state,
+    unpack_state,
+)
+
+PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+#: Bounds of the preprocessing's scale p: e^p and 1/p stay finite in float32.
+MIN_SCALE, MAX_SCALE = 1e-6, 88.0
+
+#: Names of the products' precisions; a kernel receives the index. Keep in step with csrc/lstm_step/problem.h.
+PRECISIONS = ("highest", "high", "medium")
+
+_PRECISION_INDEX = {name: index for index, name in enumerate(PRECISIONS)}
+_PREPROCESS_INDEX = {name: index for index, name in enumerate(reference.PREPROCESS)}
+
+
+def lstm_step(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    *,
+    preprocess: str = "log_sign",
+    preprocess_scale: float = 10.0,
+    output_scale: float = 0.1,
+    precision: str = "highest",
+    backend: str | None = None,
+) -> tuple[Tensor, LSTMState]:
+    """Update parameters with a coordinatewise LSTM: preprocessing, L stacked cells, linear head, scaled update.
+
+    θ' = θ + output_scale · (w · h'_L + b), gates never leave registers. Differentiable once through ``params``,
+    ``grads``, ``state`` and every weight; backward recomputes the gates from the incoming (h, c). Works under
+    ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``torch.func.vmap``; compiling a ``torch.func.grad`` of
+    it fails in torch itself (pytorch issue 170834).
+
+    Args:
+        params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
+        grads: gradients of the shape and dtype of ``params``. One that is not finite makes its coordinate's new
+            parameter and state NaN and leaves all others alone.
+        state: the packed (h, c) of N coordinates, float64 for float64 params and float32 otherwise; bfloat16 halves
+            its memory on a GPU, the arithmetic stays float32.
+        weights: in the order of ``nn.LSTM`` and ``nn.Linear``: per layer weight_ih [4H, F or H], weight_hh [4H, H],
+            bias_ih [4H], bias_hh [4H]; then the head's weight [1, H] and bias [1]; float64 for float64 params and
+            float32 otherwise.
+        preprocess: ``"log_sign"``, ``"log_and_clip"`` (F = 2) or ``"none"`` (F = 1).
+        preprocess_scale: p of the preprocessing, positive.
+        output_scale: factor of the head's output.
+        precision: of forward's products of weights and hidden states, by the names of
+            ``torch.set_float32_matmul_precision``: ``"highest"`` is float32, ``"high"`` TF32 and ``"medium"``
+            bfloat16 on a GPU's tensor cores. A kernel without the faster product computes a finer one, and so
+            does backward.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
+
+    Returns:
+        The new parameters, like ``params``, and the new state.
+
+    Raises:
+        ValueError: for shapes, sizes, counts or option values that do not fit.
+        TypeError: for dtypes or types that do not fit.
+        RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
+
+    Example:
+        >>> lstm, head = torch.nn.LSTM(2, 20, num_layers=2), torch.nn.Linear(20, 1)
+        >>> weights = [*lstm.parameters(), *head.parameters()]
+        >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
+        >>> params, state = lstm_step(params, 2 * params, state, weights)
+    """
+    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    operators = _operators(params, grads, state, weights, preprocess, backend)
+    if operators is None:
+        return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
+    try:
+        new_params, new_state = call(operators, params, grads, state.data, weights, options)
+    except Exception:
+        _check(params, grads, state, weights, preprocess)
+        raise
+    return new_params, LSTMState(new_state, state.num_coordinates)
+
+
+@torch.no_grad()
+def lstm_step_(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    *,
+    preprocess: str = "log_sign",
+    preprocess_scale: float = 10.0,
+    output_scale: float = 0.1,
+    precision: str = "highest",
+    backend: str | None = None,
+) -> None:
+    """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, which are contiguous.
+
+    ``params`` and ``grads`` may be one tensor; ``state`` shares no memory with them.
+    For training with a finished optimizer: it saves the allocation of a new state, 320 bytes a
+    coordinate in float32 with H = 20 and L = 2.
+    Arguments and errors are those of :func:`lstm_step`.
+    """
+    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    operators = _operators(params, grads, state, weights, preprocess, backend)
+    if operators is not _compiled or torch.compiler.is_compiling():  # they look for themselves
+        _check_contiguous(params, state)
+    if operators is None:
+        new_params, new_state = _reference_step(
+            params, grads, state, weights, preprocess, preprocess_scale, output_scale
+        )
+        params.copy_(new_params)
+        state.data.copy_(new_state.data)
+        return
+    if operators is not _compiled and not torch.compiler.is_compiling():
+        _check_memory(params, grads, state)
+    try:
+        operators.step_(params, grads, state.data, weights, *options)
+    except Exception:
+        _check(params, grads, state, weights, preprocess)
+        _check_contiguous(params, state)
+        raise
+    if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
+        torch.autograd.graph.increment_version((params, state.data))
+
+
+def _operators(
+    params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str, backend: str | None
+) -> Operators | None:
+    """The operators that serve a call, None for the reference.
+
+    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here; so
+    the arguments are looked at in full only where others serve, or to say what was wrong once they have refused. What
+    they cannot see is checked always.
+    """
+    if not _is_plain(params, grads, state, weights):
+        _check(params, grads, state, weights, preprocess)
+    unserved = None
+    if state.data.dtype == torch.bfloat16:
+        unserved = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
+    name = _backend.resolve(backend, params.device, unserved)
+    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
+        return _compiled
+    _check(params, grads, state, weights, preprocess)
+    return None if name == "reference" else triton_operators() if name == "triton" else _compiled
+
+
+def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
+    """Whether the operators see all there is: a state of this layout and N, and no tensor that leads past kernels."""
+    if type(state) is not LSTMState or not hasattr(weights, "__len__"):
+        return False
+    for x in (params, grads, state.data, *weights):
+        if not isinstance(x, Tensor) or x.is_meta:
+            return False
+    n = state.num_coordinates
+    return state.layout == LAYOUT and type(n) is int and n == params.numel()
+
+
+def _reference_step(
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    preprocess: str,
+    preprocess_scale: float,
+    output_scale: float,
+) -> tuple[Tensor, LSTMState]:
+    device = params.device.type
+    # Under autocast the kernels keep their precision, and so does the reference.
+    no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with no_autocast:
+        new_params, h, c = reference.lstm_step(
+            params.reshape(-1),
+            grads.reshape(-1),
+            *unpack_state(state),
+            weights,
+            preprocess=preprocess,
+            preprocess_scale=preprocess_scale,
+            output_scale=output_scale,
+        )
+    return new_params.view(params.shape), pack_state(h, c)
+
+
+# ------------------------------------------------------------------------------------------------ argument checks
+
+
+def _options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
+    """The options as the operators take them; raises for those that do not fit."""
+    if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
+        raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
+    check_scales(preprocess_scale, output_scale)
+    check_precision(precision)
+    return Options(
+        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
+    )
+
+
+def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
+    """Raise for whatever does not fit among the tensors."""
+    for name, x in (("params", params), ("grads", grads)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    dtype, device = params.dtype, params.device
+    if dtype not in PARAM_DTYPES:
+        raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {dtype}")
+    if params.layout != torch.strided or grads.layout != torch.strided:
+        raise TypeError(f"params and grads must be dense tensors, got layouts {params.layout} and {grads.layout}")
+    if grads.shape != params.shape:
+        raise ValueError(f"grads must have the shape of params, {list(params.shape)}, got {list(grads.shape)}")
+    if grads.dtype != dtype:
+        raise TypeError(f"grads must have the dtype of params, {dtype}, got {grads.dtype}")
+    if grads.device != device:
+        raise ValueError(f"grads must be on the device of params, {device}, got {grads.device}")
+    check_layout(state)
+    if state.num_coordinates != params.numel():
+        raise ValueError(
+            f"state must hold as many coordinates as params, {params.numel()}, got {state.num_coordinates}"
+        )
+    compute_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    state_dtype = state.data.dtype
+    if state_dtype != compute_dtype and (state_dtype != torch.bfloat16 or dtype == torch.float64):
+        raise TypeError(f"state must be {compute_dtype} for {dtype} params, got {state_dtype}")
+    if state.data.device != device:
+        raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
+    _check_weights(weights, state, preprocess, compute_dtype, device)
+
+
+def _check_contiguous(params: Tensor, state: LSTMState) -> None:
+    for name, tensor in (("params", params), ("state.data", state.data)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
+
+
+def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
+    """Raise ValueError where one block's results would be another's input."""
+
+    def overlap(a: Tensor, b: Tensor) -> bool:
+        first, second = a.data_ptr(), b.data_ptr()
+        return first < second + b.nbytes and second < first + a.nbytes
+
+    grads = grads.contiguous()  # a copy where it was not
+    if overlap(params, state.data) or overlap(grads, state.data):
+        raise ValueError("params, grads and state must not share memory")
+    if overlap(params, grads) and params.data_ptr() != grads.data_ptr():
+        raise ValueError("grads must not share a part of params' memory")
+
+
+def check_precision(precision: Any) -> None:
+    """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
+    if not isinstance(precision, str) or precision not in _PRECISION_INDEX:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
+
+
+def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
+    """Raise TypeError for scales that are no numbers, ValueError for those that no float32 arithmetic can follow."""
+    for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
+        if type(value) is float:
+            continue
+        if not isinstance(value, (float, int)) and (isinstance(value, str) or not hasattr(value, "__float__")):
+            raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+        if isinstance(value, Tensor) and (value.numel() != 1 or value.requires_grad):  # no gradient flows to it
+            raise TypeError(
+                f"{name} must be a number, got a tensor of shape {list(value.shape)} with "
+                f"requires_grad={value.requires_grad}"
+            )
+    if not MIN_SCALE <= preprocess_scale <= MAX_SCALE:
+        raise ValueError(f"preprocess_scale must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
+    if not abs(output_scale) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"output_scale must be finite in float32, got {output_scale}")
+
+
+def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """Name and shape of every weight, in order."""
+    specs: list[tuple[str, tuple[int, ...]]] = []
+    for layer in range(layers):
+        specs += [
+            (f"weight_ih_l{layer}", (4 * hidden, hidden if layer else inputs)),
+            (f"weight_hh_l{layer}", (4 * hidden, hidden)),
+            (f"bias_ih_l{layer}", (4 * hidden,)),
+            (f"bias_hh_l{layer}", (4 * hidden,)),
+        ]
+    return (*specs, ("head.weight", (1, hidden)), ("head.bias", (1,)))
+
+
+#: For every count of layers, hidden units and features that is served: making them takes longer than the other checks.
+_WEIGHT_SPECS = {
+    sizes: _weight_specs(*sizes)
+    for sizes in itertools.product(range(1, MAX_LAYERS + 1), range(1, MAX_HIDDEN + 1), (1, 2))
+}
+
+
+def _check_weights(
+    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, device: torch.device
+) -> None:
+    _, layers, _, hidden, _ = state.data.shape
+    specs = _WEIGHT_SPECS[layers, hidden, reference.num_features(preprocess)]
+    if not hasattr(weights, "__len__"):
+        raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
+    if len(weights) != len(specs):
+        raise ValueError(
+            f"weights must hold 4 tensors a layer and 2 of the head, {len(specs)} for the state's "
+            f"{layers} layers, got {len(weights)}"
+        )
+    for index, (weight, (name, shape)) in enumerate(zip(weights, specs, strict=True)):
+        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
+            got = f"layout {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
+            raise TypeError(f"weights[{index}] ({name}) must be a dense tensor, got {got}")
+        if weight.shape != shape:
+            raise ValueError(f"weights[{index}] ({name}) must have shape {list(shape)}, got {list(weight.shape)}")
+        if weight.dtype != dtype:
+            raise TypeError(f"weights[{index}] ({name}) must be {dtype}, got {weight.dtype}")
+        if weight.device != device:
+            raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
+
+
+_compiled = Operators("lstm_step") if _backend.is_compiled() else None
+
+
+@once
+def triton_operators() -> Operators:
+    """Triton's operators with their formulas; defined at the first call."""
+    importlib.import_module("metakern.ops.lstm_step.triton")
+    return Operators("lstm_step_triton")
+
+
+def prepare(backend: str | None) -> None:
+    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    if _backend.prefers_triton(backend):
+        triton_operators()
+
+
+prepare(None)

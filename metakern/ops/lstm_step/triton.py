@@ -1,0 +1,373 @@
+"""lstm_step by Triton kernels: how they are cut and launched, and the operators.
+
+Forward is one launch. Backward goes slab by slab, so that its workspace stays small: features and the hidden states of
+the lower layers once more, then, from the top layer down, one launch for the gradients of the coordinates and one for
+partial sums of the weights' gradients; a last one adds those. Nothing depends on the order in which programs run.
+
+Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers; the state is
+[ceil(N/32), L, 2 (h, c), H, 32]. Needs the package triton, 3.6 or newer.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import custom_op, triton_op, wrap_triton
+
+from metakern.ops.core.triton_launch import Config, is_interpreted, launch, split
+from metakern.ops.lstm_step.triton_kernels import (
+    backward_kernel,
+    features_backward_kernel,
+    features_kernel,
+    forward_kernel,
+    sum_kernel,
+    weights_kernel,
+)
+
+_LANES = 32
+
+
+#: By kernel, padded hidden units, and whether the GPU has compute capability 9 or 10. Chosen by what the compiler
+#: keeps in registers (tests/triton/test_compile.py), and open to tuning: "forward" changes no result, "backward" and
+#: "weights" the last bits of the weights' gradients alone.
+CONFIGS = {
+    ("forward", 16, True): Config(128, 8),
+    ("forward", 16, False): Config(64, 8),
+    ("forward", 32, True): Config(128, 8),
+    ("forward", 32, False): Config(64, 8),
+    ("forward", 64, True): Config(64, 8),
+    ("forward", 64, False): Config(32, 8),
+    ("backward", 16, True): Config(128, 8),
+    ("backward", 16, False): Config(32, 8),
+    ("backward", 32, True): Config(128, 8),
+    ("backward", 32, False): Config(32, 8),
+    ("backward", 64, True): Config(64, 8),
+    ("backward", 64, False): Config(32, 8),
+    ("weights", 16, True): Config(64, 8),
+    ("weights", 16, False): Config(64, 8),
+    ("weights", 32, True): Config(64, 8),
+    ("weights", 32, False): Config(32, 8),
+    ("weights", 64, True): Config(32, 8),
+    ("weights", 64, False): Config(32, 8),
+}
+
+#: The features and their gradients, one coordinate at a time.
+FEATURES_CONFIG = Config(512, 4)
+
+#: float64, whose products take four times the registers.
+FLOAT64_CONFIG = Config(32, 8)
+
+#: Chunks that a slab of coordinates is cut into for the weights' gradients: two programs for each processor of a large
+#: GPU. The slab is as large as its workspace allows: 800 bytes a coordinate with H = 20 and L = 2.
+MAX_CHUNKS = 256
+WORKSPACE_BYTES = 2**27
+
+#: Weights and chunks that a program of the last sum takes at once.
+SUM_WEIGHTS, SUM_CHUNKS = 32, 32
+
+
+# -------------------------------------------------------------------------------------------------------- launchers
+
+
+def _padded_hidden(hidden: int) -> int:
+    """The power of two, 16 at least, that tl.dot takes."""
+    return max(16, 1 << (hidden - 1).bit_length())
+
+
+@functools.cache
+def _has_warpgroups(index: int | None) -> bool:
+    """Whether a CUDA device has the products of warpgroups, Hopper's and Blackwell's; assumed where none is there."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] in (9, 10)
+
+
+def _config(kernel: str, state: Tensor) -> Config:
+    if state.dtype == torch.float64:
+        return FLOAT64_CONFIG
+    return CONFIGS[kernel, _padded_hidden(state.shape[3]), _has_warpgroups(state.device.index)]
+
+
+def _scalars(preprocess_scale: float, output_scale: float) -> list[int]:
+    p = float(preprocess_scale)
+    return split(p, math.exp(p), math.exp(-p), float(output_scale))
+
+
+def _fourteen(weights: Sequence[Tensor]) -> list[Tensor]:
+    """The weights as the kernels take them; where a layer is missing, a tensor that is not read stands in."""
+    *layers, head_weight, head_bias = weights
+    return [*layers, *[head_bias] * (12 - len(layers)), head_weight, head_bias]
+
+
+def _forward(
+    kernel: Any,
+    params: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    new_params: Tensor,
+    new_state: Tensor,
+    weights: Sequence[Tensor],
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+    precision: int,
+    depth: int | None = None,
+) -> None:
+    """Write new_params and new_state by the forward kernel, as it is or wrapped for tracing.
+
+    All contiguous; new_params and new_state are params and state themselves for an update in place. With a ``depth``
+    below L, only the state of that many layers.
+    """
+    n = params.numel()
+    if n == 0:
+        return
+    _, layers, _, hidden, _ = state.shape
+    config = _config("forward", state)
+    launch(
+        kernel,
+        triton.cdiv(n, config.block),
+        config,
+        *(params, grads, state, new_params, new_state),
+        *_fourteen([w.contiguous() for w in weights]),
+        n,
+        *_scalars(preprocess_scale, output_scale),
+        PREPROCESS=preprocess,
+        H=hidden,
+        L=layers,
+        HP=_padded_hidden(hidden),
+        PRECISION=precision,
+        BLOCK=config.block,
+        IN_PLACE=new_state is state,
+        DEPTH=layers if depth is None else depth,
+    )
+
+
+class _Sums(NamedTuple):
+    """Where the sums of each weight's gradient stand in a row of partial sums; the two biases of a layer share theirs.
+
+    :func:`sum_kernel` reads them by the same rule.
+    """
+
+    layers: list[int]  # where each layer begins: weight_ih, weight_hh, bias
+    length: int
+
+    @classmethod
+    def of(cls, features: int, hidden: int, layers: int) -> _Sums:
+        starts, at = [], 0
+        for layer in range(layers):
+            starts.append(at)
+            at += 4 * hidden * ((hidden if layer else features) + hidden + 1)
+        return cls(starts, at + hidden + 1)
+
+
+def _backward(
+    grad_new_params: Tensor,
+    grad_new_state: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Slab by slab: gradients of the coordinates, then the weights' partial sums; at last their sum."""
+    n = grads.numel()
+    if n == 0:
+        return torch.empty_like(grads), torch.empty_like(state), [torch.zeros_like(w) for w in weights]
+    _, layers, _, hidden, _ = state.shape
+    features = weights[0].shape[1]
+    sums = _Sums.of(features, hidden, layers)
+    rows = 6 * hidden + 2 + features + 2 * layers * hidden  # of 32 numbers: the workspace of a tile
+    slab = max(WORKSPACE_BYTES // (rows * _LANES * weights[0].element_size()) // 8, 1) * 8  # whole blocks
+    tiles = state.shape[0]
+    work = weights[0].new_empty((min(tiles, slab), rows, _LANES))
+    partials = weights[0].new_zeros((MAX_CHUNKS, sums.length))
+    grad_grads, grad_state = torch.empty_like(grads), torch.empty_like(state)
+    grad_weights = [torch.empty_like(w) for w in weights]
+    for first in range(0, int(triton.cdiv(tiles, slab)) * slab, slab):
+        coordinates = slice(first * _LANES, (first + slab) * _LANES)
+        flat = [x.view(-1)[coordinates] for x in (grad_new_params, grads, grad_grads)]
+        tiled = [x[first : first + slab] for x in (grad_new_state, state, grad_state)]
+        _backward_slab(
+            *(flat, tiled, work.view(-1), partials, weights, sums),
+            *(preprocess, preprocess_scale, output_scale),
+        )
+    launch(
+        sum_kernel,
+        triton.cdiv(sums.length, SUM_WEIGHTS),
+        Config(0, 4),
+        partials,
+        *_fourteen(grad_weights),
+        MAX_CHUNKS,
+        F=features,
+        H=hidden,
+        L=layers,
+        WEIGHTS=SUM_WEIGHTS,
+        CHUNKS=SUM_CHUNKS,
+    )
+    return grad_grads, grad_state, grad_weights
+
+
+def _backward_slab(
+    flat: Sequence[Tensor],
+    tiled: Sequence[Tensor],
+    workspace: Tensor,
+    partials: Tensor,
+    weights: Sequence[Tensor],
+    sums: _Sums,
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+) -> None:
+    """Features and hidden states once more; then, from the top layer down, gradients and the weights' partial sums."""
+    grad_new_params, grads, grad_grads = flat
+    grad_new_state, state, grad_state = tiled
+    n, features = grads.numel(), weights[0].shape[1]
+    tiles, layers, _, hidden, _ = state.shape
+    rows = [6 * hidden + 2, features, 2 * layers * hidden]
+    work, x, below, _ = workspace.split(
+        [tiles * _LANES * r for r in rows] + [workspace.numel() - tiles * _LANES * sum(rows)]
+    )
+    config, wide = _config("backward", state), _config("weights", state)
+    *preprocess_scalars, scale, scale_low = _scalars(preprocess_scale, output_scale)
+    sizes = {"H": hidden, "L": layers, "HP": _padded_hidden(hidden)}
+    elementwise = {"PREPROCESS": preprocess, "F": features}
+    _launch_elementwise(features_kernel, n, grads, x, n, *preprocess_scalars, **elementwise)
+    if layers > 1:
+        _forward(
+            *(forward_kernel, grads, grads, state, grads, below, weights),
+            *(preprocess, preprocess_scale, output_scale, 0),
+            depth=layers - 1,
+        )
+    blocks = triton.cdiv(n, wide.block)
+    blocks_per_chunk = triton.cdiv(blocks, MAX_CHUNKS)
+    for layer in reversed(range(layers)):
+        # h' of the layer below is a row of its tiles; features have tiles of their own.
+        inputs = below[2 * (layer - 1) * hidden * _LANES :] if layer else x
+        shape = sizes | {"LAYER": layer, "K": hidden if layer else features}
+        shape["X_TILE"] = (2 * layers * hidden if layer else features) * _LANES
+        launch(
+            backward_kernel,
+            triton.cdiv(n, config.block),
+            config,
+            *(grad_new_params, grad_new_state, inputs, state, grad_state, work),
+            *(*weights[4 * layer : 4 * layer + 4], weights[-2], n, scale, scale_low),
+            **shape,
+            BLOCK=config.block,
+        )
+        launch(
+            weights_kernel,
+            triton.cdiv(blocks, blocks_per_chunk),
+            wide,
+            *(grad_new_params, inputs, state, work, partials.view(-1)[sums.layers[layer] :]),
+            *(n, blocks, blocks_per_chunk, sums.length, scale, scale_low),
+            **shape,
+            BLOCK=wide.block,
+        )
+    arguments = (grads, work, grad_grads, n, *preprocess_scalars)
+    _launch_elementwise(features_backward_kernel, n, *arguments, **elementwise, H=hidden)
+
+
+def _launch_elementwise(kernel: Any, n: int, *args: Any, **constants: Any) -> None:
+    """Run a kernel that takes every coordinate by itself."""
+    block = FEATURES_CONFIG.block
+    launch(kernel, triton.cdiv(n, block), FEATURES_CONFIG, *args, **constants, BLOCK=block)
+
+
+# -------------------------------------------------------------------------------------------------------- operators
+
+
+@triton_op("metakern::lstm_step_triton", mutates_args=())
+def lstm_step_triton(
+    params: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+    precision: int,
+) -> tuple[Tensor, Tensor]:
+    """One step of the coordinatewise LSTM optimizer for all coordinates.
+
+    Args:
+        params: N coordinates in any shape; float32, bfloat16, float16, or float64 with a float64 state.
+        grads: gradients of the shape and dtype of ``params``.
+        state: [ceil(N/32), L, 2, H, 32]; float32, bfloat16 (rounded where it is stored, all arithmetic in float32) or
+            float64.
+        weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; then the head's
+            weight [1, H] and bias [1]; float64 for a float64 state, float32 otherwise.
+        preprocess: index into ``metakern.ops.lstm_step.reference.PREPROCESS``
+        preprocess_scale: p of the preprocessing
+        output_scale: factor of the head's output
+        precision: of the products of weights and hidden states: 0 float32, 1 TF32, 2 bfloat16; float64 stays.
+
+    Returns:
+        The new parameters, like ``params``, and the new state, zero behind the last coordinate.
+    """
+    params, grads, state = params.contiguous(), grads.contiguous(), state.contiguous()
+    new_params, new_state = torch.empty_like(params), torch.empty_like(state)
+    _forward(
+        forward_kernel if is_interpreted() else wrap_triton(forward_kernel),
+        *(params, grads, state, new_params, new_state, weights),
+        *(preprocess, preprocess_scale, output_scale, precision),
+    )
+    return new_params, new_state
+
+
+@triton_op("metakern::lstm_step_triton_", mutates_args=("params", "state"))
+def lstm_step_triton_(
+    params: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+    precision: int,
+) -> None:
+    """:func:`lstm_step_triton` in place: overwrites ``params`` and ``state``, both contiguous."""
+    _forward(
+        forward_kernel if is_interpreted() else wrap_triton(forward_kernel),
+        *(params, grads.contiguous(), state, params, state, weights),
+        *(preprocess, preprocess_scale, output_scale, precision),
+    )
+
+
+# Opaque to torch.compile: functionalised, its views of one workspace become copies, and nothing would fuse with it.
+@custom_op("metakern::lstm_step_triton_backward", mutates_args=())
+def lstm_step_triton_backward(
+    grad_new_params: Tensor,
+    grad_new_state: Tensor,
+    grads: Tensor,
+    state: Tensor,
+    weights: Sequence[Tensor],
+    preprocess: int,
+    preprocess_scale: float,
+    output_scale: float,
+    precision: int,
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of :func:`lstm_step_triton`; that of ``params`` is ``grad_new_params``.
+
+    Args:
+        grad_new_params: gradient of the new parameters, like ``grads``.
+        grad_new_state: gradient of the new state, like ``state``.
+        grads: as forward got it.
+        state: as forward got it.
+        weights: as forward got them.
+        preprocess: as forward got it.
+        preprocess_scale: as forward got it.
+        output_scale: as forward got it.
+        precision: not read: products are float32 whatever forward used, float64 for a float64 state.
+
+    Returns:
+        Gradients of ``grads``, of ``state`` (zero behind the last coordinate) and of every weight.
+    """
+    return _backward(
+        *(grad_new_params.contiguous(), grad_new_state.contiguous(), grads.contiguous(), state.contiguous()),
+        *([w.contiguous() for w in weights], preprocess, preprocess_scale, output_scale),
+    )

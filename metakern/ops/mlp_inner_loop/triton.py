@@ -1,0 +1,297 @@
+"""mlp_inner_loop by Triton kernels: how they are cut and launched, and the operators.
+
+One launch runs whole inner loops, and the way back through them; meta-gradients take one or two more, which sum over
+the tasks in a fixed order. Nothing depends on the order in which programs run.
+
+What is private in layout, the trajectory and the tasks' gradients, is [T, ...] in the arithmetic dtype, with zeros
+behind it up to the size that every implementation gives it. Results are of the params' dtype.
+
+Axis legend: T tasks, S support and Q query samples of a task, K inner steps, P parameters of a task, R rates. Needs the
+package triton, 3.6 or newer.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from torch.library import custom_op
+
+from metakern.core.memo import constant
+from metakern.ops.core.triton_launch import Config, launch, split
+from metakern.ops.mlp_inner_loop.triton_arguments import (
+    TASK_LANES,
+    Arguments,
+    Network,
+    Samples,
+    check,
+    on_device,
+    starts,
+    table,
+)
+from metakern.ops.mlp_inner_loop.triton_kernels import (
+    inner_loop_kernel,
+    own_gradients_kernel,
+    partial_sums_kernel,
+    shared_gradients_kernel,
+)
+
+#: Warps of a program, and programs for each processor of a GPU: other tasks wait, so that scratch stays in the cache.
+NUM_WARPS, PROGRAMS = 4, 4
+
+#: Programs where no GPU is there to ask.
+PROGRAMS_ON_CPU = 2
+
+#: Sums over the tasks: tasks and columns of a block, and tasks that one program sums at most.
+SUM_TASKS, SUM_COLUMNS, SUM_CHUNK = 32, 32, 256
+
+_SCALARS = (
+    "float rate, int steps, bool per_step, int adapted, int[1] activation, int loss, int checkpoint_every"
+)  # fmt: skip
+_NUM_SCALARS = 7
+
+#: At the end, where the dispatcher leaves out what has its default.
+_OPTIONS = "float[] slopes=[], float? clip_norm=None"
+
+
+def _arithmetic(params: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if params[0].dtype == torch.float64 else torch.float32
+
+
+@functools.cache
+def _most_programs(device: torch.device) -> int:
+    if device.type != "cuda":
+        return PROGRAMS_ON_CPU
+    return PROGRAMS * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _block(largest: int) -> int:
+    """Of samples or units: tl.dot takes 16 and more, and 32 of both still fit the registers."""
+    return 16 if largest <= 16 else 32
+
+
+class _Loop:
+    """One launch of whole inner loops, as it is put together by the operators."""
+
+    def __init__(self, arguments: Arguments, x: Tensor, y: Tensor, mask: Tensor | None, second_order: Tensor) -> None:
+        self.arguments, self.network = arguments, Network(arguments, x)
+        self.like = arguments.params[0]
+        self.dtype = _arithmetic(arguments.params)
+        self.support = self.samples("support", x, y, mask)
+        check(second_order.shape == (arguments.steps,), "second_order must have shape ", [arguments.steps])
+        check(second_order.dtype == torch.bool, "second_order must be bool")
+        self.second_order = on_device(second_order, torch.uint8, self.like.device)
+        self.params = [p.contiguous() for p in arguments.params]
+        self.rates = [r.reshape(-1) for r in arguments.lr]
+        self.segments = -(-arguments.steps // arguments.checkpoint_every)
+        self.flat = self.network.params + sum(r.numel() for r in self.rates)
+
+    def samples(self, name: str, x: Tensor, y: Tensor, mask: Tensor | None) -> Samples:
+        return self.network.samples(name, self.arguments.loss, x, y, mask, self.like)
+
+    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return self.like.new_empty(shape, dtype=dtype or self.dtype)
+
+    def padded(self, elements: int) -> Tensor:
+        """``elements`` for every task in the first part, zeros behind."""
+        tasks = self.network.tasks
+        result = self.empty(-(-tasks // TASK_LANES) * TASK_LANES * elements)
+        result[tasks * elements :].zero_()
+        return result
+
+    def run(
+        self,
+        ends: Sequence[Tensor] = (),
+        checkpoints: Tensor | None = None,
+        adjoints: Tensor | None = None,
+        query: Samples | None = None,
+        step_weights: Tensor | None = None,
+        totals: Tensor | None = None,
+    ) -> None:
+        a, network = self.arguments, self.network
+        unused = self.like  # stands in for a tensor that is not read
+        queries = 0 if query is None else query.x.shape[1]
+        most = max(self.support.x.shape[1], queries)
+        programs = min(network.tasks, _most_programs(self.like.device))
+        back = adjoints is not None and query is not None
+        if back:
+            checkpoints = self.empty(programs * self.segments * network.params)
+        size = self._work_size(queries, a.checkpoint_every if adjoints is not None else 1)
+        work = self.empty(programs * size)
+        losses = unused if query is None else self.empty(a.steps * network.tasks)
+        rates = self.rates[0] if len(self.rates) == 1 else torch.cat(self.rates) if self.rates else unused
+        sets = [self.support, query or self.support]
+        (x, y, mask), (query_x, query_y, query_mask) = ((s.x, s.y, unused if s.mask is None else s.mask) for s in sets)
+        launch(
+            inner_loop_kernel,
+            programs,
+            Config(0, NUM_WARPS),
+            *(x, y, mask, tuple(self.params), tuple(ends or self.params), query_x, query_y, query_mask),
+            *(rates.contiguous(), self.second_order, unused if step_weights is None else step_weights),
+            *(losses, unused if totals is None else totals, unused if checkpoints is None else checkpoints),
+            *(unused if adjoints is None else adjoints, work, table(network, a, self.like.device)),
+            *(network.tasks, self.support.x.shape[1], queries, a.steps, a.checkpoint_every),
+            *(len(network.widths) - 1, network.units, network.params, self.flat, network.widths[0], network.outputs),
+            *(size, *split(a.rate, a.clip_norm or 0.0)),
+            ACTIVATION=network.activation,
+            LOSS=a.loss,
+            QUERY=query is not None,
+            BACKWARD=adjoints is not None,
+            KEEP=checkpoints is not None,
+            RATED=bool(self.rates),
+            CLIPS=a.clip_norm is not None,
+            MASKED=self.support.mask is not None,
+            QUERY_MASKED=query is not None and query.mask is not None,
+            TENSORS=len(self.params),
+            SHARED=network.shared,
+            BS=_block(most),
+            BU=_block(max(network.widths)),
+            OP=triton.next_power_of_2(network.outputs),
+        )
+
+    def _work_size(self, queries: int, span: int) -> int:
+        """Elements of a program's scratch, of which ``span`` steps stay; inner_loop_kernel lists what lies there."""
+        network, samples = self.network, self.support.x.shape[1]
+        size = (2 * span + 2) * network.params
+        size += 4 * network.units * ((span + 1) * samples + queries) + (samples + queries) * network.widths[0]
+        # The kernels index what belongs to one task with 32 bits.
+        most = max(size, self.segments * network.params, self.flat)
+        check(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
+        return size
+
+
+def _gradients(
+    network: Network, arguments: Arguments, values: Tensor, weights: Tensor | None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Of params and rates, summed over the tasks that share them, from adjoints [T, P + R] times their weights [T]."""
+    count = len(network.sizes)
+    outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*arguments.params, *arguments.lr)]
+    sizes = [*network.sizes, *(rate.numel() for rate in arguments.lr)]
+    rows, length = network.tasks, sum(sizes)
+    blocks, config = triton.cdiv(length, SUM_COLUMNS), Config(0, NUM_WARPS)
+    targets: Any = (tuple(outs), starts(sizes, values.device))
+    # Where there are no weights, a tensor that is not read stands in.
+    rows_of: Any = (values, values if weights is None else weights.contiguous())
+    constants = {"WEIGHTED": weights is not None, "OUTS": len(outs), "BC": SUM_COLUMNS}
+    own = sum(1 << i for i in range(count) if not network.shared >> i & 1)
+    shared = ((1 << len(outs)) - 1) & ~own
+    if own:
+        launch(own_gradients_kernel, rows * blocks, config, *rows_of, *targets, length, blocks, **constants, CHOSEN=own)
+    if shared and rows > SUM_CHUNK:
+        chunks = triton.cdiv(rows, SUM_CHUNK)
+        sums = values.new_empty(chunks * length)
+        cut = {"WEIGHTED": weights is not None, "BT": SUM_TASKS, "BC": SUM_COLUMNS}
+        numbers = (rows, SUM_CHUNK, length, blocks)
+        launch(partial_sums_kernel, chunks * blocks, config, *rows_of, sums, *numbers, **cut)
+        rows_of, rows, constants["WEIGHTED"] = (sums, sums), chunks, False
+    if shared:
+        cut = {"CHOSEN": shared, "BT": SUM_TASKS}
+        launch(shared_gradients_kernel, blocks, config, *rows_of, *targets, rows, length, **constants, **cut)
+    return outs[:count], outs[count:]
+
+
+# -------------------------------------------------------------------------------------------------------- operators
+#
+# Opaque to torch.compile: there is nothing around them that would fuse with them.
+
+
+@custom_op(
+    "metakern::mlp_inner_loop_triton",
+    mutates_args=(),
+    schema=f"(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor[] lr, {_SCALARS}, bool keep, "
+    f"Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor)",
+)
+def mlp_inner_loop_triton(
+    params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, lr: list[Tensor], *options: Any
+) -> tuple[list[Tensor], Tensor]:
+    """Parameters of T MLPs after K gradient steps; arguments as in metakern/ops/mlp_inner_loop_autograd.py.
+
+    float32, float64, or bfloat16 and float16 with float32 arithmetic; the trajectory is in the arithmetic dtype.
+    Labels that name no output give a task whose loss and gradients are NaN.
+    """
+    keep, second_order, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
+    loop = _Loop(arguments, x, y, mask, second_order)
+    network = loop.network
+    trajectory = loop.padded(loop.segments * network.params if keep else 0)
+    shapes = [p.shape[-2 + i % 2 :] for i, p in enumerate(params)]
+    ends = [loop.empty(network.tasks, *shape, dtype=params[0].dtype) for shape in shapes]
+    loop.run(ends, trajectory if keep else None)
+    return ends, trajectory
+
+
+@custom_op(
+    "metakern::mlp_inner_loop_triton_backward",
+    mutates_args=(),
+    schema="(Tensor[] grad_adapted, Tensor trajectory, Tensor[] params, Tensor x, Tensor y, Tensor? mask, "
+    f"Tensor[] lr, {_SCALARS}, Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor[])",
+)
+def mlp_inner_loop_triton_backward(
+    grad_adapted: list[Tensor], trajectory: Tensor, params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None,
+    lr: list[Tensor], *options: Any,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Gradients of params and rates from those of the adapted parameters."""
+    second_order, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
+    loop = _Loop(arguments, x, y, mask, second_order)
+    network = loop.network
+    check(len(grad_adapted) == len(params), "grad_adapted must have one tensor for each of params")
+    for index, (grad, size) in enumerate(zip(grad_adapted, network.sizes, strict=True)):
+        fits = grad.numel() == network.tasks * size and grad.device == x.device
+        check(fits, "grad_adapted[", index, "] must have the adapted tensor's shape")
+    _check_private("trajectory", trajectory, loop, loop.segments * network.params)
+    adjoints = loop.empty(network.tasks * loop.flat)
+    loop.run([g.contiguous() for g in grad_adapted], trajectory.contiguous(), adjoints)
+    return _gradients(network, arguments, adjoints, None)
+
+
+@custom_op(
+    "metakern::mlp_meta_loss_triton",
+    mutates_args=(),
+    schema="(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor query_x, Tensor query_y, Tensor? query_mask, "
+    f"Tensor[] lr, {_SCALARS}, Tensor second_order, Tensor step_weights, bool with_grads, {_OPTIONS}) "
+    "-> (Tensor, Tensor)",
+)
+def mlp_meta_loss_triton(
+    params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, query_x: Tensor, query_y: Tensor,
+    query_mask: Tensor | None, lr: list[Tensor], *options: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Query losses [T], and the gradient of each in the arithmetic dtype, with ``with_grads``."""
+    second_order, step_weights, with_grads, *rest = options[_NUM_SCALARS:]
+    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
+    loop = _Loop(arguments, x, y, mask, second_order)
+    query = loop.samples("query", query_x, query_y, query_mask)
+    check(step_weights.shape == (arguments.steps,), "step_weights must have shape ", [arguments.steps])
+    step_weights = on_device(step_weights, loop.dtype, x.device)
+    totals = loop.empty(loop.network.tasks, dtype=params[0].dtype)
+    task_grads = loop.padded(loop.flat if with_grads else 0)
+    loop.run((), None, task_grads if with_grads else None, query, step_weights, totals)
+    return totals, task_grads
+
+
+@custom_op(
+    "metakern::mlp_meta_loss_triton_backward",
+    mutates_args=(),
+    schema="(Tensor grad_losses, Tensor task_grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int steps, "
+    "bool per_step, int loss) -> (Tensor[], Tensor[])",
+)
+def mlp_meta_loss_triton_backward(
+    grad_losses: Tensor, task_grads: Tensor, params: list[Tensor], x: Tensor, y: Tensor, lr: list[Tensor], steps: int,
+    per_step: bool, loss: int,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """Gradients of params and rates: the tasks' gradients, weighted and summed."""
+    arguments = Arguments(params, lr, 0.0, steps, per_step, -1, [0], loss, 1)
+    loop = _Loop(arguments, x, y, None, constant((True,) * steps, torch.bool, x.device))
+    check(grad_losses.shape == (loop.network.tasks,), "grad_losses must have shape ", [loop.network.tasks])
+    _check_private("task_grads", task_grads, loop, loop.flat)
+    return _gradients(loop.network, arguments, task_grads.contiguous(), grad_losses)
+
+
+def _check_private(name: str, values: Tensor, loop: _Loop, elements: int) -> None:
+    fits = values.numel() == -(-loop.network.tasks // TASK_LANES) * TASK_LANES * elements
+    check(fits, name, " must be the one of this problem, got ", values.numel(), " elements")
+    check(values.dtype == loop.dtype and values.device == loop.like.device, name, " must be ", loop.dtype)

@@ -1,0 +1,250 @@
+"""The checks of mlp_inner_loop's arguments, and what its kernels need to know of them.
+
+They guard memory: an operator that is called directly, past the Python function, must not read out of bounds. Their
+messages are those of csrc/mlp_inner_loop/arguments.h. Axis legend: T tasks, S support and Q query samples of a task, K
+inner steps, P parameters of a task.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakern.core.memo import constant, memoized
+from metakern.ops.core.triton_launch import split
+from metakern.ops.mlp_inner_loop.triton_functions import MIXED
+
+#: Keep in step with csrc/mlp_inner_loop/problem.h; what the operators alone read is padded by TASK_LANES.
+MAX_LAYERS, TASK_LANES = 8, 16
+
+#: Steps, and units, inputs or samples of a task, at most.
+_MOST = 2**20
+
+#: Outputs at most: a program takes all of a sample's at once in the loss.
+MAX_OUTPUTS = 4096
+
+#: Kinds of activations: relu, tanh, sigmoid, gelu, leaky_relu.
+_LAST_KIND = 4
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Arguments(NamedTuple):
+    """What every operator of this stem takes; see :func:`metakern.ops.mlp_inner_loop.mlp_inner_loop`."""
+
+    params: list[Tensor]
+    lr: list[Tensor]
+    rate: float
+    steps: int
+    per_step: bool
+    adapted: int  # bit i: whether params[i] is
+    activation: list[int]  # of every hidden layer, or of all
+    loss: int
+    checkpoint_every: int
+    slopes: list[float] = []  # noqa: RUF012 of leaky_relu, for every activation; or none
+    clip_norm: float | None = None
+
+
+class Samples(NamedTuple):
+    """One set of all tasks, contiguous."""
+
+    x: Tensor  # [T, samples, inputs]
+    y: Tensor  # [T, samples, outputs], or int64 labels [T, samples]
+    mask: Tensor | None  # uint8 [T, samples]
+
+
+def check(condition: bool, *parts: Any) -> None:
+    """Raise RuntimeError with the joined parts unless ``condition``."""
+    if not condition:
+        raise RuntimeError("".join(str(list(part) if isinstance(part, torch.Size) else part) for part in parts))
+
+
+def _check_like(name: str, x: Tensor, like: Tensor, dtype: bool = True) -> None:
+    if dtype and x.dtype != like.dtype:
+        check(False, name, " must be ", str(like.dtype)[6:], ", got ", str(x.dtype)[6:])
+    check(x.device == like.device, name, " must be on the device of params, ", like.device, ", got ", x.device)
+
+
+class Network:
+    """Sizes of the tasks' MLPs.
+
+    Attributes:
+        tasks: T
+        widths: inputs, then the units of every layer
+        sizes: elements of every tensor of one task
+        shared: bit i: params[i] has no task axis
+        activations: kind and slope of every hidden layer's
+    """
+
+    def __init__(self, arguments: Arguments, x: Tensor) -> None:
+        """The sizes that params and the rates have, checked; ``x`` are the support samples."""
+        check(x.dim() == 3 and x.shape[0] >= 1, "support_x must be [T, S, inputs] with at least 1 task")
+        self.tasks = x.shape[0]
+        steps, every = arguments.steps, arguments.checkpoint_every
+        check(1 <= steps <= _MOST, "steps must be 1 to ", _MOST, ", got ", steps)
+        check(0 <= arguments.loss <= 2, "loss must be 0, 1 or 2, got ", arguments.loss)
+        check(1 <= every <= steps, "checkpoint_every must be 1 to ", steps, ", got ", every)
+        check(math.isfinite(arguments.rate), "rate must be finite, got ", arguments.rate)
+        clip = arguments.clip_norm
+        check(clip is None or 0 < clip < math.inf, "clip_norm must be positive and finite, got ", clip)
+        self.widths: tuple[int, ...] = ()
+        self.sizes: tuple[int, ...] = ()
+        self.shared = 0
+        params = arguments.params
+        check(
+            0 < len(params) <= 2 * MAX_LAYERS and len(params) % 2 == 0,
+            *("params must hold a weight and a bias for 1 to ", MAX_LAYERS, " layers, got ", len(params), " tensors"),
+        )
+        check(params[0].dtype in _DTYPES, "params must be float32, float64, bfloat16 or float16")
+        for index, p in enumerate(params):
+            self._add(index, p, params[0])
+        check(
+            self.outputs <= MAX_OUTPUTS, "the last layer must have at most ", MAX_OUTPUTS, " units, got ", self.outputs
+        )
+        self.activations = self._activations(arguments)
+        self._check_rates(arguments)
+
+    def _add(self, index: int, p: Tensor, first: Tensor) -> None:
+        own, name = 2 - index % 2, f"params[{index}]"
+        axes = f" must have {own} axes, or one more for the tasks, got "
+        check(p.dim() in (own, own + 1), name, axes, p.shape)
+        if p.dim() == own:
+            self.shared |= 1 << index
+        else:
+            check(p.shape[0] == self.tasks, name, " must share the task axis, T = ", self.tasks, ", got ", p.shape)
+        units = p.shape[-own]
+        check(1 <= units <= _MOST, name, " must have at least 1 unit, got ", p.shape)
+        if own == 2:
+            inputs = self.widths[-1] if index else p.shape[-1]
+            check(p.shape[-1] == inputs >= 1, name, " must take ", inputs, " inputs, got ", p.shape)
+            self.widths += (units,) if index else (inputs, units)
+        else:
+            check(units == self.widths[-1], name, " must have ", self.widths[-1], " units, got ", p.shape)
+        self.sizes += (math.prod(p.shape[-own:]),)
+        _check_like("params", p, first)
+
+    def _activations(self, a: Arguments) -> tuple[tuple[int, float], ...]:
+        """Kind and slope of every hidden layer's activation."""
+        hidden, count = len(self.widths) - 2, len(a.activation)
+        check(
+            count in (1, hidden),
+            *("activation must hold 1 kind or one for each of the ", hidden, " hidden layers, got ", count),
+        )
+        check(
+            len(a.slopes) in (0, count),
+            *("slopes must hold none or one for each of the ", count, " activations, got ", len(a.slopes)),
+        )
+        for kind in a.activation:
+            check(0 <= kind <= _LAST_KIND, "activation must be 0 to ", _LAST_KIND, ", got ", kind)
+        for slope in a.slopes:
+            check(0 <= slope < math.inf, "slopes must be finite and not negative, got ", slope)
+        pairs = tuple(zip(a.activation, a.slopes or [0.0] * count, strict=True))
+        return pairs[:hidden] if count == hidden else pairs * hidden
+
+    def _check_rates(self, a: Arguments) -> None:
+        count = len(self.sizes)
+        check(
+            len(a.lr) in (0, 1, count),
+            *("lr must hold no tensor, 1 or one for each of the ", count, " params, got ", len(a.lr)),
+        )
+        for index, rate in enumerate(a.lr):
+            _check_like("lr", rate, a.params[0])
+            size, leading = self.sizes[index], a.steps if a.per_step else 1
+            fits = rate.numel() in (leading, leading * size) if len(a.lr) > 1 else rate.numel() == leading
+            check(fits, f"lr[{index}] must hold 1 or {size} rates", " a step" * a.per_step, ", got ", rate.shape)
+
+    @property
+    def activation(self) -> int:
+        """The kind that all activations have, or MIXED."""
+        kinds = {kind for kind, _ in self.activations}
+        return min(kinds, default=0) if len(kinds) < 2 else MIXED.value
+
+    @property
+    def outputs(self) -> int:
+        """Of the last layer."""
+        return self.widths[-1]
+
+    @property
+    def params(self) -> int:
+        """P."""
+        return sum(self.sizes)
+
+    @property
+    def units(self) -> int:
+        """Of all layers."""
+        return sum(self.widths[1:])
+
+    def samples(self, name: str, loss: int, x: Tensor, y: Tensor, mask: Tensor | None, like: Tensor) -> Samples:
+        """One set, checked and contiguous."""
+        tasks, inputs = self.tasks, self.widths[0]
+        check(
+            x.dim() == 3 and x.shape[0] == tasks and x.shape[1] >= 1 and x.shape[2] == inputs,
+            *(name, f"_x must be [{tasks}, samples, {inputs}], got ", x.shape),
+        )
+        _check_like("x", x, like)
+        _check_like("y", y, like, dtype=False)
+        count = x.shape[1]
+        check(count <= _MOST, name, "_x must have at most ", _MOST, " samples, got ", count)
+        targets = "labels" if loss == 1 else "targets"
+        shape = [tasks, count] if loss == 1 else [tasks, count, self.outputs]
+        check(list(y.shape) == shape, targets, " must have shape ", shape, ", got ", y.shape)
+        if loss == 1:
+            check(y.dtype == torch.int64, name, "_y must hold int64 labels")
+        else:
+            _check_like(targets, y, like)
+        if mask is not None:
+            check(list(mask.shape) == [tasks, count], "mask must have shape ", [tasks, count], ", got ", mask.shape)
+            check(mask.dtype == torch.bool, name, "_mask must be bool")
+            _check_like("mask", mask, like, dtype=False)
+            mask = mask.contiguous().view(torch.uint8)
+        return Samples(x.contiguous(), y.contiguous(), mask)
+
+
+# ------------------------------------------------------------------------------------------- constants on the device
+
+
+def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A constant that may still be on the CPU."""
+    if x.device == device:
+        return x.contiguous().to(dtype)
+    return constant(tuple(x.tolist()), dtype, device)
+
+
+def table(network: Network, arguments: Arguments, device: torch.device) -> Tensor:
+    """The network as the kernels read it, int32 [2 L, 12]; the columns are named in metakern/triton/mlp_pass.py."""
+    rates = tuple(rate.numel() for rate in arguments.lr)
+    steps = arguments.steps if arguments.per_step else 0
+    bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
+    rows = _rows(network.widths, network.sizes, bits, rates, steps, network.activations)
+    return constant(rows, torch.int32, device)
+
+
+@memoized
+def _rows(
+    widths: tuple[int, ...],
+    sizes: tuple[int, ...],
+    adapted: int,
+    rates: tuple[int, ...],
+    steps: int,
+    activations: tuple[tuple[int, float], ...],
+) -> tuple[tuple[int, ...], ...]:
+    rows = []
+    kinds = [(kind, *split(slope)) for kind, slope in activations] + [(0, 0, 0)]  # the last layer has none
+    offsets, slots = (list(itertools.accumulate(counts, initial=0)) for counts in (sizes, rates))
+    for tensor, size in enumerate(sizes):
+        layer, owner = tensor // 2, tensor if len(rates) > 1 else 0
+        of_step = rates[owner] // max(steps, 1) if rates else 0
+        row = [offsets[tensor], size, widths[layer], widths[layer + 1], sum(widths[1 : layer + 1])]
+        rates_of = slots[owner], int(of_step > 1), of_step if steps else 0
+        rows.append([*row, adapted >> tensor & 1, *rates_of, *kinds[layer]])
+    return tuple(map(tuple, rows))
+
+
+def starts(sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Where pieces of these sizes start in a row, and where the last ends, int32."""
+    return constant(tuple(itertools.accumulate(sizes, initial=0)), torch.int32, device)

@@ -1,0 +1,121 @@
+"""Checkpoints of LearnedOptimizer: what state_dict holds, and what load_state_dict refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from metakern.ops import LSTMState, pack_state, unpack_state
+from metakern.optim.groups import check_group
+from metakern.rules import CoordinatewiseLSTM
+
+if TYPE_CHECKING:
+    from metakern.optim.learned_optimizer import LearnedOptimizer
+
+#: Version of the checkpoint that ``state_dict`` makes. Version 1, which had no weight decay, is read too.
+FORMAT_VERSION = 2
+
+#: The key of a state_dict that tells a checkpoint of this optimizer from any other.
+HEADER = "learned_optimizer"
+
+_ENTRY_KEYS = ("step", "h", "c")
+_SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def to_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Post-hook of state_dict: the state in its portable form, copied, and the header.
+
+    h and c keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
+    """
+    optimizer, state = cast("LearnedOptimizer", optimizer), {}
+    for key, entry in state_dict["state"].items():
+        if entry:  # looking at state[p] leaves an empty entry
+            h, c = (x.contiguous().clone() for x in unpack_state(LSTMState(entry["lstm"], entry["numel"])))
+            state[key] = {"step": entry["step"], "h": h, "c": c}
+    return {**state_dict, "state": state, HEADER: _header(optimizer.rule)}
+
+
+def from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Pre-hook of load_state_dict: check everything, then pack the state."""
+    optimizer = cast("LearnedOptimizer", optimizer)
+    for key, kind in (("state", Mapping), ("param_groups", Sequence), (HEADER, Mapping)):
+        if not isinstance(state_dict.get(key), kind):
+            raise ValueError(
+                f"state_dict must be a checkpoint of LearnedOptimizer with the keys 'state', 'param_groups' and "
+                f"{HEADER!r}, got {type(state_dict[key]).__name__ if key in state_dict else 'nothing'} for {key!r}"
+            )
+    version = state_dict[HEADER].get("format_version")
+    if version not in (1, FORMAT_VERSION):
+        raise ValueError(f"state_dict must have format_version 1 or {FORMAT_VERSION}, got {version!r}")
+    for key, expected in _header(optimizer.rule).items():
+        if key != "format_version" and state_dict[HEADER].get(key) != expected:
+            raise ValueError(f"state_dict must have {key} {expected}, got {state_dict[HEADER].get(key)!r}")
+    groups = _match_groups(optimizer, state_dict["param_groups"], version)
+    names = _names(optimizer, groups)
+    state = {}
+    for key, entry in state_dict["state"].items():
+        if key not in names:
+            raise ValueError(f"state of {key!r} must belong to a parameter of 'param_groups', {sorted(names)}")
+        param, name = names[key]
+        _check_entry(entry, name, (optimizer.rule.num_layers, param.numel(), optimizer.rule.hidden_size))
+        like = optimizer.rule.init_state(param.new_empty(0)).data
+        # An LSTMState passes the base class untouched, which would cast a tensor to the dtype of the parameter.
+        packed = pack_state(entry["h"].detach().to(like), entry["c"].detach().to(like))
+        state[key] = {"step": entry["step"], "numel": param.numel(), "lstm": packed}
+    return {**state_dict, "param_groups": groups, "state": state}
+
+
+def _header(rule: CoordinatewiseLSTM) -> dict[str, int]:
+    return {"format_version": FORMAT_VERSION, "hidden_size": rule.hidden_size, "num_layers": rule.num_layers}
+
+
+def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any], version: int) -> list[dict[str, Any]]:
+    """The saved groups, with the options of this version; ValueError where they do not match the optimizer's."""
+    groups = optimizer.param_groups
+    keys = ("params", "lr") if version == 1 else ("params", "lr", "weight_decay")
+    if len(saved) != len(groups):
+        raise ValueError(f"state_dict must have {len(groups)} parameter groups, got {len(saved)}")
+    matched = []
+    for index, (group, other) in enumerate(zip(groups, saved, strict=True)):
+        if not isinstance(other, Mapping) or any(key not in other for key in keys):
+            got = list(other) if isinstance(other, Mapping) else type(other).__name__
+            raise ValueError(f"group {index} of state_dict must be a dict with the keys {keys}, got {got}")
+        saved_params = other["params"]
+        count = len(saved_params) if isinstance(saved_params, Sequence) else repr(saved_params)
+        if count != len(group["params"]):
+            raise ValueError(f"group {index} of state_dict must have {len(group['params'])} parameters, got {count}")
+        matched.append({"weight_decay": 0.0, **other})
+        try:
+            check_group(matched[-1], f"group {index} of state_dict")
+        except TypeError as error:
+            raise ValueError(str(error)) from error
+    return matched
+
+
+def _names(optimizer: LearnedOptimizer, saved: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[Tensor, str]]:
+    """The parameter and its name for each id that the saved groups hold."""
+    names: dict[Any, tuple[Tensor, str]] = {}
+    for index, (group, other) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        for position, (key, p) in enumerate(zip(other["params"], group["params"], strict=True)):
+            names[key] = (p, optimizer.name_of(index, position))
+    return names
+
+
+def _check_entry(entry: Any, name: str, shape: tuple[int, int, int]) -> None:
+    if not isinstance(entry, Mapping) or any(key not in entry for key in _ENTRY_KEYS):
+        got = list(entry) if isinstance(entry, Mapping) else type(entry).__name__
+        raise ValueError(f"state of {name} must be a dict with the keys {_ENTRY_KEYS}, got {got}")
+    if type(entry["step"]) is not int or entry["step"] < 0:
+        raise ValueError(f"step of {name} must be an integer of at least 0, got {entry['step']!r}")
+    for key in ("h", "c"):
+        value = entry[key]
+        is_tensor = isinstance(value, Tensor)
+        if not is_tensor or value.dtype not in _SAVED_DTYPES or value.layout != torch.strided or value.shape != shape:
+            got = f"{value.dtype} {value.layout} {list(value.shape)}" if is_tensor else type(value).__name__
+            raise ValueError(
+                f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
+            )

@@ -1,1 +1,0 @@
-"""Every operator in plain PyTorch: its definition, and the oracle that each kernel is held to."""

@@ -1,0 +1,167 @@
+"""Which files setup.py compiles again: those whose sources, headers, options or compiler changed, and no others."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.packaging.test_setup import load_setup
+
+HAS_NVCC = shutil.which("nvcc") is not None
+
+
+@pytest.fixture(scope="module")
+def setup() -> ModuleType:
+    return load_setup()
+
+
+@pytest.fixture
+def build(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Builds two sources, one of which reads a header through another; gives the names of those compiled."""
+    monkeypatch.chdir(tmp_path)
+    folder = Path("a folder")  # compilers escape spaces in what they report
+    folder.mkdir()
+    (folder / "inner.h").write_text("inline int inner() { return 1; }\n")
+    (folder / "outer.h").write_text('#include "inner.h"\n')
+    (folder / "one.cpp").write_text('#include "outer.h"\nint one() { return inner(); }\n')
+    (folder / "two.cpp").write_text("int two() { return 2; }\n")
+
+    def run(*flags: str, version: str = "1") -> list[str]:
+        names = ["one.cpp", "two.cpp"]
+        jobs = [
+            setup.Job(["g++", *flags, "-c", str(folder / name)], Path("out", f"{name}.o"), {"compiler": version})
+            for name in names
+        ]
+        return [name for name, job in zip(names, jobs, strict=True) if job.run()]
+
+    return run
+
+
+def change(name: str, text: str = "// changed\n") -> None:
+    path = Path("a folder", name)
+    path.write_text(path.read_text() + text)
+
+
+def test_only_what_changed_is_compiled(build: Callable[..., list[str]]) -> None:
+    assert build() == ["one.cpp", "two.cpp"]
+    assert build() == []
+    change("two.cpp")
+    assert build() == ["two.cpp"]
+    change("one.cpp")
+    assert build() == ["one.cpp"]
+    assert build() == []
+
+
+def test_headers_of_headers_count(build: Callable[..., list[str]]) -> None:
+    build()
+    change("inner.h")
+    assert build() == ["one.cpp"]
+    assert build() == []
+
+
+def test_options_and_versions_count(build: Callable[..., list[str]]) -> None:
+    build()
+    assert build("-DX=1") == ["one.cpp", "two.cpp"]
+    assert build("-DX=1") == []
+    assert build("-DX=1", version="2") == ["one.cpp", "two.cpp"]
+    assert build("-DX=1", version="2") == []
+
+
+def test_an_older_file_put_back_counts(build: Callable[..., list[str]]) -> None:
+    path = Path("a folder", "two.cpp")
+    build()
+    time = path.stat().st_mtime - 1000
+    os.utime(path, (time, time))
+    assert build() == ["two.cpp"]
+
+
+@pytest.mark.parametrize("lost", ["two.cpp.o", "two.cpp.json"])
+def test_what_was_lost_is_made_again(build: Callable[..., list[str]], lost: str) -> None:
+    build()
+    Path("out", lost).unlink()
+    assert build() == ["two.cpp"]
+
+
+def test_a_damaged_record_is_made_again(build: Callable[..., list[str]]) -> None:
+    build()
+    Path("out", "two.cpp.json").write_text("{")
+    assert build() == ["two.cpp"]
+
+
+def test_a_header_that_is_gone_counts(build: Callable[..., list[str]]) -> None:
+    build()
+    Path("a folder", "inner.h").rename("a folder/other.h")
+    Path("a folder", "outer.h").write_text('#include "other.h"\n')
+    assert build() == ["one.cpp"]
+
+
+def test_a_file_that_did_not_compile_is_tried_again(
+    build: Callable[..., list[str]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    build()
+    change("two.cpp", "no C++\n")
+    for _ in range(2):
+        with pytest.raises(
+            SystemExit, match=r"two\.cpp was not compiled: see the compiler's messages; METAKERN_BUILD=0"
+        ):
+            build()
+    assert "error" in capfd.readouterr().err
+    Path("a folder", "two.cpp").write_text("int two() { return 3; }\n")
+    assert build() == ["two.cpp"]
+
+
+@pytest.mark.skipif(not HAS_NVCC, reason="needs nvcc")
+def test_nvcc_reports_headers_too(setup: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("kernel.cuh").write_text("__global__ void kernel() {}\n")
+    Path("kernel.cu").write_text('#include "kernel.cuh"\nvoid launch() { kernel<<<1, 1>>>(); }\n')
+    nvcc = shutil.which("nvcc")
+    job = setup.Job(setup.Cuda(nvcc, tmp_path, "9.0").command("kernel.cu"), Path("out", "kernel.cu.o"), {})
+    assert job.run()
+    assert not job.run()
+    with Path("kernel.cuh").open("a") as file:
+        file.write("// changed\n")
+    assert job.run()
+    assert not job.run()
+
+
+# Lists what the build of the package would compile.
+PLAN = """
+import sys
+from setuptools import Distribution
+from setuptools.command import build_ext
+from tests.packaging.test_setup import load_setup
+
+setup = load_setup()
+extension = setup.Extension("metakern._C", sources=[], language="c++")
+command = setup.BuildExtension(Distribution({"ext_modules": [extension]}))
+command.finalize_options()
+build_ext.build_ext.build_extension = lambda *_: None  # no linking
+planned = []
+setup.Job.run = lambda job: planned.append(f"{job.command[-1]} {job.output}") or True
+command.run()
+for line in planned:
+    print(line)
+"""
+
+
+def test_every_kernel_is_compiled_for_every_instruction_set_into_a_file_of_its_own(setup: ModuleType) -> None:
+    environment = os.environ | {"METAKERN_CUDA": "0", "PYTHONPATH": str(setup.ROOT)}
+    result = subprocess.run(
+        [sys.executable, "-c", PLAN], cwd=setup.ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    sources = setup.Sources.find()
+    assert sources.cpu_kernels
+    planned = [line.split() for line in result.stdout.splitlines() if line.startswith("csrc/")]
+    assert sorted(source for source, _ in planned) == sorted(
+        [*sources.once, *sources.cpu_kernels * len(setup.instruction_sets())]
+    )
+    outputs = [output for _, output in planned]
+    assert len(set(outputs)) == len(outputs)

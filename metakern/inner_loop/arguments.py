@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metakern.core.transforms import wants_gradient
 from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
 from metakern.inner_loop.task_loss import TaskLoss, divided
-from metakern.ops.mlp_inner_loop.autograd import wants_gradient
 from metakern.rules.rates import is_number, matching
 
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
+from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, check_constants, first_tensor, flatten, map_tensors
 from metakern.inner_loop.arguments import TaskBatch, check_labels, split
 from metakern.inner_loop.batch_norm import PerStepBatchNorm
@@ -31,7 +32,6 @@ from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.task_functions import TaskFunctions
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorization, Vectorize
-from metakern.inner_loop.vectorize import is_transformed as is_transformed
 from metakern.ops.inner_update import inner_update, reference
 from metakern.rules.rates import LearningRates, real_dtype
 

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 
 from metakern.core import backend as _backend
+from metakern.core.transforms import is_transformed
 from metakern.inner_loop.arguments import TaskBatch
 from metakern.inner_loop.engines.mlp import Options
 from metakern.inner_loop.engines.mlp_model import Unserved
-from metakern.inner_loop.loop import InnerLoop, is_transformed
+from metakern.inner_loop.loop import InnerLoop
 
 _log = logging.getLogger("metakern")
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.core.exclusive import exclusive
+from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, as_data, named_tensors
 from metakern.inner_loop.arguments import (
     TaskBatch,
@@ -26,7 +27,7 @@ from metakern.inner_loop.arguments import (
 )
 from metakern.inner_loop.engines.missed import warn_if_missed
 from metakern.inner_loop.engines.mlp import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
-from metakern.inner_loop.loop import InnerLoop, TaskModel, is_transformed
+from metakern.inner_loop.loop import InnerLoop, TaskModel
 from metakern.inner_loop.path import attempt, is_heard, say_generic
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorize, check_vectorize

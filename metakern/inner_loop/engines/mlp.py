@@ -14,10 +14,11 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
+from metakern.core.torch_private import forward_mode_is_active
+from metakern.core.transforms import is_batched, is_transformed, wants_gradient
 from metakern.core.trees import Data
 from metakern.inner_loop.arguments import adapted_names, check_step_weights, first_order_steps, task_batch
 from metakern.inner_loop.as_shipped import is_plain
@@ -32,7 +33,6 @@ from metakern.inner_loop.engines.mlp_model import (
 )
 from metakern.inner_loop.engines.recorded import record_loss, record_mlp
 from metakern.inner_loop.lineage import accumulator
-from metakern.inner_loop.loop import is_transformed
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorize
 from metakern.ops.mlp_inner_loop import (
@@ -43,7 +43,7 @@ from metakern.ops.mlp_inner_loop import (
     run_meta_backward,
     run_meta_loss,
 )
-from metakern.ops.mlp_inner_loop.autograd import Problem, is_batched, wants_gradient
+from metakern.ops.mlp_inner_loop.autograd import Problem
 from metakern.rules.rates import learning_rates
 
 #: Text that identifies the operator's label error. The generic path raises a ValueError, or knows labels to ignore.
@@ -130,7 +130,7 @@ def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Te
 
     Without autograd: its graph takes as long as a small inner loop.
     """
-    if forward_ad._current_level >= 0 or torch.is_anomaly_enabled():
+    if forward_mode_is_active() or torch.is_anomaly_enabled():
         return None
     try:
         usual = _usual(options, support, query)
@@ -334,7 +334,7 @@ def _untransformed() -> str:
     if torch.compiler.is_compiling():
         inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
         return "torch.func transforms it within torch.compile" if inside else ""
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         return "it has no forward-mode derivative"
     kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
     grad, vmap = functorch.TransformType.Grad, functorch.TransformType.Vmap

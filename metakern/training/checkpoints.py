@@ -21,7 +21,9 @@ import torch
 
 from metakern.core.files import TEMPORARY, check_target, write_whole
 from metakern.core.plain_data import one_line
-from metakern.training.run_files import CHECKPOINTS
+
+#: The folder of checkpoints in the folder of a run.
+CHECKPOINTS = "checkpoints"
 
 #: Version of the state that a checkpoint holds; another one is refused.
 FORMAT = 1

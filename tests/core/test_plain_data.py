@@ -8,7 +8,7 @@ import pytest
 from metakern.core.plain_data import LIST_ENTRIES, check_flat, parse_json, parse_yaml, quoted, read_json, read_text
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import read_config
-from metakern.training.metrics import read_metrics
+from metakern.runs.metrics import read_metrics
 from tests.cli.commands import invoke
 
 

@@ -138,8 +138,11 @@ class Trainer:
         self.checkpoints: Checkpoints | None = None
         own: Sequence[Callback] = provided("progress")(True) if folder is None and progress else ()
         if folder is not None:
-            is_record = isinstance(folder, FolderRecord)
-            record = folder if is_record else provided("record")(folder, progress=progress is not False)
+            record: FolderRecord = (
+                folder
+                if isinstance(folder, FolderRecord)
+                else provided("record")(folder, progress=progress is not False)
+            )
             self.record, self.checkpoints = record, Checkpoints(record.folder / CHECKPOINTS, self.config.keep)
             own = (record,)
         self.callbacks = (*own, *callbacks)

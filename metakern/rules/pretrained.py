@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from metakern.core.checksum import check_digest, digest
 from metakern.core.files import check_targets, write_whole
-from metakern.core.plain_data import check_flat, quoted, read_json
+from metakern.core.plain_data import check_flat, read_json
 from metakern.core.requirements import required
+from metakern.core.text import quoted
 from metakern.rules import hub
 from metakern.rules.model_card import MARK, model_card
 

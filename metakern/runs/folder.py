@@ -12,7 +12,8 @@ from torch import nn
 
 from metakern.core.checksum import check_digest
 from metakern.core.files import check_targets
-from metakern.core.plain_data import CONFIG_BYTES, check_flat, one_line, parse_yaml, quoted, read_text
+from metakern.core.plain_data import CONFIG_BYTES, check_flat, parse_yaml, read_text
+from metakern.core.text import one_line, quoted
 from metakern.runs.run_files import (
     CONFIG,
     ENVIRONMENT,

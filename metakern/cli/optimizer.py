@@ -31,8 +31,8 @@ from metakern.evaluation.optimizers import (
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.folder import make_folder, write_json
 from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.runs.progress import Display
 from metakern.training import FolderLock, History, Trainer
-from metakern.training.progress import Display
 
 LEARNER = "optimizer"
 

@@ -13,9 +13,10 @@ from torch.nn.modules import module as torch_module
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import random_state, set_random_state
+from metakern.core.text import first_line
 from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
-from metakern.inner_loop.failures import check_no_mixed_meta, explained, first_line, module_that_failed
+from metakern.inner_loop.failures import check_no_mixed_meta, explained, module_that_failed
 
 Result = TypeVar("Result")
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakern.core.plain_data import one_line, quoted
+from metakern.core.text import one_line, quoted
 from metakern.rules import CoordinatewiseLSTM
 from metakern.runs.fewshot import make_learner, make_tasks
 from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config

@@ -77,7 +77,7 @@ def training_curve(
 ) -> Tensor:
     """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
+    The optimizers are coordinatewise, so the T networks go side by side: every tensor [T, *shape] is one parameter.
 
     Returns:
         full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from metakern.core.checks import is_number
 from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
 from metakern.inner_loop.task_loss import TaskLoss, divided
 from metakern.ops.mlp_inner_loop.autograd import wants_gradient
-from metakern.rules.rates import is_number, matching
+from metakern.rules.rates import matching
 
 
 @dataclass(frozen=True)
@@ -252,17 +253,6 @@ def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bo
     if len(first_order) != steps:
         raise ValueError(f"first_order must have one bool a step, {steps}, got {len(first_order)}")
     return [bool(flag) for flag in first_order]
-
-
-def check_clip_norm(clip_norm: Any) -> float | None:
-    """It as a float; raise unless it is None or positive and finite."""
-    if clip_norm is None:
-        return None
-    if not is_number(clip_norm):
-        raise TypeError(f"clip_norm must be a number, got {clip_norm!r}")
-    if not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
-    return float(clip_norm)
 
 
 def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.rules.rates import check_count
+from metakern.core.checks import check_count
 from metakern.tasks import OptimizeeBatch
 
 #: What an unroll minimises, summed over its steps: f, or log(f + 1e-3), which weighs the small losses at the end up.

@@ -13,12 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_clip_norm, check_count, check_rate
 from metakern.core.exclusive import exclusive
 from metakern.core.trees import Data, as_data, named_tensors
 from metakern.inner_loop.arguments import (
     TaskBatch,
     adapted_names,
-    check_clip_norm,
     check_samples,
     check_step_weights,
     first_order_steps,
@@ -30,7 +30,7 @@ from metakern.inner_loop.loop import InnerLoop, TaskModel, is_transformed
 from metakern.inner_loop.path import attempt, is_heard, say_generic
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorize, check_vectorize
-from metakern.rules.rates import check_count, check_rate, learning_rates
+from metakern.rules.rates import learning_rates
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

@@ -1,4 +1,4 @@
-"""Learning rates of the inner loop, and the numbers that calls take: checked, and brought into one form.
+"""Learning rates of the inner loop: checked, and brought into one form.
 
 Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -6,7 +6,6 @@ Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the 
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from metakern.core.checks import check_rate
 
 
 @dataclass(frozen=True)
@@ -87,36 +88,9 @@ def matching(pattern: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern))
 
 
-def check_rate(name: str, lr: Any) -> None:
-    """Raise unless a learning rate is a finite number or a floating tensor of one element."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of 1 element, got shape {list(lr.shape)}")
-        return
-    if not is_number(lr):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(lr).__name__}")
-    if not -math.inf < lr < math.inf:
-        raise ValueError(f"{name} must be finite, got {lr}")
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """The value as an integer, NumPy's too; raise unless it is one of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    count = int(value)
-    if count < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {count}")
-    return count
-
-
 def real_dtype(p: Tensor) -> torch.dtype:
     """The dtype of a learning rate for the parameter: its own, or that of a complex parameter's parts."""
     return p.dtype.to_real() if p.is_complex() else p.dtype
-
-
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, one of NumPy's too; a bool is none."""
-    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int) -> LearningRates:

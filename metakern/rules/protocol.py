@@ -40,9 +40,13 @@ class Rule(nn.Module):
         needs_loss: whether ``forward`` needs the argument ``loss``
         horizon: steps that the rule was meta-trained for, or None
         trained_on: what it was meta-trained on, in words, or None
+        advice_for_other_networks: how to use it where it was not meta-trained, for its model card
+        advice_beyond_horizon: what LearnedOptimizer's warning says to do after ``horizon`` steps
     """
 
     needs_loss: ClassVar[bool] = False
+    advice_for_other_networks: ClassVar[str] = "tune `lr` as for any optimizer, and let it decay"
+    advice_beyond_horizon: ClassVar[str] = "let a scheduler decay lr"
 
     horizon: int | None = None
     trained_on: str | None = None
@@ -107,9 +111,33 @@ class Rule(nn.Module):
         del params  # rules that pack coordinates need it
         return pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() else x, state)
 
-    def horizon_advice(self) -> str:
-        """What to do where a model needs more steps than the rule was trained for, or is of another kind."""
-        return "let a scheduler decay lr"
+    def state_header(self) -> dict[str, Any]:
+        """What the rule of a checkpoint of states must agree in: plain data."""
+        return {"rule": type(self).__name__}
+
+    def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """What a checkpoint holds of one parameter's state: tensors whose meaning no kernel's layout decides.
+
+        Args:
+            tensors: the state of the parameter, by name
+            number: its coordinates
+        """
+        del number
+        return dict(tensors)
+
+    def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
+        """The state of one parameter from what :meth:`export_state` gave, in the dtype and on the device of now.
+
+        Args:
+            saved: the entry of a checkpoint
+            param: whose state it is
+            name: how messages call the parameter
+
+        Raises:
+            ValueError: for an entry that does not fit.
+        """
+        (like,) = self.init_state([param]).per_tensor
+        return {key: check_saved(saved, key, like[key], name).to(like[key]) for key in like}
 
     def described(self) -> str:
         """What the rule is, for its model card."""
@@ -202,6 +230,26 @@ def tensor_leaves(params: Params, *, tasks: bool = False) -> list[Tensor]:
             shapes = [list(p.shape) for p in leaves]
             raise ValueError(f"params must have one leading axis of tasks for tasks=True, got shapes {shapes}")
     return leaves
+
+
+def check_loss(rule: Rule, loss: Tensor | None) -> Tensor | None:
+    """The losses if the rule needs them; ValueError where it does and there are none."""
+    if not rule.needs_loss:
+        return None
+    if loss is None:
+        raise ValueError(f"loss must be given to {type(rule).__name__}: a tensor [T] with a task axis, [] without")
+    return loss
+
+
+def check_saved(saved: Mapping[str, Any], key: str, like: Tensor, name: str) -> Tensor:
+    """The tensor of a checkpoint's entry; ValueError unless it has the shape and kind of another."""
+    value = saved.get(key)
+    kinds = (torch.float32, torch.float64, torch.bfloat16) if like.is_floating_point() else (like.dtype,)
+    if not isinstance(value, Tensor) or value.dtype not in kinds or value.shape != like.shape or value.is_sparse:
+        got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        wanted = ", ".join(str(kind) for kind in kinds)
+        raise ValueError(f"{key} of {name} must be dense, {wanted}, {list(like.shape)}, got {got}")
+    return value.detach()
 
 
 def check_leaf(leaf: Any, name: str, index: int) -> None:

@@ -101,7 +101,7 @@ class PretrainedRule(Rule):
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
-        """A rule of saved options, whose weights are loaded next; a null option among the weights is a learned number."""
+        """A rule of saved options, whose weights are loaded next; null is a learned number among the weights."""
         learned = [name for name, value in options.items() if value is None and name in weights]
         return cls(**options | {name: nn.Parameter(weights[name].clone()) for name in learned})
 

@@ -44,6 +44,8 @@ class GradientDescent(PretrainedRule):
         >>> learned = GradientDescent.lslr(model.named_parameters(), steps=5, lr=0.01)
     """
 
+    title = "Gradient descent"
+
     def __init__(self, lr: Any = 0.01, *, steps: int | None = None, clip_norm: float | None = None) -> None:
         super().__init__()
         self.steps = None if steps is None else check_count("steps", steps)
@@ -65,7 +67,7 @@ class GradientDescent(PretrainedRule):
                     self._numbers[name] = float(rate)
         else:
             value = learning_rates(lr, {}, 0).values
-            if isinstance(lr, Tensor):
+            if isinstance(value, Tensor):
                 _register(self, "lr", lr if isinstance(lr, nn.Parameter) else value)
             else:
                 self.lr = value
@@ -145,7 +147,7 @@ class GradientDescent(PretrainedRule):
     def _learning_rates(self, params: Params, tasks: bool) -> LearningRates:
         """α for these params."""
         if self.lr is not None:
-            return LearningRates(self.lr, False)
+            return LearningRates(self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr, False)
         leaves = named_leaves(params)
         if tasks:
             leaves = {name: p[0] if len(p) else p.new_empty(p.shape[1:]) for name, p in leaves.items()}

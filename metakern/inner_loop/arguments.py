@@ -6,7 +6,7 @@ Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
@@ -17,11 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_clip_norm, check_count, is_number
 from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
+from metakern.inner_loop.as_shipped import changed_instance
 from metakern.inner_loop.task_loss import TaskLoss, divided
 from metakern.inner_loop.vectorize import Vectorize, check_vectorize, is_transformed
 from metakern.ops.mlp_inner_loop.autograd import wants_gradient
-from metakern.rules.rates import check_count, is_number, matching
+from metakern.rules.gradient_descent import GradientDescent
+from metakern.rules.rates import LearningRates, learning_rates, matching
 
 #: α of gradient descent where neither lr nor rule is given.
 DEFAULT_LR = 0.01
@@ -128,6 +131,35 @@ class LoopOptions(NamedTuple):
             checkpoint_every=None if every is None else check_count("checkpoint_every", every),
             accumulate=check_count("accumulate", self.accumulate),
         )
+
+    @property
+    def descent(self) -> GradientDescent | None:
+        """The rule, where it is gradient descent with nothing around it; else None."""
+        plain = type(self.rule) is GradientDescent and not changed_instance(self.rule)
+        return self.rule if plain else None
+
+    @property
+    def is_descent(self) -> bool:
+        """Whether the steps are those of gradient descent, by ``lr`` or by a rule."""
+        return self.rule is None or self.descent is not None
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
+        """α of gradient descent for params of one task, [*shape] each by name."""
+        if self.descent is None:
+            return learning_rates(self.lr, params, self.steps)
+        rates, most = self.descent.learning_rates(params), self.descent.steps
+        if not rates.per_step or most == self.steps:
+            return rates
+        if most is not None and most < self.steps:
+            raise ValueError(f"rule must have rates for all {self.steps} steps, got rates for {most}")
+        assert isinstance(rates.values, list)
+        return LearningRates([rate[: self.steps] for rate in rates.values], True)
+
+    @property
+    def largest_norm(self) -> float | None:
+        """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
+        norms = [self.clip_norm, None if self.descent is None else self.descent.clip_norm]
+        return min((norm for norm in norms if norm is not None), default=None)
 
 
 @dataclass
@@ -330,17 +362,6 @@ def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bo
     if len(first_order) != steps:
         raise ValueError(f"first_order must have one bool a step, {steps}, got {len(first_order)}")
     return [bool(flag) for flag in first_order]
-
-
-def check_clip_norm(clip_norm: Any) -> float | None:
-    """It as a float; raise unless it is None or positive and finite."""
-    if clip_norm is None:
-        return None
-    if not is_number(clip_norm):
-        raise TypeError(f"clip_norm must be a number, got {clip_norm!r}")
-    if not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
-    return float(clip_norm)
 
 
 def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:

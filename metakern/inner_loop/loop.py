@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.updates import Update
@@ -141,8 +140,3 @@ def losses_and_gradients(
         raise RuntimeError(f"loss must depend on the {names}; it depends on none")
     filled = [torch.zeros_like(p) if g is None else g for g, p in zip(grads, at, strict=True)]
     return losses if record else losses.detach(), filled
-
-
-def detached(tree: Any) -> Any:
-    """The same tree, its tensors cut off from the graph."""
-    return pytree.tree_map_only(Tensor, torch.detach, tree)

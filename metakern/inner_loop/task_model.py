@@ -32,6 +32,7 @@ from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.task_functions import TaskFunctions
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorization, Vectorize, is_transformed
+from metakern.rules.protocol import detached
 from metakern.rules.rates import real_dtype
 
 #: Parameters or buffers by name.
@@ -349,7 +350,7 @@ class TaskProblem(Problem):
 
     def check_captured(self, name: str, params: Tensors) -> None:
         """Raise where loss or model hold a tensor to which recomputation, for argument ``name``, loses the gradient."""
-        params, shared = pytree.tree_map_only(Tensor, torch.detach, (params, self.model.shared))
+        params, shared = detached((params, self.model.shared))
         with torch.enable_grad(), kept_random_state(self.support.device):
             first = self.support.at_step(0)
             if self.accumulate > 1:
@@ -357,8 +358,8 @@ class TaskProblem(Problem):
             for batch in (first, self.query):
                 if batch is None:
                     continue
-                detached = batch.with_tensors([map_tensors(Tensor.detach, part) for part in batch.tensors])
-                if self.model.losses(params, shared, detached).requires_grad:
+                constant = batch.with_tensors([map_tensors(Tensor.detach, part) for part in batch.tensors])
+                if self.model.losses(params, shared, constant).requires_grad:
                     raise RuntimeError(
                         f"{name} recomputes from model, data and lr, but loss or model holds another tensor that "
                         f"requires a gradient, which would be lost; register it in the model, or leave {name} out"

@@ -19,6 +19,8 @@ from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
 from metakern.inner_loop.vectorize import is_transformed
 from metakern.ops.inner_update import inner_update, reference
+from metakern.rules.coordinatewise import CoordinatewiseRule
+from metakern.rules.protocol import Rule, detached
 from metakern.rules.rates import LearningRates, real_dtype
 
 
@@ -93,8 +95,8 @@ class RuleUpdate:
     """Steps of a rule for T tasks side by side.
 
     Args:
-        rule: see :class:`metakern.rules.protocol.Rule`. A module with ``init_state(params)`` and ``forward(params,
-            grads, state)`` alone serves, too: it is told neither of the task axis nor the losses.
+        rule: see :class:`metakern.rules.Rule`. A module with ``init_state(params)`` and ``forward(params, grads,
+            state)`` alone serves, too: it is told neither of the task axis nor the losses.
         clip_norm: largest norm of a task's gradient
 
     Raises:
@@ -110,7 +112,7 @@ class RuleUpdate:
         self.rule: Any = rule
         self.clip_norm = clip_norm
         self._tells_tasks = _takes(self.rule.init_state, "tasks")
-        self._tells_loss = _takes(rule.forward, "loss")
+        self._tells_loss = _takes(self.rule.forward, "loss")
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -118,13 +120,28 @@ class RuleUpdate:
         return dict(self.rule.named_parameters())
 
     def init_state(self, params: Any) -> Any:
-        """The rule's, for params with a task axis."""
-        return self.rule.init_state(params, **({"tasks": True} if self._tells_tasks else {}))
+        """The rule's, for params with a task axis; a tuple of states where every group of a tuple has its own.
+
+        Params that are a tuple are of groups of tasks, whose tensors differ. A rule that treats all coordinates alike
+        takes them together, in one launch; any other has to be told which tensors share their tasks.
+        """
+        if self._goes_by_group(params):
+            return tuple(self.rule.init_state(group, tasks=True) for group in params)
+        tells = self._tells_tasks and not isinstance(params, tuple)
+        return self.rule.init_state(params, **({"tasks": True} if tells else {}))
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """One step of the rule, which counts by itself."""
         if self.clip_norm is not None:
             grads = clipped(grads, self.clip_norm)
+        if not self._goes_by_group(params):
+            return self._call(weights, params, grads, state, losses)
+        parts = losses.split([pytree.tree_leaves(group)[0].shape[0] for group in params])
+        of_groups = zip(params, grads, state, parts, strict=True)
+        stepped = [self._call(weights, *of_group) for of_group in of_groups]
+        return tuple(new for new, _ in stepped), tuple(new_state for _, new_state in stepped)
+
+    def _call(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor) -> tuple[Any, Any]:
         options = {"loss": losses} if self._tells_loss else {}
         if weights is None:
             new, new_state = self.rule(params, grads, state, **options)
@@ -132,9 +149,14 @@ class RuleUpdate:
             new, new_state = functional_call(self.rule, weights, (params, grads, state), options)
         return new, new_state
 
+    def _goes_by_group(self, params: Any) -> bool:
+        if not isinstance(params, tuple) or not isinstance(self.rule, Rule):
+            return False
+        return self.rule.needs_loss or not isinstance(self.rule, CoordinatewiseRule)
+
     def check_recomputable(self, params: Any, state: Any) -> None:
         """Raise where the rule holds a tensor that requires a gradient and is none of its parameters."""
-        params, state, weights = pytree.tree_map_only(Tensor, torch.detach, (params, state, self.weights))
+        params, state, weights = detached((params, state, self.weights))
         first = pytree.tree_leaves(params)[0]
         losses = torch.zeros(first.shape[0], dtype=real_dtype(first), device=first.device)
         with torch.enable_grad(), kept_random_state(first.device), exclusive(self.rule):

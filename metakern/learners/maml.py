@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_count, check_rate
 from metakern.core.trees import Data, class_scores, flatten, map_tensors
 from metakern.inner_loop.arguments import LoopOptions, adapted_names
 from metakern.inner_loop.task_loss import TaskLoss, ignored_label
 from metakern.maml.batched import Adapted, adapt, meta_loss, query_losses, reptile_step
-from metakern.rules.rates import check_count, check_rate, rates_by_name, real_dtype
+from metakern.rules.rates import rates_by_name, real_dtype
 from metakern.tasks import Episodes
 
 #: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.inner_loop.loop import InnerLoop, Problem, detached, losses_and_gradients
+from metakern.core.checks import check_count
+from metakern.inner_loop.loop import InnerLoop, Problem, losses_and_gradients
 from metakern.inner_loop.updates import RuleUpdate
-from metakern.rules.rates import check_count
+from metakern.rules.protocol import detached
 from metakern.tasks import OptimizeeBatch
 
 #: What an unroll minimises, summed over its steps: f, or log(f + 1e-3), which weighs the small losses at the end up.

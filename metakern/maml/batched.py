@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_count, check_rate
 from metakern.core.trees import Data, as_data, named_tensors
 from metakern.inner_loop.arguments import DEFAULT_LR, Call, LoopOptions, check_samples
 from metakern.inner_loop.engines import Engine
@@ -21,7 +22,6 @@ from metakern.inner_loop.engines.mlp import unlike_losses
 from metakern.inner_loop.path import serve
 from metakern.inner_loop.task_model import TaskModel
 from metakern.inner_loop.vectorize import Vectorize, is_transformed
-from metakern.rules.rates import check_count, check_rate
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metakern.ops.lstm_step.reference import gradient_features
-from metakern.rules.lstm import CoordinatewiseLSTM, flatten
+from metakern.rules.lstm import CoordinatewiseLSTM
+from metakern.rules.protocol import flatten
 
 PlainState = list[tuple[Tensor, Tensor]]
 

@@ -23,7 +23,6 @@ from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.task_model import TaskModel, TaskProblem
 from metakern.inner_loop.updates import Descent, RuleUpdate, Update
 from metakern.inner_loop.vectorize import is_transformed
-from metakern.rules.rates import learning_rates
 
 
 class _Plan(NamedTuple):
@@ -145,8 +144,8 @@ def _plan(call: Call) -> _Plan:
 def _update(call: Call, model: TaskModel) -> tuple[Update, Mapping[str, Tensor] | None]:
     """What takes the steps, and where they start if not at the model's parameters."""
     options = call.options
-    if options.rule is None:
-        return Descent(learning_rates(options.lr, model.initial, options.steps), options.clip_norm), None
+    if options.is_descent:
+        return Descent(options.learning_rates(model.initial), options.largest_norm), None
     return RuleUpdate(options.rule, options.clip_norm), _initialisation(options.rule, model)
 
 

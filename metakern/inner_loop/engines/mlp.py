@@ -50,7 +50,6 @@ from metakern.ops.mlp_inner_loop import (
     run_meta_loss,
 )
 from metakern.ops.mlp_inner_loop.autograd import Problem, is_batched, wants_gradient
-from metakern.rules.rates import learning_rates
 
 #: How a call is served: backend, problem and step weights of the operators.
 _Way = tuple[str, Problem, tuple[float, ...]]
@@ -343,7 +342,7 @@ def _arguments(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, list[st
         raise Unserved("vectorize=False asks for it")
     if options.support_per_step:
         raise Unserved("support_per_step brings another support set for each step")
-    if options.rule is not None:
+    if not options.is_descent:
         raise Unserved(f"its steps are gradient descent, not those of {type(options.rule).__name__}")
     mlp, loss = _recognised(options, sets)
     if torch.is_autocast_enabled(mlp.params[0].device.type):
@@ -355,7 +354,7 @@ def _arguments(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, list[st
     if not names:
         raise Unserved("the model has no parameter that requires a gradient")
     by_name = dict(zip(mlp.names, mlp.params, strict=True))
-    rates = learning_rates(options.lr, {n: by_name[n] for n in names}, options.steps)
+    rates = options.learning_rates({n: by_name[n] for n in names})
     adapted = [n in names for n in mlp.names]
     return (
         mlp,
@@ -368,7 +367,7 @@ def _arguments(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, list[st
             "activation": mlp.activation,
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
-            "clip_norm": options.clip_norm,
+            "clip_norm": options.largest_norm,
             "checkpoint_every": options.checkpoint_every,
         },
     )

@@ -26,7 +26,7 @@ def _task(call: Call, task: int) -> tuple[dict[str, Tensor], Any]:
     rule = options.rule
     start = rule.initialisation() if rule is not None and hasattr(rule, "initialisation") else None
     params |= start or {}
-    state = None if rule is None else rule.init_state({name: params[name].unsqueeze(0) for name in names})
+    state = None if rule is None else rule.init_state({name: params[name].unsqueeze(0) for name in names}, tasks=True)
     total: Any = 0.0
     for step in range(options.steps):
         x, y = (tensor[task, step] if options.support_per_step else tensor[task] for tensor in call.support)

@@ -20,6 +20,7 @@ from metakern.inner_loop.engines import ENGINES, Engine, Unserved
 from metakern.inner_loop.engines.generic import GenericEngine
 from metakern.inner_loop.engines.mlp import MlpEngine
 from metakern.inner_loop.path import serve
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, Momentum
 from tests.conformance.engines.by_hand import by_hand
 from tests.conftest import assert_close
 
@@ -58,7 +59,7 @@ class Residual(nn.Module):
         return self.last(self.norm(self.first(x)).tanh()) + self.skip * x[..., :2]
 
 
-class Momentum(nn.Module):
+class Inertia(nn.Module):
     """A rule with a state, a weight for every tensor's update and a use for the loss; it learns where to start."""
 
     def __init__(self, start: nn.Module | None = None) -> None:
@@ -83,6 +84,11 @@ class Momentum(nn.Module):
             scale = self.rate * torch.rsqrt(1 + loss).view(-1, *[1] * (p.dim() - 1))
             new[name] = p - scale * new_state[name]
         return new, new_state
+
+
+def lstm() -> nn.Module:
+    torch.manual_seed(3)
+    return CoordinatewiseLSTM(hidden_size=4, output_scale=0.5).double()
 
 
 #: What each case says besides sets of numbers, K steps and rates of 0.1; a function is called with the model.
@@ -124,20 +130,37 @@ CASES: dict[str, dict[str, Any]] = {
     "another loss": {"loss": F.l1_loss},
     "plain PyTorch by name": {"backend": "reference"},
     "C++ by name": {"backend": "cpp"},
-    "a rule": {"rule": lambda model: Momentum()},
-    "a rule, first order": {"rule": lambda model: Momentum(), "first_order": True},
-    "a rule, first order by step": {"rule": lambda model: Momentum(), "first_order": [False, True, False]},
-    "a rule, clipped": {"rule": lambda model: Momentum(), "clip_norm": 0.3},
-    "a rule, checkpoints": {"rule": lambda model: Momentum(), "checkpoint_every": 2},
-    "a rule, checkpoints, first order": {"rule": lambda model: Momentum(), "checkpoint_every": 2, "first_order": True},
-    "a rule, masks": {"rule": lambda model: Momentum(), "masks": True},
-    "a rule, multi-step loss": {"rule": lambda model: Momentum(), "step_weights": [0.2, 0.3, 0.5]},
-    "a rule, parts, checkpoints": {"rule": lambda model: Momentum(), "accumulate": 2, "checkpoint_every": 1},
-    "a rule, one task after another": {"rule": lambda model: Momentum(), "vectorize": False},
-    "a rule, support sets by step": {"rule": lambda model: Momentum(), "support_per_step": True},
-    "a rule, part of the parameters": {"rule": lambda model: Momentum(), "parameters": ["last.*", "4.*"]},
-    "a rule with a start": {"rule": lambda model: Momentum(start=model)},
-    "a rule with a start, checkpoints": {"rule": lambda model: Momentum(start=model), "checkpoint_every": 2},
+    "a rule": {"rule": lambda model: Inertia()},
+    "a rule, first order": {"rule": lambda model: Inertia(), "first_order": True},
+    "a rule, first order by step": {"rule": lambda model: Inertia(), "first_order": [False, True, False]},
+    "a rule, clipped": {"rule": lambda model: Inertia(), "clip_norm": 0.3},
+    "a rule, checkpoints": {"rule": lambda model: Inertia(), "checkpoint_every": 2},
+    "a rule, checkpoints, first order": {"rule": lambda model: Inertia(), "checkpoint_every": 2, "first_order": True},
+    "a rule, masks": {"rule": lambda model: Inertia(), "masks": True},
+    "a rule, multi-step loss": {"rule": lambda model: Inertia(), "step_weights": [0.2, 0.3, 0.5]},
+    "a rule, parts, checkpoints": {"rule": lambda model: Inertia(), "accumulate": 2, "checkpoint_every": 1},
+    "a rule, one task after another": {"rule": lambda model: Inertia(), "vectorize": False},
+    "a rule, support sets by step": {"rule": lambda model: Inertia(), "support_per_step": True},
+    "a rule, part of the parameters": {"rule": lambda model: Inertia(), "parameters": ["last.*", "4.*"]},
+    "a rule: LSTM": {"rule": lambda model: lstm()},
+    "a rule: LSTM, checkpoints": {"rule": lambda model: lstm(), "checkpoint_every": 2},
+    "a rule: momentum": {"rule": lambda model: Momentum(0.1)},
+    "a rule: Adam, first order": {"rule": lambda model: Adam(0.1), "first_order": True},
+    "a rule: Adam, checkpoints": {"rule": lambda model: Adam(0.1), "checkpoint_every": 1},
+    "descent as a rule": {"rule": lambda model: GradientDescent(0.1)},
+    "descent as a rule, learned rate": {"rule": lambda model: GradientDescent(nn.Parameter(drawn().abs()))},
+    "descent as a rule, clipped twice": {
+        "rule": lambda model: GradientDescent(0.1, clip_norm=0.3),
+        "clip_norm": 0.5,
+    },
+    "descent as a rule, Meta-SGD": {"rule": lambda model: GradientDescent.meta_sgd(trained(model), 0.1)},
+    "descent as a rule, LSLR": {"rule": lambda model: GradientDescent.lslr(trained(model), K, 0.1)},
+    "descent as a rule, LSLR of more steps, checkpoints": {
+        "rule": lambda model: GradientDescent.lslr(trained(model), K + 2, 0.1),
+        "checkpoint_every": 2,
+    },
+    "a rule with a start": {"rule": lambda model: Inertia(start=model)},
+    "a rule with a start, checkpoints": {"rule": lambda model: Inertia(start=model), "checkpoint_every": 2},
 }
 
 
@@ -150,7 +173,7 @@ class Row:
     refuses: dict[str, str]
 
 
-RULES = {name: "its steps are gradient descent, not those of Momentum" for name in CASES if name.startswith("a rule")}
+RULES = {name: "its steps are gradient descent, not those of " for name in CASES if name.startswith("a rule")}
 
 ROWS = {
     "mlp": Row(

@@ -6,7 +6,7 @@ Axis legend: N coordinates, U coordinates of one row of the packed state.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from metakern.rules.protocol import (
     Params,
     State,
     check_loss,
+    check_saved,
     coordinates_of_tasks,
     flatten,
     loss_of_coordinates,
@@ -98,7 +99,11 @@ class CoordinatewiseRule(PretrainedRule):
         """Raise for what is no state of this rule."""
         del state
 
-    def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Any]:
-        """See :meth:`Rule.export_state`; without a form of its own, the state is saved as it is packed."""
-        del number
-        return dict(tensors)
+    def state_layout(self) -> Hashable:
+        """The options that decide shapes and dtypes of the packed state."""
+        return None
+
+    def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
+        """See :meth:`metakern.rules.Rule.import_state`; rules that export another form than the packed one say how."""
+        like = self.packed(self.init_state(param))
+        return {key: check_saved(saved, key, x, name).to(x, copy=True) for key, x in like.items()}

@@ -205,6 +205,10 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
         """Raise unless it is an LSTMState of this version."""
         check_layout(state)
 
+    def state_layout(self) -> tuple[int, int, bool]:
+        """H, L, and whether in bfloat16."""
+        return self.hidden_size, self.num_layers, self.bfloat16_state
+
     def state_header(self) -> dict[str, Any]:
         """H and L."""
         return {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
@@ -215,6 +219,8 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
 
     def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
         """The tiles of h and c."""
+        if not {"h", "c"} <= saved.keys():
+            raise ValueError(f"state of {name} must be a dict with the keys ('step', 'h', 'c'), got {list(saved)}")
         like = self.init_state(param.new_empty(0)).data
         shape = (self.num_layers, param.numel(), self.hidden_size)
         h, c = (_check_saved(saved[key], key, shape, name).to(like) for key in ("h", "c"))

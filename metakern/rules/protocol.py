@@ -126,7 +126,7 @@ class Rule(nn.Module):
         return dict(tensors)
 
     def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
-        """The state of one parameter from what :meth:`export_state` gave, in the dtype and on the device of now.
+        """The state of one parameter from what :meth:`export_state` gave, copied to the dtype and device of now.
 
         Args:
             saved: the entry of a checkpoint
@@ -136,8 +136,8 @@ class Rule(nn.Module):
         Raises:
             ValueError: for an entry that does not fit.
         """
-        (like,) = self.init_state([param]).per_tensor
-        return {key: check_saved(saved, key, like[key], name).to(like[key]) for key in like}
+        like = named_state(self.init_state({name: param}))
+        return {key: check_saved(saved, key, like[key], name).to(like[key], copy=True) for key in like}
 
     def described(self) -> str:
         """What the rule is, for its model card."""
@@ -167,6 +167,14 @@ pytree.register_pytree_node(
     lambda children, tasks: RuleState(*children, tasks),
     serialized_type_name="metakern.rules.RuleState",
 )
+
+
+def named_state(state: State) -> dict[str, Tensor]:
+    """The tensors of one parameter's state by name; those of a state that is no RuleState are numbered."""
+    if isinstance(state, RuleState):
+        (tensors,) = state.per_tensor
+        return tensors
+    return {f"state.{index}": x for index, x in enumerate(pytree.tree_leaves(state))}
 
 
 def detached(tree: _Tree) -> _Tree:

@@ -90,6 +90,10 @@ class GradientDescent(PretrainedRule):
         rates = {name: _rate(p, (steps,), lr) for name, p in dict(parameters).items()}
         return cls(rates, steps=steps, clip_norm=clip_norm)
 
+    def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
+        """α for params of one task, [*shape] each by name: all that a step takes of the rule, but ``clip_norm``."""
+        return self._learning_rates(params, False)
+
     def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
         """The number of steps taken, where rates depend on it."""
         leaves = tensor_leaves(params, tasks=tasks)

@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from metakern.core.checks import check_rate
 from metakern.core.transforms import is_transformed_or_dual
 from metakern.core.warn import warn_user
 from metakern.inner_loop.attention import math_attention
@@ -28,7 +29,6 @@ from metakern.inner_loop.lineage import (
     unregistered,
 )
 from metakern.inner_loop.substitution import Replaced, is_compiled, shallow_copy
-from metakern.rules.rates import check_rate
 
 _WITHOUT_GRAD = (
     "clone(), the forward pass and adapt() take gradients, which torch.no_grad() and torch.inference_mode() forbid: "

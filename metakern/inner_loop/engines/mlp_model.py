@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from metakern.core.transforms import wants_gradient
 from metakern.inner_loop.as_shipped import changed_class, changed_classes, changed_functions, changed_instance, is_plain
+from metakern.inner_loop.engines.protocol import Unserved
 from metakern.ops.mlp_inner_loop import unserved, unserved_by_triton, unserved_on_cuda
 from metakern.rules.rates import LearningRates
 
@@ -37,10 +38,6 @@ _LOSS_MODULES: dict[type, str] = {
 
 #: Classes of which models are recognised.
 _LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout])
-
-
-class Unserved(Exception):
-    """Why the fused inner loop does not serve a call."""
 
 
 class Mlp(NamedTuple):

@@ -71,13 +71,13 @@ class Operator:
         triton: str | None,
         reference: Callable[..., Any] | None,
         title: str | None,
+        way_out: str,
     ) -> None:
         self.schema, self.name, self.family = schema, schema.name, family
         self.shapes, self.gradient, self.batching, self.constants = shapes, gradient, batching, frozenset(constants)
         self.backends, self.reference, self._triton = tuple(backends), reference, triton
         self._plan()
         title = title or family
-        way_out = "backend='reference' does"
         self.no_second = f"{title} provides no second derivative of its own; {way_out}"
         self.no_forward_mode = f"{title} provides no forward-mode derivative; {way_out}"
         self._no_gradient = f"{title} provides no gradient of {{}}, which requires one; {way_out}"
@@ -173,6 +173,14 @@ class Operator:
         )
         self.check_provided(found)
         return found
+
+    def check_dense(self, arguments: Sequence[Any]) -> None:
+        """Raise TypeError for a tensor with another layout than torch.strided."""
+        for name, index, is_list in self.schema.tensors:
+            for number, x in enumerate(arguments[index] if is_list else [arguments[index]]):
+                if x is not None and x.layout != torch.strided:
+                    called = f"{name}[{number}]" if is_list else name
+                    raise TypeError(f"{called} must be a dense tensor, got layout {x.layout}")
 
     # ------------------------------------------------------------------------------------------- implementations
 
@@ -274,14 +282,18 @@ class Kernel:
         if torch.compiler.is_compiling():
             operator.is_recorded(arguments)  # which refuses gradients that there are not
             returned = self.overload(*arguments)
-        elif func_is_active() or forward_mode_is_active():
-            wants = operator.wanted(arguments) if wants is None else wants
-            return self._public(transformed(self, arguments, wants))
-        elif operator.is_recorded(arguments):
-            return self._public(recorded(self, arguments))
-        else:
+            return self._public(returned) if operator.private else returned
+        try:
+            if func_is_active() or forward_mode_is_active():
+                wants = operator.wanted(arguments) if wants is None else wants
+                return self._public(transformed(self, arguments, wants))
+            if operator.is_recorded(arguments):
+                return self._public(recorded(self, arguments))
             with below_autograd():
                 returned = self.overload(*arguments)
+        except NotImplementedError:  # torch has no kernel for tensors of this layout
+            operator.check_dense(arguments)
+            raise
         return self._public(returned) if operator.private else returned
 
     def _public(self, results: Sequence[Any]) -> Any:
@@ -305,6 +317,7 @@ def define_op(
     backends: Sequence[str] = ("cpp",),
     triton: str | None = None,
     reference: Callable[..., Any] | None = None,
+    way_out: str = "backend='reference' does",
 ) -> Operator:
     """Define an operator of torch.ops.metakern.
 
@@ -322,13 +335,16 @@ def define_op(
         backends: those that there are kernels for
         triton: the module that holds Triton's kernels, imported when they are first asked for
         reference: the definition in plain PyTorch; None for an operator that only others call
+        way_out: what messages of derivatives that are not provided end with
 
     Raises:
         ValueError: for a name that is not in the schema
     """
     parsed = Schema(schema, results)
     family = family or parsed.name
-    operator = Operator(parsed, family, shapes, gradient, batching, constants, backends, triton, reference, title)
+    operator = Operator(
+        parsed, family, shapes, gradient, batching, constants, backends, triton, reference, title, way_out
+    )
     OPERATORS[parsed.name] = operator
     if hasattr(torch.ops.metakern, parsed.name):
         operator.kernel("compiled")

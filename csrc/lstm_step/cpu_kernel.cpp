@@ -132,13 +132,13 @@ void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t firs
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
+      for (int lane = 0; lane < used; lane += Tile<S>::width)             // clear_padding writes what lies behind
         forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
                           nullptr, nullptr},
                          packed.forward(layer), p.inputs(layer), H);
       x = new_state + h_at;
     }
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+    for (int lane = 0; lane < used; lane += lanes<V>) {
       V out = broadcast<V>(packed.head_bias());
       for (int j = 0; j < H; ++j) out += load<V>(x + j * tile_lanes + lane) * packed.head()[j];
       store(params + lane, load<V>(params + lane) + out * S(p.output_scale));

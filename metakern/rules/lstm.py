@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from metakern.core.backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_
-from metakern.ops.lstm_step import check_precision, check_scales, prepare
+from metakern.ops.lstm_step import check_options, check_precision, check_scales, prepare
+from metakern.ops.lstm_step.prepared import PreparedStep, serves
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
 from metakern.ops.lstm_step.state import check_layout, check_sizes
 from metakern.rules.pretrained import PretrainedRule
@@ -103,6 +104,7 @@ class CoordinatewiseLSTM(PretrainedRule):
         self.horizon, self.trained_on = horizon, trained_on
         self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
+        self._prepared: PreparedStep | None = None
 
     @classmethod
     def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> CoordinatewiseLSTM:
@@ -180,6 +182,8 @@ class CoordinatewiseLSTM(PretrainedRule):
         Raises:
             ValueError: for structures or shapes that differ, and as :func:`metakern.ops.lstm_step`.
         """
+        if type(state) is LSTMState and (result := self._small_step(params, grads, state)) is not None:
+            return result
         check_layout(state)
         leaves, structure = pytree.tree_flatten(params)
         grad_leaves, grad_structure = pytree.tree_flatten(grads)
@@ -214,6 +218,20 @@ class CoordinatewiseLSTM(PretrainedRule):
         pieces = [flat] if len(leaves) == 1 else flat.split([leaf.numel() for leaf in leaves])
         new_leaves = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, leaves, strict=True)]
         return pytree.tree_unflatten(new_leaves, structure), new_state
+
+    def _small_step(self, params: Any, grads: Any, state: LSTMState) -> tuple[Tensor, LSTMState] | None:
+        """The step by :class:`PreparedStep`, None where it does not serve."""
+        if torch.is_grad_enabled() or not serves(self.backend):
+            return None
+        options = self.preprocess, self.preprocess_scale, self.output_scale, self.precision
+        prepared, modules = self._prepared, self._modules
+        if prepared is None or prepared.options != options:
+            check_options(*options)
+            prepared = self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+        # As of weights(), past nn.Module.__getattr__, which takes a microsecond.
+        lstm, head = modules["lstm"], modules["head"]
+        weights = [*lstm._parameters.values(), *head._parameters.values()]
+        return prepared(params, grads, state, weights)
 
     def step_(self, params: Tensor, grads: Tensor, state: LSTMState, lr: float = 1.0) -> None:
         """One step in place, without a graph: ``params`` [N] and ``state`` are overwritten, the update times ``lr``."""

@@ -91,7 +91,7 @@ def lstm_step(
         >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
     kernel = _chosen(step, params, grads, state, weights, preprocess, backend)
     if kernel is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
@@ -119,7 +119,7 @@ def lstm_step_(
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
     if not _checks_itself(kernel):
         _check_contiguous(params, state)
@@ -207,7 +207,7 @@ def _reference_step(
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def _options(
+def check_options(
     preprocess: str, preprocess_scale: float, output_scale: float, precision: str
 ) -> tuple[int, float, float, int]:
     """The options as the operators take them; raises for those that do not fit."""

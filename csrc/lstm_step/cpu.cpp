@@ -36,10 +36,12 @@ Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
-LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                            int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const auto p = checked_problem(grads, state, weights, preprocess, preprocess_scale, output_scale, precision);
-  check(p.state_dtype != DType::bfloat16, "state must be float32 on the CPU, got bfloat16");
+LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
+                            int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision,
+                            const char* name = "grads") {
+  const auto p = checked_problem(params, state, weights, preprocess, preprocess_scale, output_scale, precision, name);
+  check(p.state_dtype != DType::bfloat16,
+        "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
 }
 
@@ -65,8 +67,9 @@ void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmS
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const LstmStepProblem p = cpu_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
-  check_like(params_, "params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  const LstmStepProblem p =
+      cpu_problem(params_, state_, weights, preprocess, preprocess_scale, output_scale, precision, "params");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
   const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
@@ -81,8 +84,9 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const LstmStepProblem p = cpu_problem(grads_, state, weights, preprocess, preprocess_scale, output_scale, precision);
-  check_like(params, "params", grads_, "grads");
+  check_like(grads_, "grads", params, "params");
+  const LstmStepProblem p =
+      cpu_problem(params, state, weights, preprocess, preprocess_scale, output_scale, precision, "params");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
   const LstmStepKernels& k = kernels(p);

@@ -363,7 +363,7 @@ def _served(call: Callable[[], Any]) -> Any:
         return call()
     try:
         return call()
-    except RuntimeError as error:
+    except ValueError as error:
         if LABEL_ERROR in str(error):
             raise Unserved(str(error)) from error
         raise

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "../core/checks.h"
-#include "../math/preprocess.h"
 #include "problem.h"
+#include "stages.h"
 
 namespace metakern {
 
@@ -22,24 +22,44 @@ struct WeightName {
     out << "weights[" << name.index << "] (";
     const int layer = name.index / 4;
     if (layer < name.problem.num_layers) return out << of_a_layer[name.index % 4] << layer << ')';
-    return out << (name.index % 4 == 0 ? "head.weight)" : "head.bias)");
+    const int own = name.index - 4 * name.problem.num_layers;
+    if (own < 2) return out << (own == 0 ? "head.weight)" : "head.bias)");
+    return out << (own == 2 && name.problem.stages.features_weights > 0 ? "of the features)" : "of the head)");
   }
 };
 
 inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& weights, ScalarType dtype) {
   const int64_t H = p.hidden_size;
-  const auto check_one = [&](int index, std::initializer_list<int64_t> shape) {
-    check_shape(weights[index], WeightName{p, index}, shape);
-    check_dtype(weights[index], WeightName{p, index}, dtype);
+  int at = 0;
+  const auto check_next = [&](std::initializer_list<int64_t> shape) {
+    check_shape(weights[at], WeightName{p, at}, shape);
+    check_dtype(weights[at], WeightName{p, at}, dtype);
+    ++at;
   };
   for (int l = 0; l < p.num_layers; ++l) {
-    check_one(l * 4, {4 * H, p.inputs(l)});
-    check_one(l * 4 + 1, {4 * H, H});
-    check_one(l * 4 + 2, {4 * H});
-    check_one(l * 4 + 3, {4 * H});
+    check_next({4 * H, p.inputs(l)});
+    check_next({4 * H, H});
+    check_next({4 * H});
+    check_next({4 * H});
   }
-  check_one(p.num_layers * 4, {1, H});
-  check_one(p.num_layers * 4 + 1, {1});
+  check_next({p.stages.outputs, H});
+  check_next({p.stages.outputs});
+  if (p.stages.features_weights > 0) check_next({p.stages.features_weights});
+  if (p.stages.head_weights > 0) check_next({p.stages.head_weights});
+}
+
+// What a call chooses beside its tensors.
+struct LstmStepOptions {
+  int64_t features, head;
+  double preprocess_scale, output_scale;
+  int64_t precision;
+};
+
+// Of the operators without stages of their own: the head adds.
+inline LstmStepOptions plain_options(int64_t preprocess, double preprocess_scale, double output_scale,
+                                     int64_t precision) {
+  check_value(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
+  return {preprocess, 0, preprocess_scale, output_scale, precision};
 }
 
 // The layout of the packed state of p.num_coordinates coordinates. Sets the problem's sizes that it holds.
@@ -54,27 +74,30 @@ inline void check_state(LstmStepProblem& p, const Tensor& state) {
   p.hidden_size = int(H);
 }
 
-inline void check_options(int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  check_value(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
-  check_value(preprocess_scale > 0 && std::isfinite(preprocess_scale),
-              "preprocess_scale must be positive and finite, got ", preprocess_scale);
-  check_value(std::isfinite(output_scale), "output_scale must be finite, got ", output_scale);
-  check_value(precision >= 0 && precision <= 2, "precision must be 0, 1 or 2, got ", precision);
+inline void check_options(const LstmStepOptions& options) {
+  check_value(options.preprocess_scale > 0 && std::isfinite(options.preprocess_scale),
+              "preprocess_scale must be positive and finite, got ", options.preprocess_scale);
+  check_value(std::isfinite(options.output_scale), "output_scale must be finite, got ", options.output_scale);
+  check_value(options.precision >= 0 && options.precision <= 2, "precision must be 0, 1 or 2, got ", options.precision);
 }
 
 // The problem that an operator's arguments describe. All must have the dtype of `params`, or the one that belongs to
 // it, and its device. `name` is what messages call it: the backward has the grads instead.
 inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
-                                       int64_t preprocess, double preprocess_scale, double output_scale,
-                                       int64_t precision, const char* name = "grads") {
-  check_options(preprocess, preprocess_scale, output_scale, precision);
+                                       const LstmStepOptions& options, const char* name = "grads") {
+  check_options(options);
   LstmStepProblem p;
   p.num_coordinates = params.numel();
-  p.preprocess = int(preprocess);
-  p.num_features = num_features(Preprocess(preprocess));
-  p.preprocess_scale = preprocess_scale;
-  p.output_scale = output_scale;
-  p.precision = Precision(precision);
+  p.features = int(options.features);
+  p.head = int(options.head);
+  p.num_tasks = 1;
+  p.preprocess_scale = options.preprocess_scale;
+  p.output_scale = options.output_scale;
+  p.precision = Precision(options.precision);
+  if (options.features < 0 || options.head < 0 ||
+      !with_stages<float>(p, [&](const auto& stages) { p.stages = stages.sizes(p.features); }))
+    fail_value("features ", options.features, " and head ", options.head,
+               " are no stages that the kernels are compiled for");
   p.dtype = float_dtype(params, name, "float32, bfloat16, float16 or float64");
   check_state(p, state);
   const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
@@ -83,11 +106,30 @@ inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state
               dtype_name(state.scalar_type()));
   p.state_dtype = float_dtype(state, "state");
   check_same_device(state, "state", params, name);
-  check_value(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head, ",
-              p.num_weights(), " for the state's ", p.num_layers, " layers, got ", weights.size());
+  const char* own = p.stages.own_weights() > 0 ? ", and those of the stages" : "";
+  check_value(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head", own,
+              ", ", p.num_weights(), " for the state's ", p.num_layers, " layers, got ", weights.size());
   for (int i = 0; i < p.num_weights(); ++i) check_same_device(weights[i], WeightName{p, i}, params, name);
   check_weights(p, weights, dtype);
   return p;
+}
+
+// The tensors of the stages, for a problem whose other arguments are checked; sets the number of tasks.
+inline void check_stage_tensors(LstmStepProblem& p, const Tensor& params, const Tensor& stage_state,
+                                const Tensor& task_inputs) {
+  const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
+  check_shape(stage_state, "stage_state", {p.stages.states, p.num_coordinates});
+  if (task_inputs.dim() != 2 || task_inputs.size(1) != p.stages.task_inputs)
+    fail_value("task_inputs must have shape [tasks, ", p.stages.task_inputs, "], got ",
+               shape_string(task_inputs.sizes()));
+  p.num_tasks = task_inputs.size(0);
+  const bool divides = p.num_tasks > 0 ? p.num_coordinates % p.num_tasks == 0 : p.num_coordinates == 0;
+  check_value(divides, "task_inputs must have a row for each task, and as many coordinates in every task: got ",
+              p.num_tasks, " rows for ", p.num_coordinates, " coordinates");
+  for (const auto& [t, name] : {std::pair(stage_state, "stage_state"), std::pair(task_inputs, "task_inputs")}) {
+    check_dtype(t, name, dtype);
+    check_same_device(t, name, params, "params");
+  }
 }
 
 // What the in-place operator asks of its arguments: tiles are read while others are written.

@@ -156,7 +156,7 @@ def check_layout(state: LSTMState) -> None:
     if not isinstance(state.data, Tensor):
         raise TypeError(f"state.data must be a tensor, got {type(state.data).__name__}")
     if state.data.layout != torch.strided:
-        raise TypeError(f"state.data must be a dense tensor, got layout {state.data.layout}")
+        raise TypeError(f"state must be a dense tensor, got layout {state.data.layout}")
     shape = state.data.shape
     if len(shape) != 5 or shape[2] != 2 or shape[4] != TILE_LANES or shape[0] != tiles(state.num_coordinates):
         raise ValueError(

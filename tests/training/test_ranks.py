@@ -40,8 +40,8 @@ def wide(learner):
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        ({"clip_norm": 2.0}, "config.clip_norm is 0.5 in process 0 and 2.0 in process 1"),
-        ({"clip_norm": None}, "config.clip_norm is 0.5 in process 0 and None in process 1"),
+        ({"max_grad_norm": 2.0}, "config.max_grad_norm is 0.5 in process 0 and 2.0 in process 1"),
+        ({"max_grad_norm": None}, "config.max_grad_norm is 0.5 in process 0 and None in process 1"),
         ({"seed": 1}, "config.seed is 0 in process 0 and 1 in process 1"),
         ({"iterations": 7}, "config.iterations is 6 in process 0 and 7 in process 1"),
         ({"accumulate": 1}, "config.accumulate is 2 in process 0 and 1 in process 1"),
@@ -111,13 +111,13 @@ def results(world, target, *arguments, output):
 
 def differs(folder):
     rank = int(os.environ["RANK"])
-    trainer = make_trainer(folder / "run", clip_norm=0.5 if rank else 1.0, **SETTINGS)
+    trainer = make_trainer(folder / "run", max_grad_norm=0.5 if rank else 1.0, **SETTINGS)
     trainer.fit()
 
 
 def test_processes_with_different_settings_do_not_begin(tmp_path):
     codes, last, _ = results(2, differs, tmp_path, output=tmp_path / "err")
-    settings = "config.clip_norm is 1.0 in process 0 and 0.5 in process 1"
+    settings = "config.max_grad_norm is 1.0 in process 0 and 0.5 in process 1"
     line = f"ValueError: all 2 processes of a run must have the same settings, but {settings}"
     assert (codes, last) == ([1, 1], [line, line])
     assert not (tmp_path / "run").exists()

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from metakern.rules.protocol import Rule
 
 #: Marks a card that save_pretrained wrote, and may replace.
 MARK = "<!-- written by save_pretrained of metakern, which replaces it -->"
 
 
-class Described(Protocol):
-    """What a card says of a rule."""
-
-    horizon: int | None
-    trained_on: str | None
-
-    def described(self) -> str:
-        """What the rule is."""
-
-
-def model_card(rule: Described) -> str:
+def model_card(rule: Rule) -> str:
     """A card that says what the rule is, what it was trained on if that is known, and its limits."""
     name = type(rule).__name__
     trained = "It is not recorded what this rule was meta-trained on."
@@ -51,15 +41,14 @@ tags:
 
 ## Limits
 
-{limits} For other networks tune `lr` as for any optimizer, and let it decay; `digits_lstm` wants 0.03 to 0.3.
+{limits} For other networks {rule.advice_for_other_networks}.
 
 ## Use
 
 ```python
-from metakern.optim.learned_optimizer import LearnedOptimizer
-from metakern.rules import {name}
+import metakern
 
-rule = {name}.from_pretrained("path/to/this/folder")
-optimizer = LearnedOptimizer(model.parameters(), rule)
+rule = metakern.rules.load("path/to/this/folder")
+optimizer = metakern.optim.LearnedOptimizer(model.parameters(), rule)
 ```
 """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import inspect
 import json
 import typing
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,8 @@ from metakern.core.requirements import required
 from metakern.core.text import quoted
 from metakern.rules import hub
 from metakern.rules.model_card import MARK, model_card
+from metakern.rules.protocol import Rule
+from metakern.rules.registry import get, name_of
 
 #: Names of the files in a folder of save_pretrained; the Hub expects them.
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -26,26 +29,23 @@ CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
 
-#: Options that a saved rule need not have: how a rule runs, and what is known of it.
-OPTIONAL = ("precision", "bfloat16_state", "backend", "horizon", "trained_on")
-
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-Rule = TypeVar("Rule", bound=nn.Module)
+_Saved = TypeVar("_Saved", bound="PretrainedRule")
 
 
-class PretrainedRule(nn.Module):
+class PretrainedRule(Rule):
     """Base of rules that are saved and shared: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
 
+    The arguments of the constructor are saved as ``config.json``, and must be attributes of the same names: numbers,
+    texts, and learned numbers, tensors [] that are weights too. The weights are saved by the names of ``state_dict``.
     Files hold tensors and JSON alone: loading one runs no code. The Hub needs ``pip install 'metakern[hub]'``.
 
     Attributes:
-        horizon: steps that the rule was meta-trained for, or None
-        trained_on: what it was meta-trained on, or None
+        optional_options: arguments of the constructor that a saved rule need not have
     """
 
-    horizon: int | None
-    trained_on: str | None
+    optional_options: ClassVar[tuple[str, ...]] = ("horizon", "trained_on")
 
     @classmethod
     def pretrained(cls, name: str) -> Self:
@@ -58,10 +58,7 @@ class PretrainedRule(nn.Module):
         Raises:
             ValueError: for a name that does not; the message lists those that do.
         """
-        shipped = _shipped()
-        if name not in shipped:
-            raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
-        return cls._from_folder(shipped[name])
+        return cls._from_folder(shipped_folder(name))
 
     @classmethod
     def from_pretrained(
@@ -92,12 +89,24 @@ class PretrainedRule(nn.Module):
         unknown = given.keys() - known.keys()
         if unknown:
             raise TypeError(f"options of {cls.__name__} are {sorted(known)}, got {quoted(sorted(unknown))}")
-        config = _read_config(folder, known)
+        config = _read_config(folder, known, cls.optional_options)
+        weights = _read_weights(folder / WEIGHTS, name_of(cls), map_location)
         try:
-            rule = cls(**config | given)
+            rule = cls.from_saved(config | given, weights)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} does not describe a {cls.__name__}: {error}") from error
-        return _load_weights(rule, folder / WEIGHTS, map_location)
+        return _with_weights(rule, weights, folder / WEIGHTS, map_location)
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """A rule of saved options, whose weights are loaded next; null is a learned number among the weights."""
+        learned = [name for name, value in options.items() if value is None and name in weights]
+        return cls(**options | {name: nn.Parameter(weights[name].clone()) for name in learned})
+
+    def saved_options(self) -> dict[str, Any]:
+        """The constructor's options as they are now, for config.json; null for learned numbers."""
+        options = {name: getattr(self, name) for name in self.option_types()}
+        return {name: None if isinstance(value, Tensor) else value for name, value in options.items()}
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
@@ -135,19 +144,18 @@ class PretrainedRule(nn.Module):
     def _save(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         _check_weights("the rule", tensors)
+        options = json.dumps(self.saved_options(), sort_keys=True, indent=2)
         metadata = {
             "format": "pt",
             "metakern_format": FORMAT_VERSION,
-            "rule": type(self).__name__,
+            "rule": name_of(type(self)),
             "sha256": digest(tensors),
         }
         check_targets(folder, (WEIGHTS, CONFIG, CARD))
         with required():
             from safetensors.torch import save
         write_whole(folder / WEIGHTS, save(tensors, metadata=metadata))
-        # The options as they are now, not as the constructor was given them.
-        options = {name: getattr(self, name) for name in self.option_types()}
-        write_whole(folder / CONFIG, json.dumps(options, sort_keys=True, indent=2).encode())
+        write_whole(folder / CONFIG, options.encode())
         card = folder / CARD
         if not card.exists() or MARK in card.read_text(errors="replace"):
             write_whole(card, model_card(self).encode())
@@ -173,34 +181,77 @@ class PretrainedRule(nn.Module):
         """The card as a ``huggingface_hub.ModelCard``."""
         return hub.card(model_card(self))
 
-    def described(self) -> str:
-        """What the rule is, for its model card."""
-        raise NotImplementedError
+
+def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **options: Any) -> PretrainedRule:
+    """Load a saved rule of any registered class; its file says which.
+
+    Args:
+        name_or_path: as for :meth:`PretrainedRule.from_pretrained`, likewise all below
+        map_location: device of the weights
+        options: options that replace the saved ones, and those of the Hub
+
+    Raises:
+        ValueError: for a rule whose class is not registered, and as from_pretrained
+        TypeError, ModuleNotFoundError: as from_pretrained
+
+    Example:
+        >>> rule = metakern.rules.load("digits_lstm")
+    """
+    folder = _find(name_or_path, {key: options.pop(key) for key in hub.OPTIONS if key in options})
+    _check_files(folder)
+    found, _ = _read_file(folder / WEIGHTS, "cpu")
+    try:
+        rule = get(str(found.get("rule")))
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
+    if not issubclass(rule, PretrainedRule):
+        raise ValueError(
+            f"{folder / WEIGHTS} is of the rule {found['rule']}, which is no metakern.rules.PretrainedRule"
+        )
+    return rule._from_folder(folder, map_location, **options)
 
 
-def _load_weights(rule: Rule, path: Path, map_location: str | torch.device) -> Rule:
-    """Load the weights; ValueError names the file where it is damaged, of another version or of another rule."""
+def _read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
     with required():
         from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework="pt", device=str(map_location)) as file:
             found = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            return found, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
-    for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", type(rule).__name__)):
+
+
+def _read_weights(path: Path, rule: str, map_location: str | torch.device) -> dict[str, Tensor]:
+    """The weights; ValueError names the file where it is damaged, of another version or of another rule."""
+    found, tensors = _read_file(path, map_location)
+    for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", rule)):
         if found.get(key) != expected:
             raise ValueError(f"{path} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
     check_digest(path, found, tensors)
     _check_weights(str(path), tensors)
-    for tensor in tensors.values():
+    return tensors
+
+
+def _with_weights(rule: _Saved, weights: Mapping[str, Tensor], path: Path, map_location: str | torch.device) -> _Saved:
+    """The rule with the weights, on their device; ValueError where they are those of other options."""
+    for tensor in weights.values():
         rule.to(tensor.dtype)  # or loading would round
         break
     try:
-        rule.load_state_dict(tensors, strict=True)
+        rule.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights that its config.json describes: {error}") from error
     return rule.to(map_location).eval()
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a rule that ships with the package; ValueError for a name that does not, with those that do."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
+    return shipped[name]
 
 
 def _shipped() -> dict[str, Path]:
@@ -226,19 +277,23 @@ def _find(name_or_path: str | Path, fetch: dict[str, Any]) -> Path:
     return hub.download(name, [CONFIG, WEIGHTS], fetch)
 
 
-def _read_config(folder: Path, options: dict[str, Any]) -> dict[str, Any]:
-    """The options in config.json; ValueError where a file or an option is missing, or of another type."""
-    config = folder / CONFIG
-    for needed in (config, folder / WEIGHTS):
+def _check_files(folder: Path) -> None:
+    for needed in (folder / CONFIG, folder / WEIGHTS):
         if not needed.is_file():
             raise ValueError(f"{folder} is not a folder of save_pretrained: it lacks {needed.name}")
+
+
+def _read_config(folder: Path, options: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:
+    """The options in config.json; ValueError where a file or an option is missing, or of another type."""
+    config = folder / CONFIG
+    _check_files(folder)
     try:
         content = check_flat(read_json(config))
     except OSError as error:
         raise ValueError(f"{config} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{config} is damaged or no configuration: {error}") from error
-    needed_options = options.keys() - set(OPTIONAL)
+    needed_options = options.keys() - set(optional)
     if not needed_options <= content.keys():
         raise ValueError(f"{config} must hold the options {sorted(needed_options)}, got {quoted(sorted(content))}")
     for name, value in content.items():
@@ -256,11 +311,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     kinds = typing.get_args(kind) or (kind,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    learned = value is None and Tensor in kinds
+    return type(value) in kinds or (type(value) is int and float in kinds) or learned
 
 
 def _kind(kind: Any) -> str:
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    words[Tensor] = "null"  # learned, and among the weights
     return " or ".join(words[each] for each in typing.get_args(kind) or (kind,))
 
 

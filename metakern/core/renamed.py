@@ -73,3 +73,7 @@ class _OldAttribute:
             return self
         warn_user(message(self.name, self.new), DeprecationWarning)
         return getattr(owner, self.new)
+
+    def __set__(self, owner: Any, value: Any) -> None:
+        warn_user(message(self.name, self.new), DeprecationWarning)
+        setattr(owner, self.new, value)

@@ -87,7 +87,7 @@ class Trainer:
         RuntimeError: for a mixed precision or device that is not there
 
     Example:
-        >>> learner = MAMLLearner(model, steps=5, lr=0.01)
+        >>> learner = MAMLLearner(model, steps=5, inner_lr=0.01)
         >>> trainer = Trainer(learner, tasks, torch.optim.Adam(learner.parameters(), 1e-3), folder=Path("runs/first"))
         >>> trainer.resume(required=False)
         >>> history = trainer.fit()

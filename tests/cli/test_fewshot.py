@@ -47,7 +47,7 @@ def test_omniglot_has_conv4_of_64_filters(tmp_path, monkeypatch):
 def test_anil_adapts_the_last_layer_alone():
     anil = settings(anil=True, hidden="4,4")
     tasks = make_tasks(anil)
-    adapted = make_learner(anil, tasks).adapt(tasks.sample(2, torch.Generator()))
+    adapted = make_learner(anil, tasks).adapt_to(tasks.sample(2, torch.Generator()))
     assert set(adapted.parameters) == {"4.weight", "4.bias"}
 
 

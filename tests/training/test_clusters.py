@@ -29,7 +29,7 @@ def make(folder, *, stop=0, seed=0):
             raise Stop
 
     torch.manual_seed(seed)
-    shared = MAMLLearner(mlp(1, 6, 1), loss=torch.nn.functional.mse_loss, steps=1, lr=0.01)
+    shared = MAMLLearner(mlp(1, 6, 1), loss=torch.nn.functional.mse_loss, steps=1, inner_lr=0.01)
     learner = ClusteredLearner(shared, 2, pool=24, embedding="displacement", temperature=0.1, **STAGES)
     tasks = ClusterSampler(mixture(3, 4, 4), learner, "balanced")
     optimizer = torch.optim.Adam(learner.parameters(), 0.01)

@@ -66,7 +66,9 @@ def test_settings_that_differ_are_named(other, difference):
 
 
 def maml(steps=2, shots=5, lr=0.01, clusters=2, first_order=False):
-    learner = ClusteredLearner(MAMLLearner(mlp(1, 4, 1), steps=steps, lr=lr, first_order=first_order), clusters, pool=9)
+    learner = ClusteredLearner(
+        MAMLLearner(mlp(1, 4, 1), steps=steps, inner_lr=lr, first_order=first_order), clusters, pool=9
+    )
     return Trainer(learner, Sinusoid(shots, 5), optim.SGD(learner.parameters(), 0.1), TrainerConfig(num_tasks=4))
 
 
@@ -74,7 +76,7 @@ def maml(steps=2, shots=5, lr=0.01, clusters=2, first_order=False):
     ("other", "difference"),
     [
         ({"steps": 3}, "learner.shared.eval_steps is 2 in process 0 and 3 in process 1"),
-        ({"lr": 0.1}, "learner.shared.lr is 0.01 in process 0 and 0.1 in process 1"),
+        ({"lr": 0.1}, "learner.shared.inner_lr is 0.01 in process 0 and 0.1 in process 1"),
         ({"first_order": True}, "learner.shared.options.first_order is False in process 0 and True in process 1"),
         ({"clusters": 3}, "groups[0].parameters is ['shared.model.0.weight', "),
         ({"shots": 6}, "tasks.support is 5 in process 0 and 6 in process 1"),

@@ -302,7 +302,7 @@ def test_a_callback_that_fails_at_the_end_does_not_hide_what_ended_the_training(
 
 
 def test_mixed_precision_computes_in_it_and_trains():
-    learner = MAMLLearner(nn.Sequential(nn.Linear(2, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)), lr=0.05)
+    learner = MAMLLearner(nn.Sequential(nn.Linear(2, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)), inner_lr=0.05)
     dtypes = []
     learner.model[0].register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
 
@@ -428,7 +428,7 @@ class Pairs:
 
 
 def test_a_model_of_several_inputs_and_an_output_in_a_dict() -> None:
-    learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), lr=0.1)
+    learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), inner_lr=0.1)
     config = TrainerConfig(iterations=60, num_tasks=8, eval_every=30, eval_tasks=16, accumulate=2)
     trainer = Trainer(learner, Pairs(), torch.optim.Adam(learner.parameters(), 0.1), config)
     before = trainer.evaluate("valid")["loss"]

@@ -87,7 +87,7 @@ class MAMLLearner(nn.Module):
     def adapt_to(self, batch: Episodes, steps: int | None = None) -> Adapted:
         """The T models after ``steps`` inner steps on their support sets, ``eval_steps`` by default."""
         steps = self.eval_steps if steps is None else steps
-        return adapt(self.model, *self._support(batch, steps), **self._arguments(steps))
+        return adapt(self.model, self._support(batch, steps), **self._arguments(steps))
 
     def adapt(self, batch: Episodes, steps: int | None = None) -> Adapted:
         """The old name of :meth:`adapt_to`."""
@@ -142,7 +142,7 @@ class MAMLLearner(nn.Module):
     def support_gradients(self, batch: Episodes) -> Tensor:
         """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
         arguments = {**self._arguments(1), "lr": 1.0, "support_per_step": False}
-        return -self._displacements(adapt(self.model, *self._whole_support(batch), **arguments))
+        return -self._displacements(adapt(self.model, self._whole_support(batch), **arguments))
 
     @torch.no_grad()
     def approach(self, batch: Episodes) -> None:

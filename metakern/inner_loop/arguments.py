@@ -158,9 +158,8 @@ class LoopOptions(NamedTuple):
     @property
     def largest_norm(self) -> float | None:
         """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
-        both = (self.clip_norm, None if self.descent is None else self.descent.clip_norm)
-        norms = [norm for norm in both if norm is not None]  # torch.compile knows no default of min
-        return min(norms) if norms else None
+        norms = [self.clip_norm, None if self.descent is None else self.descent.clip_norm]
+        return min([norm for norm in norms if norm is not None], default=None)
 
 
 @dataclass

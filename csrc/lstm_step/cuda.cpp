@@ -33,7 +33,8 @@ Tensor aligned(const Tensor& t) {
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const auto p = checked_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
+  const auto p =
+      checked_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
   check_like(params_, "params", grads_, "grads");
   const OnDevice on(grads_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = aligned(state_);
@@ -50,7 +51,8 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const auto p = checked_problem(grads_, state, weights, preprocess, preprocess_scale, output_scale, precision);
+  const auto p =
+      checked_problem(grads_, state, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
   check_like(params, "params", grads_, "grads");
   const OnDevice on(grads_);
   const Tensor grads = as_contiguous(grads_);
@@ -72,7 +74,8 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
                                                                    const std::vector<Tensor>& weights,
                                                                    int64_t preprocess, double preprocess_scale,
                                                                    double output_scale, int64_t precision) {
-  const auto p = checked_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
+  const auto p =
+      checked_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
   check_like(grad_new_params_, "grad_new_params", grads_, "grads");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   const OnDevice on(grads_);

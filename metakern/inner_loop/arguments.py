@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.core.checks import check_clip_norm, check_count, is_number
+from metakern.core.transforms import is_transformed, wants_gradient
 from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
 from metakern.inner_loop.as_shipped import changed_instance
 from metakern.inner_loop.task_loss import TaskLoss, divided
-from metakern.inner_loop.vectorize import Vectorize, check_vectorize, is_transformed
-from metakern.ops.mlp_inner_loop.autograd import wants_gradient
+from metakern.inner_loop.vectorize import Vectorize, check_vectorize
 from metakern.rules.gradient_descent import GradientDescent
 from metakern.rules.rates import LearningRates, learning_rates, matching
 

@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
+from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, check_constants, first_tensor, flatten, map_tensors
 from metakern.inner_loop.arguments import TaskBatch, check_labels, split
 from metakern.inner_loop.batch_norm import PerStepBatchNorm
@@ -31,7 +32,7 @@ from metakern.inner_loop.loop import Problem, losses_and_gradients
 from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.task_functions import TaskFunctions
 from metakern.inner_loop.task_loss import TaskLoss
-from metakern.inner_loop.vectorize import Vectorization, Vectorize, is_transformed
+from metakern.inner_loop.vectorize import Vectorization, Vectorize
 from metakern.rules.protocol import detached
 from metakern.rules.rates import real_dtype
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
-from metakern.inner_loop.vectorize import is_transformed
+from metakern.core.transforms import is_transformed
 from metakern.ops.inner_update import inner_update, reference
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.protocol import Rule, detached
@@ -109,10 +109,11 @@ class RuleUpdate:
                 "rule must be a module with init_state(params) and forward(params, grads, state), as "
                 f"metakern.rules.Rule describes it, got {type(rule).__name__}"
             )
-        self.rule: Any = rule
+        protocol: Any = rule
+        self.rule = protocol
         self.clip_norm = clip_norm
-        self._tells_tasks = _takes(self.rule.init_state, "tasks")
-        self._tells_loss = _takes(self.rule.forward, "loss")
+        self._tells_tasks = _takes(protocol.init_state, "tasks")
+        self._tells_loss = _takes(protocol.forward, "loss")
 
     @property
     def weights(self) -> dict[str, Tensor]:

@@ -12,8 +12,10 @@ from torch.nn.modules import module as torch_module
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import random_state, set_random_state
+from metakern.core.text import first_line
+from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
-from metakern.inner_loop.failures import check_no_mixed_meta, explained, first_line, module_that_failed
+from metakern.inner_loop.failures import check_no_mixed_meta, explained, module_that_failed
 from metakern.inner_loop.remembered import Remembered
 
 Result = TypeVar("Result")
@@ -21,11 +23,6 @@ Result = TypeVar("Result")
 #: How the tasks are evaluated: all at once (True), one after another (False), or at once if torch.vmap can run the
 #: model ("auto").
 Vectorize = bool | str
-
-
-def is_transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func is at work around the call."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 def check_vectorize(vectorize: Any) -> None:

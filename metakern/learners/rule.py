@@ -4,7 +4,7 @@ Andrychowicz et al. 2016, arXiv 1606.04474, section 3: T problems are solved sid
 ``unroll`` steps the rule's weights take a step of their own along the gradient of the losses met on the way, and
 parameters and state are carried on, detached.
 
-Axis legend: T problems, P parameters of one problem; all coordinates of all problems take their step in one launch.
+Axis legend: T problems; a coordinatewise rule takes the step of all coordinates of all problems in one launch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metakern.core.checks import check_count
+from metakern.core.task_params import join_tasks, task_groups
 from metakern.inner_loop.loop import InnerLoop, Problem, losses_and_gradients
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.rules.protocol import detached
@@ -31,8 +32,8 @@ class RuleLearner(nn.Module):
     """A rule that is meta-trained on problems of one kind, or of several at once (:class:`MixedOptimizees`).
 
     Args:
-        rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tensor
-            [T, P] or, for a mixture, a tuple of such
+        rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tree of
+            tensors [T, *shape] or, for a mixture, a tuple of such, as :class:`metakern.tasks.OptimizeeBatch` says
         steps: inner steps of an episode
         unroll: inner steps between two outer steps; divides ``steps``
         objective: one of :data:`OBJECTIVES`
@@ -143,4 +144,5 @@ class _Visited(Problem):
 
 def _products(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     """The inner product of every problem's gradient, taken as a constant, and its params, [T]."""
-    return torch.cat([(grad.detach() * leaf).sum(1) for grad, leaf in zip(grads, params, strict=True)])
+    groups = zip(task_groups(grads), task_groups(params), strict=True)
+    return torch.cat([(join_tasks(of_group).detach() * join_tasks(tensors)).sum(1) for of_group, tensors in groups])

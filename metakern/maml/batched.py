@@ -15,14 +15,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.core.checks import check_count, check_rate
+from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, as_data, named_tensors
-from metakern.inner_loop.arguments import DEFAULT_LR, Call, LoopOptions, check_samples
+from metakern.inner_loop.arguments import (
+    DEFAULT_LR,
+    Call,
+    LoopOptions,
+    check_samples,
+)
 from metakern.inner_loop.engines import Engine
 from metakern.inner_loop.engines.generic import task_model
 from metakern.inner_loop.engines.mlp import unlike_losses
 from metakern.inner_loop.path import serve
 from metakern.inner_loop.task_model import TaskModel
-from metakern.inner_loop.vectorize import Vectorize, is_transformed
+from metakern.inner_loop.vectorize import Vectorize
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict

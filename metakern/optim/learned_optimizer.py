@@ -136,14 +136,15 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.rule.needs_loss and not isinstance(loss, Tensor):
+        value = loss.detach() if isinstance(loss, Tensor) and self.rule.needs_loss else None
+        if self.rule.needs_loss and value is None:
             raise ValueError(
                 f"closure must return the loss, a tensor, as {type(self.rule).__name__} needs it, got "
                 f"{type(loss).__name__}"
             )
         plan = [launch for index in range(len(self.param_groups)) for launch in self._plan(index)]
         for members, slots, lr, weight_decay in plan:
-            members.step_(slots, lr, weight_decay, loss.detach() if self.rule.needs_loss else None)
+            members.step_(slots, lr, weight_decay, value)
         if self.rule.horizon is not None and not self._past_horizon:
             steps = max((slot.entry["step"] for _, slots, *_ in plan for slot in slots), default=0)
             self._check_horizon(self.rule.horizon, steps)

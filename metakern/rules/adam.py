@@ -32,6 +32,7 @@ class Adam(ElementwiseRule):
         >>> learned = Adam(nn.Parameter(torch.tensor(1e-3)))
     """
 
+    title = "Adam"
     moments = ("m", "v")
     counts = True
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metakern.core.checks import check_clip_norm, check_count
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.inner_update import inner_update, reference
-from metakern.ops.inner_update.autograd import is_transformed
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import Params, RuleState, matched_leaves, named_leaves, tensor_leaves
 from metakern.rules.rates import LearningRates, learning_rates, rates_by_name, real_dtype
@@ -44,6 +44,8 @@ class GradientDescent(PretrainedRule):
         >>> learned = GradientDescent.lslr(model.named_parameters(), steps=5, lr=0.01)
     """
 
+    title = "Gradient descent"
+
     def __init__(self, lr: Any = 0.01, *, steps: int | None = None, clip_norm: float | None = None) -> None:
         super().__init__()
         self.steps = None if steps is None else check_count("steps", steps)
@@ -65,7 +67,7 @@ class GradientDescent(PretrainedRule):
                     self._numbers[name] = float(rate)
         else:
             value = learning_rates(lr, {}, 0).values
-            if isinstance(lr, Tensor):
+            if isinstance(value, Tensor):
                 _register(self, "lr", lr if isinstance(lr, nn.Parameter) else value)
             else:
                 self.lr = value
@@ -129,7 +131,7 @@ class GradientDescent(PretrainedRule):
             values = [factor * rate for rate in values] if isinstance(values, list) else factor * values
         # torch.compile fuses the formula with what stands around it, torch.func sees through it, and no kernel takes
         # complex tensors.
-        plain = is_transformed() or any(p.is_complex() for p in leaves)
+        plain = is_transformed_or_dual() or any(p.is_complex() for p in leaves)
         count, step = state.shared.get("count"), None
         if rates.per_step and count is not None:
             if plain:
@@ -149,7 +151,7 @@ class GradientDescent(PretrainedRule):
     def _learning_rates(self, params: Params, tasks: bool) -> LearningRates:
         """α for these params."""
         if self.lr is not None:
-            return LearningRates(self.lr, False)
+            return LearningRates(self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr, False)
         leaves = named_leaves(params)
         if tasks:
             leaves = {name: p[0] if len(p) else p.new_empty(p.shape[1:]) for name, p in leaves.items()}

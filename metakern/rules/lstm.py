@@ -18,6 +18,7 @@ from metakern.ops.lstm_step.reference import PREPROCESS, num_features
 from metakern.ops.lstm_step.state import TILE_LANES, check_layout, check_sizes
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
+from metakern.rules.plain_lstm import PlainLSTM
 
 _SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -52,6 +53,7 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
         >>> params, state = rule(params, grads, state)
     """
 
+    title: ClassVar[str] = "Learned LSTM"
     unit: ClassVar[int] = TILE_LANES
     optional_options: ClassVar[tuple[str, ...]] = (
         *("precision", "bfloat16_state", "backend"),
@@ -188,6 +190,10 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
             backend=self.backend,
         )
 
+    def plain(self) -> PlainLSTM:
+        """The same weights in ``nn.LSTMCell`` and ``nn.Linear``."""
+        return PlainLSTM(self)
+
     def packed(self, state: LSTMState) -> dict[str, Tensor]:
         """(h, c) in tiles of 32 coordinates."""
         return {"lstm": state.data}
@@ -264,4 +270,5 @@ def _check_saved(value: Any, key: str, shape: tuple[int, ...], name: str) -> Ten
         raise ValueError(
             f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
         )
-    return value.detach()
+    found: Tensor = value.detach()
+    return found

@@ -26,6 +26,7 @@ class Momentum(ElementwiseRule):
         >>> learned = Momentum(nn.Parameter(torch.tensor(0.1)), nn.Parameter(torch.tensor(0.9)))
     """
 
+    title = "Momentum"
     moments = ("velocity",)
 
     def __init__(self, lr: float | Tensor = 0.01, momentum: float | Tensor = 0.9, *, nesterov: bool = False) -> None:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from metakern.core.checksum import check_digest, digest
 from metakern.core.files import check_targets, write_whole
-from metakern.core.plain_data import check_flat, quoted, read_json
+from metakern.core.plain_data import check_flat, read_json
 from metakern.core.requirements import required
+from metakern.core.text import quoted
 from metakern.rules import hub
 from metakern.rules.model_card import MARK, model_card
 from metakern.rules.protocol import Rule
@@ -57,10 +58,7 @@ class PretrainedRule(Rule):
         Raises:
             ValueError: for a name that does not; the message lists those that do.
         """
-        shipped = _shipped()
-        if name not in shipped:
-            raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
-        return cls._from_folder(shipped[name])
+        return cls._from_folder(shipped_folder(name))
 
     @classmethod
     def from_pretrained(
@@ -246,6 +244,14 @@ def _with_weights(rule: _Saved, weights: Mapping[str, Tensor], path: Path, map_l
     except RuntimeError as error:
         raise ValueError(f"{path} does not hold the weights that its config.json describes: {error}") from error
     return rule.to(map_location).eval()
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a rule that ships with the package; ValueError for a name that does not, with those that do."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
+    return shipped[name]
 
 
 def _shipped() -> dict[str, Path]:

@@ -8,7 +8,7 @@ Axis legend: T tasks, N coordinates (scalar parameters of all tasks), ``*shape``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -40,11 +40,13 @@ class Rule(nn.Module):
         needs_loss: whether ``forward`` needs the argument ``loss``
         horizon: steps that the rule was meta-trained for, or None
         trained_on: what it was meta-trained on, in words, or None
+        title: how figures and tables call it
         advice_for_other_networks: how to use it where it was not meta-trained, for its model card
         advice_beyond_horizon: what LearnedOptimizer's warning says to do after ``horizon`` steps
     """
 
     needs_loss: ClassVar[bool] = False
+    title: ClassVar[str] = "Rule"
     advice_for_other_networks: ClassVar[str] = "tune `lr` as for any optimizer, and let it decay"
     advice_beyond_horizon: ClassVar[str] = "let a scheduler decay lr"
 
@@ -111,6 +113,10 @@ class Rule(nn.Module):
         del params  # rules that pack coordinates need it
         return pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() else x, state)
 
+    def plain(self) -> Rule | None:
+        """The same rule without fused kernels, the peer of its speed-ups; None for a rule without a kernel."""
+        return None
+
     def state_header(self) -> dict[str, Any]:
         """What the rule of a checkpoint of states must agree in: plain data."""
         return {"rule": type(self).__name__}
@@ -161,10 +167,15 @@ class RuleState:
     tasks: bool
 
 
+def _rebuilt(children: Iterable[Any], tasks: bool) -> RuleState:
+    per_tensor, shared = children
+    return RuleState(per_tensor, shared, tasks)
+
+
 pytree.register_pytree_node(
     RuleState,
     lambda state: ([state.per_tensor, state.shared], state.tasks),
-    lambda children, tasks: RuleState(*children, tasks),
+    _rebuilt,
     serialized_type_name="metakern.rules.RuleState",
 )
 
@@ -179,7 +190,8 @@ def named_state(state: State) -> dict[str, Tensor]:
 
 def detached(tree: _Tree) -> _Tree:
     """The same tree of params or state, cut off from the graph."""
-    return pytree.tree_map_only(Tensor, Tensor.detach, tree)
+    cut: _Tree = pytree.tree_map_only(Tensor, Tensor.detach, tree)
+    return cut
 
 
 def moved(tree: _Tree, *args: Any, **kwargs: Any) -> _Tree:
@@ -189,7 +201,8 @@ def moved(tree: _Tree, *args: Any, **kwargs: Any) -> _Tree:
         to = x.to(*args, **kwargs)
         return to if x.is_floating_point() else to.to(x.dtype)
 
-    return pytree.tree_map_only(Tensor, move, tree)
+    there: _Tree = pytree.tree_map_only(Tensor, move, tree)
+    return there
 
 
 def named_leaves(params: Params) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, overload
+from typing import Any, TypeVar, overload
 
 from metakern.rules.protocol import Rule
 
@@ -34,8 +34,9 @@ def register(rule: _R | None = None, *, name: str | None = None) -> _R | Callabl
     """
 
     def add(rule: _R) -> _R:
-        if not isinstance(rule, type) or not issubclass(rule, Rule):
-            got = rule.__name__ if isinstance(rule, type) else f"a {type(rule).__name__}"
+        given: Any = rule
+        if not isinstance(given, type) or not issubclass(given, Rule):
+            got = given.__name__ if isinstance(given, type) else f"a {type(given).__name__}"
             raise TypeError(f"rule must be a subclass of metakern.rules.Rule, got {got}")
         chosen = rule.__name__ if name is None else name
         known = _rules.get(chosen)

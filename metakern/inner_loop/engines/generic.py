@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
+from metakern.core.transforms import is_transformed
 from metakern.inner_loop.arguments import (
     Call,
     TaskBatch,
@@ -22,7 +23,6 @@ from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.task_model import TaskModel, TaskProblem
 from metakern.inner_loop.updates import Descent, RuleUpdate, Update
-from metakern.inner_loop.vectorize import is_transformed
 
 
 class _Plan(NamedTuple):

@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern.core import backend as _backend
+from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
 from metakern.inner_loop.arguments import LoopOptions
-from metakern.inner_loop.vectorize import is_transformed
 from metakern.ops.mlp_inner_loop import unserved
 
 #: How many times as long plain PyTorch took for MLPs of 1,761 to 247,000 parameters: the least and the most of the

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
+from metakern.core.torch_private import forward_mode_is_active
+from metakern.core.transforms import is_batched, is_transformed, wants_gradient
 from metakern.inner_loop.arguments import (
     Call,
     LoopOptions,
@@ -40,7 +41,6 @@ from metakern.inner_loop.engines.recorded import record_loss, record_mlp
 from metakern.inner_loop.lineage import accumulator
 from metakern.inner_loop.remembered import Remembered
 from metakern.inner_loop.task_loss import TaskLoss
-from metakern.inner_loop.vectorize import is_transformed
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,
@@ -49,7 +49,7 @@ from metakern.ops.mlp_inner_loop import (
     run_meta_backward,
     run_meta_loss,
 )
-from metakern.ops.mlp_inner_loop.autograd import Problem, is_batched, wants_gradient
+from metakern.ops.mlp_inner_loop.autograd import Problem
 
 #: How a call is served: backend, problem and step weights of the operators.
 _Way = tuple[str, Problem, tuple[float, ...]]
@@ -125,7 +125,7 @@ class MlpEngine:
     def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
         """Query losses [T] of a usual call; autograd's graph takes as long as a small inner loop."""
         plan: _Plan = call.prepared[self.name]
-        if plan.key is None or forward_ad._current_level >= 0 or torch.is_anomaly_enabled():
+        if plan.key is None or forward_mode_is_active() or torch.is_anomaly_enabled():
             return None
         if not all(map(_accumulates, plan.params)):
             return None
@@ -419,7 +419,7 @@ def _untransformed() -> str:
     if torch.compiler.is_compiling():
         inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
         return "torch.func transforms it within torch.compile" if inside else ""
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         return "it has no forward-mode derivative"
     kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
     grad, vmap = functorch.TransformType.Grad, functorch.TransformType.Vmap

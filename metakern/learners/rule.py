@@ -133,14 +133,14 @@ class _Visited(Problem):
         def losses_of(at: list[Tensor]) -> Tensor:
             return self.batch.loss(pytree.tree_unflatten(at, structure))
 
-        losses, grads = losses_and_gradients(losses_of, leaves, first_order)
-        by_params = pytree.tree_unflatten(grads, structure)
+        losses, flat = losses_and_gradients(losses_of, leaves, first_order)
+        grads = pytree.tree_unflatten(flat, structure)
         if step and self.objective is not None:
             values = losses.detach()
             weight = 1.0 if self.objective == "sum" else 1 / (values + _LOG_OFFSET)
-            self.surrogates.append(weight * _products(by_params, params))
+            self.surrogates.append(weight * _products(grads, params))
             self.values.append(values)
-        return losses, by_params
+        return losses, grads
 
 
 def _products(grads: Any, params: Any) -> Tensor:

@@ -13,12 +13,14 @@ from torch import Tensor, nn
 
 from metakern.core.backend import check_backend
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
-from metakern.ops.lstm_step import check_precision, check_scales, prepare
+from metakern.ops.lstm_step import check_options, check_precision, check_scales, prepare
+from metakern.ops.lstm_step.prepared import PreparedStep, serves
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
 from metakern.ops.lstm_step.state import TILE_LANES, check_layout, check_sizes
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
 from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules.protocol import Params, State
 
 _SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -98,6 +100,7 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
         self.horizon, self.trained_on = horizon, trained_on
         self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
+        self._prepared: PreparedStep | None = None
 
     @classmethod
     def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> CoordinatewiseLSTM:
@@ -155,6 +158,28 @@ class CoordinatewiseLSTM(CoordinatewiseRule):
             dtype=torch.bfloat16 if narrow else dtype,
             device=device,
         )
+
+    def forward(
+        self, params: Params, grads: Params, state: State, *, loss: Tensor | None = None
+    ) -> tuple[Params, State]:
+        """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
+        if loss is None and type(state) is LSTMState and (result := self._small_step(params, grads, state)) is not None:
+            return result
+        return super().forward(params, grads, state, loss=loss)
+
+    def _small_step(self, params: Any, grads: Any, state: LSTMState) -> tuple[Tensor, LSTMState] | None:
+        """The step by :class:`PreparedStep`, None where it does not serve."""
+        if torch.is_grad_enabled() or type(self) is not CoordinatewiseLSTM or not serves(self.backend):
+            return None  # a subclass may take steps of its own
+        options = self.preprocess, self.preprocess_scale, self.output_scale, self.precision
+        prepared, modules = self._prepared, self._modules
+        if prepared is None or prepared.options != options:
+            check_options(*options)
+            prepared = self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+        # As of weights(), past nn.Module.__getattr__, which takes a microsecond.
+        lstm: Any = modules["lstm"]
+        head: Any = modules["head"]
+        return prepared(params, grads, state, [*lstm._parameters.values(), *head._parameters.values()])
 
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: LSTMState, loss: Tensor | None = None

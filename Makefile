@@ -11,7 +11,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 help:
 	@echo "make demo      meta-train an optimizer, against tuned baselines, and MAML with and without clusters; pictures in runs (4 minutes)"
 	@echo "make test      run the tests"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make lint      ruff, mypy, import-linter, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
@@ -56,6 +56,7 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed

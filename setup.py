@@ -30,14 +30,6 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 
-# Instruction sets that every csrc/<op>/cpu_kernel*.cpp is compiled for; the library picks one when it loads.
-CAPABILITY_FLAGS: dict[str, list[str]] = {"baseline": []}
-if IS_X86:
-    CAPABILITY_FLAGS["avx2"] = ["-mavx2", "-mfma"]
-    # GCC before 13 takes its own AVX-512 headers for uninitialized (GCC bug 105593); Clang knows both options too.
-    quiet = ["-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-unknown-warning-option"]
-    CAPABILITY_FLAGS["avx512"] = [*quiet, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
-
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
@@ -89,6 +81,20 @@ def compiler_version(compiler: list[str]) -> str:
         ) from None
     lines = result.stdout.splitlines()
     return next((line for line in lines if "release" in line), lines[0])
+
+
+def instruction_sets(table: Path = ROOT / "csrc" / "core" / "instruction_sets.h") -> dict[str, list[str]]:
+    """The instruction sets that CPU kernels are compiled for, with the compiler's options for each.
+
+    They stand in a C++ header, which says what a row holds. The compiled library reads the same rows to pick one.
+    """
+    text = re.sub(r"\\?\n\s*", "", table.read_text(encoding="utf-8"))
+    found = {}
+    for x86, name, condition, options in re.findall(r'(MK_ON_X86\()?\bX\((\w+), *([^,]+), *"([^"]*)", __VA_', text):
+        if IS_X86 or not x86:
+            features = re.findall(r'MK_HAS\("(\w+)"\)', condition)
+            found[name] = [*options.split(), *(f"-m{feature}" for feature in features)]
+    return found
 
 
 class Sources(NamedTuple):
@@ -287,8 +293,6 @@ class BuildExtension(build_ext):
             "METAKERN_COMPILER": f'"{version}"',
             "METAKERN_TORCH_VERSION": f'"{torch.__version__}"',
         }
-        if IS_X86:
-            macros["METAKERN_X86_CAPABILITIES"] = "1"
         includes = [pybind11.get_include(), *needed("torch.utils.cpp_extension").include_paths()]
         found = Sources.find()
         sources: list[str] = list(found.once)
@@ -305,7 +309,7 @@ class BuildExtension(build_ext):
             macros["METAKERN_NVCC"] = f'"{nvcc_version}"'
             includes.append(str(cuda.home / "include"))
         versions = {"compiler": version}
-        for name, capability_flags in CAPABILITY_FLAGS.items():
+        for name, capability_flags in instruction_sets().items():
             for kernel in found.cpu_kernels:
                 own = own_options(ROOT / kernel)
                 command = [*compiler, f"-DMK_CAPABILITY={name}", *flags, *capability_flags, *own, "-c", kernel]

@@ -5,48 +5,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
-#include "../core/capability.h"
-#include "../core/parallel.h"
 #include "../core/result_cache.h"
 #include "arguments.h"
+#include "cpu_run.h"
 
 namespace metakern {
 
-const LstmStepKernels& lstm_step_kernels_baseline(bool is_double);
-#ifdef METAKERN_X86_CAPABILITIES
-const LstmStepKernels& lstm_step_kernels_avx2(bool is_double);
-const LstmStepKernels& lstm_step_kernels_avx512(bool is_double);
-#endif
-
 namespace {
-
-const LstmStepKernels& kernels(const LstmStepProblem& p) {
-  const bool is_double = p.dtype == DType::float64;
-#ifdef METAKERN_X86_CAPABILITIES
-  switch (cpu_capability()) {
-    case CpuCapability::avx512: return lstm_step_kernels_avx512(is_double);
-    case CpuCapability::avx2: return lstm_step_kernels_avx2(is_double);
-    default: break;
-  }
-#endif
-  return lstm_step_kernels_baseline(is_double);
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-Buffer allocate(int64_t bytes) {
-  void* p = nullptr;
-  check(posix_memalign(&p, 64, size_t(bytes > 0 ? bytes : 64)) == 0, "out of memory: lstm_step could not allocate ",
-        bytes, " bytes of working memory");
-  return Buffer(p);
-}
 
 LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
                             const LstmStepOptions& options) {
@@ -55,7 +22,6 @@ LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std:
   return p;
 }
 
-// The weights in the order in which the loops read them.
 Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
@@ -63,20 +29,12 @@ Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vecto
     contiguous.push_back(as_contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  Buffer packed = allocate(k.packed_bytes(p, for_backward));
-  k.pack(p, pointers.data(), for_backward, packed.get());
-  return packed;
-}
-
-constexpr int64_t grain_tiles = 8;
-
-void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmStepForward& args) {
-  parallel_for(0, p.num_tiles(), grain_tiles, [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
+  return pack(k, p, pointers.data(), for_backward);
 }
 
 // Runs backward with everything set but what only this function knows; returns the gradients of the weights.
 std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Tensor>& weights, LstmStepBackward args) {
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, true);
   std::vector<Tensor> grad_weights;
   std::vector<void*> pointers;
@@ -103,7 +61,7 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   check_like(params_, "params", grads_, "grads");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
-  const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
+  const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
@@ -125,7 +83,7 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
   check_like(params, "params", grads_, "grads");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, false);
   LstmStepForward args{};
   args.packed = packed.get();
@@ -174,7 +132,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const
   check_stage_tensors(p, grads_, stage_state_, task_inputs_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
   const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);

@@ -1,5 +1,6 @@
 // Interface between the lstm_step binding and its vectorised loops.
 #pragma once
+#include "../core/instruction_sets.h"
 #include "problem.h"
 
 namespace metakern {
@@ -53,5 +54,7 @@ struct LstmStepKernels {
   // Adds the partials up by a fixed tree (in place) and writes the gradient of every weight.
   void (*reduce)(const LstmStepProblem&, double* partials, void* const* grad_weights);
 };
+
+MK_DECLARE_KERNELS(LstmStepKernels, lstm_step_kernels, bool is_double)
 
 }  // namespace metakern

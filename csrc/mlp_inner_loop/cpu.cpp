@@ -14,23 +14,12 @@
 
 namespace metakern {
 
-const MlpInnerLoopKernels& mlp_inner_loop_kernels_baseline(bool is_double);
-#ifdef METAKERN_X86_CAPABILITIES
-const MlpInnerLoopKernels& mlp_inner_loop_kernels_avx2(bool is_double);
-const MlpInnerLoopKernels& mlp_inner_loop_kernels_avx512(bool is_double);
-#endif
-
 namespace {
 
 const MlpInnerLoopKernels& mlp_kernels(const MlpInnerLoopProblem& p) {
-#ifdef METAKERN_X86_CAPABILITIES
-  switch (cpu_capability()) {
-    case CpuCapability::avx512: return mlp_inner_loop_kernels_avx512(p.is_double);
-    case CpuCapability::avx2: return mlp_inner_loop_kernels_avx2(p.is_double);
-    default: break;
-  }
-#endif
-  return mlp_inner_loop_kernels_baseline(p.is_double);
+  return with_cpu_capability([&](auto capability) -> const MlpInnerLoopKernels& {
+    return mlp_inner_loop_kernels<capability.value>(p.is_double);
+  });
 }
 
 void check_labels(const MlpInnerLoopProblem& p, const char* name, const Tensor& y) {

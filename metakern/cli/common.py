@@ -16,8 +16,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from metakern.core.plain_data import quoted
 from metakern.core.requirements import check_installed
+from metakern.core.text import quoted
 from metakern.runs.folder import CONFIG, newest_folder, read_config
 from metakern.training.distributed import is_launched
 

@@ -28,11 +28,12 @@ from metakern.evaluation.optimizers import (
     compare_optimizers,
     compare_speed,
 )
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import Rule, load
+from metakern.rules.pretrained import shipped_folder
 from metakern.runs.folder import make_folder, write_json
 from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.runs.progress import Display
 from metakern.training import FolderLock, History, Trainer
-from metakern.training.progress import Display
 
 LEARNER = "optimizer"
 
@@ -178,14 +179,15 @@ def eval_optimizer(
         raise fail(error) from error
 
 
-def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path]:
+def _load_rule(name: str, output: Path | None) -> tuple[Rule, Path]:
     """The rule, and the folder for its figures."""
     if Path(name).is_dir():
-        return CoordinatewiseLSTM.from_pretrained(name), output or Path(name)
+        return load(name), output or Path(name)
     try:
-        return CoordinatewiseLSTM.pretrained(name), output or Path("runs/eval") / LEARNER
+        folder = shipped_folder(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is not a folder, and {error}") from error
+    return load(folder), output or Path("runs/eval") / LEARNER
 
 
 def _trained_on(folder: Path) -> str:

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.training import TrainerConfig
 
 #: Outer optimizers by name; of many small tensors Adam takes longer than the kernels, unless it is fused.

@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 
 from metakern.learners import RuleLearner
 from metakern.optim.learned_optimizer import LearnedOptimizer
-from metakern.rules import CoordinatewiseLSTM
-from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules import Rule
 from metakern.tasks import Optimizees
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -77,7 +76,7 @@ def training_curve(
 ) -> Tensor:
     """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
+    The optimizers are coordinatewise, so the T networks go side by side: every tensor [T, *shape] is one parameter.
 
     Returns:
         full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
@@ -126,7 +125,7 @@ def tune(
 
 
 def compare_optimizers(
-    rule: CoordinatewiseLSTM,
+    rule: Rule,
     problems: Optimizees,
     *,
     num_tasks: int = 64,
@@ -147,7 +146,7 @@ def compare_optimizers(
             advance(name, True)
         return Curve(name, losses, lr)
 
-    yield curve("Learned LSTM", lambda params: LearnedOptimizer(params, rule))
+    yield curve(rule.title, lambda params: LearnedOptimizer(params, rule))
     for name, baseline in BASELINES.items():
         lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)
         yield curve(name, baseline(lr), lr)
@@ -179,7 +178,7 @@ class SpeedComparison:
 
 
 def compare_speed(
-    rule: CoordinatewiseLSTM,
+    rule: Rule,
     problems: Optimizees,
     *,
     num_tasks: int = 8,
@@ -202,11 +201,15 @@ def compare_speed(
         repeats: meta-iterations that are timed, of each
 
     Raises:
+        ValueError: for a rule that has no kernel, and so no plain form to compare with
         RuntimeError: where the two do not compute the same within :data:`SPEED_TOLERANCE`
     """
+    peer = rule.plain()
+    if peer is None:
+        raise ValueError(f"rule must have a kernel and a plain form to compare with, got {type(rule).__name__}")
     runs = [
         _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, lr)
-        for each in (copy.deepcopy(rule), PlainLSTM(rule))
+        for each in (copy.deepcopy(rule), peer)
     ]
     fused, plain = (run.meta_gradient() for run in runs)
     difference = ((fused - plain).norm() / plain.norm()).item()

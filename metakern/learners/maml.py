@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_count, check_rate
 from metakern.core.trees import Data, class_scores, flatten, map_tensors
-from metakern.inner_loop.arguments import adapted_names
-from metakern.inner_loop.engines.mlp import Options
+from metakern.inner_loop.arguments import LoopOptions, adapted_names
 from metakern.inner_loop.task_loss import TaskLoss, ignored_label
 from metakern.maml.batched import Adapted, adapt, meta_loss, query_losses, reptile_step
-from metakern.rules.rates import check_count, check_rate, rates_by_name, real_dtype
+from metakern.rules.rates import rates_by_name, real_dtype
 from metakern.tasks import Episodes
 
 #: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.
@@ -121,7 +121,7 @@ class MAMLLearner(nn.Module):
     @torch.no_grad()
     def support_losses(self, batch: Episodes) -> Tensor:
         """Losses [T] on the support sets after ``eval_steps`` steps on them: query sets are not looked at."""
-        options = Options(self.model, **self._arguments(self.eval_steps))
+        options = LoopOptions(self.model, **self._arguments(self.eval_steps))
         support = self._support(batch, self.eval_steps)
         return query_losses(options, support, self._whole_support(batch), moves_statistics=False)
 

@@ -5,43 +5,27 @@ Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient des
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metakern.core.backend import check_backend
-from metakern.ops import LSTMState, lstm_step, lstm_step_
-from metakern.ops.lstm_step import check_precision, check_scales, prepare
+from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
+from metakern.ops.lstm_step import check_options, check_precision, check_scales, prepare
+from metakern.ops.lstm_step.prepared import PreparedStep, serves
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
-from metakern.ops.lstm_step.state import check_layout, check_sizes
-from metakern.rules.pretrained import PretrainedRule
+from metakern.ops.lstm_step.state import TILE_LANES, check_layout, check_sizes
+from metakern.rules.coordinatewise import CoordinatewiseRule
+from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
+from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules.protocol import Params, State
+
+_SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-class LSTMWeights(nn.Module):
-    """The weights of an ``nn.LSTM``, names and initial values included; torch.compile refuses the module itself.
-
-    Per layer k: weight_ih_lk [4H, F or H], weight_hh_lk [4H, H], bias_ih_lk [4H], bias_hh_lk [4H], U(±1/√H).
-    """
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        bound = hidden_size**-0.5
-        for layer in range(num_layers):
-            shapes = {
-                "weight_ih": (4 * hidden_size, hidden_size if layer else input_size),
-                "weight_hh": (4 * hidden_size, hidden_size),
-                "bias_ih": (4 * hidden_size,),
-                "bias_hh": (4 * hidden_size,),
-            }
-            for name, shape in shapes.items():
-                weight = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
-                self.register_parameter(f"{name}_l{layer}", weight)
-
-
-class CoordinatewiseLSTM(PretrainedRule):
+class CoordinatewiseLSTM(CoordinatewiseRule):
     """One small LSTM, its weights shared by all coordinates, that proposes every parameter's update.
 
     A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: state_dict names are those of such
@@ -70,6 +54,19 @@ class CoordinatewiseLSTM(PretrainedRule):
         >>> grads = {name: 2 * p for name, p in params.items()}
         >>> params, state = rule(params, grads, state)
     """
+
+    title: ClassVar[str] = "Learned LSTM"
+    unit: ClassVar[int] = TILE_LANES
+    optional_options: ClassVar[tuple[str, ...]] = (
+        *("precision", "bfloat16_state", "backend"),
+        *CoordinatewiseRule.optional_options,
+    )
+    advice_for_other_networks: ClassVar[str] = (
+        f"{CoordinatewiseRule.advice_for_other_networks}; `digits_lstm` wants 0.03 to 0.3"
+    )
+    advice_beyond_horizon: ClassVar[str] = (
+        f"{CoordinatewiseRule.advice_beyond_horizon}, and start other networks at an lr of 0.03 to 0.3"
+    )
 
     def __init__(
         self,
@@ -103,6 +100,7 @@ class CoordinatewiseLSTM(PretrainedRule):
         self.horizon, self.trained_on = horizon, trained_on
         self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
         self.head = nn.Linear(hidden_size, 1)
+        self._prepared: PreparedStep | None = None
 
     @classmethod
     def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> CoordinatewiseLSTM:
@@ -117,7 +115,7 @@ class CoordinatewiseLSTM(PretrainedRule):
             TypeError: for modules of another kind
             ValueError: for modules that the kernels do not serve; the message names the property.
         """
-        modules, named = _lstm_weights(lstm)
+        modules, named = lstm_weights(lstm)
         if not isinstance(head, nn.Linear):
             raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
         if head.bias is None or not all(module.bias for module in modules):
@@ -150,59 +148,47 @@ class CoordinatewiseLSTM(PretrainedRule):
         weights: list[Any] = [*self.lstm._parameters.values(), *self.head._parameters.values()]
         return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
 
-    def init_state(self, params: Any) -> LSTMState:
-        """The zero state for a tensor, or a dict, list or tuple (nested at will) of tensors, of any shapes."""
-        leaves = _leaves(params, "params")
+    def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> LSTMState:
+        """The zero state of N coordinates, in float64 for that dtype, else in float32 or bfloat16."""
+        narrow = self.bfloat16_state and dtype != torch.float64
         return LSTMState.zeros(
-            sum(leaf.numel() for leaf in leaves),
+            number,
             hidden_size=self.hidden_size,
             num_layers=self.num_layers,
-            dtype=self._state_dtype(leaves),
-            device=leaves[0].device if leaves else None,
+            dtype=torch.bfloat16 if narrow else dtype,
+            device=device,
         )
 
-    def _state_dtype(self, leaves: Sequence[Tensor]) -> torch.dtype:
-        if any(leaf.dtype == torch.float64 for leaf in leaves):
-            return torch.float64
-        return torch.bfloat16 if self.bfloat16_state else torch.float32
+    def forward(
+        self, params: Params, grads: Params, state: State, *, loss: Tensor | None = None
+    ) -> tuple[Params, State]:
+        """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
+        if loss is None and type(state) is LSTMState and (result := self._small_step(params, grads, state)) is not None:
+            return result
+        return super().forward(params, grads, state, loss=loss)
 
-    def forward(self, params: Any, grads: Any, state: LSTMState) -> tuple[Any, LSTMState]:
-        """One step for every coordinate, in one launch.
+    def _small_step(self, params: Any, grads: Any, state: LSTMState) -> tuple[Tensor, LSTMState] | None:
+        """The step by :class:`PreparedStep`, None where it does not serve."""
+        if torch.is_grad_enabled() or type(self) is not CoordinatewiseLSTM or not serves(self.backend):
+            return None  # a subclass may take steps of its own
+        options = self.preprocess, self.preprocess_scale, self.output_scale, self.precision
+        prepared, modules = self._prepared, self._modules
+        if prepared is None or prepared.options != options:
+            check_options(*options)
+            prepared = self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+        # As of weights(), past nn.Module.__getattr__, which takes a microsecond.
+        lstm: Any = modules["lstm"]
+        head: Any = modules["head"]
+        return prepared(params, grads, state, [*lstm._parameters.values(), *head._parameters.values()])
 
-        Args:
-            params: a tensor, or a dict, list or tuple (nested at will) of tensors, of any shapes
-            grads: of the same structure and shapes
-            state: from :meth:`init_state` or the step before
-
-        Returns:
-            new params in the structure of ``params``, new state
-
-        Raises:
-            ValueError: for structures or shapes that differ, and as :func:`metakern.ops.lstm_step`.
-        """
-        check_layout(state)
-        leaves, structure = pytree.tree_flatten(params)
-        grad_leaves, grad_structure = pytree.tree_flatten(grads)
-        if structure != grad_structure:
-            raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
-        for index, (leaf, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
-            _check_leaf(leaf, "params", index)
-            _check_leaf(grad, "grads", index)
-            if leaf.device != leaves[0].device or grad.device != leaves[0].device:
-                raise ValueError(
-                    f"params and grads must be on one device, {leaves[0].device}: leaf {index} has {leaf.device} and "
-                    f"{grad.device}"
-                )
-            if leaf.shape != grad.shape:
-                raise ValueError(
-                    f"grads must have the shapes of params: leaf {index} has {list(grad.shape)}, "
-                    f"expected {list(leaf.shape)}"
-                )
-        if not leaves:
-            return params, state
-        flat, new_state = lstm_step(
-            flatten(leaves),
-            flatten(grad_leaves),
+    def step_coordinates(
+        self, params: Tensor, grads: Tensor, state: LSTMState, loss: Tensor | None = None
+    ) -> tuple[Tensor, LSTMState]:
+        """:func:`metakern.ops.lstm_step` with the rule's weights and options."""
+        del loss
+        return lstm_step(
+            params,
+            grads,
             state,
             self.weights(state.compute_dtype),
             preprocess=self.preprocess,
@@ -211,12 +197,12 @@ class CoordinatewiseLSTM(PretrainedRule):
             precision=self.precision,
             backend=self.backend,
         )
-        pieces = [flat] if len(leaves) == 1 else flat.split([leaf.numel() for leaf in leaves])
-        new_leaves = [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, leaves, strict=True)]
-        return pytree.tree_unflatten(new_leaves, structure), new_state
 
-    def step_(self, params: Tensor, grads: Tensor, state: LSTMState, lr: float = 1.0) -> None:
+    def step_(
+        self, params: Tensor, grads: Tensor, state: LSTMState, lr: float = 1.0, *, loss: Tensor | None = None
+    ) -> None:
         """One step in place, without a graph: ``params`` [N] and ``state`` are overwritten, the update times ``lr``."""
+        del loss
         lstm_step_(
             params,
             grads,
@@ -228,6 +214,48 @@ class CoordinatewiseLSTM(PretrainedRule):
             precision=self.precision,
             backend=self.backend,
         )
+
+    def plain(self) -> PlainLSTM:
+        """The same weights in ``nn.LSTMCell`` and ``nn.Linear``."""
+        return PlainLSTM(self)
+
+    def packed(self, state: LSTMState) -> dict[str, Tensor]:
+        """(h, c) in tiles of 32 coordinates."""
+        return {"lstm": state.data}
+
+    def from_packed(self, tensors: Mapping[str, Tensor], number: int) -> LSTMState:
+        """The state that the tiles are."""
+        return LSTMState(tensors["lstm"], number)
+
+    def select_coordinates(self, state: LSTMState, index: Tensor) -> LSTMState:
+        """The state of some coordinates."""
+        h, c = unpack_state(state)
+        return pack_state(h[:, index], c[:, index])
+
+    def check_state(self, state: Any) -> None:
+        """Raise unless it is an LSTMState of this version."""
+        check_layout(state)
+
+    def state_layout(self) -> tuple[int, int, bool]:
+        """H, L, and whether in bfloat16."""
+        return self.hidden_size, self.num_layers, self.bfloat16_state
+
+    def state_header(self) -> dict[str, Any]:
+        """H and L."""
+        return {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
+
+    def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """H and c, [L, N, H] each."""
+        return dict(zip(("h", "c"), unpack_state(self.from_packed(tensors, number)), strict=True))
+
+    def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
+        """The tiles of h and c."""
+        if not {"h", "c"} <= saved.keys():
+            raise ValueError(f"state of {name} must be a dict with the keys ('step', 'h', 'c'), got {list(saved)}")
+        like = self.init_state(param.new_empty(0)).data
+        shape = (self.num_layers, param.numel(), self.hidden_size)
+        h, c = (_check_saved(saved[key], key, shape, name).to(like) for key in ("h", "c"))
+        return self.packed(pack_state(h, c))
 
     def extra_repr(self) -> str:
         """The options that the submodules do not show."""
@@ -260,34 +288,12 @@ def _check_training(horizon: Any, trained_on: Any) -> None:
         raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
 
 
-def _lstm_weights(lstm: Any) -> tuple[list[nn.LSTM | nn.LSTMCell], dict[str, Tensor]]:
-    """The modules, and the weights by the names that nn.LSTM gives them."""
-    if isinstance(lstm, nn.LSTM):
-        for name in ("bidirectional", "proj_size", "dropout"):
-            if value := getattr(lstm, name):
-                raise ValueError(f"lstm must have {name}={type(value)(0)}, got {name}={value}")
-        return [lstm], dict(lstm.named_parameters())
-    cells = list(lstm) if isinstance(lstm, (Sequence, nn.ModuleList)) else [lstm]
-    if not cells:
-        raise ValueError("lstm must be an nn.LSTM or a non-empty sequence of nn.LSTMCell, got an empty sequence")
-    for cell in cells:
-        if not isinstance(cell, nn.LSTMCell) or cell is lstm:
-            raise TypeError(f"lstm must be an nn.LSTM or a sequence of nn.LSTMCell, got {type(cell).__name__}")
-    return cells, {f"{n}_l{layer}": p for layer, cell in enumerate(cells) for n, p in cell.named_parameters()}
-
-
-def _check_leaf(leaf: Any, name: str, index: int) -> None:
-    if not isinstance(leaf, Tensor):
-        raise TypeError(f"{name} must hold tensors only, got {type(leaf).__name__} as leaf {index}")
-
-
-def _leaves(tree: Any, name: str) -> list[Tensor]:
-    leaves = pytree.tree_leaves(tree)
-    for index, leaf in enumerate(leaves):
-        _check_leaf(leaf, name, index)
-    return leaves
-
-
-def flatten(leaves: Sequence[Tensor]) -> Tensor:
-    """All coordinates in one tensor [N]; mixed dtypes are promoted."""
-    return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
+def _check_saved(value: Any, key: str, shape: tuple[int, ...], name: str) -> Tensor:
+    is_tensor = isinstance(value, Tensor)
+    if not is_tensor or value.dtype not in _SAVED_DTYPES or value.layout != torch.strided or value.shape != shape:
+        got = f"{value.dtype} {value.layout} {list(value.shape)}" if is_tensor else type(value).__name__
+        raise ValueError(
+            f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
+        )
+    found: Tensor = value.detach()
+    return found

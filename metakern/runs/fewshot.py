@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustering import ClusterSampler
 from metakern.models import conv4, mlp

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 
 #: Measures of which more is better; of all others less is.
 HIGHER_IS_BETTER = ("accuracy",)

@@ -87,7 +87,7 @@ KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
 from metakern.cli import app
-from metakern.training import RunRecord
+from metakern.runs import RunRecord
 
 def on_iteration(self, trainer, record, usual=RunRecord.on_iteration):
     usual(self, trainer, record)

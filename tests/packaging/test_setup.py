@@ -139,6 +139,53 @@ def test_the_library_holds_no_symbols_that_nothing_needs() -> None:
     assert ".debug" not in report.stdout
 
 
+# --------------------------------------------------------------------------------------- sources, instruction sets
+
+
+def test_sources_are_found_by_their_names(setup: ModuleType, tmp_path: Path) -> None:
+    names = ["core/module.cpp", "op/schema.cpp", "op/cpu.cpp", "op/cpu_kernel.cpp", "op/cpu_kernel_backward.cpp"]
+    names += ["op/cuda.cpp", "op/cuda_more.cpp", "op/cuda_kernels.cu", "op/problem.h", "op/deeper/cpu.cpp"]
+    for name in names:
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert setup.Sources.find(tmp_path) == (
+        ["csrc/op/cpu_kernel.cpp", "csrc/op/cpu_kernel_backward.cpp"],
+        ["csrc/core/module.cpp", "csrc/op/cpu.cpp", "csrc/op/schema.cpp"],
+        ["csrc/op/cuda_kernels.cu"],
+        ["csrc/op/cuda.cpp", "csrc/op/cuda_more.cpp"],
+    )
+
+
+def test_a_file_names_its_own_options_in_its_first_line(setup: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "cpu_kernel.cpp"
+    source.write_text("// compile with: -ffp-contract=off -DX=1\n//\n// A kernel.\n")
+    assert setup.own_options(source) == ["-ffp-contract=off", "-DX=1"]
+    source.write_text("// A kernel.\n// compile with: -DX=1\n")
+    assert setup.own_options(source) == []
+    # Without it, inner_update would have other bits than PyTorch on a processor that fuses products and sums.
+    assert setup.own_options(ROOT / "csrc" / "inner_update" / "cpu_kernel.cpp") == ["-ffp-contract=off"]
+
+
+def test_the_build_and_the_library_read_one_table_of_instruction_sets(setup: ModuleType) -> None:
+    assert _backend._C is not None
+    assert list(setup.instruction_sets()) == _backend._C.compiled_cpu_capabilities()
+
+
+def test_instruction_sets_need_the_options_of_the_features_that_are_asked_for(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "IS_X86", True)
+    found = setup.instruction_sets()
+    assert list(found) == ["baseline", "avx2", "avx512"]
+    assert found["baseline"] == []
+    assert found["avx2"] == ["-mavx2", "-mfma"]
+    features = [option for option in found["avx512"] if not option.startswith("-Wno-")]
+    assert features == ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    monkeypatch.setattr(setup, "IS_X86", False)
+    assert setup.instruction_sets() == {"baseline": []}
+
+
 # ----------------------------------------------------------------------------------------------- options by platform
 
 

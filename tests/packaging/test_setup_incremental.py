@@ -161,7 +161,7 @@ def test_every_kernel_is_compiled_for_every_instruction_set_into_a_file_of_its_o
     assert sources.cpu_kernels
     planned = [line.split() for line in result.stdout.splitlines() if line.startswith("csrc/")]
     assert sorted(source for source, _ in planned) == sorted(
-        [*sources.once, *sources.cpu_kernels * len(setup.CAPABILITY_FLAGS)]
+        [*sources.once, *sources.cpu_kernels * len(setup.instruction_sets())]
     )
     outputs = [output for _, output in planned]
     assert len(set(outputs)) == len(outputs)

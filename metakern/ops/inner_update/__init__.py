@@ -18,6 +18,7 @@ from torch import Tensor
 
 from metakern.core import backend as _backend
 from metakern.core.memo import once
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.inner_update import reference
 from metakern.ops.inner_update.autograd import (
     Operators,
@@ -25,7 +26,6 @@ from metakern.ops.inner_update.autograd import (
     call,
     formula,
     is_small,
-    is_transformed,
     subtract,
 )
 
@@ -108,7 +108,7 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
     elif not isinstance(lr, list):
         lr = float(lr)  # a number of NumPy would take a product with a tensor for one of arrays
     # The compiler fuses the formula, and torch.func sees through it; complex tensors have no kernels.
-    if is_transformed() or any(p.is_complex() for p in params):
+    if is_transformed_or_dual() or any(p.is_complex() for p in params):
         return reference.inner_update(params, grads, lr)
     if params and torch.is_grad_enabled() and is_small(params):
         return subtract(params, grads, lr if isinstance(lr, list) else [lr] * len(params))

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from metakern.core.torch_private import below_autograd
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.devices import check_devices
 from metakern.ops.inner_update import reference
 
@@ -66,21 +67,14 @@ def call(
     """
     if torch.compiler.is_compiling():
         return operators.update(params, grads, lr, *options, active)
-    if is_transformed():
+    if is_transformed_or_dual():
         return list(_Update.apply(operators, options, len(params), active, *params, *grads, *lr))
     if torch.is_grad_enabled() and any(x.requires_grad for x in (*params, *grads, *lr)):
         if active is None and options.clip_norm is None and is_small((*params, *lr)):
             return subtract(params, grads, _rates(lr, options, len(params)))
         return list(_EagerUpdate.apply(operators, options, len(params), active, *params, *grads, *lr))
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return operators.update(params, grads, lr, *options, active)
-
-
-def is_transformed() -> bool:
-    """Whether torch.compile, torch.func or forward-mode differentiation is at work around the call."""
-    if torch.compiler.is_compiling():
-        return True
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def is_small(tensors: Sequence[Tensor]) -> bool:
@@ -186,7 +180,7 @@ class _EagerUpdate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         _Update.setup_context(ctx, inputs, None)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _Update.forward(*inputs)
 
     backward = _Update.backward

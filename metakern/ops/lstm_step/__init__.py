@@ -93,7 +93,7 @@ def lstm_step(
         >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
     operators = _operators(params, grads, state, weights, preprocess, backend)
     if operators is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
@@ -125,7 +125,7 @@ def lstm_step_(
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
     operators = _operators(params, grads, state, weights, preprocess, backend)
     if operators is not _compiled or torch.compiler.is_compiling():  # they look for themselves
         _check_contiguous(params, state)
@@ -208,7 +208,7 @@ def _reference_step(
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def _options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
+def check_options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
     """The options as the operators take them; raises for those that do not fit."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
+from metakern.core.torch_private import below_autograd
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.devices import check_devices
 from metakern.ops.lstm_step.state import tiles
 
@@ -75,13 +76,13 @@ def call(
     if torch.compiler.is_compiling():
         result = operators.step(params, grads, state, weights, *options)
         return result
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    transformed = is_transformed_or_dual()
     recorded = torch.is_grad_enabled() and any(x.requires_grad for x in (params, grads, state, *weights))
     if transformed or recorded:
         function = _Step if transformed else _EagerStep
         result = function.apply(params, grads, state, operators, *options, *weights)
         return result
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result = operators.step(params, grads, state, weights, *options)
     return result
 
@@ -161,7 +162,7 @@ class _EagerStep(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
         _Step.setup_context(ctx, inputs, None)
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return _Step.forward(*inputs)
 
     backward = _Step.backward
@@ -182,7 +183,7 @@ def _call_backward(
             grad_params, grad_state, grads, state, operators, *options, *weights
         )
         return grad_grads, grad_state, grad_weights
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         result: tuple[Tensor, Tensor, Sequence[Tensor]] = operators.backward(
             grad_params, grad_state, grads, state, weights, *options
         )

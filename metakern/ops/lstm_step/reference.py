@@ -2,8 +2,8 @@
 
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 
-Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the stages' own
-state, K task inputs.
+Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the own state of stages,
+K task inputs.
 """
 
 from __future__ import annotations

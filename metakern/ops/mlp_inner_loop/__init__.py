@@ -21,8 +21,8 @@ from torch import Tensor
 
 from metakern.core import backend as _backend
 from metakern.core.memo import memoized, once
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.devices import check_devices
-from metakern.ops.inner_update.autograd import is_transformed
 from metakern.ops.mlp_inner_loop import reference
 from metakern.ops.mlp_inner_loop.autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
 
@@ -306,7 +306,7 @@ def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]
     Labels of another dtype or shape are for the operators to name.
     """
     outputs = params[-1].shape[-1]
-    if is_transformed() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
+    if is_transformed_or_dual() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
         return
     if not labels.numel():
         return

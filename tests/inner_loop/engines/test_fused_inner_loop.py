@@ -245,11 +245,11 @@ def test_a_model_too_large_for_one_backend_goes_to_the_next(
     objective = Objective(mlp(2, 4, 1), "meta_loss", steps=1, explain=True)
     with torch.no_grad():
         expected = objective(*data)
-        _fused_inner_loop._served_before.clear()
+        _fused_inner_loop.served_before.clear()
         monkeypatch.setattr(_mlp, "unserved", lambda *size: "it is too large")
         assert_close("losses", objective(*data), expected, 1e-12)
         assert served == ["cpp", "triton"]
-        _fused_inner_loop._served_before.clear()
+        _fused_inner_loop.served_before.clear()
         monkeypatch.setattr(_mlp, "unserved_by_triton", lambda widths: "it is too wide")
         assert_close("losses", objective(*data), expected, 1e-12)
     assert served == ["cpp", "triton"]
@@ -258,7 +258,7 @@ def test_a_model_too_large_for_one_backend_goes_to_the_next(
 
 def test_a_remembered_call_is_served_as_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused_inner_loop, "_served_before", {})
-    remembered = _fused_inner_loop._served_before
+    remembered = _fused_inner_loop.served_before
     net, data = mlp(2, 4, 1), episode()
     objective = Objective(net, "meta_loss")
     losses = [objective(*data) for _ in range(2)]

@@ -13,9 +13,9 @@ from torch import nn
 from metakern import runs
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.models import mlp
+from metakern.runs.metrics import read_metrics
 from metakern.tasks import Sinusoid
 from metakern.training import History, Record, Trainer, TrainerConfig
-from metakern.training.metrics import read_metrics
 from tests.pictures import coloured_share
 from tests.training.problems import Learner, Lines
 

@@ -42,11 +42,13 @@ def call(
 
     They give the same bits, and an autograd.Function in Python costs more than it saves.
     """
-    if active is None and options.clip_norm is None and torch.is_grad_enabled() and not is_transformed_or_dual():
-        recorded = any(x.requires_grad for x in (*params, *grads, *lr))
-        if recorded and is_small((*params, *lr)):
+    arguments = (params, grads, lr, *options, active)
+    is_recorded = None
+    if active is None and options.clip_norm is None and not is_transformed_or_dual():
+        is_recorded = update.is_recorded(arguments)
+        if is_recorded and is_small((*params, *lr)):
             return subtract(params, grads, _rates(lr, options.rate, options.step, len(params)))
-    updated: list[Tensor] = kernel(params, grads, lr, *options, active)
+    updated: list[Tensor] = kernel.call(arguments, is_recorded=is_recorded)
     return updated
 
 

@@ -208,7 +208,7 @@ def _gradients(
 def mlp_inner_loop_triton(
     params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, lr: list[Tensor], *options: Any
 ) -> tuple[list[Tensor], Tensor]:
-    """Parameters of T MLPs after K gradient steps; arguments as in metakern/ops/mlp_inner_loop_autograd.py.
+    """Parameters of T MLPs after K gradient steps; arguments as in metakern/ops/mlp_inner_loop/autograd.py.
 
     float32, float64, or bfloat16 and float16 with float32 arithmetic; the trajectory is in the arithmetic dtype.
     Labels that name no output give a task whose loss and gradients are NaN.

@@ -159,8 +159,9 @@ def mlp_inner_loop(
         new parameters, [T, O, I] and [T, O] in turn
 
     Raises:
-        TypeError, ValueError: for options that do not fit
-        RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
+        ValueError: for shapes, sizes, counts, labels or option values that do not fit
+        TypeError: for dtypes or types that do not fit
+        RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative of it
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
@@ -312,7 +313,7 @@ def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]
         return
     for label in torch.stack(torch.aminmax(labels)).tolist():
         if not 0 <= label < outputs:
-            raise RuntimeError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
+            raise ValueError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
 
 
 def _is_captured(tensor: Tensor) -> bool:

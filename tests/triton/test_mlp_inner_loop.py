@@ -17,7 +17,7 @@ from torch import Tensor
 import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
-from metakern.ops.mlp_inner_loop import ACTIVATIONS, triton_operators
+from metakern.ops.mlp_inner_loop import ACTIVATIONS, prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
 from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
@@ -25,7 +25,7 @@ from tests.inner_loops import mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
 from tests.triton.memory_model import Watch
 
-triton_operators()
+prepare("triton")
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 

@@ -5,45 +5,24 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
-#include "../core/capability.h"
-#include "../core/parallel.h"
 #include "../core/result_cache.h"
 #include "arguments.h"
+#include "cpu_run.h"
 
 namespace metakern {
 
 namespace {
 
-const LstmStepKernels& kernels(const LstmStepProblem& p) {
-  const bool is_double = p.dtype == DType::float64;
-  return with_cpu_capability(
-      [&](auto capability) -> const LstmStepKernels& { return lstm_step_kernels<capability.value>(is_double); });
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-Buffer allocate(int64_t bytes) {
-  void* p = nullptr;
-  check(posix_memalign(&p, 64, size_t(bytes > 0 ? bytes : 64)) == 0, "out of memory: lstm_step could not allocate ",
-        bytes, " bytes of working memory");
-  return Buffer(p);
-}
-
-LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                            const LstmStepOptions& options) {
-  const auto p = checked_problem(grads, state, weights, options);
-  check(p.state_dtype != DType::bfloat16, "state must be float32 on the CPU, got bfloat16");
+LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
+                            const LstmStepOptions& options, const char* name = "grads") {
+  const auto p = checked_problem(params, state, weights, options, name);
+  check(p.state_dtype != DType::bfloat16,
+        "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
 }
 
-// The weights in the order in which the loops read them.
 Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
@@ -51,20 +30,12 @@ Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vecto
     contiguous.push_back(as_contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  Buffer packed = allocate(k.packed_bytes(p, for_backward));
-  k.pack(p, pointers.data(), for_backward, packed.get());
-  return packed;
-}
-
-constexpr int64_t grain_tiles = 8;
-
-void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmStepForward& args) {
-  parallel_for(0, p.num_tiles(), grain_tiles, [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
+  return pack(k, p, pointers.data(), for_backward);
 }
 
 // Runs backward with everything set but what only this function knows; returns the gradients of the weights.
 std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Tensor>& weights, LstmStepBackward args) {
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, true);
   std::vector<Tensor> grad_weights;
   std::vector<void*> pointers;
@@ -86,12 +57,12 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const LstmStepProblem p =
-      cpu_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params_, "params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  const LstmStepProblem p = cpu_problem(params_, state_, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
-  const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
+  const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
@@ -108,12 +79,12 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const LstmStepProblem p =
-      cpu_problem(grads_, state, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params, "params", grads_, "grads");
+  check_like(grads_, "grads", params, "params");
+  const LstmStepProblem p = cpu_problem(params, state, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, false);
   LstmStepForward args{};
   args.packed = packed.get();
@@ -157,12 +128,13 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const
                                                     const Tensor& stage_state_, const Tensor& task_inputs_,
                                                     const std::vector<Tensor>& weights, int64_t features, int64_t head,
                                                     double preprocess_scale, double output_scale, int64_t precision) {
-  LstmStepProblem p = cpu_problem(grads_, state_, weights, {features, head, preprocess_scale, output_scale, precision});
-  check_like(params_, "params", grads_, "grads");
-  check_stage_tensors(p, grads_, stage_state_, task_inputs_);
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
   const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
@@ -179,10 +151,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_ste
     const Tensor& params_, const Tensor& grads_, const Tensor& state_, const Tensor& stage_state_,
     const Tensor& task_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
     double preprocess_scale, double output_scale, int64_t precision) {
-  LstmStepProblem p = cpu_problem(grads_, state_, weights, {features, head, preprocess_scale, output_scale, precision});
-  check_like(params_, "params", grads_, "grads");
-  check_stage_tensors(p, grads_, stage_state_, task_inputs_);
-  check_like(grad_new_params_, "grad_new_params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  check_like(grad_new_params_, "grad_new_params", params_, "params");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   check_like(grad_new_stage_state_, "grad_new_stage_state", stage_state_, "stage_state");
   const Tensor grad_new_params = as_contiguous(grad_new_params_), grad_new_state = as_contiguous(grad_new_state_);

@@ -113,14 +113,14 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
+      for (int lane = 0; lane < used; lane += Tile<S>::width)             // clear_padding writes what lies behind
         forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
                           nullptr, nullptr},
                          packed.forward(layer), p.inputs(layer), H);
       x = new_state + h_at;
     }
-    apply_head<V>(stages, inputs, packed, x, H, new_states);
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
+    apply_head<V>(stages, inputs, packed, x, H, new_states);
     write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, inputs.params);
     write_rows(p, args.new_stage_state, Stages::states, tile, used, new_states.data);
   }

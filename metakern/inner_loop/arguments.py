@@ -159,7 +159,7 @@ class LoopOptions(NamedTuple):
     def largest_norm(self) -> float | None:
         """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
         norms = [self.clip_norm, None if self.descent is None else self.descent.clip_norm]
-        return min((norm for norm in norms if norm is not None), default=None)
+        return min([norm for norm in norms if norm is not None], default=None)
 
 
 @dataclass

@@ -9,7 +9,7 @@ Axis legend: T problems; a coordinatewise rule takes the step of all coordinates
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -133,16 +133,17 @@ class _Visited(Problem):
         def losses_of(at: list[Tensor]) -> Tensor:
             return self.batch.loss(pytree.tree_unflatten(at, structure))
 
-        losses, grads = losses_and_gradients(losses_of, leaves, first_order)
+        losses, flat = losses_and_gradients(losses_of, leaves, first_order)
+        grads = pytree.tree_unflatten(flat, structure)
         if step and self.objective is not None:
             values = losses.detach()
             weight = 1.0 if self.objective == "sum" else 1 / (values + _LOG_OFFSET)
-            self.surrogates.append(weight * _products(grads, leaves))
+            self.surrogates.append(weight * _products(grads, params))
             self.values.append(values)
-        return losses, pytree.tree_unflatten(grads, structure)
+        return losses, grads
 
 
-def _products(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+def _products(grads: Any, params: Any) -> Tensor:
     """The inner product of every problem's gradient, taken as a constant, and its params, [T]."""
     groups = zip(task_groups(grads), task_groups(params), strict=True)
     return torch.cat([(join_tasks(of_group).detach() * join_tasks(tensors)).sum(1) for of_group, tensors in groups])

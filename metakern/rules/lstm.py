@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
+from metakern.ops.lstm_step import check_options
+from metakern.ops.lstm_step.prepared import PreparedStep, serves
 from metakern.ops.lstm_step.state import check_layout
 from metakern.rules.lstm_rule import LSTMRule
+from metakern.rules.protocol import Params, State
 
 _SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
@@ -50,9 +53,33 @@ class CoordinatewiseLSTM(LSTMRule):
 
     title: ClassVar[str] = "Learned LSTM"
 
+    _prepared: PreparedStep | None = None
+
     def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> LSTMState:  # type: ignore[override]  # a state of its own
         """The zero state of N coordinates."""
         return self.from_packed(super().init_coordinates(number, dtype, device), number)
+
+    def forward(
+        self, params: Params, grads: Params, state: State, *, loss: Tensor | None = None
+    ) -> tuple[Params, State]:
+        """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
+        if loss is None and type(state) is LSTMState and (result := self._small_step(params, grads, state)) is not None:
+            return result
+        return super().forward(params, grads, state, loss=loss)
+
+    def _small_step(self, params: Any, grads: Any, state: LSTMState) -> tuple[Tensor, LSTMState] | None:
+        """The step by :class:`PreparedStep`, None where it does not serve."""
+        if torch.is_grad_enabled() or type(self) is not CoordinatewiseLSTM or not serves(self.backend):
+            return None  # a subclass may take steps of its own
+        options = self.preprocess, self.preprocess_scale, self.output_scale, self.precision
+        prepared, modules = self._prepared, self._modules
+        if prepared is None or prepared.options != options:
+            check_options(*options)
+            prepared = self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+        # As of weights(), past nn.Module.__getattr__, which takes a microsecond.
+        lstm: Any = modules["lstm"]
+        head: Any = modules["head"]
+        return prepared(params, grads, state, [*lstm._parameters.values(), *head._parameters.values()])
 
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: LSTMState, loss: Tensor | None = None

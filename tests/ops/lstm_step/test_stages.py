@@ -21,7 +21,7 @@ from tests.problems import make_problem, state_dtype
 
 FEATURES, HEADS = list(reference.FEATURES), list(reference.HEADS)
 
-#: The pairs that the kernels are compiled for (csrc/lstm_step/stages.h): the plain ones, and one new stage on either side.
+#: The pairs that the kernels are compiled for (csrc/lstm_step/stages.h): the plain ones, and one new stage either side.
 PAIRS = [*((name, "add") for name in FEATURES), *((name, "gates") for name in reference.PREPROCESS)]
 
 SCALES = (10.0, 0.1)

@@ -110,7 +110,7 @@ def _maml(
     settings = {"widths": widths, "wide": wide, "steps": steps, "lr": lr}
 
     def fresh(is_wide: bool) -> nn.Module:
-        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, lr=lr)
+        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, inner_lr=lr)
 
     return Problem(title, settings, tasks, fresh, outer_lr=1e-3, **rest)
 

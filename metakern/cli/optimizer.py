@@ -71,8 +71,8 @@ class OptimizerSettings(OuterSettings):
     ] = None
     output_scale: Annotated[float | None, _RULE(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
     backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
-    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
-    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
+    outer_lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
+    max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
     monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
     eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
     eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16

@@ -23,3 +23,7 @@ unwrapped = torch._C._functorch.get_unwrapped
 def forward_mode_is_active() -> bool:
     """Whether the call is within torch.autograd.forward_ad.dual_level, or torch.func.jvp."""
     return forward_ad._current_level >= 0
+
+
+#: An operator's schema from its text, "namespace::name(Tensor x, int n) -> Tensor".
+parse_schema = torch._C.parse_schema

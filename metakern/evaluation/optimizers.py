@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metakern.core.renamed import renamed
 from metakern.learners import RuleLearner
 from metakern.optim.learned_optimizer import LearnedOptimizer
 from metakern.rules import Rule
@@ -177,6 +178,7 @@ class SpeedComparison:
         return self.plain_seconds / self.fused_seconds
 
 
+@renamed(lr="outer_lr")
 def compare_speed(
     rule: Rule,
     problems: Optimizees,
@@ -184,7 +186,7 @@ def compare_speed(
     num_tasks: int = 8,
     steps: int = 100,
     unroll: int = 20,
-    lr: float = 1e-2,
+    outer_lr: float = 1e-2,
     repeats: int = 3,
 ) -> SpeedComparison:
     """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
@@ -197,7 +199,7 @@ def compare_speed(
         num_tasks: T, problems of a meta-iteration
         steps: inner steps of a meta-iteration
         unroll: inner steps between two outer steps
-        lr: Adam's
+        outer_lr: Adam's
         repeats: meta-iterations that are timed, of each
 
     Raises:
@@ -208,7 +210,7 @@ def compare_speed(
     if peer is None:
         raise ValueError(f"rule must have a kernel and a plain form to compare with, got {type(rule).__name__}")
     runs = [
-        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, lr)
+        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, outer_lr)
         for each in (copy.deepcopy(rule), peer)
     ]
     fused, plain = (run.meta_gradient() for run in runs)

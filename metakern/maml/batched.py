@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor]
 
 #: What meta_loss takes besides model and sets.
 _OPTIONS = frozenset({*LoopOptions._fields[1:], "support_mask", "query_mask", "step_weights"})
+
+
+class _Default(Enum):
+    """What stands for an argument that is left out, where None says something."""
+
+    LEFT_OUT = "left out"
+
+    def __repr__(self) -> str:
+        return "..."
 
 
 class Adapted:
@@ -82,8 +92,8 @@ class Adapted:
 
 def adapt(
     model: nn.Module,
-    support_x: Data,
-    support_y: Data | None = None,
+    support_x: Data | tuple[Data, Data | None],
+    support_y: Data | _Default | None = _Default.LEFT_OUT,
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,
@@ -111,11 +121,13 @@ def adapt(
             statistics of the task's current batch, support or query, and running statistics stay as they are; in
             ``eval()`` mode it uses the running ones. See :func:`per_step_batch_norm` for running statistics of every
             step. Dropout draws for each task and step.
-        support_x: [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
+        support_x: the pair (x, y) of the support sets, as :func:`meta_loss` takes it, or x with y as the next argument.
+            x is [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
             or a dict of tensors, by keyword, [T, S, ...] each
-        support_y: [T, S, ...], a tensor or likewise several; None where the loss takes no target
-        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where ``support_y``
-            is None; a function or a module. ``prediction`` is what the model returns, whatever that is.
+        support_y: y: [T, S, ...], a tensor or likewise several; None where the loss takes no target. If it is left out,
+            a tuple of two is the pair
+        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where y is
+            None; a function or a module. ``prediction`` is what the model returns, whatever that is.
         steps: K; 0 leaves the model as it is
         lr: α: a number or a tensor of one element; or by name in a dict, or in the order of the adapted parameters in a
             list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]. In a
@@ -169,7 +181,7 @@ def adapt(
         RuntimeError: for a loss that depends on no adapted parameter, and inside ``torch.inference_mode()``.
 
     Example:
-        >>> adapted = adapt(net, support_x, support_y, loss=F.cross_entropy, steps=5, lr=0.4)
+        >>> adapted = adapt(net, (support_x, support_y), loss=F.cross_entropy, steps=5, lr=0.4)
         >>> accuracy = (adapted(query_x).argmax(-1) == query_y).float().mean()
     """
     options = LoopOptions(
@@ -188,8 +200,15 @@ def adapt(
         support_per_step,
         rule,
     )
-    call = Call("adapt", options.checked(), (support_x, support_y), masks=(support_mask, None))
+    call = Call("adapt", options.checked(), _pair(support_x, support_y), masks=(support_mask, None))
     return Adapted(serve(call, lambda engine: engine.adapt(call)), task_model(call), options.steps)
+
+
+def _pair(support_x: Any, support_y: Any) -> tuple[Any, Any]:
+    """(x, y) of the support sets, however :func:`adapt` was given them."""
+    if support_y is not _Default.LEFT_OUT:
+        return support_x, support_y
+    return support_x if isinstance(support_x, tuple) and len(support_x) == 2 else (support_x, None)
 
 
 def meta_loss(

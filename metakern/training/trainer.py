@@ -84,10 +84,10 @@ class Trainer:
         TypeError: for a learner, tasks or optimizer of another kind
         ValueError: for parameters of the optimizer that are not the learner's, and fewer tasks than processes and
             ``accumulate`` need
-        RuntimeError: for a precision or device that is not there
+        RuntimeError: for a mixed precision or device that is not there
 
     Example:
-        >>> learner = MAMLLearner(model, steps=5, lr=0.01)
+        >>> learner = MAMLLearner(model, steps=5, inner_lr=0.01)
         >>> trainer = Trainer(learner, tasks, torch.optim.Adam(learner.parameters(), 1e-3), folder=Path("runs/first"))
         >>> trainer.resume(required=False)
         >>> history = trainer.fit()

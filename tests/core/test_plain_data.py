@@ -76,7 +76,7 @@ def test_a_command_says_one_short_line(name, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("setting", ["tasks", "device", "hidden", "clusters", "optimizer", "precision"])
+@pytest.mark.parametrize("setting", ["tasks", "device", "hidden", "clusters", "optimizer", "mixed_precision"])
 def test_errors_quote_little_of_a_setting(setting, tmp_path):
     (tmp_path / "config.yaml").write_text(f"{setting}: {'x' * 4000}\n")
     result = invoke(f"train maml --config {tmp_path}/config.yaml --output {tmp_path}/run")

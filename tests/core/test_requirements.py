@@ -170,7 +170,7 @@ def test_a_command_looks_for_its_libraries_before_the_work(command, library, dis
 
 
 def test_a_training_in_python_looks_for_what_its_figures_need_before_the_work(monkeypatch, tmp_path):
-    learner = MAMLLearner(mlp(1, 4, 1), steps=1, lr=0.1)
+    learner = MAMLLearner(mlp(1, 4, 1), steps=1, inner_lr=0.1)
     optimizer = torch.optim.SGD(learner.parameters(), 0.1)
     config = TrainerConfig(iterations=2, num_tasks=2, eval_tasks=2)
     trainer = Trainer(learner, Sinusoid(2, 2), optimizer, config, folder=tmp_path / "run", progress=False)

@@ -83,7 +83,7 @@ def test_numbers_of_tasks_and_names_of_splits_are_checked():
 def test_a_meta_learner_learns_from_every_distribution(tasks, inputs, outputs, loss, lr):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
-    learner = MAMLLearner(model, loss=loss, steps=3, lr=lr)
+    learner = MAMLLearner(model, loss=loss, steps=3, inner_lr=lr)
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
     held_out = tasks.split("valid").sample(100, generator())
     before = learner.evaluate(held_out)["loss"].mean()

@@ -2,7 +2,7 @@
 
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 
-Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the own state of stages,
+Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the stages' state,
 K task inputs.
 """
 
@@ -113,7 +113,9 @@ def gradient_stage(preprocess: str) -> FeaturesStage:
 MOMENTS_EPSILON = 1e-8
 
 
-def moment_features(grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float) -> tuple[Tensor, ...]:
+def moment_features(
+    grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float
+) -> tuple[Tensor, Tensor]:
     """RNNProp's features, Lv et al. 2017, arXiv 1703.03633: the gradient and its moving mean, divided by √v̂.
 
     Args:

@@ -228,7 +228,7 @@ def _batched(operators: Operators, info: Any, in_dims: tuple[Any, ...], *args: A
     )
     n = math.prod(params.shape[1:])
     padded = tiles(n) * state.shape[-1]
-    flat_params, flat_grads = (F.pad(x.reshape(batch, n), (0, padded - n)).view(-1) for x in (params, grads))
+    flat_params, flat_grads = (F.pad(x.reshape(batch, n), (0, padded - n)).reshape(-1) for x in (params, grads))
     new_params, new_state = call(operators, flat_params, flat_grads, state.flatten(0, 1), args[3], args[4:])
     new_params = new_params.view(batch, padded)[:, :n].reshape(params.shape)
     return (new_params, new_state.view(state.shape)), (0, 0)

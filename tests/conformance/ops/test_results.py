@@ -1,0 +1,39 @@
+"""Results and gradients of every operator by every implementation, held to its reference in float64."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.conformance.ops.implementations import (
+    CPP,
+    CPP_EACH,
+    Implementation,
+    assert_conforms,
+    examples,
+    rows,
+)
+from tests.conformance.ops.operators import Operator, Spec
+
+
+@examples()
+def test_results_and_gradients(op: Operator, spec: Spec, dtype: torch.dtype, by: Implementation) -> None:
+    example = op.make(dtype, **spec.sizes).to(by.device)
+    assert_conforms(op, example, by, gradients=spec.gradients)
+
+
+@rows([CPP])
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+def test_drawn_arguments(op: Operator, by: Implementation, data: st.DataObject) -> None:
+    dtypes = [dtype for dtype in op.dtypes if op.serves("cpp", dtype)]
+    sizes, dtype = data.draw(op.draws, "sizes"), data.draw(st.sampled_from(dtypes), "dtype")
+    example = op.make(dtype, **sizes)
+    with data.draw(st.sampled_from(CPP_EACH), "instruction set").in_use():
+        assert_conforms(op, example, by)

@@ -11,7 +11,7 @@ CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 help:
 	@echo "make demo      meta-train an optimizer, against tuned baselines, and MAML with and without clusters; pictures in runs (4 minutes)"
 	@echo "make test      run the tests"
-	@echo "make lint      ruff, mypy, clang-format"
+	@echo "make lint      ruff, mypy, import-linter, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
@@ -31,6 +31,7 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@echo "building the extension"
+	@$(BIN)/python -c "import setup; setup.Cuda.find()"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -56,6 +57,7 @@ lint: $(VENV)/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
@@ -76,8 +78,10 @@ clusters: $(VENV)/built
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
 
+# Also builds the extension with them, for one architecture: the operators beside the kernels must compile and link.
 ptxas: $(VENV)/installed
 	$(BIN)/python -m bench.ptxas
+	METAKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python setup.py -q build_ext --build-lib build/with-cuda
 
 # Without a virtual environment: whatever torch and CUDA the machine has. SITE: a folder of further Python packages.
 gpu-check:
@@ -90,7 +94,7 @@ wheel: $(VENV)/built
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 # Source distribution, wheel from it, wheel into an empty folder, import from elsewhere. Without the CUDA kernels, which
-# the extension in place has compiled.
+# `make ptxas` compiles.
 check-wheel: $(VENV)/built
 	rm -rf build/check-wheel
 	METAKERN_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/check-wheel . > /dev/null

@@ -110,7 +110,7 @@ def _maml(
     settings = {"widths": widths, "wide": wide, "steps": steps, "lr": lr}
 
     def fresh(is_wide: bool) -> nn.Module:
-        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, lr=lr)
+        return MAMLLearner(mlp(*(wide if is_wide else widths)), loss=loss, steps=steps, inner_lr=lr)
 
     return Problem(title, settings, tasks, fresh, outer_lr=1e-3, **rest)
 
@@ -185,15 +185,15 @@ def first_steps(batch: Any) -> Tensor:
     """
     described = []
     for group in batch.select(slice(None)).groups:
-        params, figures = group.init_params(), []
+        x, figures = group.init_params()["x"], []
         for _ in range(PROBES):
-            params = params.detach().requires_grad_()
+            x = x.detach().requires_grad_()
             with torch.enable_grad():
-                losses = group.loss(params)
-                (gradients,) = torch.autograd.grad(losses.sum(), params)
+                losses = group.loss({"x": x})
+                (gradients,) = torch.autograd.grad(losses.sum(), x)
             norms = gradients.norm(dim=1).clamp(min=1e-6)
             figures += [losses.detach().clamp(min=1e-6).log10(), norms.log10()]
-            params = params - PROBE_LENGTH * gradients / norms.unsqueeze(1)
+            x = x - PROBE_LENGTH * gradients / norms.unsqueeze(1)
         described.append(torch.stack(figures, 1))
     return torch.cat(described)
 

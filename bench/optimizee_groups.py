@@ -21,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from bench import machine
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, write
@@ -140,7 +141,7 @@ def measure_cell(name: str, tasks: int, plan: Plan, advance: Advance) -> dict[st
         "kinds": list(MIXTURES[name]),
         "tasks": tasks,
         "groups": len(whole.groups),
-        "coordinates": sum(piece.numel() for piece in whole.init_params()),
+        "coordinates": sum(leaf.numel() for leaf in pytree.tree_leaves(whole.init_params())),
         "max_relative_difference": error,
         "contenders": times,
         "speedup_over_one_by_one": {way: slowest / time["median_s"] for way, time in times.items()},

@@ -1,9 +1,12 @@
 """Fused kernels for gradient-based meta-learning in PyTorch."""
 
 from metakern.core import moved
+from metakern.core.provided import provide
 from metakern.core.requirements import required
 
 moved.install()
+provide("record", "metakern.runs.record:RunRecord")
+provide("progress", "metakern.runs.record:progress_reports")
 
 with required():
     from metakern import maml, ops, optim, rules, tasks
@@ -46,4 +49,4 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return sorted({*__all__, *(name for name in globals() if not name.startswith("_"))} - {"required"})
+    return sorted({*__all__, *(name for name in globals() if not name.startswith("_"))} - {"required", "provide"})

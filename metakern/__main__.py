@@ -10,6 +10,7 @@ from typing import TextIO
 def main() -> None:
     """The command line; where a library is missing, a line that names it, and status 1."""
     warnings.showwarning = show_warning
+    warnings.filterwarnings("default", ".* goes in the next release", DeprecationWarning)
     try:
         from metakern.core.requirements import required
 

@@ -24,7 +24,7 @@ DEVICES = ("cpu",)
 BACKENDS = ("cpp", "reference") if torch.cuda.is_available() else ("cpp", "triton", "reference")
 
 #: Instruction sets that the CPU kernels are compiled for, slowest first.
-CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITIES = tuple(_backend._C.compiled_cpu_capabilities()) if _backend.is_compiled() else ("baseline",)
 
 #: Largest error relative to the largest magnitude of the expected tensor, for a tensor stored in this dtype. The
 #: arithmetic of bfloat16 and float16 params is float32: what their tensors add is the unit roundoff of the storage.

@@ -35,7 +35,7 @@ def linear_learner(steps: int = 1, lr: float = 0.1, seed: int = 0) -> MAMLLearne
     """One weight, one bias, from a random start."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return MAMLLearner(nn.Sequential(nn.Linear(1, 1)), steps=steps, lr=lr)
+        return MAMLLearner(nn.Sequential(nn.Linear(1, 1)), steps=steps, inner_lr=lr)
 
 
 def agreement(labels: torch.Tensor, modes: torch.Tensor) -> float:

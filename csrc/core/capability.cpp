@@ -7,29 +7,33 @@
 namespace metakern {
 namespace {
 
-const char* const names[] = {"baseline", "avx2", "avx512"};
+struct InstructionSet {
+  const char* name;
+  bool (*is_supported)();
+};
 
-bool supported(CpuCapability capability) {
-#ifdef METAKERN_X86_CAPABILITIES
-  __builtin_cpu_init();
-  switch (capability) {
-    case CpuCapability::avx512:
-      return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
-    case CpuCapability::avx2: return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    default: return true;
-  }
-#else
-  return capability == CpuCapability::baseline;
+#if defined(__x86_64__)
+#define MK_HAS(feature) (__builtin_cpu_supports(feature) != 0)
 #endif
+#define MK_ROW(name, has, ...) {#name, [] { return bool(has); }},
+constexpr InstructionSet table[] = {MK_INSTRUCTION_SETS(MK_ROW, )};
+#undef MK_ROW
+
+constexpr int count = sizeof(table) / sizeof(table[0]);
+
+bool supported(int index) {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+#endif
+  return table[index].is_supported();
 }
 
 CpuCapability parse(const std::string& name, const char* source) {
   std::string available;
-  for (int i = 0; i < 3; ++i) {
-    if (!supported(CpuCapability(i))) continue;
-    if (name == names[i]) return CpuCapability(i);
-    available += std::string(available.empty() ? "" : ", ") + names[i];
+  for (int i = 0; i < count; ++i) {
+    if (!supported(i)) continue;
+    if (name == table[i].name) return CpuCapability(i);
+    available += std::string(available.empty() ? "" : ", ") + table[i].name;
   }
   throw std::invalid_argument(std::string(source) + " must be one of those available here (" + available + "), got '" +
                               name + "'");
@@ -38,8 +42,8 @@ CpuCapability parse(const std::string& name, const char* source) {
 CpuCapability initial() {
   if (const char* name = std::getenv("METAKERN_CPU_CAPABILITY"); name && *name)
     return parse(name, "METAKERN_CPU_CAPABILITY");
-  for (int i = 2; i > 0; --i)
-    if (supported(CpuCapability(i))) return CpuCapability(i);
+  for (int i = count - 1; i > 0; --i)
+    if (supported(i)) return CpuCapability(i);
   return CpuCapability::baseline;
 }
 
@@ -50,10 +54,16 @@ std::atomic<int> current{unknown};
 
 }  // namespace
 
+std::vector<std::string> compiled_cpu_capabilities() {
+  std::vector<std::string> names;
+  for (const InstructionSet& row : table) names.push_back(row.name);
+  return names;
+}
+
 std::vector<std::string> available_cpu_capabilities() {
   std::vector<std::string> found;
-  for (int i = 0; i < 3; ++i)
-    if (supported(CpuCapability(i))) found.push_back(names[i]);
+  for (int i = 0; i < count; ++i)
+    if (supported(i)) found.push_back(table[i].name);
   return found;
 }
 
@@ -66,7 +76,7 @@ CpuCapability cpu_capability() {
   }
   return CpuCapability(value);
 }
-std::string cpu_capability_name() { return names[int(cpu_capability())]; }
+std::string cpu_capability_name() { return table[int(cpu_capability())].name; }
 void set_cpu_capability(const std::string& name) { current = int(parse(name, "CPU capability")); }
 
 }  // namespace metakern

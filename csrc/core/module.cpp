@@ -19,6 +19,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("nvcc") = "";
 #endif
   m.attr("tile_lanes") = metakern::tile_lanes;
+  m.def("compiled_cpu_capabilities", &metakern::compiled_cpu_capabilities,
+        "Instruction sets that are compiled in, slowest first.");
   m.def("available_cpu_capabilities", &metakern::available_cpu_capabilities,
         "Instruction sets that are compiled in and supported by this processor, slowest first.");
   m.def("cpu_capability", &metakern::cpu_capability_name,

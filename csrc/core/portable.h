@@ -60,6 +60,26 @@ MK_INLINE V at_least(V x, lane_t<V> bound) {
   return b > x ? b : x;
 }
 
+MK_INLINE float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+  return sqrtf(x);
+#else
+  return __builtin_sqrtf(x);
+#endif
+}
+MK_INLINE double square_root(double x) {
+#if defined(__CUDA_ARCH__)
+  return sqrt(x);
+#else
+  return __builtin_sqrt(x);
+#endif
+}
+template <class V>
+MK_INLINE V square_root(V x) {
+  for (int i = 0; i < int(sizeof(V) / sizeof(lane_t<V>)); ++i) x[i] = square_root(lane_t<V>(x[i]));
+  return x;
+}
+
 // Per-lane-type constants; `int_of<V>` is the integer type with V's shape.
 template <class S>
 struct constants;

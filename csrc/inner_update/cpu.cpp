@@ -15,23 +15,11 @@
 
 namespace metakern {
 
-const InnerUpdateKernels& inner_update_kernels_baseline();
-#ifdef METAKERN_X86_CAPABILITIES
-const InnerUpdateKernels& inner_update_kernels_avx2();
-const InnerUpdateKernels& inner_update_kernels_avx512();
-#endif
-
 namespace {
 
 const InnerUpdateKernels& kernels() {
-#ifdef METAKERN_X86_CAPABILITIES
-  switch (cpu_capability()) {
-    case CpuCapability::avx512: return inner_update_kernels_avx512();
-    case CpuCapability::avx2: return inner_update_kernels_avx2();
-    default: break;
-  }
-#endif
-  return inner_update_kernels_baseline();
+  return with_cpu_capability(
+      [&](auto capability) -> const InnerUpdateKernels& { return inner_update_kernels<capability.value>(); });
 }
 
 constexpr int64_t grain_tiles = 8;

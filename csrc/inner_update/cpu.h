@@ -1,5 +1,6 @@
 // Interface between the inner_update binding and its vectorised loops.
 #pragma once
+#include "../core/instruction_sets.h"
 #include "problem.h"
 
 namespace metakern {
@@ -13,5 +14,7 @@ struct InnerUpdateKernels {
   void (*update)(const InnerUpdateProblem&, const InnerUpdateTensor&, int64_t first, int64_t last);
   double (*sum_of_squares)(const InnerUpdateTensor&, int64_t first, int64_t last);  // of grads
 };
+
+MK_DECLARE_KERNELS(InnerUpdateKernels, inner_update_kernels, )
 
 }  // namespace metakern

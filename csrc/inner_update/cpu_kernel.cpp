@@ -119,8 +119,9 @@ constexpr InnerUpdateKernels kernels{update, sum_of_squares};
 }  // namespace
 }  // namespace MK_CAPABILITY
 
-#define MK_JOIN_(a, b) a##b
-#define MK_JOIN(a, b) MK_JOIN_(a, b)
-const InnerUpdateKernels& MK_JOIN(inner_update_kernels_, MK_CAPABILITY)() { return kernels; }
+template <>
+const InnerUpdateKernels& inner_update_kernels<CpuCapability::MK_CAPABILITY>() {
+  return kernels;
+}
 
 }  // namespace metakern

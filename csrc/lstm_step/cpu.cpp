@@ -5,57 +5,24 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cstdlib>
-#include <memory>
 #include <tuple>
 
-#include "../core/capability.h"
-#include "../core/parallel.h"
 #include "../core/result_cache.h"
 #include "arguments.h"
+#include "cpu_run.h"
 
 namespace metakern {
 
-const LstmStepKernels& lstm_step_kernels_baseline(bool is_double);
-#ifdef METAKERN_X86_CAPABILITIES
-const LstmStepKernels& lstm_step_kernels_avx2(bool is_double);
-const LstmStepKernels& lstm_step_kernels_avx512(bool is_double);
-#endif
-
 namespace {
 
-const LstmStepKernels& kernels(const LstmStepProblem& p) {
-  const bool is_double = p.dtype == DType::float64;
-#ifdef METAKERN_X86_CAPABILITIES
-  switch (cpu_capability()) {
-    case CpuCapability::avx512: return lstm_step_kernels_avx512(is_double);
-    case CpuCapability::avx2: return lstm_step_kernels_avx2(is_double);
-    default: break;
-  }
-#endif
-  return lstm_step_kernels_baseline(is_double);
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<void, Free>;
-
-Buffer allocate(int64_t bytes) {
-  void* p = nullptr;
-  check(posix_memalign(&p, 64, size_t(bytes > 0 ? bytes : 64)) == 0, "out of memory: lstm_step could not allocate ",
-        bytes, " bytes of working memory");
-  return Buffer(p);
-}
-
-LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                            int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const auto p = checked_problem(grads, state, weights, preprocess, preprocess_scale, output_scale, precision);
-  check(p.state_dtype != DType::bfloat16, "state must be float32 on the CPU, got bfloat16");
+LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
+                            const LstmStepOptions& options, const char* name = "grads") {
+  const auto p = checked_problem(params, state, weights, options, name);
+  check(p.state_dtype != DType::bfloat16,
+        "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
 }
 
-// The weights in the order in which the loops read them.
 Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
@@ -63,45 +30,70 @@ Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vecto
     contiguous.push_back(as_contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  Buffer packed = allocate(k.packed_bytes(p, for_backward));
-  k.pack(p, pointers.data(), for_backward, packed.get());
-  return packed;
+  return pack(k, p, pointers.data(), for_backward);
 }
 
-constexpr int64_t grain_tiles = 8;
-
-void run_forward(const LstmStepKernels& k, const LstmStepProblem& p, const LstmStepForward& args) {
-  parallel_for(0, p.num_tiles(), grain_tiles, [&](int64_t first, int64_t last) { k.forward(p, args, first, last); });
+// Runs backward with everything set but what only this function knows; returns the gradients of the weights.
+std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Tensor>& weights, LstmStepBackward args) {
+  const LstmStepKernels& k = kernels_for(p);
+  const Buffer packed = pack(k, p, weights, true);
+  std::vector<Tensor> grad_weights;
+  std::vector<void*> pointers;
+  for (const Tensor& w : weights) {
+    grad_weights.push_back(torch::stable::new_empty(w, w.sizes()));
+    pointers.push_back(grad_weights.back().mutable_data_ptr());
+  }
+  const Buffer partials = allocate(num_groups(p) * p.flat_weights() * int64_t(sizeof(double)));
+  args.packed = packed.get();
+  args.partials = static_cast<double*>(partials.get());
+  parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
+    const Buffer scratch = allocate(k.scratch_bytes(p));
+    k.backward(p, args, scratch.get(), first, last);
+  });
+  k.reduce(p, args.partials, pointers.data());
+  return grad_weights;
 }
 
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const LstmStepProblem p = cpu_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
-  check_like(params_, "params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  const LstmStepProblem p = cpu_problem(params_, state_, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
-  const LstmStepKernels& k = kernels(p);  // looked up once: packing and loops belong together
+  const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
-  run_forward(k, p,
-              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
-               new_params.mutable_data_ptr(), new_state.mutable_data_ptr()});
+  LstmStepForward args{};
+  args.packed = packed.get();
+  args.params = params.const_data_ptr();
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.new_params = new_params.mutable_data_ptr();
+  args.new_state = new_state.mutable_data_ptr();
+  run_forward(k, p, args);
   return {new_params, new_state};
 }
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const LstmStepProblem p = cpu_problem(grads_, state, weights, preprocess, preprocess_scale, output_scale, precision);
-  check_like(params, "params", grads_, "grads");
+  check_like(grads_, "grads", params, "params");
+  const LstmStepProblem p = cpu_problem(params, state, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
-  const LstmStepKernels& k = kernels(p);
+  const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, false);
-  run_forward(k, p,
-              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
-               params.mutable_data_ptr(), state.mutable_data_ptr()});
+  LstmStepForward args{};
+  args.packed = packed.get();
+  args.params = params.const_data_ptr();
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.new_params = params.mutable_data_ptr();
+  args.new_state = state.mutable_data_ptr();
+  run_forward(k, p, args);
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor& grad_new_params_,
@@ -110,37 +102,87 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
                                                                    const std::vector<Tensor>& weights,
                                                                    int64_t preprocess, double preprocess_scale,
                                                                    double output_scale, int64_t precision) {
-  const LstmStepProblem p = cpu_problem(grads_, state_, weights, preprocess, preprocess_scale, output_scale, precision);
+  const LstmStepProblem p =
+      cpu_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
   check_like(grad_new_params_, "grad_new_params", grads_, "grads");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   const Tensor grad_new_params = as_contiguous(grad_new_params_);
   const Tensor grad_new_state = as_contiguous(grad_new_state_);
   const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
-  const LstmStepKernels& k = kernels(p);
-  const Buffer packed = pack(k, p, weights, true);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = empty_result(state);
-  std::vector<Tensor> grad_weights;
-  std::vector<void*> pointers;
-  for (const Tensor& w : weights) {
-    grad_weights.push_back(torch::stable::new_empty(w, w.sizes()));
-    pointers.push_back(grad_weights.back().mutable_data_ptr());
-  }
-  const Buffer partials = allocate(num_groups(p) * p.flat_weights() * int64_t(sizeof(double)));
-  const LstmStepBackward args{packed.get(),
-                              grads.const_data_ptr(),
-                              state.const_data_ptr(),
-                              grad_new_params.const_data_ptr(),
-                              grad_new_state.const_data_ptr(),
-                              grad_grads.mutable_data_ptr(),
-                              grad_state.mutable_data_ptr(),
-                              static_cast<double*>(partials.get())};
-  parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
-    const Buffer scratch = allocate(k.scratch_bytes(p));
-    k.backward(p, args, scratch.get(), first, last);
-  });
-  k.reduce(p, args.partials, pointers.data());
+  LstmStepBackward args{};
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.grad_new_params = grad_new_params.const_data_ptr();
+  args.grad_new_state = grad_new_state.const_data_ptr();
+  args.grad_grads = grad_grads.mutable_data_ptr();
+  args.grad_state = grad_state.mutable_data_ptr();
+  const auto grad_weights = run_backward(p, weights, args);
   return {grad_grads, grad_state, grad_weights};
+}
+
+// ------------------------------------------------------------------------------------------------ with any stages
+
+std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
+                                                    const Tensor& stage_state_, const Tensor& task_inputs_,
+                                                    const std::vector<Tensor>& weights, int64_t features, int64_t head,
+                                                    double preprocess_scale, double output_scale, int64_t precision) {
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
+  const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
+  const LstmStepKernels& k = kernels_for(p);
+  const Buffer packed = pack(k, p, weights, false);
+  Tensor new_params = torch::stable::new_empty(params, params.sizes());
+  Tensor new_state = empty_result(state);
+  Tensor new_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
+  run_forward(k, p,
+              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
+               new_params.mutable_data_ptr(), new_state.mutable_data_ptr(), stage_state.const_data_ptr(),
+               task_inputs.const_data_ptr(), new_stage_state.mutable_data_ptr()});
+  return {new_params, new_state, new_stage_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_step_staged_backward(
+    const Tensor& grad_new_params_, const Tensor& grad_new_state_, const Tensor& grad_new_stage_state_,
+    const Tensor& params_, const Tensor& grads_, const Tensor& state_, const Tensor& stage_state_,
+    const Tensor& task_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
+    double preprocess_scale, double output_scale, int64_t precision) {
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  check_like(grad_new_params_, "grad_new_params", params_, "params");
+  check_like(grad_new_state_, "grad_new_state", state_, "state");
+  check_like(grad_new_stage_state_, "grad_new_stage_state", stage_state_, "stage_state");
+  const Tensor grad_new_params = as_contiguous(grad_new_params_), grad_new_state = as_contiguous(grad_new_state_);
+  const Tensor grad_new_stage_state = as_contiguous(grad_new_stage_state_), params = as_contiguous(params_);
+  const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
+  const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
+  Tensor grad_params = torch::stable::new_empty(params, params.sizes());
+  Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
+  Tensor grad_state = empty_result(state);
+  Tensor grad_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
+  Tensor grad_task_inputs = torch::stable::new_empty(task_inputs, {p.stages.task_inputs, p.num_coordinates});
+  LstmStepBackward args{};
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.grad_new_params = grad_new_params.const_data_ptr();
+  args.grad_new_state = grad_new_state.const_data_ptr();
+  args.grad_grads = grad_grads.mutable_data_ptr();
+  args.grad_state = grad_state.mutable_data_ptr();
+  args.params = params.const_data_ptr();
+  args.stage_state = stage_state.const_data_ptr();
+  args.task_inputs = task_inputs.const_data_ptr();
+  args.grad_new_stage_state = grad_new_stage_state.const_data_ptr();
+  args.grad_params = grad_params.mutable_data_ptr();
+  args.grad_stage_state = grad_stage_state.mutable_data_ptr();
+  args.grad_task_inputs = grad_task_inputs.mutable_data_ptr();
+  const auto grad_weights = run_backward(p, weights, args);
+  return {grad_params, grad_grads, grad_state, grad_stage_state, grad_task_inputs, grad_weights};
 }
 
 }  // namespace
@@ -149,6 +191,8 @@ STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("lstm_step", TORCH_BOX(&lstm_step));
   m.impl("lstm_step_", TORCH_BOX(&lstm_step_));
   m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward));
+  m.impl("lstm_step_staged", TORCH_BOX(&lstm_step_staged));
+  m.impl("lstm_step_staged_backward", TORCH_BOX(&lstm_step_staged_backward));
 }
 
 }  // namespace metakern

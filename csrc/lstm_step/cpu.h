@@ -1,5 +1,6 @@
 // Interface between the lstm_step binding and its vectorised loops.
 #pragma once
+#include "../core/instruction_sets.h"
 #include "problem.h"
 
 namespace metakern {
@@ -17,8 +18,11 @@ struct LstmStepForward {
   const void* params;  // [N]
   const void* grads;   // [N]
   const void* state;
-  void* new_params;  // [N], may be params
-  void* new_state;   // may be state
+  void* new_params;         // [N], may be params
+  void* new_state;          // may be state
+  const void* stage_state;  // [E, N]
+  const void* task_inputs;  // [T, K]
+  void* new_stage_state;    // [E, N], may be stage_state
 };
 
 struct LstmStepBackward {
@@ -29,7 +33,14 @@ struct LstmStepBackward {
   const void* grad_new_state;
   void* grad_grads;  // [N]
   void* grad_state;
-  double* partials;  // [num_groups, flat_weights]
+  double* partials;                  // [num_groups, flat_weights]
+  const void* params;                // [N]; it and its gradient are not touched where the head is additive
+  const void* stage_state;           // [E, N]
+  const void* task_inputs;           // [T, K]
+  const void* grad_new_stage_state;  // [E, N]
+  void* grad_params;                 // [N]
+  void* grad_stage_state;            // [E, N]
+  void* grad_task_inputs;            // [K, N], of every coordinate
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.
@@ -43,5 +54,7 @@ struct LstmStepKernels {
   // Adds the partials up by a fixed tree (in place) and writes the gradient of every weight.
   void (*reduce)(const LstmStepProblem&, double* partials, void* const* grad_weights);
 };
+
+MK_DECLARE_KERNELS(LstmStepKernels, lstm_step_kernels, bool is_double)
 
 }  // namespace metakern

@@ -4,8 +4,8 @@
 #include "../math/activations_avx512.h"
 #include "../math/lstm_cell.h"
 #include "../math/outer_products.h"
-#include "../math/preprocess.h"
 #include "cpu.h"
+#include "cpu_stages.h"
 #include "cpu_weights.h"
 
 namespace metakern {
@@ -20,12 +20,6 @@ template <class S>
 struct Tile {
   static constexpr int width = U * lanes<vec_t<S>>;  // coordinates of one pass
 };
-
-template <class S>
-PreprocessScale<S> preprocess_scale(const LstmStepProblem& p) {
-  const double scale = p.preprocess_scale;
-  return {S(__builtin_exp(scale)), S(__builtin_exp(-scale)), S(1 / scale)};
-}
 
 // Pre-activations of J units: acc[j][gate][u] += sum over k of w[k][j][gate] * rows[k][u].
 template <class V, int J>
@@ -94,58 +88,47 @@ void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs,
   for (; unit < H; ++unit) forward_units<V, 1>(io, w, inputs, H, unit);
 }
 
-template <class V>
-void write_features(const LstmStepProblem& p, const PreprocessScale<lane_t<V>>& scale, const lane_t<V>* grads,
-                    lane_t<V>* features) {
-  for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-    const auto f = preprocess<V>(Preprocess(p.preprocess), scale, load<V>(grads + lane));
-    for (int k = 0; k < p.num_features; ++k) store(features + k * tile_lanes + lane, f.x[k]);
-  }
-}
-
-MK_INLINE int lanes_in_tile(const LstmStepProblem& p, int64_t tile) {
-  const int64_t left = p.num_coordinates - tile * tile_lanes;
-  return left < tile_lanes ? int(left) : tile_lanes;
-}
-
 template <class S>
 void clear_padding(S* rows, int64_t count, int used_lanes) {
   for (int64_t row = 0; row < count; ++row)
     for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
 }
 
-template <class S>
-void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t first_tile, int64_t last_tile) {
+template <class S, class Stages>
+void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmStepForward& args, int64_t first_tile,
+                   int64_t last_tile) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
-  const auto scale = preprocess_scale<S>(p);
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
-  alignas(64) S grads[tile_lanes], params[tile_lanes], features[2 * tile_lanes], old_h[max_hidden * tile_lanes];
+  alignas(64) S features[Stages::Features::max_inputs * tile_lanes], old_h[max_hidden * tile_lanes];
+  TileInputs<S, Stages> inputs;
+  StateRows<S, Stages> new_states;
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int used = lanes_in_tile(p, tile);
-    read_lanes(args.grads, p.dtype, tile * tile_lanes, used, grads);
-    read_lanes(args.params, p.dtype, tile * tile_lanes, used, params);
-    write_features<V>(p, scale, grads, features);
+    inputs.read(p, args, tile, used);
+    write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, features, new_states);
     const S* state = static_cast<const S*>(args.state) + tile * p.tile_state();
     S* new_state = static_cast<S*>(args.new_state) + tile * p.tile_state();
     const S* x = features;
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
+      for (int lane = 0; lane < used; lane += Tile<S>::width)             // clear_padding writes what lies behind
         forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
                           nullptr, nullptr},
                          packed.forward(layer), p.inputs(layer), H);
       x = new_state + h_at;
     }
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-      V out = broadcast<V>(packed.head_bias());
-      for (int j = 0; j < H; ++j) out += load<V>(x + j * tile_lanes + lane) * packed.head()[j];
-      store(params + lane, load<V>(params + lane) + out * S(p.output_scale));
-    }
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
-    write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, params);
+    apply_head<V>(stages, inputs, packed, x, H, new_states);
+    write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, inputs.params);
+    write_rows(p, args.new_stage_state, Stages::states, tile, used, new_states.data);
   }
+}
+
+template <class S>
+void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t first_tile, int64_t last_tile) {
+  with_stages<S>(p, [&](const auto& stages) { forward_tiles<S>(p, stages, args, first_tile, last_tile); });
 }
 
 // ---------------------------------------------------------------------------------------------------- backward
@@ -156,28 +139,41 @@ struct Scratch {
   int64_t gates_stride, hidden_stride;  // elements a tile
   S* gates;                             // [block_tiles, L, 4, H, tile_lanes]
   S* hidden;                            // [block_tiles, L, H, tile_lanes]     h' of every layer
-  S* features;                          // [block_tiles, 2, tile_lanes]
-  S* grad_out;                          // [block_tiles, tile_lanes]
-  S* tanh_c;                            // [L, H, tile_lanes]
-  S* grad_x;                            // [max(H, 2), tile_lanes]
-  S* last_state;                        // [L, 2, H, tile_lanes]; last tile, zero behind the last coordinate
+  int feature_rows, outputs, own_weights;
+  S* features;    // [block_tiles, feature_rows, tile_lanes]
+  S* grad_out;    // [block_tiles, R, tile_lanes]
+  S* grad_own;    // [block_tiles, own_weights, tile_lanes]: each coordinate's share of the stages' own weights
+  S* tanh_c;      // [L, H, tile_lanes]
+  S* grad_x;      // [max(H, feature_rows), tile_lanes]
+  S* last_state;  // [L, 2, H, tile_lanes]; last tile, zero behind the last coordinate
 
+  static int64_t grad_x_rows(const LstmStepProblem& p) {
+    return p.hidden_size < p.feature_rows() ? p.feature_rows() : p.hidden_size;
+  }
   static int64_t elements(const LstmStepProblem& p) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
-    return tile_lanes * (block_tiles * (5 * rows + 3) + 3 * rows + (p.hidden_size < 2 ? 2 : p.hidden_size));
+    const int64_t tile_rows = 5 * rows + p.feature_rows() + p.stages.outputs + p.stages.own_weights();
+    return tile_lanes * (block_tiles * tile_rows + 3 * rows + grad_x_rows(p));
   }
   Scratch(const LstmStepProblem& p, S* memory) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
     gates_stride = 4 * rows * tile_lanes;
     hidden_stride = rows * tile_lanes;
+    feature_rows = p.feature_rows();
+    outputs = p.stages.outputs;
+    own_weights = p.stages.own_weights();
     gates = memory;
     hidden = gates + block_tiles * gates_stride;
     features = hidden + block_tiles * hidden_stride;
-    grad_out = features + block_tiles * 2 * tile_lanes;
-    tanh_c = grad_out + block_tiles * tile_lanes;
+    grad_out = features + block_tiles * feature_rows * tile_lanes;
+    grad_own = grad_out + block_tiles * outputs * tile_lanes;
+    tanh_c = grad_own + block_tiles * own_weights * tile_lanes;
     grad_x = tanh_c + rows * tile_lanes;
-    last_state = grad_x + (p.hidden_size < 2 ? 2 : p.hidden_size) * tile_lanes;
+    last_state = grad_x + grad_x_rows(p) * tile_lanes;
   }
+  S* features_of(int in_block) const { return features + in_block * feature_rows * tile_lanes; }
+  S* grad_out_of(int in_block) const { return grad_out + in_block * outputs * tile_lanes; }
+  S* grad_own_of(int in_block) const { return grad_own + in_block * own_weights * tile_lanes; }
 };
 
 // out[k] = sum over the 4H gate rows of w[row][k] * rows[row], for K inputs k at once.
@@ -214,7 +210,7 @@ void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, co
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
-  const S* x = scratch.features + in_block * 2 * tile_lanes;
+  const S* x = scratch.features_of(in_block);
   for (int layer = 0; layer < p.num_layers; ++layer) {
     S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
     S* hidden = scratch.hidden + in_block * scratch.hidden_stride + layer * rows;
@@ -228,13 +224,13 @@ void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, co
 }
 
 // Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state.
-template <class S>
+template <int Outputs, class S>
 void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const S* grad_new_state,
                    S* grad_state, const Scratch<S>& scratch, int in_block, int used) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
-  const S* grad_out = scratch.grad_out + in_block * tile_lanes;
+  const S* grad_out = scratch.grad_out_of(in_block);
   for (int layer = p.num_layers - 1; layer >= 0; --layer) {
     const bool top = layer == p.num_layers - 1;
     S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
@@ -245,6 +241,8 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
         V grad_h = load<V>(grad_new_state + layer * 2 * rows + at);
         V grad_c = load<V>(grad_new_state + (layer * 2 + 1) * rows + at);
         grad_h += top ? load<V>(grad_out + lane) * packed.head()[j] : load<V>(scratch.grad_x + at);
+        for (int r = 1; r < Outputs; ++r)
+          if (top) grad_h += load<V>(grad_out + r * tile_lanes + lane) * packed.head()[r * H + j];
         const auto d =
             lstm_unit_backward<V>({load<V>(gates + at), load<V>(gates + rows + at), load<V>(gates + 2 * rows + at),
                                    load<V>(gates + 3 * rows + at)},
@@ -266,7 +264,7 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
   }
 }
 
-// Adds the weight gradients of a block of tiles to `partial`, laid out as lstm_step_weights.h says.
+// Adds the weight gradients of a block of tiles to `partial`, laid out as cpu_weights.h says.
 template <class S>
 void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int first, int tiles,
                           double* partial) {
@@ -275,7 +273,7 @@ void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratc
   const int64_t rows = int64_t(H) * tile_lanes;
   for (int layer = 0; layer < p.num_layers; ++layer) {
     const Rows<S> gates{scratch.gates + first * scratch.gates_stride + layer * 4 * rows, scratch.gates_stride};
-    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features + first * 2 * tile_lanes, 2 * tile_lanes}
+    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features_of(first), scratch.feature_rows * tile_lanes}
                                  : Rows<S>{scratch.hidden + first * scratch.hidden_stride + (layer - 1) * rows,
                                            scratch.hidden_stride};
     const Rows<S> h{state + layer * 2 * rows, p.tile_state()};
@@ -284,31 +282,31 @@ void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratc
     outer_products<V>(gates, 4 * H, h, H, tiles, partial + at.weight_hh);
     row_sums<V>(gates, 4 * H, tiles, partial + at.bias);
   }
-  const Rows<S> grad_out{scratch.grad_out + first * tile_lanes, tile_lanes};
+  const Rows<S> grad_out{scratch.grad_out_of(first), scratch.outputs * tile_lanes};
+  const Rows<S> grad_own{scratch.grad_own_of(first), scratch.own_weights * tile_lanes};
   const Rows<S> top{scratch.hidden + first * scratch.hidden_stride + (p.num_layers - 1) * rows, scratch.hidden_stride};
-  const int64_t head = p.flat_weights() - H - 1;
-  outer_products<V>(grad_out, 1, top, H, tiles, partial + head);
-  row_sums<V>(grad_out, 1, tiles, partial + head + H);
+  double* head = partial + p.flat_weights() - p.flat_head();
+  outer_products<V>(grad_out, scratch.outputs, top, H, tiles, head);
+  row_sums<V>(grad_out, scratch.outputs, tiles, head + scratch.outputs * H);
+  row_sums<V>(grad_own, scratch.own_weights, tiles, head + scratch.outputs * (H + 1));
 }
 
-template <class S>
-void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, const Scratch<S>& scratch,
-                    int64_t first_tile, int tiles, double* partial) {
+template <class S, class Stages>
+void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmStepBackward& args,
+                    const Scratch<S>& scratch, int64_t first_tile, int tiles, double* partial) {
   using V = vec_t<S>;
-  const auto scale = preprocess_scale<S>(p);
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
   const S* state = static_cast<const S*>(args.state) + first_tile * p.tile_state();
-  alignas(64) S grads[tile_lanes], grad_grads[tile_lanes];
+  TileInputs<S, Stages> inputs;
+  StateRows<S, Stages> dropped;
+  TileGradients<S, Stages> gradients;
   int partial_tile = 0;
   for (int i = 0; i < tiles; ++i) {
     const int64_t tile = first_tile + i;
     const int used = lanes_in_tile(p, tile);
-    S* features = scratch.features + i * 2 * tile_lanes;
-    S* grad_out = scratch.grad_out + i * tile_lanes;
-    read_lanes(args.grads, p.dtype, tile * tile_lanes, used, grads);
-    read_lanes(args.grad_new_params, p.dtype, tile * tile_lanes, used, grad_out);
-    for (int lane = 0; lane < tile_lanes; ++lane) grad_out[lane] *= S(p.output_scale);
-    write_features<V>(p, scale, grads, features);
+    inputs.read(p, args, tile, used);
+    gradients.read(p, args, tile, used);
+    write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features_of(i), dropped);
     const S* tile_state = state + i * p.tile_state();
     if (used < tile_lanes) {  // whatever stands behind the last coordinate, NaN included, must not reach the weights
       __builtin_memcpy(scratch.last_state, tile_state, sizeof(S) * p.tile_state());
@@ -317,23 +315,23 @@ void backward_block(const LstmStepProblem& p, const LstmStepBackward& args, cons
       partial_tile = 1;
     }
     recompute_tile(p, packed, tile_state, scratch, i);
-    backward_tile(p, packed, tile_state, static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
-                  static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-      const Features<V> grad_features{
-          {load<V>(scratch.grad_x + lane), load<V>(scratch.grad_x + (p.num_features - 1) * tile_lanes + lane)}};
-      store(grad_grads + lane,
-            preprocess_backward<V>(Preprocess(p.preprocess), scale, load<V>(grads + lane), grad_features));
-    }
-    write_lanes(args.grad_grads, p.dtype, tile * tile_lanes, used, grad_grads);
+    const S* top = scratch.hidden + i * scratch.hidden_stride + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
+    head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out_of(i),
+                     scratch.grad_own_of(i) + Stages::Features::weights * tile_lanes);
+    backward_tile<Stages::Head::outputs>(p, packed, tile_state,
+                                         static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
+                                         static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
+    features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
+                         scratch.grad_own_of(i));
+    gradients.write(p, args, tile, used);
   }
   add_weight_gradients(p, state, scratch, 0, tiles - partial_tile, partial);
   if (partial_tile) add_weight_gradients<S>(p, scratch.last_state, scratch, tiles - 1, 1, partial);
 }
 
-template <class S>
-void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memory, int64_t first_group,
-              int64_t last_group) {
+template <class S, class Stages>
+void backward_groups(const LstmStepProblem& p, const Stages& stages, const LstmStepBackward& args, void* memory,
+                     int64_t first_group, int64_t last_group) {
   const Scratch<S> scratch(p, static_cast<S*>(memory));
   const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
   for (int64_t group = first_group; group < last_group; ++group) {
@@ -342,9 +340,15 @@ void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memo
     for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
       const int64_t first = block * block_tiles;
       const int count = int(tiles - first < block_tiles ? tiles - first : block_tiles);
-      backward_block<S>(p, args, scratch, first, count, partial);
+      backward_block<S>(p, stages, args, scratch, first, count, partial);
     }
   }
+}
+
+template <class S>
+void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memory, int64_t first_group,
+              int64_t last_group) {
+  with_stages<S>(p, [&](const auto& stages) { backward_groups<S>(p, stages, args, memory, first_group, last_group); });
 }
 
 template <class S>
@@ -359,9 +363,8 @@ constexpr LstmStepKernels kernels{packed_bytes<S>,  pack_weights<S>, forward<S>,
 }  // namespace
 }  // namespace MK_CAPABILITY
 
-#define MK_JOIN_(a, b) a##b
-#define MK_JOIN(a, b) MK_JOIN_(a, b)
-const LstmStepKernels& MK_JOIN(lstm_step_kernels_, MK_CAPABILITY)(bool is_double) {
+template <>
+const LstmStepKernels& lstm_step_kernels<CpuCapability::MK_CAPABILITY>(bool is_double) {
   return is_double ? kernels<double> : kernels<float>;
 }
 

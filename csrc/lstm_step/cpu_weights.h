@@ -12,7 +12,7 @@ constexpr int unit_block = vector_bytes == 64 ? 4 : 1;
 constexpr int input_block = vector_bytes == 64 ? 16 : 4;
 
 // Offsets of one layer's gradients in a flat copy: weight_ih [4H, inputs], weight_hh [4H, H], bias [4H] (both biases
-// have the same gradient). The head's weight [H] and bias come last.
+// have the same gradient). The head's weight [R, H] and bias [R] follow, and the stages' own weights come last.
 struct FlatLayer {
   int64_t weight_ih, weight_hh, bias;
   FlatLayer(const LstmStepProblem& p, int layer) {
@@ -25,8 +25,8 @@ struct FlatLayer {
   }
 };
 
-// One allocation: per layer the forward part, the head's weight and bias, then per layer the transposed parts, which
-// only backward needs.
+// One allocation: per layer the forward part, the head's weight and bias, the stages' own weights, then per layer the
+// transposed parts, which only backward needs.
 //   forward: per block of units: bias_ih + bias_hh as [unit][gate], then [input, then hidden][unit][gate]
 //   transposed x, transposed h: per block of inputs: [gate row][input]
 template <class S>
@@ -40,15 +40,17 @@ class PackedWeights {
     return at;
   }
   S* head() const { return forward(p.num_layers); }
-  S& head_bias() const { return head()[H()]; }
+  S* head_bias() const { return head() + p.stages.outputs * H(); }
+  S* features_weights() const { return head_bias() + p.stages.outputs; }
+  S* head_weights() const { return features_weights() + p.stages.features_weights; }
   S* transposed_x(int layer) const {
-    S* at = head() + H() + 1;
+    S* at = head() + p.flat_head();
     for (int l = 0; l < layer; ++l) at += 4 * H() * (p.inputs(l) + H());
     return at;
   }
   S* transposed_h(int layer) const { return transposed_x(layer) + 4 * H() * p.inputs(layer); }
   int64_t elements(bool with_transposed) const {
-    return (with_transposed ? transposed_x(p.num_layers) : head() + H() + 1) - data;
+    return (with_transposed ? transposed_x(p.num_layers) : head() + p.flat_head()) - data;
   }
 
  private:
@@ -102,9 +104,13 @@ void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for
     for (int i = 0; i < 4; ++i) w[i] = static_cast<const S*>(weights[layer * 4 + i]);
     out = pack_forward(out, w, p.inputs(layer), H);
   }
-  const S* head = static_cast<const S*>(weights[p.num_layers * 4]);
-  for (int j = 0; j < H; ++j) *out++ = head[j];
-  *out++ = *static_cast<const S*>(weights[p.num_layers * 4 + 1]);
+  int weight = p.num_layers * 4;
+  const int counts[] = {p.stages.outputs * H, p.stages.outputs, p.stages.features_weights, p.stages.head_weights};
+  for (const int count : counts) {
+    if (count == 0) continue;
+    const S* from = static_cast<const S*>(weights[weight++]);
+    for (int i = 0; i < count; ++i) *out++ = from[i];
+  }
   if (!for_backward) return;
   for (int layer = 0; layer < p.num_layers; ++layer) {
     out = pack_transposed(out, static_cast<const S*>(weights[layer * 4]), p.inputs(layer), H);
@@ -129,8 +135,13 @@ void reduce_partials(const LstmStepProblem& p, double* partials, void* const* gr
     copy(layer * 4 + 2, at.bias, 4 * H);
     copy(layer * 4 + 3, at.bias, 4 * H);
   }
-  copy(p.num_layers * 4, n - H - 1, H);
-  copy(p.num_layers * 4 + 1, n - 1, 1);
+  int weight = p.num_layers * 4;
+  int64_t from = n - p.flat_head();
+  const int64_t counts[] = {p.stages.outputs * H, p.stages.outputs, p.stages.features_weights, p.stages.head_weights};
+  for (const int64_t count : counts) {
+    if (count > 0) copy(weight++, from, count);
+    from += count;
+  }
 }
 
 }  // namespace

@@ -131,7 +131,7 @@ struct TileBackward {
     const LstmStepProblem& p = a.problem;
     const int64_t i = tile * tile_lanes + lane;
     const bool real = lane < used;
-    const auto features = preprocess<S>(Preprocess(p.preprocess), a.scale, grad());
+    const auto features = preprocess<S>(Preprocess(p.features), a.scale, grad());
     memory.features()[lane] = features.x[0];
     memory.features()[stride + lane] = features.x[1];
     memory.grad_out()[lane] = real ? read_lane<S>(a.pointers.grad_new_params, p.dtype, i) * S(p.output_scale) : S(0);
@@ -259,7 +259,7 @@ struct TileBackward {
     }
     __syncwarp();
     const Features<S> gradient{{memory.grad_x()[lane], memory.grad_x()[stride + lane]}};
-    const S out = preprocess_backward<S>(Preprocess(a.problem.preprocess), a.scale, grad(), gradient);
+    const S out = preprocess_backward<S>(Preprocess(a.problem.features), a.scale, grad(), gradient);
     if (lane < used) write_lane<S>(a.pointers.grad_grads, a.problem.dtype, tile * tile_lanes + lane, out);
   }
 };
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(max_backward_warps* warp_lanes, 1)
   S* ones = reinterpret_cast<S*>(dynamic_shared());
   S* packed = ones + TileMemory<S>::stride;
   S* tiles = packed + (packs ? Sizes<FixedH>{H}.packed_elements(L) : 0);
-  const Weights<S, FixedH> weights{{H}, packs ? packed : nullptr, a.pointers.weights, L, p.num_features};
+  const Weights<S, FixedH> weights{{H}, packs ? packed : nullptr, a.pointers.weights, L, p.stages.inputs};
   const TileMemory<S> first_memory{tiles, H, L};
   const TileMemory<S> memory{tiles + warp * first_memory.elements(), H, L};
   for (int i = threadIdx.x; i < tile_lanes; i += blockDim.x) ones[i] = S(1);

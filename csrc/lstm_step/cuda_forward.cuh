@@ -52,7 +52,7 @@ struct FmaUnits {
                 FixedH > 0 || a.pack_weights ? reinterpret_cast<S*>(memory) : nullptr,
                 a.pointers.weights,
                 a.problem.num_layers,
-                a.problem.num_features} {}
+                a.problem.stages.inputs} {}
   __device__ __forceinline__ void pack() {
     if (weights.packed != nullptr) weights.pack(const_cast<S*>(weights.packed));
   }
@@ -174,7 +174,7 @@ __global__ void __launch_bounds__(Units::max_warps* warp_lanes, 1)
   for (int state_buffer = 0; tile < tiles; tile += step) {
     const auto now = next;
     next = Coordinate<S>::read(a, tile + step);
-    const auto features = preprocess<S>(Preprocess(p.preprocess), a.scale, now.grad);
+    const auto features = preprocess<S>(Preprocess(p.features), a.scale, now.grad);
     memory.x_buffer(0)[lane] = features.x[0];
     memory.x_buffer(0)[Units::x_stride + lane] = features.x[1];
     const int64_t left = p.num_coordinates - tile * tile_lanes;

@@ -65,7 +65,7 @@ struct MmaUnits {
 
   __device__ __forceinline__ MmaUnits(const ForwardArguments<float>& a, char* shared)
       : memory(reinterpret_cast<float*>(shared)),
-        tensors{{FixedH}, nullptr, a.pointers.weights, a.problem.num_layers, a.problem.num_features} {}
+        tensors{{FixedH}, nullptr, a.pointers.weights, a.problem.num_layers, a.problem.stages.inputs} {}
   __device__ __forceinline__ const float* head_memory() const { return memory + words_before(tensors.layers); }
   __device__ __forceinline__ float head(int unit) const { return head_memory()[unit]; }
   __device__ __forceinline__ float head_bias() const { return head_memory()[FixedH]; }

@@ -2,10 +2,12 @@
 // without, and inline functions of other libraries must not be compiled once per instruction set.
 //
 // Axis legend, here and in every file of this folder:
-//   N coordinates, in tiles of `tile_lanes`;  H hidden units;  L layers;  F features (1 or 2)
+//   N coordinates, in tiles of `tile_lanes`;  H hidden units;  L layers;  F features;  R outputs of the head
+//   E rows of the stages' own state;  K task inputs;  T tasks, of N / T neighbouring coordinates each
 //   state: [ceil(N / tile_lanes), L, 2 (h, c), H, tile_lanes], contiguous
-//   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [1, H], bias
-//   [1]
+//   stage_state: [E, N]; task_inputs: [T, K]
+//   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [R, H], bias
+//   [R]; then the features' own weights, and the head's own, where there are any
 #pragma once
 #include <stdint.h>
 
@@ -16,19 +18,32 @@ namespace metakern {
 
 constexpr int max_hidden = 64;
 constexpr int max_layers = 3;
-constexpr int max_weights = 4 * max_layers + 2;
+constexpr int max_weights = 4 * max_layers + 4;
 
 // Of the products of weights and hidden states; the names are those of torch.set_float32_matmul_precision. A processor
 // without the faster product computes a finer one.
 enum class Precision : int { highest, high, medium };  // float32, TF32, bfloat16
+
+// What the stages of a call add to a problem's sizes (stages.h).
+struct StageSizes {
+  int inputs;       // F
+  int outputs;      // R
+  int states;       // E
+  int task_inputs;  // K
+  int features_weights, head_weights;
+
+  MK_INLINE int own_weights() const { return features_weights + head_weights; }
+};
 
 // Its functions are inlined by force: as weak symbols, one instruction set's copy could serve all.
 struct LstmStepProblem {
   int64_t num_coordinates;
   int hidden_size;
   int num_layers;
-  int preprocess;  // metakern::Preprocess
-  int num_features;
+  int features;  // index of the features stage; up to 2 metakern::Preprocess
+  int head;      // index of the head stage
+  StageSizes stages;
+  int64_t num_tasks;  // T
   double preprocess_scale;
   double output_scale;
   Precision precision;
@@ -37,11 +52,17 @@ struct LstmStepProblem {
 
   MK_INLINE int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
   MK_INLINE int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
-  MK_INLINE int inputs(int layer) const { return layer == 0 ? num_features : hidden_size; }
-  MK_INLINE int num_weights() const { return 4 * num_layers + 2; }
+  MK_INLINE int inputs(int layer) const { return layer == 0 ? stages.inputs : hidden_size; }
+  MK_INLINE int num_weights() const {
+    return 4 * num_layers + 2 + (stages.features_weights > 0) + (stages.head_weights > 0);
+  }
+  // Rows that hold a coordinate's features or their gradients: two at least.
+  MK_INLINE int feature_rows() const { return stages.inputs < 2 ? 2 : stages.inputs; }
+  // Of the head and the stages, which stand behind the layers in a flat copy.
+  MK_INLINE int64_t flat_head() const { return int64_t(stages.outputs) * (hidden_size + 1) + stages.own_weights(); }
   // Elements of one flat copy of the weight gradients, the two equal biases of a layer counted once.
   MK_INLINE int64_t flat_weights() const {
-    int64_t n = hidden_size + 1;
+    int64_t n = flat_head();
     for (int l = 0; l < num_layers; ++l) n += int64_t(4) * hidden_size * (inputs(l) + hidden_size + 1);
     return n;
   }

@@ -1,5 +1,6 @@
 // Interface between the mlp_inner_loop binding and its vectorised loops.
 #pragma once
+#include "../core/instruction_sets.h"
 #include "problem.h"
 
 namespace metakern {
@@ -63,5 +64,7 @@ struct MlpInnerLoopKernels {
   MlpRun meta_loss;
   void (*reduce)(const MlpInnerLoopProblem&, const MlpReduction&);
 };
+
+MK_DECLARE_KERNELS(MlpInnerLoopKernels, mlp_inner_loop_kernels, bool is_double)
 
 }  // namespace metakern

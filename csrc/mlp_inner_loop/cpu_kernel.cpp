@@ -112,9 +112,8 @@ constexpr MlpInnerLoopKernels kernels{
 }  // namespace
 }  // namespace MK_CAPABILITY
 
-#define MK_JOIN_(a, b) a##b
-#define MK_JOIN(a, b) MK_JOIN_(a, b)
-const MlpInnerLoopKernels& MK_JOIN(mlp_inner_loop_kernels_, MK_CAPABILITY)(bool is_double) {
+template <>
+const MlpInnerLoopKernels& mlp_inner_loop_kernels<CpuCapability::MK_CAPABILITY>(bool is_double) {
   return is_double ? kernels<double> : kernels<float>;
 }
 

@@ -8,8 +8,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from metakern import __version__, build_info
 from metakern.cli import maml, optimizer
+from metakern.core.backend import build_info
+from metakern.core.version import __version__
 
 app = typer.Typer(no_args_is_help=True)
 train_app = typer.Typer(no_args_is_help=True, help="Meta-train a learner.")

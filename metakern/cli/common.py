@@ -16,8 +16,10 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperCommand
 
-from metakern.core.plain_data import quoted
+from metakern.core.renamed import message, with_new_names
 from metakern.core.requirements import check_installed
+from metakern.core.text import quoted
+from metakern.core.warn import warn_user
 from metakern.runs.folder import CONFIG, newest_folder, read_config
 from metakern.training.distributed import is_launched
 
@@ -76,6 +78,7 @@ class RunCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Look for the file first; then parse as ever: what stands on the command line overrides."""
+        args = with_new_options(args, getattr(self.settings, "old_names", {}))
         given: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
         path = Path(given["config"]) if given.get("config") else None
         resumes = path is None and given.get("resume")
@@ -121,6 +124,19 @@ class RunCommand(TyperCommand):
                 parameter.secondary_opts = names
 
 
+def with_new_options(args: list[str], names: Mapping[str, str]) -> list[str]:
+    """A command line with old options by their new names, and a warning for each."""
+    found = []
+    for position, argument in enumerate(args):
+        given, equals, value = argument.partition("=")
+        for old, new in names.items():
+            if given == option(old) and "--" not in args[:position]:
+                warn_user(message(option(old), option(new)), DeprecationWarning)
+                given = option(new)
+        found.append(given + equals + value)
+    return found
+
+
 def option(name: str) -> str:
     """A setting as it stands on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -157,6 +173,7 @@ def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict
     Raises:
         ValueError: that names the file and the setting that is unknown or of another type.
     """
+    content = with_new_names(content, getattr(kind, "old_names", {}), f"configuration {path}: ")
     names = {field.name for field in dataclasses.fields(kind)}
     types = {name: hint for name, hint in get_type_hints(kind).items() if name in names}
     if unknown := [name for name in content if name not in types]:
@@ -173,7 +190,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         return value
     if kinds[0] is str and type(value) is int:  # hidden: 40
         return str(value)
-    if kinds[0] is float and type(value) in (int, str):  # lr: 1e-3 is text to YAML
+    if kinds[0] is float and type(value) in (int, str):  # inner_lr: 1e-3 is text to YAML
         try:
             return float(value)
         except ValueError:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from metakern.cli.common import choose, group
 from metakern.cli.outer import OUTER, OuterSettings
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.learners.clustered import ASSIGNMENTS
 from metakern.learners.clustering import BATCHES, EMBEDDINGS, METHODS
 from metakern.runs.fewshot import IMAGES, REGRESSION

@@ -33,10 +33,10 @@ from metakern.runs.folder import (
     save_weights,
     write_json,
 )
+from metakern.runs.metrics import read_metrics
+from metakern.runs.progress import Display
 from metakern.tasks import TaskDistribution
 from metakern.training import FolderLock, Trainer
-from metakern.training.metrics import read_metrics
-from metakern.training.progress import Display
 
 LEARNER = "maml"
 

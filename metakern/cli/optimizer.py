@@ -28,11 +28,12 @@ from metakern.evaluation.optimizers import (
     compare_optimizers,
     compare_speed,
 )
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import Rule, load
+from metakern.rules.pretrained import shipped_folder
 from metakern.runs.folder import make_folder, write_json
 from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.runs.progress import Display
 from metakern.training import FolderLock, History, Trainer
-from metakern.training.progress import Display
 
 LEARNER = "optimizer"
 
@@ -70,8 +71,8 @@ class OptimizerSettings(OuterSettings):
     ] = None
     output_scale: Annotated[float | None, _RULE(help="Factor of the update; default: 0.1, 1 for quadratics.")] = None
     backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
-    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
-    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
+    outer_lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
+    max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
     monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
     eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
     eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16
@@ -178,14 +179,15 @@ def eval_optimizer(
         raise fail(error) from error
 
 
-def _load_rule(name: str, output: Path | None) -> tuple[CoordinatewiseLSTM, Path]:
+def _load_rule(name: str, output: Path | None) -> tuple[Rule, Path]:
     """The rule, and the folder for its figures."""
     if Path(name).is_dir():
-        return CoordinatewiseLSTM.from_pretrained(name), output or Path(name)
+        return load(name), output or Path(name)
     try:
-        return CoordinatewiseLSTM.pretrained(name), output or Path("runs/eval") / LEARNER
+        folder = shipped_folder(name)
     except ValueError as error:
         raise ValueError(f"{name!r} is not a folder, and {error}") from error
+    return load(folder), output or Path("runs/eval") / LEARNER
 
 
 def _trained_on(folder: Path) -> str:

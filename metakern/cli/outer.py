@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Annotated, ClassVar
@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.training import TrainerConfig
 
 #: Outer optimizers by name; of many small tensors Adam takes longer than the kernels, unless it is fused.
@@ -36,17 +36,20 @@ class OuterSettings:
     """What every training command lets its users set of the outer loop; a command's own settings inherit it."""
 
     count: ClassVar[str] = "iterations"  # the setting that says how long a run is
+    old_names: ClassVar[Mapping[str, str]] = {
+        "lr": "outer_lr", "clip_norm": "max_grad_norm", "precision": "mixed_precision",
+    }  # fmt: skip
 
     optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
-    lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-3
+    outer_lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-3
     scheduler: Annotated[str, OUTER(help=f"cosine: the outer rate falls to {LAST_RATE:.0%}; or none.")] = "cosine"
     decay_iterations: Annotated[
         int | None, OUTER(min=1, help="Iterations in which the cosine falls; default: all of the run's.")
     ] = None
-    clip_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
+    max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
     accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
-    precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
+    mixed_precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
     max_skipped: Annotated[
         int, OUTER(min=1, help="Outer steps in a row that are not finite, and skipped, before the run stops.")
     ] = 10
@@ -73,12 +76,12 @@ class OuterSettings:
         choose("scheduler", self.scheduler, ("cosine", "none"))
         choose("monitor", self.monitor, measures)
         device_of(self.device)
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 < self.outer_lr < math.inf:
+            raise ValueError(f"outer_lr must be positive and finite, got {self.outer_lr}")
 
     def make_optimizer(self, learner: nn.Module) -> torch.optim.Optimizer:
         """The outer optimizer."""
-        return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.lr)
+        return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.outer_lr)
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
         """Of the outer learning rate, which stays at its last value after ``decay_iterations``."""
@@ -98,14 +101,14 @@ class OuterSettings:
             iterations=iterations,
             num_tasks=num_tasks,
             seed=self.seed,
-            clip_norm=self.clip_norm or None,
+            max_grad_norm=self.max_grad_norm or None,
             accumulate=self.accumulate,
             eval_every=self.eval_every,
             eval_tasks=self.eval_tasks,
             patience=self.patience or None,
             ema=self.ema or None,
             monitor=self.monitor,
-            precision=self.precision,
+            mixed_precision=self.mixed_precision,
             max_skipped=self.max_skipped,
             checkpoint_every=self.checkpoint_every,
             keep=self.keep,

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from metakern.cli.common import RunOptions, checked_settings, is_first_process, own_first
 from metakern.core.plain_data import read_json
+from metakern.runs import RunRecord
 from metakern.runs.folder import (
     CONFIG,
     ENVIRONMENT,
@@ -27,7 +28,7 @@ from metakern.runs.folder import (
     open_folder,
     read_config,
 )
-from metakern.training import History, Interrupted, RunRecord, Trainer
+from metakern.training import History, Interrupted, Trainer
 
 #: Share of the outer learning rate that is left at the end of the cosine.
 LAST_RATE = 0.03

@@ -21,6 +21,10 @@ MOVED = {
     "metakern.reference.lstm_step": "metakern.ops.lstm_step.reference",
     "metakern.reference.mlp_inner_loop": "metakern.ops.mlp_inner_loop.reference",
     "metakern.ops.lstm_state": "metakern.ops.lstm_step.state",
+    "metakern.training.metrics": "metakern.runs.metrics",
+    "metakern.training.progress": "metakern.runs.progress",
+    "metakern.training.record": "metakern.runs.record",
+    "metakern.training.run_files": "metakern.runs.run_files",
 }
 
 

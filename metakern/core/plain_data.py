@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any
+
+from metakern.core.text import one_line, quoted
 
 #: Bytes of a configuration; the longest that the project writes takes 2 kB.
 CONFIG_BYTES = 32 * 1024
@@ -17,38 +18,8 @@ RESULT_BYTES = 64 * 1024 * 1024
 LIST_ENTRIES = 64
 TEXT_LENGTH = 4096
 
-#: Characters that an error quotes of a value, and of another library's message.
-QUOTED = 80
-MESSAGE = 300
-
 _INTEGER_BITS = 64
 _INTEGER_DIGITS = 20
-
-
-class _Short(reprlib.Repr):
-    """A repr whose length and cost do not grow with the value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.maxlevel = 2
-        self.maxlist = self.maxtuple = self.maxdict = self.maxset = self.maxfrozenset = 4
-        self.maxstring = self.maxother = QUOTED - 20
-
-    def repr_int(self, x: int, level: int) -> str:
-        """Digits of a large integer take quadratic time, so it is described instead."""
-        return repr(x) if x.bit_length() <= 4 * _INTEGER_BITS else f"<integer of {x.bit_length():,} bits>"
-
-
-def quoted(value: object) -> str:
-    """``repr(value)`` for an error message, shortened to :data:`QUOTED` characters."""
-    text = _Short().repr(value)
-    return text if len(text) <= QUOTED else text[: QUOTED - 3] + "..."
-
-
-def one_line(error: object) -> str:
-    """Another library's message on one line, shortened to :data:`MESSAGE` characters."""
-    text = " ".join(str(error).split())
-    return text if len(text) <= MESSAGE else text[: MESSAGE - 3] + "..."
 
 
 def read_text(path: Path, limit: int) -> str:

@@ -1,4 +1,4 @@
-"""Libraries that metakern imports: one that is missing is named, with the command that installs it."""
+"""Missing libraries: the error names them, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ from contextlib import contextmanager
 #: What pip calls a library, where that is not the name that it is imported by.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
+#: The extra of metakern that brings a library, by the name that it is imported by; torch, numpy and safetensors come
+#: with metakern itself.
+EXTRAS = {
+    "PIL": "train",
+    "filelock": "train",
+    "huggingface_hub": "hub",
+    "matplotlib": "train",
+    "rich": "train",
+    "scipy": "train",
+    "sklearn": "train",
+    "tensorboard": "train",
+    "triton": "triton",
+    "typer": "train",
+    "yaml": "train",
+}
+
 
 @contextmanager
 def required() -> Iterator[None]:
-    """Around imports of other libraries: names one that is missing.
+    """A context for imports of other libraries; its error names one that is missing.
 
     Raises:
         ModuleNotFoundError: with the command that installs it.
@@ -27,7 +43,7 @@ def required() -> Iterator[None]:
 
 
 def check_installed(*libraries: str) -> None:
-    """Look for libraries without importing them: better an error now than after the work.
+    """Raise before the work where libraries that it needs are missing; none is imported.
 
     Raises:
         ModuleNotFoundError: for the first that is missing.
@@ -40,5 +56,6 @@ def check_installed(*libraries: str) -> None:
 def missing(library: str) -> ModuleNotFoundError:
     """The error for a library by the name that it is imported by."""
     distribution = DISTRIBUTIONS.get(library, library)
-    text = f"metakern needs {distribution}, which is not installed: pip install {distribution}"
+    wanted = f"'metakern[{EXTRAS[library]}]'" if library in EXTRAS else distribution
+    text = f"metakern needs {distribution}, which is not installed: pip install {wanted}"
     return ModuleNotFoundError(text, name=library)

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from metakern.core.renamed import renamed
 from metakern.learners import RuleLearner
 from metakern.optim.learned_optimizer import LearnedOptimizer
-from metakern.rules import CoordinatewiseLSTM
-from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules import Rule
 from metakern.tasks import Optimizees
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -77,7 +77,7 @@ def training_curve(
 ) -> Tensor:
     """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side as one parameter [T, P], or one for each group.
+    The optimizers are coordinatewise, so the T networks go side by side: every tensor [T, *shape] is one parameter.
 
     Returns:
         full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
@@ -126,7 +126,7 @@ def tune(
 
 
 def compare_optimizers(
-    rule: CoordinatewiseLSTM,
+    rule: Rule,
     problems: Optimizees,
     *,
     num_tasks: int = 64,
@@ -147,7 +147,7 @@ def compare_optimizers(
             advance(name, True)
         return Curve(name, losses, lr)
 
-    yield curve("Learned LSTM", lambda params: LearnedOptimizer(params, rule))
+    yield curve(rule.title, lambda params: LearnedOptimizer(params, rule))
     for name, baseline in BASELINES.items():
         lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)
         yield curve(name, baseline(lr), lr)
@@ -178,14 +178,15 @@ class SpeedComparison:
         return self.plain_seconds / self.fused_seconds
 
 
+@renamed(lr="outer_lr")
 def compare_speed(
-    rule: CoordinatewiseLSTM,
+    rule: Rule,
     problems: Optimizees,
     *,
     num_tasks: int = 8,
     steps: int = 100,
     unroll: int = 20,
-    lr: float = 1e-2,
+    outer_lr: float = 1e-2,
     repeats: int = 3,
 ) -> SpeedComparison:
     """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
@@ -198,15 +199,19 @@ def compare_speed(
         num_tasks: T, problems of a meta-iteration
         steps: inner steps of a meta-iteration
         unroll: inner steps between two outer steps
-        lr: Adam's
+        outer_lr: Adam's
         repeats: meta-iterations that are timed, of each
 
     Raises:
+        ValueError: for a rule that has no kernel, and so no plain form to compare with
         RuntimeError: where the two do not compute the same within :data:`SPEED_TOLERANCE`
     """
+    peer = rule.plain()
+    if peer is None:
+        raise ValueError(f"rule must have a kernel and a plain form to compare with, got {type(rule).__name__}")
     runs = [
-        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, lr)
-        for each in (copy.deepcopy(rule), PlainLSTM(rule))
+        _MetaTraining(RuleLearner(each, steps=steps, unroll=unroll), problems.split("train"), num_tasks, outer_lr)
+        for each in (copy.deepcopy(rule), peer)
     ]
     fused, plain = (run.meta_gradient() for run in runs)
     difference = ((fused - plain).norm() / plain.norm()).item()

@@ -6,20 +6,28 @@ Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_clip_norm, check_count, is_number
+from metakern.core.transforms import is_transformed, wants_gradient
 from metakern.core.trees import Data, as_data, first_tensor, map_tensors, named_tensors
+from metakern.inner_loop.as_shipped import changed_instance
 from metakern.inner_loop.task_loss import TaskLoss, divided
-from metakern.ops.mlp_inner_loop.autograd import wants_gradient
-from metakern.rules.rates import is_number, matching
+from metakern.inner_loop.vectorize import Vectorize, check_vectorize
+from metakern.rules.gradient_descent import GradientDescent
+from metakern.rules.rates import LearningRates, learning_rates, matching
+
+#: α of gradient descent where neither lr nor rule is given.
+DEFAULT_LR = 0.01
 
 
 @dataclass(frozen=True)
@@ -82,6 +90,108 @@ class TaskBatch:
             return self
         tensors = [map_tensors(lambda tensor: tensor[:, step], part) for part in self.tensors]
         return TaskBatch(self.name, *self.parts(*tensors), self.labels)
+
+
+# --------------------------------------------------------------------------------------------------------------- calls
+
+
+class LoopOptions(NamedTuple):
+    """What adapt, meta_loss and meta_backward have in common, with its defaults; see :func:`metakern.adapt`."""
+
+    model: nn.Module
+    loss: Callable[..., Tensor] = F.mse_loss
+    steps: int = 1
+    lr: Any = DEFAULT_LR
+    first_order: bool | Sequence[bool] = False
+    parameters: str | Sequence[str] | None = None
+    clip_norm: float | None = None
+    checkpoint_every: int | None = None
+    vectorize: Vectorize = "auto"
+    backend: str | None = None
+    explain: bool = False
+    accumulate: int = 1
+    support_per_step: bool = False
+    rule: Any = None
+
+    def checked(self) -> LoopOptions:
+        """The options, numbers as Python has them; raises for those that do not fit."""
+        if not is_transformed() and torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()"
+            )
+        every = self.checkpoint_every
+        check_vectorize(self.vectorize)
+        if not isinstance(self.support_per_step, bool):
+            raise TypeError(f"support_per_step must be a bool, got {self.support_per_step!r}")
+        if self.rule is not None and (type(self.lr) is not float or self.lr != DEFAULT_LR):
+            raise ValueError(f"lr and rule exclude each other: lr={self.lr!r} is the short form of gradient descent")
+        return self._replace(
+            steps=check_count("steps", self.steps, minimum=0),
+            clip_norm=check_clip_norm(self.clip_norm),
+            checkpoint_every=None if every is None else check_count("checkpoint_every", every),
+            accumulate=check_count("accumulate", self.accumulate),
+        )
+
+    @property
+    def descent(self) -> GradientDescent | None:
+        """The rule, where it is gradient descent with nothing around it; else None."""
+        plain = type(self.rule) is GradientDescent and not changed_instance(self.rule)
+        return self.rule if plain else None
+
+    @property
+    def is_descent(self) -> bool:
+        """Whether the steps are those of gradient descent, by ``lr`` or by a rule."""
+        return self.rule is None or self.descent is not None
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
+        """α of gradient descent for params of one task, [*shape] each by name."""
+        if self.descent is None:
+            return learning_rates(self.lr, params, self.steps)
+        rates, most = self.descent.learning_rates(params), self.descent.steps
+        if not rates.per_step or most == self.steps:
+            return rates
+        if most is not None and most < self.steps:
+            raise ValueError(f"rule must have rates for all {self.steps} steps, got rates for {most}")
+        assert isinstance(rates.values, list)
+        return LearningRates([rate[: self.steps] for rate in rates.values], True)
+
+    @property
+    def largest_norm(self) -> float | None:
+        """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
+        norms = [self.clip_norm, None if self.descent is None else self.descent.clip_norm]
+        return min([norm for norm in norms if norm is not None], default=None)
+
+
+@dataclass
+class Call:
+    """One call of adapt, meta_loss or meta_backward, as the engines see it.
+
+    Attributes:
+        name: "adapt", "meta_loss" or "meta_backward"
+        options: checked
+        support: (x, y), as the caller gave them
+        query: likewise; None for adapt
+        masks: of support and query
+        step_weights: of the query losses after every step, or None
+        moves_statistics: whether running statistics of the model move
+        prepared: by the name of an engine, what it prepared to serve the call
+        reasons: why the engines that were asked so far do not serve
+    """
+
+    name: str
+    options: LoopOptions
+    support: Any
+    query: Any = None
+    masks: tuple[Tensor | None, Tensor | None] = (None, None)
+    step_weights: Any = None
+    moves_statistics: bool = True
+    prepared: dict[str, Any] = field(default_factory=dict)
+    reasons: list[str] = field(default_factory=list)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether support or query sets are padded."""
+        return any(mask is not None for mask in self.masks)
 
 
 # ------------------------------------------------------------------------------------------------------- task batches
@@ -252,17 +362,6 @@ def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bo
     if len(first_order) != steps:
         raise ValueError(f"first_order must have one bool a step, {steps}, got {len(first_order)}")
     return [bool(flag) for flag in first_order]
-
-
-def check_clip_norm(clip_norm: Any) -> float | None:
-    """It as a float; raise unless it is None or positive and finite."""
-    if clip_norm is None:
-        return None
-    if not is_number(clip_norm):
-        raise TypeError(f"clip_norm must be a number, got {clip_norm!r}")
-    if not 0 < clip_norm < math.inf:
-        raise ValueError(f"clip_norm must be positive and finite, got {clip_norm}")
-    return float(clip_norm)
 
 
 def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:

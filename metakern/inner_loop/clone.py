@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from metakern.core.checks import check_rate
 from metakern.inner_loop.substitution import Replaced, Substitution, copied_with_rest, named_parts, shallow_copy
 from metakern.ops.inner_update import step_of_one_task
-from metakern.rules.rates import check_rate
 
 _M = TypeVar("_M")
 

@@ -23,12 +23,6 @@ class Failed(NamedTuple):
     input: Tensor | None
 
 
-def first_line(error: Exception) -> str:
-    """Its type and the first line of its message, if need be shortened."""
-    line = (str(error).splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:200]}{'…' if len(line) > 200 else ''}"
-
-
 def module_that_failed(error: BaseException, model: nn.Module) -> Failed | None:
     """The innermost of the model's modules in whose forward the error was raised."""
     names = {id(module): name for name, module in model.named_modules()}

@@ -39,6 +39,7 @@ class _Recomputed(torch.autograd.Function):
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device
         ctx.function = function
+        ctx.set_materialize_grads(False)  # no way back through results that nothing uses
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.random_state = random_state(device)
@@ -62,7 +63,11 @@ class _Recomputed(torch.autograd.Function):
             set_random_state(ctx.random_state)
             with torch.autocast(kind, dtype, enabled):
                 outputs = ctx.function(*leaves)
-        pairs = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if isinstance(o, Tensor) and o.requires_grad]
+        pairs = [
+            (o, c)
+            for o, c in zip(outputs, cotangents, strict=True)
+            if c is not None and isinstance(o, Tensor) and o.requires_grad
+        ]
         found = torch.autograd.grad([o for o, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
         grads: list[Any] = [None] * (len(leaves) + 1)
         for position, gradient in zip(positions, found, strict=True):

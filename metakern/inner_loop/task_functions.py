@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from metakern.ops.mlp_inner_loop.autograd import is_batched, wants_gradient
+from metakern.core.transforms import is_batched, wants_gradient
 
 #: An index that no table has.
 _OUTSIDE = 2**40

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import vmap
 
+from metakern.core.transforms import is_batched
 from metakern.core.trees import map_output, map_tensors
 from metakern.inner_loop.as_shipped import GLOBAL_HOOKS, changed_instance
-from metakern.ops.mlp_inner_loop.autograd import is_batched
 
 #: Losses of integer class labels, which index memory.
 _LABEL_LOSSES = (F.cross_entropy, F.nll_loss)

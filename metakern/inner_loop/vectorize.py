@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Hashable, Mapping
 from types import CodeType
 from typing import Any, TypeVar
@@ -13,19 +12,17 @@ from torch.nn.modules import module as torch_module
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import random_state, set_random_state
+from metakern.core.text import first_line
+from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
-from metakern.inner_loop.failures import check_no_mixed_meta, explained, first_line, module_that_failed
+from metakern.inner_loop.failures import check_no_mixed_meta, explained, module_that_failed
+from metakern.inner_loop.remembered import Remembered
 
 Result = TypeVar("Result")
 
 #: How the tasks are evaluated: all at once (True), one after another (False), or at once if torch.vmap can run the
 #: model ("auto").
 Vectorize = bool | str
-
-
-def is_transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func is at work around the call."""
-    return torch.compiler.is_compiling() or torch._C._functorch.maybe_current_level() is not None
 
 
 def check_vectorize(vectorize: Any) -> None:
@@ -57,7 +54,7 @@ class Vectorization:
         compiling = torch.compiler.is_compiling()
         self._hooked = _module_with_backward_hook(model, loss) if vectorize and not compiling else ""
         if vectorize == "auto" and not is_transformed():
-            self.at_once = not self._hooked and not _loops.holds(model, self._kind())
+            self.at_once = not self._hooked and not _loops.get(model, self._kind())
 
     def run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
         """``evaluate()``, which looks at ``at_once``.
@@ -81,7 +78,7 @@ class Vectorization:
             return evaluate()
         if self._hooked and self.at_once:
             raise RuntimeError(f"vectorize=True cannot run the model: {self._hooked}; {_WAY_OUT}")
-        if self._hooked and not _loops.holds(self._model, self._kind()):
+        if self._hooked and not _loops.get(self._model, self._kind()):
             self._remember(f": {self._hooked}")
         if not self.at_once:
             return self._loop(evaluate, data)
@@ -110,7 +107,7 @@ class Vectorization:
         raise RuntimeError(f"vectorize=True cannot run the model: torch.vmap fails in {cause}; {_WAY_OUT}") from failure
 
     def _remember(self, reason: str) -> None:
-        _loops.remember(self._model, self._kind())
+        _loops.put(self._model, self._kind(), True)
         warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
 
     def _kind(self) -> Hashable:
@@ -135,27 +132,8 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-class _Loops:
-    """Models that torch.vmap could not run, held weakly, each with what it was like: train() or eval(), which loss."""
-
-    most = 16  # kinds of a model
-
-    def __init__(self) -> None:
-        self._kinds: dict[int, tuple[weakref.ref[nn.Module], list[Hashable]]] = {}
-
-    def holds(self, model: nn.Module, kind: Hashable) -> bool:
-        return kind in self._of(model)
-
-    def remember(self, model: nn.Module, kind: Hashable) -> None:
-        key, kinds = id(model), [*self._of(model), kind][-self.most :]
-        self._kinds[key] = weakref.ref(model, lambda _: self._kinds.pop(key, None)), kinds
-
-    def _of(self, model: nn.Module) -> list[Hashable]:
-        known = self._kinds.get(id(model))
-        return known[1] if known is not None and known[0]() is model else []
-
-
-_loops = _Loops()
+#: Models that torch.vmap could not run, each with what it was like: modules, train() or eval(), which loss.
+_loops: Remembered[bool] = Remembered(most=16)
 
 
 # -------------------------------------------------------------------------------------------------------------- hooks

@@ -14,18 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.checks import check_count, check_rate
+from metakern.core.renamed import message, renamed
 from metakern.core.trees import Data, class_scores, flatten, map_tensors
-from metakern.inner_loop.arguments import adapted_names
-from metakern.inner_loop.engines.mlp import Options
+from metakern.core.warn import warn_user
+from metakern.inner_loop.arguments import LoopOptions, adapted_names
 from metakern.inner_loop.task_loss import TaskLoss, ignored_label
 from metakern.maml.batched import Adapted, adapt, meta_loss, query_losses, reptile_step
-from metakern.rules.rates import check_count, check_rate, rates_by_name, real_dtype
+from metakern.rules.rates import rates_by_name, real_dtype
 from metakern.tasks import Episodes
 
 #: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.
 RATES = ("fixed", "lslr", "meta_sgd")
 
 
+@renamed(lr="inner_lr")
 class MAMLLearner(nn.Module):
     """A model whose initialisation is meta-learned.
 
@@ -37,8 +40,8 @@ class MAMLLearner(nn.Module):
         loss: of one task, as for :func:`metakern.adapt`; class labels need one, as ``F.cross_entropy``
         steps: K in training; 0 trains the model as it is
         eval_steps: K in evaluation; default: ``steps``, which learned rates by step demand
-        lr: α, where learned rates start: a number, or numbers by name or glob pattern; fixed rates may be all that
-            :func:`metakern.adapt` takes
+        inner_lr: α, where learned rates start: a number, or numbers by name or glob pattern; fixed rates may be all
+            that the ``lr`` of :func:`metakern.adapt` takes
         rates: one of :data:`RATES`; learned ones have the dtype and device of their parameters
         options: ``first_order``, ``parameters``, ``clip_norm``, ``checkpoint_every``, ``accumulate``,
             ``support_per_step``, ``vectorize`` and ``backend`` of :func:`metakern.adapt`. With ``support_per_step``
@@ -56,7 +59,7 @@ class MAMLLearner(nn.Module):
         loss: Callable[..., Tensor] = F.mse_loss,
         steps: int = 1,
         eval_steps: int | None = None,
-        lr: Any = 0.01,
+        inner_lr: Any = 0.01,
         rates: str = "fixed",
         **options: Any,
     ) -> None:
@@ -67,9 +70,9 @@ class MAMLLearner(nn.Module):
         self.eval_steps = steps if eval_steps is None else check_count("eval_steps", eval_steps, minimum=0)
         if rates == "lslr" and self.eval_steps != steps:
             raise ValueError(f"eval_steps must be steps, {steps}, as each step learns its rate, got {self.eval_steps}")
-        self.model, self.loss, self.steps, self.lr, self.options = model, loss, steps, lr, options
+        self.model, self.loss, self.steps, self.inner_lr, self.options = model, loss, steps, inner_lr, options
         self._by_step, self._kind = rates == "lslr", rates
-        self.rates = nn.ParameterDict(_initial_rates(model, options.get("parameters"), rates, steps, lr))
+        self.rates = nn.ParameterDict(_initial_rates(model, options.get("parameters"), rates, steps, inner_lr))
         self._names = {name.replace(".", "/"): name for name, _ in model.named_parameters()}
 
     def __repr__(self) -> str:
@@ -81,17 +84,22 @@ class MAMLLearner(nn.Module):
         """Query losses [T] after K inner steps; one outer step a batch."""
         yield meta_loss(self.model, self._support(batch, self.steps), batch.query, **self._arguments(self.steps))
 
-    def adapt(self, batch: Episodes, steps: int | None = None) -> Adapted:
+    def adapt_to(self, batch: Episodes, steps: int | None = None) -> Adapted:
         """The T models after ``steps`` inner steps on their support sets, ``eval_steps`` by default."""
         steps = self.eval_steps if steps is None else steps
-        return adapt(self.model, *self._support(batch, steps), **self._arguments(steps))
+        return adapt(self.model, self._support(batch, steps), **self._arguments(steps))
+
+    def adapt(self, batch: Episodes, steps: int | None = None) -> Adapted:
+        """The old name of :meth:`adapt_to`."""
+        warn_user(message("MAMLLearner.adapt", "adapt_to"), DeprecationWarning)
+        return self.adapt_to(batch, steps)
 
     def predict(self, batch: Episodes, steps: int | None = None) -> Any:
         """Predictions for the query sets after ``steps`` steps; 0 steps leave the initialisation itself.
 
         What the model returns, with tensors [T, Q, ...].
         """
-        return self.adapt(batch, steps)(batch.query_x)
+        return self.adapt_to(batch, steps)(batch.query_x)
 
     @torch.no_grad()
     def evaluate(self, batch: Episodes) -> dict[str, Tensor]:
@@ -121,25 +129,25 @@ class MAMLLearner(nn.Module):
     @torch.no_grad()
     def support_losses(self, batch: Episodes) -> Tensor:
         """Losses [T] on the support sets after ``eval_steps`` steps on them: query sets are not looked at."""
-        options = Options(self.model, **self._arguments(self.eval_steps))
+        options = LoopOptions(self.model, **self._arguments(self.eval_steps))
         support = self._support(batch, self.eval_steps)
         return query_losses(options, support, self._whole_support(batch), moves_statistics=False)
 
     @torch.no_grad()
     def displacements(self, batch: Episodes, steps: int | None = None) -> Tensor:
         """[T, P]: where ``steps`` inner steps, ``eval_steps`` by default, take the adapted parameters, from here."""
-        return self._displacements(self.adapt(batch, steps))
+        return self._displacements(self.adapt_to(batch, steps))
 
     @torch.no_grad()
     def support_gradients(self, batch: Episodes) -> Tensor:
         """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
         arguments = {**self._arguments(1), "lr": 1.0, "support_per_step": False}
-        return -self._displacements(adapt(self.model, *self._whole_support(batch), **arguments))
+        return -self._displacements(adapt(self.model, self._whole_support(batch), **arguments))
 
     @torch.no_grad()
     def approach(self, batch: Episodes) -> None:
         """Move the initialisation to the mean of where the inner steps on ``batch`` lead from it (a Reptile step)."""
-        reptile_step(self.model, self.adapt(batch), 1.0)
+        reptile_step(self.model, self.adapt_to(batch), 1.0)
 
     def _displacements(self, adapted: Adapted) -> Tensor:
         start = dict(self.model.named_parameters())
@@ -161,7 +169,7 @@ class MAMLLearner(nn.Module):
 
     def _arguments(self, steps: int) -> dict[str, Any]:
         rates = {self._names[key]: rate[:steps] if self._by_step else rate for key, rate in self.rates.items()}
-        return {"loss": self.loss, "steps": steps, "lr": rates or self.lr, **self.options}
+        return {"loss": self.loss, "steps": steps, "lr": rates or self.inner_lr, **self.options}
 
 
 def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: Any) -> dict[str, nn.Parameter]:
@@ -172,7 +180,7 @@ def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr
     starts = rates_by_name(lr, names) if isinstance(lr, Mapping) else dict.fromkeys(names, lr)
     learned = {}
     for name, start in starts.items():
-        check_rate("lr", start)
+        check_rate("inner_lr", start)
         p = named[name]
         shape = (steps,) if rates == "lslr" else p.shape
         rate = torch.full(shape, float(start), dtype=real_dtype(p), device=p.device)

@@ -4,7 +4,7 @@ Andrychowicz et al. 2016, arXiv 1606.04474, section 3: T problems are solved sid
 ``unroll`` steps the rule's weights take a step of their own along the gradient of the losses met on the way, and
 parameters and state are carried on, detached.
 
-Axis legend: T problems, P parameters of one problem; all coordinates of all problems take their step in one launch.
+Axis legend: T problems; a coordinatewise rule takes the step of all coordinates of all problems in one launch.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.rules.rates import check_count
+from metakern.core.checks import check_count
+from metakern.core.task_params import join_tasks, task_groups
+from metakern.inner_loop.loop import InnerLoop, Problem, losses_and_gradients
+from metakern.inner_loop.updates import RuleUpdate
+from metakern.rules.protocol import detached
 from metakern.tasks import OptimizeeBatch
 
 #: What an unroll minimises, summed over its steps: f, or log(f + 1e-3), which weighs the small losses at the end up.
@@ -28,8 +32,8 @@ class RuleLearner(nn.Module):
     """A rule that is meta-trained on problems of one kind, or of several at once (:class:`MixedOptimizees`).
 
     Args:
-        rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tensor
-            [T, P] or, for a mixture, a tuple of such
+        rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tree of
+            tensors [T, *shape] or, for a mixture, a tuple of such, as :class:`metakern.tasks.OptimizeeBatch` says
         steps: inner steps of an episode
         unroll: inner steps between two outer steps; divides ``steps``
         objective: one of :data:`OBJECTIVES`
@@ -76,19 +80,17 @@ class RuleLearner(nn.Module):
         problems and steps. Weights may be changed before the next tensor is asked for.
         """
         params = batch.init_params()
-        state = self.rule.init_state(params)
+        state = RuleUpdate(self.rule).init_state(params)
         for _ in range(self.steps // self.unroll):
-            params, state, losses = self._unroll(batch, _detached(params), _detached(state))
+            params, state, losses = self._unroll(batch, detached(params), detached(state))
             yield losses
 
     @torch.no_grad()
     def evaluate(self, batch: OptimizeeBatch) -> dict[str, Tensor]:
         """Losses [T] of the problems on all their data after ``steps`` steps of the rule, as "loss"."""
-        params = batch.init_params()
-        state = self.rule.init_state(params)
-        for _ in range(self.steps):
-            _, grads = self._gradients(batch, params)
-            params, state = self.rule(params, grads, state)
+        params, update = batch.init_params(), RuleUpdate(self.rule)
+        loop = InnerLoop(update, [True] * self.steps)
+        params, _, _ = loop.run(_Visited(batch), params, update.init_state(params))
         return {"loss": batch.full_loss(params)}
 
     def _unroll(self, batch: OptimizeeBatch, params: Any, state: Any) -> tuple[Any, Any, Tensor]:
@@ -98,34 +100,50 @@ class RuleLearner(nn.Module):
         gradient is the same, and no minibatch is differentiated twice. Noise that is added to gradients is in it
         too, of mean zero.
         """
-        values, surrogates = [], []
-        for step in range(self.unroll + 1):
-            losses, grads = self._gradients(batch, params)
-            if step:  # θ_0 does not depend on the rule
-                weight = 1.0 if self.objective == "sum" else 1 / (losses + _LOG_OFFSET)
-                surrogates.append(weight * _products(grads, params))
-                values.append(losses)
-            if step < self.unroll:
-                params, state = self.rule(params, grads, state)
-        surrogate = torch.stack(surrogates).mean(0)
-        return params, state, torch.stack(values).mean(0) + (surrogate - surrogate.detach())
+        first_order = not self.second_order
+        visited = _Visited(batch, self.objective)
+        loop = InnerLoop(RuleUpdate(self.rule), [first_order] * self.unroll)
+        params, state, _ = loop.run(visited, params, state)
+        visited.gradients(params, self.unroll, first_order)
+        surrogate = torch.stack(visited.surrogates).mean(0)
+        return params, state, torch.stack(visited.values).mean(0) + (surrogate - surrogate.detach())
 
-    @torch.enable_grad()
-    def _gradients(self, batch: OptimizeeBatch, params: Any) -> tuple[Tensor, Any]:
-        """Losses [T], without a graph, and gradients like params, with one if second order is asked for."""
+
+class _Visited(Problem):
+    """Problems as the inner loop meets them, and what it met at θ_1 and after; θ_0 does not depend on the rule.
+
+    Args:
+        batch: the problems
+        objective: what is taken note of; None for nothing
+
+    Attributes:
+        values: losses [T] at each point
+        surrogates: [T], whose gradient is that of the objective there
+    """
+
+    def __init__(self, batch: OptimizeeBatch, objective: str | None = None) -> None:
+        self.batch, self.objective = batch, objective
+        self.values: list[Tensor] = []
+        self.surrogates: list[Tensor] = []
+
+    def gradients(self, params: Any, step: int, first_order: bool) -> tuple[Tensor, Any]:
+        """Losses [T] on the next minibatches, and gradients like params."""
         leaves, structure = pytree.tree_flatten(params)
-        second_order = self.second_order and all(leaf.requires_grad for leaf in leaves)
-        points = leaves if second_order else [leaf.detach().requires_grad_() for leaf in leaves]
-        losses = batch.loss(pytree.tree_unflatten(points, structure))
-        grads = torch.autograd.grad(losses.sum(), points, create_graph=second_order)
-        return losses.detach(), pytree.tree_unflatten(list(grads), structure)
 
+        def losses_of(at: list[Tensor]) -> Tensor:
+            return self.batch.loss(pytree.tree_unflatten(at, structure))
 
-def _detached(tree: Any) -> Any:
-    return pytree.tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, tree)
+        losses, flat = losses_and_gradients(losses_of, leaves, first_order)
+        grads = pytree.tree_unflatten(flat, structure)
+        if step and self.objective is not None:
+            values = losses.detach()
+            weight = 1.0 if self.objective == "sum" else 1 / (values + _LOG_OFFSET)
+            self.surrogates.append(weight * _products(grads, params))
+            self.values.append(values)
+        return losses, grads
 
 
 def _products(grads: Any, params: Any) -> Tensor:
     """The inner product of every problem's gradient, taken as a constant, and its params, [T]."""
-    pairs = zip(pytree.tree_leaves(grads), pytree.tree_leaves(params), strict=True)
-    return torch.cat([(grad.detach() * leaf).sum(1) for grad, leaf in pairs])
+    groups = zip(task_groups(grads), task_groups(params), strict=True)
+    return torch.cat([(join_tasks(of_group).detach() * join_tasks(tensors)).sum(1) for of_group, tensors in groups])

@@ -7,36 +7,44 @@ parameter tensor of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from enum import Enum
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.core.exclusive import exclusive
+from metakern.core.checks import check_count, check_rate
+from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, as_data, named_tensors
 from metakern.inner_loop.arguments import (
-    TaskBatch,
-    adapted_names,
-    check_clip_norm,
+    DEFAULT_LR,
+    Call,
+    LoopOptions,
     check_samples,
-    check_step_weights,
-    first_order_steps,
-    task_batch,
 )
-from metakern.inner_loop.engines.missed import warn_if_missed
-from metakern.inner_loop.engines.mlp import Options, fused_adapt, fused_meta_backward, fused_meta_loss, unlike_losses
-from metakern.inner_loop.loop import InnerLoop, TaskModel, is_transformed
-from metakern.inner_loop.path import attempt, is_heard, say_generic
-from metakern.inner_loop.task_loss import TaskLoss
-from metakern.inner_loop.vectorize import Vectorize, check_vectorize
-from metakern.rules.rates import check_count, check_rate, learning_rates
+from metakern.inner_loop.engines import Engine
+from metakern.inner_loop.engines.generic import task_model
+from metakern.inner_loop.engines.mlp import unlike_losses
+from metakern.inner_loop.path import serve
+from metakern.inner_loop.task_model import TaskModel
+from metakern.inner_loop.vectorize import Vectorize
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
 
-#: Options that :func:`adapt` and :func:`meta_loss` have in common: others of meta_loss go by autograd.
-_OF_ADAPT = frozenset(Options._fields) - {"model"}
+#: What meta_loss takes besides model and sets.
+_OPTIONS = frozenset({*LoopOptions._fields[1:], "support_mask", "query_mask", "step_weights"})
+
+
+class _Default(Enum):
+    """What stands for an argument that is left out, where None says something."""
+
+    LEFT_OUT = "left out"
+
+    def __repr__(self) -> str:
+        return "..."
 
 
 class Adapted:
@@ -77,12 +85,12 @@ class Adapted:
 
 def adapt(
     model: nn.Module,
-    support_x: Data,
-    support_y: Data | None = None,
+    support_x: Data | tuple[Data, Data | None],
+    support_y: Data | _Default | None = _Default.LEFT_OUT,
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,
-    lr: Rates = 0.01,
+    lr: Rates = DEFAULT_LR,
     first_order: bool | Sequence[bool] = False,
     parameters: str | Sequence[str] | None = None,
     clip_norm: float | None = None,
@@ -93,6 +101,7 @@ def adapt(
     support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
+    rule: nn.Module | None = None,
 ) -> Adapted:
     """K gradient steps on the support sets of T tasks at once, each from the model's parameters (MAML's inner loop).
 
@@ -105,11 +114,13 @@ def adapt(
             statistics of the task's current batch, support or query, and running statistics stay as they are; in
             ``eval()`` mode it uses the running ones. See :func:`per_step_batch_norm` for running statistics of every
             step. Dropout draws for each task and step.
-        support_x: [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
+        support_x: the pair (x, y) of the support sets, as :func:`meta_loss` takes it, or x with y as the next argument.
+            x is [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
             or a dict of tensors, by keyword, [T, S, ...] each
-        support_y: [T, S, ...], a tensor or likewise several; None where the loss takes no target
-        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where ``support_y``
-            is None; a function or a module. ``prediction`` is what the model returns, whatever that is.
+        support_y: y: [T, S, ...], a tensor or likewise several; None where the loss takes no target. If it is left out,
+            a tuple of two is the pair
+        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where y is
+            None; a function or a module. ``prediction`` is what the model returns, whatever that is.
         steps: K; 0 leaves the model as it is
         lr: α: a number or a tensor of one element; or by name in a dict, or in the order of the adapted parameters in a
             list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]. In a
@@ -153,16 +164,20 @@ def adapt(
             dispatch or functions lead to plain PyTorch.
         explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
             at level DEBUG. Compiled calls say nothing.
+        rule: takes the steps in place of gradient descent, and then there is no ``lr``: a
+            :class:`metakern.rules.Rule`, which sees the adapted parameters by name, [T, *shape] each, their gradients
+            and the losses [T]. Meta-gradients flow through every step, to the rule's weights too; with ``first_order``
+            gradients and losses are constants to it. Where it has an ``initialisation()``, the tasks start there.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit, by name; labels outside the model's outputs among them
         RuntimeError: for a loss that depends on no adapted parameter, and inside ``torch.inference_mode()``.
 
     Example:
-        >>> adapted = adapt(net, support_x, support_y, loss=F.cross_entropy, steps=5, lr=0.4)
+        >>> adapted = adapt(net, (support_x, support_y), loss=F.cross_entropy, steps=5, lr=0.4)
         >>> accuracy = (adapted(query_x).argmax(-1) == query_y).float().mean()
     """
-    options = Options(
+    options = LoopOptions(
         model,
         loss,
         steps,
@@ -176,17 +191,17 @@ def adapt(
         explain,
         accumulate,
         support_per_step,
+        rule,
     )
-    options = _checked(options)
-    fused, reason = attempt("adapt", options, lambda: fused_adapt(options, support_x, support_y, support_mask))
-    loop = _inner_loop(options, support_mask is not None)
-    if fused is not None:
-        return Adapted(fused, loop.model, options.steps)
-    support = _support(options, (support_x, support_y), support_mask, loop)
-    say_generic("adapt", options, loop, support, reason)
-    params = loop.model.vectorization.run(lambda: loop.run(support)[0], support.named)
-    warn_if_missed(options, support_x, reason)
-    return Adapted(params, loop.model, options.steps)
+    call = Call("adapt", options.checked(), _pair(support_x, support_y), masks=(support_mask, None))
+    return Adapted(serve(call, lambda engine: engine.adapt(call)), task_model(call), options.steps)
+
+
+def _pair(support_x: Any, support_y: Any) -> tuple[Any, Any]:
+    """(x, y) of the support sets, however :func:`adapt` was given them."""
+    if support_y is not _Default.LEFT_OUT:
+        return support_x, support_y
+    return support_x if isinstance(support_x, tuple) and len(support_x) == 2 else (support_x, None)
 
 
 def meta_loss(
@@ -196,7 +211,7 @@ def meta_loss(
     *,
     loss: Callable[..., Tensor] = F.mse_loss,
     steps: int = 1,
-    lr: Rates = 0.01,
+    lr: Rates = DEFAULT_LR,
     first_order: bool | Sequence[bool] = False,
     parameters: str | Sequence[str] | None = None,
     clip_norm: float | None = None,
@@ -209,6 +224,7 @@ def meta_loss(
     support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
+    rule: nn.Module | None = None,
 ) -> Tensor:
     """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
 
@@ -239,6 +255,7 @@ def meta_loss(
         vectorize: as for :func:`adapt`
         backend: as for :func:`adapt`
         explain: as for :func:`adapt`
+        rule: as for :func:`adapt`
 
     Returns:
         losses [T]
@@ -252,7 +269,7 @@ def meta_loss(
         >>> meta_loss(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01).mean().backward()
         >>> optimizer.step()
     """
-    options = Options(
+    options = LoopOptions(
         model,
         loss,
         steps,
@@ -266,12 +283,13 @@ def meta_loss(
         explain,
         accumulate,
         support_per_step,
+        rule,
     )
     return query_losses(options, support, query, (support_mask, query_mask), step_weights)
 
 
 def query_losses(
-    options: Options,
+    options: LoopOptions,
     support: tuple[Data, Data | None],
     query: tuple[Data, Data | None],
     masks: tuple[Tensor | None, Tensor | None] = (None, None),
@@ -279,30 +297,8 @@ def query_losses(
     moves_statistics: bool = True,
 ) -> Tensor:
     """:func:`meta_loss`, or with the model's running statistics left as they are."""
-    options = _checked(options)
-    fused, reason = attempt("meta_loss", options, lambda: fused_meta_loss(options, support, query, masks, step_weights))
-    if fused is not None:
-        losses: Tensor = fused
-        return losses
-    loop = _inner_loop(options, any(mask is not None for mask in masks), step_weights)
-    support_batch = _support(options, support, masks[0], loop)
-    query_batch = task_batch("query", query, masks[1], loop.model.loss, support_batch.num_tasks)
-    say_generic("meta_loss", options, loop, support_batch, reason)
-
-    def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
-        params, weighted, statistics = loop.run(support_batch, None if step_weights is None else query_batch)
-        if step_weights is not None:
-            return weighted, statistics
-        shared = loop.model.at_step({**loop.model.shared, **statistics}, options.steps)
-        return loop.model.losses(params, shared, query_batch), loop.model.gathered(shared)
-
-    weighted, statistics = loop.model.vectorization.run(evaluate, {**support_batch.named, **query_batch.named})
-    if weighted is None:
-        raise ValueError(f"step_weights must not all be zero, got {step_weights}")
-    if moves_statistics:
-        loop.model.store(statistics)
-    warn_if_missed(options, support[0], reason)
-    return weighted
+    call = Call("meta_loss", options.checked(), support, query, masks, step_weights, moves_statistics)
+    return serve(call, lambda engine: engine.meta_loss(call))
 
 
 def meta_backward(
@@ -347,19 +343,27 @@ def meta_backward(
         raise RuntimeError("meta_backward fills grad, which torch.compile and torch.func do not see; call meta_loss")
     if gradient is not None and not isinstance(gradient, Tensor):
         raise TypeError(f"gradient must be a tensor [T], got {type(gradient).__name__}")
-    losses = None
-    if options.keys() <= _OF_ADAPT:
-        chosen = _checked(Options(model, **options))
-        losses = None if is_heard(chosen) else fused_meta_backward(chosen, support, query, gradient)
+    for name in options.keys() - _OPTIONS:
+        raise TypeError(f"meta_backward() got an unexpected keyword argument {name!r}; it takes those of meta_loss")
+    masks = options.pop("support_mask", None), options.pop("query_mask", None)
+    step_weights = options.pop("step_weights", None)
+    chosen = LoopOptions(model, **options).checked()
+    call = Call("meta_backward", chosen, support, query, masks, step_weights)
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
+        return serve(call, lambda engine: _backward(engine, call, gradient)).detach()
+
+
+def _backward(engine: Engine, call: Call, gradient: Tensor | None) -> Tensor:
+    """Query losses [T], after the backward: the engine's own, or autograd's."""
+    losses = engine.meta_backward(call, gradient)
     if losses is None:
-        with torch.enable_grad():
-            losses = meta_loss(model, support, query, **options)
-            gradient = torch.full_like(losses, 1 / len(losses)) if gradient is None else gradient
-            if unlike_losses(gradient, losses):
-                got = f"{gradient.dtype} {list(gradient.shape)} on {gradient.device}"
-                raise ValueError(f"gradient must be {losses.dtype} [{len(losses)}] on {losses.device}, got {got}")
-            losses.backward(gradient)
-    return losses.detach()
+        losses = engine.meta_loss(call)
+        gradient = torch.full_like(losses, 1 / len(losses)) if gradient is None else gradient
+        if unlike_losses(gradient, losses):
+            got = f"{gradient.dtype} {list(gradient.shape)} on {gradient.device}"
+            raise ValueError(f"gradient must be {losses.dtype} [{len(losses)}] on {losses.device}, got {got}")
+        losses.backward(gradient)
+    return losses
 
 
 def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:
@@ -403,44 +407,3 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
             raise ValueError(f"model must be the one that was adapted: it has no {name} of shape {list(phi.shape[1:])}")
     for name, phi in adapted.parameters.items():
         parameters[name].add_(epsilon * (phi.mean(0) - parameters[name]))
-
-
-def _support(options: Options, data: Any, mask: Tensor | None, loop: InnerLoop) -> TaskBatch:
-    """The support sets of a call."""
-    steps = options.steps if options.support_per_step else None
-    return task_batch("support", data, mask, loop.model.loss, steps=steps)
-
-
-def _inner_loop(options: Options, masked: bool, step_weights: Sequence[float] | Tensor | None = None) -> InnerLoop:
-    """The inner loop that the options describe, checked."""
-    model, steps = options.model, options.steps
-    if step_weights is not None:
-        step_weights = check_step_weights(step_weights, steps)
-    task_loss = TaskLoss(options.loss, masked or options.accumulate > 1)
-    with exclusive(model):
-        task_model = TaskModel(model, task_loss, adapted_names(model, options.parameters), options.vectorize)
-    if task_model.max_steps is not None and steps > task_model.max_steps:
-        raise ValueError(
-            f"steps must be at most {task_model.max_steps}, for which the model has batch norm, got {steps}"
-        )
-    rates = learning_rates(options.lr, task_model.initial, steps)
-    orders = first_order_steps(options.first_order, steps)
-    return InnerLoop(
-        task_model, rates, orders, options.clip_norm, step_weights, options.checkpoint_every, options.accumulate
-    )
-
-
-def _checked(options: Options) -> Options:
-    """The options, numbers as Python has them; raises for those that do not fit."""
-    if not is_transformed() and torch.is_inference_mode_enabled():
-        raise RuntimeError("the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()")
-    every = options.checkpoint_every
-    check_vectorize(options.vectorize)
-    if not isinstance(options.support_per_step, bool):
-        raise TypeError(f"support_per_step must be a bool, got {options.support_per_step!r}")
-    return options._replace(
-        steps=check_count("steps", options.steps, minimum=0),
-        clip_norm=check_clip_norm(options.clip_norm),
-        checkpoint_every=None if every is None else check_count("checkpoint_every", every),
-        accumulate=check_count("accumulate", options.accumulate),
-    )

@@ -12,6 +12,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from metakern.core.checks import check_rate
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.core.warn import warn_user
 from metakern.inner_loop.attention import math_attention
 from metakern.inner_loop.clone import clone_parts, take_step
@@ -27,8 +29,6 @@ from metakern.inner_loop.lineage import (
     unregistered,
 )
 from metakern.inner_loop.substitution import Replaced, is_compiled, shallow_copy
-from metakern.ops.inner_update.autograd import is_transformed
-from metakern.rules.rates import check_rate
 
 _WITHOUT_GRAD = (
     "clone(), the forward pass and adapt() take gradients, which torch.no_grad() and torch.inference_mode() forbid: "
@@ -77,7 +77,7 @@ class Learner(nn.Module):
         """
         with self._attention():
             output = self.module(*args, **kwargs)
-        if not is_transformed() and self._lineage.begin and torch.is_grad_enabled():
+        if not is_transformed_or_dual() and self._lineage.begin and torch.is_grad_enabled():
             self._check_own(output, (args, kwargs))
         return output
 
@@ -150,7 +150,7 @@ class Learner(nn.Module):
         if not params:
             return []
         stops = self._lineage.begin | self._lineage.own
-        if not self._recomputed and not is_transformed() and recomputes(nodes_of([loss]), stops):
+        if not self._recomputed and not is_transformed_or_dual() and recomputes(nodes_of([loss]), stops):
             self._recomputed = True
         tensors, record = [p for _, p in params], not first_order
         grads = torch.autograd.grad(loss, tensors, retain_graph=record, create_graph=record, allow_unused=True)
@@ -165,7 +165,7 @@ class Learner(nn.Module):
 
     def _check_unused(self, loss: Tensor, unused: Sequence[str]) -> None:
         """Raise where the loss depends on the original's parameters in place of the clone's."""
-        found = {} if is_transformed() else self._lineage.reached(nodes_of([loss]))
+        found = {} if is_transformed_or_dual() else self._lineage.reached(nodes_of([loss]))
         stale = sorted(set(unused) & {name for node, name in found.items() if node in self._lineage.origins})
         if stale:
             raise RuntimeError(
@@ -177,13 +177,13 @@ class Learner(nn.Module):
     def _why(self, loss: Tensor) -> str:
         """What is likely where no parameter receives a gradient."""
         lineage = self._lineage
-        found = {} if is_transformed() else lineage.reached(nodes_of([loss]))
+        found = {} if is_transformed_or_dual() else lineage.reached(nodes_of([loss]))
         if any(node in lineage.origins for node in found):
             return (
                 "it was computed with the model that the learner was cloned from; compute it with the learner, as "
                 f"learner(x){self._references()}"
             )
-        if not is_transformed() and reach([loss.grad_fn], lineage.own, dict.fromkeys(lineage.begin, "")):
+        if not is_transformed_or_dual() and reach([loss.grad_fn], lineage.own, dict.fromkeys(lineage.begin, "")):
             return "it was computed before the last adapt(), with the parameters of then; compute it again"
         held = sorted({where for where, _ in unregistered(self.module)})
         if held:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metakern.ops import LSTMState, pack_state, unpack_state
 from metakern.optim.groups import check_group
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import Rule
+from metakern.rules.protocol import check_saved
 
 if TYPE_CHECKING:
     from metakern.optim.learned_optimizer import LearnedOptimizer
@@ -22,21 +22,31 @@ FORMAT_VERSION = 2
 #: The key of a state_dict that tells a checkpoint of this optimizer from any other.
 HEADER = "learned_optimizer"
 
-_ENTRY_KEYS = ("step", "h", "c")
-_SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+#: In the header: the tensors that the states of a group have in common, by the group's index.
+_SHARED = "shared"
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor on its way through load_state_dict of the base class, which would cast it to the parameter's dtype."""
+
+    tensor: Tensor
 
 
 def to_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Post-hook of state_dict: the state in its portable form, copied, and the header.
 
-    h and c keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
+    Tensors keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
     """
     optimizer, state = cast("LearnedOptimizer", optimizer), {}
     for key, entry in state_dict["state"].items():
         if entry:  # looking at state[p] leaves an empty entry
-            h, c = (x.contiguous().clone() for x in unpack_state(LSTMState(entry["lstm"], entry["numel"])))
-            state[key] = {"step": entry["step"], "h": h, "c": c}
-    return {**state_dict, "state": state, HEADER: _header(optimizer.rule)}
+            tensors = {name: x for name, x in entry.items() if isinstance(x, Tensor)}
+            exported = optimizer.rule.export_state(tensors, entry["numel"])
+            state[key] = {"step": entry["step"], **_copies(exported)}
+    header = _header(optimizer.rule)
+    shared = {index: _copies(tensors) for index, tensors in optimizer.shared.items() if tensors}
+    return {**state_dict, "state": state, HEADER: {**header, _SHARED: shared} if shared else header}
 
 
 def from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -61,16 +71,34 @@ def from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
         if key not in names:
             raise ValueError(f"state of {key!r} must belong to a parameter of 'param_groups', {sorted(names)}")
         param, name = names[key]
-        _check_entry(entry, name, (optimizer.rule.num_layers, param.numel(), optimizer.rule.hidden_size))
-        like = optimizer.rule.init_state(param.new_empty(0)).data
-        # An LSTMState passes the base class untouched, which would cast a tensor to the dtype of the parameter.
-        packed = pack_state(entry["h"].detach().to(like), entry["c"].detach().to(like))
-        state[key] = {"step": entry["step"], "numel": param.numel(), "lstm": packed}
+        _check_entry(entry, name)
+        tensors = optimizer.rule.import_state(entry, param, name)
+        kept = {name: Kept(x) for name, x in tensors.items()}
+        state[key] = {"step": entry["step"], "numel": param.numel(), **kept}
+    optimizer.shared = _shared(optimizer, state_dict[HEADER].get(_SHARED, {}))
     return {**state_dict, "param_groups": groups, "state": state}
 
 
-def _header(rule: CoordinatewiseLSTM) -> dict[str, int]:
-    return {"format_version": FORMAT_VERSION, "hidden_size": rule.hidden_size, "num_layers": rule.num_layers}
+def _shared(optimizer: LearnedOptimizer, saved: Any) -> dict[int, dict[str, Tensor]]:
+    """What the states of each group have in common, checked."""
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"state_dict must have {_SHARED} by group, got {type(saved).__name__}")
+    found: dict[int, dict[str, Tensor]] = {}
+    for index, tensors in saved.items():
+        if index not in range(len(optimizer.param_groups)) or not isinstance(tensors, Mapping):
+            raise ValueError(f"state_dict must have {_SHARED} tensors of its groups, got {tensors!r} for {index!r}")
+        first = optimizer.param_groups[index]["params"][0]
+        like = optimizer.rule.init_state({"": first.detach()}).shared
+        found[index] = {k: check_saved(tensors, k, x, f"group {index}").to(x).clone() for k, x in like.items()}
+    return found
+
+
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.contiguous().clone() for name, x in tensors.items()}
+
+
+def _header(rule: Rule) -> dict[str, Any]:
+    return {"format_version": FORMAT_VERSION, **rule.state_header()}
 
 
 def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any], version: int) -> list[dict[str, Any]]:
@@ -105,17 +133,8 @@ def _names(optimizer: LearnedOptimizer, saved: Sequence[Mapping[str, Any]]) -> d
     return names
 
 
-def _check_entry(entry: Any, name: str, shape: tuple[int, int, int]) -> None:
-    if not isinstance(entry, Mapping) or any(key not in entry for key in _ENTRY_KEYS):
-        got = list(entry) if isinstance(entry, Mapping) else type(entry).__name__
-        raise ValueError(f"state of {name} must be a dict with the keys {_ENTRY_KEYS}, got {got}")
-    if type(entry["step"]) is not int or entry["step"] < 0:
-        raise ValueError(f"step of {name} must be an integer of at least 0, got {entry['step']!r}")
-    for key in ("h", "c"):
-        value = entry[key]
-        is_tensor = isinstance(value, Tensor)
-        if not is_tensor or value.dtype not in _SAVED_DTYPES or value.layout != torch.strided or value.shape != shape:
-            got = f"{value.dtype} {value.layout} {list(value.shape)}" if is_tensor else type(value).__name__
-            raise ValueError(
-                f"{key} of {name} must be dense float32, float64 or bfloat16 [L, numel, H] = {list(shape)}, got {got}"
-            )
+def _check_entry(entry: Any, name: str) -> None:
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"state of {name} must be a dict, got {type(entry).__name__}")
+    if type(entry.get("step")) is not int or entry["step"] < 0:
+        raise ValueError(f"step of {name} must be an integer of at least 0, got {entry.get('step')!r}")

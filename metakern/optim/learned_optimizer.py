@@ -7,47 +7,55 @@ Axis legend: N coordinates, H hidden units, L layers.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from metakern.core.memo import outside_modes
 from metakern.core.warn import warn_user
-from metakern.ops import LSTMState
-from metakern.ops.lstm_step import PARAM_DTYPES
-from metakern.ops.lstm_step.state import TILE_LANES, tiles
+from metakern.optim import arena, tensorwise
 from metakern.optim.checkpoints import FORMAT_VERSION as FORMAT_VERSION
 from metakern.optim.checkpoints import HEADER as HEADER
-from metakern.optim.checkpoints import from_checkpoint, to_checkpoint
+from metakern.optim.checkpoints import Kept, from_checkpoint, to_checkpoint
 from metakern.optim.groups import check_group, check_rate
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import Rule
+from metakern.rules.coordinatewise import CoordinatewiseRule
+
+#: Of parameters; narrow ones are stepped in float32.
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+#: Parameters of one group that share memory or a call (Arena, Tensorwise), and the place of one of them.
+_Arena = Any
+_Slot = Any
 
 
 class LearnedOptimizer(Optimizer):
-    """Trains a model with a learned update rule; the rule itself stays as it is.
+    """Trains a model with an update rule, learned or not; the rule itself stays as it is.
 
-    θ' = (1 − lr · weight_decay) · θ + lr · rule(∇θ, state), for every coordinate of a parameter group in one launch. A
-    parameter whose ``grad`` is None is skipped: neither it nor its state moves, nor does it decay. A gradient that is
-    not finite spoils its own coordinates only.
+    θ' = (1 − lr · weight_decay) · θ + lr · rule(∇θ, state). A parameter whose ``grad`` is None is skipped: neither it
+    nor its state moves, nor does it decay. Coordinatewise rules, as :class:`metakern.rules.CoordinatewiseLSTM`, take
+    all coordinates of a parameter group in one launch, and a gradient that is not finite spoils its own coordinates
+    only. Other rules see the tensors of a group by name: those of ``named_parameters()`` if the group has them, else
+    their position among all parameters, "0", "1", ...
 
     A learned rule serves networks like those that it was meta-trained on, for as many steps, the rule's ``horizon``;
     one warning says when a parameter passes it. ``digits_lstm``, which ships, is for classifiers with one small hidden
     layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and beyond them the loss may
     rise. Other networks want an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, that a scheduler lets decay.
 
-    The state of a parameter, ``state[p]``, is its step count and the rule's (h, c), in tiles of 32 coordinates: float64
-    for float64 parameters; for all others float32, 8 · L · H bytes a coordinate, or half of that in bfloat16 if the
-    rule has ``bfloat16_state``. Memory is taken when a parameter first has a gradient. If its number of coordinates
-    changes later, ``step`` raises until ``state[p]`` is deleted.
+    The state of a parameter, ``state[p]``, is its step count and the rule's tensors. For CoordinatewiseLSTM these are
+    (h, c) in tiles of 32 coordinates: float64 for float64 parameters; for all others float32, 8 · L · H bytes a
+    coordinate, or half of that in bfloat16 if the rule has ``bfloat16_state``. Memory is taken when a parameter first
+    has a gradient. If its number of coordinates changes later, ``step`` raises until ``state[p]`` is deleted.
 
-    ``state_dict`` holds, per parameter, ``step``, ``h`` [L, numel, H] and ``c`` [L, numel, H], and under
-    ``"learned_optimizer"`` the format version, H and L. It holds copies, resumes to the same bits, loads for parameters
-    of another dtype or device and for a rule with or without ``bfloat16_state``, and with
+    ``state_dict`` holds, per parameter, ``step`` and what the rule's ``export_state`` gives, for CoordinatewiseLSTM
+    ``h`` [L, numel, H] and ``c`` [L, numel, H]; and under ``"learned_optimizer"`` the format version and the rule's
+    ``state_header``, for CoordinatewiseLSTM H and L. It holds copies, resumes to the same bits, loads for parameters of
+    another dtype or device and for a rule with or without ``bfloat16_state``, and with
     ``torch.load(weights_only=True)``. The rule's weights are not part of it: they have ``rule.save_pretrained``.
 
     Args:
@@ -67,7 +75,7 @@ class LearnedOptimizer(Optimizer):
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = LearnedOptimizer(model.parameters(), CoordinatewiseLSTM())
+        >>> optimizer = LearnedOptimizer(model.parameters(), metakern.rules.load("digits_lstm"), lr=0.1)
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(8, 4)).square().mean().backward()
@@ -76,12 +84,11 @@ class LearnedOptimizer(Optimizer):
 
     _past_horizon = False  # whether a step beyond the rule's horizon was warned of
 
-    def __init__(
-        self, params: Iterable[Any], rule: CoordinatewiseLSTM, lr: float = 1.0, weight_decay: float = 0.0
-    ) -> None:
-        if not isinstance(rule, CoordinatewiseLSTM):
-            raise TypeError(f"rule must be a metakern.rules.CoordinatewiseLSTM, got {type(rule).__name__}")
+    def __init__(self, params: Iterable[Any], rule: Rule, lr: float = 1.0, weight_decay: float = 0.0) -> None:
+        if not isinstance(rule, Rule):
+            raise TypeError(f"rule must be a metakern.rules.Rule, got {type(rule).__name__}")
         self.rule = rule
+        self.shared: dict[int, dict[str, Tensor]] = {}  # by group: what the states of its parameters have in common
         self._slots: dict[int, list[_Slot | None]] = {}
         defaults = {"lr": check_rate(lr, "lr"), "weight_decay": check_rate(weight_decay, "weight_decay")}
         super().__init__(params, defaults)
@@ -115,7 +122,8 @@ class LearnedOptimizer(Optimizer):
         Raises:
             TypeError: for a closure that is no function, a gradient that is not dense or a parameter whose dtype became
                 one that no kernel serves
-            ValueError: for an option, device or number of coordinates that does not fit (any more)
+            ValueError: for an option, device or number of coordinates that does not fit (any more), and for a rule that
+                needs the loss without a closure that returns it
 
         Errors come before the first parameter moves.
         """
@@ -128,9 +136,15 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        value = loss.detach() if isinstance(loss, Tensor) and self.rule.needs_loss else None
+        if self.rule.needs_loss and value is None:
+            raise ValueError(
+                f"closure must return the loss, a tensor, as {type(self.rule).__name__} needs it, got "
+                f"{type(loss).__name__}"
+            )
         plan = [launch for index in range(len(self.param_groups)) for launch in self._plan(index)]
-        for arena, slots, lr, weight_decay in plan:
-            arena.step_(self.rule, slots, lr, weight_decay)
+        for members, slots, lr, weight_decay in plan:
+            members.step_(slots, lr, weight_decay, value)
         if self.rule.horizon is not None and not self._past_horizon:
             steps = max((slot.entry["step"] for _, slots, *_ in plan for slot in slots), default=0)
             self._check_horizon(self.rule.horizon, steps)
@@ -156,16 +170,16 @@ class LearnedOptimizer(Optimizer):
         # Clones, because pickle writes a view with all the memory that it views.
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for p, entry in self.state.items():
-            state[p] = {**entry, "lstm": entry["lstm"].clone()} if entry else {}
-        return {**super().__getstate__(), "state": state, "rule": self.rule}
+            state[p] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in entry.items()}
+        return {**super().__getstate__(), "state": state, "rule": self.rule, "shared": self.shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take a state from unpickling, or from load_state_dict of the base class, then without a rule."""
+        self.__dict__.setdefault("shared", {})  # of what an earlier version pickled
         super().__setstate__(state)
         self._slots = {}
         for entry in self.state.values():
-            if isinstance(entry.get("lstm"), LSTMState):
-                entry["lstm"] = entry["lstm"].data
+            entry.update({key: x.tensor for key, x in entry.items() if isinstance(x, Kept)})
         if "rule" in state:  # hooks are not part of what is pickled
             self.register_state_dict_post_hook(to_checkpoint, prepend=True)
 
@@ -176,7 +190,7 @@ class LearnedOptimizer(Optimizer):
             trained_on = f", on {self.rule.trained_on}" if self.rule.trained_on else ""
             warn_user(
                 f"the rule was meta-trained for {horizon} steps{trained_on}; this is step {steps}, and beyond its "
-                "horizon the loss may rise: let a scheduler decay lr, and start other networks at an lr of 0.03 to 0.3"
+                f"horizon the loss may rise: {self.rule.advice_beyond_horizon}"
             )
 
     # -------------------------------------------------------------------------------------------- what a step moves
@@ -202,52 +216,62 @@ class LearnedOptimizer(Optimizer):
                     "nn.Embedding with sparse=False, or let p.grad = p.grad.to_dense() before the step"
                 )
             active.setdefault(slot.arena, []).append(slot)
-        for arena, members in active.items():
-            if arena.params.device != self.rule.head.weight.device:
+        device = _device(self.rule)
+        for members, of_group in active.items():
+            if device is not None and members.device != device:
                 raise ValueError(
-                    f"rule must be on the device of the parameters of group {index}, {arena.params.device}, "
-                    f"got {self.rule.head.weight.device}"
+                    f"rule must be on the device of the parameters of group {index}, {members.device}, got {device}"
                 )
-            yield arena, members, lr, weight_decay
+            yield members, of_group, lr, weight_decay
 
     def _build(self, index: int) -> list[_Slot | None]:
         """New arenas for the parameters of group ``index`` that have a gradient or a state; the state moves there."""
         params = self.param_groups[index]["params"]
-        kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+        wide = isinstance(self.rule, CoordinatewiseRule)
+        kinds: dict[Any, list[int]] = {}
         for position, p in enumerate(params):
             entry = self.state.get(p)
             if p.grad is None and not entry:
                 continue
             self._check_param(index, position)
-            if entry and entry["lstm"].shape[1:4:2] != (self.rule.num_layers, self.rule.hidden_size):
-                raise ValueError(
-                    f"rule must have the layers and hidden units of the state of {self.name_of(index, position)}, "
-                    f"{list(entry['lstm'].shape[1:4:2])}, got {[self.rule.num_layers, self.rule.hidden_size]}"
-                )
-            if entry and entry["numel"] != p.numel():
-                raise ValueError(
-                    f"{self.name_of(index, position)} must keep the {entry['numel']} coordinates that its state has, "
-                    f"got {p.numel()}; delete optimizer.state[parameter] to let it start anew"
-                )
-            kinds.setdefault((p.dtype, p.device), []).append(position)
+            if entry:
+                self._check_state(entry, index, position)
+            kinds.setdefault((p.dtype, p.device) if wide else p.device, []).append(position)
         slots: list[_Slot | None] = [None] * len(params)
         for positions in kinds.values():
             members = [params[position] for position in positions]
-            arena = _Arena(self.rule, members)
-            for position, p, slot in zip(positions, members, arena.slots(members), strict=True):
+            if isinstance(self.rule, CoordinatewiseRule):
+                of_members: _Arena = arena.Arena(self.rule, members)
+            else:
+                named = {self._rule_name(index, position): params[position] for position in positions}
+                of_members = tensorwise.Tensorwise(self.rule, named, self.shared.setdefault(index, {}))
+            for position, p, slot in zip(positions, members, of_members.slots(members), strict=True):
                 slot.adopt(self.state[p])
                 slots[position] = slot
         self._slots[index] = slots
         return slots
 
+    def _check_state(self, entry: dict[str, Any], index: int, position: int) -> None:
+        """Raise ValueError where the state of a parameter is one of another rule or of another size."""
+        p, name = self.param_groups[index]["params"][position], self.name_of(index, position)
+        if entry["numel"] != p.numel():
+            raise ValueError(
+                f"{name} must keep the {entry['numel']} coordinates that its state has, got {p.numel()}; delete "
+                "optimizer.state[parameter] to let it start anew"
+            )
+        if isinstance(self.rule, CoordinatewiseRule):
+            arena.check_state(self.rule, entry, name)
+        else:
+            tensorwise.check_state(self.rule, entry, p, name)
+
     def _check_param(self, index: int, position: int) -> None:
-        p, device = self.param_groups[index]["params"][position], self.rule.head.weight.device
-        if p.dtype not in PARAM_DTYPES or p.layout != torch.strided:
+        p, device = self.param_groups[index]["params"][position], _device(self.rule)
+        if p.dtype not in DTYPES or p.layout != torch.strided:
             what = p.dtype if p.layout == torch.strided else p.layout
             raise TypeError(
                 f"{self.name_of(index, position)} must be dense and float32, bfloat16, float16 or float64, got {what}"
             )
-        if p.device != device:
+        if device is not None and p.device != device:
             raise ValueError(
                 f"{self.name_of(index, position)} must be on the device of the rule, {device}, got {p.device}"
             )
@@ -260,95 +284,15 @@ class LearnedOptimizer(Optimizer):
             return f"parameter {group['param_names'][position]!r} {shape}"
         return f"parameter {position} of group {index} {shape}"
 
-
-# ------------------------------------------------------------------------------------------------------------ arena
-
-
-@dataclass(eq=False, slots=True)
-class _Slot:
-    """The place of one parameter in an arena: whole tiles, so that its state is a contiguous slice of the arena's."""
-
-    arena: _Arena
-    param: Tensor
-    first: int  # tile
-    last: int  # tile behind the last
-    params: Tensor  # view of the arena's in the shape of the parameter; likewise grads
-    grads: Tensor
-    state: Tensor  # view [last - first, L, 2, H, 32]
-    entry: dict[str, Any]  # state[param] of the optimizer
-
-    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: CoordinatewiseLSTM) -> bool:
-        """Whether nothing changed since the slot was made: the parameter's kind and shape, its state, the rule's."""
-        view = self.params
-        return (
-            self.param is p
-            and self.entry is entry
-            and self.entry.get("lstm") is self.state
-            and view.shape == p.shape
-            and view.dtype == p.dtype
-            and view.device == p.device
-            and self.arena.bfloat16_state == rule.bfloat16_state
-        )
-
-    def adopt(self, entry: dict[str, Any]) -> None:
-        """Move the state of ``entry`` in, casting it, or start at zero; ``entry`` then shows this slot's memory."""
-        if entry:
-            self.state.copy_(entry["lstm"])
-        else:
-            entry.update(step=0, numel=self.param.numel())
-        entry["lstm"] = self.state
-        self.entry = entry
+    def _rule_name(self, index: int, position: int) -> str:
+        """How the rule sees a parameter."""
+        group = self.param_groups[index]
+        if "param_names" in group:
+            return str(group["param_names"][position])
+        return str(sum(len(other["params"]) for other in self.param_groups[:index]) + position)
 
 
-class _Arena:
-    """Flat parameters, flat gradients and packed state of parameters of one dtype and device, one slot after another.
-
-    Lanes between a parameter's last coordinate and the end of its last tile compute on zeros and are never read.
-    """
-
-    def __init__(self, rule: CoordinatewiseLSTM, members: Sequence[Tensor]) -> None:
-        self.count = len(members)
-        with outside_modes():  # they are kept for later steps
-            self.params = members[0].new_zeros(sum(tiles(p.numel()) for p in members) * TILE_LANES, requires_grad=False)
-            self.grads = torch.zeros_like(self.params)
-            self.state = rule.init_state(self.params)
-        self.bfloat16_state = rule.bfloat16_state
-
-    def slots(self, members: Iterable[Tensor]) -> Iterator[_Slot]:
-        """One for each of the constructor's members, in order. The arena keeps none: a cycle would keep its memory."""
-        first = 0
-        for p in members:
-            last, start = first + tiles(p.numel()), first * TILE_LANES
-            params, grads = (x[start : start + p.numel()].view(p.shape) for x in (self.params, self.grads))
-            yield _Slot(self, p, first, last, params, grads, self.state.data[first:last], {})
-            first = last
-
-    def step_(self, rule: CoordinatewiseLSTM, slots: Sequence[_Slot], lr: float, weight_decay: float) -> None:
-        """Update the parameters of ``slots``, which are in order: one launch for each run of neighbours."""
-        params = [slot.param for slot in slots]
-        views = [slot.params for slot in slots]
-        torch._foreach_copy_(views, params)
-        if weight_decay:
-            torch._foreach_mul_(views, 1 - lr * weight_decay)
-        torch._foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
-        if len(slots) == self.count:
-            rule.step_(self.params, self.grads, self.state, lr)
-        else:
-            for first, last in _runs(slots):
-                lanes = slice(first * TILE_LANES, last * TILE_LANES)
-                state = LSTMState(self.state.data[first:last], (last - first) * TILE_LANES)
-                rule.step_(self.params[lanes], self.grads[lanes], state, lr)
-        torch._foreach_copy_(params, views)
-        for slot in slots:
-            slot.entry["step"] += 1
-
-
-def _runs(slots: Sequence[_Slot]) -> Iterator[tuple[int, int]]:
-    """Ranges of tiles that neighbouring slots cover."""
-    first, last = slots[0].first, slots[0].last
-    for slot in slots[1:]:
-        if slot.first != last:
-            yield first, last
-            first = slot.first
-        last = slot.last
-    yield first, last
+def _device(rule: Rule) -> torch.device | None:
+    """The device of a rule's weights; None for a rule without any, which serves parameters anywhere."""
+    weight = next(itertools.chain(rule.parameters(), rule.buffers()), None)
+    return None if weight is None else weight.device

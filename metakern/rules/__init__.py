@@ -1,5 +1,27 @@
 """Update rules: modules that turn parameters, gradients and a state into new parameters and a new state."""
 
+from metakern.rules.adam import Adam
+from metakern.rules.gradient_descent import GradientDescent
 from metakern.rules.lstm import CoordinatewiseLSTM
+from metakern.rules.momentum import Momentum
+from metakern.rules.pretrained import PretrainedRule, load
+from metakern.rules.protocol import Rule, RuleState
+from metakern.rules.registry import get, register
 
-__all__ = ["CoordinatewiseLSTM"]
+register(Adam)
+register(CoordinatewiseLSTM)
+register(GradientDescent)
+register(Momentum)
+
+__all__ = [
+    "Adam",
+    "CoordinatewiseLSTM",
+    "GradientDescent",
+    "Momentum",
+    "PretrainedRule",
+    "Rule",
+    "RuleState",
+    "get",
+    "load",
+    "register",
+]

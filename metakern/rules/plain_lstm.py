@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from metakern.ops.lstm_step.reference import gradient_features
-from metakern.rules.lstm import CoordinatewiseLSTM, flatten
+from metakern.rules.protocol import Params, Rule, flatten, tensor_leaves
+
+if TYPE_CHECKING:
+    from metakern.rules.lstm import CoordinatewiseLSTM
 
 PlainState = list[tuple[Tensor, Tensor]]
 
 
-class PlainLSTM(nn.Module):
+class PlainLSTM(Rule):
     """``nn.LSTMCell`` s and ``nn.Linear``, a launch for every operation; the calls of :class:`CoordinatewiseLSTM`.
 
     It takes the formulas as they stand: an infinite gradient saturates its gates here and is not marked by NaN.
@@ -34,14 +37,17 @@ class PlainLSTM(nn.Module):
         self.preprocess, self.preprocess_scale = rule.preprocess, rule.preprocess_scale
         self.output_scale = rule.output_scale
 
-    def init_state(self, params: Any) -> PlainState:
+    def init_state(self, params: Params, *, tasks: bool = False) -> PlainState:
         """Zero (h, c), each [N, H], of every layer."""
-        leaves = pytree.tree_leaves(params)
+        leaves = tensor_leaves(params, tasks=tasks)
         n = sum(leaf.numel() for leaf in leaves)
         return [(leaves[0].new_zeros(n, self.head.in_features),) * 2 for _ in self.cells]
 
-    def forward(self, params: Any, grads: Any, state: PlainState) -> tuple[Any, PlainState]:
+    def forward(
+        self, params: Params, grads: Params, state: PlainState, *, loss: Tensor | None = None
+    ) -> tuple[Any, PlainState]:
         """One step for every coordinate; arguments as for :meth:`CoordinatewiseLSTM.forward`."""
+        del loss
         leaves, structure = pytree.tree_flatten(params)
         x = gradient_features(flatten(pytree.tree_leaves(grads)), self.preprocess, self.preprocess_scale)
         new_state = []

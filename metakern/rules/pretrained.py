@@ -2,47 +2,50 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import typing
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self, TypeVar
 
 import torch
-from huggingface_hub import ModelCard, PyTorchModelHubMixin, constants, snapshot_download
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from metakern.core.checksum import check_digest, digest
 from metakern.core.files import check_targets, write_whole
-from metakern.core.plain_data import check_flat, quoted, read_json
+from metakern.core.plain_data import check_flat, read_json
+from metakern.core.requirements import required
+from metakern.core.text import quoted
+from metakern.rules import hub
+from metakern.rules.model_card import MARK, model_card
+from metakern.rules.protocol import Rule
+from metakern.rules.registry import get, name_of
+
+#: Names of the files in a folder of save_pretrained; the Hub expects them.
+CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 #: Version of the saved format; a file of another version is refused.
 FORMAT_VERSION = "1"
 
-#: Options that a saved rule need not have: how a rule runs, and what is known of it.
-OPTIONAL = ("precision", "bfloat16_state", "backend", "horizon", "trained_on")
-
-#: Options of from_pretrained that say what to fetch.
-_HUB_OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token")
-
 _WEIGHT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_CARD_MARK = "<!-- written by save_pretrained of metakern, which replaces it -->"
+
+_Saved = TypeVar("_Saved", bound="PretrainedRule")
 
 
-class PretrainedRule(nn.Module, PyTorchModelHubMixin):
+class PretrainedRule(Rule):
     """Base of rules that are saved and shared: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
 
-    Files hold tensors and JSON alone: loading one runs no code.
+    The arguments of the constructor are saved as ``config.json``, and must be attributes of the same names: numbers,
+    texts, and learned numbers, tensors [] that are weights too. The weights are saved by the names of ``state_dict``.
+    Files hold tensors and JSON alone: loading one runs no code. The Hub needs ``pip install 'metakern[hub]'``.
 
     Attributes:
-        horizon: steps that the rule was meta-trained for, or None
-        trained_on: what it was meta-trained on, or None
+        optional_options: arguments of the constructor that a saved rule need not have
     """
 
-    horizon: int | None
-    trained_on: str | None
+    optional_options: ClassVar[tuple[str, ...]] = ("horizon", "trained_on")
 
     @classmethod
     def pretrained(cls, name: str) -> Self:
@@ -55,156 +58,200 @@ class PretrainedRule(nn.Module, PyTorchModelHubMixin):
         Raises:
             ValueError: for a name that does not; the message lists those that do.
         """
-        shipped = _shipped()
-        if name not in shipped:
-            raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
-        return cls._from_folder(shipped[name])
+        return cls._from_folder(shipped_folder(name))
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> Self:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **kwargs: Any
+    ) -> Self:
         """Load a rule from a folder of ``save_pretrained``, or by its name: what ships first, then the Hub.
 
         Args:
             pretrained_model_name_or_path: the folder, the name of a rule that ships with the package, or the rule's
                 name on the Hugging Face Hub, ``"owner/name"``
-            kwargs: options that replace the saved ones, and those of ``huggingface_hub.PyTorchModelHubMixin``
+            map_location: device of the weights
+            kwargs: options that replace the saved ones; and for the Hub ``revision``, ``cache_dir``,
+                ``force_download``, ``local_files_only`` and ``token``, as ``huggingface_hub.snapshot_download`` has
+                them
 
         Raises:
             ValueError: for files that are missing, damaged, of another version or at odds, and for a name that is none;
                 the message names them.
+            TypeError: for an option that the rule does not have
+            ModuleNotFoundError: for a name of the Hub where huggingface_hub is not installed
         """
-        fetch = {key: kwargs.pop(key) for key in _HUB_OPTIONS if key in kwargs}
-        return cls._from_folder(_find(pretrained_model_name_or_path, fetch), **kwargs)
+        fetch = {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs}
+        return cls._from_folder(_find(pretrained_model_name_or_path, fetch), map_location, **kwargs)
 
     @classmethod
-    def _from_folder(cls, folder: Path, **kwargs: Any) -> Self:
+    def _from_folder(cls, folder: Path, map_location: str | torch.device = "cpu", **given: Any) -> Self:
+        known = cls.option_types()
+        unknown = given.keys() - known.keys()
+        if unknown:
+            raise TypeError(f"options of {cls.__name__} are {sorted(known)}, got {quoted(sorted(unknown))}")
+        config = _read_config(folder, known, cls.optional_options)
+        weights = _read_weights(folder / WEIGHTS, name_of(cls), map_location)
+        try:
+            rule = cls.from_saved(config | given, weights)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG} does not describe a {cls.__name__}: {error}") from error
+        return _with_weights(rule, weights, folder / WEIGHTS, map_location)
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """A rule of saved options, whose weights are loaded next; null is a learned number among the weights."""
+        learned = [name for name, value in options.items() if value is None and name in weights]
+        return cls(**options | {name: nn.Parameter(weights[name].clone()) for name in learned})
+
+    def saved_options(self) -> dict[str, Any]:
+        """The constructor's options as they are now, for config.json; null for learned numbers."""
+        options = {name: getattr(self, name) for name in self.option_types()}
+        return {name: None if isinstance(value, Tensor) else value for name, value in options.items()}
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """The constructor's options and their types; all are saved."""
         hints = typing.get_type_hints(cls.__init__)
-        options = {name: hints.get(name, Any) for name in cls._hub_mixin_init_parameters if name != "self"}
-        _check_folder(folder, options)
-        return super().from_pretrained(str(folder), **kwargs)
+        return {name: hints.get(name, Any) for name in inspect.signature(cls).parameters}
 
-    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
-        """A card that says what the rule is, what it was trained on if that is known, and its limits."""
-        if args or kwargs:
-            raise TypeError(f"the model card takes no arguments, got {[*args, *kwargs]}")
-        name = type(self).__name__
-        trained = "It is not recorded what this rule was meta-trained on."
-        limits = (
-            "A learned optimizer serves networks like those that it was meta-trained on, and for as many steps. "
-            "Beyond them its loss may stall or rise."
-        )
-        if self.trained_on is not None:
-            trained = f"Meta-trained on {self.trained_on.rstrip('.')}."
-        if self.horizon is not None:
-            trained += f" Its episodes had {self.horizon} steps."
-            limits += f" LearnedOptimizer warns once after step {self.horizon}."
-        else:
-            trained += " It is not recorded for how many steps."
-        content = f"""---
-library_name: metakern
-tags:
-- learned-optimizer
-- meta-learning
----
-{_CARD_MARK}
+    def save_pretrained(
+        self, save_directory: str | Path, *, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> str | None:
+        """Write the options, the weights and a model card into a folder.
 
-# {name}
+        A card that is there and was not written by this method stays.
 
-{self.described()}
+        Args:
+            save_directory: the folder; it is made if need be
+            push_to_hub: whether to upload the rule too
+            repo_id: its name on the Hub; the folder's name by default
+            kwargs: further arguments of :meth:`push_to_hub`
 
-## Training
+        Returns:
+            the URL of the commit on the Hub, or None
 
-{trained}
+        Raises:
+            ValueError: for weights that could not be loaded again: NaN, infinity, several dtypes
+            OSError: where a link or a folder has the name of a file to write
+        """
+        if kwargs and not push_to_hub:
+            raise TypeError(f"{sorted(kwargs)} need push_to_hub=True")
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._save(folder)
+        return self.push_to_hub(repo_id or folder.name, **kwargs) if push_to_hub else None
 
-## Limits
-
-{limits} For other networks tune `lr` as for any optimizer, and let it decay; `digits_lstm` wants 0.03 to 0.3.
-
-## Use
-
-```python
-from metakern.optim.learned_optimizer import LearnedOptimizer
-from metakern.rules import {name}
-
-rule = {name}.from_pretrained("path/to/this/folder")
-optimizer = LearnedOptimizer(model.parameters(), rule)
-```
-"""
-        return ModelCard(content)
-
-    def described(self) -> str:
-        """What the rule is, for its model card."""
-        raise NotImplementedError
-
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def _save(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         _check_weights("the rule", tensors)
+        options = json.dumps(self.saved_options(), sort_keys=True, indent=2)
         metadata = {
             "format": "pt",
             "metakern_format": FORMAT_VERSION,
-            "rule": type(self).__name__,
+            "rule": name_of(type(self)),
             "sha256": digest(tensors),
         }
-        # The files that huggingface_hub writes beside them, too: none goes where a link points to.
-        names = constants.SAFETENSORS_SINGLE_FILE, constants.CONFIG_NAME, constants.REPOCARD_NAME
-        check_targets(save_directory, names)
-        write_whole(save_directory / constants.SAFETENSORS_SINGLE_FILE, save(tensors, metadata=metadata))
-        # The options as they are now, where the base class would write those of the constructor.
-        options = {name: getattr(self, name) for name in self._hub_mixin_init_parameters if name != "self"}
-        text = json.dumps(options, sort_keys=True, indent=2)
-        write_whole(save_directory / constants.CONFIG_NAME, text.encode())
-        card = save_directory / constants.REPOCARD_NAME
-        if card.is_file() and _CARD_MARK in card.read_text(errors="replace"):
-            card.unlink()  # of what was saved here before; the base class leaves a card that is there
+        check_targets(folder, (WEIGHTS, CONFIG, CARD))
+        with required():
+            from safetensors.torch import save
+        write_whole(folder / WEIGHTS, save(tensors, metadata=metadata))
+        write_whole(folder / CONFIG, options.encode())
+        card = folder / CARD
+        if not card.exists() or MARK in card.read_text(errors="replace"):
+            write_whole(card, model_card(self).encode())
 
-    @classmethod
-    def _from_pretrained(
-        cls,
-        *,
-        model_id: str,
-        map_location: str = "cpu",
-        strict: bool = True,
-        revision: str | None = None,
-        cache_dir: str | Path | None = None,
-        force_download: bool = False,
-        local_files_only: bool = False,
-        token: str | bool | None = None,
-        **model_kwargs: Any,
-    ) -> Self:
-        """Build the rule that config.json describes, and load the weights; what says where to fetch from is unused."""
-        try:
-            rule = cls(**model_kwargs)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{model_id}/config.json does not describe a {cls.__name__}: {error}") from error
-        path = str(Path(model_id) / constants.SAFETENSORS_SINGLE_FILE)
-        return cls._load_as_safetensor(rule, path, map_location, strict)
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload the rule to the Hugging Face Hub, in one commit.
 
-    @classmethod
-    def _load_as_safetensor(  # type: ignore[override]  # the base class leaves the model's type open
-        cls, model: Self, model_file: str, map_location: str, strict: bool
-    ) -> Self:
-        """Load the weights; ValueError names the file where it is damaged, of another version or of another rule."""
-        try:
-            with safe_open(model_file, framework="pt", device=map_location) as file:
-                found = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{model_file} is truncated, damaged or not a safetensors file: {error}") from error
-        for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", cls.__name__)):
-            if found.get(key) != expected:
-                raise ValueError(f"{model_file} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
-        check_digest(model_file, found, tensors)
-        _check_weights(model_file, tensors)
-        for tensor in tensors.values():
-            model.to(tensor.dtype)  # or loading would round
-            break
-        try:
-            model.load_state_dict(tensors, strict=True)
-        except RuntimeError as error:
-            raise ValueError(
-                f"{model_file} does not hold the weights that its config.json describes: {error}"
-            ) from error
-        return model.to(map_location).eval()
+        Args:
+            repo_id: its name, ``"owner/name"``
+            kwargs: ``private`` and ``token``, and what ``huggingface_hub.HfApi.upload_folder`` takes:
+                ``commit_message``, ``branch`` (its ``revision``), ``create_pr``, ``allow_patterns``,
+                ``ignore_patterns``, ``delete_patterns``
+
+        Returns:
+            the URL of the commit
+
+        Raises:
+            ModuleNotFoundError: where huggingface_hub is not installed
+        """
+        return hub.upload(self._save, repo_id, **kwargs)
+
+    def generate_model_card(self) -> Any:
+        """The card as a ``huggingface_hub.ModelCard``."""
+        return hub.card(model_card(self))
+
+
+def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **options: Any) -> PretrainedRule:
+    """Load a saved rule of any registered class; its file says which.
+
+    Args:
+        name_or_path: as for :meth:`PretrainedRule.from_pretrained`, likewise all below
+        map_location: device of the weights
+        options: options that replace the saved ones, and those of the Hub
+
+    Raises:
+        ValueError: for a rule whose class is not registered, and as from_pretrained
+        TypeError, ModuleNotFoundError: as from_pretrained
+
+    Example:
+        >>> rule = metakern.rules.load("digits_lstm")
+    """
+    folder = _find(name_or_path, {key: options.pop(key) for key in hub.OPTIONS if key in options})
+    _check_files(folder)
+    found, _ = _read_file(folder / WEIGHTS, "cpu")
+    try:
+        rule = get(str(found.get("rule")))
+    except ValueError as error:
+        raise ValueError(f"{folder / WEIGHTS}: {error}") from error
+    if not issubclass(rule, PretrainedRule):
+        raise ValueError(
+            f"{folder / WEIGHTS} is of the rule {found['rule']}, which is no metakern.rules.PretrainedRule"
+        )
+    return rule._from_folder(folder, map_location, **options)
+
+
+def _read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Metadata and tensors of a safetensors file."""
+    with required():
+        from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework="pt", device=str(map_location)) as file:
+            found = file.metadata() or {}
+            return found, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is truncated, damaged or not a safetensors file: {error}") from error
+
+
+def _read_weights(path: Path, rule: str, map_location: str | torch.device) -> dict[str, Tensor]:
+    """The weights; ValueError names the file where it is damaged, of another version or of another rule."""
+    found, tensors = _read_file(path, map_location)
+    for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", rule)):
+        if found.get(key) != expected:
+            raise ValueError(f"{path} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")
+    check_digest(path, found, tensors)
+    _check_weights(str(path), tensors)
+    return tensors
+
+
+def _with_weights(rule: _Saved, weights: Mapping[str, Tensor], path: Path, map_location: str | torch.device) -> _Saved:
+    """The rule with the weights, on their device; ValueError where they are those of other options."""
+    for tensor in weights.values():
+        rule.to(tensor.dtype)  # or loading would round
+        break
+    try:
+        rule.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not hold the weights that its config.json describes: {error}") from error
+    return rule.to(map_location).eval()
+
+
+def shipped_folder(name: str) -> Path:
+    """The folder of a rule that ships with the package; ValueError for a name that does not, with those that do."""
+    shipped = _shipped()
+    if name not in shipped:
+        raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
+    return shipped[name]
 
 
 def _shipped() -> dict[str, Path]:
@@ -216,7 +263,7 @@ def _shipped() -> dict[str, Path]:
 def _find(name_or_path: str | Path, fetch: dict[str, Any]) -> Path:
     """The folder of a rule; one that does not ship, and is no folder here, is fetched from the Hub."""
     folder, name, shipped = Path(name_or_path).expanduser(), str(name_or_path), _shipped()
-    if folder.is_dir() and (name not in shipped or (folder / constants.CONFIG_NAME).exists()):
+    if folder.is_dir() and (name not in shipped or (folder / CONFIG).exists()):
         return folder
     if isinstance(name_or_path, Path) or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ValueError(f"{folder} is not a folder")
@@ -227,23 +274,26 @@ def _find(name_or_path: str | Path, fetch: dict[str, Any]) -> Path:
             f"a pretrained rule must be a folder, one of {', '.join(shipped)}, which ship with the package, or "
             f"'owner/name' on the Hugging Face Hub, got {name!r}"
         )
-    files = [constants.CONFIG_NAME, constants.SAFETENSORS_SINGLE_FILE]
-    return Path(snapshot_download(name, allow_patterns=files, **fetch))
+    return hub.download(name, [CONFIG, WEIGHTS], fetch)
 
 
-def _check_folder(folder: Path, options: dict[str, Any]) -> None:
-    """Raise ValueError unless the folder holds both files and config.json holds every option, each of its type."""
-    config = folder / constants.CONFIG_NAME
-    for needed in (config, folder / constants.SAFETENSORS_SINGLE_FILE):
+def _check_files(folder: Path) -> None:
+    for needed in (folder / CONFIG, folder / WEIGHTS):
         if not needed.is_file():
             raise ValueError(f"{folder} is not a folder of save_pretrained: it lacks {needed.name}")
+
+
+def _read_config(folder: Path, options: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:
+    """The options in config.json; ValueError where a file or an option is missing, or of another type."""
+    config = folder / CONFIG
+    _check_files(folder)
     try:
         content = check_flat(read_json(config))
     except OSError as error:
         raise ValueError(f"{config} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(f"{config} is damaged or no configuration: {error}") from error
-    needed_options = options.keys() - set(OPTIONAL)
+    needed_options = options.keys() - set(optional)
     if not needed_options <= content.keys():
         raise ValueError(f"{config} must hold the options {sorted(needed_options)}, got {quoted(sorted(content))}")
     for name, value in content.items():
@@ -253,6 +303,7 @@ def _check_folder(folder: Path, options: dict[str, Any]) -> None:
             raise ValueError(
                 f"{config}: {name} must be {_kind(options[name])}, got {quoted(value)} of type {type(value).__name__}"
             )
+    return content
 
 
 def _is_of(value: Any, kind: Any) -> bool:
@@ -260,11 +311,13 @@ def _is_of(value: Any, kind: Any) -> bool:
     if kind is Any:
         return True
     kinds = typing.get_args(kind) or (kind,)
-    return type(value) in kinds or (type(value) is int and float in kinds)
+    learned = value is None and Tensor in kinds
+    return type(value) in kinds or (type(value) is int and float in kinds) or learned
 
 
 def _kind(kind: Any) -> str:
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
+    words[Tensor] = "null"  # learned, and among the weights
     return " or ".join(words[each] for each in typing.get_args(kind) or (kind,))
 
 

@@ -1,4 +1,4 @@
-"""Learning rates of the inner loop, and the numbers that calls take: checked, and brought into one form.
+"""Learning rates of the inner loop: checked, and brought into one form.
 
 Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -6,7 +6,6 @@ Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the 
 from __future__ import annotations
 
 import math
-import numbers
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from metakern.core.checks import check_rate
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ class LearningRates:
     per_step: bool
 
 
-def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> LearningRates:
+def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int | None) -> LearningRates:
     """α from a number, a tensor of one element, a mapping by name, or a sequence in the order of ``params``.
 
     Args:
         lr: see :func:`metakern.adapt`; in a mapping, names or glob patterns
         params: what is adapted, each [*shape]
-        steps: K
+        steps: K; None where no rate goes by step
     """
     # What most calls bring, before the kinds that cost to recognise. A rate that changes between calls is symbolic to
     # torch.compile, which compares it, but cannot ask math.isfinite.
@@ -53,8 +54,13 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int) -> Learnin
     return LearningRates(float(lr), False)
 
 
-def rates_by_name(lr: Any, names: Sequence[str]) -> dict[str, Any]:
+def rates_by_name(lr: Any, names: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
     """The entry for each of ``names`` in a mapping by name or glob pattern: its own, else the first that matches.
+
+    Args:
+        lr: the mapping
+        names: of parameters
+        strict: whether every entry must serve one of them
 
     Raises:
         ValueError: for a name without an entry, and for a pattern that matches none or comes after one that leaves it
@@ -69,14 +75,14 @@ def rates_by_name(lr: Any, names: Sequence[str]) -> dict[str, Any]:
             chosen[name] = keys[0]
     missing, unknown = [name for name in names if name not in chosen], [key for key in lr if key not in names]
     unknown = [key for key in unknown if not matches.get(key)]
-    if missing or unknown:
+    if missing or (unknown and strict):
         raise ValueError(
             f"lr must name the adapted parameters, {list(names)}, or match them by glob patterns: missing {missing}, "
             f"not among them {unknown}"
         )
     for key, matched in matches.items():
         takers = [chosen[name] for name in matched if chosen[name] in patterns]
-        if takers and key not in takers:
+        if strict and takers and key not in takers:
             raise ValueError(f"lr: {key!r} comes after {takers[0]!r}, which matches before it; put {key!r} first")
     return {name: lr[key] for name, key in chosen.items()}
 
@@ -87,39 +93,12 @@ def matching(pattern: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern))
 
 
-def check_rate(name: str, lr: Any) -> None:
-    """Raise unless a learning rate is a finite number or a floating tensor of one element."""
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"{name} must be a number or a tensor of 1 element, got shape {list(lr.shape)}")
-        return
-    if not is_number(lr):
-        raise TypeError(f"{name} must be a number or a tensor, got {type(lr).__name__}")
-    if not -math.inf < lr < math.inf:
-        raise ValueError(f"{name} must be finite, got {lr}")
-
-
-def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """The value as an integer, NumPy's too; raise unless it is one of at least ``minimum``."""
-    if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    count = int(value)
-    if count < minimum:
-        raise ValueError(f"{name} must be at least {minimum}, got {count}")
-    return count
-
-
 def real_dtype(p: Tensor) -> torch.dtype:
     """The dtype of a learning rate for the parameter: its own, or that of a complex parameter's parts."""
     return p.dtype.to_real() if p.is_complex() else p.dtype
 
 
-def is_number(value: Any) -> bool:
-    """Whether it is a real number, one of NumPy's too; a bool is none."""
-    return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
-
-
-def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int) -> LearningRates:
+def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int | None) -> LearningRates:
     """α from one entry a parameter tensor."""
     values, layouts = {}, {}
     for name, rate in rates.items():
@@ -136,8 +115,7 @@ def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], st
             f"lr[{ambiguous[0]!r}] of shape [{steps}] may mean one a parameter or one a step: give "
             f"[{steps}, {steps}], one a step and parameter"
         )
-    per_step = bool(kinds & {"step"})
-    if not per_step:
+    if steps is None or not kinds & {"step"}:
         return LearningRates(list(values.values()), False)
     spread = [
         value if layouts[name] & {"step"} else value.expand(steps, *value.shape) for name, value in values.items()
@@ -145,18 +123,19 @@ def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], st
     return LearningRates(spread, True)
 
 
-def _layouts(name: str, value: Tensor, p: Tensor, steps: int) -> set[str]:
+def _layouts(name: str, value: Tensor, p: Tensor, steps: int | None) -> set[str]:
     """What the shape of a learning rate may mean: "tensor" [], "parameter" [*shape], "step" [K] or [K, *shape]."""
     if value.dim() == 0:
         return {"tensor"}
     if value.dtype != real_dtype(p):
         raise TypeError(f"lr[{name!r}] must have the parameter's dtype, {real_dtype(p)}, got {value.dtype}")
     found = set()
+    by_step = () if steps is None else ((steps,), (steps, *p.shape))
     if value.shape == p.shape:
         found.add("parameter")
-    if value.shape in ((steps,), (steps, *p.shape)):
+    if value.shape in by_step:
         found.add("step")
     if not found:
-        shapes = " or ".join(str(list(s)) for s in ((), tuple(p.shape), (steps,), (steps, *p.shape)))
+        shapes = " or ".join(str(list(s)) for s in ((), tuple(p.shape), *by_step))
         raise ValueError(f"lr[{name!r}] must have shape {shapes}, got {list(value.shape)}")
     return found

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustering import ClusterSampler
 from metakern.models import conv4, mlp
@@ -81,7 +81,7 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
         loss=loss,
         steps=settings.steps or 1,
         eval_steps=settings.eval_steps,
-        lr=settings.inner_lr or 0.0,
+        inner_lr=settings.inner_lr or 0.0,
         rates=settings.rates.replace("-", "_"),
         first_order=settings.first_order,
         parameters=parameters,

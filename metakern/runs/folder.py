@@ -1,4 +1,4 @@
-"""The folder of a run as commands open and read it; :mod:`metakern.training.run_files` says what is in it."""
+"""The folder of a run as commands open and read it; :mod:`metakern.runs.run_files` says what is in it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import nn
 
 from metakern.core.checksum import check_digest
 from metakern.core.files import check_targets
-from metakern.core.plain_data import CONFIG_BYTES, check_flat, one_line, parse_yaml, quoted, read_text
-from metakern.training.lock import is_in_use
-from metakern.training.run_files import (
-    CHECKPOINTS,
+from metakern.core.plain_data import CONFIG_BYTES, check_flat, parse_yaml, read_text
+from metakern.core.text import one_line, quoted
+from metakern.runs.run_files import (
     CONFIG,
     ENVIRONMENT,
     FIGURES,
@@ -32,6 +31,8 @@ from metakern.training.run_files import (
     write_json,
     write_text,
 )
+from metakern.training.checkpoints import CHECKPOINTS
+from metakern.training.lock import is_in_use
 
 __all__ = [
     "CHECKPOINTS",

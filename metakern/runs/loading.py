@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from metakern.core.plain_data import one_line, quoted
-from metakern.rules import CoordinatewiseLSTM
+from metakern.core.text import one_line, quoted
+from metakern.rules import Rule
+from metakern.rules import load as load_rule
 from metakern.runs.fewshot import make_learner, make_tasks
 from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config
 from metakern.runs.problems import PROBLEMS, make_rule_learner
@@ -39,7 +40,7 @@ class LoadedRun:
     settings: dict[str, Any] = field(repr=False)
 
     @property
-    def rule(self) -> CoordinatewiseLSTM:
+    def rule(self) -> Rule:
         """The learned optimizer of ``train optimizer``, for :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
 
         Raises:
@@ -47,7 +48,7 @@ class LoadedRun:
         """
         if self.command != "optimizer":
             raise AttributeError(f"{self.folder} is a run of `metakern train {self.command}` and has no rule")
-        rule: CoordinatewiseLSTM = self.learner.rule
+        rule: Rule = self.learner.rule
         return rule
 
 
@@ -126,7 +127,7 @@ def _load_best(folder: Path, command: str, learner: Any) -> None:
     elif command == "maml":
         load_weights(folder, learner)
     else:
-        learner.rule.load_state_dict(CoordinatewiseLSTM.from_pretrained(folder).state_dict())
+        learner.rule.load_state_dict(load_rule(folder).state_dict())
 
 
 def _load_from_checkpoint(folder: Path, learner: nn.Module) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from metakern.learners import RuleLearner
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import get
 from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
 from metakern.tasks.classic_functions import FUNCTIONS
 
@@ -23,6 +23,9 @@ PROBLEMS: dict[str, Callable[[], Optimizees]] = {
     **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
 }
 
+#: The rule that ``train optimizer`` trains, by its registered name; its settings are this rule's options.
+RULE = "CoordinatewiseLSTM"
+
 
 def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
     """The learner that resolved settings describe, its weights drawn from ``seed``.
@@ -32,7 +35,7 @@ def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
         backend: in place of the one in the settings
     """
     torch.manual_seed(settings.seed)
-    rule = CoordinatewiseLSTM(
+    rule = get(RULE)(
         settings.hidden_size,
         settings.layers,
         preprocess=settings.preprocess or "none",

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from metakern.tasks.distribution import check_num_tasks
-from metakern.tasks.optimizees import EndlessProblems, ProblemBatch
+from metakern.tasks.optimizees import EndlessProblems, ProblemBatch, check_params
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ FUNCTIONS = {
 class ClassicFunction(EndlessProblems):
     """One test function, to be minimised from points drawn uniformly from its customary box.
 
-    :class:`GradientNoise` around it adds noise to its gradients.
+    Params are ``{"x": [T, D]}``. :class:`GradientNoise` around it adds noise to its gradients.
 
     Args:
         name: one of :data:`FUNCTIONS`
@@ -154,14 +154,14 @@ class FunctionBatch(ProblemBatch):
         super().__init__(num_tasks, generator)
         self.problem = problem
 
-    def init_params(self) -> Tensor:
-        """Starting points [T, D]."""
+    def init_params(self) -> dict[str, Tensor]:
+        """Starting points: x [T, D]."""
         box, share = self.problem.function.box, self.draw(torch.rand, self.problem.dim)
         low, high = share.new_tensor(box if self.problem.dim == 2 else box[:1] * self.problem.dim).T
-        return torch.lerp(low, high, share)
+        return {"x": torch.lerp(low, high, share)}
 
-    def loss(self, params: Tensor) -> Tensor:
-        """Values [T] at params [T, D]."""
-        return self.problem.function.value(params)
+    def loss(self, params: dict[str, Tensor]) -> Tensor:
+        """Values [T] at x [T, D]."""
+        return self.problem.function.value(check_params(params, ("x",))["x"])
 
     full_loss = loss

@@ -4,7 +4,7 @@ The problem of Andrychowicz et al. 2016, arXiv 1606.04474, section 3.2, on 8×8 
 of network that arXiv 2110.14459 trains: logistic regression, fully connected, convolutional and recurrent. A split has
 images of its own, so that a test network learns from images that no training network has seen.
 
-Axis legend: T networks, P parameters of one network, B samples of a minibatch.
+Axis legend: T networks, B samples of a minibatch.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from metakern.core.memo import outside_modes
 from metakern.tasks.digits import all_digits
 from metakern.tasks.distribution import check_split
 from metakern.tasks.network_problems import NetworkProblem
+from metakern.tasks.optimizees import check_params
 
 #: Images of each split of scikit-learn's 1,797 handwritten digits.
 DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)}
@@ -66,16 +67,14 @@ class DigitsMLP(NetworkProblem):
         first, second = nn.Linear(SIDE * SIDE, self.hidden_size), nn.Linear(self.hidden_size, CLASSES)
         return nn.Sequential(first, _ACTIVATIONS[self.activation](), second)
 
-    def losses(self, params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy [T] of params [T, P], without vmap, which takes longer than so small networks do."""
-        w1, b1, w2, b2 = (
-            piece.view(-1, *shape)
-            for piece, shape in zip(params.split(self.sizes, dim=1), self.shapes.values(), strict=True)
-        )
+    def losses(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross entropy [T] of params, without vmap, which takes longer than networks this small."""
+        params = check_params(params, self.shapes)
+        w1, b1, w2, b2 = (params[name] for name in self.shapes)
         hidden = torch.baddbmm(b1.unsqueeze(1), inputs, w1.mT)
         hidden = getattr(torch, self.activation)(hidden)
         logits = torch.baddbmm(b2.unsqueeze(1), hidden, w2.mT)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(params), -1).mean(1)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(len(w1), -1).mean(1)
 
 
 class DigitsRegression(NetworkProblem):

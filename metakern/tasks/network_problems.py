@@ -1,6 +1,6 @@
 """Any torch network and its data as a problem for learned optimizers, T networks side by side.
 
-Axis legend: T networks, P parameters of one network, B samples of a minibatch.
+Axis legend: T networks, B samples of a minibatch.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ from torch.func import functional_call, vmap
 from torch.nn.modules.conv import _ConvNd
 
 from metakern.tasks.distribution import ShortRepr
-from metakern.tasks.optimizees import ProblemBatch
+from metakern.tasks.optimizees import ProblemBatch, check_params
 
 
 class NetworkProblem(ShortRepr):
     """Networks of one architecture that learn from one data set; they differ in starting points and minibatches.
 
-    Minibatches are drawn with replacement. A network's params are its parameters flattened and joined, in the order of
-    ``named_parameters``. Weights and biases of linear and convolution layers start as torch draws them, U(±1/√fan_in);
-    any other parameter starts as ``make`` leaves it, which must be the same number throughout (as in a normalisation).
+    Minibatches are drawn with replacement. Params are the networks' parameters by their names and in the order of
+    ``named_parameters``, [T, *shape] each. Weights and biases of linear and convolution layers start as torch draws
+    them, U(±1/√fan_in); any other parameter starts as ``make`` leaves it, which must be the same number throughout (as
+    in a normalisation).
 
     Args:
         make: makes the network, which maps inputs [B, ...] to outputs [B, ...] without randomness or running statistics
@@ -35,7 +36,8 @@ class NetworkProblem(ShortRepr):
         split: ``"train"``, ``"valid"`` or ``"test"``
 
     Raises:
-        ValueError: for a batch size below 1, and for parameters whose starting points it cannot draw.
+        ValueError: for a batch size below 1, for networks without parameters, and for parameters whose starting points
+            it cannot draw.
 
     Example:
         >>> def data(split):
@@ -62,8 +64,9 @@ class NetworkProblem(ShortRepr):
         with torch.random.fork_rng(devices=[]):
             self.network = make()
         self.shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
-        self.sizes = [shape.numel() for shape in self.shapes.values()]
-        self.starts = [_start(self.network, name) for name in self.shapes]
+        if not self.shapes:
+            raise ValueError(f"make must give networks with parameters, got a {type(self.network).__name__} of none")
+        self.starts = {name: _start(self.network, name) for name in self.shapes}
 
     def split(self, name: str) -> Self:
         """The same networks on the data of another split."""
@@ -75,18 +78,16 @@ class NetworkProblem(ShortRepr):
         """Draw ``num_tasks`` networks."""
         return NetworkBatch(self, num_tasks, generator)
 
-    def losses(self, params: Tensor, inputs: Tensor, targets: Tensor) -> Tensor:
-        """Losses [T] of params [T, P] on inputs [T, B, ...] and targets [T, B, ...]."""
-        pieces = zip(self.shapes.items(), params.split(self.sizes, dim=1), strict=True)
-        weights = {name: piece.view(-1, *shape) for (name, shape), piece in pieces}
-        return vmap(self._loss_of_one)(weights, inputs, targets)
+    def losses(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        """Losses [T] of params on inputs [T, B, ...] and targets [T, B, ...]."""
+        return vmap(self._loss_of_one)(check_params(params, self.shapes), inputs, targets)
 
     def _loss_of_one(self, weights: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
         return self.loss(functional_call(self.network, weights, (inputs,)), targets)
 
 
 class NetworkBatch(ProblemBatch):
-    """T networks with parameters [T, P]."""
+    """T networks with parameters {name: [T, *shape]}."""
 
     shared = ("inputs", "targets")
 
@@ -94,23 +95,24 @@ class NetworkBatch(ProblemBatch):
         super().__init__(num_tasks, generator)
         self.problem, self.inputs, self.targets = problem, problem.inputs, problem.targets
 
-    def init_params(self) -> Tensor:
-        """Starting points [T, P]."""
-        pieces = []
-        for (bound, value), size in zip(self.problem.starts, self.problem.sizes, strict=True):
+    def init_params(self) -> dict[str, Tensor]:
+        """Starting points: every parameter by its name, [T, *shape]."""
+        params = {}
+        for name, shape in self.problem.shapes.items():
+            bound, value = self.problem.starts[name]
             if bound is None:
-                pieces.append(torch.full((self.num_tasks, size), value, device=self._device))
+                params[name] = torch.full((self.num_tasks, *shape), value, device=self._device)
             else:
-                pieces.append((2 * self.draw(torch.rand, size) - 1) * bound)
-        return torch.cat(pieces, dim=1)
+                params[name] = (2 * self.draw(torch.rand, *shape) - 1) * bound
+        return params
 
-    def loss(self, params: Tensor) -> Tensor:
-        """Losses [T] of params [T, P] on the next minibatch of each network."""
+    def loss(self, params: dict[str, Tensor]) -> Tensor:
+        """Losses [T] of params on the next minibatch of each network."""
         index = self.draw(functools.partial(torch.randint, len(self.inputs)), self.problem.batch_size)
         return self.problem.losses(params, self.inputs[index], self.targets[index])
 
-    def full_loss(self, params: Tensor) -> Tensor:
-        """Losses [T] of params [T, P] on all data of the split."""
+    def full_loss(self, params: dict[str, Tensor]) -> Tensor:
+        """Losses [T] of params on all data of the split."""
         inputs, targets = (data.expand(self.num_tasks, *data.shape) for data in (self.inputs, self.targets))
         return self.problem.losses(params, inputs, targets)
 

@@ -1,7 +1,7 @@
 """Problems of several kinds in one batch: those of one kind, whose shapes are the same, are computed together.
 
 A coordinatewise rule takes all params of such a batch as one long vector, so that one launch serves problems of all
-shapes. Axis legend: T problems, G groups of them, P parameters of one problem.
+shapes. Axis legend: T problems, G groups of them.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class MixedOptimizees(ShortRepr):
 
 
 class MixedBatch:
-    """T problems in G groups, one a kind. Params are a tuple of G tensors [T of the group, P of the group].
+    """T problems in G groups, one a kind. Params are a tuple of the groups' params, in their order.
 
     Attributes:
         groups: a batch of problems each; their problems, one group after the other, are the T problems

@@ -1,4 +1,4 @@
-"""Problems for learned optimizers to solve: T of one kind at once, their parameters in one tensor [T, P].
+"""Problems for learned optimizers to solve: T of one kind at once, their parameters in tensors [T, *shape].
 
 Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems; noisy gradients are those of Wichrowska
 et al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one problem.
@@ -9,33 +9,36 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
+from metakern.core.task_params import join_tasks, task_groups
 from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 
 
 class OptimizeeBatch(Protocol):
     """T problems, each with its data, solved side by side.
 
-    Params are a tensor [T, P], or, where problems differ in size, a tuple of such, the T problems in order.
+    Params are a tree of tensors with the task axis first: those of metakern's problems are a dict that names the
+    tensors of a problem, ``{name: [T, *shape]}``; a user's may be a single tensor [T, P]. Problems that differ in
+    their tensors are groups: their params are a tuple of such trees, one a group, the T problems in the groups' order.
     """
 
     num_tasks: int
 
     def init_params(self) -> Any:
-        """Fresh starting points [T, P]; every call draws anew."""
+        """Fresh starting points; every call draws anew."""
         ...
 
     def loss(self, params: Any) -> Tensor:
-        """Losses [T] of ``params`` [T, P] on the next minibatch of each problem."""
+        """Losses [T] of ``params`` on the next minibatch of each problem."""
         ...
 
     def full_loss(self, params: Any) -> Tensor:
-        """Losses [T] of ``params`` [T, P] on all data of each problem."""
+        """Losses [T] of ``params`` on all data of each problem."""
         ...
 
     def select(self, tasks: slice) -> OptimizeeBatch:
@@ -109,6 +112,21 @@ class ProblemBatch(ShortRepr):
         return changed
 
 
+def check_params(params: Any, names: Collection[str]) -> dict[str, Tensor]:
+    """The params, which must be a dict of these names.
+
+    Raises:
+        TypeError: for params that are not a dict
+        ValueError: for a dict of other names
+    """
+    expected = f"params must be a dict of {', '.join(names)}, as init_params returns it"
+    if not isinstance(params, dict):
+        raise TypeError(f"{expected}, got {type(params).__name__}")
+    if params.keys() != set(names):
+        raise ValueError(f"{expected}, got {', '.join(map(str, params)) or 'an empty one'}")
+    return params
+
+
 class EndlessProblems(ShortRepr):
     """What distributions share whose problems are drawn without end: a split is a stream of its own."""
 
@@ -131,7 +149,7 @@ class EndlessProblems(ShortRepr):
 
 
 class Quadratics(EndlessProblems):
-    """f(θ) = ‖Wθ - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1)."""
+    """f(x) = ‖Wx - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1). Params are ``{"x": [T, dim]}``."""
 
     def __init__(self, dim: int = 10) -> None:
         if dim < 1:
@@ -156,13 +174,14 @@ class QuadraticBatch(ProblemBatch):
         self.weight = weight  # [T, dim, dim]
         self.target = target  # [T, dim]
 
-    def init_params(self) -> Tensor:
-        """Standard normal starting points [T, dim]."""
-        return self.draw(torch.randn, self.target.shape[1])
+    def init_params(self) -> dict[str, Tensor]:
+        """Standard normal starting points: x [T, dim]."""
+        return {"x": self.draw(torch.randn, self.target.shape[1])}
 
-    def loss(self, params: Tensor) -> Tensor:
-        """Losses [T] of params [T, dim]."""
-        return (torch.bmm(self.weight, params.unsqueeze(-1)).squeeze(-1) - self.target).square().sum(-1)
+    def loss(self, params: dict[str, Tensor]) -> Tensor:
+        """Losses [T] at x [T, dim]."""
+        x = check_params(params, ("x",))["x"]
+        return (torch.bmm(self.weight, x.unsqueeze(-1)).squeeze(-1) - self.target).square().sum(-1)
 
     full_loss = loss
 
@@ -173,7 +192,7 @@ class GradientNoise(ShortRepr):
     Values of losses, and full losses with their gradients, stay clean.
 
     Args:
-        problems: problems with one tensor of params; mix noisy and clean ones by :class:`MixedOptimizees`
+        problems: problems of one kind; mix noisy and clean ones by :class:`MixedOptimizees`
         std: standard deviation of the noise
     """
 
@@ -210,23 +229,25 @@ class NoisyBatch(ProblemBatch):
         moved.batch = self.batch.to(device)
         return moved
 
-    def init_params(self) -> Tensor:
-        """Starting points [T, P] of the problems."""
+    def init_params(self) -> Any:
+        """Starting points of the problems."""
         params = self.batch.init_params()
-        if not isinstance(params, Tensor):
+        if isinstance(params, tuple):
             raise TypeError(
-                f"the params of problems under GradientNoise must be one tensor [T, P], got a {type(params).__name__}; "
-                "put GradientNoise into MixedOptimizees, not around it"
+                "the params of problems under GradientNoise must be those of one kind, got a tuple of groups; put "
+                "GradientNoise into MixedOptimizees, not around it"
             )
         return params
 
-    def loss(self, params: Tensor) -> Tensor:
-        """Losses [T] of params [T, P] on the next minibatches; their gradients have the noise."""
-        noise = self.std * self.draw(torch.randn, params.shape[1]).to(params.dtype)
+    def loss(self, params: Any) -> Tensor:
+        """Losses [T] of params on the next minibatches; their gradients have the noise."""
+        (tensors,) = task_groups(params)
+        joined = join_tasks(tensors)
+        noise = self.std * self.draw(torch.randn, joined.shape[1]).to(joined.dtype)
         losses: Tensor = self.batch.loss(params)
-        return losses + ((params - params.detach()) * noise).sum(1)
+        return losses + ((joined - joined.detach()) * noise).sum(1)
 
-    def full_loss(self, params: Tensor) -> Tensor:
-        """Losses [T] of params [T, P] on all data, without noise."""
+    def full_loss(self, params: Any) -> Tensor:
+        """Losses [T] of params on all data, without noise."""
         losses: Tensor = self.batch.full_loss(params)
         return losses

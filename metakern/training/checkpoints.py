@@ -20,8 +20,10 @@ from typing import Any
 import torch
 
 from metakern.core.files import TEMPORARY, check_target, write_whole
-from metakern.core.plain_data import one_line
-from metakern.training.run_files import CHECKPOINTS
+from metakern.core.text import one_line
+
+#: The folder of checkpoints in the folder of a run.
+CHECKPOINTS = "checkpoints"
 
 #: Version of the state that a checkpoint holds; another one is refused.
 FORMAT = 1

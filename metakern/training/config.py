@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from metakern.core.plain_data import quoted
+from metakern.core.renamed import renamed
+from metakern.core.text import quoted
 
 #: Measures of which more is better; of all others less is.
 HIGHER_IS_BETTER = ("accuracy",)
@@ -25,6 +26,7 @@ _COUNTS = (
 )
 
 
+@renamed(clip_norm="max_grad_norm", precision="mixed_precision")
 @dataclass(frozen=True)
 class TrainerConfig:
     """How a meta-learner is trained.
@@ -33,7 +35,7 @@ class TrainerConfig:
         iterations: meta-batches to train on
         num_tasks: tasks of a meta-batch, over all processes
         seed: decides every draw
-        clip_norm: largest 2-norm of the meta-gradient; None leaves it as it is
+        max_grad_norm: largest 2-norm of the meta-gradient; None leaves it as it is
         accumulate: parts that a process goes through its share of a meta-batch in, for less memory; the meta-gradient
             is that of the whole
         eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
@@ -42,7 +44,7 @@ class TrainerConfig:
         monitor: the measure that says which weights are best: more is better for "accuracy", less for any other
         ema: β of the exponential moving average of the parameters, which is then what is evaluated and kept as best;
             None averages nothing
-        precision: one of :data:`PRECISIONS` for autocast, where the device has it
+        mixed_precision: one of :data:`PRECISIONS` for autocast, where the device has it
         checkpoint_every: iterations between two checkpoints; the last iteration is followed by one
         keep: newest checkpoints that are kept, beside the best
         max_skipped: outer steps in a row with a loss or meta-gradient that is not finite before training stops
@@ -55,14 +57,14 @@ class TrainerConfig:
     iterations: int = 1000
     num_tasks: int = 32
     seed: int = 0
-    clip_norm: float | None = None
+    max_grad_norm: float | None = None
     accumulate: int = 1
     eval_every: int = 100
     eval_tasks: int = 256
     patience: int | None = None
     monitor: str = "loss"
     ema: float | None = None
-    precision: str | None = None
+    mixed_precision: str | None = None
     checkpoint_every: int = 100
     keep: int = 3
     max_skipped: int = 10
@@ -77,14 +79,16 @@ class TrainerConfig:
         for name in ("monitor", "device"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {quoted(getattr(self, name))}")
-        for name, limit in (("clip_norm", math.inf), ("ema", 1.0)):
+        for name, limit in (("max_grad_norm", math.inf), ("ema", 1.0)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number or None, got {quoted(value)}")
             if value is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}")
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise ValueError(f"precision must be None or one of {', '.join(PRECISIONS)}, got {quoted(self.precision)}")
+        if self.mixed_precision is not None and self.mixed_precision not in PRECISIONS:
+            raise ValueError(
+                f"mixed_precision must be None or one of {', '.join(PRECISIONS)}, got {quoted(self.mixed_precision)}"
+            )
 
 
 def _check_integer(name: str, value: object) -> None:

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from metakern.core.plain_data import LIST_ENTRIES, quoted
+from metakern.core.plain_data import LIST_ENTRIES
+from metakern.core.text import quoted, shortened
 
 #: Options of an optimizer that a schedule moves; a checkpoint brings its own.
 _RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"})
@@ -218,14 +219,9 @@ def first_difference(facts: Sequence[Mapping[str, str]]) -> str:
         for rank, one in enumerate(facts):
             values.setdefault(one.get(name, "not there"), []).append(rank)
         if len(values) > 1:
-            parts = [f"{quoted_text(value)} in process {_listed(ranks)}" for value, ranks in values.items()]
+            parts = [f"{shortened(value)} in process {_listed(ranks)}" for value, ranks in values.items()]
             return f"{name} is {' and '.join(parts)}"
     raise AssertionError("there is a difference")
-
-
-def quoted_text(text: str) -> str:
-    """A value's text, shortened."""
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _listed(ranks: list[int]) -> str:

@@ -16,7 +16,8 @@ from typing import Self
 from filelock import FileLock, Timeout
 
 from metakern.core.files import check_targets, write_whole
-from metakern.core.plain_data import one_line, read_json
+from metakern.core.plain_data import read_json
+from metakern.core.text import one_line
 
 #: The file that is locked, and the one that says by whom.
 LOCK, HOLDER = ".lock", ".lock.json"

@@ -51,10 +51,10 @@ class OuterLoop:
         self.optimizer, self.config, self.processes, self.average = optimizer, config, processes, average
         self.skipped = self._in_a_row = 0
         device = processes.device
-        check_precision(config.precision, device)
-        dtype = _DTYPES.get(config.precision or "", torch.bfloat16)
-        self.autocast = torch.autocast(device.type, dtype, enabled=config.precision is not None)
-        self._scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
+        check_mixed_precision(config.mixed_precision, device)
+        dtype = _DTYPES.get(config.mixed_precision or "", torch.bfloat16)
+        self.autocast = torch.autocast(device.type, dtype, enabled=config.mixed_precision is not None)
+        self._scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
 
     def run(self, batch: Any, received: Callable[[], int]) -> BatchResult:
         """All outer steps of a meta-batch.
@@ -129,8 +129,8 @@ class OuterLoop:
             raise RuntimeError("meta_losses must give as many tensors in every process, got fewer in some")
         finite = abs(total) < float("inf") and norm_value < float("inf")
         if finite:
-            if self.config.clip_norm is not None:
-                clip_grads_with_norm_(parameters, self.config.clip_norm, norm)
+            if self.config.max_grad_norm is not None:
+                clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)
             self.optimizer.step()
             if self.average is not None:
                 self.average.update()
@@ -150,19 +150,21 @@ class OuterLoop:
             raise RuntimeError(
                 f"{self._in_a_row} outer steps in a row had a loss or meta-gradient that is not finite (the last: loss "
                 f"{loss}, norm of the meta-gradient {norm}) and were skipped: lower the optimizer's lr ({rates}) or "
-                f"the learner's inner one, set clip_norm ({self.config.clip_norm}), or look for NaN and infinity in "
-                "the tasks"
+                f"the learner's inner one, set max_grad_norm ({self.config.max_grad_norm}), or look for NaN and "
+                "infinity in the tasks"
             )
 
 
-def check_precision(precision: str | None, device: torch.device) -> None:
+def check_mixed_precision(precision: str | None, device: torch.device) -> None:
     """Raise RuntimeError unless the device computes in this mixed precision."""
     if precision == "fp16" and device.type != "cuda":
-        raise RuntimeError(f"precision fp16 must run on a GPU, got device {device}; the CPU has bf16")
+        raise RuntimeError(f"mixed_precision fp16 must run on a GPU, got device {device}; the CPU has bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise RuntimeError(f"precision bf16 must run on a GPU that has it, got {torch.cuda.get_device_name(device)}")
+        raise RuntimeError(
+            f"mixed_precision bf16 must run on a GPU that has it, got {torch.cuda.get_device_name(device)}"
+        )
     if precision is not None and not torch.amp.is_autocast_available(device.type):
-        raise RuntimeError(f"precision {precision} must run on a device with autocast, got {device}")
+        raise RuntimeError(f"mixed_precision {precision} must run on a device with autocast, got {device}")
 
 
 def own_parts(batch: Any, processes: Processes, parts: int) -> Iterator[Any]:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.core.plain_data import quoted
+from metakern.core.text import quoted
 from metakern.training.checkpoints import CheckpointError
 
 

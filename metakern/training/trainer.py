@@ -19,10 +19,19 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
+from metakern.core.provided import provided
 from metakern.tasks import TaskDistribution
 from metakern.training.averaging import MovingAverage, start_anew
-from metakern.training.callbacks import Callback
-from metakern.training.checkpoints import FORMAT, CheckpointError, Checkpoints, find_checkpoint, from_bytes, to_bytes
+from metakern.training.callbacks import Callback, FolderRecord, call_ends
+from metakern.training.checkpoints import (
+    CHECKPOINTS,
+    FORMAT,
+    CheckpointError,
+    Checkpoints,
+    find_checkpoint,
+    from_bytes,
+    to_bytes,
+)
 from metakern.training.config import HIGHER_IS_BETTER, TrainerConfig
 from metakern.training.distributed import Processes, ProcessLost
 from metakern.training.draws import generator_for, own_global_draws, seed_global
@@ -30,8 +39,6 @@ from metakern.training.history import History, Record
 from metakern.training.identity import differences, identity_in, identity_of, settings_of, values_of
 from metakern.training.outer import BatchResult, OuterLoop, own_parts
 from metakern.training.parts import Parts, check_parts
-from metakern.training.record import RunRecord, progress_reports
-from metakern.training.run_files import CHECKPOINTS
 from metakern.training.signals import Interrupted, StopSignals
 from metakern.training.state_checks import check_state
 
@@ -63,8 +70,8 @@ class Trainer:
         scheduler: steps after every iteration, or, if it is ``ReduceLROnPlateau``, after every evaluation by the
             monitored measure
         callbacks: see :class:`Callback`
-        folder: of the run. It gets what every run leaves: checkpoints, and what :class:`RunRecord` says. Without it
-            nothing is written. One process at a time trains in a folder
+        folder: of the run. It gets checkpoints, and what :class:`metakern.runs.RunRecord` writes; give such a record
+            for other choices. Without a folder nothing is written. One process at a time trains in a folder
         progress: whether the screen shows how training goes; default: where there is a folder
 
     Attributes:
@@ -77,10 +84,10 @@ class Trainer:
         TypeError: for a learner, tasks or optimizer of another kind
         ValueError: for parameters of the optimizer that are not the learner's, and fewer tasks than processes and
             ``accumulate`` need
-        RuntimeError: for a precision or device that is not there
+        RuntimeError: for a mixed precision or device that is not there
 
     Example:
-        >>> learner = MAMLLearner(model, steps=5, lr=0.01)
+        >>> learner = MAMLLearner(model, steps=5, inner_lr=0.01)
         >>> trainer = Trainer(learner, tasks, torch.optim.Adam(learner.parameters(), 1e-3), folder=Path("runs/first"))
         >>> trainer.resume(required=False)
         >>> history = trainer.fit()
@@ -96,7 +103,7 @@ class Trainer:
         *,
         scheduler: LRScheduler | None = None,
         callbacks: Sequence[Callback] = (),
-        folder: str | Path | RunRecord | None = None,
+        folder: str | Path | FolderRecord | None = None,
         progress: bool | None = None,
     ) -> None:
         self.config = config or TrainerConfig()
@@ -124,14 +131,18 @@ class Trainer:
             self._last_whole: tuple[State, tuple[Any, ...]] | None = None
 
     def _set_record(
-        self, folder: str | Path | RunRecord | None, progress: bool | None, callbacks: Sequence[Callback]
+        self, folder: str | Path | FolderRecord | None, progress: bool | None, callbacks: Sequence[Callback]
     ) -> None:
         """The folder's callback, and checkpoints; progress alone where there is no folder."""
-        self.record: RunRecord | None = None
+        self.record: FolderRecord | None = None
         self.checkpoints: Checkpoints | None = None
-        own: Sequence[Callback] = progress_reports(bool(progress)) if folder is None else ()
+        own: Sequence[Callback] = provided("progress")(True) if folder is None and progress else ()
         if folder is not None:
-            record = folder if isinstance(folder, RunRecord) else RunRecord(folder, progress=progress is not False)
+            record: FolderRecord = (
+                folder
+                if isinstance(folder, FolderRecord)
+                else provided("record")(folder, progress=progress is not False)
+            )
             self.record, self.checkpoints = record, Checkpoints(record.folder / CHECKPOINTS, self.config.keep)
             own = (record,)
         self.callbacks = (*own, *callbacks)
@@ -186,7 +197,7 @@ class Trainer:
             raise
         finally:
             try:
-                self.call_ends(self.callbacks if self.processes.is_first else (), ended_by)
+                call_ends(self, self.callbacks if self.processes.is_first else (), ended_by)
             finally:
                 if self.record is not None and self.processes.is_first:
                     self.record.lock.release()
@@ -375,21 +386,6 @@ class Trainer:
         if self.processes.is_first:
             for callback in self.callbacks:
                 getattr(callback, event)(self, *arguments)
-
-    def call_ends(self, callbacks: Sequence[Callback], error: BaseException | None) -> None:
-        """Call every ``on_end``; one that fails hides neither the others nor the error that ended the training."""
-        failure: Exception | None = None
-        for callback in callbacks:
-            try:
-                callback.on_end(self, self.history, error)
-            except Exception as problem:
-                if error is None and failure is None:
-                    failure = problem
-                else:
-                    line = f"{type(callback).__name__}.on_end failed: {problem}"
-                    warnings.warn(line, RuntimeWarning, stacklevel=3)
-        if failure is not None:
-            raise failure
 
     # ---------------------------------------------------------------------------------------------------- the state
 

@@ -162,7 +162,7 @@ def test_problems_are_described_where_they_start() -> None:
     described = first_steps(batch)
     assert described.shape == (40, 2 * PROBES)
     starts = batch.init_params()  # not moved by the description
-    assert all(torch.equal(a, b) for a, b in zip(starts, again.init_params(), strict=True))
+    assert all(torch.equal(a["x"], b["x"]) for a, b in zip(starts, again.init_params(), strict=True))
     torch.testing.assert_close(described[:, 0], batch.loss(starts).log10())
 
 

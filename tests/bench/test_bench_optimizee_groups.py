@@ -39,8 +39,11 @@ def test_every_way_solves_the_same_kinds_of_problems() -> None:
     problems = mixture("both")
     (whole,), grouped, alone = ways(problems, 12).values()
     assert whole.num_tasks == sum(batch.num_tasks for batch in grouped) == len(alone) == 12
-    sizes = [piece.shape[1] for piece in whole.init_params() for _ in piece]
-    assert [batch.init_params().shape for batch in alone] == [(1, size) for size in sizes]
+    shapes = [
+        {n: x.shape[1:] for n, x in group.items()} for group in whole.init_params() for _ in next(iter(group.values()))
+    ]
+    assert [{n: x.shape[1:] for n, x in batch.init_params().items()} for batch in alone] == shapes
+    assert all(len(x) == 1 for batch in alone for x in batch.init_params().values())
 
 
 def test_times_of_unequal_work_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

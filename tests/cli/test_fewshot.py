@@ -17,7 +17,7 @@ def settings(**given) -> MAMLSettings:
 def test_nothing_but_what_may_be_absent_is_left_open(tasks):
     resolved = settings(tasks=tasks)
     absent = {name for name in resolved.__dataclass_fields__ if getattr(resolved, name) is None}
-    assert absent == {"data", "parameters", "precision"}
+    assert absent == {"data", "parameters", "mixed_precision"}
     assert resolved.resolved() == resolved  # as a configuration that is read again
 
 
@@ -47,7 +47,7 @@ def test_omniglot_has_conv4_of_64_filters(tmp_path, monkeypatch):
 def test_anil_adapts_the_last_layer_alone():
     anil = settings(anil=True, hidden="4,4")
     tasks = make_tasks(anil)
-    adapted = make_learner(anil, tasks).adapt(tasks.sample(2, torch.Generator()))
+    adapted = make_learner(anil, tasks).adapt_to(tasks.sample(2, torch.Generator()))
     assert set(adapted.parameters) == {"4.weight", "4.bias"}
 
 

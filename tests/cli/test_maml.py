@@ -43,7 +43,7 @@ def test_the_configuration_is_complete(run):
     folder, _ = run
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config.keys() - {"learner", "metakern"} == {field.name for field in fields(MAMLSettings)}
-    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "precision"}
+    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "mixed_precision"}
     assert (config["tasks"], config["hidden"], config["shots"], config["seed"]) == ("digits", "8", 1, 0)
 
 
@@ -200,7 +200,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     "options",
     [
         "--rates lslr", "--rates meta-sgd", "--first-order", "--anil", "--parameters 0.*", "--optimizer sgd",
-        "--ema 0.9 --clip-norm 1 --accumulate 2",
+        "--ema 0.9 --max-grad-norm 1 --accumulate 2",
         "--tasks regression-3 --shots 4", "--tasks digits-domains --queries 2",
     ],
 )  # fmt: skip
@@ -211,7 +211,7 @@ def test_a_run_with(options, tmp_path):
 
 
 def test_patience_ends_a_run_early(tmp_path):
-    succeed(f"{SINUSOID} --iterations 60 --eval-every 1 --patience 1 --lr 0.5 --output {tmp_path}/run")
+    succeed(f"{SINUSOID} --iterations 60 --eval-every 1 --patience 1 --outer-lr 0.5 --output {tmp_path}/run")
     assert len(metrics(tmp_path / "run")) < 60
 
 
@@ -246,11 +246,11 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--scheduler step", "scheduler must be one of cosine, none, got 'step'"),
         ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),
         ("--clusters many", "clusters must be a number, auto, or 0 for none, got 'many'"),
-        ("--lr nan", "lr must be positive and finite, got nan"),
+        ("--outer-lr nan", "outer_lr must be positive and finite, got nan"),
         ("--device tpu9", "device must be cpu, cuda or auto, got 'tpu9'"),
         ("--device meta", "device must be cpu, cuda or auto, got 'meta'"),
         ("--monitor accuracy", "monitor must be one of loss, got 'accuracy'"),
-        ("--precision fp8", "precision must be None or one of bf16, fp16, got 'fp8'"),
+        ("--mixed-precision fp8", "mixed_precision must be None or one of bf16, fp16, got 'fp8'"),
         ("--ema 1", "ema must be above 0 and below 1.0, got 1.0"),
         ("--accumulate 40", "num_tasks must be at least 40, one for each process and part, got 32"),
         ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
@@ -281,7 +281,7 @@ def test_settings_that_there_are_not_are_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("lr: fast", "lr must be a number, got 'fast'"),
+        ("outer_lr: fast", "outer_lr must be a number, got 'fast'"),
         ("steps: 2.5", "steps must be an integer, got 2.5"),
         ("anil: 1", "anil must be true or false, got 1"),
         ("hidden: [40, 40]", "hidden must be text, got [40, 40]"),
@@ -299,7 +299,7 @@ def test_a_value_of_another_type_in_a_configuration_is_named(line, message, tmp_
 
 def test_a_configuration_that_a_person_wrote_counts_as_it_is_meant(tmp_path):
     """YAML 1.1 takes 1e-3 for text and 8 for a number."""
-    succeed(f"{SINUSOID} --iterations 2 --lr 1e-3 --output {tmp_path}/run --quiet")
+    succeed(f"{SINUSOID} --iterations 2 --outer-lr 1e-3 --output {tmp_path}/run --quiet")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text()
     edited = text.replace("lr: 0.001\n", "lr: 1e-3\n", 1).replace("hidden: '8'", "hidden: 8")

@@ -87,7 +87,7 @@ KILLED_ONCE = """
 import os, signal, sys
 from pathlib import Path
 from metakern.cli import app
-from metakern.training import RunRecord
+from metakern.runs import RunRecord
 
 def on_iteration(self, trainer, record, usual=RunRecord.on_iteration):
     usual(self, trainer, record)
@@ -111,15 +111,15 @@ def test_torchrun_starts_a_killed_run_anew_and_it_comes_to_the_same_end(tmp_path
     assert "goes on after iteration 3" in result.stdout
     assert len([line for line in metrics(tmp_path / "two") if "loss" in line]) == 6
     again = subprocess.run(
-        [*command, *run.split(), "two", "--lr", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        [*command, *run.split(), "two", "--outer-lr", "9"], cwd=tmp_path, capture_output=True, text=True, timeout=300,
         check=False, env=os.environ | ENVIRONMENT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
     )  # fmt: skip
     assert again.returncode != 0
     assert "holds a run already" in again.stderr
-    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["lr"] == 0.001
+    assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["outer_lr"] == 0.001
 
 
-@pytest.mark.parametrize("wrong", ["--precision fp8", "--ema 1", "--accumulate 40"])
+@pytest.mark.parametrize("wrong", ["--mixed-precision fp8", "--ema 1", "--accumulate 40"])
 def test_a_run_is_not_replaced_by_one_that_cannot_begin(wrong, tmp_path):
     folder = tmp_path / "run"
     succeed(f"{SINUSOID} --iterations 2 --output {folder} --quiet")
@@ -132,7 +132,7 @@ def test_a_run_is_not_replaced_by_one_that_cannot_begin(wrong, tmp_path):
     ("options", "change"),
     [
         ("--hidden 99", "hidden from 8 to 99"),
-        ("--lr 0.1", "lr from 0.001 to 0.1"),
+        ("--outer-lr 0.1", "outer_lr from 0.001 to 0.1"),
         ("--seed 5 --ema 0.5", "ema from 0.0 to 0.5; seed from 0 to 5"),
     ],
 )
@@ -159,7 +159,7 @@ def test_a_checkpoint_that_is_not_taken_leaves_the_configuration(tmp_path):
 
 
 def test_too_many_steps_that_are_not_finite_end_a_run_that_can_go_on(tmp_path):
-    options = "--iterations 9 --lr 1e30 --optimizer sgd --max-skipped 2 --checkpoint-every 1"
+    options = "--iterations 9 --outer-lr 1e30 --optimizer sgd --max-skipped 2 --checkpoint-every 1"
     result = invoke(f"train maml {SMALL} {options} --output {tmp_path}/run")
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()

@@ -64,14 +64,14 @@ def test_the_configuration_repeats_a_run(trained, tmp_path):
 
 
 def test_the_learning_rate_falls_along_a_cosine_to_three_percent(tmp_path):
-    succeed(f"train optimizer {RUN} --episodes 4 --problem quadratics --output {tmp_path}/q --lr 0.01")
+    succeed(f"train optimizer {RUN} --episodes 4 --problem quadratics --output {tmp_path}/q --outer-lr 0.01")
     rates = [line["lr"] for line in metrics(tmp_path / "q") if "lr" in line]
     expected = [0.01 * (0.03 + 0.97 * (1 + math.cos(math.pi * i / 4)) / 2) for i in range(4)]
     assert rates == pytest.approx(expected)
 
 
 def test_the_outer_loop_is_set_as_for_maml(tmp_path):
-    options = "--optimizer sgd --scheduler none --clip-norm 0 --ema 0.9 --patience 1 --accumulate 2 --lr 0.5"
+    options = "--optimizer sgd --scheduler none --max-grad-norm 0 --ema 0.9 --patience 1 --accumulate 2 --outer-lr 0.5"
     succeed(f"train optimizer {RUN} --episodes 9 --problem quadratics {options} --output {tmp_path}/q")
     config = yaml.safe_load((tmp_path / "q" / "config.yaml").read_text())
     assert (config["optimizer"], config["scheduler"], config["accumulate"]) == ("sgd", "none", 2)
@@ -127,7 +127,7 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
         ("train optimizer --backend tpu", "backend must be one of auto, cpp, cuda, triton, reference, got 'tpu'"),
         ("eval optimizer nowhere", "'nowhere' is not a folder, and pretrained rule must be one of digits_lstm"),
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
-        ("train optimizer --lr inf", "lr must be positive and finite, got inf"),
+        ("train optimizer --outer-lr inf", "outer_lr must be positive and finite, got inf"),
         ("train optimizer --problem mnist", "problem must be one of digits, digits-regression, digits-cnn, digits-rnn"),
         ("train optimizer --objective mean", "objective must be one of sum, log, got 'mean'"),
     ],

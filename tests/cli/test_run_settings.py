@@ -13,7 +13,7 @@ from metakern.cli.optimizer import OptimizerSettings
 from metakern.training import FolderLock
 from tests.cli.commands import SINUSOID, SMALL, invoke, metrics, succeed
 
-COSINE = f"train maml {SMALL} --lr 0.01 --eval-every 4 --checkpoint-every 2"
+COSINE = f"train maml {SMALL} --outer-lr 0.01 --eval-every 4 --checkpoint-every 2"
 
 
 def rates(folder):
@@ -159,7 +159,7 @@ def test_runs_without_a_name_have_folders_of_their_own(tmp_path, monkeypatch):
 
 def test_a_run_that_diverged_before_its_first_checkpoint_can_be_begun_again(tmp_path):
     folder = tmp_path / "run"
-    options = "--iterations 9 --lr 1e30 --optimizer sgd --max-skipped 2 --checkpoint-every 9 --eval-every 9"
+    options = "--iterations 9 --outer-lr 1e30 --optimizer sgd --max-skipped 2 --checkpoint-every 9 --eval-every 9"
     result = invoke(f"train maml {SMALL} {options} --output {folder}")
     assert result.exit_code == 1
     assert "2 outer steps in a row" in result.stderr
@@ -182,3 +182,29 @@ def test_a_folder_in_use_is_named_with_its_holder_in_one_line(tmp_path):
             assert "is in use: process" in line
         assert (folder / ".lock.json").read_bytes() == held
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_old_names_of_options_work_with_a_warning(tmp_path):
+    command = f"train maml {SMALL} --iterations 1"
+    old = f"{command} --lr 0.02 --clip-norm=0.5 --output {tmp_path}/old"
+    with pytest.warns(DeprecationWarning, match="is now") as caught:
+        succeed(old)
+    assert [str(warning.message).partition(";")[0] for warning in caught if "is now" in str(warning.message)] == [
+        "--lr is now --outer-lr", "--clip-norm is now --max-grad-norm",
+    ]  # fmt: skip
+    config = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
+    assert (config["outer_lr"], config["max_grad_norm"], config["mixed_precision"]) == (0.02, 0.5, None)
+
+
+def test_a_configuration_with_old_names_works_with_a_warning(tmp_path):
+    (tmp_path / "old.yaml").write_text("learner: maml\nlr: 0.02\n")
+    with pytest.warns(DeprecationWarning, match=r"configuration .*old.yaml: lr is now outer_lr"):
+        succeed(f"train maml {SMALL} --iterations 1 --config {tmp_path}/old.yaml --output {tmp_path}/run")
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["outer_lr"] == 0.02
+
+
+def test_an_old_name_beside_the_new_one_is_refused(tmp_path):
+    (tmp_path / "old.yaml").write_text("learner: maml\nlr: 0.02\nouter_lr: 0.01\n")
+    result = invoke(f"train maml {SMALL} --config {tmp_path}/old.yaml --output {tmp_path}/run")
+    assert result.exit_code == 1
+    assert "lr is the old name of" in result.stderr

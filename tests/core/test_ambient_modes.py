@@ -46,7 +46,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 def forget() -> None:
     """All that calls have remembered so far."""
     _memo._constant.cache_clear()
-    _fused_inner_loop._served_before.clear()
+    _fused_inner_loop.served_before.clear()
     for cached in (digits.all_digits, digits._classes, digit_networks.load_digits):
         cached.cache_clear()
 

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import metakern.runs
 from metakern.core.moved import MOVED
 
 
@@ -29,3 +30,21 @@ def test_old_names_import_in_every_form():
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     new = ("metakern.reference.lstm_step", "metakern.reference.inner_update", "metakern.reference.mlp_inner_loop")
     assert result.stdout.split() == [*map(MOVED.get, new), "metakern.learners.clustering"]
+
+
+def test_an_import_of_an_old_name_warns_at_its_line(monkeypatch):
+    monkeypatch.delitem(sys.modules, "metakern.figures", raising=False)
+    with pytest.warns(DeprecationWarning, match="metakern.figures is now") as caught:
+        import metakern.figures  # noqa: F401
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_name_that_has_moved_gives_the_class_and_a_warning():
+    with pytest.warns(DeprecationWarning, match="metakern.training.RunRecord is now metakern.runs.RunRecord") as caught:
+        from metakern.training import RunRecord
+    assert RunRecord is metakern.runs.RunRecord
+    assert {(warning.filename, warning.lineno) for warning in caught} == {
+        (__file__, caught[0].lineno)
+    }  # Python asks twice
+    with pytest.raises(ImportError, match="cannot import name 'Nothing'"):
+        from metakern.training import Nothing  # noqa: F401

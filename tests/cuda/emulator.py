@@ -16,7 +16,14 @@ from metakern.ops.lstm_step import reference
 from tests.cuda.device import DEVICE, DTYPES, Device, Guarded, Library
 
 PRECISIONS = ("highest", "high", "medium")
-MAX_WEIGHTS = 14
+MAX_WEIGHTS = 16
+
+
+class _StageSizes(ctypes.Structure):
+    _fields_ = tuple(
+        (name, ctypes.c_int)
+        for name in ("inputs", "outputs", "states", "task_inputs", "features_weights", "head_weights")
+    )
 
 
 class _Problem(ctypes.Structure):
@@ -24,8 +31,10 @@ class _Problem(ctypes.Structure):
         ("num_coordinates", ctypes.c_int64),
         ("hidden_size", ctypes.c_int),
         ("num_layers", ctypes.c_int),
-        ("preprocess", ctypes.c_int),
-        ("num_features", ctypes.c_int),
+        ("features", ctypes.c_int),
+        ("head", ctypes.c_int),
+        ("stages", _StageSizes),
+        ("num_tasks", ctypes.c_int64),
         ("preprocess_scale", ctypes.c_double),
         ("output_scale", ctypes.c_double),
         ("precision", ctypes.c_int),
@@ -77,7 +86,9 @@ class Emulator:
             state.shape[3],
             state.shape[1],
             reference.PREPROCESS.index(preprocess),
-            reference.num_features(preprocess),
+            0,
+            _StageSizes(reference.num_features(preprocess), 1, 0, 0, 0, 0),
+            1,
             options["preprocess_scale"],
             options["output_scale"],
             PRECISIONS.index(precision),

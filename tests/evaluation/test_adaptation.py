@@ -18,7 +18,7 @@ TASKS = Digits(ways=3, query=4)
 @pytest.fixture(scope="module")
 def learner():
     torch.manual_seed(0)
-    return MAMLLearner(mlp(64, 8, 3), loss=F.cross_entropy, steps=2, lr=0.1)
+    return MAMLLearner(mlp(64, 8, 3), loss=F.cross_entropy, steps=2, inner_lr=0.1)
 
 
 def test_each_step_is_what_that_many_inner_steps_give(learner):
@@ -26,7 +26,7 @@ def test_each_step_is_what_that_many_inner_steps_give(learner):
     batch = TASKS.split("test").sample(5, generator(1))
     assert found.measures["accuracy"].shape == (4, 5)
     for steps in (1, 3):
-        expected = learner.measure(learner.adapt(batch, steps)(batch.query_x).detach(), batch.query_y)
+        expected = learner.measure(learner.adapt_to(batch, steps)(batch.query_x).detach(), batch.query_y)
         torch.testing.assert_close(found.measures["loss"][steps], expected["loss"])
         assert torch.equal(found.measures["accuracy"][steps], expected["accuracy"])
     untouched = torch.stack([F.cross_entropy(learner.model(x), y) for x, y in zip(*batch.query, strict=True)])
@@ -69,7 +69,7 @@ def test_the_tasks_that_are_done_are_told(learner, monkeypatch):
 @pytest.mark.parametrize("tasks", [mixture(3, 4, 6), Sinusoid(4, 6)])
 def test_fits_are_the_curves_of_one_task_of_every_mode(tasks):
     torch.manual_seed(0)
-    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, lr=0.01) for name in ("a", "b")}
+    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, inner_lr=0.01) for name in ("a", "b")}
     fits = fit_tasks(learners, tasks, steps=3, seed=5)
     batch = tasks.split("test").sample(adaptation.LOOKED_THROUGH, generator(5))
     modes = [] if batch.modes is None else batch.modes.tolist()
@@ -80,7 +80,7 @@ def test_fits_are_the_curves_of_one_task_of_every_mode(tasks):
     assert fits.x.max() >= fits.batch.query_x.max()
     chosen = batch.select(torch.tensor(rows))
     for k, learner in enumerate(learners.values()):
-        adapted = learner.adapt(chosen, 3)
+        adapted = learner.adapt_to(chosen, 3)
         expected = adapted(fits.x.view(1, -1, 1).expand(3, -1, -1)).squeeze(-1)
         torch.testing.assert_close(fits.after[k], expected.detach())
         torch.testing.assert_close(fits.before[k][0], learner.model(fits.x.unsqueeze(-1)).squeeze(-1).detach())
@@ -96,7 +96,7 @@ def test_classes_have_no_curves(learner):
 
 def test_learned_rates_by_step_are_used_up_to_each_step():
     torch.manual_seed(0)
-    learner = MAMLLearner(mlp(1, 4, 1), steps=3, rates="lslr", lr=0.1)
+    learner = MAMLLearner(mlp(1, 4, 1), steps=3, rates="lslr", inner_lr=0.1)
     with torch.no_grad():
         for rate in learner.rates.values():
             rate.copy_(torch.tensor([0.1, 0.0, 0.0]))  # the later steps stand still

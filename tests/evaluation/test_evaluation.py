@@ -34,15 +34,15 @@ def test_a_curve_starts_at_the_fresh_networks_for_every_optimizer():
 
 
 def test_networks_trained_side_by_side_are_trained_as_if_alone():
-    """SGD on [T, P] with the sum of losses is SGD on each network."""
+    """SGD on the sum of losses is SGD on each network."""
     problems = Quadratics(4)
     curve = training_curve(BASELINES["SGD"](0.01), problems, **SMALL)
     batch = problems.sample(3, torch.Generator().manual_seed(0))
-    params = batch.init_params()
+    x = batch.init_params()["x"]
     for _ in range(5):
-        residual = torch.bmm(batch.weight, params.unsqueeze(-1)) - batch.target.unsqueeze(-1)
-        params = params - 0.01 * 2 * torch.bmm(batch.weight.mT, residual).squeeze(-1)
-    torch.testing.assert_close(curve[-1], batch.full_loss(params))
+        residual = torch.bmm(batch.weight, x.unsqueeze(-1)) - batch.target.unsqueeze(-1)
+        x = x - 0.01 * 2 * torch.bmm(batch.weight.mT, residual).squeeze(-1)
+    torch.testing.assert_close(curve[-1], batch.full_loss({"x": x}))
 
 
 def test_problems_of_several_kinds_are_trained_as_each_kind_alone():
@@ -52,12 +52,12 @@ def test_problems_of_several_kinds_are_trained_as_each_kind_alone():
     batch = MixedOptimizees(kinds).sample(5, torch.Generator().manual_seed(2))
     assert len(batch.groups) == 2
     for mode, group in enumerate(batch.groups):
-        params = group.init_params().requires_grad_()
-        optimizer = torch.optim.Adam([params], 0.1)
+        x = group.init_params()["x"].requires_grad_()
+        optimizer = torch.optim.Adam([x], 0.1)
         for _ in range(3):
-            (params.grad,) = torch.autograd.grad(group.loss(params).sum(), params)
+            (x.grad,) = torch.autograd.grad(group.loss({"x": x}).sum(), x)
             optimizer.step()
-        torch.testing.assert_close(curve[-1, batch.modes == mode], group.full_loss(params).detach())
+        torch.testing.assert_close(curve[-1, batch.modes == mode], group.full_loss({"x": x}).detach())
 
 
 def test_tuning_finds_the_best_rate_of_the_grid():

@@ -311,7 +311,7 @@ def test_learners(rates: str) -> None:
     expected = loop(net, episode, F.mse_loss)
     for parts in (1, 2):
         options: dict[str, Any] = {"support_per_step": True, "accumulate": parts, "rates": rates}
-        learner = MAMLLearner(net, steps=3, lr=0.1, **options)
+        learner = MAMLLearner(net, steps=3, inner_lr=0.1, **options)
         assert_same(next(learner.meta_losses(batch)), expected, list(net.parameters()))
         assert_close("evaluation", learner.evaluate(batch)["loss"], expected, 1e-12)
         first = Episode(tuple(part[:, 0] for part in episode.support), episode.query)
@@ -319,7 +319,7 @@ def test_learners(rates: str) -> None:
         one = learner.measure(learner.predict(batch, 1), batch.query_y)["loss"]
         assert_close("after one step", one, by_hand, 1e-12)
         assert_close("as it is", learner.predict(batch, 0), net(batch.query_x), 1e-13)
-        support = learner.adapt(batch)(batch.support_x.flatten(1, 2))
+        support = learner.adapt_to(batch)(batch.support_x.flatten(1, 2))
         losses = (support - batch.support_y.flatten(1, 2)).square().mean((1, 2))
         assert_close("support losses", learner.support_losses(batch), losses, 1e-12)
         whole = (batch.support_x.flatten(1, 2), batch.support_y.flatten(1, 2))

@@ -151,7 +151,7 @@ def test_one_warning_for_each_mode_and_loss_that_take_turns() -> None:
 
 def test_the_warning_is_of_the_line_that_calls() -> None:
     model, episode = problem(UNSUPPORTED["branch"][0])
-    learner = MAMLLearner(model, lr=0.1)
+    learner = MAMLLearner(model, inner_lr=0.1)
     batch = Episodes(*episode.support, *episode.query)
     adapted, found = caught(lambda: adapt(model, *episode.support))
     assert [w.filename for w in found] == [__file__]
@@ -163,10 +163,10 @@ def test_the_warning_is_of_the_line_that_calls() -> None:
         lambda learner: next(iter(learner.meta_losses(batch))),
         lambda learner: meta_backward(learner.model, episode.support, episode.query),
     ):
-        fresh = MAMLLearner(problem(UNSUPPORTED["branch"][0])[0], lr=0.1)
+        fresh = MAMLLearner(problem(UNSUPPORTED["branch"][0])[0], inner_lr=0.1)
         assert [w.filename for w in caught(lambda: call(fresh))[1]] == [__file__]  # noqa: B023
     with pytest.raises(RuntimeError, match="vectorize=True cannot run the model"):
-        MAMLLearner(model, lr=0.1, vectorize=True).predict(batch)
+        MAMLLearner(model, inner_lr=0.1, vectorize=True).predict(batch)
 
 
 def test_predictions_fall_back_by_themselves() -> None:

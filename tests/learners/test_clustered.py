@@ -129,7 +129,7 @@ def test_evaluation_is_by_the_learner_with_the_least_support_loss(trained: Clust
 def test_averaged_predictions_of_numbers(trained: ClusteredLearner) -> None:
     batch = TwoFamilies().sample(40, generator(9))
     shares = (-trained.support_losses(batch) / 3.0).softmax(0).view(2, 40, 1, 1)
-    predictions = torch.stack([learner.adapt(batch)(batch.query_x) for learner in trained.learners])
+    predictions = torch.stack([learner.adapt_to(batch)(batch.query_x) for learner in trained.learners])
     expected = ((shares * predictions).sum(0) - batch.query_y).square().mean((1, 2))
     trained.eval_temperature = 3.0
     torch.testing.assert_close(trained.evaluate(batch)["loss"], expected)
@@ -149,7 +149,10 @@ def classes(num_tasks: int = 12) -> Episodes:
 def test_averaged_predictions_of_classes_are_probabilities() -> None:
     batch = classes()
     learner = ClusteredLearner(
-        MAMLLearner(nn.Sequential(nn.Linear(3, 3)), loss=F.cross_entropy, lr=0.5), 2, begin=1, eval_temperature=1.0
+        MAMLLearner(nn.Sequential(nn.Linear(3, 3)), loss=F.cross_entropy, inner_lr=0.5),
+        2,
+        begin=1,
+        eval_temperature=1.0,
     )
 
     class Tasks(TwoFamilies):

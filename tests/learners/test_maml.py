@@ -87,7 +87,7 @@ LOOKS = {
     "measure": lambda learner, batch: learner.measure(learner.predict(batch, 2), batch.query_y),
 }
 OF_MAML = {
-    "adapt": lambda learner, batch: learner.adapt(batch)(batch.query_x),
+    "adapt_to": lambda learner, batch: learner.adapt_to(batch)(batch.query_x),
     "displacements": lambda learner, batch: learner.displacements(batch),
     "gradients": lambda learner, batch: learner.support_gradients(batch),
     "approach": lambda learner, batch: learner.approach(batch),
@@ -151,8 +151,8 @@ def test_losses_on_the_support_sets_do_not_depend_on_who_looked_before() -> None
 def test_outputs_of_every_kind(kind: Any, vectorize: bool) -> None:
     """Of two tasks, too, which a tuple of two could be mistaken for."""
     batch = episodes(tasks=2)
-    learner = MAMLLearner(Model(kind), loss=loss_of, steps=2, lr=0.1, vectorize=vectorize)
-    plain = MAMLLearner(Model(), steps=2, lr=0.1, vectorize=vectorize)
+    learner = MAMLLearner(Model(kind), loss=loss_of, steps=2, inner_lr=0.1, vectorize=vectorize)
+    plain = MAMLLearner(Model(), steps=2, inner_lr=0.1, vectorize=vectorize)
     model = learner.model
     expected = hand_written(Unpacked(Model(kind)), regression(2, 6, 5, 2, 1), 2, lambda *_: 0.1)
     assert_close("evaluation", learner.evaluate(batch)["loss"], expected, 1e-12)
@@ -203,14 +203,14 @@ def labelled(tasks: int = 4) -> Episodes:
 
 def test_accuracy_is_of_scores_that_are_known() -> None:
     batch = labelled()
-    plain = MAMLLearner(Classifier("tensor"), loss=classes, steps=1, lr=0.1).evaluate(batch)
-    by_hand = MAMLLearner(Classifier("tensor"), loss=F.cross_entropy, steps=1, lr=0.1).predict(batch)
+    plain = MAMLLearner(Classifier("tensor"), loss=classes, steps=1, inner_lr=0.1).evaluate(batch)
+    by_hand = MAMLLearner(Classifier("tensor"), loss=F.cross_entropy, steps=1, inner_lr=0.1).predict(batch)
     expected = (by_hand.argmax(2) == batch.query_y).float().mean(1)
     assert_close("accuracy", plain["accuracy"], expected, 0)
-    named = MAMLLearner(Classifier("dict"), loss=classes, steps=1, lr=0.1).evaluate(batch)
+    named = MAMLLearner(Classifier("dict"), loss=classes, steps=1, inner_lr=0.1).evaluate(batch)
     assert_close("accuracy", named["accuracy"], expected, 0)
     assert_close("loss", named["loss"], plain["loss"], 1e-12)
-    unnamed = MAMLLearner(Classifier("tuple"), loss=classes, steps=1, lr=0.1).evaluate(batch)
+    unnamed = MAMLLearner(Classifier("tuple"), loss=classes, steps=1, inner_lr=0.1).evaluate(batch)
     assert list(unnamed) == ["loss"]
     assert_close("loss", unnamed["loss"], plain["loss"], 1e-12)
 
@@ -229,7 +229,7 @@ def test_labels_that_the_loss_ignores_do_not_count() -> None:
 @pytest.mark.parametrize("kind", ["tensor", "dict", "tuple"])
 def test_clusters_choose_and_average_structures(kind: str) -> None:
     batch, loss = labelled(), classes
-    chosen = MAMLLearner(Classifier(kind), loss=loss, steps=1, lr=0.1)
+    chosen = MAMLLearner(Classifier(kind), loss=loss, steps=1, inner_lr=0.1)
     for temperature in (0.0, 0.5):
         many = ClusteredLearner(chosen, 2, begin=1, pool=16, eval_temperature=temperature)
         many.active.fill_(2)
@@ -268,7 +268,7 @@ def test_several_inputs_and_no_target(by_name: bool) -> None:
         for x, scale in zip((batch.support_x, batch.query_x), scales, strict=True)
     ]
     sets = Episodes(x[0], batch.support_y, x[1], batch.query_y, batch.modes)
-    learner = MAMLLearner(Model(), steps=2, lr=0.1)
+    learner = MAMLLearner(Model(), steps=2, inner_lr=0.1)
     assert_close("loss", learner.evaluate(sets)["loss"], next(learner.meta_losses(sets)), 1e-12)
     some = learner.evaluate(sets.select(torch.tensor([3, 1])).to(torch.float64))
     assert_close("selected", some["loss"], learner.evaluate(sets)["loss"][[3, 1]], 1e-12)
@@ -277,7 +277,7 @@ def test_several_inputs_and_no_target(by_name: bool) -> None:
         return output.square().mean()
 
     without = Episodes(x[0], None, x[1], None)
-    learner = MAMLLearner(Model(), steps=2, lr=0.1, loss=loss)
+    learner = MAMLLearner(Model(), steps=2, inner_lr=0.1, loss=loss)
     assert_close("loss", learner.evaluate(without)["loss"], next(learner.meta_losses(without)), 1e-12)
     many = ClusteredLearner(learner, 2, begin=1, pool=16)
     many.active.fill_(2)
@@ -295,12 +295,12 @@ def test_learned_rates_are_of_their_parameters_kind(rates: str, dtype: torch.dty
     def loss(output: Tensor, y: Tensor) -> Tensor:
         return (output - y).abs().square().mean()
 
-    learner = MAMLLearner(net, loss=loss, steps=2, lr=0.1, rates=rates)
+    learner = MAMLLearner(net, loss=loss, steps=2, inner_lr=0.1, rates=rates)
     made = regression(3, 4, 4, 2, 1)
     batch = Episodes(*(t.to(dtype) for t in (*made.support, *made.query)))
     real = dtype.to_real() if dtype.is_complex else dtype
     assert {rate.dtype for rate in learner.rates.values()} == {real}
-    fixed = MAMLLearner(net, loss=loss, steps=2, lr=0.1)
+    fixed = MAMLLearner(net, loss=loss, steps=2, inner_lr=0.1)
     losses = next(learner.meta_losses(batch))
     assert_close("losses", losses, next(fixed.meta_losses(batch)), 1e-5 if real == torch.float32 else 1e-12)
     losses.mean().backward()
@@ -312,7 +312,7 @@ def test_rates_by_pattern_and_numbers_of_numpy() -> None:
     batch = episodes()
     for rates in ("fixed", "lslr", "meta_sgd"):
         lr = {"2.*": np.float32(0.5), "*": 0.125}
-        learner = MAMLLearner(mlp(2, 5, 1), steps=np.int64(2), lr=lr, rates=rates)
+        learner = MAMLLearner(mlp(2, 5, 1), steps=np.int64(2), inner_lr=lr, rates=rates)
         names = {"0.weight": 0.125, "0.bias": 0.125, "2.weight": 0.5, "2.bias": 0.5}
         expected = meta_loss(mlp(2, 5, 1), batch.support, batch.query, steps=2, lr=names)
         assert_close("losses", next(learner.meta_losses(batch)), expected, 1e-12)
@@ -366,7 +366,7 @@ def test_reprs_are_short() -> None:
     assert repr(learner) == "MAMLLearner(Sequential of 21 parameters, steps=3, eval_steps=3, rates='lslr')"
     many = ClusteredLearner(learner, 4)
     assert repr(many) == f"ClusteredLearner({learner!r}, 0 of 4 clusters in use, assign='losses')"
-    adapted = learner.adapt(episodes())
+    adapted = learner.adapt_to(episodes())
     assert repr(adapted) == "Adapted(Sequential, tasks=4, steps=3, parameters=4)"
 
 
@@ -379,3 +379,20 @@ def test_measures_by_step() -> None:
     measured = measure_adaptation(learner, Sinusoid(), num_tasks=4)
     assert measured.measures["loss"].shape == (3, 4)
     assert_unmoved(learner, before)
+
+
+def test_old_names_work_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="lr is now inner_lr") as caught:
+        learner = MAMLLearner(nn.Linear(3, 2), lr=0.5)
+    assert {warning.filename for warning in caught} == {__file__}
+    with pytest.warns(DeprecationWarning, match=r"MAMLLearner.lr is now inner_lr"):
+        assert learner.lr == learner.inner_lr == 0.5
+    with pytest.warns(DeprecationWarning, match=r"MAMLLearner.lr is now inner_lr"):
+        learner.lr = 0.25
+    assert learner.inner_lr == 0.25
+    batch = Sinusoid(5, 5).sample(2, torch.Generator().manual_seed(0))
+    learner = MAMLLearner(nn.Linear(1, 1), inner_lr=0.5)
+    with pytest.warns(DeprecationWarning, match=r"MAMLLearner.adapt is now adapt_to") as caught:
+        adapted = learner.adapt(batch)
+    assert {warning.filename for warning in caught} == {__file__}
+    assert_same_bits("weight", adapted.parameters["weight"], learner.adapt_to(batch).parameters["weight"])

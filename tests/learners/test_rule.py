@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metakern.learners import MetaLearner, RuleLearner
 from metakern.rules import CoordinatewiseLSTM
@@ -29,8 +30,8 @@ def in_double(batch: Any) -> Any:
     for group in getattr(batch, "groups", (batch,)):
         if hasattr(group, "weight"):
             group.weight, group.target = group.weight.double(), group.target.double()
-        start = group.init_params().double()
-        group.init_params = start.clone
+        start = {name: x.double() for name, x in group.init_params().items()}
+        group.init_params = lambda start=start: {name: x.clone() for name, x in start.items()}
     return batch
 
 
@@ -63,13 +64,14 @@ def train(learner: RuleLearner, problems: Any, iterations: int, lr: float, num_t
 
 def unroll_by_definition(rule: Any, batch: Any, steps: int, second_order: bool) -> Tensor:
     """Losses [steps, T] of the visited points of the first unroll, all in one graph."""
-    plain = isinstance(params := batch.init_params(), Tensor)
+    params = batch.init_params()
     state, visited = rule.init_state(params), []
     for _ in range(steps):
-        points = [p if p.requires_grad else p.requires_grad_() for p in ([params] if plain else params)]
-        losses = batch.loss(points[0] if plain else tuple(points))
+        points, structure = pytree.tree_flatten(params)
+        points = [p if p.requires_grad else p.requires_grad_() for p in points]
+        losses = batch.loss(params)
         grads = torch.autograd.grad(losses.sum(), points, create_graph=second_order)
-        params, state = rule(params, grads[0] if plain else grads, state)
+        params, state = rule(params, pytree.tree_unflatten(list(grads), structure), state)
         visited.append(batch.loss(params))
     return torch.stack(visited)
 
@@ -168,7 +170,7 @@ def test_a_mixture_takes_one_launch_a_step():
     batch = draw(MIXTURE)
     assert len(batch.groups) == 3
     list(RuleLearner(Counting(5), steps=4, unroll=2).meta_losses(batch))
-    assert sizes == [sum(piece.numel() for piece in batch.init_params())] * 4
+    assert sizes == [sum(leaf.numel() for leaf in pytree.tree_leaves(batch.init_params()))] * 4
 
 
 def test_a_mixture_meets_what_its_groups_meet_alone():

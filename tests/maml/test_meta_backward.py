@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.func import grad
 
 from metakern import adapt, maml, meta_backward, meta_loss
+from metakern.inner_loop.arguments import LoopOptions
 from metakern.inner_loop.engines import mlp as _fused_inner_loop
 from metakern.maml import per_step_batch_norm
 from tests.conftest import assert_close, assert_same_bits
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def _forget() -> None:
     """Calls of other tests."""
-    _fused_inner_loop._served_before.clear()
+    _fused_inner_loop.served_before.clear()
 
 
 def sets(tasks: int = 3, dtype: torch.dtype = torch.float64, seed: int = 0) -> Sets:
@@ -199,7 +200,7 @@ def test_defaults_are_those_of_meta_loss() -> None:
     """Which the options that both share repeat."""
     for call in (meta_loss, adapt):
         defaults = {name: p.default for name, p in inspect.signature(call).parameters.items()}
-        shared = _fused_inner_loop.Options._field_defaults
+        shared = LoopOptions._field_defaults
         assert {name: defaults[name] for name in shared} == shared
 
 

@@ -109,9 +109,9 @@ def test_launches_once_for_all_and_once_a_run_of_neighbours(
     launches: list[int] = []
     step_ = CoordinatewiseLSTM.step_
 
-    def counted(self: CoordinatewiseLSTM, params: Tensor, *args: Any) -> None:
+    def counted(self: CoordinatewiseLSTM, params: Tensor, *args: Any, **options: Any) -> None:
         launches.append(params.numel() // TILE_LANES)
-        step_(self, params, *args)
+        step_(self, params, *args, **options)
 
     monkeypatch.setattr(CoordinatewiseLSTM, "step_", counted)
     params = make_params([(40,), (3,), (0,), (5,), (70,)])  # 2, 1, 0, 1 and 3 tiles
@@ -442,7 +442,7 @@ def test_learning_rate_as_a_tensor(rule: CoordinatewiseLSTM) -> None:
 
 
 def test_a_rule_of_another_type() -> None:
-    with pytest.raises(TypeError, match=r"rule must be a metakern.rules.CoordinatewiseLSTM, got Linear"):
+    with pytest.raises(TypeError, match=r"rule must be a metakern.rules.Rule, got Linear"):
         LearnedOptimizer(make_params([(3,)]), nn.Linear(2, 2))  # type: ignore[arg-type]
 
 

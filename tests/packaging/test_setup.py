@@ -37,7 +37,8 @@ def setup() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, setup: ModuleType) -> None:
+    monkeypatch.setattr(setup, "gpu_answers", lambda: True)
     for name in ("METAKERN_BUILD", "METAKERN_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
 
@@ -86,6 +87,48 @@ def test_cuda_can_be_left_out(setup: ModuleType, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("METAKERN_CUDA", "0")
     assert setup.Cuda.find() is None
+
+
+@pytest.mark.parametrize("variable", ["METAKERN_CUDA", "TORCH_CUDA_ARCH_LIST"])
+def test_without_a_gpu_the_kernels_are_left_out_unless_they_are_asked_for(
+    setup: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+) -> None:
+    make_nvcc(tmp_path, f"echo '#$ TOP={tmp_path}' >&2")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup, "gpu_answers", lambda: False)
+    assert setup.Cuda.find() is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "no GPU answers here: metakern is built without its CUDA kernels (METAKERN_CUDA=1 compiles them)"
+    monkeypatch.setenv(variable, "1" if variable == "METAKERN_CUDA" else "9.0")
+    assert setup.Cuda.find() is not None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "answers"),
+    [
+        ("echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'", True),
+        ("echo 'No devices found'", False),
+        ("echo 'NVIDIA-SMI has failed' ; exit 9", False),
+    ],
+)
+def test_a_gpu_answers_where_the_driver_lists_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, answers: bool
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert load_setup().gpu_answers() is answers
+
+
+def test_without_the_drivers_tool_its_device_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load_setup().gpu_answers() is Path("/dev/nvidia0").exists()
 
 
 def test_an_nvcc_that_does_not_work_is_an_error(
@@ -137,6 +180,53 @@ def test_the_library_holds_no_symbols_that_nothing_needs() -> None:
     assert ".dynsym" in report.stdout
     assert ".symtab" not in report.stdout
     assert ".debug" not in report.stdout
+
+
+# --------------------------------------------------------------------------------------- sources, instruction sets
+
+
+def test_sources_are_found_by_their_names(setup: ModuleType, tmp_path: Path) -> None:
+    names = ["core/module.cpp", "op/schema.cpp", "op/cpu.cpp", "op/cpu_kernel.cpp", "op/cpu_kernel_backward.cpp"]
+    names += ["op/cuda.cpp", "op/cuda_more.cpp", "op/cuda_kernels.cu", "op/problem.h", "op/deeper/cpu.cpp"]
+    for name in names:
+        path = tmp_path / "csrc" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert setup.Sources.find(tmp_path) == (
+        ["csrc/op/cpu_kernel.cpp", "csrc/op/cpu_kernel_backward.cpp"],
+        ["csrc/core/module.cpp", "csrc/op/cpu.cpp", "csrc/op/schema.cpp"],
+        ["csrc/op/cuda_kernels.cu"],
+        ["csrc/op/cuda.cpp", "csrc/op/cuda_more.cpp"],
+    )
+
+
+def test_a_file_names_its_own_options_in_its_first_line(setup: ModuleType, tmp_path: Path) -> None:
+    source = tmp_path / "cpu_kernel.cpp"
+    source.write_text("// compile with: -ffp-contract=off -DX=1\n//\n// A kernel.\n")
+    assert setup.own_options(source) == ["-ffp-contract=off", "-DX=1"]
+    source.write_text("// A kernel.\n// compile with: -DX=1\n")
+    assert setup.own_options(source) == []
+    # Without it, inner_update would have other bits than PyTorch on a processor that fuses products and sums.
+    assert setup.own_options(ROOT / "csrc" / "inner_update" / "cpu_kernel.cpp") == ["-ffp-contract=off"]
+
+
+def test_the_build_and_the_library_read_one_table_of_instruction_sets(setup: ModuleType) -> None:
+    assert _backend._C is not None
+    assert list(setup.instruction_sets()) == _backend._C.compiled_cpu_capabilities()
+
+
+def test_instruction_sets_need_the_options_of_the_features_that_are_asked_for(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "IS_X86", True)
+    found = setup.instruction_sets()
+    assert list(found) == ["baseline", "avx2", "avx512"]
+    assert found["baseline"] == []
+    assert found["avx2"] == ["-mavx2", "-mfma"]
+    features = [option for option in found["avx512"] if not option.startswith("-Wno-")]
+    assert features == ["-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mfma"]
+    monkeypatch.setattr(setup, "IS_X86", False)
+    assert setup.instruction_sets() == {"baseline": []}
 
 
 # ----------------------------------------------------------------------------------------------- options by platform

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -70,7 +71,7 @@ WRONG: dict[str, tuple[list[Any], str]] = {
 
 
 def test_every_option_is_checked() -> None:
-    assert set(WRONG) == {name for name in CoordinatewiseLSTM._hub_mixin_init_parameters if name != "self"}
+    assert set(WRONG) == CoordinatewiseLSTM.option_types().keys()
 
 
 @pytest.mark.parametrize("name", WRONG)
@@ -135,8 +136,7 @@ def test_what_ships_is_found_without_the_network(monkeypatch: pytest.MonkeyPatch
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError(f"the network was asked: {args}")
 
-    monkeypatch.setattr("metakern.rules.pretrained.snapshot_download", refuse)
-    monkeypatch.setattr("huggingface_hub.hub_mixin.hf_hub_download", refuse)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits_lstm").mkdir()  # a folder of that name that holds no rule
@@ -164,12 +164,51 @@ def test_names_of_the_hub_are_fetched_and_checked_as_folders(folder: Path, monke
         asked.append((name, options))
         return str(folder)
 
-    monkeypatch.setattr("metakern.rules.pretrained.snapshot_download", fetch)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
     assert CoordinatewiseLSTM.from_pretrained("someone/rule", revision="v2", token=False).hidden_size == 6
     assert asked == [("someone/rule", {"allow_patterns": [CONFIG, WEIGHTS], "revision": "v2", "token": False})]
     (folder / CONFIG).unlink()
     with pytest.raises(ValueError, match=r"lacks config\.json"):
         CoordinatewiseLSTM.from_pretrained("someone/rule")
+
+
+@pytest.mark.parametrize("call", ["push_to_hub", "save_pretrained"])
+def test_a_rule_is_uploaded_as_it_is_saved(
+    call: str, rule: CoordinatewiseLSTM, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Any] = []
+
+    class Api:
+        def __init__(self, token: Any) -> None:
+            asked.append(token)
+
+        def create_repo(self, **options: Any) -> Any:
+            asked.append(options)
+            return SimpleNamespace(repo_id="someone/rule")
+
+        def upload_folder(self, folder_path: str, **options: Any) -> str:
+            options |= {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+            assert options.pop(WEIGHTS)
+            asked.append(options)
+            return "https://nowhere/commit"
+
+    monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    options: dict[str, Any] = {"token": "secret", "branch": "dev", "commit_message": "words", "create_pr": True}
+    if call == "push_to_hub":
+        url = rule.push_to_hub("rule", **options)
+    else:
+        url = rule.save_pretrained(folder, push_to_hub=True, repo_id="rule", **options)
+    assert url == "https://nowhere/commit"
+    files = {name: (folder / name).read_bytes() for name in (CONFIG, CARD)}
+    wanted = {"repo_id": "someone/rule", "revision": "dev", "commit_message": "words", "create_pr": True}
+    assert asked == ["secret", {"repo_id": "rule", "private": None, "exist_ok": True}, wanted | files]
+
+
+def test_options_of_the_upload_need_an_upload(rule: CoordinatewiseLSTM, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"\['private'\] need push_to_hub=True"):
+        rule.save_pretrained(tmp_path, private=True)
+    with pytest.raises(TypeError, match=r"options of CoordinatewiseLSTM are .*, got \['momentum'\]"):
+        CoordinatewiseLSTM.from_pretrained("digits_lstm", momentum=0.9)
 
 
 # --------------------------------------------------------------------------------------------------------- model cards
@@ -184,6 +223,7 @@ def test_a_card_says_what_the_rule_is_and_what_is_not_known(folder: Path) -> Non
     assert "`digits_lstm` wants 0.03 to 0.3" in card  # what is measured of it is not said of others
     assert "pushed" not in card
     assert "More Information Needed" not in card
+    assert str(CoordinatewiseLSTM.from_pretrained(folder).generate_model_card()) == card
 
 
 def test_a_card_says_what_is_known(tmp_path: Path) -> None:

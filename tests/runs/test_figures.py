@@ -198,7 +198,7 @@ def test_the_legend_of_a_cluster_map_lies_beside_the_points_and_names_the_modes(
 
 
 def test_fits_have_a_row_a_learner_and_a_column_a_task(tmp_path, boxes):
-    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, lr=0.01) for name in ("plain", "clusters")}
+    learners = {name: MAMLLearner(mlp(1, 8, 1), steps=2, inner_lr=0.01) for name in ("plain", "clusters")}
     fits = fit_tasks(learners, mixture(3))
     plot_fits(fits, tmp_path / "fits.png")
     assert len(boxes) == 6

@@ -99,7 +99,7 @@ def test_a_configuration_that_a_person_wrote_counts_as_it_is_meant(tmp_path):
     config.write_text(text.replace("hidden: '8'", "hidden: 8").replace("inner_lr: 0.001", "inner_lr: 1e-3"))
     assert config.read_text().count("1e-3") == 1
     run = runs.load(tmp_path)
-    assert (run.learner.lr, run.learner.model[0].out_features) == (0.001, 8)
+    assert (run.learner.inner_lr, run.learner.model[0].out_features) == (0.001, 8)
     config.write_text(text.replace("inner_lr: 0.001", "inner_lr: fast"))
     with pytest.raises(ValueError, match="inner_lr must be a number, got 'fast'"):
         runs.load(tmp_path)

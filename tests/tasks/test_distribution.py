@@ -1,4 +1,4 @@
-"""Episodes, and that a distribution of a user's own needs two methods."""
+"""Episodes, reprs, and that a meta-learner learns from episodes of every kind."""
 
 import pytest
 import torch
@@ -15,27 +15,11 @@ from metakern.tasks import (
     MixedOptimizees,
     Quadratics,
     Sinusoid,
-    TaskDistribution,
     mixture,
 )
 from metakern.tasks.distribution import check_num_tasks, check_split
+from tests.conformance.tasks.rows import Decays
 from tests.tasks.draws import generator
-
-
-class Decays:
-    """y = exp(-r·x); every split has rates r of its own."""
-
-    def __init__(self, low=0.5, high=2.0):
-        self.low, self.high = low, high
-
-    def split(self, name):
-        return Decays(*{"train": (0.5, 2.0), "valid": (2.0, 2.25), "test": (2.25, 2.5)}[name])
-
-    def sample(self, num_tasks, generator):
-        rates = torch.empty(num_tasks, 1, 1).uniform_(self.low, self.high, generator=generator)
-        x = torch.rand(num_tasks, 20, 1, generator=generator)
-        y = torch.exp(-rates * x)
-        return Episodes(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
 
 
 def batch(modes=True):
@@ -97,10 +81,9 @@ def test_numbers_of_tasks_and_names_of_splits_are_checked():
     ids=["own", "sinusoid", "mixture", "digits"],
 )
 def test_a_meta_learner_learns_from_every_distribution(tasks, inputs, outputs, loss, lr):
-    assert isinstance(tasks, TaskDistribution)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, outputs))
-    learner = MAMLLearner(model, loss=loss, steps=3, lr=lr)
+    learner = MAMLLearner(model, loss=loss, steps=3, inner_lr=lr)
     optimizer = torch.optim.Adam(learner.parameters(), lr=1e-2)
     held_out = tasks.split("valid").sample(100, generator())
     before = learner.evaluate(held_out)["loss"].mean()

@@ -133,7 +133,7 @@ FULL: dict[str, Any] = {
     "eval_every": 3,
     "eval_tasks": 7,
     "checkpoint_every": 2,
-    "clip_norm": 0.5,
+    "max_grad_norm": 0.5,
     "ema": 0.9,
 }
 

@@ -29,13 +29,20 @@ def make(folder, *, stop=0, seed=0):
             raise Stop
 
     torch.manual_seed(seed)
-    shared = MAMLLearner(mlp(1, 6, 1), loss=torch.nn.functional.mse_loss, steps=1, lr=0.01)
+    shared = MAMLLearner(mlp(1, 6, 1), loss=torch.nn.functional.mse_loss, steps=1, inner_lr=0.01)
     learner = ClusteredLearner(shared, 2, pool=24, embedding="displacement", temperature=0.1, **STAGES)
     tasks = ClusterSampler(mixture(3, 4, 4), learner, "balanced")
     optimizer = torch.optim.Adam(learner.parameters(), 0.01)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10)
     config = TrainerConfig(
-        iterations=10, num_tasks=6, accumulate=2, ema=0.9, clip_norm=1.0, eval_every=4, eval_tasks=6, checkpoint_every=1
+        iterations=10,
+        num_tasks=6,
+        accumulate=2,
+        ema=0.9,
+        max_grad_norm=1.0,
+        eval_every=4,
+        eval_tasks=6,
+        checkpoint_every=1,
     )
     return Trainer(learner, tasks, optimizer, config, scheduler=schedule, callbacks=[Events(act)], folder=folder)
 

@@ -40,8 +40,8 @@ def wide(learner):
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        ({"clip_norm": 2.0}, "config.clip_norm is 0.5 in process 0 and 2.0 in process 1"),
-        ({"clip_norm": None}, "config.clip_norm is 0.5 in process 0 and None in process 1"),
+        ({"max_grad_norm": 2.0}, "config.max_grad_norm is 0.5 in process 0 and 2.0 in process 1"),
+        ({"max_grad_norm": None}, "config.max_grad_norm is 0.5 in process 0 and None in process 1"),
         ({"seed": 1}, "config.seed is 0 in process 0 and 1 in process 1"),
         ({"iterations": 7}, "config.iterations is 6 in process 0 and 7 in process 1"),
         ({"accumulate": 1}, "config.accumulate is 2 in process 0 and 1 in process 1"),
@@ -66,7 +66,9 @@ def test_settings_that_differ_are_named(other, difference):
 
 
 def maml(steps=2, shots=5, lr=0.01, clusters=2, first_order=False):
-    learner = ClusteredLearner(MAMLLearner(mlp(1, 4, 1), steps=steps, lr=lr, first_order=first_order), clusters, pool=9)
+    learner = ClusteredLearner(
+        MAMLLearner(mlp(1, 4, 1), steps=steps, inner_lr=lr, first_order=first_order), clusters, pool=9
+    )
     return Trainer(learner, Sinusoid(shots, 5), optim.SGD(learner.parameters(), 0.1), TrainerConfig(num_tasks=4))
 
 
@@ -74,7 +76,7 @@ def maml(steps=2, shots=5, lr=0.01, clusters=2, first_order=False):
     ("other", "difference"),
     [
         ({"steps": 3}, "learner.shared.eval_steps is 2 in process 0 and 3 in process 1"),
-        ({"lr": 0.1}, "learner.shared.lr is 0.01 in process 0 and 0.1 in process 1"),
+        ({"lr": 0.1}, "learner.shared.inner_lr is 0.01 in process 0 and 0.1 in process 1"),
         ({"first_order": True}, "learner.shared.options.first_order is False in process 0 and True in process 1"),
         ({"clusters": 3}, "groups[0].parameters is ['shared.model.0.weight', "),
         ({"shots": 6}, "tasks.support is 5 in process 0 and 6 in process 1"),
@@ -111,13 +113,13 @@ def results(world, target, *arguments, output):
 
 def differs(folder):
     rank = int(os.environ["RANK"])
-    trainer = make_trainer(folder / "run", clip_norm=0.5 if rank else 1.0, **SETTINGS)
+    trainer = make_trainer(folder / "run", max_grad_norm=0.5 if rank else 1.0, **SETTINGS)
     trainer.fit()
 
 
 def test_processes_with_different_settings_do_not_begin(tmp_path):
     codes, last, _ = results(2, differs, tmp_path, output=tmp_path / "err")
-    settings = "config.clip_norm is 1.0 in process 0 and 0.5 in process 1"
+    settings = "config.max_grad_norm is 1.0 in process 0 and 0.5 in process 1"
     line = f"ValueError: all 2 processes of a run must have the same settings, but {settings}"
     assert (codes, last) == ([1, 1], [line, line])
     assert not (tmp_path / "run").exists()

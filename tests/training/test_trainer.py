@@ -18,7 +18,7 @@ from tests.training.problems import FULL, Events, Learner, Lines, assert_same_st
 def plain(**settings):
     """A trainer of one outer step a batch with nothing switched on, by gradient descent of rate 0.05."""
     learner = settings.pop("learner", None) or Learner(outer_steps=1, dropout=0.0)
-    off = {"accumulate": 1, "clip_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
+    off = {"accumulate": 1, "max_grad_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
     return make_trainer(learner=learner, **{**off, **settings})
 
 
@@ -69,7 +69,7 @@ def test_accumulated_parts_are_the_whole_batch(parts):
 
 
 def test_clipping_bounds_the_step_and_the_record_has_the_norm_before():
-    free, clipped = plain(iterations=1), plain(iterations=1, clip_norm=0.01)
+    free, clipped = plain(iterations=1), plain(iterations=1, max_grad_norm=0.01)
     steps = []
     for trainer in (free, clipped):
         before = torch.cat([p.detach().flatten() for p in trainer.learner.parameters()])
@@ -302,7 +302,7 @@ def test_a_callback_that_fails_at_the_end_does_not_hide_what_ended_the_training(
 
 
 def test_mixed_precision_computes_in_it_and_trains():
-    learner = MAMLLearner(nn.Sequential(nn.Linear(2, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)), lr=0.05)
+    learner = MAMLLearner(nn.Sequential(nn.Linear(2, 8, bias=False), nn.Tanh(), nn.Linear(8, 1)), inner_lr=0.05)
     dtypes = []
     learner.model[0].register_forward_hook(lambda *call: dtypes.append(call[2].dtype))
 
@@ -313,7 +313,7 @@ def test_mixed_precision_computes_in_it_and_trains():
         def split(self, name):
             return Lines32(name)
 
-    config = TrainerConfig(iterations=60, num_tasks=8, precision="bf16", eval_every=30, eval_tasks=16)
+    config = TrainerConfig(iterations=60, num_tasks=8, mixed_precision="bf16", eval_every=30, eval_tasks=16)
     history = Trainer(learner, Lines32(), torch.optim.Adam(learner.parameters(), 0.02), config).fit()
     assert set(dtypes) == {torch.bfloat16}
     assert learner.model[0].weight.dtype == torch.float32
@@ -321,8 +321,8 @@ def test_mixed_precision_computes_in_it_and_trains():
 
 
 def test_a_precision_that_the_device_has_not_is_refused():
-    with pytest.raises(RuntimeError, match="precision fp16 must run on a GPU, got device cpu"):
-        make_trainer(precision="fp16")
+    with pytest.raises(RuntimeError, match="mixed_precision fp16 must run on a GPU, got device cpu"):
+        make_trainer(mixed_precision="fp16")
 
 
 @pytest.mark.parametrize(
@@ -332,10 +332,10 @@ def test_a_precision_that_the_device_has_not_is_refused():
         ({"num_tasks": 2.0}, TypeError, "num_tasks must be an integer, got 2.0"),
         ({"patience": 0}, ValueError, "patience must be at least 1, got 0"),
         ({"seed": "x"}, TypeError, "seed must be an integer, got 'x'"),
-        ({"clip_norm": 0.0}, ValueError, "clip_norm must be above 0 and below inf, got 0.0"),
+        ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be above 0 and below inf, got 0.0"),
         ({"ema": 1.0}, ValueError, "ema must be above 0 and below 1.0, got 1.0"),
         ({"ema": "x"}, TypeError, "ema must be a number or None, got 'x'"),
-        ({"precision": "fp8"}, ValueError, "precision must be None or one of bf16, fp16, got 'fp8'"),
+        ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be None or one of bf16, fp16, got 'fp8'"),
         ({"device": 0}, TypeError, "device must be a string, got 0"),
         ({"accumulate": 6}, ValueError, "num_tasks must be at least 6, one for each process and part, got 5"),
     ],
@@ -428,7 +428,7 @@ class Pairs:
 
 
 def test_a_model_of_several_inputs_and_an_output_in_a_dict() -> None:
-    learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), lr=0.1)
+    learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), inner_lr=0.1)
     config = TrainerConfig(iterations=60, num_tasks=8, eval_every=30, eval_tasks=16, accumulate=2)
     trainer = Trainer(learner, Pairs(), torch.optim.Adam(learner.parameters(), 0.1), config)
     before = trainer.evaluate("valid")["loss"]

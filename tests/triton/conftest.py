@@ -7,9 +7,9 @@ import torch
 
 pytest.importorskip("triton", reason="needs the package triton")
 
-from metakern.ops.lstm_step import triton_operators
+from metakern.ops.lstm_step import prepare
 
-triton_operators()
+prepare("triton")
 
 
 @pytest.fixture

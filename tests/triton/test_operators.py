@@ -76,10 +76,10 @@ def trace(function, *inputs):
 """
 
 LSTM_STEP = """
-from metakern.ops.lstm_step import triton_operators
+from metakern.ops.lstm_step import prepare
 from tests.problems import make_problem
 
-triton_operators()
+prepare("triton")
 problem = make_problem(100, 5, 2)
 inputs = (problem.params, problem.grads, problem.state.data, problem.weights)
 

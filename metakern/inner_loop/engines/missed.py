@@ -8,9 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from metakern.core import backend as _backend
+from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
-from metakern.inner_loop.engines.mlp import LABEL_ERROR, Options
-from metakern.inner_loop.vectorize import is_transformed
+from metakern.inner_loop.arguments import LoopOptions
 from metakern.ops.mlp_inner_loop import unserved
 
 #: How many times as long plain PyTorch took for MLPs of 1,761 to 247,000 parameters: the least and the most of the
@@ -31,19 +31,18 @@ _said: set[str] = set()
 _MOST_SAID = 64
 
 
-def warn_if_missed(options: Options, x: Any, reason: str) -> None:
+def warn_if_missed(options: LoopOptions, x: Any, cause: str) -> None:
     """Warn at the caller's line, once for each reason, that a small MLP misses the fused inner loop.
 
     Args:
         options: of a call that plain PyTorch has served
         x: support samples [T, S, ...]
-        reason: why the fused inner loop does not serve
+        cause: why the fused inner loop does not serve
     """
     if is_transformed() or not options.steps or not options.vectorize or _backend.requested(options.backend) != "auto":
         return  # who compiles, transforms or chooses has not overlooked it
     if not _backend.is_compiled():
         return  # which is said already
-    cause = "some labels are those that the loss ignores" if LABEL_ERROR in reason else reason
     key = re.sub(r"\d+", "", cause)
     if key in _said or len(_said) >= _MOST_SAID or not is_small_mlp(options.model, x):
         return

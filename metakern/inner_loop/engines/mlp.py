@@ -12,29 +12,35 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
-from metakern.core.trees import Data
-from metakern.inner_loop.arguments import adapted_names, check_step_weights, first_order_steps, task_batch
+from metakern.core.torch_private import forward_mode_is_active
+from metakern.core.transforms import is_batched, is_transformed, wants_gradient
+from metakern.inner_loop.arguments import (
+    Call,
+    LoopOptions,
+    adapted_names,
+    check_step_weights,
+    first_order_steps,
+    task_batch,
+)
 from metakern.inner_loop.as_shipped import is_plain
+from metakern.inner_loop.engines.missed import warn_if_missed
 from metakern.inner_loop.engines.mlp_model import (
     LOSS_FUNCTIONS,
     Mlp,
-    Unserved,
     check_data,
     find_mlp,
     known_loss,
     unserved_size,
 )
+from metakern.inner_loop.engines.protocol import Unserved
 from metakern.inner_loop.engines.recorded import record_loss, record_mlp
 from metakern.inner_loop.lineage import accumulator
-from metakern.inner_loop.loop import is_transformed
+from metakern.inner_loop.remembered import Remembered
 from metakern.inner_loop.task_loss import TaskLoss
-from metakern.inner_loop.vectorize import Vectorize
 from metakern.ops.mlp_inner_loop import (
     make_problem,
     make_weights,
@@ -43,108 +49,102 @@ from metakern.ops.mlp_inner_loop import (
     run_meta_backward,
     run_meta_loss,
 )
-from metakern.ops.mlp_inner_loop.autograd import Problem, is_batched, wants_gradient
-from metakern.rules.rates import learning_rates
+from metakern.ops.mlp_inner_loop.autograd import Problem
 
-#: Text that identifies the operator's label error. The generic path raises a ValueError, or knows labels to ignore.
-LABEL_ERROR = "as the model has"
+#: How a call is served: backend, problem and step weights of the operators.
+_Way = tuple[str, Problem, tuple[float, ...]]
 
-
-class Options(NamedTuple):
-    """What adapt, meta_loss and meta_backward have in common, with its defaults; see :func:`metakern.adapt`."""
-
-    model: nn.Module
-    loss: Callable[..., Tensor] = F.mse_loss
-    steps: int = 1
-    lr: Any = 0.01
-    first_order: bool | Sequence[bool] = False
-    parameters: str | Sequence[str] | None = None
-    clip_norm: float | None = None
-    checkpoint_every: int | None = None
-    vectorize: Vectorize = "auto"
-    backend: str | None = None
-    explain: bool = False
-    accumulate: int = 1
-    support_per_step: bool = False
+#: What usual calls of meta_loss and meta_backward were served by. The checks that are left out for such a call take as
+#: long as a small inner loop.
+served_before: Remembered[_Way] = Remembered(most=8)
 
 
-def fused_adapt(options: Options, x: Data, y: Data | None, mask: Tensor | None) -> dict[str, Tensor]:
-    """Adapted parameters by name, [T, *shape] each.
+class _Plan(NamedTuple):
+    """How a call is served.
 
-    Raises:
-        Unserved: where the generic path must serve
+    Attributes:
+        params: of the model, in the operators' order
+        names: of ``params``; empty where a layer has no bias
+        adapted: names of those that adapt
+        backend: whose kernels serve
+        arguments: the operators' options; none where the way is remembered
+        sets: support and query samples as the operators take them
+        step_weights: of the query losses after every step
+        key: of a usual call, by which its way is remembered
+        way: of a usual call
     """
-    with exclusive(options.model):
-        mlp, names, arguments = _arguments(options, [("support", x, y, mask)])
-    x, y = _samples("support", options, mlp, arguments["loss"], x, y, mask)
-    serves = _serving(options, mlp, arguments["loss"], x)
-    results = _served(lambda: mlp_inner_loop(mlp.params, x, y, support_mask=mask, backend=serves, **arguments))
-    by_name = dict(zip(mlp.names, results, strict=True))
-    return {name: by_name[name] for name in names}
+
+    params: Sequence[Tensor]
+    names: list[str]
+    adapted: list[str]
+    backend: str
+    arguments: dict[str, Any]
+    sets: Sequence[tuple[Tensor, Tensor]]
+    step_weights: Any = None
+    key: Hashable | None = None
+    way: _Way | None = None
 
 
-def fused_meta_loss(
-    options: Options,
-    support: tuple[Data, Data | None],
-    query: tuple[Data, Data | None],
-    masks: tuple[Tensor | None, Tensor | None],
-    step_weights: Sequence[float] | Tensor | None,
-) -> Tensor:
-    """Query losses [T].
+class MlpEngine:
+    """Small MLPs in one launch; see :class:`metakern.inner_loop.engines.protocol.Engine`.
 
-    Raises:
-        Unserved: where the generic path must serve
+    It is faster than plain PyTorch for all that it serves, as the files of bench/results say.
     """
-    usual = _usual(options, support, query) if masks[0] is masks[1] is step_weights is None else None
-    if usual is not None and usual.way is not None:
-        known = partial(run_meta_loss, *usual.way, usual.params, (), (*support, None), (*query, None))  # type: ignore[arg-type]
-        return _served(known)  # type: ignore[no-any-return]
-    named = []
-    for name, data, mask in (("support", support, masks[0]), ("query", query, masks[1])):
-        if not isinstance(data, (tuple, list)) or len(data) != 2:
-            raise Unserved(f"{name} is no pair")
-        named.append((name, *data, mask))
-    with exclusive(options.model):
-        mlp, _, arguments = _arguments(options, named)
-    if step_weights is not None:
-        step_weights = check_step_weights(step_weights, options.steps)
-        if isinstance(step_weights, Tensor):
-            if torch.compiler.is_compiling() or wants_gradient(step_weights) or is_batched(step_weights):
-                raise Unserved("step_weights is a tensor that requires a gradient, or whose values are not known")
-            step_weights = step_weights.tolist()
-        if not any(step_weights):
-            raise Unserved("step_weights are all zero")
-    sets = [_samples(name, options, mlp, arguments["loss"], x, y, mask) for name, x, y, mask in named]
-    if sets[0][0].shape[0] != sets[1][0].shape[0]:
-        raise Unserved("support and query do not share the task axis")
-    serves = _serving(options, mlp, arguments["loss"], *(x for x, _ in sets))
-    call = partial(mlp_meta_loss, support_mask=masks[0], query_mask=masks[1], step_weights=step_weights, backend=serves)
-    losses: Tensor = _served(lambda: call(mlp.params, *sets, **arguments))
-    if usual is not None:
-        _remember(usual.key, serves, mlp, options, arguments)
-    return losses
 
+    name = "fused inner loop"
 
-def fused_meta_backward(options: Options, support: Any, query: Any, gradient: Tensor | None) -> Tensor | None:
-    """Query losses [T] of a usual call that was served before, its meta-gradients added to ``grad``; None for others.
-
-    Without autograd: its graph takes as long as a small inner loop.
-    """
-    if forward_ad._current_level >= 0 or torch.is_anomaly_enabled():
+    def serves(self, call: Call) -> str | None:
+        """Why model, loss, data or options are none that the operators take; None where they are."""
+        try:
+            call.prepared[self.name] = _plan(call)
+        except Unserved as unserved:
+            return str(unserved)
         return None
-    try:
-        usual = _usual(options, support, query)
-        if usual is None or usual.way is None or not all(map(_accumulates, usual.params)):
+
+    def adapt(self, call: Call) -> dict[str, Tensor]:
+        """Adapted parameters by name, [T, *shape] each."""
+        plan: _Plan = call.prepared[self.name]
+        arguments: dict[str, Any] = {"backend": plan.backend, "support_mask": call.masks[0], **plan.arguments}
+        results = _run(plan, lambda: mlp_inner_loop(plan.params, *plan.sets[0], **arguments))
+        by_name = dict(zip(plan.names, results, strict=True))
+        return {name: by_name[name] for name in plan.adapted}
+
+    def meta_loss(self, call: Call) -> Tensor:
+        """Query losses [T]."""
+        plan: _Plan = call.prepared[self.name]
+        losses: Tensor
+        if plan.way is not None:
+            losses = _run(plan, partial(run_meta_loss, *plan.way, plan.params, (), *_unmasked(plan)))
+            return losses
+        arguments: dict[str, Any] = {"backend": plan.backend, "step_weights": plan.step_weights, **plan.arguments}
+        arguments |= {"support_mask": call.masks[0], "query_mask": call.masks[1]}
+        losses = _run(plan, lambda: mlp_meta_loss(plan.params, *plan.sets, **arguments))
+        _remember(call, plan)
+        return losses
+
+    def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
+        """Query losses [T] of a usual call; autograd's graph takes as long as a small inner loop."""
+        plan: _Plan = call.prepared[self.name]
+        if plan.key is None or forward_mode_is_active() or torch.is_anomaly_enabled():
             return None
-        way, params = usual.way, usual.params
-        if gradient is not None and unlike_losses(gradient, params[0].new_empty(support[0].shape[0])):
+        if not all(map(_accumulates, plan.params)):
             return None
-        sets = (*support, None), (*query, None)
-        losses, grads = _served(lambda: run_meta_backward(*way, params, *sets, gradient))
-    except Unserved:  # for its reason meta_loss raises, or takes the generic path
-        return None
-    _accumulate(params, grads)
-    return losses  # type: ignore[no-any-return]
+        if gradient is not None and unlike_losses(gradient, plan.params[0].new_empty(len(plan.sets[0][0]))):
+            return None
+        support, query = _unmasked(plan)
+        way = _way(call, plan)
+        losses, grads = _run(plan, lambda: run_meta_backward(*way, plan.params, support, query, gradient))
+        _remember(call, plan)
+        _accumulate(plan.params, grads)
+        return losses  # type: ignore[no-any-return]
+
+    def described(self, call: Call) -> str:
+        """Steps and model."""
+        return f"K={call.options.steps}: fused inner loop, {type(call.options.model).__name__}"
+
+    def missed(self, call: Call, cause: str) -> None:
+        """Warn that a small MLP takes many times as long."""
+        warn_if_missed(call.options, call.support[0], cause)
 
 
 def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
@@ -180,27 +180,43 @@ def _accumulates(p: Tensor) -> bool:
     return p.grad is None or p.grad.layout is torch.strided
 
 
-class _Usual(NamedTuple):
-    """Cache entry for a call with default options: its key, and how such a call was served before, if it was."""
+def _plan(call: Call) -> _Plan:
+    """How the operators serve a call.
 
-    key: Hashable
-    params: Sequence[Tensor]
-    way: tuple[str, Problem, tuple[float, ...]] | None
-
-
-#: Backend, problem and step weights of usual calls of meta_loss that were served, by what decided them.
-_served_before: dict[Hashable, tuple[str, Problem, tuple[float, ...]]] = {}
-
-#: So many are remembered at most.
-_MOST_REMEMBERED = 256
-
-
-def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
-    """None for a call with other options. Checking those takes as long as a small inner loop."""
+    Raises:
+        Unserved: where they do not
+    """
+    options = call.options
     asked = _backend.requested(options.backend)
+    if options.steps == 0:  # nothing to fuse, whatever backend is asked for
+        raise Unserved("steps=0 takes the model as it is")
+    key = None
+    if call.name != "adapt":
+        usual = _usual(call, asked)
+        if usual is not None:
+            key, mlp = usual
+            way = served_before.get(options.model, key)
+            if way is not None:
+                return _Plan(mlp.params, [], [], way[0], {}, (call.support, call.query), None, key, way)
+    named = [_Set(*_pair("support", call.support), call.masks[0])]
+    if call.name != "adapt":
+        named.append(_Set(*_pair("query", call.query), call.masks[1]))
+    with exclusive(options.model):
+        mlp, names, arguments = _arguments(options, named)
+    step_weights = _known_step_weights(call)
+    sets = [_samples(each, options, mlp, arguments["loss"]) for each in named]
+    if sets[0][0].shape[0] != sets[-1][0].shape[0]:
+        raise Unserved("support and query do not share the task axis")
+    serves = _serving(options, mlp, arguments["loss"], *(x for x, _ in sets))
+    return _Plan(mlp.params, mlp.names, names, serves, arguments, sets, step_weights, key)
+
+
+def _usual(call: Call, asked: str) -> tuple[Hashable, Mlp] | None:
+    """Key and model of a call with default options and plain tensors; None for others."""
+    options, support, query = call.options, call.support, call.query
     plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
-    plain = plain and not options.support_per_step and options.steps > 0
-    if not plain or options.parameters is not None or asked == "reference":
+    plain = plain and not options.support_per_step and options.rule is None and call.step_weights is None
+    if not plain or options.parameters is not None or call.is_masked or asked == "reference":
         return None
     if is_transformed() or not isinstance(options.model, nn.Module):
         return None
@@ -230,23 +246,90 @@ def _usual(options: Options, support: Any, query: Any) -> _Usual | None:
         options.checkpoint_every,
         asked,
     )
-    key = (*of_model, *of_call, *facts)
-    return _Usual(key, mlp.params, _served_before.get(key))
+    return (*of_model, *of_call, *facts), mlp
 
 
-def _remember(key: Hashable, serves: str, mlp: Mlp, options: Options, arguments: dict[str, Any]) -> None:
-    if len(_served_before) >= _MOST_REMEMBERED:
-        _served_before.clear()
-    made = {name: value for name, value in arguments.items() if name != "checkpoint_every"}
-    problem = make_problem(mlp.params, checkpoint_every=options.checkpoint_every or options.steps, **made)
-    _served_before[key] = serves, problem, make_weights(None, options.steps)
+def _way(call: Call, plan: _Plan) -> _Way:
+    """How the operators serve a usual call."""
+    if plan.way is not None:
+        return plan.way
+    options = call.options
+    made = {name: value for name, value in plan.arguments.items() if name != "checkpoint_every"}
+    problem = make_problem(plan.params, checkpoint_every=options.checkpoint_every or options.steps, **made)
+    return plan.backend, problem, make_weights(None, options.steps)
 
 
-#: The name of a set, its x and y, and its mask.
-_Set = tuple[str, Any, Any, Tensor | None]
+def _remember(call: Call, plan: _Plan) -> None:
+    """Keep the way of a usual call that was served."""
+    if plan.key is not None and plan.way is None:
+        served_before.put(call.options.model, plan.key, _way(call, plan))
 
 
-def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], dict[str, Any]]:
+def _unmasked(plan: _Plan) -> list[tuple[Tensor, Tensor, None]]:
+    return [(x, y, None) for x, y in plan.sets]
+
+
+def _run(plan: _Plan, operator: Callable[[], Any]) -> Any:
+    """What an operator returns.
+
+    Raises:
+        Unserved: for labels that name no output: plain PyTorch raises ValueError, or knows labels to ignore
+    """
+    if torch.compiler.is_compiling():
+        return operator()
+    try:
+        return operator()
+    except (RuntimeError, ValueError) as error:
+        if any(_names_no_output(y, plan.params[-1].shape[-1]) for _, y in plan.sets):
+            raise _BeyondOutputs(str(error)) from error
+        raise
+
+
+def _names_no_output(labels: Tensor, outputs: int) -> bool:
+    """Whether targets are class labels, some of them beyond the outputs."""
+    if labels.dtype != torch.int64 or not labels.numel():
+        return False
+    smallest, largest = torch.aminmax(labels)
+    return bool(smallest < 0) or bool(largest >= outputs)
+
+
+class _BeyondOutputs(Unserved):
+    """Class labels that name no output: plain PyTorch knows whether the loss ignores them."""
+
+    cause = "some labels are those that the loss ignores"
+
+
+class _Set(NamedTuple):
+    """Support or query sets as the caller gave them."""
+
+    name: str
+    x: Any
+    y: Any
+    mask: Tensor | None
+
+
+def _pair(name: str, data: Any) -> tuple[str, Any, Any]:
+    if not isinstance(data, (tuple, list)) or len(data) != 2:
+        raise Unserved(f"{name} is no pair")
+    return name, data[0], data[1]
+
+
+def _known_step_weights(call: Call) -> Any:
+    """Weights of the query losses as numbers; None where there are none."""
+    weights = call.step_weights
+    if weights is None:
+        return None
+    weights = check_step_weights(weights, call.options.steps)
+    if isinstance(weights, Tensor):
+        if torch.compiler.is_compiling() or wants_gradient(weights) or is_batched(weights):
+            raise Unserved("step_weights is a tensor that requires a gradient, or whose values are not known")
+        weights = weights.tolist()
+    if not any(weights):
+        raise Unserved("step_weights are all zero")
+    return weights
+
+
+def _arguments(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, list[str], dict[str, Any]]:
     """The model, names of its adapted parameters, and the operator's options."""
     if _backend.requested(options.backend) == "reference":
         raise Unserved("backend='reference' asks for it")
@@ -259,6 +342,8 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
         raise Unserved("vectorize=False asks for it")
     if options.support_per_step:
         raise Unserved("support_per_step brings another support set for each step")
+    if not options.is_descent:
+        raise Unserved(f"its steps are gradient descent, not those of {type(options.rule).__name__}")
     mlp, loss = _recognised(options, sets)
     if torch.is_autocast_enabled(mlp.params[0].device.type):
         raise Unserved("autocast is on")
@@ -269,7 +354,7 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
     if not names:
         raise Unserved("the model has no parameter that requires a gradient")
     by_name = dict(zip(mlp.names, mlp.params, strict=True))
-    rates = learning_rates(options.lr, {n: by_name[n] for n in names}, options.steps)
+    rates = options.learning_rates({n: by_name[n] for n in names})
     adapted = [n in names for n in mlp.names]
     return (
         mlp,
@@ -282,13 +367,13 @@ def _arguments(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, list[str], 
             "activation": mlp.activation,
             "loss": loss,
             "first_order": first_order_steps(options.first_order, options.steps),
-            "clip_norm": options.clip_norm,
+            "clip_norm": options.largest_norm,
             "checkpoint_every": options.checkpoint_every,
         },
     )
 
 
-def _recognised(options: Options, sets: Sequence[_Set]) -> tuple[Mlp, str]:
+def _recognised(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, str]:
     """Model and loss by their classes and functions or, which torch.compile cannot do, by what they compute."""
     compiling = torch.compiler.is_compiling()
     try:
@@ -315,7 +400,7 @@ def _of_first_task(name: str, tensor: Any) -> Tensor:
     return tensor[0]
 
 
-def _serving(options: Options, mlp: Mlp, loss: str, *samples: Tensor) -> str:
+def _serving(options: LoopOptions, mlp: Mlp, loss: str, *samples: Tensor) -> str:
     """The backend whose kernels serve the model and support and query samples of this size."""
     name, device = _backend.requested(options.backend), mlp.params[0].device
     reasons = []
@@ -334,7 +419,7 @@ def _untransformed() -> str:
     if torch.compiler.is_compiling():
         inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
         return "torch.func transforms it within torch.compile" if inside else ""
-    if forward_ad._current_level >= 0:
+    if forward_mode_is_active():
         return "it has no forward-mode derivative"
     kinds = [interpreter.key() for interpreter in functorch.get_interpreter_stack() or ()]
     grad, vmap = functorch.TransformType.Grad, functorch.TransformType.Vmap
@@ -343,9 +428,8 @@ def _untransformed() -> str:
     return "" if all(kind in (grad, vmap) for kind in kinds) else "it has no forward-mode derivative"
 
 
-def _samples(
-    name: str, options: Options, mlp: Mlp, loss: str, x: Any, y: Any, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _samples(each: _Set, options: LoopOptions, mlp: Mlp, loss: str) -> tuple[Tensor, Tensor]:
+    name, x, y, mask = each
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or x.dim() < 2 or not x.shape[0] or not x.shape[1]:
         raise Unserved(f"{name} is no pair of tensors with a task and a sample")
     if not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference()):
@@ -356,14 +440,3 @@ def _samples(
     x = mlp.samples(x)
     check_data(mlp, loss, x, y)
     return x, y
-
-
-def _served(call: Callable[[], Any]) -> Any:
-    if torch.compiler.is_compiling():
-        return call()
-    try:
-        return call()
-    except RuntimeError as error:
-        if LABEL_ERROR in str(error):
-            raise Unserved(str(error)) from error
-        raise

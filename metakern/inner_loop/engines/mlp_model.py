@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from metakern.core.transforms import wants_gradient
 from metakern.inner_loop.as_shipped import changed_class, changed_classes, changed_functions, changed_instance, is_plain
+from metakern.inner_loop.engines.protocol import Unserved
 from metakern.ops.mlp_inner_loop import unserved, unserved_by_triton, unserved_on_cuda
-from metakern.ops.mlp_inner_loop.autograd import wants_gradient
 from metakern.rules.rates import LearningRates
 
 ACTIVATIONS: dict[type, str] = {nn.ReLU: "relu", nn.Tanh: "tanh", nn.Sigmoid: "sigmoid", nn.GELU: "gelu"}
@@ -37,10 +38,6 @@ _LOSS_MODULES: dict[type, str] = {
 
 #: Classes of which models are recognised.
 _LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout])
-
-
-class Unserved(Exception):
-    """Why the fused inner loop does not serve a call."""
 
 
 class Mlp(NamedTuple):

@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode
 
+from metakern.core.text import first_line
 from metakern.inner_loop.as_shipped import HOOKS, KNOWN_CLASSES, changed_functions, changed_instance, is_plain
-from metakern.inner_loop.engines.mlp_model import LOSS_FUNCTIONS, Chain, Mlp, Unserved, leaky_relu
-from metakern.inner_loop.failures import first_line
+from metakern.inner_loop.engines.mlp_model import LOSS_FUNCTIONS, Chain, Mlp, leaky_relu
+from metakern.inner_loop.engines.protocol import Unserved
 from metakern.inner_loop.lineage import used_by
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 

@@ -7,7 +7,6 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,17 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.core import backend as _backend
-from metakern.core.memo import once
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.inner_update import reference
 from metakern.ops.inner_update.autograd import (
-    Operators,
     Options,
     call,
     formula,
     is_small,
-    is_transformed,
     subtract,
+    update,
 )
 
 #: Python's numbers, and NumPy's.
@@ -82,20 +79,17 @@ def inner_update(
         check(params, grads, lr, step, active, clip_norm)
     if not params:
         return []
-    name = _backend.resolve(backend, params[0].device)
-    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
-        assert _compiled is not None
+    kernel = update.choose(backend, params[0].device)
+    if kernel is not None and kernel.implementation == "compiled" and not torch.compiler.is_compiling():
         try:
-            return call(_compiled, params, grads, rates, active, options)
+            return call(kernel, params, grads, rates, active, options)
         except Exception:
             check(params, grads, lr, step, active, clip_norm)
             raise
     check(params, grads, lr, step, active, clip_norm)
-    if name == "reference":
+    if kernel is None:
         return formula(params, grads, rates, active, options)
-    operators = triton_operators() if name == "triton" else _compiled
-    assert operators is not None
-    return call(operators, params, grads, rates, active, options)
+    return call(kernel, params, grads, rates, active, options)
 
 
 def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor | list[Tensor]) -> list[Any]:
@@ -108,7 +102,7 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
     elif not isinstance(lr, list):
         lr = float(lr)  # a number of NumPy would take a product with a tensor for one of arrays
     # The compiler fuses the formula, and torch.func sees through it; complex tensors have no kernels.
-    if is_transformed() or any(p.is_complex() for p in params):
+    if is_transformed_or_dual() or any(p.is_complex() for p in params):
         return reference.inner_update(params, grads, lr)
     if params and torch.is_grad_enabled() and is_small(params):
         return subtract(params, grads, lr if isinstance(lr, list) else [lr] * len(params))
@@ -246,22 +240,3 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
         shapes = [list(p.shape) for p in params]
         wanted = "one leading axis of tasks" if active is None else f"a leading axis of the {count[0]} tasks"
         raise ValueError(f"params must have {wanted} for clip_norm and active, got shapes {shapes}")
-
-
-_compiled = Operators("inner_update") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operator with its formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.inner_update.triton")
-    return Operators("inner_update_triton")
-
-
-def prepare(backend: str | None) -> None:
-    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)

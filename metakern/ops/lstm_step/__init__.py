@@ -7,7 +7,6 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,10 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.core import backend as _backend
-from metakern.core.memo import once
+from metakern.ops.core.define_op import Kernel, Operator
 from metakern.ops.lstm_step import reference
-from metakern.ops.lstm_step.autograd import Operators, Options, call
+from metakern.ops.lstm_step.autograd import step, step_, step_backward
 from metakern.ops.lstm_step.state import (
     LAYOUT,
     MAX_HIDDEN,
@@ -93,15 +91,11 @@ def lstm_step(
         >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
-    operators = _operators(params, grads, state, weights, preprocess, backend)
-    if operators is None:
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
+    kernel = _chosen(step, params, grads, state, weights, preprocess, backend)
+    if kernel is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
-    try:
-        new_params, new_state = call(operators, params, grads, state.data, weights, options)
-    except Exception:
-        _check(params, grads, state, weights, preprocess)
-        raise
+    new_params, new_state = kernel.call((params, grads, state.data, weights, *options))
     return new_params, LSTMState(new_state, state.num_coordinates)
 
 
@@ -125,48 +119,53 @@ def lstm_step_(
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors are those of :func:`lstm_step`.
     """
-    options = _options(preprocess, preprocess_scale, output_scale, precision)
-    operators = _operators(params, grads, state, weights, preprocess, backend)
-    if operators is not _compiled or torch.compiler.is_compiling():  # they look for themselves
+    options = check_options(preprocess, preprocess_scale, output_scale, precision)
+    kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
+    if not _checks_itself(kernel):
         _check_contiguous(params, state)
-    if operators is None:
+        if kernel is None or not torch.compiler.is_compiling():
+            _check_memory(params, grads, state)
+    if kernel is None:
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
         )
         params.copy_(new_params)
         state.data.copy_(new_state.data)
         return
-    if operators is not _compiled and not torch.compiler.is_compiling():
-        _check_memory(params, grads, state)
-    try:
-        operators.step_(params, grads, state.data, weights, *options)
-    except Exception:
-        _check(params, grads, state, weights, preprocess)
-        _check_contiguous(params, state)
-        raise
+    kernel.call((params, grads, state.data, weights, *options))
     if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
         torch.autograd.graph.increment_version((params, state.data))
 
 
-def _operators(
-    params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str, backend: str | None
-) -> Operators | None:
-    """The operators that serve a call, None for the reference.
+def _chosen(
+    operator: Operator,
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    preprocess: str,
+    backend: str | None,
+) -> Kernel | None:
+    """The kernel that serves a call, None for the reference; the tensors are checked where it does not.
 
-    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here; so
-    the arguments are looked at in full only where others serve, or to say what was wrong once they have refused. What
+    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here. What
     they cannot see is checked always.
     """
-    if not _is_plain(params, grads, state, weights):
+    is_plain = _is_plain(params, grads, state, weights)
+    if not is_plain:
         _check(params, grads, state, weights, preprocess)
-    unserved = None
-    if state.data.dtype == torch.bfloat16:
-        unserved = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
-    name = _backend.resolve(backend, params.device, unserved)
-    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
-        return _compiled
-    _check(params, grads, state, weights, preprocess)
-    return None if name == "reference" else triton_operators() if name == "triton" else _compiled
+    kernel = operator.choose(backend, params.device, _NO_BFLOAT16 if state.data.dtype == torch.bfloat16 else None)
+    if is_plain and not _checks_itself(kernel):
+        _check(params, grads, state, weights, preprocess)
+    return kernel
+
+
+_NO_BFLOAT16 = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
+
+
+def _checks_itself(kernel: Kernel | None) -> bool:
+    """Whether a compiled kernel runs now; while torch.compile traces, its fake kernel stands in."""
+    return kernel is not None and kernel.implementation == "compiled" and not torch.compiler.is_compiling()
 
 
 def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
@@ -208,15 +207,15 @@ def _reference_step(
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def _options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
+def check_options(
+    preprocess: str, preprocess_scale: float, output_scale: float, precision: str
+) -> tuple[int, float, float, int]:
     """The options as the operators take them; raises for those that do not fit."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
     check_precision(precision)
-    return Options(
-        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
-    )
+    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
 
 
 def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
@@ -337,20 +336,7 @@ def _check_weights(
             raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
 
 
-_compiled = Operators("lstm_step") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operators with their formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.lstm_step.triton")
-    return Operators("lstm_step_triton")
-
-
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)
+    for operator in (step, step_, step_backward):
+        operator.prepare(backend)

@@ -1,14 +1,16 @@
-"""lstm_step in plain PyTorch: one step of the coordinatewise LSTM optimizer.
+"""lstm_step in plain PyTorch: one step of the coordinatewise LSTM optimizer, as features × cells × head.
 
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 
-Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
+Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the stages' state,
+K task inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +62,109 @@ def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
     return gradient_features(grads, preprocess, scale) + (grads - grads).unsqueeze(-1)
 
 
+class FeaturesStage(NamedTuple):
+    """What the lowest cell is told of a coordinate; the stages of csrc/math/features.h.
+
+    Attributes:
+        inputs: F, features that it makes.
+        states: numbers of its own that it keeps of every coordinate.
+        task_inputs: numbers of a coordinate's task that it reads.
+        weights: numbers shared by all coordinates that it reads.
+        apply: of gradients [N], states [states, N], task inputs [task_inputs, N], weights [weights] and the scale:
+            features [N, F] and new states [states, N].
+    """
+
+    inputs: int
+    states: int
+    task_inputs: int
+    weights: int
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+class HeadStage(NamedTuple):
+    """How the outputs of the top cell change a parameter; the stages of csrc/math/heads.h.
+
+    Attributes:
+        outputs: R, rows of the head's linear map.
+        states: as of a features stage, and so are the next two.
+        task_inputs: as there.
+        weights: as there.
+        apply: of outputs [R, N], params and gradients [N], states, task inputs, weights and the scale: new params [N]
+            and new states.
+    """
+
+    outputs: int
+    states: int
+    task_inputs: int
+    weights: int
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+
+
+def gradient_stage(preprocess: str) -> FeaturesStage:
+    """One or two features of the gradient alone."""
+    return FeaturesStage(
+        num_features(preprocess),
+        *(0, 0, 0),
+        lambda grads, states, _tasks, _weights, scale: (preprocess_gradient(grads, preprocess, scale), states),
+    )
+
+
+#: Keeps RNNProp's features finite where the moments are zero.
+MOMENTS_EPSILON = 1e-8
+
+
+def moment_features(
+    grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float
+) -> tuple[Tensor, Tensor]:
+    """RNNProp's features, Lv et al. 2017, arXiv 1703.03633: the gradient and its moving mean, divided by √v̂.
+
+    Args:
+        grads: [N]
+        states: the moving means m of the gradient and v of its square, [2, N]
+        task_inputs: β1, β2 and the bias corrections 1 / (1 - β1^t), 1 / (1 - β2^t), [4, N]
+
+    Returns:
+        features [N, 2], new states [2, N]
+    """
+    (m, v), (beta1, beta2, correct1, correct2) = states, task_inputs
+    m = beta1 * m + (1 - beta1) * grads
+    v = beta2 * v + (1 - beta2) * grads.square()
+    square = correct2 * v
+    positive = square > 0  # the root's derivative at zero, which is infinite, counts as zero
+    root = torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), square)
+    factor = 1 / (root + MOMENTS_EPSILON)
+    features = torch.stack([grads * factor, correct1 * m * factor], dim=-1) + (grads - grads).unsqueeze(-1)
+    return features, torch.stack([m, v])
+
+
+def add_head(
+    outputs: Tensor, params: Tensor, _grads: Tensor, states: Tensor, _tasks: Tensor, _weights: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """θ' = θ + scale · o, Andrychowicz et al. 2016."""
+    return params + scale * outputs[0], states
+
+
+def gate_head(
+    outputs: Tensor, params: Tensor, grads: Tensor, states: Tensor, _tasks: Tensor, weights: Tensor, _scale: float
+) -> tuple[Tensor, Tensor]:
+    """Meta-LSTM's gates, Ravi & Larochelle 2017: θ' = σ(f') θ - σ(i') g.
+
+    f' = o₀ + w₀ θ + w₁ f and i' = o₁ + w₂ θ + w₃ i. ``states`` are f and i before the sigmoid, [2, N].
+    """
+    gates = outputs + weights[0::2, None] * params + weights[1::2, None] * states
+    forget, admit = gates.sigmoid()
+    return forget * params - admit * grads, gates
+
+
+#: Features stages by name; a kernel receives the index.
+FEATURES = {name: gradient_stage(name) for name in PREPROCESS} | {
+    "moments": FeaturesStage(2, 2, 4, 0, moment_features),
+}
+
+#: Head stages by name; a kernel receives the index.
+HEADS = {"add": HeadStage(1, 0, 0, 0, add_head), "gates": HeadStage(2, 2, 0, 4, gate_head)}
+
+
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """One LSTM cell, gates in PyTorch's order i, f, g, o. x [N, F or H], h and c [N, H]; returns h', c'."""
     weight_ih, weight_hh, bias_ih, bias_hh = weights
@@ -95,13 +200,68 @@ def lstm_step(
     Returns:
         new params [N], new h [L, N, H], new c [L, N, H]
     """
-    dtype = weights[0].dtype
-    x = preprocess_gradient(grads.to(dtype), preprocess, preprocess_scale)
+    none = params.new_zeros(0, params.numel(), dtype=weights[0].dtype)
+    options = (FEATURES[preprocess], HEADS["add"], preprocess_scale, output_scale)
+    new_params, new_h, new_c, _ = staged_step(params, grads, h, c, none, none, weights, *options)
+    return new_params, new_h, new_c
+
+
+def staged_step(
+    params: Tensor,
+    grads: Tensor,
+    h: Tensor,
+    c: Tensor,
+    states: Tensor,
+    task_inputs: Tensor,
+    weights: Sequence[Tensor],
+    features: FeaturesStage,
+    head: HeadStage,
+    features_scale: float,
+    head_scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Features, stacked cells, head: what :func:`lstm_step` and every other rule with such cells computes.
+
+    Args:
+        params: [N], as the next three of :func:`lstm_step`
+        grads: [N]
+        h: [L, N, H]
+        c: [L, N, H]
+        states: [E, N], rows of the features, then of the head
+        task_inputs: [K, N], each task's repeated for its coordinates; rows of the features, then of the head
+        weights: per layer four as in :func:`lstm_step`; the head's weight [R, H] and bias [R]; then the features' and
+            the head's own, where there are any
+        features: the first stage
+        head: the last one
+        features_scale: a number that the features stage may read
+        head_scale: one that the head stage may read
+
+    Returns:
+        new params [N], new h [L, N, H], new c [L, N, H], new states [E, N]
+    """
+    dtype, layers = weights[0].dtype, h.shape[0]
+    own = iter(weights[4 * layers + 2 :])
+    features_weights, head_weights = (next(own) if s.weights else weights[0].new_zeros(0) for s in (features, head))
+    wide_params, wide_grads = params.to(dtype), grads.to(dtype)
+    x, features_states = features.apply(
+        wide_grads,
+        states[: features.states],
+        task_inputs[: features.task_inputs],
+        features_weights,
+        features_scale,
+    )
     new_h, new_c = [], []
-    for layer in range(h.shape[0]):
+    for layer in range(layers):
         x, c_layer = lstm_cell(x, h[layer].to(dtype), c[layer].to(dtype), weights[4 * layer : 4 * layer + 4])
         new_h.append(x)
         new_c.append(c_layer)
-    out = F.linear(x, weights[-2], weights[-1]).squeeze(-1)
-    new_params = (params.to(dtype) + output_scale * out).to(params.dtype)
-    return new_params, torch.stack(new_h).to(h.dtype), torch.stack(new_c).to(c.dtype)
+    new_params, head_states = head.apply(
+        F.linear(x, weights[4 * layers], weights[4 * layers + 1]).movedim(-1, 0),
+        wide_params,
+        wide_grads,
+        states[features.states :],
+        task_inputs[features.task_inputs :],
+        head_weights,
+        head_scale,
+    )
+    new_states = torch.cat([features_states, head_states])
+    return new_params.to(params.dtype), torch.stack(new_h).to(h.dtype), torch.stack(new_c).to(c.dtype), new_states

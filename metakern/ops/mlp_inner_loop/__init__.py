@@ -21,8 +21,8 @@ from torch import Tensor
 
 from metakern.core import backend as _backend
 from metakern.core.memo import memoized, once
+from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.devices import check_devices
-from metakern.ops.inner_update.autograd import is_transformed
 from metakern.ops.mlp_inner_loop import reference
 from metakern.ops.mlp_inner_loop.autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
 
@@ -159,8 +159,9 @@ def mlp_inner_loop(
         new parameters, [T, O, I] and [T, O] in turn
 
     Raises:
-        TypeError, ValueError: for options that do not fit
-        RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
+        ValueError: for shapes, sizes, counts, labels or option values that do not fit
+        TypeError: for dtypes or types that do not fit
+        RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative of it
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
@@ -306,13 +307,13 @@ def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]
     Labels of another dtype or shape are for the operators to name.
     """
     outputs = params[-1].shape[-1]
-    if is_transformed() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
+    if is_transformed_or_dual() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
         return
     if not labels.numel():
         return
     for label in torch.stack(torch.aminmax(labels)).tolist():
         if not 0 <= label < outputs:
-            raise RuntimeError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
+            raise ValueError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
 
 
 def _is_captured(tensor: Tensor) -> bool:

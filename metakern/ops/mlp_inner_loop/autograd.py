@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from metakern.core.memo import constant
+from metakern.core.torch_private import below_autograd
+from metakern.core.transforms import is_transformed_or_dual, wants_gradient
 from metakern.ops.core.devices import check_constants, check_devices
-from metakern.ops.inner_update.autograd import is_transformed
 from metakern.ops.mlp_inner_loop.batching import backward_rule, batched, batched_backward, forward_rule
 
 _TASK_LANES = 16
@@ -203,7 +204,7 @@ def meta_backward_call(
     ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
     """
     run, data = Run(operators, problem, weights, True, False), (*support, *query)
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         (losses,), kept = run.forward(params, data, ())
         if gradient is None:
             gradient = torch.full_like(losses, 1 / len(losses))
@@ -220,7 +221,7 @@ def _call(
 ) -> list[Tensor]:
     """Results, by the way that serves the caller; see :func:`metakern.ops.lstm_step.autograd.call` for the ways."""
     rates = keep = False
-    transformed = is_transformed()
+    transformed = is_transformed_or_dual()
     if torch.is_grad_enabled():
         wanted = wants_gradient if transformed else _requires_grad
         rates = any(map(wanted, lr))
@@ -240,27 +241,6 @@ def _call(
 _requires_grad = operator.attrgetter("requires_grad")
 
 
-def wants_gradient(x: Tensor) -> bool:
-    """Whether it requires a gradient, if only outside of a torch.func.vmap, within which it does not say so."""
-    if x.requires_grad:
-        return True
-    if torch.compiler.is_compiling() or not torch._C._are_functorch_transforms_active():
-        return False
-    return any(inner.requires_grad for inner in _levels(x))
-
-
-def is_batched(x: Tensor) -> bool:
-    """Whether it differs between the elements of a torch.func.vmap."""
-    return any(torch._C._functorch.is_batchedtensor(level) for level in (x, *_levels(x)))
-
-
-def _levels(x: Tensor) -> Iterator[Tensor]:
-    """What the transforms of torch.func have wrapped, from the outside in."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-        yield x
-
-
 # ---------------------------------------------------------------------------------------- eager mode and torch.func
 
 
@@ -277,7 +257,7 @@ class _Transformed(torch.autograd.Function):
 
     @staticmethod
     def forward(run: Run, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             results, kept = run.forward(*run.split(count, tensors))
         return *results, kept
 
@@ -315,7 +295,7 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, count: int, *tensors: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             results, kept = run.forward(*run.split(count, tensors))
         ctx.run, ctx.count = run, count
         ctx.save_for_backward(kept, *tensors)
@@ -329,7 +309,7 @@ class _EagerMetaLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: Run, data: Tensors, count: int, *tensors: Tensor) -> Tensor:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             (losses,), kept = run.forward(tensors[:count], data, tensors[count:])
         ctx.run, ctx.data, ctx.count, ctx.tensors = run, data, count, tensors
         ctx.save_for_backward(kept)
@@ -346,10 +326,10 @@ class _EagerMetaLoss(torch.autograd.Function):
 
 def _backward(run: Run, grads: Tensors, kept: Tensor, params: Tensors, data: Tensors, lr: Tensors) -> Sequence[Tensor]:
     """Gradients of params and rates; where a graph of them is recorded, using that graph raises."""
-    if torch.is_grad_enabled() or is_transformed():
+    if torch.is_grad_enabled() or is_transformed_or_dual():
         found: tuple[Tensor, ...] = _Backward.apply(run, len(params), len(grads), kept, *grads, *params, *data, *lr)
         return found
-    with torch._C._AutoDispatchBelowAutograd():
+    with below_autograd():
         return run.backward(grads, kept, params, data, lr)
 
 
@@ -358,7 +338,7 @@ class _Backward(torch.autograd.Function):
 
     @staticmethod
     def forward(run: Run, count: int, num_grads: int, kept: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
-        with torch._C._AutoDispatchBelowAutograd():
+        with below_autograd():
             return tuple(run.backward(tensors[:num_grads], kept, *run.split(count, tensors[num_grads:])))
 
     @staticmethod

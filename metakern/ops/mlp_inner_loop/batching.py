@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from metakern.ops.inner_update.autograd import leading
+from metakern.ops.core.batching import leading
 
 #: Some of an operator's tensors, None among them; or their batch axes, None where there is none.
 Tensors = Sequence[Any]

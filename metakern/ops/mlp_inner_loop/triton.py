@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.library import custom_op
 
 from metakern.core.memo import constant
+from metakern.ops.core.checks import check_dtype, check_same_device, check_shape, check_value
 from metakern.ops.core.triton_launch import Config, launch, split
 from metakern.ops.mlp_inner_loop.triton_arguments import (
     TASK_LANES,
     Arguments,
     Network,
     Samples,
-    check,
     on_device,
     starts,
     table,
@@ -82,8 +82,8 @@ class _Loop:
         self.like = arguments.params[0]
         self.dtype = _arithmetic(arguments.params)
         self.support = self.samples("support", x, y, mask)
-        check(second_order.shape == (arguments.steps,), "second_order must have shape ", [arguments.steps])
-        check(second_order.dtype == torch.bool, "second_order must be bool")
+        check_shape(second_order, "second_order", [arguments.steps])
+        check_dtype(second_order, "second_order", torch.bool)
         self.second_order = on_device(second_order, torch.uint8, self.like.device)
         self.params = [p.contiguous() for p in arguments.params]
         self.rates = [r.reshape(-1) for r in arguments.lr]
@@ -160,7 +160,7 @@ class _Loop:
         size += 4 * network.units * ((span + 1) * samples + queries) + (samples + queries) * network.widths[0]
         # The kernels index what belongs to one task with 32 bits.
         most = max(size, self.segments * network.params, self.flat)
-        check(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
+        check_value(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
         return size
 
 
@@ -239,10 +239,14 @@ def mlp_inner_loop_triton_backward(
     arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
     loop = _Loop(arguments, x, y, mask, second_order)
     network = loop.network
-    check(len(grad_adapted) == len(params), "grad_adapted must have one tensor for each of params")
+    count = len(grad_adapted)
+    check_value(
+        count == len(params), "grad_adapted must hold one tensor for each of params, ", len(params), ", got ", count
+    )
     for index, (grad, size) in enumerate(zip(grad_adapted, network.sizes, strict=True)):
-        fits = grad.numel() == network.tasks * size and grad.device == x.device
-        check(fits, "grad_adapted[", index, "] must have the adapted tensor's shape")
+        name, fits = f"grad_adapted[{index}]", grad.numel() == network.tasks * size
+        check_value(fits, name, " must have the shape of the adapted tensor, got ", grad.shape)
+        check_same_device(grad, name, x, "support_x")
     _check_private("trajectory", trajectory, loop, loop.segments * network.params)
     adjoints = loop.empty(network.tasks * loop.flat)
     loop.run([g.contiguous() for g in grad_adapted], trajectory.contiguous(), adjoints)
@@ -265,7 +269,7 @@ def mlp_meta_loss_triton(
     arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
     loop = _Loop(arguments, x, y, mask, second_order)
     query = loop.samples("query", query_x, query_y, query_mask)
-    check(step_weights.shape == (arguments.steps,), "step_weights must have shape ", [arguments.steps])
+    check_shape(step_weights, "step_weights", [arguments.steps])
     step_weights = on_device(step_weights, loop.dtype, x.device)
     totals = loop.empty(loop.network.tasks, dtype=params[0].dtype)
     task_grads = loop.padded(loop.flat if with_grads else 0)
@@ -286,12 +290,13 @@ def mlp_meta_loss_triton_backward(
     """Gradients of params and rates: the tasks' gradients, weighted and summed."""
     arguments = Arguments(params, lr, 0.0, steps, per_step, -1, [0], loss, 1)
     loop = _Loop(arguments, x, y, None, constant((True,) * steps, torch.bool, x.device))
-    check(grad_losses.shape == (loop.network.tasks,), "grad_losses must have shape ", [loop.network.tasks])
+    check_shape(grad_losses, "grad_losses", [loop.network.tasks])
     _check_private("task_grads", task_grads, loop, loop.flat)
     return _gradients(loop.network, arguments, task_grads.contiguous(), grad_losses)
 
 
 def _check_private(name: str, values: Tensor, loop: _Loop, elements: int) -> None:
     fits = values.numel() == -(-loop.network.tasks // TASK_LANES) * TASK_LANES * elements
-    check(fits, name, " must be the one of this problem, got ", values.numel(), " elements")
-    check(values.dtype == loop.dtype and values.device == loop.like.device, name, " must be ", loop.dtype)
+    check_value(fits, name, " must be the one of this problem, got ", values.numel(), " elements")
+    check_dtype(values, name, loop.dtype)
+    check_same_device(values, name, loop.like, "params[0]")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.ops.core.registry import operators
 from tests.conformance.ops.rows import ROWS
 
 #: Operators of the compiled library.
@@ -21,10 +22,11 @@ TRITON = tuple(f"{op.name}_triton{name.removeprefix(op.name)}" for op in ROWS fo
 def operator(name: str) -> Callable[..., Any]:
     """torch.ops.metakern.``name``; Triton's are registered when they are first asked for."""
     if "_triton" in name:
-        for module in ("lstm_step", "inner_update", "mlp_inner_loop"):
-            importlib.import_module(f"metakern.ops.{module}").triton_operators()
-    found: Callable[..., Any] = getattr(torch.ops.metakern, name)
-    return found
+        for found in operators().values():
+            found.prepare("triton")
+        importlib.import_module("metakern.ops.mlp_inner_loop").triton_operators()
+    overloads: Callable[..., Any] = getattr(torch.ops.metakern, name)
+    return overloads
 
 
 def arguments(name: str, seed: int = 0, tasks: int = 3, loss: int = 0) -> list[Any]:

@@ -15,7 +15,6 @@ from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step import state as state_module
 from tests.conftest import (
-    CAPABILITIES,
     FORWARD_TOLERANCE,
     GRADIENT_TOLERANCE,
     assert_close,
@@ -277,7 +276,6 @@ def test_constants_of_the_kernels_are_those_of_the_package() -> None:
     assert _backend._C.max_hidden == state_module.MAX_HIDDEN
     assert _backend._C.max_layers == state_module.MAX_LAYERS
     assert _backend._C.log_and_clip_epsilon == reference.LOG_AND_CLIP_EPSILON == torch.finfo(torch.float32).eps
-    assert set(_backend._C.available_cpu_capabilities()) <= set(CAPABILITIES)
 
 
 def test_bfloat16_state_is_stored_rounded_and_computed_in_float32() -> None:

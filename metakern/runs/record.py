@@ -10,19 +10,19 @@ from rich.console import Console
 
 from metakern.core.files import check_targets
 from metakern.core.requirements import check_installed
-from metakern.training.callbacks import Callback
+from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog
+from metakern.runs.progress import ProgressReport
+from metakern.runs.run_files import FILES, FOLDERS, save_state, write_config, write_environment
+from metakern.training.callbacks import Callback, FolderRecord, call_ends
 from metakern.training.history import History, Record
 from metakern.training.identity import plain_settings
 from metakern.training.lock import FolderLock
-from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog
-from metakern.training.progress import ProgressReport
-from metakern.training.run_files import FILES, FOLDERS, save_state, write_config, write_environment
 
 if TYPE_CHECKING:
     from metakern.training.trainer import Trainer
 
 
-class RunRecord(Callback):
+class RunRecord(FolderRecord):
     """A folder's config.yaml, environment.json, metrics.jsonl, TensorBoard events, figures and weights; progress.
 
     :class:`metakern.training.Trainer` makes one of the folder that it is given; give it one of your own for other
@@ -95,7 +95,7 @@ class RunRecord(Callback):
             if error is None and self.weights and trainer.best_weights is not None:
                 save_state(self.folder, type(trainer.learner).__name__, trainer.best_weights)
         finally:
-            trainer.call_ends(self._logs, error)
+            call_ends(trainer, self._logs, error)
 
 
 def progress_reports(progress: bool | Console, word: str = "iteration") -> list[Callback]:

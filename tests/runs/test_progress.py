@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
-from metakern.training import History, Record, progress
-from metakern.training.progress import Display, ProgressReport, describe, duration
+from metakern.runs import progress
+from metakern.runs.progress import Display, ProgressReport, describe, duration
+from metakern.training import History, Record
 
 #: Controls of a terminal: cursor, colours, erasing.
 CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

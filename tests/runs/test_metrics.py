@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from metakern.learners.clustering import ClusterSampler
-from metakern.runs import figures
+from metakern.runs import figures, metrics
+from metakern.runs.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
 from metakern.tasks import Digits
-from metakern.training import Callback, History, Record, metrics
-from metakern.training.metrics import LearningCurves, MetricsLog, TensorBoardLog, read_metrics
+from metakern.training import Callback, History, Record
 
 
 def record(iteration: int, loss: float = 1.0) -> Record:

@@ -17,9 +17,9 @@ from metakern.core.files import write_whole
 from metakern.core.plain_data import parse_json
 from metakern.core.requirements import required
 from metakern.evaluation.adaptation import chance_accuracy
+from metakern.runs.run_files import FIGURES, METRICS, finite
 from metakern.training.callbacks import Callback
 from metakern.training.history import History, Record
-from metakern.training.run_files import FIGURES, METRICS, finite
 
 if TYPE_CHECKING:
     from metakern.training.trainer import Trainer

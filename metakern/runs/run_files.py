@@ -32,12 +32,12 @@ from metakern.core.backend import build_info
 from metakern.core.checksum import digest
 from metakern.core.files import write_whole
 from metakern.core.version import __version__
+from metakern.training.checkpoints import CHECKPOINTS
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
 FIGURES = "figures"
-CHECKPOINTS = "checkpoints"
 WEIGHTS = "model.safetensors"
 RESULTS = "results.json"
 

@@ -13,9 +13,9 @@ from torch import nn
 from metakern import runs
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.models import mlp
+from metakern.runs.metrics import read_metrics
 from metakern.tasks import Sinusoid
 from metakern.training import History, Record, Trainer, TrainerConfig
-from metakern.training.metrics import read_metrics
 from tests.pictures import coloured_share
 from tests.training.problems import Learner, Lines
 
@@ -24,7 +24,7 @@ CONFIG = TrainerConfig(iterations=4, num_tasks=4, eval_every=2, eval_tasks=4, ch
 
 def train(folder, learner=None, tasks=None, config=CONFIG, **options):
     torch.manual_seed(0)
-    learner = learner or MAMLLearner(mlp(1, 4, 1), steps=2, lr=0.01)
+    learner = learner or MAMLLearner(mlp(1, 4, 1), steps=2, inner_lr=0.01)
     optimizer = torch.optim.Adam(learner.parameters(), 1e-3, betas=(0.8, 0.9))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)
     trainer = Trainer(learner, tasks or Sinusoid(5, 5), optimizer, config, scheduler=schedule, folder=folder, **options)
@@ -57,7 +57,7 @@ def test_its_configuration_says_what_it_was_given(trained):
     assert {name: config[name] for name in asdict(CONFIG)} == asdict(CONFIG)
     assert (config["optimizer"], config["optimizer.lr"], config["optimizer.betas"]) == ("Adam", 0.001, [0.8, 0.9])
     assert (config["scheduler"], config["scheduler.T_max"]) == ("CosineAnnealingLR", 4)
-    assert (config["learner.steps"], config["learner.lr"]) == (2, 0.01)
+    assert (config["learner.steps"], config["learner.inner_lr"]) == (2, 0.01)
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["tensorboard"]
     assert environment["command"] == " ".join(["python", *sys.argv])
@@ -79,7 +79,7 @@ def test_its_metrics_and_events_are_its_history(trained):
 
 def test_its_weights_are_the_best_ones(trained):
     folder, trainer = trained
-    learner = MAMLLearner(mlp(1, 4, 1), steps=2, lr=0.01)
+    learner = MAMLLearner(mlp(1, 4, 1), steps=2, inner_lr=0.01)
     runs.load_weights(folder, learner)
     trainer.load_best()
     assert all(map(torch.equal, learner.parameters(), trainer.learner.parameters()))
@@ -105,9 +105,9 @@ def test_a_resumed_training_goes_on_in_its_folder(tmp_path, trained):
 
 def test_learners_of_every_kind_are_recorded(tmp_path):
     """Shared weights, extra state, clusters."""
-    shared = MAMLLearner(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), steps=1, lr=0.01)
+    shared = MAMLLearner(nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1)), steps=1, inner_lr=0.01)
     shared.model[1].weight = shared.model[0].weight
-    clustered = ClusteredLearner(MAMLLearner(mlp(1, 4, 1), steps=1, lr=0.01), 2, pool=9, begin=1)
+    clustered = ClusteredLearner(MAMLLearner(mlp(1, 4, 1), steps=1, inner_lr=0.01), 2, pool=9, begin=1)
     for name, learner, tasks in (
         ("shared", shared, None), ("clusters", clustered, None), ("extra", Learner(), Lines()),
     ):  # fmt: skip
@@ -118,7 +118,7 @@ def test_learners_of_every_kind_are_recorded(tmp_path):
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path):
-    learner = MAMLLearner(mlp(1, 4, 1), steps=1, lr=0.01)
+    learner = MAMLLearner(mlp(1, 4, 1), steps=1, inner_lr=0.01)
     learner.note, learner.sizes = np.float64(0.5), [np.int64(3), 4]
     train(tmp_path, learner, progress=False)
     config = yaml.safe_load((tmp_path / "config.yaml").read_text())

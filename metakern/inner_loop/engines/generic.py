@@ -1,0 +1,164 @@
+"""The engine for any model and any rule: plain PyTorch, all tasks at once by torch.vmap or one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from metakern.core import backend as _backend
+from metakern.core.exclusive import exclusive
+from metakern.core.transforms import is_transformed
+from metakern.inner_loop.arguments import (
+    Call,
+    TaskBatch,
+    adapted_names,
+    check_step_weights,
+    first_order_steps,
+    task_batch,
+)
+from metakern.inner_loop.loop import InnerLoop
+from metakern.inner_loop.task_loss import TaskLoss
+from metakern.inner_loop.task_model import TaskModel, TaskProblem
+from metakern.inner_loop.updates import Descent, RuleUpdate, Update
+
+
+class _Plan(NamedTuple):
+    """All that a call says, checked, in the form that the loop takes."""
+
+    model: TaskModel
+    loop: InnerLoop
+    start: Mapping[str, Tensor] | None
+    support: TaskBatch
+    query: TaskBatch | None
+    step_weights: Any
+
+    def run(self, call: Call) -> tuple[dict[str, Tensor], TaskProblem]:
+        """Adapted parameters, and the problem after the last step."""
+        options, steps = call.options, self.loop.num_steps
+        wanted = self.query if self.step_weights is not None else None
+        problem = TaskProblem(self.model, self.support, wanted, self.step_weights, options.accumulate)
+        params = self.model.expand(self.support.num_tasks, self.start)
+        parts = problem.recomputes_parts and not all(self.loop.first_order)
+        if torch.is_grad_enabled() and steps and (options.checkpoint_every is not None or parts):
+            name = "accumulate" if options.checkpoint_every is None else "checkpoint_every"
+            problem.check_captured(name, params)
+        params, _, last = self.loop.run(problem, params, self.loop.update.init_state(params) if steps else ())
+        assert isinstance(last, TaskProblem)
+        return params, last
+
+
+class GenericEngine:
+    """See :class:`metakern.inner_loop.engines.protocol.Engine`."""
+
+    name = "generic path"
+
+    def serves(self, call: Call) -> str | None:
+        """Whatever no other backend was asked for by name."""
+        options, reasons = call.options, "; ".join(call.reasons)
+        if options.steps and _backend.requested(options.backend) not in ("auto", "reference"):
+            return f"backend {options.backend!r} is another engine's"
+        if options.steps and is_transformed() and (options.checkpoint_every is not None or not options.vectorize):
+            raise RuntimeError(
+                "checkpoint_every and vectorize=False do not work in torch.compile and torch.func where the fused "
+                f"inner loop does not serve: {reasons}"
+            )
+        call.prepared[self.name] = _plan(call)
+        return None
+
+    def adapt(self, call: Call) -> dict[str, Tensor]:
+        """Adapted parameters by name, [T, *shape] each."""
+        plan: _Plan = call.prepared[self.name]
+        return plan.model.vectorization.run(lambda: plan.run(call)[0], plan.support.named)
+
+    def meta_loss(self, call: Call) -> Tensor:
+        """Query losses [T]; the model's running statistics move."""
+        plan: _Plan = call.prepared[self.name]
+        assert plan.query is not None
+        model, query = plan.model, plan.query
+
+        def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
+            params, problem = plan.run(call)
+            if plan.step_weights is not None:
+                return problem.total, problem.statistics
+            shared = problem.shared
+            return model.losses(params, shared, query), model.gathered(shared)
+
+        losses, statistics = model.vectorization.run(evaluate, {**plan.support.named, **query.named})
+        if losses is None:
+            raise ValueError(f"step_weights must not all be zero, got {call.step_weights}")
+        if call.moves_statistics:
+            model.store(statistics)
+        return losses
+
+    def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
+        """It has no way without autograd."""
+        return None
+
+    def described(self, call: Call) -> str:
+        """Sizes, how the tasks are evaluated, and why no other engine serves."""
+        plan: _Plan = call.prepared[self.name]
+        how = "all tasks at once by torch.vmap" if plan.model.vectorization.at_once else "one task after another"
+        support = plan.support
+        return (
+            f"T={support.num_tasks}, S={support.num_samples}, K={plan.loop.num_steps}: generic path, {how}; "
+            f"the fused inner loop does not serve: {'; '.join(call.reasons)}"
+        )
+
+    def missed(self, call: Call, cause: str) -> None:
+        """It misses nothing that another could serve."""
+
+
+def task_model(call: Call) -> TaskModel:
+    """The model of a call for its T tasks, checked."""
+    options = call.options
+    task_loss = TaskLoss(options.loss, call.is_masked or options.accumulate > 1)
+    with exclusive(options.model):
+        names = adapted_names(options.model, options.parameters)
+        model = TaskModel(options.model, task_loss, names, options.vectorize)
+    if model.max_steps is not None and options.steps > model.max_steps:
+        raise ValueError(
+            f"steps must be at most {model.max_steps}, for which the model has batch norm, got {options.steps}"
+        )
+    return model
+
+
+def _plan(call: Call) -> _Plan:
+    options, weights = call.options, call.step_weights
+    if weights is not None:
+        weights = check_step_weights(weights, options.steps)
+    model = task_model(call)
+    update, start = _update(call, model)
+    orders = first_order_steps(options.first_order, options.steps)
+    loop = InnerLoop(update, orders, options.checkpoint_every)
+    steps = options.steps if options.support_per_step else None
+    support = task_batch("support", call.support, call.masks[0], model.loss, steps=steps)
+    query = None
+    if call.name != "adapt":
+        query = task_batch("query", call.query, call.masks[1], model.loss, support.num_tasks)
+    return _Plan(model, loop, start, support, query, weights)
+
+
+def _update(call: Call, model: TaskModel) -> tuple[Update, Mapping[str, Tensor] | None]:
+    """What takes the steps, and where they start if not at the model's parameters."""
+    options = call.options
+    if options.is_descent:
+        return Descent(options.learning_rates(model.initial), options.largest_norm), None
+    return RuleUpdate(options.rule, options.clip_norm), _initialisation(options.rule, model)
+
+
+def _initialisation(rule: Any, model: TaskModel) -> Mapping[str, Tensor] | None:
+    """The initial parameters that a rule learns, by name; None where it learns none."""
+    start: Mapping[str, Tensor] | None = rule.initialisation() if hasattr(rule, "initialisation") else None
+    if start is None:
+        return None
+    shapes = {name: list(p.shape) for name, p in model.initial.items()}
+    got = {name: list(p.shape) for name, p in start.items()}
+    if got != shapes:
+        raise ValueError(
+            f"rule must learn initial values for the adapted parameters, {shapes}, but its initialisation() has {got}: "
+            "name those in parameters=, or make the rule for this model"
+        )
+    return start

@@ -1,0 +1,109 @@
+"""State of LearnedOptimizer for rules that go tensor by tensor: every parameter keeps its own tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metakern.core.memo import outside_modes
+from metakern.rules import Rule, RuleState
+from metakern.rules.protocol import named_state
+
+
+@dataclass(eq=False, slots=True)
+class TensorSlot:
+    """One parameter, and the kind of its state."""
+
+    arena: Tensorwise
+    param: Tensor
+    name: str
+    fresh: dict[str, Tensor]  # the state at the start; empty once the entry has one
+    structure: pytree.TreeSpec  # of the state
+    keys: tuple[str, ...]  # its tensors in the entry
+    kind: tuple[Any, ...]
+    entry: dict[str, Any]  # state[param] of the optimizer
+
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule) -> bool:
+        """Whether nothing changed since the slot was made: the parameter's kind and shape, its state's dict, the rule.
+
+        Tensors in that dict may be replaced, as they are looked up in every step.
+        """
+        return self.param is p and self.entry is entry and self.kind == _kind(p) and self.arena.rule is rule
+
+    def adopt(self, entry: dict[str, Any]) -> None:
+        """Cast the state in ``entry`` to what the parameter needs now, or start it."""
+        for name, x in self.fresh.items():
+            entry[name] = entry[name].to(x) if name in entry else x
+        entry.setdefault("step", 0)
+        entry.setdefault("numel", self.param.numel())
+        self.fresh, self.entry = {}, entry
+
+
+class Tensorwise:
+    """The parameters of one group. All that have a gradient take their step in one call of the rule.
+
+    A state that is no RuleState belongs to all that it was made for: then each parameter has one of its own, and takes
+    its step alone.
+
+    Args:
+        rule: the rule
+        members: the parameters, by the names that the rule sees
+        shared: what the states of the group have in common; filled at the start
+    """
+
+    def __init__(self, rule: Rule, members: Mapping[str, Tensor], shared: dict[str, Tensor]) -> None:
+        self.rule, self._names, self._shared = rule, list(members), shared
+        self.device = next(iter(members.values())).device
+        self._joint = True
+
+    def slots(self, members: Sequence[Tensor]) -> Iterator[TensorSlot]:
+        """One for each of the constructor's members, in order."""
+        for name, p in zip(self._names, members, strict=True):
+            with outside_modes():
+                state = self.rule.init_state({name: p.detach()})
+            if isinstance(state, RuleState):
+                for key, x in state.shared.items():
+                    self._shared.setdefault(key, x)
+            else:
+                self._joint = False
+            fresh = named_state(state)
+            yield TensorSlot(self, p, name, fresh, pytree.tree_structure(state), tuple(fresh), _kind(p), {})
+
+    def step_(self, slots: Sequence[TensorSlot], lr: float, weight_decay: float, loss: Tensor | None) -> None:
+        """Update the parameters of ``slots``."""
+        params = {slot.name: slot.param.detach() for slot in slots}
+        if weight_decay:  # on copies, as the rule may still raise
+            params = {name: p * (1 - lr * weight_decay) for name, p in params.items()}
+        grads = {slot.name: slot.param.grad.detach() for slot in slots if slot.param.grad is not None}
+        if self._joint:
+            tensors = tuple({key: slot.entry[key] for key in slot.keys} for slot in slots)
+            self.rule.step_(params, grads, RuleState(tensors, self._shared, tasks=False), lr, loss=loss)
+        else:
+            for slot in slots:
+                state = pytree.tree_unflatten([slot.entry[key] for key in slot.keys], slot.structure)
+                self.rule.step_({slot.name: params[slot.name]}, {slot.name: grads[slot.name]}, state, lr, loss=loss)
+        if weight_decay:
+            torch._foreach_copy_([slot.param for slot in slots], list(params.values()))
+        for slot in slots:
+            slot.entry["step"] += 1
+
+
+def check_state(rule: Rule, entry: Mapping[str, Any], p: Tensor, name: str) -> None:
+    """Raise ValueError where the state of a parameter is not one of this rule's."""
+    like = named_state(rule.init_state({"": p.detach()}))
+    got = {key: list(entry[key].shape) for key in entry if isinstance(entry[key], Tensor)}
+    wanted = {key: list(x.shape) for key, x in like.items()}
+    if got != wanted:
+        raise ValueError(
+            f"rule must be of the kind and sizes of the state of {name}, which has {got}, while the rule keeps "
+            f"{wanted}; delete optimizer.state[parameter] to let it start anew"
+        )
+
+
+def _kind(p: Tensor) -> tuple[Any, ...]:
+    return p.shape, p.dtype, p.device

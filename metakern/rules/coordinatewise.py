@@ -1,0 +1,128 @@
+"""Base of rules that treat every coordinate alike, and take all of them through one kernel.
+
+Axis legend: N coordinates, U coordinates of one row of the packed state.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Hashable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from metakern.rules.pretrained import PretrainedRule
+from metakern.rules.protocol import (
+    Params,
+    State,
+    check_loss,
+    check_saved,
+    coordinates_of_tasks,
+    flatten,
+    loss_of_coordinates,
+    matched_leaves,
+    tensor_leaves,
+    unflatten,
+)
+
+
+class CoordinatewiseRule(PretrainedRule):
+    """All coordinates of params in one tensor [N]; a rule says what a step of those is.
+
+    The state is packed: tensors [ceil(N/U), ..., U], whose first axis counts rows of U coordinates and whose last axis
+    goes through a row. So LearnedOptimizer can keep the states of many parameters in one piece of memory and step any
+    run of neighbours. What stands behind the N-th coordinate carries no meaning.
+
+    Attributes:
+        unit: U
+    """
+
+    unit: ClassVar[int] = 1
+
+    @abstractmethod
+    def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> State:
+        """The state of N coordinates before the first step.
+
+        Args:
+            number: N
+            dtype: float64 if a tensor of params is, else float32
+            device: of params; None without any
+        """
+
+    @abstractmethod
+    def step_coordinates(
+        self, params: Tensor, grads: Tensor, state: State, loss: Tensor | None
+    ) -> tuple[Tensor, State]:
+        """One step of params [N]; ``loss`` is [N], that of each coordinate's task, or None if the rule needs none."""
+
+    def packed(self, state: State) -> dict[str, Tensor]:
+        """The tensors of a state by name, in its memory. A state is their dict unless a rule says otherwise."""
+        tensors: dict[str, Tensor] = state
+        return tensors
+
+    def from_packed(self, tensors: Mapping[str, Tensor], number: int) -> State:
+        """The state of N coordinates that the tensors are; the inverse of :meth:`packed`."""
+        del number
+        return dict(tensors)
+
+    def init_state(self, params: Params, *, tasks: bool = False) -> State:
+        """The state before the first step, as :meth:`Rule.init_state`; coordinates of all tasks are alike."""
+        leaves = tensor_leaves(params, tasks=tasks)
+        wide = any(leaf.dtype == torch.float64 for leaf in leaves)
+        number = sum(leaf.numel() for leaf in leaves)
+        return self.init_coordinates(
+            number, torch.float64 if wide else torch.float32, leaves[0].device if leaves else None
+        )
+
+    def forward(
+        self, params: Params, grads: Params, state: State, *, loss: Tensor | None = None
+    ) -> tuple[Params, State]:
+        """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
+        self.check_state(state)
+        leaves, grad_leaves, structure = matched_leaves(params, grads)
+        losses = check_loss(self, loss)
+        if not leaves:
+            return params, state
+        if losses is not None:
+            losses = loss_of_coordinates(losses, leaves)
+        flat, new_state = self.step_coordinates(flatten(leaves), flatten(grad_leaves), state, losses)
+        return pytree.tree_unflatten(unflatten(flat, leaves), structure), new_state
+
+    def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
+        """The state of some tasks; see :meth:`Rule.select_tasks`."""
+        places = coordinates_of_tasks(index, tensor_leaves(params, tasks=True))
+        selected = {name: self._rows(_lanes(x)[..., places]) for name, x in self.packed(state).items()}
+        return self.from_packed(selected, len(places))
+
+    def check_state(self, state: State) -> None:
+        """Raise for what is no state of this rule."""
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict of tensors as init_state makes it, got {type(state).__name__}")
+
+    def state_layout(self) -> Hashable:
+        """The options that decide shapes and dtypes of the packed state."""
+        return None
+
+    def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """See :meth:`metakern.rules.Rule.export_state`; [..., numel] each."""
+        return {name: _lanes(x)[..., :number] for name, x in tensors.items()}
+
+    def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
+        """See :meth:`metakern.rules.Rule.import_state`."""
+        fresh = self.packed(self.init_state(param))
+        likes = self.export_state(fresh, param.numel())
+        return {key: self._rows(check_saved(saved, key, like, name).to(like)) for key, like in likes.items()}
+
+    def _rows(self, lanes: Tensor) -> Tensor:
+        """[..., N] packed; zeros fill the last row."""
+        number = lanes.shape[-1]
+        rows = -(-number // self.unit)
+        padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
+        return padded.unflatten(-1, (rows, self.unit)).movedim(-2, 0).contiguous()
+
+
+def _lanes(packed: Tensor) -> Tensor:
+    """[rows, ..., U] as [..., rows · U]."""
+    return packed.movedim(0, -2).flatten(-2)

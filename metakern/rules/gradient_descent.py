@@ -1,0 +1,201 @@
+"""Gradient descent with fixed or learned rates: SGD, Meta-SGD, LSLR.
+
+Finn et al. 2017, arXiv 1703.03400, equation 1; Meta-SGD: Li et al. 2017, arXiv 1707.09835; LSLR: Antoniou et al. 2019,
+arXiv 1810.09502. Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.core.checks import check_clip_norm, check_count
+from metakern.core.transforms import is_transformed_or_dual
+from metakern.ops.inner_update import inner_update, reference
+from metakern.rules.pretrained import PretrainedRule
+from metakern.rules.protocol import Params, RuleState, matched_leaves, named_leaves, tensor_leaves
+from metakern.rules.rates import LearningRates, learning_rates, rates_by_name, real_dtype
+
+
+class GradientDescent(PretrainedRule):
+    """θ' = θ − α ⊙ g, as the inner loop of MAML takes it.
+
+    Where α is an ``nn.Parameter``, or holds some, it is learned; other tensors are buffers, through which gradients
+    flow to whatever they were computed from. A saved rule comes back with all its tensors learned.
+
+    Args:
+        lr: α: a number, or a tensor of one element; or by name in a dict, or in the order of the parameters in a list,
+            one for every parameter tensor: a number or [], [*shape] (Meta-SGD), and with ``steps`` also [K] (LSLR) or
+            [K, *shape]. In a dict also by glob pattern; see :func:`metakern.adapt`.
+        steps: K, for rates by step; there is none for a step beyond the K-th. The tasks step together: all have taken
+            equally many.
+        clip_norm: largest norm of a task's gradient, over all its tensors; a longer one is scaled down to it. A norm
+            that is NaN makes all of that task NaN.
+
+    Raises:
+        TypeError, ValueError: for arguments that do not fit.
+
+    Example:
+        >>> rule = GradientDescent(0.1, clip_norm=10.0)
+        >>> learned = GradientDescent.lslr(model.named_parameters(), steps=5, lr=0.01)
+    """
+
+    title = "Gradient descent"
+
+    def __init__(self, lr: Any = 0.01, *, steps: int | None = None, clip_norm: float | None = None) -> None:
+        super().__init__()
+        self.steps = None if steps is None else check_count("steps", steps)
+        self.clip_norm = check_clip_norm(clip_norm)
+        self._names: list[str] = []  # in the order given: of glob patterns the first that matches counts
+        self._numbers: dict[str, float] = {}
+        self._by_order = isinstance(lr, (list, tuple, nn.ParameterList))
+        self.rates = nn.Module()
+        if self._by_order:
+            lr = {str(index): rate for index, rate in enumerate(lr)}
+        if isinstance(lr, (Mapping, nn.ParameterDict)):
+            self.lr: Any = None
+            self._names = list(lr)
+            for name, rate in lr.items():
+                if isinstance(rate, Tensor):
+                    _register(self.rates, name.replace(".", "/"), rate)
+                else:
+                    learning_rates(rate, {}, 0)  # raises for what is no rate
+                    self._numbers[name] = float(rate)
+        else:
+            value = learning_rates(lr, {}, 0).values
+            if isinstance(value, Tensor):
+                _register(self, "lr", lr if isinstance(lr, nn.Parameter) else value)
+            else:
+                self.lr = value
+
+    @classmethod
+    def meta_sgd(cls, parameters: Any, lr: float = 0.01, *, clip_norm: float | None = None) -> Self:
+        """A learned rate for every parameter of a model.
+
+        Args:
+            parameters: by name: a dict, or what ``named_parameters()`` gives; [*shape] each
+            lr: where all rates start
+            clip_norm: see the constructor
+        """
+        return cls({name: _rate(p, p.shape, lr) for name, p in dict(parameters).items()}, clip_norm=clip_norm)
+
+    @classmethod
+    def lslr(cls, parameters: Any, steps: int, lr: float = 0.01, *, clip_norm: float | None = None) -> Self:
+        """A learned rate for every parameter tensor and step; arguments as for :meth:`meta_sgd`, and ``steps``, K."""
+        steps = check_count("steps", steps)
+        rates = {name: _rate(p, (steps,), lr) for name, p in dict(parameters).items()}
+        return cls(rates, steps=steps, clip_norm=clip_norm)
+
+    def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
+        """α for params of one task, [*shape] each by name: all that a step takes of the rule, but ``clip_norm``."""
+        return self._learning_rates(params, False)
+
+    def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
+        """The number of steps taken, where rates depend on it."""
+        leaves = tensor_leaves(params, tasks=tasks)
+        counts = self.steps is not None and self.lr is None
+        # On the CPU, whatever the device of params: Python reads it in every step.
+        shared = {"count": torch.zeros((), dtype=torch.int64)} if counts else {}
+        return RuleState(({},) * len(leaves), shared, tasks)
+
+    def forward(
+        self, params: Params, grads: Params, state: RuleState, *, loss: Tensor | None = None
+    ) -> tuple[Params, RuleState]:
+        """One step; see :meth:`metakern.rules.Rule.forward`."""
+        del loss
+        return self._step(params, grads, state, 1.0)
+
+    @torch.no_grad()
+    def step_(
+        self, params: Params, grads: Params, state: RuleState, lr: float = 1.0, *, loss: Tensor | None = None
+    ) -> None:
+        """One step in place, without a graph, α times ``lr``."""
+        del loss
+        new, new_state = self._step(params, grads, state, lr)
+        for old, p in zip(pytree.tree_leaves(params), pytree.tree_leaves(new), strict=True):
+            old.copy_(p)
+        for name, count in new_state.shared.items():
+            state.shared[name].copy_(count)
+
+    def _step(self, params: Params, grads: Params, state: RuleState, factor: float) -> tuple[Params, RuleState]:
+        leaves, grad_leaves, structure = matched_leaves(params, grads)
+        if not leaves:
+            return params, state
+        rates = self._learning_rates(params, state.tasks)
+        values: Any = rates.values
+        if factor != 1:
+            values = [factor * rate for rate in values] if isinstance(values, list) else factor * values
+        # torch.compile fuses the formula with what stands around it, torch.func sees through it, and no kernel takes
+        # complex tensors.
+        plain = is_transformed_or_dual() or any(p.is_complex() for p in leaves)
+        count, step = state.shared.get("count"), None
+        if rates.per_step and count is not None:
+            if plain:
+                values = [rate.index_select(0, count.to(rate.device).view(1)).squeeze(0) for rate in values]
+            else:
+                step = int(count)
+        alone = self.clip_norm is not None and not state.tasks
+        if alone:  # the norm is that of each entry of the first axis
+            leaves, grad_leaves = ([x.unsqueeze(0) for x in xs] for xs in (leaves, grad_leaves))
+        update = reference.inner_update if plain else inner_update
+        new: Sequence[Tensor] = update(leaves, grad_leaves, values, step=step, clip_norm=self.clip_norm)
+        if alone:
+            new = [p.squeeze(0) for p in new]
+        shared = state.shared if count is None else {"count": count + 1}
+        return pytree.tree_unflatten(new, structure), RuleState(state.per_tensor, shared, state.tasks)
+
+    def _learning_rates(self, params: Params, tasks: bool) -> LearningRates:
+        """α for these params."""
+        if self.lr is not None:
+            return LearningRates(self.lr.reshape(()) if isinstance(self.lr, Tensor) else self.lr, False)
+        leaves = named_leaves(params)
+        if tasks:
+            leaves = {name: p[0] if len(p) else p.new_empty(p.shape[1:]) for name, p in leaves.items()}
+        held = self.rates._parameters | self.rates._buffers
+        rates: Any = {n: self._numbers[n] if n in self._numbers else held[n.replace(".", "/")] for n in self._names}
+        rates = list(rates.values()) if self._by_order else rates_by_name(rates, list(leaves), strict=False)
+        return learning_rates(rates, leaves, self.steps)
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """What config.json holds; tensors are among the weights."""
+        return {"lr": float | None, "steps": int | None, "clip_norm": float | None}
+
+    def saved_options(self) -> dict[str, Any]:
+        """The options for config.json; ValueError for numbers by name, which it does not hold."""
+        if self._numbers:
+            raise ValueError(f"lr must be a number or hold tensors to be saved, got numbers for {[*self._numbers]}")
+        return super().saved_options()
+
+    @classmethod
+    def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
+        """The rule with rates of the shapes that the weights have."""
+        if options["lr"] is not None:
+            return cls(**options)
+        named = {name.partition("rates.")[2].replace("/", "."): nn.Parameter(w.clone()) for name, w in weights.items()}
+        lr: Any = named
+        if "lr" in weights:
+            lr = nn.Parameter(weights["lr"].clone())
+        elif all(name.isdigit() for name in named):
+            lr = [named[str(index)] for index in range(len(named))]
+        return cls(**options | {"lr": lr})
+
+    def extra_repr(self) -> str:
+        """The options."""
+        lr = self.lr if self.lr is not None else f"<{len(self._names)} by name>"
+        return f"lr={lr.item() if isinstance(lr, Tensor) else lr}, steps={self.steps}, clip_norm={self.clip_norm}"
+
+
+def _rate(p: Tensor, shape: Sequence[int], lr: float) -> nn.Parameter:
+    return nn.Parameter(torch.full(tuple(shape), float(lr), dtype=real_dtype(p), device=p.device))
+
+
+def _register(module: nn.Module, name: str, tensor: Tensor) -> None:
+    if isinstance(tensor, nn.Parameter):
+        module.register_parameter(name, tensor)
+    else:
+        module.register_buffer(name, tensor)

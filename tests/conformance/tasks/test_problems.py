@@ -1,0 +1,178 @@
+"""What problems to optimise promise beyond that: named tensors, losses that belong together, and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from metakern.core.task_params import num_tasks
+from metakern.learners import RuleLearner
+from metakern.rules import Adam, CoordinatewiseLSTM, Rule
+from tests.conformance.tasks.contents import gradients, rows_of
+from tests.conformance.tasks.rows import PROBLEMS
+from tests.tasks.draws import generator
+
+#: One that takes all coordinates in one launch, and one that goes tensor by tensor.
+RULES: dict[str, Callable[[], Rule]] = {
+    "lstm": lambda: CoordinatewiseLSTM(4),
+    "adam": lambda: Adam(nn.Parameter(torch.tensor(0.01))),
+}
+
+every_row = pytest.mark.parametrize("row", PROBLEMS, ids=lambda row: row.name)
+every_own_row = pytest.mark.parametrize("row", [row for row in PROBLEMS if not row.own], ids=lambda row: row.name)
+
+
+def groups_with_params(batch: Any, params: Any) -> list[tuple[Any, Any]]:
+    """The groups of a mixture, of the mixtures in it too, with their params; otherwise the batch with its own."""
+    if not hasattr(batch, "groups"):
+        return [(batch, params)]
+    return [pair for part in zip(batch.groups, params, strict=True) for pair in groups_with_params(*part)]
+
+
+@every_own_row
+def test_params_are_tensors_by_name_with_the_task_axis_first(tasks: Any) -> None:
+    batch = tasks.sample(5, generator())
+    for group, params in groups_with_params(batch, batch.init_params()):
+        assert isinstance(params, dict)
+        for name, tensor in params.items():
+            assert isinstance(name, str)
+            assert len(tensor) == group.num_tasks
+            assert tensor.dtype == torch.float32
+            assert tensor.is_contiguous()
+            assert not tensor.requires_grad
+
+
+@every_row
+def test_every_problem_has_a_loss(tasks: Any) -> None:
+    batch = tasks.sample(5, generator())
+    params = batch.init_params()
+    assert num_tasks(params) == 5
+    assert batch.loss(params).shape == batch.full_loss(params).shape == (5,)
+
+
+@every_own_row
+def test_every_start_is_drawn_anew(tasks: Any) -> None:
+    batch = tasks.sample(4, generator())
+    rows = [row for _ in range(2) for row in rows_of(batch.init_params())]
+    assert not any(torch.equal(rows[i], rows[j]) for i in range(8) for j in range(i) if len(rows[i]) == len(rows[j]))
+
+
+@every_row
+def test_losses_of_minibatches_average_to_the_full_loss(tasks: Any) -> None:
+    """To five standard errors. Where every loss is on all data they are equal."""
+    batch = tasks.sample(4, generator())
+    params = batch.init_params()
+    drawn = torch.stack([batch.loss(params) for _ in range(100)]).double()
+    error = 5 * drawn.std(0) / 10 + 1e-5 * drawn.mean(0).abs()
+    assert ((drawn.mean(0) - batch.full_loss(params)).abs() <= error).all()
+
+
+@every_row
+@pytest.mark.parametrize("loss", ["loss", "full_loss"])
+def test_gradients_are_finite_and_shaped_as_params(tasks: Any, loss: str) -> None:
+    batch = tasks.sample(4, generator())
+    params = batch.init_params()
+    for seed in range(3):
+        losses, grads = gradients(batch, params, loss)
+        assert losses.isfinite().all()
+        for p, g in zip(pytree.tree_leaves(params), pytree.tree_leaves(grads), strict=True):
+            assert g.shape == p.shape
+            assert g.isfinite().all()
+        params = pytree.tree_map(lambda p, s=seed: p + 0.1 * torch.randn(p.shape, generator=generator(s)), params)
+
+
+@every_row
+def test_full_gradients_are_those_of_finite_differences(tasks: Any) -> None:
+    """Along the gradient itself, in the step that float32 allows."""
+    batch = tasks.sample(4, generator())
+    params = batch.init_params()
+    losses, grads = gradients(batch, params, "full_loss")
+    squares = torch.stack([row.square().sum() for row in rows_of(grads)])
+    step = 1e-3 / squares.max().sqrt()
+    ends = [batch.full_loss(pytree.tree_map(lambda p, g, s=sign: p + s * step * g, params, grads)) for sign in (1, -1)]
+    slope = (ends[0].double() - ends[1].double()) / (2 * step)
+    noise = 4 * torch.finfo(torch.float32).eps * losses.detach().abs() / step
+    assert ((slope - squares).abs() <= 0.01 * squares + noise).all()
+
+
+@every_row
+def test_problems_of_a_batch_do_not_touch_each_other(tasks: Any) -> None:
+    batch = tasks.sample(4, generator())
+    leaves, structure = pytree.tree_flatten(batch.init_params())
+    points = [leaf.requires_grad_() for leaf in leaves]
+    chosen = batch.loss(pytree.tree_unflatten(points, structure))[1]
+    grads = torch.autograd.grad(chosen, points, materialize_grads=True)
+    touched = [bool(row.any()) for row in rows_of(pytree.tree_unflatten(list(grads), structure))]
+    assert touched == [False, True, False, False]
+
+
+@every_row
+def test_second_derivatives_go_through(tasks: Any) -> None:
+    """A rule may differentiate through its gradients; along the ones vector they are differences of first ones."""
+    batch = tasks.sample(3, generator())
+    params = pytree.tree_map(lambda p: p.double(), batch.init_params())
+    batch = in_double(batch)
+
+    def gradient(shift: float) -> tuple[Tensor, Any]:
+        leaves, structure = pytree.tree_flatten(pytree.tree_map(lambda p: p + shift, params))
+        points = [leaf.requires_grad_() for leaf in leaves]
+        losses = batch.full_loss(pytree.tree_unflatten(points, structure))
+        grads = torch.autograd.grad(losses.sum(), points, create_graph=True)
+        return torch.cat([g.flatten() for g in grads]), points
+
+    grads, points = gradient(0.0)
+    second = torch.autograd.grad(grads.square().sum(), points)
+    ends = [gradient(sign * 1e-7)[0].detach().square().sum() for sign in (1, -1)]  # steps over no kink of a ReLU
+    slope = (ends[0] - ends[1]) / 2e-7
+    assert sum(s.sum() for s in second).item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
+
+
+def in_double(batch: Any) -> Any:
+    """The batch with its numbers in float64."""
+    for group, _ in groups_with_params(batch, batch.init_params()):
+        inner = getattr(group, "batch", group)
+        for name in ("weight", "target", "inputs", "targets", "factor"):
+            if isinstance(data := getattr(inner, name, None), Tensor) and data.is_floating_point():
+                setattr(inner, name, data.double())
+    return batch
+
+
+@every_row
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+def test_rules_train_on_them(tasks: Any, make: Callable[[], Rule]) -> None:
+    """Through RuleLearner: losses of every problem, and a gradient for every weight."""
+    torch.manual_seed(0)
+    learner = RuleLearner(make(), steps=4, unroll=2)
+    for losses in learner.meta_losses(tasks.sample(5, generator())):
+        assert losses.shape == (5,)
+        losses.mean().backward()
+    for weight in learner.parameters():
+        assert weight.grad is not None
+        assert weight.grad.isfinite().all()
+    assert learner.evaluate(tasks.sample(5, generator()))["loss"].shape == (5,)
+
+
+@every_own_row
+def test_a_selection_of_nothing_is_an_error(tasks: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"tasks must select at least one of the 3 problems, .*got slice\(3, 5, None\)"
+    ):
+        tasks.sample(3, generator()).select(slice(3, 5))
+
+
+@every_own_row
+@pytest.mark.parametrize("loss", ["loss", "full_loss"])
+def test_params_of_other_names_are_refused(tasks: Any, loss: str) -> None:
+    batch = tasks.sample(3, generator())
+    for group, params in groups_with_params(batch, batch.init_params()):
+        expected = rf"params must be a dict of {', '.join(params)}, as init_params returns it"
+        with pytest.raises(TypeError, match=f"{expected}, got Tensor"):
+            getattr(group, loss)(torch.zeros(group.num_tasks, 3))
+        first, *others = params
+        with pytest.raises(ValueError, match=f"{expected}, got {', '.join([*others, 'own'])}"):
+            getattr(group, loss)({**{name: params[name] for name in others}, "own": params[first]})

@@ -1,0 +1,155 @@
+"""The rooms of the package: who may import what, and what stays private."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "metakern"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+#: Imports within functions that are there for time: matplotlib and the command line take a second to import.
+DEFERRED = {
+    ("metakern.__main__", "metakern.core.requirements"),
+    ("metakern.__main__", "metakern.cli"),
+    ("metakern.cli.maml", "metakern.runs.figures"),
+    ("metakern.cli.optimizer", "metakern.runs.figures"),
+    ("metakern.runs.metrics", "metakern.runs.figures"),
+}
+
+
+class Import(NamedTuple):
+    """``from module import name`` or ``import module``, where ``name`` is empty."""
+
+    line: int
+    module: str
+    name: str
+    bound: str  # what it is called here
+    deferred: bool  # within a function
+
+
+def imports(tree: ast.AST) -> Iterator[Import]:
+    """All imports of the package's own modules."""
+    deferred = {
+        id(node)
+        for function in ast.walk(tree)
+        if isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+        for node in ast.walk(function)
+    }
+    for node in ast.walk(tree):
+        within = id(node) in deferred
+        if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "metakern":
+            for each in node.names:
+                yield Import(node.lineno, node.module or "", each.name, each.asname or each.name, within)
+        elif isinstance(node, ast.Import):
+            for each in node.names:
+                if each.name.partition(".")[0] == "metakern":
+                    yield Import(node.lineno, each.name, "", each.asname or each.name, within)
+
+
+#: What a namedtuple has for everyone, under names that only look private.
+NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in NAMEDTUPLE
+
+
+def room(module: str) -> str:
+    """The folder of a module; each operator and each folder within a room counts as the room's."""
+    return ".".join(module.split(".")[:2])
+
+
+def private_across_rooms(module: str, tree: ast.AST) -> list[str]:
+    """Names with an underscore that a module takes from another room, by import or as an attribute."""
+    found, modules = [], {}
+    for each in imports(tree):
+        target = f"{each.module}.{each.name}".rstrip(".")
+        if room(target) == room(module) or target == "metakern._C":
+            continue
+        modules[each.bound] = target
+        if any(map(is_private, target.split("."))):
+            found.append(f"{module}:{each.line} imports {target}")
+    found += [
+        f"{module}:{node.lineno} uses {modules[ast.unparse(node.value)]}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and is_private(node.attr) and ast.unparse(node.value) in modules
+    ]
+    return found
+
+
+def deferred_imports(module: str, tree: ast.AST) -> list[str]:
+    """Imports of the package's own modules within functions, which may hide a circle."""
+    return [
+        f"{module}:{each.line} imports {each.module} within a function"
+        for each in imports(tree)
+        if each.deferred and (module, each.module) not in DEFERRED
+    ]
+
+
+def imports_of_the_package(module: str, tree: ast.AST) -> list[str]:
+    """Imports of names that metakern/__init__.py has, which knows all rooms."""
+    return [
+        f"{module}:{each.line} imports {each.name or each.module} from metakern itself"
+        for each in imports(tree)
+        if each.module == "metakern" and each.name != "_C" and not (each.name and (PACKAGE / each.name).is_dir())
+    ]
+
+
+RULES = [private_across_rooms, deferred_imports, imports_of_the_package]
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_rooms_keep_to_themselves(rule):
+    found = [line for path in SOURCES if name_of(path) != "metakern" for line in rule(name_of(path), parsed(path))]
+    assert found == []
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("rule", "code"),
+    [
+        (private_across_rooms, "from metakern.ops.core.devices import _name"),
+        (private_across_rooms, "from metakern.ops._devices import name"),
+        (private_across_rooms, "from metakern.ops import devices as d\nd._name()"),
+        (private_across_rooms, "import metakern.ops.core\nmetakern.ops.core._name"),
+        (deferred_imports, "def f():\n    from metakern.rules import lstm"),
+        (deferred_imports, "class A:\n    def f(self):\n        import metakern.core.memo"),
+        (imports_of_the_package, "from metakern import adapt"),
+        (imports_of_the_package, "import metakern"),
+    ],
+)
+def test_the_rules_find_what_breaks_them(rule, code):
+    (line,) = rule("metakern.rules.mine", ast.parse(code))
+    assert line.startswith("metakern.rules.mine:")
+
+
+def test_the_rules_let_pass_what_is_allowed():
+    code = """
+from metakern import _C, rules
+from metakern.core.version import __version__
+from metakern.rules import _helper
+from metakern.rules import lstm
+lstm._helper()
+def f():
+    import torch
+"""
+    assert [line for rule in RULES for line in rule("metakern.rules.mine", ast.parse(code))] == []
+
+
+def test_imports_run_one_way(monkeypatch):
+    """The contracts in pyproject.toml, which ``make lint`` checks too."""
+    pytest.importorskip("importlinter", reason="import-linter is not installed: pip install 'metakern[lint]'")
+    from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
+
+    monkeypatch.chdir(PACKAGE.parent)
+    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS

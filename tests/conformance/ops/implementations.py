@@ -160,13 +160,20 @@ def evaluate(op: Operator, example: Example, by: Implementation, device: Device 
     return with_gradients(op, example, lambda leaves: op.call(leaves, by.backend), names=names)
 
 
+#: The last example and what the reference makes of it: implementations follow one another.
+_last: list[Any] = []
+
+
 def expected(op: Operator, example: Example, like: Tensors) -> tuple[Tensors, Tensors]:
     """The same by the reference in float64, for results of the dtypes of ``like``."""
 
     def start(_: Tensors) -> Tensors:
         return {name: x.double() for name, x in seeds(like).items()}
 
-    return with_gradients(op, example.double(), op.reference, start)
+    if not _last or _last[0] is not example:
+        _last[:] = [example, with_gradients(op, example.double(), op.reference, start)]
+    found: tuple[Tensors, Tensors] = _last[1]
+    return found
 
 
 def tolerance(

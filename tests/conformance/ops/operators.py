@@ -46,7 +46,7 @@ class Example:
         return self.map(lambda _, x: x.detach().double() if x.is_floating_point() else x)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spec:
     """An example by its sizes and options, the arguments of :meth:`Operator.make`.
 

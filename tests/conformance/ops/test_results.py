@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,13 +16,18 @@ from tests.conformance.ops.implementations import (
     examples,
     rows,
 )
-from tests.conformance.ops.operators import Operator, Spec
+from tests.conformance.ops.operators import Example, Operator, Spec
+
+
+@functools.lru_cache(maxsize=1)
+def made(op: Operator, spec: Spec, dtype: torch.dtype, device: str) -> Example:
+    """An example that the implementations which follow one another share."""
+    return op.make(dtype, **spec.sizes).to(device)
 
 
 @examples()
 def test_results_and_gradients(op: Operator, spec: Spec, dtype: torch.dtype, by: Implementation) -> None:
-    example = op.make(dtype, **spec.sizes).to(by.device)
-    assert_conforms(op, example, by, gradients=spec.gradients)
+    assert_conforms(op, made(op, spec, dtype, by.device), by, gradients=spec.gradients)
 
 
 @rows([CPP])

@@ -95,8 +95,10 @@ def test_vmap_refuses_what_it_cannot_batch() -> None:
             case.support[0].new_empty(0, *case.support[0].shape)
         )
 
+    given = arguments(case)
+
     def with_flags(flags: Tensor) -> Any:
-        return torch.ops.metakern.mlp_inner_loop.default(*arguments(case), False, flags)[0]
+        return torch.ops.metakern.mlp_inner_loop.default(*given, False, flags)[0]
 
     with pytest.raises(ValueError, match="second_order and step_weights must be the same for all elements"):
         torch.func.vmap(with_flags)(torch.ones(4, 2, dtype=torch.bool))

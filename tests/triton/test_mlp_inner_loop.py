@@ -16,14 +16,14 @@ from torch import Tensor
 import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
+from metakern.ops.mlp_inner_loop import prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
-from metakern.ops.mlp_inner_loop import triton_operators
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
 from tests.triton.memory_model import Watch
 
-triton_operators()
+prepare("triton")
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 

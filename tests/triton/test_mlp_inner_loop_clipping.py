@@ -11,8 +11,8 @@ from torch import nn
 
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
+from metakern.ops.mlp_inner_loop import prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
-from metakern.ops.mlp_inner_loop import triton_operators
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import assert_same, hand_written, mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
@@ -20,7 +20,7 @@ from tests.ops.mlp_inner_loop.test_activations import assert_dead_units_have_no_
 from tests.triton.memory_model import Watch
 from tests.triton.test_mlp_inner_loop import make_case
 
-triton_operators()
+prepare("triton")
 
 pytestmark = pytest.mark.usefixtures("quick_interpreter")
 

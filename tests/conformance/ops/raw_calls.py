@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,6 @@ def operator(name: str) -> Callable[..., Any]:
     if "_triton" in name:
         for found in operators().values():
             found.prepare("triton")
-        importlib.import_module("metakern.ops.mlp_inner_loop").triton_operators()
     overloads: Callable[..., Any] = getattr(torch.ops.metakern, name)
     return overloads
 

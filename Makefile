@@ -66,10 +66,10 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/built
-	$(BIN)/python -m bench.compare
-	$(BIN)/python -m bench.compare_inner_loop
+	$(BIN)/python -m bench.lstm_step.compare
+	$(BIN)/python -m bench.mlp_inner_loop.compare
 	$(BIN)/python -m bench.optimizee_groups
-	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest bench/*/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)

@@ -46,7 +46,7 @@ MAX_TASK_BYTES = 2**24
 #: Keep in step with csrc/mlp_inner_loop/cuda.h.
 MAX_CUDA_STEPS = 256
 
-#: Keep in step with metakern/triton/mlp_arguments.py.
+#: Keep in step with metakern/ops/mlp_inner_loop/triton_arguments.py.
 MAX_TRITON_OUTPUTS = 4096
 
 

@@ -29,18 +29,20 @@ class Slot:
     state: dict[str, Tensor]  # views [last - first, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
-    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Any) -> bool:
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Any, layout: Any) -> bool:
         """Whether nothing changed since the slot was made: the parameter's kind and shape, its state, the rule's."""
-        view = self.params
+        for name, x in self.state.items():
+            if self.entry.get(name) is not x:
+                return False
+        view, members = self.params, self.arena
         return (
             self.param is p
             and self.entry is entry
-            and all(self.entry.get(name) is x for name, x in self.state.items())
             and view.shape == p.shape
             and view.dtype == p.dtype
             and view.device == p.device
-            and self.arena.rule is rule
-            and self.arena.layout == rule.state_layout()
+            and members.rule is rule
+            and members.layout == layout
         )
 
     def adopt(self, entry: dict[str, Any]) -> None:

@@ -28,11 +28,12 @@ class TensorSlot:
     kind: tuple[Any, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
-    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule) -> bool:
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule, layout: Any) -> bool:
         """Whether nothing changed since the slot was made: the parameter's kind and shape, its state's dict, the rule.
 
         Tensors in that dict may be replaced, as they are looked up in every step.
         """
+        del layout  # every tensor is looked at when the slot is made
         return self.param is p and self.entry is entry and self.kind == _kind(p) and self.arena.rule is rule
 
     def adopt(self, entry: dict[str, Any]) -> None:

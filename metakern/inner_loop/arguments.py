@@ -84,6 +84,12 @@ class TaskBatch:
         """The batch with others in place of its ``tensors``."""
         return TaskBatch(self.name, *self.parts(*tensors), self.labels, self.by_step)
 
+    def replaced(self, instead: Mapping[int, Tensor]) -> TaskBatch:
+        """The batch with other tensors in place of some, by their ids."""
+        if not instead:
+            return self
+        return self.with_tensors([map_tensors(lambda x: instead.get(id(x), x), part) for part in self.tensors])
+
     def at_step(self, step: int) -> TaskBatch:
         """The sets [T, S, ...] of one inner step."""
         if not self.by_step:
@@ -158,8 +164,10 @@ class LoopOptions(NamedTuple):
     @property
     def largest_norm(self) -> float | None:
         """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
-        norms = [self.clip_norm, None if self.descent is None else self.descent.clip_norm]
-        return min([norm for norm in norms if norm is not None], default=None)
+        own = None if self.descent is None else self.descent.clip_norm
+        if own is None or self.clip_norm is None:
+            return self.clip_norm if own is None else own
+        return min(own, self.clip_norm)
 
 
 @dataclass

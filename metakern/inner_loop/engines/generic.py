@@ -19,6 +19,7 @@ from metakern.inner_loop.arguments import (
     first_order_steps,
     task_batch,
 )
+from metakern.inner_loop.failures import Instead
 from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.task_model import TaskModel, TaskProblem
@@ -35,11 +36,12 @@ class _Plan(NamedTuple):
     query: TaskBatch | None
     step_weights: Any
 
-    def run(self, call: Call) -> tuple[dict[str, Tensor], TaskProblem]:
-        """Adapted parameters, and the problem after the last step."""
+    def run(self, call: Call, instead: Instead) -> tuple[dict[str, Tensor], TaskProblem]:
+        """Adapted parameters, and the problem after the last step; with other samples and targets in place of some."""
         options, steps = call.options, self.loop.num_steps
-        wanted = self.query if self.step_weights is not None else None
-        problem = TaskProblem(self.model, self.support, wanted, self.step_weights, options.accumulate)
+        wanted = None if self.step_weights is None or self.query is None else self.query.replaced(instead)
+        support = self.support.replaced(instead)
+        problem = TaskProblem(self.model, support, wanted, self.step_weights, options.accumulate)
         params = self.model.expand(self.support.num_tasks, self.start)
         parts = problem.recomputes_parts and not all(self.loop.first_order)
         if torch.is_grad_enabled() and steps and (options.checkpoint_every is not None or parts):
@@ -71,7 +73,7 @@ class GenericEngine:
     def adapt(self, call: Call) -> dict[str, Tensor]:
         """Adapted parameters by name, [T, *shape] each."""
         plan: _Plan = call.prepared[self.name]
-        return plan.model.vectorization.run(lambda: plan.run(call)[0], plan.support.named)
+        return plan.model.vectorization.run(lambda instead: plan.run(call, instead)[0], plan.support.named)
 
     def meta_loss(self, call: Call) -> Tensor:
         """Query losses [T]; the model's running statistics move."""
@@ -79,12 +81,12 @@ class GenericEngine:
         assert plan.query is not None
         model, query = plan.model, plan.query
 
-        def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
-            params, problem = plan.run(call)
+        def evaluate(instead: Instead) -> tuple[Tensor | None, dict[str, Tensor]]:
+            params, problem = plan.run(call, instead)
             if plan.step_weights is not None:
                 return problem.total, problem.statistics
             shared = problem.shared
-            return model.losses(params, shared, query), model.gathered(shared)
+            return model.losses(params, shared, query.replaced(instead)), model.gathered(shared)
 
         losses, statistics = model.vectorization.run(evaluate, {**plan.support.named, **query.named})
         if losses is None:

@@ -59,7 +59,7 @@ class Batch:
     def check_not_empty(self) -> None:
         """Raise ValueError for a batch of no elements, for which nothing says what the results look like."""
         if self.size == 0:
-            raise ValueError(f"{self._operator.name} under torch.func.vmap needs at least one element, got 0")
+            raise ValueError(f"{self._operator.title} under vmap needs at least one element, got 0")
 
 
 def leading(x: Tensor, dim: int | None, size: int) -> Tensor:

@@ -49,5 +49,22 @@ def check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> N
         raise RuntimeError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 
 
+def check_dense(x: Any, name: str) -> None:
+    """Raise TypeError unless ``x`` is a tensor of layout torch.strided."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_like(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
+    """Raise unless ``x`` has the shape (ValueError), dtype (TypeError) and device (RuntimeError) of ``other``."""
+    if x.shape != other.shape:
+        raise ValueError(f"{name} must have the shape of {other_name}, {list(other.shape)}, got {list(x.shape)}")
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {other_name}, {other.dtype}, got {x.dtype}")
+    check_same_device(x, name, other, other_name)
+
+
 def _joined(parts: tuple[Any, ...]) -> str:
     return "".join(str(list(part) if isinstance(part, torch.Size) else part) for part in parts)

@@ -24,10 +24,11 @@ from metakern.core.memo import outside_modes
 from metakern.core.torch_private import below_autograd, forward_mode_is_active, func_is_active
 from metakern.core.transforms import wants_gradient
 from metakern.ops.core.batching import Batch, looped
+from metakern.ops.core.checks import check_dense
 from metakern.ops.core.devices import check_constants, check_devices
 from metakern.ops.core.functions import Backward, recorded, register, transformed
 from metakern.ops.core.registry import OPERATORS
-from metakern.ops.core.schema import Place, Schema
+from metakern.ops.core.schema import Place, Schema, signature
 
 #: Which implementation serves a backend. An implementation is an operator of its own in torch.ops.metakern.
 IMPLEMENTATIONS = {"cpp": "compiled", "cuda": "compiled", "triton": "triton"}
@@ -77,10 +78,10 @@ class Operator:
         self.shapes, self.gradient, self.batching, self.constants = shapes, gradient, batching, frozenset(constants)
         self.backends, self.reference, self._triton = tuple(backends), reference, triton
         self._plan()
-        title = title or family
-        self.no_second = f"{title} provides no second derivative of its own; {way_out}"
-        self.no_forward_mode = f"{title} provides no forward-mode derivative; {way_out}"
-        self._no_gradient = f"{title} provides no gradient of {{}}, which requires one; {way_out}"
+        self.title = title or family
+        self.no_second = f"{self.title} provides no second derivative of its own; {way_out}"
+        self.no_forward_mode = f"{self.title} provides no forward-mode derivative; {way_out}"
+        self._no_gradient = f"{self.title} provides no gradient of {{}}, which requires one; {way_out}"
         self._kernels: dict[str, Kernel] = {}
         self._unserved = {name: f"{family} has no kernels for it" for name in IMPLEMENTATIONS if name not in backends}
 
@@ -140,6 +141,13 @@ class Operator:
             if name not in self.provided:
                 raise RuntimeError(self._no_gradient.format(name))
 
+    def check_others(self, arguments: Sequence[Any]) -> None:
+        """Raise RuntimeError for a tensor that requires a gradient and gets none."""
+        for name, index, is_list in self.others:
+            x = arguments[index]
+            if x is not None and (any(y.requires_grad for y in x) if is_list else x.requires_grad):
+                raise RuntimeError(self._no_gradient.format(name))
+
     def is_recorded(self, arguments: Sequence[Any]) -> bool:
         """Whether a tensor requires a gradient and torch records one, outside of transforms.
 
@@ -148,10 +156,8 @@ class Operator:
         """
         if not torch.is_grad_enabled():
             return False
-        for name, index, is_list in self.others:
-            x = arguments[index]
-            if x is not None and (any(map(_requires_grad, x)) if is_list else x.requires_grad):
-                raise RuntimeError(self._no_gradient.format(name))
+        if self.others:
+            self.check_others(arguments)
         for _, index, is_list in self.differentiable:
             x = arguments[index]
             if x is not None and (True in map(_requires_grad, x) if is_list else x.requires_grad):
@@ -177,10 +183,10 @@ class Operator:
     def check_dense(self, arguments: Sequence[Any]) -> None:
         """Raise TypeError for a tensor with another layout than torch.strided."""
         for name, index, is_list in self.schema.tensors:
-            for number, x in enumerate(arguments[index] if is_list else [arguments[index]]):
-                if x is not None and x.layout != torch.strided:
-                    called = f"{name}[{number}]" if is_list else name
-                    raise TypeError(f"{called} must be a dense tensor, got layout {x.layout}")
+            value = arguments[index]
+            for number, x in enumerate(value if is_list else [value]):
+                if x is not None:
+                    check_dense(x, f"{name}[{number}]" if is_list else name)
 
     # ------------------------------------------------------------------------------------------- implementations
 
@@ -197,9 +203,7 @@ class Operator:
     def _registered(self, implementation: str) -> Kernel:
         name = self.name_of(implementation)
         overload = getattr(torch.ops.metakern, name).default
-        declared = str(self.schema.parsed).partition("(")[2]
-        # Where torch reads a schema from a signature, integers may be symbolic.
-        if str(overload._schema).replace("SymInt", "int").partition("(")[2] != declared:
+        if signature(overload._schema) != signature(self.schema.parsed):
             raise RuntimeError(
                 f"torch.ops.metakern.{name} must have the schema {self.schema.text}, got {overload._schema}: it was "
                 "built from other sources; reinstall metakern"
@@ -280,7 +284,8 @@ class Kernel:
         """
         operator = self.operator
         if torch.compiler.is_compiling():
-            operator.is_recorded(arguments)  # which refuses gradients that there are not
+            if torch.is_grad_enabled():
+                operator.check_others(arguments)
             returned = self.overload(*arguments)
             return self._public(returned) if operator.private else returned
         try:

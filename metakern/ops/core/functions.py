@@ -213,9 +213,10 @@ def register(kernel: Kernel) -> None:
         needs = ctx.needs_input_grad
         wants = (name for name, index, is_list in schema.tensors if (any(needs[index]) if is_list else needs[index]))
         found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, frozenset(wants))
+        # The dispatcher leaves out arguments that have their defaults, and wants no gradients for them.
         return tuple(
             ([None] * len(need) if isinstance(need, list) else None) if found.get(name) is None else found[name]
-            for name, need in zip(schema.names, needs, strict=True)
+            for name, need in zip(schema.names, needs, strict=False)
         )
 
     def run(arguments: Any) -> Sequence[Any]:

@@ -75,6 +75,12 @@ class Schema:
         return returned if self.outputs else ()  # type: ignore[no-any-return]
 
 
+def signature(parsed: Any) -> tuple[Any, ...]:
+    """What two schemas of one operator have in common, whatever they call what is written to."""
+    arguments = [(a.name, str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in parsed.arguments]
+    return arguments, [str(r.type) for r in parsed.returns]
+
+
 def flatten(values: Sequence[Any], places: Sequence[Place]) -> list[Tensor | None]:
     """The tensors of ``values`` one by one, in the order of ``places``."""
     flat: list[Tensor | None] = []

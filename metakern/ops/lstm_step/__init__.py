@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.ops.core.checks import check_dense, check_dtype, check_like, check_same_device, check_shape
 from metakern.ops.core.define_op import Kernel, Operator
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.autograd import step, step_, step_backward
@@ -123,7 +124,7 @@ def lstm_step_(
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
     if not _checks_itself(kernel):
         _check_contiguous(params, state)
-        if kernel is None or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _check_memory(params, grads, state)
     if kernel is None:
         new_params, new_state = _reference_step(
@@ -219,21 +220,13 @@ def check_options(
 
 
 def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
-    """Raise for whatever does not fit among the tensors."""
+    """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
     for name, x in (("params", params), ("grads", grads)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    dtype, device = params.dtype, params.device
+        check_dense(x, name)
+    check_like(grads, "grads", params, "params")
+    dtype = params.dtype
     if dtype not in PARAM_DTYPES:
         raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {dtype}")
-    if params.layout != torch.strided or grads.layout != torch.strided:
-        raise TypeError(f"params and grads must be dense tensors, got layouts {params.layout} and {grads.layout}")
-    if grads.shape != params.shape:
-        raise ValueError(f"grads must have the shape of params, {list(params.shape)}, got {list(grads.shape)}")
-    if grads.dtype != dtype:
-        raise TypeError(f"grads must have the dtype of params, {dtype}, got {grads.dtype}")
-    if grads.device != device:
-        raise ValueError(f"grads must be on the device of params, {device}, got {grads.device}")
     check_layout(state)
     if state.num_coordinates != params.numel():
         raise ValueError(
@@ -243,19 +236,18 @@ def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Te
     state_dtype = state.data.dtype
     if state_dtype != compute_dtype and (state_dtype != torch.bfloat16 or dtype == torch.float64):
         raise TypeError(f"state must be {compute_dtype} for {dtype} params, got {state_dtype}")
-    if state.data.device != device:
-        raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
-    _check_weights(weights, state, preprocess, compute_dtype, device)
+    check_same_device(state.data, "state", params, "params")
+    _check_weights(weights, state, preprocess, compute_dtype, params)
 
 
 def _check_contiguous(params: Tensor, state: LSTMState) -> None:
     for name, tensor in (("params", params), ("state.data", state.data)):
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(tensor.stride())}")
 
 
 def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
-    """Raise ValueError where one block's results would be another's input."""
+    """Raise RuntimeError where one block's results would be another's input."""
 
     def overlap(a: Tensor, b: Tensor) -> bool:
         first, second = a.data_ptr(), b.data_ptr()
@@ -263,9 +255,9 @@ def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
 
     grads = grads.contiguous()  # a copy where it was not
     if overlap(params, state.data) or overlap(grads, state.data):
-        raise ValueError("params, grads and state must not share memory")
+        raise RuntimeError("params, grads and state must not share memory")
     if overlap(params, grads) and params.data_ptr() != grads.data_ptr():
-        raise ValueError("grads must not share a part of params' memory")
+        raise RuntimeError("grads must not share a part of params' memory")
 
 
 def check_precision(precision: Any) -> None:
@@ -313,7 +305,7 @@ _WEIGHT_SPECS = {
 
 
 def _check_weights(
-    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, device: torch.device
+    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, params: Tensor
 ) -> None:
     _, layers, _, hidden, _ = state.data.shape
     specs = _WEIGHT_SPECS[layers, hidden, reference.num_features(preprocess)]
@@ -325,15 +317,11 @@ def _check_weights(
             f"{layers} layers, got {len(weights)}"
         )
     for index, (weight, (name, shape)) in enumerate(zip(weights, specs, strict=True)):
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
-            got = f"layout {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weights[{index}] ({name}) must be a dense tensor, got {got}")
-        if weight.shape != shape:
-            raise ValueError(f"weights[{index}] ({name}) must have shape {list(shape)}, got {list(weight.shape)}")
-        if weight.dtype != dtype:
-            raise TypeError(f"weights[{index}] ({name}) must be {dtype}, got {weight.dtype}")
-        if weight.device != device:
-            raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
+        check_dense(weight, f"weights[{index}]")
+        called = f"weights[{index}] ({name})"
+        check_shape(weight, called, shape)
+        check_dtype(weight, called, dtype)
+        check_same_device(weight, called, params, "params")
 
 
 def prepare(backend: str | None) -> None:

@@ -9,7 +9,6 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps, I 
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import numbers
@@ -20,11 +19,21 @@ import torch
 from torch import Tensor
 
 from metakern.core import backend as _backend
-from metakern.core.memo import memoized, once
+from metakern.core.memo import memoized
 from metakern.core.transforms import is_transformed_or_dual
+from metakern.ops.core.define_op import IMPLEMENTATIONS
 from metakern.ops.core.devices import check_devices
 from metakern.ops.mlp_inner_loop import reference
-from metakern.ops.mlp_inner_loop.autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
+from metakern.ops.mlp_inner_loop.autograd import (
+    Problem,
+    adapt,
+    adapt_backward,
+    adapt_call,
+    meta_backward_call,
+    meta_loss,
+    meta_loss_backward,
+    meta_loss_call,
+)
 
 #: Keep in step with csrc/mlp_inner_loop/problem.h.
 MAX_LAYERS, MAX_WIDTH = 8, 1024
@@ -37,7 +46,7 @@ MAX_TASK_BYTES = 2**24
 #: Keep in step with csrc/mlp_inner_loop/cuda.h.
 MAX_CUDA_STEPS = 256
 
-#: Keep in step with metakern/triton/mlp_arguments.py.
+#: Keep in step with metakern/ops/mlp_inner_loop/triton_arguments.py.
 MAX_TRITON_OUTPUTS = 4096
 
 
@@ -174,7 +183,7 @@ def mlp_inner_loop(
     if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
         _check_labels("support", support_x, support_y, params)
     support = support_x, support_y, support_mask
-    return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
+    return adapt_call(IMPLEMENTATIONS[serves], problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -253,7 +262,7 @@ def run_meta_loss(
 ) -> Tensor:
     """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
     _check_classes(serves, problem, params, support, query)
-    return meta_loss_call(_operators(serves), problem, params, lr, support, query, weights)
+    return meta_loss_call(IMPLEMENTATIONS[serves], problem, params, lr, support, query, weights)
 
 
 def run_meta_backward(
@@ -270,7 +279,7 @@ def run_meta_backward(
     ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
     """
     _check_classes(serves, problem, params, support, query)
-    return meta_backward_call(_operators(serves), problem, params, support, query, weights, gradient)
+    return meta_backward_call(IMPLEMENTATIONS[serves], problem, params, support, query, weights, gradient)
 
 
 def _check_devices(params: Sequence[Tensor], lr: Any, **samples: Tensor | None) -> None:
@@ -290,14 +299,16 @@ def _reasons(
     params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str | Sequence[str], loss: str
 ) -> dict[str, str]:
     """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
-    reasons = {}
     queries = x if query_x is None else query_x
-    if x.device.type == "cuda" and x.dim() == queries.dim() == 3 and all(p.dim() for p in params):
-        widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
-        sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
-        names = activation if isinstance(activation, str) else tuple(activation)
-        reasons["cuda"] = unserved_on_cuda(widths, *sizes, steps, names, loss, params[0].dtype, x.device)
-    return reasons
+    if x.device.type != "cuda" or not x.dim() == queries.dim() == 3 or not all(p.dim() for p in params):
+        return {}
+    widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
+    sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
+    names = activation if isinstance(activation, str) else tuple(activation)
+    return {
+        "cuda": unserved_on_cuda(widths, *sizes, steps, names, loss, params[0].dtype, x.device),
+        "triton": unserved_by_triton(widths),
+    }
 
 
 def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]) -> None:
@@ -436,26 +447,7 @@ def _checked(
     )
 
 
-_compiled = Operators("") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operators with their formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.mlp_inner_loop.triton")
-    return Operators("_triton")
-
-
-def _operators(backend: str) -> Operators:
-    operators = triton_operators() if backend == "triton" else _compiled
-    assert operators is not None
-    return operators
-
-
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)
+    for operator in (adapt, adapt_backward, meta_loss, meta_loss_backward):
+        operator.prepare(backend)

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
+from metakern.core.torch_private import NormBase, pytree
 from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, check_constants, first_tensor, flatten, map_tensors
 from metakern.inner_loop.arguments import TaskBatch, check_labels, split
@@ -67,7 +66,7 @@ class TaskModel:
         self.buffers = list(buffers)
         per_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
         # Batch norm writes each task's statistics into its running ones, so each task gets a copy.
-        statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        statistics = {id(b) for m in model.modules() if isinstance(m, NormBase) for b in m.buffers(recurse=False)}
         statistics |= {id(b) for m in per_step for b in (m.running_mean, m.running_var)}
         self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
         self._slots = _slots(model, parameters | buffers)

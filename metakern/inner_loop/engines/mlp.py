@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
-from metakern.core.torch_private import forward_mode_is_active
+from metakern.core.torch_private import forward_mode_is_active, functorch
 from metakern.core.transforms import is_batched, is_transformed, wants_gradient
 from metakern.inner_loop.arguments import (
     Call,
@@ -415,7 +415,6 @@ def _serving(options: LoopOptions, mlp: Mlp, loss: str, *samples: Tensor) -> str
 
 def _untransformed() -> str:
     """Why the operators do not serve the transforms of torch.func around the call; empty where they do."""
-    functorch = torch._C._functorch
     if torch.compiler.is_compiling():
         inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
         return "torch.func transforms it within torch.compile" if inside else ""

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.core.torch_private import below_autograd
+from metakern.core.torch_private import below_autograd, foreach_mul, foreach_sub
 from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.devices import check_devices
 from metakern.ops.inner_update import reference
@@ -90,7 +90,7 @@ def is_small(tensors: Sequence[Tensor]) -> bool:
 def subtract(params: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Any]) -> list[Tensor]:
     """θ − α ⊙ g in two operators with autograd formulas of their own, the cheapest with the formula's bits."""
     factor: Any = rates if isinstance(rates[0], Tensor) else rates[0]  # a number is one for all
-    return list(torch._foreach_sub(list(params), torch._foreach_mul(list(grads), factor)))
+    return list(foreach_sub(list(params), foreach_mul(list(grads), factor)))
 
 
 def formula(

@@ -113,7 +113,9 @@ def gradient_stage(preprocess: str) -> FeaturesStage:
 MOMENTS_EPSILON = 1e-8
 
 
-def moment_features(grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float) -> tuple[Tensor, Tensor]:
+def moment_features(
+    grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float
+) -> tuple[Tensor, Tensor]:
     """RNNProp's features, Lv et al. 2017, arXiv 1703.03633: the gradient and its moving mean, divided by √v̂.
 
     Args:

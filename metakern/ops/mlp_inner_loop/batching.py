@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from metakern.core.torch_private import pytree
 from metakern.ops.inner_update.autograd import leading
 
 #: Some of an operator's tensors, None among them; or their batch axes, None where there is none.

@@ -31,6 +31,7 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@echo "building the extension"
+	@$(BIN)/python -c "import setup; setup.Cuda.find()"
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
@@ -65,10 +66,10 @@ format: $(VENV)/installed
 	$(BIN)/clang-format -i $(CPP)
 
 bench: $(VENV)/built
-	$(BIN)/python -m bench.compare
-	$(BIN)/python -m bench.compare_inner_loop
+	$(BIN)/python -m bench.lstm_step.compare
+	$(BIN)/python -m bench.mlp_inner_loop.compare
 	$(BIN)/python -m bench.optimizee_groups
-	$(BIN)/python -m pytest bench/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+	$(BIN)/python -m pytest bench/*/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)
@@ -77,8 +78,10 @@ clusters: $(VENV)/built
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
 
+# Also builds the extension with them, for one architecture: the operators beside the kernels must compile and link.
 ptxas: $(VENV)/installed
 	$(BIN)/python -m bench.ptxas
+	METAKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python setup.py -q build_ext --build-lib build/with-cuda
 
 # Without a virtual environment: whatever torch and CUDA the machine has. SITE: a folder of further Python packages.
 gpu-check:
@@ -91,7 +94,7 @@ wheel: $(VENV)/built
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
 # Source distribution, wheel from it, wheel into an empty folder, import from elsewhere. Without the CUDA kernels, which
-# the extension in place has compiled.
+# `make ptxas` compiles.
 check-wheel: $(VENV)/built
 	rm -rf build/check-wheel
 	METAKERN_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/check-wheel . > /dev/null

@@ -1,8 +1,12 @@
-"""Builds metakern._C: CPU kernels, once per instruction set, CUDA kernels where nvcc is found, and their registration.
+"""Builds metakern._C from what stands in csrc: CPU kernels, once per instruction set, and CUDA kernels.
 
-Environment: METAKERN_BUILD=0 installs the package without kernels, and needs no compiler; METAKERN_CUDA=0 leaves CUDA
-out, =1 demands it; CUDA_HOME says where it is; TORCH_CUDA_ARCH_LIST which architectures ("8.0;9.0;10.0+PTX");
-METAKERN_SANITIZE builds with sanitizers. Everything else about the package stands in pyproject.toml.
+The CUDA kernels take most of the time. They are compiled where nvcc is found and a GPU answers, and where
+TORCH_CUDA_ARCH_LIST is set: that is how one builds for another machine. METAKERN_CUDA=1 demands them wherever the build
+runs, METAKERN_CUDA=0 leaves them out.
+
+Environment: METAKERN_BUILD=0 installs the package without kernels, and needs no compiler; METAKERN_CUDA as above;
+CUDA_HOME says where CUDA is; TORCH_CUDA_ARCH_LIST which architectures ("8.0;9.0;10.0+PTX"); METAKERN_SANITIZE builds
+with sanitizers. Everything else about the package stands in pyproject.toml.
 
 A rebuild compiles the files that changed: see :class:`Job`.
 """
@@ -122,6 +126,17 @@ def own_options(source: Path) -> list[str]:
     return match[1].split() if match else []
 
 
+def gpu_answers() -> bool:
+    """Whether the driver lists a GPU. A tool is asked: CUDA does not start in this process."""
+    try:
+        report = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
+    except OSError:  # some containers with a GPU lack the tool
+        return Path("/dev/nvidia0").exists()
+    except subprocess.TimeoutExpired:
+        return False
+    return report.returncode == 0 and "GPU " in report.stdout
+
+
 class Cuda(NamedTuple):
     """A CUDA toolkit and the architectures to compile for."""
 
@@ -131,7 +146,10 @@ class Cuda(NamedTuple):
 
     @classmethod
     def find(cls) -> Cuda | None:
-        """The toolkit of CUDA_HOME or of the nvcc on PATH; whether a GPU answers here does not matter."""
+        """The toolkit of CUDA_HOME or of the nvcc on PATH; None where the CUDA kernels are left out.
+
+        Says so in one line where nvcc is found but no GPU.
+        """
         wanted = os.environ.get("METAKERN_CUDA", "")
         if wanted not in ("", "0", "1"):
             raise SystemExit(f"METAKERN_CUDA must be 0, 1 or unset, got {wanted!r}")
@@ -141,8 +159,12 @@ class Cuda(NamedTuple):
             if wanted == "1":
                 raise SystemExit(f"METAKERN_CUDA=1, but there is no nvcc in {f'{home}/bin' if home else 'PATH'}")
             return None
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
+        if wanted != "1" and not listed and not gpu_answers():
+            print("no GPU answers here: metakern is built without its CUDA kernels (METAKERN_CUDA=1 compiles them)")
+            return None
         # Where nvcc itself thinks that it lives: the one on PATH may be a script or a link.
-        architectures = cls.served(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_CUDA_ARCHITECTURES)
+        architectures = cls.served(listed or DEFAULT_CUDA_ARCHITECTURES)
         report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.*)$", report.stderr, re.MULTILINE)
         if report.returncode or top is None:
@@ -181,6 +203,15 @@ class Cuda(NamedTuple):
         """The compiler's call for one .cu file."""
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         return [self.nvcc, "-std=c++17", "-O3", host, *self.targets(), "-c", kernel]
+
+
+def build_facts(compiler: str, torch: str, cuda: Cuda | None) -> dict[str, str]:
+    """What metakern.build_info() tells of the build, as the macros of csrc/core/module.cpp."""
+    facts = {"METAKERN_COMPILER": compiler, "METAKERN_TORCH_VERSION": torch}
+    if cuda:
+        facts["METAKERN_CUDA_ARCHITECTURES"] = cuda.architectures
+        facts["METAKERN_NVCC"] = compiler_version([cuda.nvcc])
+    return facts
 
 
 class Flags(NamedTuple):
@@ -286,40 +317,33 @@ class BuildExtension(build_ext):
     def jobs(self, flags: list[str], cuda: Cuda | None) -> list[Job]:
         """The CUDA kernels, which take longest, every CPU kernel for every instruction set, then the rest."""
         compiler = self.compiler.compiler_so_cxx
-        version = compiler_version(compiler)
-        torch, pybind11 = needed("torch"), needed("pybind11")
-        macros = {
-            "TORCH_TARGET_VERSION": OLDEST_TORCH,
-            "METAKERN_COMPILER": f'"{version}"',
-            "METAKERN_TORCH_VERSION": f'"{torch.__version__}"',
-        }
-        includes = [pybind11.get_include(), *needed("torch.utils.cpp_extension").include_paths()]
-        found = Sources.find()
-        sources: list[str] = list(found.once)
-        jobs: list[Job] = []
+        version, sources = compiler_version(compiler), Sources.find()
+        jobs = []
         if cuda:
-            nvcc_version = compiler_version([cuda.nvcc])
-            jobs += [
-                Job(cuda.command(kernel), OBJECTS / f"{kernel}.o", {"nvcc": nvcc_version})
-                for kernel in found.cuda_kernels
-            ]
-            sources += found.cuda
-            macros["USE_CUDA"] = "1"  # torch's own switch for its CUDA shims
-            macros["METAKERN_CUDA_ARCHITECTURES"] = f'"{cuda.architectures}"'
-            macros["METAKERN_NVCC"] = f'"{nvcc_version}"'
-            includes.append(str(cuda.home / "include"))
-        versions = {"compiler": version}
+            versions = {"nvcc": compiler_version([cuda.nvcc])}
+            jobs += [Job(cuda.command(name), OBJECTS / f"{name}.o", versions) for name in sources.cuda_kernels]
         for name, capability_flags in instruction_sets().items():
-            for kernel in found.cpu_kernels:
+            for kernel in sources.cpu_kernels:
                 own = own_options(ROOT / kernel)
                 command = [*compiler, f"-DMK_CAPABILITY={name}", *flags, *capability_flags, *own, "-c", kernel]
-                jobs.append(Job(command, OBJECTS / name / f"{kernel}.o", versions))
+                jobs.append(Job(command, OBJECTS / name / f"{kernel}.o", {"compiler": version}))
+        torch, pybind11 = needed("torch"), needed("pybind11")
         # Headers of other packages are system headers: their warnings are not ours.
-        shared = [f"-D{name}={value}" for name, value in macros.items()]
-        shared += [f"-I{path}" for path in self.compiler.include_dirs] + [f"-isystem{path}" for path in includes]
+        includes = [pybind11.get_include(), *needed("torch.utils.cpp_extension").include_paths()]
+        shared = [f"-DTORCH_TARGET_VERSION={OLDEST_TORCH}", *(f"-I{path}" for path in self.compiler.include_dirs)]
+        shared += [f"-isystem{path}" for path in includes]
+        facts = build_facts(version, torch.__version__, cuda)
         versions = {"compiler": version, "torch": torch.__version__, "pybind11": pybind11.__version__}
-        for source in sources:
-            jobs.append(Job([*compiler, *shared, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
+        for source in sources.once:
+            # Of the facts only those that the file names: others are no reason to compile it again.
+            text = (ROOT / source).read_text(encoding="utf-8")
+            own = [f'-D{name}="{value}"' for name, value in facts.items() if name in text]
+            jobs.append(Job([*compiler, *shared, *own, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
+        if cuda:
+            own = [f'-DMETAKERN_CUDA_ARCHITECTURES="{cuda.architectures}"', f"-isystem{cuda.home / 'include'}"]
+            own.append("-DUSE_CUDA=1")  # torch's own switch for its CUDA shims
+            command = [*compiler, *shared, *own, *flags, "-c"]
+            jobs += [Job([*command, source], OBJECTS / f"{source}.o", versions) for source in sources.cuda]
         return jobs
 
 

@@ -23,9 +23,14 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
+def capability() -> str:
+    """The instruction set of the compiled kernels in use, which METAKERN_CPU_CAPABILITY may have chosen."""
+    return str(metakern.build_info().get("cpu_capability", "none"))
+
+
 def device_name() -> str:
-    """File name of this machine's results: processor and threads."""
-    return slug(f"{cpu_model()} {torch.get_num_threads()} threads")
+    """File name of this machine's results: processor, threads and instruction set."""
+    return slug(f"{cpu_model()} {torch.get_num_threads()} threads {capability()}")
 
 
 def last_level_cache_bytes() -> int:
@@ -44,7 +49,7 @@ def describe() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "last_level_cache_bytes": last_level_cache_bytes(),
-        "cpu_capability": build.get("cpu_capability", "none"),
+        "cpu_capability": capability(),
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "versions": {
             "metakern": metakern.__version__,

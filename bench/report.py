@@ -1,4 +1,4 @@
-"""Puts the measured tables into the README, between their markers.
+"""Puts the measured tables into the README, between their markers; one for each instruction set that was measured.
 
 python -m bench.report [RESULTS.json ...]
 """
@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bench import gpu_inner_loop
+from bench import gpu_budget
 from bench.targets import measured
 
 ROOT = Path(__file__).parent.parent
@@ -29,13 +29,32 @@ def benchmark_of(path: Path) -> str:
     return str(json.loads(path.read_text()).get("benchmark", "lstm_step"))
 
 
-def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> Path | None:
-    """The file with the latest date inside among those of one benchmark on its kind of device; None without one."""
-    files = [path for path in folder.glob("*.json") if benchmark_of(path) == benchmark]
-    machines = {path: json.loads(path.read_text()).get("machine", {}) for path in files}
+#: How a table says which instruction set it was measured with, in the order of the tables.
+CAPABILITIES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2, the baseline of x86-64"}
+
+
+def capability_of(path: Path) -> str:
+    """The instruction set that a file of results was measured with; empty on a GPU, and where it does not say so."""
+    results = json.loads(path.read_text())
+    described = results.get("machine", {}) | results.get("environment", {})
+    return str(described.get("cpu_capability", ""))
+
+
+def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> dict[str, Path]:
+    """By instruction set, the file with the latest date inside among those of one benchmark on its kind of device.
+
+    Measurements of some cases alone (``--cases``) do not count.
+    """
     kind = "gpu" if benchmark == "gpu" else "cpu"
-    dates = {path: str(machine["date"]) for path, machine in machines.items() if kind in machine}
-    return max(dates, key=dates.__getitem__, default=None)
+    newest: dict[str, tuple[str, Path]] = {}
+    for path in sorted(folder.glob("*.json")):
+        results = json.loads(path.read_text())
+        machine = results.get("machine", {})
+        if benchmark_of(path) != benchmark or kind not in machine or "--cases" in results.get("command", ""):
+            continue
+        capability = capability_of(path)
+        newest[capability] = max(newest.get(capability, ("", path)), (str(machine["date"]), path))
+    return {capability: path for capability, (_, path) in newest.items()}
 
 
 def render(results: dict[str, Any], source: str) -> str:
@@ -327,34 +346,57 @@ TABLES = {
 
 #: Rows of the GPU's table, measured or not.
 GPU_CASES = {
-    "inner_loop": [case.title for case in gpu_inner_loop.FULL.loops],
-    "inner_update": [case.title for case in gpu_inner_loop.FULL.updates],
+    "inner_loop": [case.title for case in gpu_budget.FULL.loops],
+    "inner_update": [case.title for case in gpu_budget.FULL.updates],
 }
 
 
-def sources(files: Sequence[Path]) -> dict[str, Path]:
-    """The file of each table: of those given its last one, else the newest; none where nothing was measured.
+def sources(files: Sequence[Path]) -> dict[str, list[Path]]:
+    """The files of each table, one an instruction set: those that are given, else the newest; none without any.
 
     Raises:
         ValueError: for a file of a benchmark that has no table
     """
-    given = {benchmark_of(path): path.resolve() for path in files}
+    given: dict[str, dict[str, Path]] = {}
+    for path in files:
+        given.setdefault(benchmark_of(path), {})[capability_of(path)] = path.resolve()
     if unknown := given.keys() - TABLES.keys():
         raise ValueError(f"the files must be results of {', '.join(TABLES)}, got {', '.join(sorted(unknown))}")
-    newest = {name: newest_results(FOLDER, name) for name in TABLES} | {"digits_lstm": DIGITS}
-    return {name: path for name, path in newest.items() if path is not None} | given
+    found = {name: newest_results(FOLDER, name) for name in TABLES} | {"digits_lstm": {"": DIGITS}} | given
+    order = {capability: place for place, capability in enumerate(CAPABILITIES)}
+    return {
+        name: [paths[capability] for capability in sorted(paths, key=lambda c: (order.get(c, len(order)), c))]
+        for name, paths in found.items()
+        if paths
+    }
+
+
+def _title(file: Path) -> str:
+    capability = capability_of(file)
+    return CAPABILITIES.get(capability, capability or "instruction set not recorded")
+
+
+def tables(name: str, files: Sequence[Path]) -> str:
+    """The tables of a benchmark, one for each file, under its instruction set where there are several."""
+    parts = []
+    for file in files:
+        source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
+        table = TABLES[name](json.loads(file.read_text()), source)
+        parts.append(f"**{_title(file)}**\n\n{table}" if len(files) > 1 else table)
+    return "\n\n".join(parts)
 
 
 def main(
-    results: Annotated[list[Path] | None, typer.Argument(help="Default: the newest in bench/results.")] = None,
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Default: the newest of each instruction set in bench/results.")
+    ] = None,
     readme: Annotated[Path, typer.Option(help="The file that holds the markers.")] = ROOT / "README.md",
 ) -> None:
     """Put the measured tables into the README; what was not measured stays as it is."""
     text = readme.read_text()
     text = insert(text, "gpu", render_gpu({}, ""))
-    for name, file in sources(results or []).items():
-        source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name
-        text = insert(text, name, TABLES[name](json.loads(file.read_text()), source))
+    for name, files in sources(results or []).items():
+        text = insert(text, name, tables(name, files))
     readme.write_text(text)
 
 

@@ -28,8 +28,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench import machine
-from bench.inner_loop_cases import Case, sinusoid
-from bench.inner_loop_contenders import Batched, Fused, Vmap, iterate
+from bench.mlp_inner_loop.cases import Case, sinusoid
+from bench.mlp_inner_loop.contenders import Batched, Fused, Vmap, iterate
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
 from bench.targets import judge_sinusoid
 from metakern.evaluation.adaptation import mean_interval

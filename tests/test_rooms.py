@@ -2,6 +2,7 @@
 
 import ast
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -121,11 +122,30 @@ def private_names_of_torch(module: str, tree: ast.AST) -> list[str]:
     return found
 
 
+def order() -> dict[str, int]:
+    """The rooms, from the lowest, as pyproject.toml has them."""
+    contracts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return {f"metakern.{name}": level for level, line in enumerate(reversed(layers)) for name in line.split(" | ")}
+
+
+def imports_from_above(module: str, tree: ast.AST) -> list[str]:
+    """Imports from a room above, or beside; those for annotations alone, which import-linter leaves out, too."""
+    levels = order()
+    return [
+        f"{module}:{each.line} imports {each.module}, which stands above"
+        for each in imports(tree)
+        if room(each.module) != room(module)
+        and room(module) in levels
+        and levels.get(room(each.module), -1) >= levels[room(module)]
+    ]
+
+
 def is_private_of_torch(name: str) -> bool:
     return is_private(name) or name == "_C"
 
 
-RULES = [private_across_rooms, private_names_of_torch, deferred_imports, imports_of_the_package]
+RULES = [private_across_rooms, private_names_of_torch, imports_from_above, deferred_imports, imports_of_the_package]
 
 
 def name_of(path: Path) -> str:
@@ -154,6 +174,7 @@ def parsed(path: Path) -> ast.Module:
         (private_names_of_torch, "import torch.nn.functional as F\nF._verify_batch_size"),
         (private_names_of_torch, "from torch.utils import _pytree"),
         (private_names_of_torch, "from torch.autograd import forward_ad\nforward_ad._current_level"),
+        (imports_from_above, "if TYPE_CHECKING:\n    from metakern.maml.batched import Adapted"),
         (deferred_imports, "def f():\n    from metakern.rules import lstm"),
         (deferred_imports, "class A:\n    def f(self):\n        import metakern.core.memo"),
         (imports_of_the_package, "from metakern import adapt"),

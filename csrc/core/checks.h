@@ -1,14 +1,16 @@
 // Checks of an operator's arguments. Every message names the argument, what was expected and what came.
 //
-// They guard memory: an operator that is called directly, past the Python function, must not read out of bounds. They
-// raise RuntimeError; the Python functions check the same things first and raise ValueError or TypeError.
+// One kind of fault has one type of exception, the same in Python, whichever way an operator is called:
+//   ValueError    a shape, a size, a count, the value of an option:     check_value, fail_value
+//   TypeError     a dtype, a type:                                      check_type, fail_type
+//   RuntimeError  devices that differ, memory that is shared, whatever the machine cannot do:  check, fail
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <initializer_list>
+#include <optional>
 #include <sstream>
-#include <stdexcept>
 #include <string>
 
 #include "dtypes.h"
@@ -27,14 +29,40 @@ std::string shape_string(const Range& shape) {
   return out.str();
 }
 
+// Throw what Python raises as ValueError, as TypeError, as RuntimeError.
+[[noreturn]] void throw_value_error(const std::string& message);
+[[noreturn]] void throw_type_error(const std::string& message);
+[[noreturn]] void throw_runtime_error(const std::string& message);
+
 template <class... Parts>
-[[noreturn]] void fail(const Parts&... parts) {
+std::string joined(const Parts&... parts) {
   std::ostringstream out;
   (out << ... << parts);
-  throw std::runtime_error(out.str());
+  return out.str();
+}
+
+template <class... Parts>
+[[noreturn]] void fail_value(const Parts&... parts) {
+  throw_value_error(joined(parts...));
+}
+template <class... Parts>
+[[noreturn]] void fail_type(const Parts&... parts) {
+  throw_type_error(joined(parts...));
+}
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw_runtime_error(joined(parts...));
 }
 
 // The parts are evaluated in every call: where one of them costs something, write `if (!condition) fail(...)`.
+template <class... Parts>
+void check_value(bool condition, const Parts&... parts) {
+  if (!condition) fail_value(parts...);
+}
+template <class... Parts>
+void check_type(bool condition, const Parts&... parts) {
+  if (!condition) fail_type(parts...);
+}
 template <class... Parts>
 void check(bool condition, const Parts&... parts) {
   if (!condition) fail(parts...);
@@ -48,65 +76,85 @@ bool equal_shapes(const A& a, const B& b) {
   return true;
 }
 
-inline void check_shape(const Tensor& t, const char* name, std::initializer_list<int64_t> expected) {
+// Names are whatever an ostream takes; the message is made only where a check fails.
+template <class Name>
+void check_shape(const Tensor& t, const Name& name, std::initializer_list<int64_t> expected) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(expected.begin(), expected.size());
   if (!equal_shapes(t.sizes(), shape))
-    fail(name, " must have shape ", shape_string(shape), ", got ", shape_string(t.sizes()));
+    fail_value(name, " must have shape ", shape_string(shape), ", got ", shape_string(t.sizes()));
 }
 
-inline void check_same_shape(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+template <class Name>
+void check_same_shape(const Tensor& t, const Name& name, const Tensor& other, const char* other_name) {
   if (!equal_shapes(t.sizes(), other.sizes()))
-    fail(name, " must have the shape of ", other_name, ", ", shape_string(other.sizes()), ", got ",
-         shape_string(t.sizes()));
+    fail_value(name, " must have the shape of ", other_name, ", ", shape_string(other.sizes()), ", got ",
+               shape_string(t.sizes()));
 }
 
-inline const char* dtype_name(ScalarType dtype) {
-  switch (dtype) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Double: return "float64";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    default: return "another dtype";
-  }
+// As Python prints it.
+std::string dtype_name(ScalarType dtype);
+
+template <class Name>
+void check_dtype(const Tensor& t, const Name& name, ScalarType expected) {
+  if (t.scalar_type() != expected)
+    fail_type(name, " must be ", dtype_name(expected), ", got ", dtype_name(t.scalar_type()));
 }
 
-inline void check_dtype(const Tensor& t, const char* name, ScalarType expected) {
-  check(t.scalar_type() == expected, name, " must be ", dtype_name(expected), ", got ", dtype_name(t.scalar_type()));
+template <class Name>
+void check_same_dtype(const Tensor& t, const Name& name, const Tensor& other, const char* other_name) {
+  if (t.scalar_type() != other.scalar_type())
+    fail_type(name, " must have the dtype of ", other_name, ", ", dtype_name(other.scalar_type()), ", got ",
+              dtype_name(t.scalar_type()));
 }
 
-inline std::string device_name(const Tensor& t) {
-  if (t.is_cpu()) return "cpu";
-  if (t.is_cuda()) return "cuda:" + std::to_string(t.get_device_index());
-  return "another kind of device";
-}
+std::string device_name(const Tensor& t);
 
-inline void check_on_cpu(const Tensor& t, const char* name) {
+template <class Name>
+void check_on_cpu(const Tensor& t, const Name& name) {
   if (!t.is_cpu()) fail(name, " must be on the CPU, got ", device_name(t));
 }
 
-inline void check_same_device(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+template <class Name>
+void check_same_device(const Tensor& t, const Name& name, const Tensor& other, const char* other_name) {
   if (t.is_cpu() != other.is_cpu() || t.is_cuda() != other.is_cuda() ||
       (!t.is_cpu() && t.get_device_index() != other.get_device_index()))
     fail(name, " must be on the device of ", other_name, ", ", device_name(other), ", got ", device_name(t));
 }
 
-inline DType float_dtype(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: break;
-  }
-  check(false, name, " must be float32, float64, bfloat16 or float16");
-  return DType::float32;
+inline void check_contiguous_in_place(const Tensor& t, const char* name) {
+  if (!t.is_contiguous())
+    fail_value(name, " must be contiguous to be updated in place, got strides ", shape_string(t.strides()));
 }
 
 // An operand of the shape, dtype and device of another.
-inline void check_like(const Tensor& t, const char* name, const Tensor& other, const char* other_name) {
+template <class Name>
+void check_like(const Tensor& t, const Name& name, const Tensor& other, const char* other_name) {
   check_same_shape(t, name, other, other_name);
-  check_dtype(t, name, other.scalar_type());
+  check_same_dtype(t, name, other, other_name);
   check_same_device(t, name, other, other_name);
+}
+
+// What a list's element is called in a message.
+struct Element {
+  const char* list;
+  size_t index;
+  const char* meaning = nullptr;
+
+  friend std::ostream& operator<<(std::ostream& out, const Element& e) {
+    out << e.list << '[' << e.index << ']';
+    return e.meaning == nullptr ? out : out << " (" << e.meaning << ')';
+  }
+};
+
+// `dtype` if it is one of four.
+std::optional<DType> float_dtype(ScalarType dtype);
+
+// That of a tensor that must have one of them; `choices` is how the message lists them.
+template <class Name>
+DType float_dtype(const Tensor& t, const Name& name, const char* choices = "float32, float64, bfloat16 or float16") {
+  const std::optional<DType> found = float_dtype(t.scalar_type());
+  if (!found) fail_type(name, " must be ", choices, ", got ", dtype_name(t.scalar_type()));
+  return *found;
 }
 
 inline bool overlap(const Tensor& a, const Tensor& b) {

@@ -33,7 +33,7 @@ int64_t limit_from_environment() {
   char* end = nullptr;
   const long long megabytes = std::strtoll(text, &end, 10);
   if (*end || megabytes < 0 || megabytes > (1 << 24))
-    fail("METAKERN_CPU_CACHE_MB must be a number of mebibytes of at least 0, got '", text, "'");
+    fail_value("METAKERN_CPU_CACHE_MB must be a number of mebibytes of at least 0, got '", text, "'");
   return int64_t(megabytes) << 20;
 }
 

@@ -14,7 +14,7 @@ namespace {
 std::vector<Tensor> inner_update(const std::vector<Tensor>& params, const std::vector<Tensor>& grads,
                                  const std::vector<Tensor>& lr, double rate, int64_t step,
                                  std::optional<double> clip_norm, std::optional<Tensor> active) {
-  check(!params.empty(), "params must hold a tensor");
+  check_value(!params.empty(), "params must hold a tensor");
   const OnDevice on(params[0]);
   InnerUpdateArguments args = checked_inner_update(params, grads, lr, rate, step, clip_norm, active);
   std::vector<Tensor> updated;

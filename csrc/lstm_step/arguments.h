@@ -12,20 +12,40 @@
 
 namespace metakern {
 
+// A weight as messages name it: weights[5] (weight_hh_l1).
+struct WeightName {
+  const LstmStepProblem& problem;
+  int index;
+
+  friend std::ostream& operator<<(std::ostream& out, const WeightName& name) {
+    static const char* const of_a_layer[] = {"weight_ih_l", "weight_hh_l", "bias_ih_l", "bias_hh_l"};
+    out << "weights[" << name.index << "] (";
+    const int layer = name.index / 4;
+    if (layer < name.problem.num_layers) return out << of_a_layer[name.index % 4] << layer << ')';
+    const int own = name.index - 4 * name.problem.num_layers;
+    if (own < 2) return out << (own == 0 ? "head.weight)" : "head.bias)");
+    return out << (own == 2 && name.problem.stages.features_weights > 0 ? "of the features)" : "of the head)");
+  }
+};
+
 inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& weights, ScalarType dtype) {
   const int64_t H = p.hidden_size;
+  int at = 0;
+  const auto check_next = [&](std::initializer_list<int64_t> shape) {
+    check_shape(weights[at], WeightName{p, at}, shape);
+    check_dtype(weights[at], WeightName{p, at}, dtype);
+    ++at;
+  };
   for (int l = 0; l < p.num_layers; ++l) {
-    check_shape(weights[l * 4], "weights[weight_ih]", {4 * H, p.inputs(l)});
-    check_shape(weights[l * 4 + 1], "weights[weight_hh]", {4 * H, H});
-    check_shape(weights[l * 4 + 2], "weights[bias_ih]", {4 * H});
-    check_shape(weights[l * 4 + 3], "weights[bias_hh]", {4 * H});
+    check_next({4 * H, p.inputs(l)});
+    check_next({4 * H, H});
+    check_next({4 * H});
+    check_next({4 * H});
   }
-  int at = p.num_layers * 4;
-  check_shape(weights[at++], "weights[head.weight]", {p.stages.outputs, H});
-  check_shape(weights[at++], "weights[head.bias]", {p.stages.outputs});
-  if (p.stages.features_weights > 0) check_shape(weights[at++], "weights[features]", {p.stages.features_weights});
-  if (p.stages.head_weights > 0) check_shape(weights[at++], "weights[head]", {p.stages.head_weights});
-  for (const Tensor& w : weights) check_dtype(w, "weights", dtype);
+  check_next({p.stages.outputs, H});
+  check_next({p.stages.outputs});
+  if (p.stages.features_weights > 0) check_next({p.stages.features_weights});
+  if (p.stages.head_weights > 0) check_next({p.stages.head_weights});
 }
 
 // What a call chooses beside its tensors.
@@ -38,71 +58,84 @@ struct LstmStepOptions {
 // Of the operators without stages of their own: the head adds.
 inline LstmStepOptions plain_options(int64_t preprocess, double preprocess_scale, double output_scale,
                                      int64_t precision) {
-  check(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
+  check_value(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
   return {preprocess, 0, preprocess_scale, output_scale, precision};
 }
 
-// The problem that an operator's arguments describe. All must be on the device of `grads`.
-inline LstmStepProblem checked_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                                       const LstmStepOptions& options) {
-  const auto [features, head, preprocess_scale, output_scale, precision] = options;
-  check(preprocess_scale > 0 && std::isfinite(preprocess_scale), "preprocess_scale must be positive and finite, got ",
-        preprocess_scale);
-  check(std::isfinite(output_scale), "output_scale must be finite, got ", output_scale);
-  check(precision >= 0 && precision <= 2, "precision must be 0, 1 or 2, got ", precision);
-  if (state.dim() != 5)
-    fail("state must have 5 axes [tiles, L, 2, H, ", tile_lanes, "], got ", shape_string(state.sizes()));
+// The layout of the packed state of p.num_coordinates coordinates. Sets the problem's sizes that it holds.
+inline void check_state(LstmStepProblem& p, const Tensor& state) {
+  if (state.dim() != 5 || state.size(0) != p.num_tiles() || state.size(2) != 2 || state.size(4) != tile_lanes)
+    fail_value("state.data must have shape [", p.num_tiles(), ", L, 2, H, ", tile_lanes,
+               "] for N = ", p.num_coordinates, ", got ", shape_string(state.sizes()));
   const int64_t L = state.size(1), H = state.size(3);
-  check(L >= 1 && L <= max_layers, "state must have 1 to ", max_layers, " layers, got ", L);
-  check(H >= 1 && H <= max_hidden, "state must have 1 to ", max_hidden, " hidden units, got ", H);
-  LstmStepProblem p;
-  p.num_coordinates = grads.numel();
-  p.hidden_size = int(H);
+  check_value(L >= 1 && L <= max_layers && H >= 1 && H <= max_hidden, "state must have 1 to ", max_layers,
+              " layers and 1 to ", max_hidden, " hidden units, got ", L, " and ", H);
   p.num_layers = int(L);
-  p.features = int(features);
-  p.head = int(head);
+  p.hidden_size = int(H);
+}
+
+inline void check_options(const LstmStepOptions& options) {
+  check_value(options.preprocess_scale > 0 && std::isfinite(options.preprocess_scale),
+              "preprocess_scale must be positive and finite, got ", options.preprocess_scale);
+  check_value(std::isfinite(options.output_scale), "output_scale must be finite, got ", options.output_scale);
+  check_value(options.precision >= 0 && options.precision <= 2, "precision must be 0, 1 or 2, got ", options.precision);
+}
+
+// The problem that an operator's arguments describe. All must have the dtype of `params`, or the one that belongs to
+// it, and its device. `name` is what messages call it: the backward has the grads instead.
+inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
+                                       const LstmStepOptions& options, const char* name = "grads") {
+  check_options(options);
+  LstmStepProblem p;
+  p.num_coordinates = params.numel();
+  p.features = int(options.features);
+  p.head = int(options.head);
   p.num_tasks = 1;
-  p.preprocess_scale = preprocess_scale;
-  p.output_scale = output_scale;
-  p.precision = Precision(precision);
-  p.dtype = float_dtype(grads, "grads");
-  p.state_dtype = float_dtype(state, "state");
-  if (features < 0 || head < 0 ||
+  p.preprocess_scale = options.preprocess_scale;
+  p.output_scale = options.output_scale;
+  p.precision = Precision(options.precision);
+  if (options.features < 0 || options.head < 0 ||
       !with_stages<float>(p, [&](const auto& stages) { p.stages = stages.sizes(p.features); }))
-    fail("features ", features, " and head ", head, " are no stages that the kernels are compiled for");
-  const char* own = p.stages.own_weights() > 0 ? ", and those of the stages" : "";
-  check(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head", own, ", ",
-        p.num_weights(), " for ", L, " layers, got ", weights.size());
+    fail_value("features ", options.features, " and head ", options.head,
+               " are no stages that the kernels are compiled for");
+  p.dtype = float_dtype(params, name, "float32, bfloat16, float16 or float64");
+  check_state(p, state);
   const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  check_shape(state, "state", {p.num_tiles(), L, 2, H, tile_lanes});
-  if (p.dtype == DType::float64 || p.state_dtype != DType::bfloat16) check_dtype(state, "state", dtype);
-  check_same_device(state, "state", grads, "grads");
-  for (const Tensor& w : weights) check_same_device(w, "weights", grads, "grads");
+  if (state.scalar_type() != dtype && (p.dtype == DType::float64 || state.scalar_type() != ScalarType::BFloat16))
+    fail_type("state must be ", dtype_name(dtype), " for ", dtype_name(params.scalar_type()), ' ', name, ", got ",
+              dtype_name(state.scalar_type()));
+  p.state_dtype = float_dtype(state, "state");
+  check_same_device(state, "state", params, name);
+  const char* own = p.stages.own_weights() > 0 ? ", and those of the stages" : "";
+  check_value(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head", own,
+              ", ", p.num_weights(), " for the state's ", p.num_layers, " layers, got ", weights.size());
+  for (int i = 0; i < p.num_weights(); ++i) check_same_device(weights[i], WeightName{p, i}, params, name);
   check_weights(p, weights, dtype);
   return p;
 }
 
 // The tensors of the stages, for a problem whose other arguments are checked; sets the number of tasks.
-inline void check_stage_tensors(LstmStepProblem& p, const Tensor& grads, const Tensor& stage_state,
+inline void check_stage_tensors(LstmStepProblem& p, const Tensor& params, const Tensor& stage_state,
                                 const Tensor& task_inputs) {
   const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
   check_shape(stage_state, "stage_state", {p.stages.states, p.num_coordinates});
   if (task_inputs.dim() != 2 || task_inputs.size(1) != p.stages.task_inputs)
-    fail("task_inputs must have shape [tasks, ", p.stages.task_inputs, "], got ", shape_string(task_inputs.sizes()));
+    fail_value("task_inputs must have shape [tasks, ", p.stages.task_inputs, "], got ",
+               shape_string(task_inputs.sizes()));
   p.num_tasks = task_inputs.size(0);
   const bool divides = p.num_tasks > 0 ? p.num_coordinates % p.num_tasks == 0 : p.num_coordinates == 0;
-  check(divides, "task_inputs must have a row for each task, and as many coordinates in every task: got ", p.num_tasks,
-        " rows for ", p.num_coordinates, " coordinates");
+  check_value(divides, "task_inputs must have a row for each task, and as many coordinates in every task: got ",
+              p.num_tasks, " rows for ", p.num_coordinates, " coordinates");
   for (const auto& [t, name] : {std::pair(stage_state, "stage_state"), std::pair(task_inputs, "task_inputs")}) {
     check_dtype(t, name, dtype);
-    check_same_device(t, name, grads, "grads");
+    check_same_device(t, name, params, "params");
   }
 }
 
 // What the in-place operator asks of its arguments: tiles are read while others are written.
 inline void check_in_place(const Tensor& params, const Tensor& grads, const Tensor& state) {
-  check(params.is_contiguous(), "params must be contiguous to be updated in place");
-  check(state.is_contiguous(), "state must be contiguous to be updated in place");
+  check_contiguous_in_place(params, "params");
+  check_contiguous_in_place(state, "state.data");
   check(!overlap(params, state) && !overlap(grads, state), "params, grads and state must not share memory");
   check(!overlap(params, grads) || params.const_data_ptr() == grads.const_data_ptr(),
         "grads must not share a part of params' memory");

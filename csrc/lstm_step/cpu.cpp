@@ -15,10 +15,11 @@ namespace metakern {
 
 namespace {
 
-LstmStepProblem cpu_problem(const Tensor& grads, const Tensor& state, const std::vector<Tensor>& weights,
-                            const LstmStepOptions& options) {
-  const auto p = checked_problem(grads, state, weights, options);
-  check(p.state_dtype != DType::bfloat16, "state must be float32 on the CPU, got bfloat16");
+LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
+                            const LstmStepOptions& options, const char* name = "grads") {
+  const auto p = checked_problem(params, state, weights, options, name);
+  check(p.state_dtype != DType::bfloat16,
+        "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
 }
 
@@ -56,9 +57,9 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const LstmStepProblem p =
-      cpu_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params_, "params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  const LstmStepProblem p = cpu_problem(params_, state_, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
   const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
@@ -78,9 +79,9 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const LstmStepProblem p =
-      cpu_problem(grads_, state, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params, "params", grads_, "grads");
+  check_like(grads_, "grads", params, "params");
+  const LstmStepProblem p = cpu_problem(params, state, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
   const LstmStepKernels& k = kernels_for(p);
@@ -127,9 +128,10 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const
                                                     const Tensor& stage_state_, const Tensor& task_inputs_,
                                                     const std::vector<Tensor>& weights, int64_t features, int64_t head,
                                                     double preprocess_scale, double output_scale, int64_t precision) {
-  LstmStepProblem p = cpu_problem(grads_, state_, weights, {features, head, preprocess_scale, output_scale, precision});
-  check_like(params_, "params", grads_, "grads");
-  check_stage_tensors(p, grads_, stage_state_, task_inputs_);
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
   const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
   const LstmStepKernels& k = kernels_for(p);
@@ -149,10 +151,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_ste
     const Tensor& params_, const Tensor& grads_, const Tensor& state_, const Tensor& stage_state_,
     const Tensor& task_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
     double preprocess_scale, double output_scale, int64_t precision) {
-  LstmStepProblem p = cpu_problem(grads_, state_, weights, {features, head, preprocess_scale, output_scale, precision});
-  check_like(params_, "params", grads_, "grads");
-  check_stage_tensors(p, grads_, stage_state_, task_inputs_);
-  check_like(grad_new_params_, "grad_new_params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  check_like(grad_new_params_, "grad_new_params", params_, "params");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   check_like(grad_new_stage_state_, "grad_new_stage_state", stage_state_, "stage_state");
   const Tensor grad_new_params = as_contiguous(grad_new_params_), grad_new_state = as_contiguous(grad_new_state_);

@@ -33,9 +33,9 @@ Tensor aligned(const Tensor& t) {
 std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
                                      const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
                                      double output_scale, int64_t precision) {
-  const auto p =
-      checked_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params_, "params", grads_, "grads");
+  check_like(grads_, "grads", params_, "params");
+  const auto p = checked_problem(params_, state_, weights,
+                                 plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const OnDevice on(grads_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = aligned(state_);
   std::vector<Tensor> kept;
@@ -51,16 +51,16 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  const auto p =
-      checked_problem(grads_, state, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
-  check_like(params, "params", grads_, "grads");
+  check_like(grads_, "grads", params, "params");
+  const auto p = checked_problem(params, state, weights,
+                                 plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const OnDevice on(grads_);
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);
   for (const Tensor& w : weights)  // every block reads them, while others already write
     check(!overlap(w, params) && !overlap(w, state), "weights must not share memory with params or state");
-  check(reinterpret_cast<uintptr_t>(state.const_data_ptr()) % 16 == 0,
-        "state must start at a multiple of 16 bytes to be updated in place");
+  check_value(reinterpret_cast<uintptr_t>(state.const_data_ptr()) % 16 == 0,
+              "state must start at a multiple of 16 bytes to be updated in place");
   std::vector<Tensor> kept;
   check_cuda(cuda_lstm_step_forward(p,
                                     {pointers(weights, kept), params.const_data_ptr(), grads.const_data_ptr(),

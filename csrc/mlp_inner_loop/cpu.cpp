@@ -27,7 +27,8 @@ void check_labels(const MlpInnerLoopProblem& p, const char* name, const Tensor& 
   const auto* labels = static_cast<const int64_t*>(y.const_data_ptr());
   for (int64_t i = 0; i < y.numel(); ++i)
     if (labels[i] < 0 || labels[i] >= p.outputs())
-      fail(name, "_y must be 0 to ", p.outputs() - 1, ", as the model has ", p.outputs(), " outputs, got ", labels[i]);
+      fail_value(name, "_y must be 0 to ", p.outputs() - 1, ", as the model has ", p.outputs(), " outputs, got ",
+                 labels[i]);
 }
 
 // A call's tensors, contiguous, alive as long as the pointers are used.
@@ -51,7 +52,7 @@ class Call {
     }
     if (!second_order.has_value()) return;
     check_shape(*second_order, "second_order", {p.steps});
-    check(second_order->scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_dtype(*second_order, "second_order", ScalarType::Bool);
     check_on_cpu(*second_order, "second_order");
     call_.second_order = static_cast<const uint8_t*>(pointer(*second_order));
   }
@@ -150,19 +151,21 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
   const MlpInnerLoopArguments a{params,           lr,     rate,     steps, per_step, adapted, activation, loss,
                                 checkpoint_every, slopes, clip_norm};
   MlpInnerLoopProblem p = checked_mlp_problem(a, x, y, mask);
-  check(grad_adapted.size() == params.size(), "grad_adapted must have one tensor for each of params");
+  check_value(grad_adapted.size() == params.size(), "grad_adapted must hold one tensor for each of params, ",
+              params.size(), ", got ", grad_adapted.size());
   Call call(p, a, second_order);
   call->support = call.samples("support", x, y, mask);
-  check(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
-        "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
+  check_value(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
+              "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
   check_dtype(trajectory, "trajectory", params[0].scalar_type());
   check_on_cpu(trajectory, "trajectory");
   call->trajectory = const_cast<void*>(call.pointer(trajectory));
   for (size_t i = 0; i < params.size(); ++i) {
-    check(grad_adapted[i].numel() == p.num_tasks * p.tensor_size(int(i)), "grad_adapted[", i,
-          "] must have the adapted tensor's shape");
-    check_dtype(grad_adapted[i], "grad_adapted", params[0].scalar_type());
-    check_on_cpu(grad_adapted[i], "grad_adapted");
+    if (grad_adapted[i].numel() != p.num_tasks * p.tensor_size(int(i)))
+      fail_value(Element{"grad_adapted", i}, " must have the shape of the adapted tensor, got ",
+                 shape_string(grad_adapted[i].sizes()));
+    check_dtype(grad_adapted[i], Element{"grad_adapted", i}, params[0].scalar_type());
+    check_on_cpu(grad_adapted[i], Element{"grad_adapted", i});
     call->grad_adapted[i] = call.pointer(grad_adapted[i]);
   }
   Tensor task_grads = in_lanes(p, params[0], call->flat);
@@ -226,8 +229,8 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_meta_loss_backward(
   check_shape(grad_losses, "grad_losses", {p.num_tasks});
   check_dtype(grad_losses, "grad_losses", params[0].scalar_type());
   check_on_cpu(grad_losses, "grad_losses");
-  check(task_grads.numel() == p.padded_tasks() * call->flat, "task_grads must be those of this problem, got ",
-        task_grads.numel(), " elements");
+  check_value(task_grads.numel() == p.padded_tasks() * call->flat, "task_grads must be those of this problem, got ",
+              task_grads.numel(), " elements");
   check_dtype(task_grads, "task_grads", params[0].scalar_type());
   check_on_cpu(task_grads, "task_grads");
   return reduced(p, a, *call, call.pointer(grad_losses), as_contiguous(task_grads));

@@ -33,7 +33,8 @@ Tensor new_private(const char* what, const MlpInnerLoopProblem& p, const Tensor&
 class Call {
  public:
   Call(MlpMode mode, MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a) : p_(p), like_(a.params[0]) {
-    check(p.steps <= max_cuda_mlp_steps, "the CUDA kernels take at most ", max_cuda_mlp_steps, " steps, got ", p.steps);
+    check_value(p.steps <= max_cuda_mlp_steps, "the CUDA kernels take at most ", max_cuda_mlp_steps, " steps, got ",
+                p.steps);
     call_.mode = mode;
     call_.dtype = float_dtype(like_, "params");
     call_.flat = p.num_params();
@@ -52,7 +53,7 @@ class Call {
 
   void set_second_order(const Tensor& flags) {
     check_shape(flags, "second_order", {p_.steps});
-    check(flags.scalar_type() == ScalarType::Bool, "second_order must be bool");
+    check_dtype(flags, "second_order", ScalarType::Bool);
     check_on_cpu(flags, "second_order");
     const auto* data = static_cast<const uint8_t*>(pointer(flags));
     for (int step = 0; step < p_.steps; ++step) call_.second_order[step / 32] |= uint32_t(data[step] != 0) << step % 32;
@@ -151,17 +152,19 @@ Gradients mlp_inner_loop_backward(const std::vector<Tensor>& grad_adapted, const
   Call call(MlpMode::adapt_backward, p, a);
   call.set_second_order(second_order);
   call->support = call.samples(x, y, mask);
-  check(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
-        "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
+  check_value(trajectory.numel() == p.padded_tasks() * p.num_checkpoints() * p.num_params(),
+              "trajectory must be the one of this problem, got ", trajectory.numel(), " elements");
   check_dtype(trajectory, "trajectory", arithmetic(p));
   check_same_device(trajectory, "trajectory", x, "support_x");
   call->trajectory = const_cast<void*>(call.pointer(trajectory));
-  check(grad_adapted.size() == params.size(), "grad_adapted must have one tensor for each of params");
+  check_value(grad_adapted.size() == params.size(), "grad_adapted must hold one tensor for each of params, ",
+              params.size(), ", got ", grad_adapted.size());
   for (size_t i = 0; i < params.size(); ++i) {
-    check(grad_adapted[i].numel() == p.num_tasks * p.tensor_size(int(i)), "grad_adapted[", i,
-          "] must have the adapted tensor's shape");
-    check_dtype(grad_adapted[i], "grad_adapted", params[0].scalar_type());
-    check_same_device(grad_adapted[i], "grad_adapted", x, "support_x");
+    if (grad_adapted[i].numel() != p.num_tasks * p.tensor_size(int(i)))
+      fail_value(Element{"grad_adapted", i}, " must have the shape of the adapted tensor, got ",
+                 shape_string(grad_adapted[i].sizes()));
+    check_dtype(grad_adapted[i], Element{"grad_adapted", i}, params[0].scalar_type());
+    check_same_device(grad_adapted[i], Element{"grad_adapted", i}, x, "support_x");
     call->grad_adapted[i] = call.pointer(grad_adapted[i]);
   }
   const Tensor task_grads = new_private("the tasks' gradients", p, params[0], call->flat);
@@ -211,8 +214,8 @@ Gradients mlp_meta_loss_backward(const Tensor& grad_losses, const Tensor& task_g
   check_shape(grad_losses, "grad_losses", {p.num_tasks});
   check_dtype(grad_losses, "grad_losses", params[0].scalar_type());
   check_same_device(grad_losses, "grad_losses", x, "support_x");
-  check(task_grads.numel() == p.padded_tasks() * flat, "task_grads must be those of this problem, got ",
-        task_grads.numel(), " elements");
+  check_value(task_grads.numel() == p.padded_tasks() * flat, "task_grads must be those of this problem, got ",
+              task_grads.numel(), " elements");
   check_dtype(task_grads, "task_grads", arithmetic(p));
   check_same_device(task_grads, "task_grads", x, "support_x");
   const Tensor weights = as_contiguous(grad_losses), grads = as_contiguous(task_grads);

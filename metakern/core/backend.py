@@ -101,7 +101,7 @@ def missing(name: str, device: torch.device) -> str:
     if device.type != "cuda":
         return f"the CUDA kernels serve tensors on cuda, not on {device.type}"
     if not _ARCHITECTURES:
-        return "metakern was built without CUDA; reinstall it with nvcc on PATH or CUDA_HOME set"
+        return "metakern was built without CUDA; reinstall it with METAKERN_CUDA=1, and nvcc on PATH or CUDA_HOME set"
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
     if any(architecture.runs_on(capability) for architecture in _ARCHITECTURES):

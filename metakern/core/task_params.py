@@ -42,3 +42,8 @@ def join_tasks(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors of a group as one, [T, P]; a single tensor is not copied."""
     rows = [tensor.reshape(len(tensor), -1) for tensor in tensors]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
+
+
+def num_tasks(params: Any) -> int:
+    """T of all groups together."""
+    return sum(len(tensors[0]) for tensors in task_groups(params))

@@ -95,3 +95,6 @@ ATTENTION = {
     for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")
 }
+
+#: An operator's schema from its text, "namespace::name(Tensor x, int n) -> Tensor".
+parse_schema = torch._C.parse_schema

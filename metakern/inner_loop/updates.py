@@ -16,6 +16,7 @@ from torch.func import functional_call
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
+from metakern.core.task_params import num_tasks
 from metakern.core.torch_private import pytree
 from metakern.core.transforms import is_transformed
 from metakern.ops.inner_update import inner_update, reference
@@ -127,19 +128,19 @@ class RuleUpdate:
         takes them together, in one launch; any other has to be told which tensors share their tasks.
         """
         if self._goes_by_group(params):
-            return tuple(self.rule.init_state(group, tasks=True) for group in params)
+            return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """One step of the rule, which counts by itself."""
-        if self.clip_norm is not None:
-            grads = clipped(grads, self.clip_norm)
         if not self._goes_by_group(params):
+            if self.clip_norm is not None:
+                grads = clipped(grads, self.clip_norm)
             return self._call(weights, params, grads, state, losses)
-        parts = losses.split([pytree.tree_leaves(group)[0].shape[0] for group in params])
+        parts = losses.split([num_tasks(group) for group in params])
         of_groups = zip(params, grads, state, parts, strict=True)
-        stepped = [self._call(weights, *of_group) for of_group in of_groups]
+        stepped = [self.step(weights, *of_group, step) for of_group in of_groups]
         return tuple(new for new, _ in stepped), tuple(new_state for _, new_state in stepped)
 
     def _call(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor) -> tuple[Any, Any]:
@@ -159,7 +160,7 @@ class RuleUpdate:
         """Raise where the rule holds a tensor that requires a gradient and is none of its parameters."""
         params, state, weights = detached((params, state, self.weights))
         first = pytree.tree_leaves(params)[0]
-        losses = torch.zeros(first.shape[0], dtype=real_dtype(first), device=first.device)
+        losses = torch.zeros(num_tasks(params), dtype=real_dtype(first), device=first.device)
         with torch.enable_grad(), kept_random_state(first.device), exclusive(self.rule):
             found = self.step(weights, params, pytree.tree_map(torch.zeros_like, params), state, losses, 0)
         if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(found)):
@@ -176,6 +177,8 @@ class RuleUpdate:
 
 def clipped(grads: Any, clip_norm: float) -> Any:
     """Gradients, a pytree of tensors [T, *shape], with every task's norm over all of them at most ``clip_norm``."""
+    if type(grads) is tuple:  # groups of tasks
+        return tuple(clipped(group, clip_norm) for group in grads)
     leaves, structure = pytree.tree_flatten(grads)
     coefficients = reference.clip_coefficients(leaves, clip_norm)
     return pytree.tree_unflatten([reference.scaled(coefficients, g) for g in leaves], structure)

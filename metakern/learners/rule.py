@@ -133,8 +133,8 @@ class _Visited(Problem):
         def losses_of(at: list[Tensor]) -> Tensor:
             return self.batch.loss(pytree.tree_unflatten(at, structure))
 
-        losses, found = losses_and_gradients(losses_of, leaves, first_order)
-        grads = pytree.tree_unflatten(found, structure)
+        losses, flat = losses_and_gradients(losses_of, leaves, first_order)
+        grads = pytree.tree_unflatten(flat, structure)
         if step and self.objective is not None:
             values = losses.detach()
             weight = 1.0 if self.objective == "sum" else 1 / (values + _LOG_OFFSET)

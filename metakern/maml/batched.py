@@ -7,6 +7,7 @@ parameter tensor of the model.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from enum import Enum
 from typing import Any
 
@@ -32,6 +33,9 @@ from metakern.inner_loop.vectorize import Vectorize
 
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
+
+#: What meta_loss takes besides model and sets.
+_OPTIONS = frozenset({*LoopOptions._fields[1:], "support_mask", "query_mask", "step_weights"})
 
 
 class _Default(Enum):
@@ -339,13 +343,13 @@ def meta_backward(
         raise RuntimeError("meta_backward fills grad, which torch.compile and torch.func do not see; call meta_loss")
     if gradient is not None and not isinstance(gradient, Tensor):
         raise TypeError(f"gradient must be a tensor [T], got {type(gradient).__name__}")
-    for name in options.keys() - {*LoopOptions._fields[1:], "support_mask", "query_mask", "step_weights"}:
+    for name in options.keys() - _OPTIONS:
         raise TypeError(f"meta_backward() got an unexpected keyword argument {name!r}; it takes those of meta_loss")
     masks = options.pop("support_mask", None), options.pop("query_mask", None)
     step_weights = options.pop("step_weights", None)
     chosen = LoopOptions(model, **options).checked()
     call = Call("meta_backward", chosen, support, query, masks, step_weights)
-    with torch.enable_grad():
+    with nullcontext() if torch.is_grad_enabled() else torch.enable_grad():
         return serve(call, lambda engine: _backward(engine, call, gradient)).detach()
 
 

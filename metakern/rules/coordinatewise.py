@@ -31,8 +31,9 @@ from metakern.rules.protocol import (
 class CoordinatewiseRule(PretrainedRule):
     """All coordinates of params in one tensor [N]; a rule says what a step of those is.
 
-    The state is packed: tensors whose leading axis counts rows of ``unit`` coordinates, so that LearnedOptimizer can
-    keep the states of many parameters in one piece of memory and step any run of neighbours.
+    The state is packed: tensors [ceil(N/U), ..., U], whose first axis counts rows of U coordinates and whose last axis
+    goes through a row. So LearnedOptimizer can keep the states of many parameters in one piece of memory and step any
+    run of neighbours. What stands behind the N-th coordinate carries no meaning.
 
     Attributes:
         unit: U
@@ -46,27 +47,25 @@ class CoordinatewiseRule(PretrainedRule):
 
         Args:
             number: N
-            dtype: the widest of the params
-            device: theirs; None without params
+            dtype: float64 if a tensor of params is, else float32
+            device: of params; None without any
         """
 
     @abstractmethod
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: State, loss: Tensor | None
     ) -> tuple[Tensor, State]:
-        """One step of params [N]; ``loss`` is [N], that of each coordinate's task."""
+        """One step of params [N]; ``loss`` is [N], that of each coordinate's task, or None if the rule needs none."""
 
-    @abstractmethod
     def packed(self, state: State) -> dict[str, Tensor]:
-        """The tensors of a state by name, [ceil(N/U), ...] each; they share its memory."""
+        """The tensors of a state by name, in its memory. A state is their dict unless a rule says otherwise."""
+        tensors: dict[str, Tensor] = state
+        return tensors
 
-    @abstractmethod
     def from_packed(self, tensors: Mapping[str, Tensor], number: int) -> State:
         """The state of N coordinates that the tensors are; the inverse of :meth:`packed`."""
-
-    @abstractmethod
-    def select_coordinates(self, state: State, index: Tensor) -> State:
-        """The state of the coordinates ``index`` [N']."""
+        del number
+        return dict(tensors)
 
     def init_state(self, params: Params, *, tasks: bool = False) -> State:
         """The state before the first step, as :meth:`Rule.init_state`; coordinates of all tasks are alike."""
@@ -93,17 +92,37 @@ class CoordinatewiseRule(PretrainedRule):
 
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
         """The state of some tasks; see :meth:`Rule.select_tasks`."""
-        return self.select_coordinates(state, coordinates_of_tasks(index, tensor_leaves(params, tasks=True)))
+        places = coordinates_of_tasks(index, tensor_leaves(params, tasks=True))
+        selected = {name: self._rows(_lanes(x)[..., places]) for name, x in self.packed(state).items()}
+        return self.from_packed(selected, len(places))
 
     def check_state(self, state: State) -> None:
         """Raise for what is no state of this rule."""
-        del state
+        if not isinstance(state, dict):
+            raise TypeError(f"state must be a dict of tensors as init_state makes it, got {type(state).__name__}")
 
     def state_layout(self) -> Hashable:
         """The options that decide shapes and dtypes of the packed state."""
         return None
 
+    def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
+        """See :meth:`metakern.rules.Rule.export_state`; [..., numel] each."""
+        return {name: _lanes(x)[..., :number] for name, x in tensors.items()}
+
     def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
-        """See :meth:`metakern.rules.Rule.import_state`; rules that export another form than the packed one say how."""
-        like = self.packed(self.init_state(param))
-        return {key: check_saved(saved, key, x, name).to(x, copy=True) for key, x in like.items()}
+        """See :meth:`metakern.rules.Rule.import_state`."""
+        fresh = self.packed(self.init_state(param))
+        likes = self.export_state(fresh, param.numel())
+        return {key: self._rows(check_saved(saved, key, like, name).to(like)) for key, like in likes.items()}
+
+    def _rows(self, lanes: Tensor) -> Tensor:
+        """[..., N] packed; zeros fill the last row."""
+        number = lanes.shape[-1]
+        rows = -(-number // self.unit)
+        padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
+        return padded.unflatten(-1, (rows, self.unit)).movedim(-2, 0).contiguous()
+
+
+def _lanes(packed: Tensor) -> Tensor:
+    """[rows, ..., U] as [..., rows · U]."""
+    return packed.movedim(0, -2).flatten(-2)

@@ -135,7 +135,7 @@ class GradientDescent(PretrainedRule):
         count, step = state.shared.get("count"), None
         if rates.per_step and count is not None:
             if plain:
-                values = [rate[count] for rate in values]
+                values = [rate.index_select(0, count.to(rate.device).view(1)).squeeze(0) for rate in values]
             else:
                 step = int(count)
         alone = self.clip_norm is not None and not state.tasks

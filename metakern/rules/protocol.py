@@ -207,11 +207,11 @@ def moved(tree: _Tree, *args: Any, **kwargs: Any) -> _Tree:
 
 
 def named_leaves(params: Params) -> dict[str, Tensor]:
-    """The tensors of params by name: the keys on the way to each, joined by dots; "" for a single tensor."""
+    """The tensors of params by name: the keys on the way to each, joined by dots; "params" for a single tensor."""
     if type(params) is dict and all(isinstance(p, Tensor) for p in params.values()):
         return params
     if isinstance(params, Tensor):
-        return {"": params}
+        return {"params": params}
     paths, _ = pytree.tree_flatten_with_path(params)
     return {".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): p for path, p in paths}
 

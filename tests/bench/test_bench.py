@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench import compare, report, work
-from bench.contenders import Compiled, Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
-from bench.targets import judge
+from bench import machine, report
+from bench.lstm_step import compare, work
+from bench.lstm_step.contenders import Compiled, Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
+from bench.lstm_step.targets import judge
+from bench.lstm_step.unroll import in_subprocess
 from bench.timing import alternate
-from bench.unroll import in_subprocess
+from metakern import build_info
 from metakern.core import backend as _backend
 from metakern.ops import LSTMState
 from tests.bench.bench_runs import run_quick
@@ -26,14 +28,14 @@ needs_kernels = pytest.mark.skipif(not _backend.is_compiled(), reason="the compi
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of ``python -m bench.compare --quick``."""
-    return run_quick("compare", tmp_path_factory.mktemp("bench"), "ns per coordinate")
+    """Results of ``python -m bench.lstm_step.compare --quick``."""
+    return run_quick("lstm_step.compare", tmp_path_factory.mktemp("bench"), "ns per coordinate")
 
 
 @needs_kernels
 def test_quick_comparison_writes_everything(quick: Path) -> None:
     results = json.loads(quick.read_text())
-    assert results["command"].startswith("python -m bench.compare --quick --threads 1")
+    assert results["command"].startswith("python -m bench.lstm_step.compare --quick --threads 1")
     assert results["machine"]["threads"] == 1
     assert set(results["machine"]) >= {"cpu", "cpu_capability", "versions", "date"}
     assert [(cell["op"], cell["n"]) for cell in results["cells"]] == [
@@ -71,7 +73,7 @@ def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -
     assert "| forward | 2,000 |" in text
     assert "| Learned LSTM |" in text
     assert "| sinusoid |" in text
-    assert "`python -m bench.compare --quick" in text
+    assert "`python -m bench.lstm_step.compare --quick" in text
     assert "all figures in `results.json`" in text
     report.main([quick, inner_loop], readme)
     assert readme.read_text() == text
@@ -79,7 +81,7 @@ def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -
 
 INNER_LOOP: dict[str, Any] = {
     "benchmark": "mlp_inner_loop",
-    "command": "python -m bench.compare_inner_loop",
+    "command": "python -m bench.mlp_inner_loop.compare",
     "machine": {"cpu": "c", "threads": 2, "cpu_capability": "avx2", "versions": {"torch": "2"}, "date": "2026-01-02"},
     "libraries": {"higher": "0.2.1", "learn2learn": "not importable: not installed"},
     "sgemm_gflops": 190.6,
@@ -126,7 +128,8 @@ def test_the_table_of_the_inner_loop() -> None:
         "One task by `MAML.adapt`, forward and backward (one task): 400 µs; loop 500 µs.",
         "Peak memory, many steps: metakern 1 MiB; loop 2 MiB.",
         "",
-        "`python -m bench.compare_inner_loop` on c, 2 threads, avx2, torch 2, 2026-01-02; all figures in `file.json`.",
+        "`python -m bench.mlp_inner_loop.compare` on c, 2 threads, avx2, torch 2, 2026-01-02; "
+        "all figures in `file.json`.",
         "",
         "Not measured: learn2learn (not importable: not installed).",
         "",
@@ -144,13 +147,50 @@ def test_report_refuses_a_file_without_its_markers(text: str) -> None:
 
 
 def test_newest_results(tmp_path: Path) -> None:
-    assert report.newest_results(tmp_path) is None
-    for name, device, date in (("a", "cpu", "2025-01-02"), ("b", "cpu", "2024-01-02"), ("c", "gpu", "2026-01-02")):
-        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": {device: "its name", "date": date}}))
+    assert report.newest_results(tmp_path) == {}
+    written = {
+        "a": "cpu 2025-01-02 avx512",
+        "b": "cpu 2024-01-02 avx512",
+        "c": "gpu 2026-01-02 ",
+        "d": "cpu 2023-01-02 avx2",
+    }
+    for name, text in written.items():
+        device, date, capability = text.split(" ")
+        described = {device: "its name", "date": date, "cpu_capability": capability}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"machine": described}))
     (tmp_path / "ptxas.json").write_text(json.dumps({"kernels": []}))
-    (tmp_path / "d.json").write_text(json.dumps(INNER_LOOP))
-    assert report.newest_results(tmp_path) == tmp_path / "a.json"
-    assert report.newest_results(tmp_path, "mlp_inner_loop") == tmp_path / "d.json"
+    (tmp_path / "e.json").write_text(json.dumps(INNER_LOOP))
+    later = INNER_LOOP["machine"] | {"date": "2027-01-02"}
+    partial = {**INNER_LOOP, "machine": later, "command": "python -m bench.mlp_inner_loop.compare --cases T"}
+    (tmp_path / "f.json").write_text(json.dumps(partial))
+    assert report.newest_results(tmp_path) == {"avx512": tmp_path / "a.json", "avx2": tmp_path / "d.json"}
+    assert report.newest_results(tmp_path, "mlp_inner_loop") == {"avx2": tmp_path / "e.json"}
+
+
+def test_every_instruction_set_has_a_table_that_names_it(tmp_path: Path) -> None:
+    files = []
+    for capability, seconds in (("avx2", 4.0), ("avx512", 2.0)):
+        measured_on = INNER_LOOP["machine"] | {"cpu_capability": capability}
+        cell = INNER_LOOP["cells"][0]
+        ours = {"metakern": cell["contenders"]["metakern"] | {"median_s": seconds}}
+        cells = [{**cell, "contenders": cell["contenders"] | ours}]
+        files.append(tmp_path / f"{capability}.json")
+        files[-1].write_text(json.dumps({**INNER_LOOP, "machine": measured_on, "cells": cells}))
+    ordered = report.sources(files)["mlp_inner_loop"]
+    assert [path.stem for path in ordered] == ["avx512", "avx2"]
+    first, second = report.tables("mlp_inner_loop", ordered).split("**AVX2**")
+    assert first.startswith("**AVX-512**\n\n| case |")
+    assert "2000.00 ms" in first
+    assert ", avx512, torch" in first
+    assert "4000.00 ms" in second
+    assert ", avx2, torch" in second
+    assert report.tables("mlp_inner_loop", ordered[:1]).startswith("| case |")  # one alone is named by its last line
+
+
+def test_files_of_results_are_named_by_processor_threads_and_instruction_set() -> None:
+    name = machine.device_name()
+    assert name == machine.slug(name)
+    assert name.endswith(f"-threads-{build_info()['cpu_capability']}")
 
 
 def test_report_refuses_results_that_have_no_table(tmp_path: Path) -> None:

@@ -9,10 +9,13 @@ import pytest
 import torch
 
 from bench import gpu, gpu_check, report
+from bench.gpu_budget import DRY, FULL, failures, measure, table
+from bench.gpu_cells import Cell
 from bench.gpu_device import CpuStandIn
-from bench.gpu_inner_loop import DRY, FULL, Cell, UpdateCase, failures, loop_cell, measure, table, update_cell
-from bench.inner_loop_cases import sinusoid
-from bench.targets import GPU_INNER_LOOP_PEERS, GPU_INNER_LOOP_TITLES, judge_gpu_inner_loop
+from bench.inner_update.gpu import UpdateCase, update_cell
+from bench.mlp_inner_loop.cases import sinusoid
+from bench.mlp_inner_loop.gpu import loop_cell
+from bench.mlp_inner_loop.targets import GPU_INNER_LOOP_PEERS, GPU_INNER_LOOP_TITLES, judge_gpu_inner_loop
 from metakern.core import backend as _backend
 
 pytestmark = [
@@ -33,8 +36,8 @@ def device(*backends: str) -> CpuStandIn:
 @pytest.mark.parametrize(
     "cell",
     [
-        lambda d: loop_cell(SMALL, d, DRY, compiled=False),
-        lambda d: update_cell(UPDATE, d, DRY, compiled=False),
+        lambda d: loop_cell(SMALL, d, DRY.limits, compiled=False),
+        lambda d: update_cell(UPDATE, d, DRY.limits, compiled=False),
     ],
 )
 def test_a_backend_that_is_not_there_is_absent_with_its_reason_and_no_failure(cell: Any) -> None:
@@ -53,7 +56,7 @@ def test_a_backend_that_is_not_there_is_absent_with_its_reason_and_no_failure(ce
 
 
 def test_a_backend_that_breaks_or_errs_fails_the_run_and_a_peer_does_not() -> None:
-    made = Cell("case", device("cpp"), DRY)
+    made = Cell("case", device("cpp"), DRY.limits)
     one = torch.ones(3)
 
     def returns(result: torch.Tensor) -> Any:
@@ -106,9 +109,9 @@ def test_every_target_has_its_case_and_one_that_is_not_measured_is_missed() -> N
 
 def test_the_least_budget_holds_every_case_and_a_whole_one_the_compiled_peers() -> None:
     least = {name: limit for name, _, limit in gpu_check.BUDGET}["benchmarks"] - gpu_check.GRACE
-    cells = 2 * FULL.cell_seconds * (len(FULL.loops) + len(FULL.updates))
+    cells = 2 * FULL.limits.cell_seconds * (len(FULL.loops) + len(FULL.updates))
     assert cells <= FULL.share * least
-    assert cells + len(FULL.loops) * FULL.compile_seconds <= FULL.share * gpu.FULL.seconds
+    assert cells + len(FULL.loops) * FULL.limits.compile_seconds <= FULL.share * gpu.FULL.seconds
 
 
 def test_the_table_says_what_was_not_measured() -> None:
@@ -129,7 +132,7 @@ def test_the_table_says_what_was_not_measured() -> None:
 def test_a_reduced_overhead_peer_takes_its_options_from_the_device() -> None:
     stand_in = device("cpp")
     stand_in.graph_options = {"backend": "no such compiler"}
-    made = loop_cell(replace(SMALL, steps=1), stand_in, DRY, compiled=True)
+    made = loop_cell(replace(SMALL, steps=1), stand_in, DRY.limits, compiled=True)
     assert list(made.calls) == ["vmap", "cpp"]
     assert "no such compiler" in made.unavailable["compiled"]
     assert made.failed == []

@@ -14,11 +14,12 @@ import torch
 import typer
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench import compare_inner_loop
-from bench.inner_loop_cases import MINI_IMAGENET_CONV4, OMNIGLOT_CONV4, Case, embedding, sinusoid
-from bench.inner_loop_contenders import AGREEMENT, LIBRARIES, check_agreement, find_libraries, iterate, make_contender
+from bench.mlp_inner_loop import compare
+from bench.mlp_inner_loop.cases import MINI_IMAGENET_CONV4, OMNIGLOT_CONV4, Case, embedding, sinusoid
+from bench.mlp_inner_loop.contenders import AGREEMENT, check_agreement, iterate, make_contender
+from bench.mlp_inner_loop.targets import INNER_LOOP_SPEEDUPS, judge_inner_loop
+from bench.peers import LIBRARIES, find_libraries
 from bench.processes import in_subprocess
-from bench.targets import INNER_LOOP_SPEEDUPS, judge_inner_loop
 from tests.bench.bench_runs import run_quick
 
 SMALL = replace(sinusoid(2, 2), shape=(3,), widths=(4, 4, 1), support=5, query=6)
@@ -27,20 +28,20 @@ CLASSES = replace(embedding(2, 2), shape=(3,), widths=(4, 5))
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Results of ``python -m bench.compare_inner_loop --quick``."""
-    return run_quick("compare_inner_loop", tmp_path_factory.mktemp("bench"), "one meta-iteration")
+    """Results of ``python -m bench.mlp_inner_loop.compare --quick``."""
+    return run_quick("mlp_inner_loop.compare", tmp_path_factory.mktemp("bench"), "one meta-iteration")
 
 
 def test_quick_comparison_writes_everything(quick: Path) -> None:
     results = json.loads(quick.read_text())
     assert results["benchmark"] == "mlp_inner_loop"
-    assert results["command"].startswith("python -m bench.compare_inner_loop --quick --threads 1")
+    assert results["command"].startswith("python -m bench.mlp_inner_loop.compare --quick --threads 1")
     assert set(results["machine"]) >= {"cpu", "threads", "versions", "date"}
     assert set(results["libraries"]) == set(LIBRARIES)
-    plan = compare_inner_loop.QUICK
+    plan = compare.QUICK
     assert [cell["title"] for cell in results["cells"]] == [case.title for case, _ in plan.cells]
     cells = [*results["cells"], results["adapt"]]
-    for cell, names in zip(cells, [*(names for _, names in plan.cells), compare_inner_loop.LEARNERS], strict=True):
+    for cell, names in zip(cells, [*(names for _, names in plan.cells), compare.LEARNERS], strict=True):
         assert {*cell["contenders"], *cell["absent"]} == set(names)
         ours, *peers = (time["median_s"] for time in cell["contenders"].values())
         assert list(cell["speedup"].values()) == pytest.approx([peer / ours for peer in peers])
@@ -54,13 +55,13 @@ def test_quick_comparison_writes_everything(quick: Path) -> None:
 
 
 def test_some_of_the_cases() -> None:
-    plan = compare_inner_loop.with_cases(compare_inner_loop.FULL, "K = 5, first order")
+    plan = compare.with_cases(compare.FULL, "K = 5, first order")
     assert [case.title for case, _ in plan.cells] == [sinusoid(first_order=True).title]
     assert plan.memory_tasks == ()
     with pytest.raises(typer.BadParameter, match="must be part of a title, got 'K = 7'; there are: sinusoid"):
-        compare_inner_loop.with_cases(plan, "K = 7")
+        compare.with_cases(plan, "K = 7")
     with pytest.raises(typer.BadParameter, match="--cases needs --output"):
-        compare_inner_loop.main(cases="K = 5")
+        compare.main(cases="K = 5")
 
 
 PLAIN = ("metakern", "metakern, checkpoints", "metakern.MAML", "vmap", "loop")
@@ -176,7 +177,7 @@ def test_a_library_that_is_not_there_is_named_with_the_reason() -> None:
 def test_checkpoints_halve_the_memory_of_a_long_inner_loop() -> None:
     """Memory, unlike time, can be tested: the peak of each is that of a process of its own."""
     names = ("metakern, checkpoints", "metakern")
-    few, all_steps = (in_subprocess("bench.inner_loop_memory", name, 8, 40, 0)["peak_bytes"] for name in names)
+    few, all_steps = (in_subprocess("bench.mlp_inner_loop.memory", name, 8, 40, 0)["peak_bytes"] for name in names)
     assert few <= all_steps / 2
 
 
@@ -199,5 +200,5 @@ def test_targets_are_judged_as_met_or_missed() -> None:
 
 
 def test_every_target_has_its_case_in_the_full_run() -> None:
-    measured = {(case.title, name) for case, names in compare_inner_loop.FULL.cells for name in names}
+    measured = {(case.title, name) for case, names in compare.FULL.cells for name in names}
     assert {(title, peer) for _, title, peer, _ in INNER_LOOP_SPEEDUPS} <= measured

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import report, train_sinusoid
-from bench.inner_loop_cases import sinusoid
+from bench.mlp_inner_loop.cases import sinusoid
 from bench.targets import judge_sinusoid
 from bench.train_sinusoid import HELD_OUT_SEED, QUICK, WAYS, at_test, summary, train, training_seed
 from tests.bench.bench_runs import run_quick

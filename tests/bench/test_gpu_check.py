@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from bench import gpu, gpu_check
-from bench.gpu_contenders import CudnnPeer, Inputs, Variant, largest_difference, make_contenders, results
-from bench.gpu_device import CpuStandIn
-from bench.targets import judge_gpu
-from bench.work import backward_bytes_per_coordinate, bytes_per_coordinate
+from bench.gpu_device import CpuStandIn, time_limit
+from bench.lstm_step import gpu as lstm_step
+from bench.lstm_step.contenders import make_rule
+from bench.lstm_step.gpu_contenders import CudnnPeer, Inputs, Variant, make_contenders, results
+from bench.lstm_step.targets import judge_gpu
+from bench.lstm_step.work import backward_bytes_per_coordinate, bytes_per_coordinate
+from bench.peers import largest_difference
 from metakern.core import backend as _backend
 from tests.gpu import cases
 
@@ -66,7 +69,7 @@ def test_dry_run_writes_results(dry: tuple[str, Path]) -> None:
     assert len(found["loops"]["inner_update"]) == len(gpu.DRY.loops.updates)
     assert set(found["loops"]["inner_loop"][0]["contenders"]) == {"vmap", "cpp", "reference", "compiled"}
     assert sum("sinusoid" in target["name"] for target in found["targets"]) == 8
-    assert [(cell["op"], cell["n"]) for cell in found["cells"]] == list(gpu.DRY.cells)
+    assert [(cell["op"], cell["n"]) for cell in found["cells"]] == list(gpu.DRY.lstm_step.cells)
     for cell in found["cells"]:
         assert set(cell["contenders"]) >= {
             "eager",
@@ -192,8 +195,8 @@ def test_a_contender_that_fails_is_left_out_and_ours_fails_the_run(monkeypatch: 
         monkeypatch.setattr(cudnn, "step", lambda *_: 1 / 0)
         return [first, cudnn, Broken(rule, "cpp", "highest", torch.float32), good]
 
-    monkeypatch.setattr(gpu, "make_contenders", contenders)
-    cell = gpu.Cell("forward", 40, CpuStandIn(), gpu.DRY, compiled=False)
+    monkeypatch.setattr(lstm_step, "make_contenders", contenders)
+    cell = lstm_step.Cell("forward", 40, CpuStandIn(), lstm_step.DRY, compiled=False)
     assert set(cell.problems) == {"eager", "reference medium"}
     assert cell.unavailable["cudnn"] == "ZeroDivisionError: division by zero"
     assert cell.unavailable["cpp highest"].startswith("ArithmeticError: result 0 differs from eager by 1.0e-02")
@@ -201,9 +204,9 @@ def test_a_contender_that_fails_is_left_out_and_ours_fails_the_run(monkeypatch: 
 
 
 def test_a_first_call_that_takes_too_long_is_given_up() -> None:
-    with pytest.raises(TimeoutError, match="the first call took more than 0 s"), gpu.time_limit(0.05, "the first call"):
+    with pytest.raises(TimeoutError, match="the first call took more than 0 s"), time_limit(0.05, "the first call"):
         time.sleep(5)
-    with gpu.time_limit(5, "nothing"):
+    with time_limit(5, "nothing"):
         pass
     time.sleep(0.1)  # no alarm is left over
 
@@ -218,7 +221,7 @@ def test_nan_is_a_difference() -> None:
 @pytest.mark.parametrize("backward", [False, True])
 def test_cudnn_peer_is_the_plain_step(backward: bool) -> None:
     device = CpuStandIn()
-    rule = gpu.make_rule(20, 2)
+    rule = make_rule(20, 2)
     inputs = Inputs(rule, 50, 0, device.torch_device, backward=backward)
     eager, _, tf32, *_ = make_contenders(rule, device, compiled=False)
     assert isinstance(tf32, CudnnPeer)
@@ -232,7 +235,7 @@ def test_cudnn_peer_is_the_plain_step(backward: bool) -> None:
 def test_bytes_of_a_step() -> None:
     assert (bytes_per_coordinate(), bytes_per_coordinate(2)) == (652, 332)
     assert (backward_bytes_per_coordinate(), backward_bytes_per_coordinate(2)) == (972, 492)
-    assert gpu.bytes_of("forward_backward", 2) == 332 + 492
+    assert lstm_step.bytes_of("forward_backward", 2) == 332 + 492
 
 
 def test_targets_of_a_gpu() -> None:
@@ -252,7 +255,7 @@ def test_targets_of_a_gpu() -> None:
 def test_inputs_rotate_beyond_the_cache() -> None:
     device = CpuStandIn()
     device.cache_bytes = 60 * 2**20
-    assert [gpu.count_sets(n, device) for n in (10**4, 10**5, 10**6)] == [4, 4, 2]
+    assert [lstm_step.count_sets(n, device) for n in (10**4, 10**5, 10**6)] == [4, 4, 2]
 
 
 def test_a_case_that_fails_is_told_and_the_others_run(

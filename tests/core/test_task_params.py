@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from metakern.core.task_params import join_tasks, task_groups
+from metakern.core.task_params import join_tasks, num_tasks, task_groups
 
 
 def test_a_tree_is_one_group_and_a_tuple_several():
@@ -19,6 +19,7 @@ def test_a_tree_is_one_group_and_a_tuple_several():
     ]:
         found = task_groups(tree)
         assert [[id(tensor) for tensor in group] for group in found] == [[id(t) for t in group] for group in expected]
+        assert num_tasks(tree) == sum(len(group[0]) for group in expected)
 
 
 def test_what_has_no_common_task_axis_is_named():

@@ -201,19 +201,29 @@ def last_of_two_tasks(tensors: list[Tensor]) -> list[Tensor]:
     return [*tensors[:-1], tensors[-1][:2]]
 
 
-BAD = {
-    "grads must hold as many tensors as params, 8, got 7": {"grads": lambda xs: xs[1:]},
-    "lr must be on the device of params, cuda:0, got cpu": {"lr": lambda xs: [x.cpu() for x in xs]},
-    "grads must be float32, got float64": {"grads": lambda xs: [x.double() for x in xs]},
-    "params must have one leading axis of 3 tasks": {"params": last_of_two_tasks, "grads": last_of_two_tasks},
-    "active must have shape [3], got [2]": {"active": lambda x: x[:2]},
-    "clip_norm must be positive and finite, got -1": {"clip_norm": lambda _: -1.0},
+BAD: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+    "grads must hold as many tensors as params, 8, got 7": (ValueError, {"grads": lambda xs: xs[1:]}),
+    "lr[0] must be on the device of params[0], cuda:0, got cpu": (
+        RuntimeError,
+        {"lr": lambda xs: [x.cpu() for x in xs]},
+    ),
+    "grads[0] must have the dtype of its params, torch.float32, got torch.float64": (
+        TypeError,
+        {"grads": lambda xs: [x.double() for x in xs]},
+    ),
+    "params must have a leading axis of the 3 tasks": (
+        ValueError,
+        {"params": last_of_two_tasks, "grads": last_of_two_tasks},
+    ),
+    "params must have a leading axis of the 2 tasks": (ValueError, {"active": lambda x: x[:2]}),
+    "clip_norm must be positive and finite, got -1": (ValueError, {"clip_norm": lambda _: -1.0}),
 }
 
 
 @pytest.mark.parametrize("message", BAD)
 def test_a_direct_call_with_arguments_that_do_not_fit_raises(message: str) -> None:
     problem = on_device(3, "per parameter", clip_norm=1.0, resting=(1,))
-    bad = replace(problem, **{name: change(getattr(problem, name)) for name, change in BAD[message].items()})
-    with pytest.raises(RuntimeError, match=re.escape(message)):
+    error, changes = BAD[message]
+    bad = replace(problem, **{name: change(getattr(problem, name)) for name, change in changes.items()})
+    with pytest.raises(error, match=re.escape(message)):
         bad.run("cuda")

@@ -113,7 +113,7 @@ def test_a_device_that_is_not_the_current_one(backend: str) -> None:
 DEVICES_MIXED = {
     "grads": "grads must be on the device of params, cuda:0, got cpu",
     "state": "state must be on the device of params, cuda:0, got cpu",
-    "weights": "weights[9] (head.bias) must be on cuda:0, got cpu",
+    "weights": "weights[9] (head.bias) must be on the device of params, cuda:0, got cpu",
 }
 
 
@@ -128,7 +128,7 @@ def test_tensors_on_different_devices_are_named(name: str, step: Callable[..., A
     else:
         call[name] = call[name].to("cpu")
     params, before = problem.params.clone(), call["state"].data.clone()
-    with pytest.raises(ValueError, match="^" + re.escape(DEVICES_MIXED[name])):
+    with pytest.raises(RuntimeError, match="^" + re.escape(DEVICES_MIXED[name])):
         step(params, **call, backend=backend)
     assert_same_bits("params", params, problem.params)
     assert_same_bits("state", call["state"].data, before)
@@ -137,12 +137,18 @@ def test_tensors_on_different_devices_are_named(name: str, step: Callable[..., A
 def test_the_operator_itself_guards_against_another_device() -> None:
     problem = make_problem(77, device="cuda")
     data = problem.state.data
-    for call, name in (
-        ((problem.params.cpu(), problem.grads, data, problem.weights), "params"),
-        ((problem.params, problem.grads, data.cpu(), problem.weights), "state"),
-        ((problem.params, problem.grads, data, [w.cpu() for w in problem.weights]), "weights"),
+    for call, message in (
+        (
+            (problem.params.cpu(), problem.grads, data, problem.weights),
+            "grads must be on the device of params, cpu, got",
+        ),
+        ((problem.params, problem.grads, data.cpu(), problem.weights), "state must be on the device of params, cuda:0"),
+        (
+            (problem.params, problem.grads, data, [w.cpu() for w in problem.weights]),
+            r"weights\[0\] \(weight_ih_l0\) must be on the device of params, cuda:0, got cpu",
+        ),
     ):
-        with pytest.raises(RuntimeError, match=f"{name} must be on the device of grads, cuda:0, got cpu"):
+        with pytest.raises(RuntimeError, match=message):
             torch.ops.metakern.lstm_step(*call, *OPTIONS)
 
 

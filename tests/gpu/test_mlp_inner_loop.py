@@ -196,7 +196,7 @@ def test_labels_without_an_output() -> None:
     case = on_device([2, 4, 3], 3, loss="cross_entropy")
     case.query[1][1, 2] = 3
     options = {"lr": 0.1, "steps": 1, "loss": "cross_entropy", "backend": BACKEND}
-    with pytest.raises(RuntimeError, match="query_y must be 0 to 2, as the model has 3 outputs, got 3"):
+    with pytest.raises(ValueError, match="query_y must be 0 to 2, as the model has 3 outputs, got 3"):
         mlp_meta_loss(case.params, case.support, case.query, **options)
 
 
@@ -317,13 +317,17 @@ def test_a_direct_call_with_arguments_that_do_not_fit_raises() -> None:
 
     call()
     many = torch.ones(257)
-    for message, change in {
-        "x must be on the device of params": {"x": support[0].cpu()},
-        "x must be float32, got float64": {"x": support[0].double()},
-        "lr must be on the device of params": {"lr": [torch.tensor(0.1)]},
-        "second_order must be bool, on the CPU": {"flags": flags.to(DEVICE)},
-        "step_weights must be on the CPU": {"weights": weights.to(DEVICE)},
-        "the CUDA kernels take at most 256 steps, got 257": {"steps": 257, "flags": many > 0, "weights": many},
-    }.items():
-        with pytest.raises(RuntimeError, match=message):
+    bad: dict[str, tuple[type[Exception], dict[str, Any]]] = {
+        "support_x must be on the device of params": (RuntimeError, {"x": support[0].cpu()}),
+        "support_x must be torch.float32, got torch.float64": (TypeError, {"x": support[0].double()}),
+        r"lr\[0\] must be on the device of params": (RuntimeError, {"lr": [torch.tensor(0.1)]}),
+        "second_order must be on the CPU": (RuntimeError, {"flags": flags.to(DEVICE)}),
+        "step_weights must be on the CPU": (RuntimeError, {"weights": weights.to(DEVICE)}),
+        "the CUDA kernels take at most 256 steps, got 257": (
+            ValueError,
+            {"steps": 257, "flags": many > 0, "weights": many},
+        ),
+    }
+    for message, (error, change) in bad.items():
+        with pytest.raises(error, match=message):
             call(**change)

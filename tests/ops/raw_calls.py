@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from metakern.ops import pack_state
+from metakern.ops.core.registry import operators
 from tests.mlp_problems import Case
 from tests.problems import make_problem
 from tests.update_problems import make_update
@@ -42,10 +42,10 @@ TRITON = (
 def operator(name: str) -> Callable[..., Any]:
     """torch.ops.metakern.``name``; Triton's are registered when they are first asked for."""
     if "_triton" in name:
-        for module in ("lstm_step", "inner_update", "mlp_inner_loop"):
-            importlib.import_module(f"metakern.ops.{module}").triton_operators()
-    found: Callable[..., Any] = getattr(torch.ops.metakern, name)
-    return found
+        for found in operators().values():
+            found.prepare("triton")
+    overloads: Callable[..., Any] = getattr(torch.ops.metakern, name)
+    return overloads
 
 
 def arguments(name: str, seed: int = 0, tasks: int = 3, loss: int = 0) -> list[Any]:

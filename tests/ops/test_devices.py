@@ -52,7 +52,7 @@ def raw_step_(a: dict[str, Any], backend: str) -> Any:
 
 
 def raw_step_backward(a: dict[str, Any], backend: str) -> Any:
-    gradients = a["grad_params"], a["grad_state"]
+    gradients = a["grad_new_params"], a["grad_new_state"]
     return OPS.lstm_step_backward(*gradients, a["grads"], a["state"], a["weights"], 1, 10.0, 0.1, 0)
 
 
@@ -63,7 +63,7 @@ def raw_update(a: dict[str, Any], backend: str) -> Any:
 def of_lstm(*more: str) -> dict[str, Any]:
     weights = [torch.randn(s) for s in ((16, 2), (16, 4), (16,), (16,), (1, 4), (1,))]
     found = {"params": torch.randn(40), "grads": torch.randn(40), "state": torch.zeros(2, 1, 2, 4, 32)}
-    found |= {name: torch.zeros_like(found[name[5:]]) for name in more}
+    found |= {name: torch.zeros_like(found[name.removeprefix("grad_new_")]) for name in more}
     found |= {"weights": weights}
     return {name: x for name, x in found.items() if name != "params" or not more}  # which the way back does not need
 
@@ -90,7 +90,7 @@ CALLS: dict[str, tuple[Callable[[dict[str, Any], str], Any], Callable[[], dict[s
     "lstm_step_": (lambda a, backend: stepped(a, backend, lstm_step_), of_lstm),
     "raw lstm_step": (raw_step, of_lstm),
     "raw lstm_step_": (raw_step_, of_lstm),
-    "raw lstm_step_backward": (raw_step_backward, lambda: of_lstm("grad_params", "grad_state")),
+    "raw lstm_step_backward": (raw_step_backward, lambda: of_lstm("grad_new_params", "grad_new_state")),
     "raw inner_update": (raw_update, of_update),
 }
 
@@ -108,7 +108,7 @@ def test_every_argument_must_be_where_the_others_are(name: str, backend: str) ->
     call, make = CALLS[name]
     call(make(), backend)
     for argument in make():
-        with pytest.raises((RuntimeError, ValueError)) as caught:
+        with pytest.raises(RuntimeError) as caught:
             call(moved(make(), argument), backend)
         said = str(caught.value)
         assert re.search(r"\bmeta\b", said), f"{argument}: {said}"
@@ -130,7 +130,7 @@ def test_raw_operators_of_inner_loops(name: str) -> None:
                 changed = [*value[:-1], value[-1].to("meta")]
             else:
                 continue
-            with pytest.raises(RuntimeError, match=r"must be on .*cpu, got meta"):
+            with pytest.raises(RuntimeError, match=r"must be on .*(cpu, got meta|meta, got cpu)"):
                 call(*arguments[:index], changed, *arguments[index + 1 :])
 
 

@@ -37,7 +37,8 @@ def setup() -> ModuleType:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, setup: ModuleType) -> None:
+    monkeypatch.setattr(setup, "gpu_answers", lambda: True)
     for name in ("METAKERN_BUILD", "METAKERN_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         monkeypatch.delenv(name, raising=False)
 
@@ -86,6 +87,48 @@ def test_cuda_can_be_left_out(setup: ModuleType, tmp_path: Path, monkeypatch: py
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
     monkeypatch.setenv("METAKERN_CUDA", "0")
     assert setup.Cuda.find() is None
+
+
+@pytest.mark.parametrize("variable", ["METAKERN_CUDA", "TORCH_CUDA_ARCH_LIST"])
+def test_without_a_gpu_the_kernels_are_left_out_unless_they_are_asked_for(
+    setup: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    variable: str,
+) -> None:
+    make_nvcc(tmp_path, f"echo '#$ TOP={tmp_path}' >&2")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setattr(setup, "gpu_answers", lambda: False)
+    assert setup.Cuda.find() is None
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line == "no GPU answers here: metakern is built without its CUDA kernels (METAKERN_CUDA=1 compiles them)"
+    monkeypatch.setenv(variable, "1" if variable == "METAKERN_CUDA" else "9.0")
+    assert setup.Cuda.find() is not None
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("script", "answers"),
+    [
+        ("echo 'GPU 0: NVIDIA H200 (UUID: GPU-1)'", True),
+        ("echo 'No devices found'", False),
+        ("echo 'NVIDIA-SMI has failed' ; exit 9", False),
+    ],
+)
+def test_a_gpu_answers_where_the_driver_lists_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script: str, answers: bool
+) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\n{script}\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    assert load_setup().gpu_answers() is answers
+
+
+def test_without_the_drivers_tool_its_device_file_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load_setup().gpu_answers() is Path("/dev/nvidia0").exists()
 
 
 def test_an_nvcc_that_does_not_work_is_an_error(

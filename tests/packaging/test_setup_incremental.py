@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -132,36 +133,90 @@ def test_nvcc_reports_headers_too(setup: ModuleType, tmp_path: Path, monkeypatch
     assert not job.run()
 
 
-# Lists what the build of the package would compile.
-PLAN = """
-import sys
+# ---------------------------------------------------------------------------------------------- the whole extension
+
+# Stands in for the C++ compiler: notes what it compiles, and reports the headers beside the source that it includes.
+COMPILER = r"""#!/bin/sh
+case "$*" in *--version*) echo "compiler 1.0"; exit;; esac
+while [ $# -gt 0 ]; do
+  case "$1" in -c) source=$2;; -o) output=$2;; -MF) report=$2;; esac
+  shift
+done
+: > "$output"
+echo "$source $output" >> compiled
+folder=$(dirname "$source")
+echo "$output: $source" $(sed -n "s|^#include \"\([a-z_]*\.h\)\"|$folder/\1|p" "$source") > "$report"
+"""
+
+# Builds with it again and again, in one process: importing torch takes longest. Each build touches a file first; a line
+# says what was compiled.
+BUILDS = """
+import os, sys
+from pathlib import Path
 from setuptools import Distribution
 from setuptools.command import build_ext
 from tests.packaging.test_setup import load_setup
 
 setup = load_setup()
-extension = setup.Extension("metakern._C", sources=[], language="c++")
-command = setup.BuildExtension(Distribution({"ext_modules": [extension]}))
-command.finalize_options()
 build_ext.build_ext.build_extension = lambda *_: None  # no linking
-planned = []
-setup.Job.run = lambda job: planned.append(f"{job.command[-1]} {job.output}") or True
-command.run()
-for line in planned:
-    print(line)
+for touched in sys.argv[1:]:
+    if touched != "nothing":
+        time = os.stat(touched).st_mtime_ns + 10**9
+        os.utime(touched, ns=(time, time))
+    extension = setup.Extension("metakern._C", sources=[], language="c++")
+    command = setup.BuildExtension(Distribution({"ext_modules": [extension]}))
+    command.finalize_options()
+    command.run()
+    notes = Path("compiled")
+    print("compiled:", *(sorted(notes.read_text().splitlines()) if notes.exists() else []), sep=";")
+    notes.unlink(missing_ok=True)
 """
 
 
-def test_every_kernel_is_compiled_for_every_instruction_set_into_a_file_of_its_own(setup: ModuleType) -> None:
-    environment = os.environ | {"METAKERN_CUDA": "0", "PYTHONPATH": str(setup.ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", PLAN], cwd=setup.ROOT, env=environment, capture_output=True, text=True, check=True
-    )
-    sources = setup.Sources.find()
+def builds(root: Path, folder: Path, *touched: str) -> list[list[list[str]]]:
+    """Source and object file of what each build of a copy of ``root`` compiles; "nothing" touches no file."""
+    shutil.copytree(root / "csrc", folder / "csrc")
+    long_ago = time.time_ns() - 10**12  # else a file counts as one that changed while it was compiled
+    for path in folder.glob("csrc/*/*"):
+        os.utime(path, ns=(long_ago, long_ago))
+    compiler = folder / "compiler"
+    compiler.write_text(COMPILER)
+    compiler.chmod(0o755)
+    environment = os.environ | {
+        "METAKERN_CUDA": "0",
+        "PYTHONPATH": str(root),
+        "CC": str(compiler),
+        "CXX": str(compiler),
+    }
+    command = [sys.executable, "-c", BUILDS, *touched]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+    lines = [line.split(";")[1:] for line in result.stdout.splitlines() if line.startswith("compiled:")]
+    return [[note.split() for note in line] for line in lines]
+
+
+def test_a_build_compiles_what_changed_and_every_kernel_for_every_instruction_set(
+    setup: ModuleType, tmp_path: Path
+) -> None:
+    one, kernel, header = "csrc/lstm_step/cpu.cpp", "csrc/lstm_step/cpu_kernel.cpp", "csrc/core/module.h"
+    everything, *later = builds(setup.ROOT, tmp_path, "nothing", "nothing", one, kernel, header, "nothing")
+    sources, sets = setup.Sources.find(), len(setup.instruction_sets())
     assert sources.cpu_kernels
-    planned = [line.split() for line in result.stdout.splitlines() if line.startswith("csrc/")]
-    assert sorted(source for source, _ in planned) == sorted(
-        [*sources.once, *sources.cpu_kernels * len(setup.instruction_sets())]
-    )
-    outputs = [output for _, output in planned]
+    assert [source for source, _ in everything] == sorted([*sources.once, *sources.cpu_kernels * sets])
+    outputs = [output for _, output in everything]
     assert len(set(outputs)) == len(outputs)
+    # The compiler above reports the headers beside a source only: so one file reads module.h.
+    assert [[source for source, _ in build] for build in later] == [
+        [],
+        [one],
+        [kernel] * sets,
+        ["csrc/core/module.cpp"],
+        [],
+    ]
+
+
+def test_whether_there_is_cuda_changes_the_command_of_one_file(setup: ModuleType) -> None:
+    facts = setup.build_facts("g++ 12", "2.13.0", None)
+    assert set(facts) == {"METAKERN_COMPILER", "METAKERN_TORCH_VERSION"}
+    texts = {name: (setup.ROOT / name).read_text() for name in setup.Sources.find().once}
+    assert [name for name, text in texts.items() if "METAKERN_NVCC" in text] == ["csrc/core/module.cpp"]
+    assert [name for name, text in texts.items() if "METAKERN_CUDA_ARCHITECTURES" in text] == ["csrc/core/module.cpp"]

@@ -28,7 +28,7 @@ def a_state() -> RuleState:
 def test_tensors_are_named_by_the_way_to_them() -> None:
     x, y, z = torch.ones(1), torch.ones(2), torch.ones(3)
     assert named_leaves({"b": x, "a": y}) == {"b": x, "a": y}
-    assert named_leaves(x) == {"": x}
+    assert named_leaves(x) == {"params": x}
     assert list(named_leaves({"block": {"weight": x}, "heads": [y, (z,)]})) == ["block.weight", "heads.0", "heads.1.0"]
 
 

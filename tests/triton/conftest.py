@@ -11,10 +11,10 @@ import torch
 pytest.importorskip("triton", reason="needs the package triton")
 
 from metakern.ops.core.triton_launch import is_interpreted
+from metakern.ops.lstm_step import prepare
 from metakern.ops.lstm_step import triton as triton_lstm_step
-from metakern.ops.lstm_step import triton_operators
 
-triton_operators()
+prepare("triton")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from metakern.core import backend as _backend
-from metakern.ops.lstm_step import triton_operators
+from metakern.ops.lstm_step import prepare
 from metakern.ops.mlp_inner_loop import triton_kernels as mlp_inner_loop_kernels
 from tests.mlp_problems import Case
 from tests.problems import make_problem
@@ -84,7 +84,7 @@ LAUNCHES: dict[int, tuple[Callable[[], None], ...]] = {
 
 def main() -> None:
     _backend.missing = lambda *_: ""  # type: ignore[assignment]
-    triton_operators()
+    prepare("triton")
     importlib.import_module("metakern.ops.inner_update.triton")
     run, compile_kernel = JITFunction.run, JITFunction._do_compile
 

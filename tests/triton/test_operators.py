@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import vmap
 
 from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_
-from metakern.ops.inner_update import triton_operators
+from metakern.ops.inner_update import prepare
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
 from tests.problems import evaluate, evaluate_reference, make_problem
 from tests.triton.evaluation import options
@@ -87,10 +87,10 @@ def trace(function, *inputs):
 """
 
 LSTM_STEP = """
-from metakern.ops.lstm_step import triton_operators
+from metakern.ops.lstm_step import prepare
 from tests.problems import make_problem
 
-triton_operators()
+prepare("triton")
 problem = make_problem(100, 5, 2)
 inputs = (problem.params, problem.grads, problem.state.data, problem.weights)
 
@@ -146,9 +146,11 @@ def test_compile_sees_every_kernel_of_inner_update() -> None:
 
 
 def test_metakern_works_without_triton_and_says_what_is_missing() -> None:
-    code = "import sys; sys.modules['triton'] = None; import metakern; import metakern.ops.lstm_step.triton"
-    result = run_python(code)
-    assert "ImportError: the Triton kernels need the package triton, 3.6 or newer: pip install triton" in result.stderr
+    code = "import sys, torch; sys.modules['triton'] = None; import metakern; "
+    call = "metakern.ops.inner_update([torch.ones(2)], [torch.ones(2)], 0.1"
+    assert run_python(f"{code}{call})").returncode == 0
+    result = run_python(f"{code}{call}, backend='triton')")
+    assert "backend 'triton' cannot run: Triton is not installed (pip install triton)" in result.stderr
     assert run_python("import sys, metakern; sys.exit('triton' in sys.modules)").returncode == 0
 
 
@@ -187,9 +189,9 @@ def test_vmap_is_one_launch_over_all_coordinates(device: torch.device) -> None:
 def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
     problem = make_problem(64, 3, 1, device=device)
     state, memory = problem.state, torch.zeros(65, device=device)
-    with pytest.raises(ValueError, match="grads must not share a part of params' memory"):
+    with pytest.raises(RuntimeError, match="grads must not share a part of params' memory"):
         lstm_step_(memory[:64], memory[1:], state, problem.weights, backend="triton")
-    with pytest.raises(ValueError, match="params, grads and state must not share memory"):
+    with pytest.raises(RuntimeError, match="params, grads and state must not share memory"):
         lstm_step_(state.data.view(-1)[:64], problem.grads, state, problem.weights, backend="triton")
     assert not memory.any()
     lstm_step_(memory[:64], memory[:64], state, problem.weights, backend="triton")
@@ -198,7 +200,7 @@ def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
 
 def test_torch_compile_finds_the_operators(device: torch.device) -> None:
     problem, update = make_problem(5, 3, 1, device=device), make_update(2, shapes=[(3,)], device=device)
-    triton_operators()
+    prepare("triton")
 
     def function(params: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         stepped = lstm_step(params, problem.grads, problem.state, problem.weights, backend="triton")[0]

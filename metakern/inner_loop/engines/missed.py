@@ -14,7 +14,7 @@ from metakern.inner_loop.arguments import LoopOptions
 from metakern.ops.mlp_inner_loop import unserved
 
 #: How many times as long plain PyTorch took for MLPs of 1,761 to 247,000 parameters: the least and the most of the
-#: columns "vmap" in bench/results/amd-epyc-2-threads-inner-loop.json.
+#: columns "vmap" in bench/results/amd-epyc-2-threads-avx512-inner-loop.json.
 _RATIO = "3 to 56 times"
 
 #: Modules of torch.nn, besides nn.Linear, that a small MLP may have.

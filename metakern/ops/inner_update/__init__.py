@@ -7,7 +7,6 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 
 from __future__ import annotations
 
-import importlib
 import math
 import numbers
 from collections.abc import Sequence
@@ -16,17 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.core import backend as _backend
-from metakern.core.memo import once
 from metakern.core.transforms import is_transformed_or_dual
+from metakern.ops.core.checks import check_dense, check_like, check_same_device
 from metakern.ops.inner_update import reference
 from metakern.ops.inner_update.autograd import (
-    Operators,
     Options,
     call,
     formula,
     is_small,
     subtract,
+    update,
 )
 
 #: Python's numbers, and NumPy's.
@@ -78,24 +76,18 @@ def inner_update(
         >>> params = inner_update(params, grads, 0.1, clip_norm=1.0)
     """
     rates, options = _rates_and_options(lr, step, clip_norm)
-    if not isinstance(lr, (float, int)) or not _is_plain(params, grads, active):
+    is_plain = isinstance(lr, (float, int)) and _is_plain(params, grads, active)
+    if not is_plain:
         check(params, grads, lr, step, active, clip_norm)
     if not params:
         return []
-    name = _backend.resolve(backend, params[0].device)
-    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
-        assert _compiled is not None
-        try:
-            return call(_compiled, params, grads, rates, active, options)
-        except Exception:
-            check(params, grads, lr, step, active, clip_norm)
-            raise
-    check(params, grads, lr, step, active, clip_norm)
-    if name == "reference":
+    kernel = update.choose(backend, params[0].device)
+    # A compiled kernel checks what it sees itself; while torch.compile traces, its fake kernel stands in.
+    if is_plain and (kernel is None or kernel.implementation != "compiled" or torch.compiler.is_compiling()):
+        check(params, grads, lr, step, active, clip_norm)
+    if kernel is None:
         return formula(params, grads, rates, active, options)
-    operators = triton_operators() if name == "triton" else _compiled
-    assert operators is not None
-    return call(operators, params, grads, rates, active, options)
+    return call(kernel, params, grads, rates, active, options)
 
 
 def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor | list[Tensor]) -> list[Any]:
@@ -186,28 +178,19 @@ def check(params: Any, grads: Any, lr: Any, step: int | None, active: Any, clip_
 
 
 def _check_pair(index: int, p: Any, g: Any, first: Tensor) -> None:
-    for name, x in (("params", p), ("grads", g)):
-        if not isinstance(x, Tensor) or x.layout != torch.strided:
-            got = f"layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}[{index}] must be a dense tensor, got {got}")
-        if x.device != first.device:
-            raise ValueError(f"{name}[{index}] must be on the device of params[0], {first.device}, got {x.device}")
+    for name, x in ((f"params[{index}]", p), (f"grads[{index}]", g)):
+        check_dense(x, name)
+        check_same_device(x, name, first, "params[0]")
     if p.dtype not in DTYPES:
         raise TypeError(f"params[{index}] must be float32, float64, bfloat16 or float16, got {p.dtype}")
-    if g.shape != p.shape:
-        raise ValueError(f"grads[{index}] must have the shape of its params, {list(p.shape)}, got {list(g.shape)}")
-    if g.dtype != p.dtype:
-        raise TypeError(f"grads[{index}] must have the dtype of its params, {p.dtype}, got {g.dtype}")
+    check_like(g, f"grads[{index}]", p, "its params")
 
 
-def _check_rate(name: str, rate: Any, p: Tensor) -> None:
-    if not isinstance(rate, Tensor) or rate.layout != torch.strided:
-        got = f"layout {rate.layout}" if isinstance(rate, Tensor) else type(rate).__name__
-        raise TypeError(f"{name} must be a dense tensor, got {got}")
+def _check_rate(name: str, rate: Any, first: Tensor) -> None:
+    check_dense(rate, name)
     if rate.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {rate.dtype}")
-    if rate.device != p.device:
-        raise ValueError(f"{name} must be on the device of params, {p.device}, got {rate.device}")
+    check_same_device(rate, name, first, "params[0]")
 
 
 def _check_rates(lr: Any, params: Sequence[Tensor], step: int | None) -> None:
@@ -215,7 +198,7 @@ def _check_rates(lr: Any, params: Sequence[Tensor], step: int | None) -> None:
         raise ValueError(f"lr must hold one tensor for each of params, {len(params)}, got {len(lr)}")
     for index, (rate, p) in enumerate(zip(lr, params, strict=True)):
         name = f"lr[{index}]"
-        _check_rate(name, rate, p)
+        _check_rate(name, rate, params[0])
         shape = rate.shape
         if step is not None:
             if not shape:
@@ -237,8 +220,8 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
             raise TypeError(f"active must be a tensor of bool, got {got}")
         if active.dim() != 1:
             raise ValueError(f"active must have shape [T], got {list(active.shape)}")
-        if params and active.device != params[0].device:
-            raise ValueError(f"active must be on the device of params, {params[0].device}, got {active.device}")
+        if params:
+            check_same_device(active, "active", params[0], "params[0]")
     if not params:
         return
     count = params[0].shape[:1] if active is None else active.shape  # no len(): it would fix the count for a compiler
@@ -248,20 +231,6 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
         raise ValueError(f"params must have {wanted} for clip_norm and active, got shapes {shapes}")
 
 
-_compiled = Operators("inner_update") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operator with its formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.inner_update.triton")
-    return Operators("inner_update_triton")
-
-
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)
+    update.prepare(backend)

@@ -1,21 +1,22 @@
-"""Tracing, autograd and batching formulas of inner_update's operators, the same for every implementation.
+"""The operator inner_update: its gradient formula and batching rule, the same for every implementation.
 
 Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.core.torch_private import below_autograd, foreach_mul, foreach_sub
+from metakern.core.torch_private import foreach_mul, foreach_sub
 from metakern.core.transforms import is_transformed_or_dual
-from metakern.ops.core.devices import check_devices
+from metakern.ops.core.batching import Batch, looped
+from metakern.ops.core.define_op import Gradient, Kernel, define_op
+from metakern.ops.core.functions import Backward
 from metakern.ops.inner_update import reference
 
 #: With fewer elements the kernel does not win back what an autograd.Function in Python costs (bench_inner_update).
@@ -30,51 +31,24 @@ class Options(NamedTuple):
     clip_norm: float | None
 
 
-class Operators:
-    """One implementation's operator. It travels through autograd as one opaque argument."""
-
-    def __init__(self, name: str) -> None:
-        """The operator torch.ops.metakern.<name>, given its formulas."""
-        self.update: Callable[..., list[Tensor]] = getattr(torch.ops.metakern, name).default
-        self._register(f"metakern::{name}")
-
-    def _register(self, name: str) -> None:
-        def batched(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-            params, grads, lr, rate, step, clip_norm, active = args
-            tensors, dims = (params, grads, lr, active), (*in_dims[:3], in_dims[-1])
-            return _batched(update, info.batch_size, dims, tensors, Options(rate, step, clip_norm))
-
-        def update(params: Any, grads: Any, lr: Any, active: Any, options: Options) -> list[Tensor]:
-            return self.update(params, grads, lr, *options, active)
-
-        torch.library.register_fake(name, _fake)
-        torch.library.register_autograd(name, _backward, setup_context=_setup_context)
-        torch.library.register_vmap(name, batched)
-
-
 def call(
-    operators: Operators,
+    kernel: Kernel,
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
     lr: Sequence[Tensor],
     active: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    """The operator, by the way that serves the caller; see :func:`metakern.ops.lstm_step.autograd.call` for the ways.
+    """The operator; of few elements, of which a graph is recorded, PyTorch's own operators.
 
-    Few elements, of which a graph is recorded, take PyTorch's own operators: they give the same bits, and an
-    autograd.Function in Python costs more than it saves.
+    They give the same bits, and an autograd.Function in Python costs more than it saves.
     """
-    if torch.compiler.is_compiling():
-        return operators.update(params, grads, lr, *options, active)
-    if is_transformed_or_dual():
-        return list(_Update.apply(operators, options, len(params), active, *params, *grads, *lr))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in (*params, *grads, *lr)):
-        if active is None and options.clip_norm is None and is_small((*params, *lr)):
-            return subtract(params, grads, _rates(lr, options, len(params)))
-        return list(_EagerUpdate.apply(operators, options, len(params), active, *params, *grads, *lr))
-    with below_autograd():
-        return operators.update(params, grads, lr, *options, active)
+    if active is None and options.clip_norm is None and torch.is_grad_enabled() and not is_transformed_or_dual():
+        recorded = any(x.requires_grad for x in (*params, *grads, *lr))
+        if recorded and is_small((*params, *lr)):
+            return subtract(params, grads, _rates(lr, options.rate, options.step, len(params)))
+    updated: list[Tensor] = kernel(params, grads, lr, *options, active)
+    return updated
 
 
 def is_small(tensors: Sequence[Tensor]) -> bool:
@@ -101,7 +75,7 @@ def formula(
     options: Options,
 ) -> list[Tensor]:
     """What the operator computes, by the reference."""
-    rates: Any = _rates(lr, options, len(params))
+    rates: Any = _rates(lr, options.rate, options.step, len(params))
     updated = reference.inner_update(params, grads, rates, clip_norm=options.clip_norm, active=active)
     return [new.to(p.dtype) for new, p in zip(updated, params, strict=True)]
 
@@ -111,79 +85,16 @@ def _is_shared(lr: Sequence[Tensor]) -> bool:
     return len(lr) == 1 and lr[0].numel() == 1
 
 
-def _rates(lr: Sequence[Tensor], options: Options, count: int) -> list[Any]:
+def _rates(lr: Sequence[Tensor], rate: float, step: int, count: int) -> list[Any]:
     """The step's α of each of ``count`` tensors."""
     if not lr:
-        return [options.rate] * count
+        return [rate] * count
     if _is_shared(lr):
         return [lr[0].reshape(())] * count
-    return list(lr) if options.step < 0 else [rate[options.step] for rate in lr]
-
-
-def _fake(params: Sequence[Tensor], grads: Sequence[Tensor], lr: Sequence[Tensor], *rest: Any) -> list[Tensor]:
-    if params:
-        check_devices("params[0]", params[0].device, params=params, grads=grads, lr=lr, active=rest[-1])
-    return [p.new_empty(p.shape) for p in params]
+    return list(lr) if step < 0 else [rates[step] for rates in lr]
 
 
 # ------------------------------------------------------------------------------------------------------ autograd
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    _, grads, lr, rate, step, clip_norm, active = inputs
-    _save(ctx, grads, lr, active, Options(rate, step, clip_norm))
-
-
-def _backward(ctx: Any, grad_updated: Sequence[Tensor]) -> tuple[Any, ...]:
-    wanted = ctx.needs_input_grad
-    grad_grads, grad_lr = _gradients(ctx, grad_updated, any(wanted[1]), any(wanted[2]))
-    return list(grad_updated), grad_grads, grad_lr, None, None, None, None
-
-
-def _save(ctx: Any, grads: Sequence[Tensor], lr: Sequence[Tensor], active: Tensor | None, options: Options) -> None:
-    ctx.options, ctx.count = options, len(grads)
-    ctx.save_for_backward(active, *grads, *lr)
-
-
-class _Update(torch.autograd.Function):
-    """inner_update with its formula for torch.func; the tensors travel one by one: params, grads, lr."""
-
-    @staticmethod
-    def forward(operators: Operators, options: Options, count: int, active: Tensor | None, *tensors: Tensor) -> Any:
-        lists = tensors[:count], tensors[count : 2 * count], tensors[2 * count :]
-        return tuple(operators.update(*lists, *options, active))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        _, options, count, active, *tensors = inputs
-        _save(ctx, tensors[count : 2 * count], tensors[2 * count :], active, options)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_updated: Tensor) -> tuple[Any, ...]:
-        wanted, count = ctx.needs_input_grad[4:], ctx.count
-        grad_grads, grad_lr = _gradients(ctx, grad_updated, any(wanted[count : 2 * count]), any(wanted[2 * count :]))
-        return None, None, None, None, *grad_updated, *grad_grads, *grad_lr
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
-        operators, options, count, active, *tensors = args
-        lists = tensors[:count], tensors[count : 2 * count], tensors[2 * count :], active
-        dims = in_dims[4 : 4 + count], in_dims[4 + count : 4 + 2 * count], in_dims[4 + 2 * count :], in_dims[3]
-        update = functools.partial(call, operators)
-        updated, out_dims = _batched(update, info.batch_size, dims, lists, options)
-        return tuple(updated), tuple(out_dims)
-
-
-class _EagerUpdate(torch.autograd.Function):
-    """The same for eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Any:
-        _Update.setup_context(ctx, inputs, None)
-        with below_autograd():
-            return _Update.forward(*inputs)
-
-    backward = _Update.backward
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -191,34 +102,29 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _gradients(
-    ctx: Any, grad_updated: Sequence[Tensor], wants_grads: bool, wants_lr: bool
-) -> tuple[list[Any], list[Any]]:
-    """Gradients of grads and lr, differentiable, None where they are not wanted; that of params is ``grad_updated``."""
-    active, *saved = ctx.saved_tensors
-    options, count = ctx.options, ctx.count
-    grads, lr = saved[:count], saved[count:]
-    grad_grads: list[Any] = [None] * count
-    grad_lr: list[Any] = [None] * len(lr)
-    if not wants_grads and not wants_lr:
-        return grad_grads, grad_lr
-    rates, incoming = _rates(lr, options, count), [_wide(x) for x in grad_updated]
-    used = [_wide(g) for g in grads]
-    if active is not None:
-        incoming, used = _masked(active, incoming), _masked(active, used)
+def _gradients(backward: Backward) -> dict[str, Any]:
+    """Gradients by the names of arguments, differentiable."""
+    a, updated = backward.arguments, list(backward.grads.updated)
+    found: dict[str, Any] = {"params": updated}
+    if not backward.wants & {"grads", "lr"}:
+        return found
+    rates, incoming = _rates(a.lr, a.rate, a.step, len(a.grads)), [_wide(x) for x in updated]
+    used = [_wide(g) for g in a.grads]
+    if a.active is not None:
+        incoming, used = _masked(a.active, incoming), _masked(a.active, used)
     coefficients = None
-    if options.clip_norm is not None:
-        coefficients = reference.clip_coefficients(used, options.clip_norm)
-    if wants_lr:
+    if a.clip_norm is not None:
+        coefficients = reference.clip_coefficients(used, a.clip_norm)
+    if "lr" in backward.wants:
         clipped = used if coefficients is None else [reference.scaled(coefficients, g) for g in used]
         sums = [(-x * g).sum_to_size(rate.shape) for x, g, rate in zip(incoming, clipped, rates, strict=True)]
-        grad_lr = _grad_of_rates(sums, lr, options.step)
-    if wants_grads:
+        found["lr"] = _grad_of_rates(sums, a.lr, a.step)
+    if "grads" in backward.wants:
         steps = [-rate * x for x, rate in zip(incoming, rates, strict=True)]
-        if coefficients is not None and options.clip_norm is not None:
-            steps = _through_clipping(steps, used, coefficients, options.clip_norm)
-        grad_grads = [step.to(g.dtype) for step, g in zip(steps, grads, strict=True)]
-    return grad_grads, grad_lr
+        if coefficients is not None:
+            steps = _through_clipping(steps, used, coefficients, a.clip_norm)
+        found["grads"] = [step.to(g.dtype) for step, g in zip(steps, a.grads, strict=True)]
+    return found
 
 
 def _masked(active: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -257,38 +163,34 @@ def _grad_of_rates(sums: Sequence[Tensor], lr: Sequence[Tensor], step: int) -> l
 # ------------------------------------------------------------------------------------------------------ batching
 
 
-def _batched(update: Callable[..., Any], batch: int, dims: Any, tensors: Any, options: Options) -> tuple[Any, Any]:
-    """torch.func.vmap of inner_update: more tasks, or one more leading axis that α is repeated along.
+def _batched(batch: Batch) -> tuple[Any, Any]:
+    """More tasks, or one more leading axis that α is repeated along.
 
     Where α is batched, or has the task axis of clipped or resting tasks, elements are taken one after another.
-
-    Args:
-        update: takes params, grads, lr, active and options to the new params
-        batch: size of the axis
-        dims: where it is in ``tensors``, None where it is not
-        tensors: params, grads, lr, active
-        options: the scalars
     """
-    lr, active = tensors[2:]
-    params, grads = ([leading(x, dim, batch) for x, dim in zip(tensors[i], dims[i], strict=True)] for i in range(2))
-    shapes, out_dims = [p.shape for p in params], [0] * len(params)
-    by_task = options.clip_norm is not None or active is not None
-    own_axes = [] if _is_shared(lr) else [rate.dim() - (options.step >= 0) for rate in lr]
+    a = batch.arguments
+    params, grads = batch.leading("params"), batch.leading("grads")
+    by_task = a.clip_norm is not None or a.active is not None
+    own_axes = [] if _is_shared(a.lr) else [rate.dim() - (a.step >= 0) for rate in a.lr]
     has_task_axis = by_task and any(own > p.dim() - 2 for own, p in zip(own_axes, params, strict=False))
-    if any(dim is not None for dim in dims[2]) or has_task_axis:
-        rows = []
-        for index in range(batch):
-            rates = [x if dim is None else x.select(dim, index) for x, dim in zip(lr, dims[2], strict=True)]
-            own_active = active if dims[3] is None else active.select(dims[3], index)
-            rows.append(update([p[index] for p in params], [g[index] for g in grads], rates, own_active, options))
-        return [torch.stack(news) for news in zip(*rows, strict=True)], out_dims
+    if batch.has_axis("lr") or has_task_axis:
+        return looped(batch)
+    shapes, active = [p.shape for p in params], a.active
     if by_task:
         params, grads = ([x.flatten(0, 1) for x in xs] for xs in (params, grads))
-        active = None if active is None else leading(active, dims[3], batch).flatten()
-    updated = update(params, grads, lr, active, options)
-    return [new.view(shape) for new, shape in zip(updated, shapes, strict=True)], out_dims
+        active = None if active is None else batch.leading("active").flatten()
+    updated = batch.call(*a._replace(params=params, grads=grads, active=active)).updated
+    return [[new.view(shape) for new, shape in zip(updated, shapes, strict=True)]], [[0] * len(params)]
 
 
-def leading(x: Tensor, dim: int | None, batch: int) -> Tensor:
-    """With the batch axis first."""
-    return x.unsqueeze(0).expand(batch, *x.shape) if dim is None else x.movedim(dim, 0)
+update = define_op(
+    "inner_update(Tensor[] params, Tensor[] grads, Tensor[] lr, float rate, int step, float? clip_norm, "
+    "Tensor? active) -> Tensor[]",
+    results=("updated",),
+    shapes=lambda a: [p.new_empty(p.shape) for p in a.params],
+    gradient=Gradient(_gradients, of=("params", "grads", "lr"), saves=("grads", "lr", "active")),
+    batching=_batched,
+    backends=("cpp", "cuda", "triton"),
+    triton="metakern.ops.inner_update.triton",
+    reference=reference.inner_update,
+)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from metakern.ops.core.triton_launch import Config, is_interpreted, launch_in_parts, split
+from metakern.ops.inner_update.autograd import update
 from metakern.ops.inner_update.triton_kernels import coefficients_kernel, squares_kernel, update_kernel
 
 #: Most elements of a program, and its warps.
@@ -86,7 +87,7 @@ def _update(
     return updated
 
 
-@triton_op("metakern::inner_update_triton", mutates_args=())
+@update.traced_triton_kernel
 def inner_update_triton(
     params: Sequence[Tensor],
     grads: Sequence[Tensor],
@@ -98,19 +99,8 @@ def inner_update_triton(
 ) -> list[Tensor]:
     """One gradient step of all tasks: θ' = θ − α ⊙ g for a list of tensors.
 
-    Args:
-        params: θ, each [T, *shape]; float32, float64, or bfloat16 and float16 with float32 arithmetic. Without
-            ``clip_norm`` and ``active`` also [*shape].
-        grads: g, of the shapes and dtypes of ``params``
-        lr: α: no tensor, one of one element for everything, or one for each tensor, of its last axes or none, with one
-            more leading axis K where ``step`` is not -1; of any of the dtypes
-        rate: α where ``lr`` is empty
-        step: index of the inner step along the leading axis of ``lr``, or -1 where it has none
-        clip_norm: largest norm of a task's gradient over all its tensors
-        active: bool [T], tasks that step; the others keep θ, bit for bit
-
-    Returns:
-        θ', like ``params``
+    Arguments and result are those of :func:`metakern.ops.inner_update.inner_update`; α is in ``lr``, no tensor, one of
+    one element for everything, or one for each of params, or it is the number ``rate`` where ``lr`` is empty.
     """
     params, grads = [p.contiguous() for p in params], [g.contiguous() for g in grads]
     shared = len(lr) == 1 and lr[0].numel() == 1

@@ -7,7 +7,6 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
-import importlib
 import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -16,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.core import backend as _backend
-from metakern.core.memo import once
+from metakern.ops.core.checks import check_dense, check_dtype, check_like, check_same_device, check_shape
+from metakern.ops.core.define_op import Kernel, Operator
 from metakern.ops.lstm_step import reference
-from metakern.ops.lstm_step.autograd import Operators, Options, call
+from metakern.ops.lstm_step.autograd import step, step_, step_backward
 from metakern.ops.lstm_step.state import (
     LAYOUT,
     MAX_HIDDEN,
@@ -94,14 +93,10 @@ def lstm_step(
         >>> params, state = lstm_step(params, 2 * params, state, weights)
     """
     options = check_options(preprocess, preprocess_scale, output_scale, precision)
-    operators = _operators(params, grads, state, weights, preprocess, backend)
-    if operators is None:
+    kernel = _chosen(step, params, grads, state, weights, preprocess, backend)
+    if kernel is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
-    try:
-        new_params, new_state = call(operators, params, grads, state.data, weights, options)
-    except Exception:
-        _check(params, grads, state, weights, preprocess)
-        raise
+    new_params, new_state = kernel.call((params, grads, state.data, weights, *options))
     return new_params, LSTMState(new_state, state.num_coordinates)
 
 
@@ -126,47 +121,52 @@ def lstm_step_(
     Arguments and errors are those of :func:`lstm_step`.
     """
     options = check_options(preprocess, preprocess_scale, output_scale, precision)
-    operators = _operators(params, grads, state, weights, preprocess, backend)
-    if operators is not _compiled or torch.compiler.is_compiling():  # they look for themselves
+    kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
+    if not _checks_itself(kernel):
         _check_contiguous(params, state)
-    if operators is None:
+        if kernel is None or not torch.compiler.is_compiling():
+            _check_memory(params, grads, state)
+    if kernel is None:
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
         )
         params.copy_(new_params)
         state.data.copy_(new_state.data)
         return
-    if operators is not _compiled and not torch.compiler.is_compiling():
-        _check_memory(params, grads, state)
-    try:
-        operators.step_(params, grads, state.data, weights, *options)
-    except Exception:
-        _check(params, grads, state, weights, preprocess)
-        _check_contiguous(params, state)
-        raise
+    kernel.call((params, grads, state.data, weights, *options))
     if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
         torch.autograd.graph.increment_version((params, state.data))
 
 
-def _operators(
-    params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str, backend: str | None
-) -> Operators | None:
-    """The operators that serve a call, None for the reference.
+def _chosen(
+    operator: Operator,
+    params: Tensor,
+    grads: Tensor,
+    state: LSTMState,
+    weights: Sequence[Tensor],
+    preprocess: str,
+    backend: str | None,
+) -> Kernel | None:
+    """The kernel that serves a call, None for the reference; the tensors are checked where it does not.
 
-    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here; so
-    the arguments are looked at in full only where others serve, or to say what was wrong once they have refused. What
+    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here. What
     they cannot see is checked always.
     """
-    if not _is_plain(params, grads, state, weights):
+    is_plain = _is_plain(params, grads, state, weights)
+    if not is_plain:
         _check(params, grads, state, weights, preprocess)
-    unserved = None
-    if state.data.dtype == torch.bfloat16:
-        unserved = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
-    name = _backend.resolve(backend, params.device, unserved)
-    if name in ("cpp", "cuda") and not torch.compiler.is_compiling():
-        return _compiled
-    _check(params, grads, state, weights, preprocess)
-    return None if name == "reference" else triton_operators() if name == "triton" else _compiled
+    kernel = operator.choose(backend, params.device, _NO_BFLOAT16 if state.data.dtype == torch.bfloat16 else None)
+    if is_plain and not _checks_itself(kernel):
+        _check(params, grads, state, weights, preprocess)
+    return kernel
+
+
+_NO_BFLOAT16 = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
+
+
+def _checks_itself(kernel: Kernel | None) -> bool:
+    """Whether a compiled kernel runs now; while torch.compile traces, its fake kernel stands in."""
+    return kernel is not None and kernel.implementation == "compiled" and not torch.compiler.is_compiling()
 
 
 def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
@@ -208,33 +208,25 @@ def _reference_step(
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def check_options(preprocess: str, preprocess_scale: float, output_scale: float, precision: str) -> Options:
+def check_options(
+    preprocess: str, preprocess_scale: float, output_scale: float, precision: str
+) -> tuple[int, float, float, int]:
     """The options as the operators take them; raises for those that do not fit."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
     check_precision(precision)
-    return Options(
-        _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
-    )
+    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
 
 
 def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
-    """Raise for whatever does not fit among the tensors."""
+    """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
     for name, x in (("params", params), ("grads", grads)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    dtype, device = params.dtype, params.device
+        check_dense(x, name)
+    check_like(grads, "grads", params, "params")
+    dtype = params.dtype
     if dtype not in PARAM_DTYPES:
         raise TypeError(f"params must be float32, bfloat16, float16 or float64, got {dtype}")
-    if params.layout != torch.strided or grads.layout != torch.strided:
-        raise TypeError(f"params and grads must be dense tensors, got layouts {params.layout} and {grads.layout}")
-    if grads.shape != params.shape:
-        raise ValueError(f"grads must have the shape of params, {list(params.shape)}, got {list(grads.shape)}")
-    if grads.dtype != dtype:
-        raise TypeError(f"grads must have the dtype of params, {dtype}, got {grads.dtype}")
-    if grads.device != device:
-        raise ValueError(f"grads must be on the device of params, {device}, got {grads.device}")
     check_layout(state)
     if state.num_coordinates != params.numel():
         raise ValueError(
@@ -244,19 +236,18 @@ def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Te
     state_dtype = state.data.dtype
     if state_dtype != compute_dtype and (state_dtype != torch.bfloat16 or dtype == torch.float64):
         raise TypeError(f"state must be {compute_dtype} for {dtype} params, got {state_dtype}")
-    if state.data.device != device:
-        raise ValueError(f"state must be on the device of params, {device}, got {state.data.device}")
-    _check_weights(weights, state, preprocess, compute_dtype, device)
+    check_same_device(state.data, "state", params, "params")
+    _check_weights(weights, state, preprocess, compute_dtype, params)
 
 
 def _check_contiguous(params: Tensor, state: LSTMState) -> None:
     for name, tensor in (("params", params), ("state.data", state.data)):
         if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {tensor.stride()}")
+            raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(tensor.stride())}")
 
 
 def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
-    """Raise ValueError where one block's results would be another's input."""
+    """Raise RuntimeError where one block's results would be another's input."""
 
     def overlap(a: Tensor, b: Tensor) -> bool:
         first, second = a.data_ptr(), b.data_ptr()
@@ -264,9 +255,9 @@ def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
 
     grads = grads.contiguous()  # a copy where it was not
     if overlap(params, state.data) or overlap(grads, state.data):
-        raise ValueError("params, grads and state must not share memory")
+        raise RuntimeError("params, grads and state must not share memory")
     if overlap(params, grads) and params.data_ptr() != grads.data_ptr():
-        raise ValueError("grads must not share a part of params' memory")
+        raise RuntimeError("grads must not share a part of params' memory")
 
 
 def check_precision(precision: Any) -> None:
@@ -314,7 +305,7 @@ _WEIGHT_SPECS = {
 
 
 def _check_weights(
-    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, device: torch.device
+    weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, params: Tensor
 ) -> None:
     _, layers, _, hidden, _ = state.data.shape
     specs = _WEIGHT_SPECS[layers, hidden, reference.num_features(preprocess)]
@@ -326,31 +317,14 @@ def _check_weights(
             f"{layers} layers, got {len(weights)}"
         )
     for index, (weight, (name, shape)) in enumerate(zip(weights, specs, strict=True)):
-        if not isinstance(weight, Tensor) or weight.layout != torch.strided:
-            got = f"layout {weight.layout}" if isinstance(weight, Tensor) else type(weight).__name__
-            raise TypeError(f"weights[{index}] ({name}) must be a dense tensor, got {got}")
-        if weight.shape != shape:
-            raise ValueError(f"weights[{index}] ({name}) must have shape {list(shape)}, got {list(weight.shape)}")
-        if weight.dtype != dtype:
-            raise TypeError(f"weights[{index}] ({name}) must be {dtype}, got {weight.dtype}")
-        if weight.device != device:
-            raise ValueError(f"weights[{index}] ({name}) must be on {device}, got {weight.device}")
-
-
-_compiled = Operators("lstm_step") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operators with their formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.lstm_step.triton")
-    return Operators("lstm_step_triton")
+        check_dense(weight, f"weights[{index}]")
+        called = f"weights[{index}] ({name})"
+        check_shape(weight, called, shape)
+        check_dtype(weight, called, dtype)
+        check_same_device(weight, called, params, "params")
 
 
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)
+    for operator in (step, step_, step_backward):
+        operator.prepare(backend)

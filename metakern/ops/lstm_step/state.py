@@ -117,12 +117,13 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
     Raises:
         ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
         TypeError: for dtypes that differ or are not float32, float64 or bfloat16
+        RuntimeError: for tensors on two devices
     """
     for name, x in (("h", h), ("c", c)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if h.device != c.device:
-        raise ValueError(f"h and c must be on one device, got {h.device} and {c.device}")
+        raise RuntimeError(f"h and c must be on one device, got {h.device} and {c.device}")
     if h.dim() != 3 or h.shape != c.shape:
         raise ValueError(f"h and c must both have shape [L, N, H], got {list(h.shape)} and {list(c.shape)}")
     if h.dtype != c.dtype or h.dtype not in (torch.float32, torch.float64, torch.bfloat16):
@@ -157,7 +158,7 @@ def check_layout(state: LSTMState) -> None:
     if not isinstance(state.data, Tensor):
         raise TypeError(f"state.data must be a tensor, got {type(state.data).__name__}")
     if state.data.layout != torch.strided:
-        raise TypeError(f"state.data must be a dense tensor, got layout {state.data.layout}")
+        raise TypeError(f"state must be a dense tensor, got layout {state.data.layout}")
     shape = state.data.shape
     if len(shape) != 5 or shape[2] != 2 or shape[4] != TILE_LANES or shape[0] != tiles(state.num_coordinates):
         raise ValueError(

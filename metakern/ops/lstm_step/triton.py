@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 from torch import Tensor
-from torch.library import custom_op, triton_op, wrap_triton
+from torch.library import wrap_triton
 
 from metakern.ops.core.triton_launch import Config, is_interpreted, launch, split
+from metakern.ops.lstm_step.autograd import step, step_, step_backward
 from metakern.ops.lstm_step.triton_kernels import (
     backward_kernel,
     features_backward_kernel,
@@ -281,7 +282,7 @@ def _launch_elementwise(kernel: Any, n: int, *args: Any, **constants: Any) -> No
 # -------------------------------------------------------------------------------------------------------- operators
 
 
-@triton_op("metakern::lstm_step_triton", mutates_args=())
+@step.traced_triton_kernel
 def lstm_step_triton(
     params: Tensor,
     grads: Tensor,
@@ -319,7 +320,7 @@ def lstm_step_triton(
     return new_params, new_state
 
 
-@triton_op("metakern::lstm_step_triton_", mutates_args=("params", "state"))
+@step_.traced_triton_kernel
 def lstm_step_triton_(
     params: Tensor,
     grads: Tensor,
@@ -339,35 +340,12 @@ def lstm_step_triton_(
 
 
 # Opaque to torch.compile: functionalised, its views of one workspace become copies, and nothing would fuse with it.
-@custom_op("metakern::lstm_step_triton_backward", mutates_args=())
-def lstm_step_triton_backward(
-    grad_new_params: Tensor,
-    grad_new_state: Tensor,
-    grads: Tensor,
-    state: Tensor,
-    weights: Sequence[Tensor],
-    preprocess: int,
-    preprocess_scale: float,
-    output_scale: float,
-    precision: int,
-) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of :func:`lstm_step_triton`; that of ``params`` is ``grad_new_params``.
+@step_backward.triton_kernel
+def lstm_step_triton_backward(a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of grads, state (zero behind the last coordinate) and weights; that of params is ``grad_new_params``.
 
-    Args:
-        grad_new_params: gradient of the new parameters, like ``grads``.
-        grad_new_state: gradient of the new state, like ``state``.
-        grads: as forward got it.
-        state: as forward got it.
-        weights: as forward got them.
-        preprocess: as forward got it.
-        preprocess_scale: as forward got it.
-        output_scale: as forward got it.
-        precision: not read: products are float32 whatever forward used, float64 for a float64 state.
-
-    Returns:
-        Gradients of ``grads``, of ``state`` (zero behind the last coordinate) and of every weight.
+    ``precision`` is not read: products are float32 whatever forward used, float64 for a float64 state.
     """
-    return _backward(
-        *(grad_new_params.contiguous(), grad_new_state.contiguous(), grads.contiguous(), state.contiguous()),
-        *([w.contiguous() for w in weights], preprocess, preprocess_scale, output_scale),
-    )
+    first = (x.contiguous() for x in (a.grad_new_params, a.grad_new_state, a.grads, a.state))
+    options = a.preprocess, a.preprocess_scale, a.output_scale
+    return _backward(*first, [w.contiguous() for w in a.weights], *options)

@@ -9,7 +9,6 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps, I 
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import math
 import numbers
@@ -20,11 +19,21 @@ import torch
 from torch import Tensor
 
 from metakern.core import backend as _backend
-from metakern.core.memo import memoized, once
+from metakern.core.memo import memoized
 from metakern.core.transforms import is_transformed_or_dual
+from metakern.ops.core.define_op import IMPLEMENTATIONS
 from metakern.ops.core.devices import check_devices
 from metakern.ops.mlp_inner_loop import reference
-from metakern.ops.mlp_inner_loop.autograd import Operators, Problem, adapt_call, meta_backward_call, meta_loss_call
+from metakern.ops.mlp_inner_loop.autograd import (
+    Problem,
+    adapt,
+    adapt_backward,
+    adapt_call,
+    meta_backward_call,
+    meta_loss,
+    meta_loss_backward,
+    meta_loss_call,
+)
 
 #: Keep in step with csrc/mlp_inner_loop/problem.h.
 MAX_LAYERS, MAX_WIDTH = 8, 1024
@@ -159,8 +168,9 @@ def mlp_inner_loop(
         new parameters, [T, O, I] and [T, O] in turn
 
     Raises:
-        TypeError, ValueError: for options that do not fit
-        RuntimeError: for tensors that do not fit, and a backend that cannot run; for a second derivative of it
+        ValueError: for shapes, sizes, counts, labels or option values that do not fit
+        TypeError: for dtypes or types that do not fit
+        RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative of it
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
@@ -173,7 +183,7 @@ def mlp_inner_loop(
     if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
         _check_labels("support", support_x, support_y, params)
     support = support_x, support_y, support_mask
-    return adapt_call(_operators(serves), problem, params, _rate_tensors(lr), support)
+    return adapt_call(IMPLEMENTATIONS[serves], problem, params, _rate_tensors(lr), support)
 
 
 def mlp_meta_loss(
@@ -252,7 +262,7 @@ def run_meta_loss(
 ) -> Tensor:
     """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
     _check_classes(serves, problem, params, support, query)
-    return meta_loss_call(_operators(serves), problem, params, lr, support, query, weights)
+    return meta_loss_call(IMPLEMENTATIONS[serves], problem, params, lr, support, query, weights)
 
 
 def run_meta_backward(
@@ -269,7 +279,7 @@ def run_meta_backward(
     ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
     """
     _check_classes(serves, problem, params, support, query)
-    return meta_backward_call(_operators(serves), problem, params, support, query, weights, gradient)
+    return meta_backward_call(IMPLEMENTATIONS[serves], problem, params, support, query, weights, gradient)
 
 
 def _check_devices(params: Sequence[Tensor], lr: Any, **samples: Tensor | None) -> None:
@@ -312,7 +322,7 @@ def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]
         return
     for label in torch.stack(torch.aminmax(labels)).tolist():
         if not 0 <= label < outputs:
-            raise RuntimeError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
+            raise ValueError(f"{name}_y must be 0 to {outputs - 1}, as the model has {outputs} outputs, got {label}")
 
 
 def _is_captured(tensor: Tensor) -> bool:
@@ -435,26 +445,7 @@ def _checked(
     )
 
 
-_compiled = Operators("") if _backend.is_compiled() else None
-
-
-@once
-def triton_operators() -> Operators:
-    """Triton's operators with their formulas; defined at the first call."""
-    importlib.import_module("metakern.ops.mlp_inner_loop.triton")
-    return Operators("_triton")
-
-
-def _operators(backend: str) -> Operators:
-    operators = triton_operators() if backend == "triton" else _compiled
-    assert operators is not None
-    return operators
-
-
 def prepare(backend: str | None) -> None:
     """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
-    if _backend.prefers_triton(backend):
-        triton_operators()
-
-
-prepare(None)
+    for operator in (adapt, adapt_backward, meta_loss, meta_loss_backward):
+        operator.prepare(backend)

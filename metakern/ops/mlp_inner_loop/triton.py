@@ -19,16 +19,16 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from torch.library import custom_op
 
 from metakern.core.memo import constant
+from metakern.ops.core.checks import check_dtype, check_same_device, check_shape, check_value
 from metakern.ops.core.triton_launch import Config, launch, split
+from metakern.ops.mlp_inner_loop.autograd import adapt, adapt_backward, meta_loss, meta_loss_backward
 from metakern.ops.mlp_inner_loop.triton_arguments import (
     TASK_LANES,
     Arguments,
     Network,
     Samples,
-    check,
     on_device,
     starts,
     table,
@@ -48,14 +48,6 @@ PROGRAMS_ON_CPU = 2
 
 #: Sums over the tasks: tasks and columns of a block, and tasks that one program sums at most.
 SUM_TASKS, SUM_COLUMNS, SUM_CHUNK = 32, 32, 256
-
-_SCALARS = (
-    "float rate, int steps, bool per_step, int adapted, int[1] activation, int loss, int checkpoint_every"
-)  # fmt: skip
-_NUM_SCALARS = 7
-
-#: At the end, where the dispatcher leaves out what has its default.
-_OPTIONS = "float[] slopes=[], float? clip_norm=None"
 
 
 def _arithmetic(params: Sequence[Tensor]) -> torch.dtype:
@@ -82,8 +74,8 @@ class _Loop:
         self.like = arguments.params[0]
         self.dtype = _arithmetic(arguments.params)
         self.support = self.samples("support", x, y, mask)
-        check(second_order.shape == (arguments.steps,), "second_order must have shape ", [arguments.steps])
-        check(second_order.dtype == torch.bool, "second_order must be bool")
+        check_shape(second_order, "second_order", [arguments.steps])
+        check_dtype(second_order, "second_order", torch.bool)
         self.second_order = on_device(second_order, torch.uint8, self.like.device)
         self.params = [p.contiguous() for p in arguments.params]
         self.rates = [r.reshape(-1) for r in arguments.lr]
@@ -160,7 +152,7 @@ class _Loop:
         size += 4 * network.units * ((span + 1) * samples + queries) + (samples + queries) * network.widths[0]
         # The kernels index what belongs to one task with 32 bits.
         most = max(size, self.segments * network.params, self.flat)
-        check(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
+        check_value(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
         return size
 
 
@@ -199,99 +191,63 @@ def _gradients(
 # Opaque to torch.compile: there is nothing around them that would fuse with them.
 
 
-@custom_op(
-    "metakern::mlp_inner_loop_triton",
-    mutates_args=(),
-    schema=f"(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor[] lr, {_SCALARS}, bool keep, "
-    f"Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor)",
-)
-def mlp_inner_loop_triton(
-    params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, lr: list[Tensor], *options: Any
-) -> tuple[list[Tensor], Tensor]:
-    """Parameters of T MLPs after K gradient steps; arguments as in metakern/ops/mlp_inner_loop_autograd.py.
+@adapt.triton_kernel
+def mlp_inner_loop_triton(a: Any) -> tuple[list[Tensor], Tensor]:
+    """Parameters of T MLPs after K gradient steps.
 
     float32, float64, or bfloat16 and float16 with float32 arithmetic; the trajectory is in the arithmetic dtype.
     Labels that name no output give a task whose loss and gradients are NaN.
     """
-    keep, second_order, *rest = options[_NUM_SCALARS:]
-    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
-    loop = _Loop(arguments, x, y, mask, second_order)
+    loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
     network = loop.network
-    trajectory = loop.padded(loop.segments * network.params if keep else 0)
-    shapes = [p.shape[-2 + i % 2 :] for i, p in enumerate(params)]
-    ends = [loop.empty(network.tasks, *shape, dtype=params[0].dtype) for shape in shapes]
-    loop.run(ends, trajectory if keep else None)
+    trajectory = loop.padded(loop.segments * network.params if a.keep else 0)
+    shapes = [p.shape[-2 + i % 2 :] for i, p in enumerate(a.params)]
+    ends = [loop.empty(network.tasks, *shape, dtype=a.params[0].dtype) for shape in shapes]
+    loop.run(ends, trajectory if a.keep else None)
     return ends, trajectory
 
 
-@custom_op(
-    "metakern::mlp_inner_loop_triton_backward",
-    mutates_args=(),
-    schema="(Tensor[] grad_adapted, Tensor trajectory, Tensor[] params, Tensor x, Tensor y, Tensor? mask, "
-    f"Tensor[] lr, {_SCALARS}, Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor[])",
-)
-def mlp_inner_loop_triton_backward(
-    grad_adapted: list[Tensor], trajectory: Tensor, params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None,
-    lr: list[Tensor], *options: Any,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+@adapt_backward.triton_kernel
+def mlp_inner_loop_triton_backward(a: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of params and rates from those of the adapted parameters."""
-    second_order, *rest = options[_NUM_SCALARS:]
-    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
-    loop = _Loop(arguments, x, y, mask, second_order)
-    network = loop.network
-    check(len(grad_adapted) == len(params), "grad_adapted must have one tensor for each of params")
-    for index, (grad, size) in enumerate(zip(grad_adapted, network.sizes, strict=True)):
-        fits = grad.numel() == network.tasks * size and grad.device == x.device
-        check(fits, "grad_adapted[", index, "] must have the adapted tensor's shape")
-    _check_private("trajectory", trajectory, loop, loop.segments * network.params)
+    loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
+    network, count, wanted = loop.network, len(a.grad_adapted), len(a.params)
+    check_value(count == wanted, "grad_adapted must hold one tensor for each of params, ", wanted, ", got ", count)
+    for index, (grad, size) in enumerate(zip(a.grad_adapted, network.sizes, strict=True)):
+        name, fits = f"grad_adapted[{index}]", grad.numel() == network.tasks * size
+        check_value(fits, name, " must have the shape of the adapted tensor, got ", grad.shape)
+        check_same_device(grad, name, a.x, "support_x")
+    _check_private("trajectory", a.trajectory, loop, loop.segments * network.params)
     adjoints = loop.empty(network.tasks * loop.flat)
-    loop.run([g.contiguous() for g in grad_adapted], trajectory.contiguous(), adjoints)
-    return _gradients(network, arguments, adjoints, None)
+    loop.run([g.contiguous() for g in a.grad_adapted], a.trajectory.contiguous(), adjoints)
+    return _gradients(network, a, adjoints, None)
 
 
-@custom_op(
-    "metakern::mlp_meta_loss_triton",
-    mutates_args=(),
-    schema="(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor query_x, Tensor query_y, Tensor? query_mask, "
-    f"Tensor[] lr, {_SCALARS}, Tensor second_order, Tensor step_weights, bool with_grads, {_OPTIONS}) "
-    "-> (Tensor, Tensor)",
-)
-def mlp_meta_loss_triton(
-    params: list[Tensor], x: Tensor, y: Tensor, mask: Tensor | None, query_x: Tensor, query_y: Tensor,
-    query_mask: Tensor | None, lr: list[Tensor], *options: Any,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+@meta_loss.triton_kernel
+def mlp_meta_loss_triton(a: Any) -> tuple[Tensor, Tensor]:
     """Query losses [T], and the gradient of each in the arithmetic dtype, with ``with_grads``."""
-    second_order, step_weights, with_grads, *rest = options[_NUM_SCALARS:]
-    arguments = Arguments(params, lr, *options[:_NUM_SCALARS], *rest)
-    loop = _Loop(arguments, x, y, mask, second_order)
-    query = loop.samples("query", query_x, query_y, query_mask)
-    check(step_weights.shape == (arguments.steps,), "step_weights must have shape ", [arguments.steps])
-    step_weights = on_device(step_weights, loop.dtype, x.device)
-    totals = loop.empty(loop.network.tasks, dtype=params[0].dtype)
-    task_grads = loop.padded(loop.flat if with_grads else 0)
-    loop.run((), None, task_grads if with_grads else None, query, step_weights, totals)
+    loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
+    query = loop.samples("query", a.query_x, a.query_y, a.query_mask)
+    check_shape(a.step_weights, "step_weights", [a.steps])
+    step_weights = on_device(a.step_weights, loop.dtype, a.x.device)
+    totals = loop.empty(loop.network.tasks, dtype=a.params[0].dtype)
+    task_grads = loop.padded(loop.flat if a.with_grads else 0)
+    loop.run((), None, task_grads if a.with_grads else None, query, step_weights, totals)
     return totals, task_grads
 
 
-@custom_op(
-    "metakern::mlp_meta_loss_triton_backward",
-    mutates_args=(),
-    schema="(Tensor grad_losses, Tensor task_grads, Tensor[] params, Tensor x, Tensor y, Tensor[] lr, int steps, "
-    "bool per_step, int loss) -> (Tensor[], Tensor[])",
-)
-def mlp_meta_loss_triton_backward(
-    grad_losses: Tensor, task_grads: Tensor, params: list[Tensor], x: Tensor, y: Tensor, lr: list[Tensor], steps: int,
-    per_step: bool, loss: int,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+@meta_loss_backward.triton_kernel
+def mlp_meta_loss_triton_backward(a: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Gradients of params and rates: the tasks' gradients, weighted and summed."""
-    arguments = Arguments(params, lr, 0.0, steps, per_step, -1, [0], loss, 1)
-    loop = _Loop(arguments, x, y, None, constant((True,) * steps, torch.bool, x.device))
-    check(grad_losses.shape == (loop.network.tasks,), "grad_losses must have shape ", [loop.network.tasks])
-    _check_private("task_grads", task_grads, loop, loop.flat)
-    return _gradients(loop.network, arguments, task_grads.contiguous(), grad_losses)
+    arguments = Arguments(a.params, a.lr, 0.0, a.steps, a.per_step, -1, [0], a.loss, 1)
+    loop = _Loop(arguments, a.x, a.y, None, constant((True,) * a.steps, torch.bool, a.x.device))
+    check_shape(a.grad_losses, "grad_losses", [loop.network.tasks])
+    _check_private("task_grads", a.task_grads, loop, loop.flat)
+    return _gradients(loop.network, arguments, a.task_grads.contiguous(), a.grad_losses)
 
 
 def _check_private(name: str, values: Tensor, loop: _Loop, elements: int) -> None:
     fits = values.numel() == -(-loop.network.tasks // TASK_LANES) * TASK_LANES * elements
-    check(fits, name, " must be the one of this problem, got ", values.numel(), " elements")
-    check(values.dtype == loop.dtype and values.device == loop.like.device, name, " must be ", loop.dtype)
+    check_value(fits, name, " must be the one of this problem, got ", values.numel(), " elements")
+    check_dtype(values, name, loop.dtype)
+    check_same_device(values, name, loop.like, "params[0]")

@@ -10,12 +10,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from metakern.core.memo import constant, memoized
+from metakern.ops.core.checks import check_dtype, check_same_device, check_shape, check_type, check_value
 from metakern.ops.core.triton_launch import split
 from metakern.ops.mlp_inner_loop.triton_functions import MIXED
 
@@ -58,18 +59,6 @@ class Samples(NamedTuple):
     mask: Tensor | None  # uint8 [T, samples]
 
 
-def check(condition: bool, *parts: Any) -> None:
-    """Raise RuntimeError with the joined parts unless ``condition``."""
-    if not condition:
-        raise RuntimeError("".join(str(list(part) if isinstance(part, torch.Size) else part) for part in parts))
-
-
-def _check_like(name: str, x: Tensor, like: Tensor, dtype: bool = True) -> None:
-    if dtype and x.dtype != like.dtype:
-        check(False, name, " must be ", str(like.dtype)[6:], ", got ", str(x.dtype)[6:])
-    check(x.device == like.device, name, " must be on the device of params, ", like.device, ", got ", x.device)
-
-
 class Network:
     """Sizes of the tasks' MLPs.
 
@@ -83,27 +72,29 @@ class Network:
 
     def __init__(self, arguments: Arguments, x: Tensor) -> None:
         """The sizes that params and the rates have, checked; ``x`` are the support samples."""
-        check(x.dim() == 3 and x.shape[0] >= 1, "support_x must be [T, S, inputs] with at least 1 task")
+        fits = x.dim() == 3 and x.shape[0] >= 1
+        check_value(fits, "support_x must be [T, S, inputs] with at least 1 task, got ", x.shape)
         self.tasks = x.shape[0]
         steps, every = arguments.steps, arguments.checkpoint_every
-        check(1 <= steps <= _MOST, "steps must be 1 to ", _MOST, ", got ", steps)
-        check(0 <= arguments.loss <= 2, "loss must be 0, 1 or 2, got ", arguments.loss)
-        check(1 <= every <= steps, "checkpoint_every must be 1 to ", steps, ", got ", every)
-        check(math.isfinite(arguments.rate), "rate must be finite, got ", arguments.rate)
+        check_value(1 <= steps <= _MOST, "steps must be 1 to ", _MOST, ", got ", steps)
+        check_value(0 <= arguments.loss <= 2, "loss must be 0, 1 or 2, got ", arguments.loss)
+        check_value(1 <= every <= steps, "checkpoint_every must be 1 to ", steps, ", got ", every)
+        check_value(math.isfinite(arguments.rate), "rate must be finite, got ", arguments.rate)
         clip = arguments.clip_norm
-        check(clip is None or 0 < clip < math.inf, "clip_norm must be positive and finite, got ", clip)
+        check_value(clip is None or 0 < clip < math.inf, "clip_norm must be positive and finite, got ", clip)
         self.widths: tuple[int, ...] = ()
         self.sizes: tuple[int, ...] = ()
         self.shared = 0
         params = arguments.params
-        check(
+        check_value(
             0 < len(params) <= 2 * MAX_LAYERS and len(params) % 2 == 0,
             *("params must hold a weight and a bias for 1 to ", MAX_LAYERS, " layers, got ", len(params), " tensors"),
         )
-        check(params[0].dtype in _DTYPES, "params must be float32, float64, bfloat16 or float16")
+        dtype = params[0].dtype
+        check_type(dtype in _DTYPES, "params must be float32, float64, bfloat16 or float16, got ", dtype)
         for index, p in enumerate(params):
             self._add(index, p, params[0])
-        check(
+        check_value(
             self.outputs <= MAX_OUTPUTS, "the last layer must have at most ", MAX_OUTPUTS, " units, got ", self.outputs
         )
         self.activations = self._activations(arguments)
@@ -112,51 +103,56 @@ class Network:
     def _add(self, index: int, p: Tensor, first: Tensor) -> None:
         own, name = 2 - index % 2, f"params[{index}]"
         axes = f" must have {own} axes, or one more for the tasks, got "
-        check(p.dim() in (own, own + 1), name, axes, p.shape)
+        check_value(p.dim() in (own, own + 1), name, axes, p.shape)
         if p.dim() == own:
             self.shared |= 1 << index
         else:
-            check(p.shape[0] == self.tasks, name, " must share the task axis, T = ", self.tasks, ", got ", p.shape)
+            check_value(
+                p.shape[0] == self.tasks, name, " must share the task axis, T = ", self.tasks, ", got ", p.shape
+            )
         units = p.shape[-own]
-        check(1 <= units <= _MOST, name, " must have at least 1 unit, got ", p.shape)
+        fits = 1 <= units <= _MOST and (own == 1 or p.shape[-1] <= _MOST)
+        check_value(fits, name, " must have 1 to ", _MOST, " units and inputs, got ", p.shape)
         if own == 2:
             inputs = self.widths[-1] if index else p.shape[-1]
-            check(p.shape[-1] == inputs >= 1, name, " must take ", inputs, " inputs, got ", p.shape)
+            check_value(p.shape[-1] == inputs >= 1, name, " must take ", inputs, " inputs, got ", p.shape)
             self.widths += (units,) if index else (inputs, units)
         else:
-            check(units == self.widths[-1], name, " must have ", self.widths[-1], " units, got ", p.shape)
+            check_value(units == self.widths[-1], name, " must have ", self.widths[-1], " units, got ", p.shape)
         self.sizes += (math.prod(p.shape[-own:]),)
-        _check_like("params", p, first)
+        check_dtype(p, name, first.dtype)
+        check_same_device(p, name, first, "params[0]")
 
     def _activations(self, a: Arguments) -> tuple[tuple[int, float], ...]:
         """Kind and slope of every hidden layer's activation."""
         hidden, count = len(self.widths) - 2, len(a.activation)
-        check(
+        check_value(
             count in (1, hidden),
             *("activation must hold 1 kind or one for each of the ", hidden, " hidden layers, got ", count),
         )
-        check(
+        check_value(
             len(a.slopes) in (0, count),
             *("slopes must hold none or one for each of the ", count, " activations, got ", len(a.slopes)),
         )
         for kind in a.activation:
-            check(0 <= kind <= _LAST_KIND, "activation must be 0 to ", _LAST_KIND, ", got ", kind)
+            check_value(0 <= kind <= _LAST_KIND, "activation must be 0 to ", _LAST_KIND, ", got ", kind)
         for slope in a.slopes:
-            check(0 <= slope < math.inf, "slopes must be finite and not negative, got ", slope)
+            check_value(0 <= slope < math.inf, "slopes must be finite and not negative, got ", slope)
         pairs = tuple(zip(a.activation, a.slopes or [0.0] * count, strict=True))
         return pairs[:hidden] if count == hidden else pairs * hidden
 
     def _check_rates(self, a: Arguments) -> None:
         count = len(self.sizes)
-        check(
+        check_value(
             len(a.lr) in (0, 1, count),
             *("lr must hold no tensor, 1 or one for each of the ", count, " params, got ", len(a.lr)),
         )
         for index, rate in enumerate(a.lr):
-            _check_like("lr", rate, a.params[0])
+            check_dtype(rate, f"lr[{index}]", a.params[0].dtype)
+            check_same_device(rate, f"lr[{index}]", a.params[0], "params[0]")
             size, leading = self.sizes[index], a.steps if a.per_step else 1
             fits = rate.numel() in (leading, leading * size) if len(a.lr) > 1 else rate.numel() == leading
-            check(fits, f"lr[{index}] must hold 1 or {size} rates", " a step" * a.per_step, ", got ", rate.shape)
+            check_value(fits, f"lr[{index}] must hold 1 or {size} rates", " a step" * a.per_step, ", got ", rate.shape)
 
     @property
     def activation(self) -> int:
@@ -180,27 +176,23 @@ class Network:
         return sum(self.widths[1:])
 
     def samples(self, name: str, loss: int, x: Tensor, y: Tensor, mask: Tensor | None, like: Tensor) -> Samples:
-        """One set, checked and contiguous."""
+        """The set ``name``, "support" or "query", checked and contiguous."""
         tasks, inputs = self.tasks, self.widths[0]
-        check(
+        check_value(
             x.dim() == 3 and x.shape[0] == tasks and x.shape[1] >= 1 and x.shape[2] == inputs,
             *(name, f"_x must be [{tasks}, samples, {inputs}], got ", x.shape),
         )
-        _check_like("x", x, like)
-        _check_like("y", y, like, dtype=False)
+        check_dtype(x, f"{name}_x", like.dtype)
+        check_same_device(x, f"{name}_x", like, "params[0]")
+        check_same_device(y, f"{name}_y", like, "params[0]")
         count = x.shape[1]
-        check(count <= _MOST, name, "_x must have at most ", _MOST, " samples, got ", count)
-        targets = "labels" if loss == 1 else "targets"
-        shape = [tasks, count] if loss == 1 else [tasks, count, self.outputs]
-        check(list(y.shape) == shape, targets, " must have shape ", shape, ", got ", y.shape)
-        if loss == 1:
-            check(y.dtype == torch.int64, name, "_y must hold int64 labels")
-        else:
-            _check_like(targets, y, like)
+        check_value(count <= _MOST, name, "_x must have at most ", _MOST, " samples, got ", count)
+        check_shape(y, f"{name}_y", [tasks, count] if loss == 1 else [tasks, count, self.outputs])
+        check_dtype(y, f"{name}_y", torch.int64 if loss == 1 else like.dtype)
         if mask is not None:
-            check(list(mask.shape) == [tasks, count], "mask must have shape ", [tasks, count], ", got ", mask.shape)
-            check(mask.dtype == torch.bool, name, "_mask must be bool")
-            _check_like("mask", mask, like, dtype=False)
+            check_shape(mask, f"{name}_mask", [tasks, count])
+            check_dtype(mask, f"{name}_mask", torch.bool)
+            check_same_device(mask, f"{name}_mask", like, "params[0]")
             mask = mask.contiguous().view(torch.uint8)
         return Samples(x.contiguous(), y.contiguous(), mask)
 

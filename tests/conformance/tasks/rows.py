@@ -213,6 +213,13 @@ PROBLEMS = [
         plain(lambda: MixedOptimizees([GradientNoise(DigitsMLP(5, batch_size=7), 0.1), DigitsRNN(4, batch_size=7)])),
         lambda batch: batch.groups[-1].inputs,
     ),
+    Row(
+        "mixture of a mixture",
+        plain(lambda: MixedOptimizees([MixedOptimizees([Quadratics(3), Quadratics(2)]), Quadratics(4)])),
+        lambda batch: torch.cat(
+            [groups_of(group) if hasattr(group, "groups") else group.weight.reshape(-1, 1) for group in batch.groups]
+        ),
+    ),
     Row("own problems", plain(Bowls), lambda batch: batch.factor, own=True),
     Row("own problems of two tensors", plain(lambda: Bowls(parts=True)), lambda batch: batch.factor, own=True),
 ]

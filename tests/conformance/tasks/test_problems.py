@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from metakern.core.task_params import task_groups
+from metakern.core.task_params import num_tasks
 from metakern.learners import RuleLearner
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import Adam, CoordinatewiseLSTM, Rule
 from tests.conformance.tasks.contents import gradients, rows_of
 from tests.conformance.tasks.rows import PROBLEMS
 from tests.tasks.draws import generator
+
+#: One that takes all coordinates in one launch, and one that goes tensor by tensor.
+RULES: dict[str, Callable[[], Rule]] = {
+    "lstm": lambda: CoordinatewiseLSTM(4),
+    "adam": lambda: Adam(nn.Parameter(torch.tensor(0.01))),
+}
 
 every_row = pytest.mark.parametrize("row", PROBLEMS, ids=lambda row: row.name)
 every_own_row = pytest.mark.parametrize("row", [row for row in PROBLEMS if not row.own], ids=lambda row: row.name)
 
 
 def groups_with_params(batch: Any, params: Any) -> list[tuple[Any, Any]]:
-    """The groups of a batch that is one, otherwise the batch, with their params."""
-    return list(zip(batch.groups, params, strict=True)) if hasattr(batch, "groups") else [(batch, params)]
+    """The groups of a mixture, of the mixtures in it too, with their params; otherwise the batch with its own."""
+    if not hasattr(batch, "groups"):
+        return [(batch, params)]
+    return [pair for part in zip(batch.groups, params, strict=True) for pair in groups_with_params(*part)]
 
 
 @every_own_row
@@ -42,7 +51,7 @@ def test_params_are_tensors_by_name_with_the_task_axis_first(tasks: Any) -> None
 def test_every_problem_has_a_loss(tasks: Any) -> None:
     batch = tasks.sample(5, generator())
     params = batch.init_params()
-    assert sum(len(group[0]) for group in task_groups(params)) == 5
+    assert num_tasks(params) == 5
     assert batch.loss(params).shape == batch.full_loss(params).shape == (5,)
 
 
@@ -125,7 +134,7 @@ def test_second_derivatives_go_through(tasks: Any) -> None:
 
 def in_double(batch: Any) -> Any:
     """The batch with its numbers in float64."""
-    for group in getattr(batch, "groups", (batch,)):
+    for group, _ in groups_with_params(batch, batch.init_params()):
         inner = getattr(group, "batch", group)
         for name in ("weight", "target", "inputs", "targets", "factor"):
             if isinstance(data := getattr(inner, name, None), Tensor) and data.is_floating_point():
@@ -134,10 +143,11 @@ def in_double(batch: Any) -> Any:
 
 
 @every_row
-def test_a_rule_trains_on_them(tasks: Any) -> None:
+@pytest.mark.parametrize("make", RULES.values(), ids=RULES)
+def test_rules_train_on_them(tasks: Any, make: Callable[[], Rule]) -> None:
     """Through RuleLearner: losses of every problem, and a gradient for every weight."""
     torch.manual_seed(0)
-    learner = RuleLearner(CoordinatewiseLSTM(4), steps=4, unroll=2)
+    learner = RuleLearner(make(), steps=4, unroll=2)
     for losses in learner.meta_losses(tasks.sample(5, generator())):
         assert losses.shape == (5,)
         losses.mean().backward()

@@ -17,6 +17,7 @@ from metakern import adapt, meta_loss
 from metakern.core import backend as _backend
 from metakern.inner_loop.engines import mlp as _fused_inner_loop
 from metakern.inner_loop.engines import mlp_model as _mlp
+from metakern.inner_loop.remembered import Remembered
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 
@@ -240,7 +241,7 @@ def test_a_model_too_large_for_one_backend_goes_to_the_next(
 
     monkeypatch.setattr(_fused_inner_loop, "mlp_meta_loss", spy)
     monkeypatch.setitem(_backend.PREFERRED, "cpu", ("cpp", "triton"))
-    monkeypatch.setattr(_fused_inner_loop, "_served_before", {})
+    monkeypatch.setattr(_fused_inner_loop, "served_before", Remembered(most=8))
     data = episode(tasks=1)
     objective = Objective(mlp(2, 4, 1), "meta_loss", steps=1, explain=True)
     with torch.no_grad():
@@ -257,7 +258,7 @@ def test_a_model_too_large_for_one_backend_goes_to_the_next(
 
 
 def test_a_remembered_call_is_served_as_the_first_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_fused_inner_loop, "_served_before", {})
+    monkeypatch.setattr(_fused_inner_loop, "served_before", Remembered(most=8))
     remembered = _fused_inner_loop.served_before
     net, data = mlp(2, 4, 1), episode()
     objective = Objective(net, "meta_loss")

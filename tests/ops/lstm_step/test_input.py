@@ -172,12 +172,12 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     # dtype
     "params of integers": (
-        {"params": torch.zeros(N, dtype=torch.int64)},
+        {name: torch.zeros(N, dtype=torch.int64) for name in ("params", "grads")},
         TypeError,
         "params must be float32, bfloat16, float16 or float64, got torch.int64",
     ),
     "params that are complex": (
-        {"params": torch.zeros(N, dtype=torch.complex64)},
+        {name: torch.zeros(N, dtype=torch.complex64) for name in ("params", "grads")},
         TypeError,
         "params must be float32, bfloat16, float16 or float64, got torch.complex64",
     ),
@@ -210,38 +210,38 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "sparse grads": (
         {"grads": torch.zeros(N).to_sparse()},
         TypeError,
-        "params and grads must be dense tensors, got layouts torch.strided and torch.sparse_coo",
+        "grads must be a dense tensor, got layout torch.sparse_coo",
     ),
     "sparse params": (
         {"params": torch.zeros(N).to_sparse()},
         TypeError,
-        "params and grads must be dense tensors, got layouts torch.sparse_coo and torch.strided",
+        "params must be a dense tensor, got layout torch.sparse_coo",
     ),
     "sparse state": (
         {"state": state_with(Tensor.to_sparse)},
         TypeError,
-        "state.data must be a dense tensor, got layout torch.sparse_coo",
+        "state must be a dense tensor, got layout torch.sparse_coo",
     ),
     "sparse weight": (
         {"weights": weights_with(1, Tensor.to_sparse)},
         TypeError,
-        "weights[1] (weight_hh_l0) must be a dense tensor, got layout torch.sparse_coo",
+        "weights[1] must be a dense tensor, got layout torch.sparse_coo",
     ),
     # device
     "grads on another device": (
         {"grads": torch.zeros(N, device="meta")},
-        ValueError,
+        RuntimeError,
         "grads must be on the device of params, cpu, got meta",
     ),
     "state on another device": (
         {"state": state_with(meta)},
-        ValueError,
+        RuntimeError,
         "state must be on the device of params, cpu, got meta",
     ),
     "weight on another device": (
         {"weights": weights_with(9, meta)},
-        ValueError,
-        "weights[9] (head.bias) must be on cpu, got meta",
+        RuntimeError,
+        "weights[9] (head.bias) must be on the device of params, cpu, got meta",
     ),
     # options
     "unknown preprocessing": (
@@ -284,7 +284,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "a weight None, as of bias=False": (
         {"weights": weights_with(2, lambda w: None)},
         TypeError,
-        "weights[2] (bias_ih_l0) must be a dense tensor, got NoneType",
+        "weights[2] must be a tensor, got NoneType",
     ),
     "scale a string": (
         {"preprocess_scale": "10"},

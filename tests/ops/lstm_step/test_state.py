@@ -166,7 +166,7 @@ def test_pack_refuses_dtypes(h: torch.dtype, c: torch.dtype) -> None:
 
 
 def test_pack_refuses_tensors_of_two_devices() -> None:
-    with pytest.raises(ValueError, match=r"h and c must be on one device, got cpu and meta"):
+    with pytest.raises(RuntimeError, match=r"h and c must be on one device, got cpu and meta"):
         pack_state(torch.zeros(1, 2, 3), torch.zeros(1, 2, 3, device="meta"))
 
 

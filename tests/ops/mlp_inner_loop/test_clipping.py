@@ -285,7 +285,7 @@ def test_the_operator_called_directly_refuses(
     activation: list[int], slopes: list[float], norm: float | None, message: str
 ) -> None:
     case = Case([2, 4, 3, 1], 3)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(ValueError, match=message):
         torch.ops.metakern.mlp_inner_loop(
             case.params, *case.support, None, [], 0.1, 2, False, -1, activation, 0, 1, False, flags(2), slopes, norm
         )

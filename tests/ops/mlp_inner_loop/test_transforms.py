@@ -295,9 +295,9 @@ def test_derivatives_that_are_not_provided_raise(name: str) -> None:
     def with_x(x: Any) -> Tensor:
         return loss(params, x)
 
-    twice = "cannot be differentiated again; backend='reference' takes"
-    forward = "no forward-mode derivative; backend='reference' takes"
-    samples = "differentiates by params and lr alone, but the samples require a gradient"
+    twice = "the fused inner loop provides no second derivative of its own; backend='reference' does"
+    forward = "the fused inner loop provides no forward-mode derivative; backend='reference' does"
+    samples = "the fused inner loop provides no gradient of x, which requires one; backend='reference' does"
     for message, derivative in (
         (twice, lambda: grad(slope)(params)),
         (twice, lambda: vmap(grad(slope))([stacked(p, 0) for p in params])),

@@ -5,13 +5,14 @@ Axis legend: N coordinates, F features, H hidden units, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from bench.peers import largest_error
 from metakern.ops import LSTMState, lstm_step, pack_state, unpack_state
 from metakern.rules import CoordinatewiseLSTM
 from metakern.rules.plain_lstm import PlainLSTM
@@ -161,21 +162,6 @@ def make_problem(
 def check_agreement(problems: Sequence[Problem], *, backward: bool = False) -> float:
     """:func:`largest_error` of one step of every contender, of its gradients with ``backward``."""
     return largest_error({problem.contender.name: _results(problem, backward) for problem in problems})
-
-
-def largest_error(results: Mapping[str, Sequence[Tensor]], tolerance: float = 1e-4) -> float:
-    """The largest relative error of any contender's results against the first one's; AssertionError above a tolerance.
-
-    Relative to the largest magnitude of each tensor: float32 sums in another order differ.
-    """
-    worst = 0.0
-    (first, expected), *others = results.items()
-    for name, actual in others:
-        for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
-            error = float((got - want).abs().max() / want.abs().max())
-            assert error < tolerance, f"{name} and {first} differ by {error:.1e} in result {index}"
-            worst = max(worst, error)
-    return worst
 
 
 def _results(problem: Problem, backward: bool) -> list[Tensor]:

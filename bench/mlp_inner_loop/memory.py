@@ -1,6 +1,6 @@
 """A meta-iteration of many inner steps in a process of its own: its time and its peak memory, as JSON on stdout.
 
-python -m bench.inner_loop_memory CONTENDER TASKS STEPS REPEATS THREADS
+python -m bench.mlp_inner_loop.memory CONTENDER TASKS STEPS REPEATS THREADS
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from bench.inner_loop_cases import Case, embedding
-from bench.inner_loop_contenders import find_libraries, iterate, make_contender, results
+from bench.mlp_inner_loop.cases import Case, embedding
+from bench.mlp_inner_loop.contenders import iterate, make_contender, results
+from bench.peers import find_libraries
 from bench.processes import peak_bytes
 from bench.timing import wall_seconds
 

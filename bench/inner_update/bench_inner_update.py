@@ -1,6 +1,6 @@
 """pytest-benchmark of inner_update: forward and forward + backward, against a loop, torch._foreach and torch.compile.
 
-pytest bench/bench_inner_update.py --benchmark-only --benchmark-group-by=group
+pytest bench/inner_update/bench_inner_update.py --benchmark-only --benchmark-group-by=group
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.update_contenders import Update, foreach, fused, loop, make_tensors
+from bench.inner_update.contenders import Update, foreach, fused, loop, make_tensors
 
 THREADS = 2
 #: T tasks, hidden units and layers of the perceptron that adapts: two tensors a layer.

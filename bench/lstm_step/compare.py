@@ -1,7 +1,7 @@
 """The fused step against its peers, in one process and one run; results go to bench/results/<device>.json.
 
-python -m bench.compare            the measurement that the README shows (minutes)
-python -m bench.compare --quick    small sizes, no compiled peer, nothing written: that everything runs (seconds)
+python -m bench.lstm_step.compare            the measurement that the README shows (minutes)
+python -m bench.lstm_step.compare --quick    small sizes, no compiled peer, nothing written: that everything runs
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from rich.table import Table
 from torch import nn
 
 from bench import machine
-from bench.contenders import Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
+from bench.lstm_step.contenders import Eager, Fused, check_agreement, make_contenders, make_problem, make_rule
+from bench.lstm_step.targets import judge
+from bench.lstm_step.unroll import KINDS, in_subprocess
+from bench.lstm_step.work import BACKWARD_FORWARDS, HIDDEN, LAYERS, bytes_per_coordinate, flops_per_coordinate
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
-from bench.targets import judge
 from bench.timing import Calls, alternate, quantiles
-from bench.unroll import KINDS, in_subprocess
-from bench.work import BACKWARD_FORWARDS, HIDDEN, LAYERS, bytes_per_coordinate, flops_per_coordinate
 from metakern import build_info
 from metakern.ops.lstm_step.reference import PREPROCESS
 from metakern.optim import LearnedOptimizer
@@ -238,7 +238,7 @@ def main(
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     plan = QUICK if quick else replace(FULL, seconds=seconds)
-    results = describe_run("lstm_step", "bench.compare") | measure(plan, console)
+    results = describe_run("lstm_step", "bench.lstm_step.compare") | measure(plan, console)
     show(results, console)
     if output is None and not quick:
         output = RESULTS / f"{machine.device_name()}.json"

@@ -1,6 +1,6 @@
 """One unroll, forward and backward, in a process of its own: its time and its peak memory, as JSON on stdout.
 
-python -m bench.unroll metakern|eager N STEPS REPEATS THREADS
+python -m bench.lstm_step.unroll metakern|eager N STEPS REPEATS THREADS
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from bench import processes
-from bench.contenders import Contender, Eager, Fused, make_rule
+from bench.lstm_step.contenders import Contender, Eager, Fused, make_rule
 from bench.processes import peak_bytes
 from bench.timing import wall_seconds
 
@@ -52,7 +52,7 @@ def measure(kind: str, n: int, steps: int, repeats: int) -> dict[str, Any]:
 
 def in_subprocess(kind: str, n: int, steps: int, repeats: int) -> dict[str, Any]:
     """:func:`measure` in a fresh process with as many threads as this one."""
-    return processes.in_subprocess("bench.unroll", kind, n, steps, repeats)
+    return processes.in_subprocess("bench.lstm_step.unroll", kind, n, steps, repeats)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.work import inner_loop_forwards
 from metakern.models import conv4, mlp
 
 #: Inputs [T, S, ...] and targets of T tasks.
@@ -124,3 +123,13 @@ OMNIGLOT_MLP = Case("5-way 784-256-128-64-64-5", (784,), (256, 128, 64, 64, 5), 
 
 OMNIGLOT_CONV4 = Case("conv4 28x28, 64 filters", (1, 28, 28), (64, 5), 4, 5, 5, 1, 0.1)
 MINI_IMAGENET_CONV4 = Case("conv4 84x84, 32 filters", (3, 84, 84), (32, 5), 2, 5, 15, 1, 0.01)
+
+
+def inner_loop_forwards(support: int, query: int, steps: int, first_order: bool) -> int:
+    """Forward passes of one sample to whose products those of a task's meta-iteration amount.
+
+    A backward has two products for each one of the forward. An inner step is a forward and a backward, 3; of second
+    order the outer backward goes back through both, twice 3 more, 9. The query set takes 3. What the first layer saves,
+    whose input needs no gradient, is counted as if it were done.
+    """
+    return support * steps * (3 if first_order else 9) + 3 * query

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.contenders import Contender, Eager, Fused, Problem
 from bench.gpu_device import Device
+from bench.lstm_step.contenders import Contender, Eager, Fused, Problem
 from metakern.ops import LSTMState, lstm_step, pack_state
 from metakern.ops.lstm_step import PRECISIONS
 from metakern.ops.lstm_step.reference import gradient_features
@@ -216,18 +216,3 @@ def results(problem: Problem, contender: GpuContender, *, backward: bool) -> lis
     params, *rest = problem.forward_backward()
     count = len(contender.tensors(problem.state))
     return [params, *contender.unpack(contender.rebuild(problem.state, rest[:count])), *rest[count:]]
-
-
-def largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> float:
-    """Relative to the largest magnitude of each expected tensor.
-
-    Raises:
-        ArithmeticError: above what is allowed, and for NaN
-    """
-    worst = 0.0
-    for index, (got, want) in enumerate(zip(actual, expected, strict=True)):
-        error = float((got.to(want.dtype) - want).abs().max() / want.abs().max())
-        if not error <= allowed:
-            raise ArithmeticError(f"result {index} differs from eager by {error:.1e}, allowed {allowed:.0e}")
-        worst = max(worst, error)
-    return worst

@@ -5,9 +5,6 @@ A meta-iteration is: all query losses, their mean, backward to the meta-paramete
 
 from __future__ import annotations
 
-import importlib
-import importlib.metadata
-import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
@@ -17,11 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 
 import metakern
-from bench.contenders import largest_error
-from bench.inner_loop_cases import Case, Set
-
-#: Libraries that take one task after another.
-LIBRARIES = ("learn2learn", "higher", "torchopt")
+from bench.mlp_inner_loop.cases import Case, Set
+from bench.peers import largest_error
 
 #: Largest relative difference between the results of two contenders in float64.
 AGREEMENT = 1e-9
@@ -233,27 +227,6 @@ class TorchOpt(Looped):
             for part, state in zip((self.model, self.optimizer), initial, strict=True):
                 library.recover_state_dict(part, state)
             yield loss
-
-
-def find_libraries() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The peers' libraries that can be imported here; and of each, its version or why it cannot be."""
-    modules, notes = {}, {}
-    for name in LIBRARIES:
-        if importlib.util.find_spec(name) is None:
-            notes[name] = "not importable: not installed"
-            continue
-        try:
-            modules[name] = importlib.import_module(name)
-        except Exception as error:  # whatever an old library stumbles over is the reason that is recorded
-            notes[name] = f"not importable: {type(error).__name__}: {error}"
-            continue
-        notes[name] = _version(modules[name])
-    return modules, notes
-
-
-def _version(module: ModuleType) -> str:
-    """As the module says it, else as its installed metadata do."""
-    return str(getattr(module, "__version__", None) or importlib.metadata.version(module.__name__))
 
 
 def make_contender(name: str, case: Case, libraries: Mapping[str, ModuleType]) -> Contender | None:

@@ -1,6 +1,6 @@
 """pytest-benchmark of a meta-iteration of MAML with an MLP, against plain and compiled PyTorch.
 
-pytest bench/bench_mlp_inner_loop.py --benchmark-only --benchmark-group-by=group
+pytest bench/mlp_inner_loop/bench_mlp_inner_loop.py --benchmark-only --benchmark-group-by=group
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.inner_loop_cases import Case, embedding, sinusoid
-from bench.inner_loop_contenders import iterate, make_contender
+from bench.mlp_inner_loop.cases import Case, embedding, sinusoid
+from bench.mlp_inner_loop.contenders import iterate, make_contender
 
 THREADS = 2
 BATCHES = 3

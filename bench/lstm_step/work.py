@@ -28,13 +28,3 @@ def backward_bytes_per_coordinate(state_bytes: int = 4) -> int:
     And of each coordinate: its gradient and that of the new param read, the gradient of the gradient written.
     """
     return state_bytes * 3 * 2 * LAYERS * HIDDEN + 4 * 3
-
-
-def inner_loop_forwards(support: int, query: int, steps: int, first_order: bool) -> int:
-    """Forward passes of one sample to whose products those of a task's meta-iteration amount.
-
-    A backward has two products for each one of the forward. An inner step is a forward and a backward, 3; of second
-    order the outer backward goes back through both, twice 3 more, 9. The query set takes 3. What the first layer saves,
-    whose input needs no gradient, is counted as if it were done.
-    """
-    return support * steps * (3 if first_order else 9) + 3 * query

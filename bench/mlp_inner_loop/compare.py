@@ -1,8 +1,8 @@
 """The batched inner loop of MAML against its peers, in one process and one run.
 
-python -m bench.compare_inner_loop            the measurement that the README shows (tens of minutes, most to compile)
-python -m bench.compare_inner_loop --quick    small cases, no compiled peer, nothing written: that everything runs
-python -m bench.compare_inner_loop --cases TEXT --output FILE    only cases with TEXT in their title, and MAML.adapt
+python -m bench.mlp_inner_loop.compare            the measurement that the README shows (tens of minutes)
+python -m bench.mlp_inner_loop.compare --quick    small cases, no compiled peer, nothing written: that everything runs
+python -m bench.mlp_inner_loop.compare --cases TEXT --output FILE    only cases with TEXT in their title, and MAML.adapt
 
 Results go to bench/results/<device>-inner-loop.json. learn2learn, higher and torchopt take part where they can be
 imported (``pip install --target FOLDER --no-deps``, FOLDER in PYTHONPATH); the results say which could not, and why.
@@ -26,12 +26,13 @@ from rich.table import Table
 from torch._inductor.utils import fresh_cache
 
 from bench import machine
-from bench.inner_loop_cases import MINI_IMAGENET_CONV4, OMNIGLOT_CONV4, OMNIGLOT_MLP, Case, embedding, sinusoid
-from bench.inner_loop_contenders import LIBRARIES, check_agreement, find_libraries, iterate, make_contender
-from bench.inner_loop_memory import memory_case
+from bench.mlp_inner_loop.cases import MINI_IMAGENET_CONV4, OMNIGLOT_CONV4, OMNIGLOT_MLP, Case, embedding, sinusoid
+from bench.mlp_inner_loop.contenders import check_agreement, iterate, make_contender
+from bench.mlp_inner_loop.memory import memory_case
+from bench.mlp_inner_loop.targets import judge_inner_loop
+from bench.peers import LIBRARIES, find_libraries
 from bench.processes import in_subprocess
 from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
-from bench.targets import judge_inner_loop
 from bench.timing import Calls, alternate, quantiles, wall_seconds
 
 BATCHED = ("metakern", "metakern, autograd", "vmap", "compiled")
@@ -159,7 +160,7 @@ def measure_memory(plan: Plan, libraries: dict[str, ModuleType], tasks: int, adv
     runs: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(names):
         arguments = (name, tasks, plan.memory_steps, plan.memory_repeats)
-        runs[name] = in_subprocess("bench.inner_loop_memory", *arguments)
+        runs[name] = in_subprocess("bench.mlp_inner_loop.memory", *arguments)
         advance((index + 1) / len(names))
     for name, run in runs.items():
         for key in ("loss", "gradient_norm"):
@@ -235,7 +236,7 @@ def main(
     console = Console()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
-    results = describe_run("mlp_inner_loop", "bench.compare_inner_loop") | measure(plan, console)
+    results = describe_run("mlp_inner_loop", "bench.mlp_inner_loop.compare") | measure(plan, console)
     show(results, console)
     if output is None and not quick:
         output = RESULTS / f"{machine.device_name()}-inner-loop.json"

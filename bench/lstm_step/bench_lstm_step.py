@@ -1,6 +1,6 @@
 """pytest-benchmark of lstm_step: forward and forward + backward, against plain and compiled PyTorch.
 
-pytest bench/bench_lstm_step.py --benchmark-only --benchmark-group-by=group
+pytest bench/lstm_step/bench_lstm_step.py --benchmark-only --benchmark-group-by=group
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import Compiled, Contender, Eager, Fused, make_problem, make_rule
+from bench.lstm_step.contenders import Compiled, Contender, Eager, Fused, make_problem, make_rule
 
 THREADS = 2
 SIZES = (10**3, 10**4, 10**5, 10**6)

@@ -1,0 +1,87 @@
+"""One case on a GPU: an operator and its peers, after a check that they compute the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.gpu_device import Device, reason, time_limit
+from bench.peers import largest_difference
+from bench.timing import Calls, alternate
+
+#: Largest relative difference to the first peer, in float32: sums over tasks and samples in another order.
+AGREEMENT = 1e-3
+
+#: How the public functions say that a backend has no kernels for the call.
+ABSENT = "cannot run"
+
+#: Makes a contender's calls on several inputs, and one that returns fresh results on the first of them.
+Make = Callable[[], tuple[Calls, Callable[[], list[Tensor]]]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a cell may take."""
+
+    cell_seconds: float  # of timing
+    compile_seconds: float  # at most, a contender
+    min_rounds: int
+
+
+class Cell:
+    """One case: contenders that run and agree, their calls, and why others are missing."""
+
+    def __init__(self, title: str, device: Device, limits: Limits) -> None:
+        self.title, self.device, self.limits = title, device, limits
+        self.calls: dict[str, Calls] = {}
+        self.differences: dict[str, float] = {}
+        self.unavailable: dict[str, str] = {}
+        self.failed: list[str] = []
+        self._ours: set[str] = set()
+        self._expected: list[Tensor] = []
+
+    def admit(self, name: str, make: Make, *, ours: bool) -> None:
+        """Let a contender take part, unless it fails or computes something else than the first one."""
+        try:
+            with time_limit(self.limits.compile_seconds, "the first call"):
+                calls, first = make()
+                got = first()
+            self._expected = self._expected or got
+            self.differences[name] = largest_difference(got, self._expected, AGREEMENT)
+            self.calls[name] = calls
+            self._ours |= {name} if ours else set()
+        except Exception as error:  # one contender less; the others are measured
+            self.unavailable[name] = reason(error)
+            print(f"  {name} is not measured: {reason(error)}", flush=True)
+            absent = isinstance(error, RuntimeError) and ABSENT in str(error)
+            if ours and not absent and not isinstance(error, torch.OutOfMemoryError):
+                self.failed.append(name)
+            self.device.release()
+
+    def measure(self) -> dict[str, Any]:
+        """Times and ratios."""
+        times = alternate(
+            self.calls,
+            seconds=self.limits.cell_seconds,
+            min_rounds=self.limits.min_rounds,
+            clock=self.device.seconds,
+        )
+        peers = {name: entry["median_s"] for name, entry in times.items() if name not in self._ours}
+        fastest = min(peers, key=peers.__getitem__, default=None)
+        contenders: dict[str, dict[str, Any]] = {name: dict(entry) for name, entry in times.items()}
+        for name in self._ours:
+            speedups = {peer: seconds / times[name]["median_s"] for peer, seconds in peers.items()}
+            contenders[name]["speedup"] = speedups
+            contenders[name]["speedup_over_fastest_peer"] = None if fastest is None else speedups[fastest]
+        return {
+            "title": self.title,
+            "fastest_peer": fastest,
+            "contenders": contenders,
+            "difference_from_the_first": self.differences,
+            "unavailable": self.unavailable,
+            "failed": self.failed,
+        }

@@ -1,0 +1,1 @@
+"""inner_update against its peers."""

@@ -1,0 +1,1 @@
+"""lstm_step against its peers."""

@@ -1,0 +1,1 @@
+"""The batched inner loop against its peers."""

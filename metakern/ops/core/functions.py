@@ -1,0 +1,232 @@
+"""An operator's gradient formula on the ways that a call can go: eager, torch.func, and what torch.compile traces.
+
+Of one formula there are three forms. The one registered with the operator is traced; torch.func does not get through
+it (pytorch issue 170834), and in eager mode it costs 40 µs more a call than an autograd.Function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from metakern.core.torch_private import below_autograd, forward_mode_is_active, func_is_active
+from metakern.ops.core.batching import Batch
+from metakern.ops.core.schema import flatten, put, without_tensors
+
+if TYPE_CHECKING:
+    from metakern.ops.core.define_op import Kernel, Operator
+
+
+class Backward:
+    """What a gradient formula gets.
+
+    Attributes:
+        arguments: by name; tensors only where the formula's ``saves`` or ``shapes`` name them, None in place of others
+        results: by name; only those that ``saves`` names
+        grads: gradients of the results, by the results' names; None for private results
+        wants: names of the arguments whose gradients are asked for
+    """
+
+    __slots__ = ("_kernel", "arguments", "grads", "results", "wants")
+
+    def __init__(self, kernel: Kernel, arguments: Any, results: Any, grads: Any, wants: frozenset[str]) -> None:
+        self._kernel = kernel
+        self.arguments, self.results, self.grads, self.wants = arguments, results, grads, wants
+
+    def call(self, operator: Operator, *arguments: Any) -> Any:
+        """Another operator, by the implementation of the one that ran forward."""
+        return operator.kernel(self._kernel.implementation).call(arguments, self.wants)
+
+
+class Call:
+    """One call on its way through autograd, which does not look inside.
+
+    Attributes:
+        kernel: the operator of one implementation
+        arguments: as the schema has them; once the forward has run, None in place of tensors
+        results: lists of None, as long as the lists of results
+        wants: names of the arguments whose gradients are asked for, where that is known before the backward
+    """
+
+    __slots__ = ("arguments", "kernel", "results", "wants")
+
+    def __init__(self, kernel: Kernel, arguments: Sequence[Any], wants: frozenset[str]) -> None:
+        self.kernel, self.arguments, self.wants = kernel, arguments, wants
+        self.results: list[Any] = []
+
+    def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
+        """All results of the kernel itself, past autograd."""
+        with below_autograd():
+            return self.kernel.operator.schema.results_of(self.kernel.overload(*arguments))
+
+    def gradients(
+        self, saved: Sequence[Any], places: Any, grads: Sequence[Any], wants: frozenset[str]
+    ) -> dict[str, Any]:
+        """The formula's, by the names of arguments.
+
+        Args:
+            saved: tensors that were saved, of the arguments at ``places`` and of the results that the formula reads
+            places: of these arguments
+            grads: one for each result, None for private ones
+            wants: names of the arguments whose gradients are asked for
+        """
+        operator = self.kernel.operator
+        operator.check_provided(wants)
+        arguments, results = list(self.arguments), list(self.results)
+        at = put(saved, arguments, places, arguments)
+        put(saved[at:], results, operator.saved_results, results)
+        named = (
+            operator.schema.Arguments(*arguments),
+            operator.schema.Results(*results),
+            operator.schema.Results(*grads),
+        )
+        return operator.formula(Backward(self.kernel, *named, wants))
+
+    def flat_gradients(
+        self, saved: Sequence[Any], places: Any, grads: Sequence[Any], needs: Sequence[bool]
+    ) -> list[Any]:
+        """:meth:`gradients` one by one, as the tensors came; ``needs`` says of each whether it needs one."""
+        tensors, wants, at = self.kernel.operator.schema.tensors, [], 0
+        for name, index, is_list in tensors:
+            end = at + (len(self.arguments[index]) if is_list else 1)
+            if True in needs[at:end]:
+                wants.append(name)
+            at = end
+        found = self.gradients(saved, places, grads, frozenset(wants))
+        flat: list[Any] = []
+        for name, index, is_list in tensors:
+            grad = found.get(name)
+            if is_list:
+                flat += [None] * len(self.arguments[index]) if grad is None else grad
+            else:
+                flat.append(grad)
+        return flat
+
+
+def recorded(kernel: Kernel, arguments: Sequence[Any]) -> list[Any]:
+    """The results of a call that eager mode records; private ones are None."""
+    call = Call(kernel, arguments, frozenset())
+    flat, results = _Recorded.apply(call, *flatten(arguments, kernel.operator.schema.tensors)), list(call.results)
+    put(flat, results, kernel.operator.public, call.results)
+    return results
+
+
+def transformed(kernel: Kernel, arguments: Sequence[Any], wants: frozenset[str]) -> list[Any]:
+    """All results of a call within the transforms of torch.func."""
+    schema, call = kernel.operator.schema, Call(kernel, arguments, wants)
+    flat, results = _Transformed.apply(call, *flatten(arguments, schema.tensors)), list(call.results)
+    put(flat, results, schema.outputs, call.results)
+    return results
+
+
+class _Recorded(torch.autograd.Function):
+    """An operator in eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call.
+
+    Private results are no outputs: autograd would make zeros for their gradients.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *_: Any) -> tuple[Any, ...]:
+        operator, arguments = call.kernel.operator, call.arguments
+        results = call.run(arguments)
+        ctx.call = call
+        ctx.save_for_backward(*flatten(arguments, operator.saved_arguments), *flatten(results, operator.saved_results))
+        call.arguments = without_tensors(arguments, operator.dropped)
+        call.results = without_tensors(results, operator.schema.outputs)
+        return tuple(flatten(results, operator.public))
+
+    @staticmethod
+    def backward(ctx: Any, *flat: Any) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        operator, grads = call.kernel.operator, list(call.results)
+        put(flat, grads, operator.public, grads)
+        found = call.flat_gradients(ctx.saved_tensors, operator.saved_arguments, grads, ctx.needs_input_grad[1:])
+        return None, *found
+
+
+class _Transformed(torch.autograd.Function):
+    """An operator for torch.func; its tensors come one by one, in the order of the schema."""
+
+    @staticmethod
+    def forward(call: Call, *flat: Any) -> tuple[Any, ...]:
+        schema = call.kernel.operator.schema
+        arguments = list(call.arguments)
+        put(flat, arguments, schema.tensors, arguments)
+        results = call.run(arguments)
+        call.results = without_tensors(results, schema.outputs)
+        return tuple(flatten(results, schema.outputs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Any, ...]) -> None:
+        call: Call = inputs[0]
+        operator, arguments, results = call.kernel.operator, list(call.arguments), list(call.results)
+        put(inputs[1:], arguments, operator.schema.tensors, arguments)
+        put(output, results, operator.schema.outputs, results)
+        ctx.call = call
+        ctx.mark_non_differentiable(*flatten(results, operator.private))
+        ctx.save_for_backward(*flatten(arguments, operator.read), *flatten(results, operator.saved_results))
+
+    @staticmethod
+    def backward(ctx: Any, *flat: Any) -> tuple[Any, ...]:
+        call: Call = ctx.call
+        operator, grads = call.kernel.operator, list(call.results)
+        put(flat, grads, operator.schema.outputs, grads)
+        for _, index, _ in operator.private:
+            grads[index] = None
+        found = call.flat_gradients(ctx.saved_tensors, operator.read, grads, ctx.needs_input_grad[1:])
+        return None, *found
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.call.kernel.operator.no_forward_mode)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], call: Call, *flat: Any) -> tuple[Any, Any]:
+        operator, arguments = call.kernel.operator, list(call.arguments)
+        dims: list[Any] = [None] * len(arguments)
+        put(flat, arguments, operator.schema.tensors, call.arguments)
+        put(in_dims[1:], dims, operator.schema.tensors, call.arguments)
+
+        def run(arguments: Any) -> Sequence[Any]:
+            if func_is_active() or forward_mode_is_active() or operator.is_recorded(arguments):
+                return transformed(call.kernel, arguments, call.wants)
+            return call.run(arguments)
+
+        results, out_dims = operator.batch(Batch(operator, run, info.batch_size, arguments, dims, call.wants))
+        call.results = without_tensors(results, operator.schema.outputs)
+        return tuple(flatten(results, operator.schema.outputs)), tuple(flatten(out_dims, operator.schema.outputs))
+
+
+def register(kernel: Kernel) -> None:
+    """Register the traced form of the formula, and the batching rule, with the operator itself."""
+    operator, schema = kernel.operator, kernel.operator.schema
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        results = schema.results_of(output)
+        ctx.save_for_backward(*flatten(inputs, operator.read), *flatten(results, operator.saved_results))
+        ctx.call = Call(kernel, without_tensors(inputs, schema.tensors), frozenset())
+        ctx.call.results = without_tensors(results, schema.outputs)
+
+    def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
+        needs = ctx.needs_input_grad
+        wants = (name for name, index, is_list in schema.tensors if (any(needs[index]) if is_list else needs[index]))
+        found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, frozenset(wants))
+        # The dispatcher leaves out arguments that have their defaults, and wants no gradients for them.
+        return tuple(
+            ([None] * len(need) if isinstance(need, list) else None) if found.get(name) is None else found[name]
+            for name, need in zip(schema.names, needs, strict=False)
+        )
+
+    def run(arguments: Any) -> Sequence[Any]:
+        return schema.results_of(kernel.overload(*arguments))
+
+    def batched(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        dims = [*in_dims, *[None] * (len(schema.names) - len(in_dims))]
+        results, out_dims = operator.batch(Batch(operator, run, info.batch_size, arguments, dims, operator.provided))
+        return (results[0], out_dims[0]) if len(schema.outputs) == 1 else (tuple(results), tuple(out_dims))
+
+    name = f"metakern::{operator.name_of(kernel.implementation)}"
+    torch.library.register_autograd(name, backward, setup_context=setup_context)
+    torch.library.register_vmap(name, batched)

@@ -1,0 +1,117 @@
+"""An operator's arguments and results by name, read from its schema."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from metakern.core.torch_private import parse_schema
+
+#: What an argument or a result is, by the name that torch gives its type.
+_TENSORS = {"Tensor": False, "Optional[Tensor]": False, "List[Tensor]": True}
+
+
+class Place(NamedTuple):
+    """An argument or a result that holds tensors."""
+
+    name: str
+    position: int
+    is_list: bool
+
+
+class Schema:
+    """An operator's schema, and the named tuples that its arguments and results travel in.
+
+    Attributes:
+        name: of the operator, without its namespace
+        text: the schema as it was declared
+        Arguments: named tuple of the arguments; what the schema gives a default may be left out
+        Results: named tuple of the results
+        tensors: the arguments that hold tensors: one, one or None, or a list
+        outputs: the results, all of which hold tensors
+        mutated: names of the arguments that the operator writes to
+    """
+
+    def __init__(self, text: str, results: Sequence[str]) -> None:
+        parsed = parse_schema(f"metakern::{text}")
+        self.text, self.parsed = text, parsed
+        self.name: str = parsed.name.partition("::")[2]
+        names = [a.name for a in parsed.arguments]
+        with_defaults = [a.default_value for a in parsed.arguments if a.has_default_value()]
+        self.Arguments: Any = namedtuple(f"{self.name}_arguments", names, defaults=with_defaults)  # type: ignore[misc]
+        kinds = [str(r.type) for r in parsed.returns]
+        if len(results) != len(kinds) or any(kind not in _TENSORS for kind in kinds):
+            raise ValueError(f"{self.name} returns {kinds}: results must name as many tensors, got {list(results)}")
+        self.Results: Any = namedtuple(f"{self.name}_results", results)
+        self.tensors = tuple(
+            Place(a.name, index, _TENSORS[str(a.type)])
+            for index, a in enumerate(parsed.arguments)
+            if str(a.type) in _TENSORS
+        )
+        self.outputs = tuple(
+            Place(name, index, _TENSORS[kind]) for index, (name, kind) in enumerate(zip(results, kinds, strict=True))
+        )
+        self.mutated = tuple(a.name for a in parsed.arguments if a.alias_info is not None and a.alias_info.is_write)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the arguments, in order."""
+        return self.Arguments._fields  # type: ignore[no-any-return]
+
+    def check_names(self, what: str, names: Iterable[str], among: Iterable[str]) -> None:
+        """Raise ValueError for a name that is none of ``among``."""
+        among = list(among)
+        for name in names:
+            if name not in among:
+                raise ValueError(f"{what} of {self.name} must be among {', '.join(among)}, got {name!r}")
+
+    def results_of(self, returned: Any) -> Sequence[Any]:
+        """The results of a call as a sequence, whatever their number."""
+        if len(self.outputs) == 1:
+            return (returned,)
+        return returned if self.outputs else ()  # type: ignore[no-any-return]
+
+
+def signature(parsed: Any) -> tuple[Any, ...]:
+    """What two schemas of one operator have in common, whatever they call what is written to."""
+    arguments = [(a.name, str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in parsed.arguments]
+    return arguments, [str(r.type) for r in parsed.returns]
+
+
+def flatten(values: Sequence[Any], places: Sequence[Place]) -> list[Tensor | None]:
+    """The tensors of ``values`` one by one, in the order of ``places``."""
+    flat: list[Tensor | None] = []
+    for _, index, is_list in places:
+        if is_list:
+            flat += values[index]
+        else:
+            flat.append(values[index])
+    return flat
+
+
+def put(flat: Sequence[Any], values: list[Any], places: Sequence[Place], lengths: Sequence[Any]) -> int:
+    """Put tensors that came one by one back into ``values``; returns how many were taken.
+
+    ``lengths`` holds, at the index of every list, something of its length.
+    """
+    at = 0
+    for _, index, is_list in places:
+        if is_list:
+            end = at + len(lengths[index])
+            values[index] = list(flat[at:end])
+            at = end
+        else:
+            values[index] = flat[at]
+            at += 1
+    return at
+
+
+def without_tensors(values: Sequence[Any], places: Sequence[Place]) -> list[Any]:
+    """The values with None in place of a tensor, and of every tensor of a list."""
+    bare = list(values)
+    for _, index, is_list in places:
+        bare[index] = [None] * len(bare[index]) if is_list else None
+    return bare

@@ -1,0 +1,201 @@
+"""What update rules around the LSTM kernel share: weights, options, the step itself.
+
+Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from metakern.core.backend import check_backend
+from metakern.ops import LSTMState, lstm_step
+from metakern.ops.lstm_step import check_precision, check_scales, prepare
+from metakern.ops.lstm_step.reference import PREPROCESS, num_features
+from metakern.ops.lstm_step.state import TILE_LANES, check_sizes
+from metakern.rules.coordinatewise import CoordinatewiseRule
+from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
+from metakern.rules.plain_lstm import PlainLSTM
+
+
+class LSTMRule(CoordinatewiseRule):
+    """Base of rules whose update comes from the LSTM of :func:`metakern.ops.lstm_step`.
+
+    The state is a dict of packed tensors: the LSTM's tiles, ``lstm``, and ``beside``. A rule says in
+    ``step_coordinates`` what it does around :meth:`step_lstm`; arguments are those of
+    :class:`metakern.rules.CoordinatewiseLSTM`.
+
+    Attributes:
+        beside: names of numbers that each coordinate keeps beside the LSTM's state, from zero on
+    """
+
+    beside: ClassVar[tuple[str, ...]] = ()
+
+    unit: ClassVar[int] = TILE_LANES
+    optional_options: ClassVar[tuple[str, ...]] = (
+        *("precision", "bfloat16_state", "backend"),
+        *CoordinatewiseRule.optional_options,
+    )
+    advice_for_other_networks: ClassVar[str] = (
+        f"{CoordinatewiseRule.advice_for_other_networks}; `digits_lstm` wants 0.03 to 0.3"
+    )
+    advice_beyond_horizon: ClassVar[str] = (
+        f"{CoordinatewiseRule.advice_beyond_horizon}, and start other networks at an lr of 0.03 to 0.3"
+    )
+
+    def __init__(
+        self,
+        hidden_size: int = 20,
+        num_layers: int = 2,
+        preprocess: str = "log_sign",
+        preprocess_scale: float = 10.0,
+        output_scale: float = 0.1,
+        backend: str | None = None,
+        *,
+        precision: str = "highest",
+        bfloat16_state: bool = False,
+        horizon: int | None = None,
+        trained_on: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_sizes(0, hidden_size, num_layers)
+        if preprocess not in PREPROCESS:
+            raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
+        check_scales(preprocess_scale, output_scale)
+        check_precision(precision)
+        check_backend(backend)
+        prepare(backend)
+        if not isinstance(bfloat16_state, bool):
+            raise TypeError(f"bfloat16_state must be a bool, got {bfloat16_state!r}")
+        _check_training(horizon, trained_on)
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
+        self.output_scale, self.backend = output_scale, backend
+        self.precision, self.bfloat16_state = precision, bfloat16_state
+        self.horizon, self.trained_on = horizon, trained_on
+        self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
+        self.head = nn.Linear(hidden_size, 1)
+
+    @classmethod
+    def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> Self:
+        """A rule with a copy of the user's weights, in their dtype and on their device.
+
+        Args:
+            lstm: an ``nn.LSTM``, or one ``nn.LSTMCell`` a layer
+            head: ``nn.Linear(H, 1)``
+            options: the other arguments of the constructor; ``preprocess`` must fit the LSTM's input size
+
+        Raises:
+            TypeError: for modules of another kind
+            ValueError: for modules that the kernels do not serve; the message names the property.
+        """
+        modules, named = lstm_weights(lstm)
+        if not isinstance(head, nn.Linear):
+            raise TypeError(f"head must be an nn.Linear, got {type(head).__name__}")
+        if head.bias is None or not all(module.bias for module in modules):
+            raise ValueError("lstm and head must have biases (bias=True)")
+        num_layers = lstm.num_layers if isinstance(lstm, nn.LSTM) else len(modules)
+        rule = cls(hidden_size=modules[0].hidden_size, num_layers=num_layers, **options).to(head.weight)
+        state = {f"lstm.{name}": p for name, p in named.items()} | {f"head.{n}": p for n, p in head.named_parameters()}
+        expected = rule.state_dict()
+        for name, tensor in state.items():
+            if name not in expected or tensor.shape != expected[name].shape:
+                shape = list(expected[name].shape) if name in expected else "no such weight"
+                raise ValueError(
+                    f"{name} must have shape {shape} for preprocess={rule.preprocess!r}, got {list(tensor.shape)}"
+                )
+        rule.load_state_dict(state)
+        return rule
+
+    def to_modules(self) -> tuple[nn.LSTM, nn.Linear]:
+        """Copies of the weights as ``nn.LSTM`` and ``nn.Linear``."""
+        options: dict[str, Any] = {"device": self.head.weight.device, "dtype": self.head.weight.dtype}
+        lstm = nn.LSTM(num_features(self.preprocess), self.hidden_size, self.num_layers, **options)
+        head = nn.Linear(self.hidden_size, 1, **options)
+        lstm.load_state_dict(self.lstm.state_dict())
+        head.load_state_dict(self.head.state_dict())
+        return lstm, head
+
+    def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
+        # In order of registration; parameters() would cost as much as the rest of the step's Python.
+        weights: list[Any] = [*self.lstm._parameters.values(), *self.head._parameters.values()]
+        return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
+
+    def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:
+        """The zero state of N coordinates, in float64 for that dtype, else float32; the LSTM's may be bfloat16."""
+        tiles = LSTMState.zeros(
+            number,
+            hidden_size=self.hidden_size,
+            num_layers=self.num_layers,
+            dtype=torch.bfloat16 if self.bfloat16_state and dtype != torch.float64 else dtype,
+            device=device,
+        ).data
+        shape = (len(tiles), self.unit)
+        return {"lstm": tiles} | {name: torch.zeros(shape, dtype=dtype, device=device) for name in self.beside}
+
+    def step_lstm(self, params: Tensor, grads: Tensor, tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """:func:`metakern.ops.lstm_step` with the rule's weights and options.
+
+        Args:
+            params: [N]
+            grads: [N]
+            tiles: the LSTM's state, [ceil(N/32), L, 2, H, 32]
+
+        Returns:
+            new params, new tiles
+        """
+        state = LSTMState(tiles, params.numel())
+        new, new_state = lstm_step(params, grads, state, self.weights(state.compute_dtype), **self.step_options())
+        return new, new_state.data
+
+    def step_options(self) -> dict[str, Any]:
+        """Options of :func:`metakern.ops.lstm_step`."""
+        return {
+            "preprocess": self.preprocess,
+            "preprocess_scale": self.preprocess_scale,
+            "output_scale": self.output_scale,
+            "precision": self.precision,
+            "backend": self.backend,
+        }
+
+    def state_layout(self) -> tuple[int, int, bool]:
+        """H, L, and whether in bfloat16."""
+        return self.hidden_size, self.num_layers, self.bfloat16_state
+
+    def plain(self) -> PlainLSTM:
+        """The same weights in ``nn.LSTMCell`` and ``nn.Linear``."""
+        return PlainLSTM(self)
+
+    def extra_repr(self) -> str:
+        """The options that the submodules do not show."""
+        horizon = "" if self.horizon is None else f", horizon={self.horizon}"
+        return (
+            f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
+            f"output_scale={self.output_scale}, precision={self.precision!r}, bfloat16_state={self.bfloat16_state}, "
+            f"backend={self.backend!r}{horizon}"
+        )
+
+    def described(self) -> str:
+        """What the rule is, for its model card."""
+        layers = f"{self.num_layers} layer{'s' if self.num_layers > 1 else ''}"
+        return (
+            "A learned optimizer: one small LSTM, its weights shared by all coordinates, turns the gradient of every "
+            "parameter into its update (Andrychowicz et al. 2016, "
+            "[arXiv 1606.04474](https://arxiv.org/abs/1606.04474)).\n"
+            f"It has {layers} of {self.hidden_size} units, sees gradients by "
+            f"`preprocess={self.preprocess!r}` (p = {self.preprocess_scale}), and its output is scaled by "
+            f"{self.output_scale}."
+        )
+
+
+def _check_training(horizon: Any, trained_on: Any) -> None:
+    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
+        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")

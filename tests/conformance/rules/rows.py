@@ -1,0 +1,189 @@
+"""Every rule, a row each, with the formula that it is held to.
+
+Axis legend: T tasks, ``*shape`` the shape of one parameter tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, Momentum, Rule
+from tests.conformance.rules.added_rule import NormalisedLSTM
+
+Tensors = dict[str, Tensor]
+
+#: Parameters of one task.
+SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A rule.
+
+    Attributes:
+        name: what the tests call it
+        make: the rule for parameters of one task, its weights drawn from torch's generator
+        formula: one step in plain PyTorch: (rule, its weights by name, params, grads, memory, step, tasks) gives new
+            params; ``memory`` is a dict that starts empty
+        optimizer: torch's own, which it equals, if there is one
+        spreads: how far a gradient that is not finite reaches: "coordinate" or "task"
+    """
+
+    name: str
+    make: Callable[[Mapping[str, Tensor]], Rule]
+    formula: Callable[[Any, Tensors, Tensors, Tensors, dict[str, Any], int, bool], Tensors]
+    optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
+    spreads: str = "coordinate"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def learned(value: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(value))
+
+
+def descent(rate: Callable[[Any, Tensors, str, int], Any]) -> Any:
+    def step(rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: Any, step: int, tasks: bool) -> Tensors:
+        return {name: p - rate(rule, w, name, step) * grads[name] for name, p in params.items()}
+
+    return step
+
+
+def clipped(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    if not tasks:
+        one = ({name: x.unsqueeze(0) for name, x in xs.items()} for xs in (params, grads))
+        return {name: p[0] for name, p in clipped(rule, w, *one, memory, step, True).items()}
+    norm = (
+        torch.stack([g.flatten(1).square().sum(1) if g.dim() > 1 else g.square() for g in grads.values()]).sum(0).sqrt()
+    )
+    factor = torch.where(norm > rule.clip_norm, rule.clip_norm / norm, 1.0)
+    return {n: p - rule.lr * factor.view(-1, *[1] * (p.dim() - 1)) * grads[n] for n, p in params.items()}
+
+
+def momentum(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    lr, mu, new = w.get("lr", rule.lr), w.get("momentum", rule.momentum), {}
+    for name, p in params.items():
+        memory[name] = v = mu * memory.get(name, 0) + grads[name]
+        new[name] = p - lr * (grads[name] + mu * v if rule.nesterov else v)
+    return new
+
+
+def adam(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    lr, b1, b2, eps = (w.get(name, getattr(rule, name)) for name in ("lr", "beta1", "beta2", "eps"))
+    new = {}
+    for name, p in params.items():
+        m, v = memory.get(name, (0, 0))
+        m, v = b1 * m + (1 - b1) * grads[name], b2 * v + (1 - b2) * grads[name] ** 2
+        memory[name] = m, v
+        # The smallest number that keeps the derivative of the root finite changes nothing else.
+        root = ((v + 1e-300) / (1 - b2 ** (step + 1))).sqrt()
+        new[name] = p - lr * m / (1 - b1 ** (step + 1)) / (root + eps)
+    return new
+
+
+def lstm(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    """The cells that a user would write."""
+    plain = rule.plain().double()
+    cells = {}
+    for name, weight in w.items():
+        part, kind = name.split(".")
+        cells[name if part == "head" else f"cells.{kind[-1]}.{kind[:-3]}"] = weight
+    state = memory.get("state")
+    new, memory["state"] = functional_call(
+        plain, cells, (params, grads, plain.init_state(params) if state is None else state)
+    )
+    return new
+
+
+def normalised_lstm(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    scaled = {}
+    for name, g in grads.items():
+        memory[name] = v = rule.decay * memory.get(name, 0) + (1 - rule.decay) * g * g
+        scaled[name] = g / (v + 1e-8).sqrt()
+    return lstm(rule, w, params, scaled, memory, step, tasks)
+
+
+ROWS = [
+    Row(
+        "SGD",
+        lambda _: GradientDescent(0.1),
+        descent(lambda rule, w, name, step: rule.lr),
+        lambda params: torch.optim.SGD(params, 0.1),
+    ),
+    Row("SGD, learned", lambda _: GradientDescent(learned(0.1)), descent(lambda rule, w, name, step: w["lr"])),
+    Row(
+        "SGD by name",
+        lambda _: GradientDescent({"bias": learned(0.3), "*": learned(0.1)}),
+        descent(lambda rule, w, name, step: w["rates.bias" if name == "bias" else "rates.*"]),
+    ),
+    Row("SGD, clipped", lambda _: GradientDescent(0.1, clip_norm=1.5), clipped, spreads="task"),
+    Row(
+        "Meta-SGD",
+        lambda params: GradientDescent.meta_sgd(params, 0.1),
+        descent(lambda rule, w, name, step: w[f"rates.{name}"]),
+    ),
+    Row(
+        "LSLR",
+        lambda params: GradientDescent.lslr(params, 8, 0.1),
+        descent(lambda rule, w, name, step: w[f"rates.{name}"][step]),
+    ),
+    Row("momentum", lambda _: Momentum(0.1), momentum, lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)),
+    Row(
+        "Nesterov",
+        lambda _: Momentum(0.1, 0.8, nesterov=True),
+        momentum,
+        lambda params: torch.optim.SGD(params, 0.1, momentum=0.8, nesterov=True),
+    ),
+    Row("momentum, learned", lambda _: Momentum(learned(0.1), learned(0.9)), momentum),
+    Row("Adam", lambda _: Adam(0.1), adam, lambda params: torch.optim.Adam(params, 0.1)),
+    Row("Adam, learned", lambda _: Adam(*map(learned, (0.1, 0.9, 0.99, 1e-3))), adam),
+    Row("LSTM", lambda _: CoordinatewiseLSTM(6, 2, output_scale=1.0), lstm),
+    Row("LSTM on plain gradients", lambda _: CoordinatewiseLSTM(5, 1, "none"), lstm),
+    Row("normalised LSTM", lambda _: NormalisedLSTM(5, 2, "none"), normalised_lstm),
+]
+
+
+def make_params(num_tasks: int | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+    """Params by name, [T, *shape] each, or [*shape] without tasks."""
+    generator = torch.Generator().manual_seed(seed)
+    lead = () if num_tasks is None else (num_tasks,)
+    draws = {n: torch.randn((*lead, *shape), generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
+    return {name: x.to(dtype) for name, x in draws.items()}
+
+
+def make_rule(row: Row, dtype: torch.dtype = torch.float32) -> Any:
+    """The rule for :data:`SHAPES`; the same weights every time."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        rule = row.make({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+    return rule.to(dtype)
+
+
+def run(rule: Any, params: Any, steps: int, *, tasks: bool, state: Any = None, first: int = 0) -> tuple[Any, Any]:
+    """Some steps along gradients that depend on the step alone: params, state."""
+    state = rule.init_state(params, tasks=tasks) if state is None else state
+    for step in range(first, first + steps):
+        params, state = rule(params, grads_at(params, step), state)
+    return params, state
+
+
+def grads_at(params: Any, step: int) -> Any:
+    """A gradient for every parameter; those of a task do not depend on which others there are."""
+    return {name: torch.sin(3 * p.detach() + step) for name, p in params.items()}

@@ -1,0 +1,259 @@
+"""What a step of every rule computes: the formula, torch's optimizers, trees of tensors, tasks, broken gradients."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+from metakern.rules.protocol import named_leaves
+from tests.conformance.rules.rows import ROWS, SHAPES, Row, grads_at, make_params, make_rule, run
+from tests.conftest import assert_close, assert_same_bits
+
+every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
+with_and_without_tasks = pytest.mark.parametrize("num_tasks", [None, 4], ids=["alone", "tasks"])
+
+
+def loss_of(params: Any) -> Tensor:
+    """Of one task or of several, summed; its gradient is 0 exactly at one coordinate of ``bias``, wherever that is."""
+    kept = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
+    curved = (params["bias"] * kept).sin() * params["bias"]
+    return curved.sum() + (0.3 * params["weight"] ** 3 - params["weight"]).sum() + params["scale"].cosh().sum()
+
+
+def unrolled(step: Any, params: Any, steps: int = 3) -> Any:
+    """Some steps along the gradients of :func:`loss_of`, in one graph."""
+    for index in range(steps):
+        grads = torch.autograd.grad(loss_of(params), list(params.values()), create_graph=True)
+        params = step(params, dict(zip(params, grads, strict=True)), index)
+    return params
+
+
+@every_rule
+@with_and_without_tasks
+def test_values_and_second_order_are_those_of_the_formula(row: Row, num_tasks: int | None) -> None:
+    """K steps, differentiated by the start and by the rule's weights through the gradients that the rule was given."""
+    rule = make_rule(row, torch.float64)
+    weights = {name: w.detach().clone().requires_grad_() for name, w in rule.named_parameters()}
+    start = [{n: p.requires_grad_() for n, p in make_params(num_tasks, torch.float64).items()} for _ in range(2)]
+    state: Any = rule.init_state(start[0], tasks=num_tasks is not None)
+    memory: dict[str, Any] = {}
+
+    def by_rule(params: Any, grads: Any, index: int) -> Any:
+        nonlocal state
+        new, state = rule(params, grads, state)
+        return new
+
+    def by_formula(params: Any, grads: Any, index: int) -> Any:
+        return row.formula(rule, weights, params, grads, memory, index, num_tasks is not None)
+
+    found, expected = unrolled(by_rule, start[0]), unrolled(by_formula, start[1])
+    outer = []
+    for params, at, by in ((found, start[0], list(rule.parameters())), (expected, start[1], list(weights.values()))):
+        loss = sum((p.sin() * torch.arange(1, p.numel() + 1, dtype=p.dtype).view_as(p)).sum() for p in params.values())
+        outer.append(torch.autograd.grad(loss, [*at.values(), *by], allow_unused=True))
+    for name in SHAPES:
+        torch.testing.assert_close(
+            found[name], expected[name], rtol=1e-10, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for name, a, b in zip([*SHAPES, *weights], *outer, strict=True):
+        assert (a is None) == (b is None), name
+        if a is not None:
+            assert a.isfinite().all(), f"derivative by {name} is not finite"
+            scale = 1 + b.abs().max().item()
+            torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10 * scale, msg=lambda m, n=name: f"by {n}: {m}")
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if row.optimizer], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_steps_are_those_of_torchs_optimizer(row: Row, dtype: torch.dtype) -> None:
+    assert row.optimizer is not None
+    rule, params = make_rule(row, dtype), make_params(None, dtype)
+    theirs = {name: p.clone().requires_grad_() for name, p in params.items()}
+    optimizer, state = row.optimizer(list(theirs.values())), rule.init_state(params)
+    for step in range(20):
+        grads = grads_at(params, step)
+        for name, p in theirs.items():
+            p.grad = grads[name].clone()
+        optimizer.step()
+        params, state = rule(params, grads, state)
+    for name, p in theirs.items():
+        torch.testing.assert_close(params[name], p.detach(), rtol=1e-5 if dtype == torch.float32 else 1e-13, atol=1e-6)
+
+
+@every_rule
+def test_tasks_side_by_side_are_tasks_alone(row: Row) -> None:
+    rule, params = make_rule(row, torch.float64), make_params(5, torch.float64)
+    together, _ = run(rule, params, 3, tasks=True)
+    for task in range(5):
+        alone, _ = run(rule, {name: p[task] for name, p in params.items()}, 3, tasks=False)
+        for name in SHAPES:
+            torch.testing.assert_close(together[name][task], alone[name], rtol=1e-12, atol=1e-14)
+
+
+@every_rule
+@with_and_without_tasks
+def test_a_step_changes_none_of_its_arguments(row: Row, num_tasks: int | None) -> None:
+    rule, params = make_rule(row), make_params(num_tasks)
+    params, state = run(rule, params, 1, tasks=num_tasks is not None)
+    params, state = pytree.tree_map(Tensor.detach, (params, state))
+    grads = grads_at(params, 1)
+    before = copy.deepcopy((params, grads, state))
+    new, new_state = rule(params, grads, state)
+    for got, kept in zip(pytree.tree_leaves((params, grads, state)), pytree.tree_leaves(before), strict=True):
+        assert_same_bits("arguments", got, kept)
+    assert pytree.tree_structure(new) == pytree.tree_structure(params)
+    assert pytree.tree_structure(new_state) == pytree.tree_structure(state)
+    for name, p in params.items():
+        assert (new[name].shape, new[name].dtype) == (p.shape, p.dtype)
+        assert not torch.equal(new[name], p)
+
+
+#: Params by the kind of tree; the rule of each is made for their names.
+TREES: dict[str, Any] = {
+    "dict": {"b": torch.randn(4, 2), "a": torch.randn(4)},
+    "list": [torch.randn(3, 2), torch.randn(())],
+    "tuple": (torch.randn(0, 3), torch.randn(33)),
+    "nested": {"layers": [torch.randn(7), (torch.randn(2, 2, 2),)], "head": torch.randn(1)},
+    "tensor": torch.randn(5, 13),
+    "no coordinate": {"a": torch.randn(0)},
+    "nothing": {},
+}
+
+
+@every_rule
+@pytest.mark.parametrize("kind", TREES)
+def test_any_tree_of_tensors(row: Row, kind: str) -> None:
+    params = TREES[kind]
+    rule = row.make(named_leaves(params))
+    grads = pytree.tree_map(torch.sin, params)
+    new, state = rule(params, grads, rule.init_state(params))
+    new, state = rule(new, grads, state)
+    assert pytree.tree_structure(new) == pytree.tree_structure(params)
+    for (name, got), p in zip(named_leaves(new).items(), pytree.tree_leaves(params), strict=True):
+        assert got.shape == p.shape, name
+        if row.spreads == "coordinate":  # each tensor alone takes the same steps
+            one = {name: p}
+            alone = row.make(named_leaves(params)) if not list(rule.parameters()) else rule
+            other, own = alone(one, pytree.tree_map(torch.sin, one), alone.init_state(one))
+            other, _ = alone(other, pytree.tree_map(torch.sin, one), own)
+            assert_close(name, got.detach(), other[name].detach(), 1e-6)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_params_keep_their_dtype_and_a_float32_state(row: Row, dtype: torch.dtype) -> None:
+    rule, params = make_rule(row), make_params(3, dtype)
+    if "rates" in dict(rule.named_children()):
+        rule.rates.to(dtype)  # learned rates have the dtype of their parameters
+    exact = {name: p.float() for name, p in params.items()}
+    new, state = rule(params, grads_at(params, 0), rule.init_state(params, tasks=True))
+    expected, _ = make_rule(row)(exact, grads_at(exact, 0), make_rule(row).init_state(exact, tasks=True))
+    for name, p in new.items():
+        assert p.dtype == dtype
+        torch.testing.assert_close(p.float(), expected[name], rtol=0.02, atol=0.02)
+    assert all(x.dtype == torch.float32 for x in pytree.tree_leaves(state) if x.is_floating_point())
+
+
+@every_rule
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_broken_gradient_stays_where_it_is(row: Row, bad: float) -> None:
+    rule, params = make_rule(row), make_params(4)
+    params, state = run(rule, params, 2, tasks=True)
+    grads = grads_at(params, 2)
+    expected, after = rule(params, grads, state)
+    expected, _ = rule(expected, grads, after)
+    broken = {name: g.clone() for name, g in grads.items()}
+    broken["weight"][2, 1, 0] = bad
+    got, after = rule(params, broken, state)
+    got, _ = rule(got, grads, after)
+    touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in params.items()}
+    if row.spreads == "task":
+        for mask in touched.values():
+            mask[2] = True
+    touched["weight"][2, 1, 0] = True
+    assert not got["weight"][2, 1, 0].isfinite()
+    for name, mask in touched.items():
+        assert_same_bits(name, got[name][~mask].detach(), expected[name][~mask].detach())
+
+
+@every_rule
+@with_and_without_tasks
+def test_a_step_in_place_is_a_step(row: Row, num_tasks: int | None) -> None:
+    """What LearnedOptimizer calls: of a coordinatewise rule with one tensor [N]."""
+    rule = make_rule(row)
+    flat = hasattr(rule, "step_coordinates")
+    if flat and num_tasks is not None:
+        pytest.skip("a coordinatewise rule steps [N] in place, which has no tasks")
+    params: Any = torch.randn(37) if flat else make_params(num_tasks)
+    grads = pytree.tree_map(torch.sin, params)
+    states = [rule.init_state(params, tasks=num_tasks is not None) for _ in range(3)]
+    expected, expected_state = rule(params, grads, states[0])
+    got = pytree.tree_map(Tensor.clone, params)
+    rule.step_(got, grads, states[1])
+    half = pytree.tree_map(Tensor.clone, params)
+    rule.step_(half, grads, states[2], lr=0.5)
+    trees = ((got, expected), (states[1], expected_state))
+    for ours, theirs in trees:
+        for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
+            assert_same_bits("in place", a, b.detach())
+            assert not a.requires_grad
+    for a, b, p in zip(*map(pytree.tree_leaves, (half, expected, params)), strict=True):
+        torch.testing.assert_close(a, p + (b.detach() - p) / 2, rtol=1e-5, atol=1e-6)
+
+
+@every_rule
+def test_torch_func_sees_through_a_step(row: Row) -> None:
+    """The gradient by the rule's weights, and vmap over tasks that the rule is not told of."""
+    rule, params = make_rule(row, torch.float64), make_params(3, torch.float64)
+    weights = {name: w.detach() for name, w in rule.named_parameters()}
+
+    def loss(weights: Any, params: Any) -> Tensor:
+        state = rule.init_state(params)
+        for step in range(2):
+            params, state = functional_call(rule, weights, (params, grads_at(params, step), state))
+        return sum(p.square().sum() for p in params.values())  # type: ignore[return-value]
+
+    by_weights, by_params = vmap(grad(loss, (0, 1)), in_dims=(None, 0))(weights, params)
+    for task in range(3):
+        own = {name: p[task].clone().requires_grad_() for name, p in params.items()}
+        at = {name: w.clone().requires_grad_() for name, w in weights.items()}
+        expected = torch.autograd.grad(loss(at, own), [*at.values(), *own.values()])
+        for name, a, b in zip([*at, *own], [*by_weights.values(), *by_params.values()], expected, strict=True):
+            torch.testing.assert_close(a[task], b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_rule
+def test_a_compiled_step_is_a_step(row: Row) -> None:
+    torch._dynamo.reset()
+    rule, params = make_rule(row), make_params(3)
+
+    def steps(params: Any) -> Any:
+        return run(rule, params, 2, tasks=True)[0]
+
+    with torch._dynamo.config.patch(allow_rnn=True):
+        got = torch.compile(steps, fullgraph=True, backend="eager")(params)
+    for name, p in steps(params).items():
+        assert_close(name, got[name], p, 1e-6)
+
+
+@every_rule
+@pytest.mark.parametrize(
+    ("grads", "error", "message"),
+    [
+        ({"weight": torch.zeros(3, 2)}, ValueError, "grads must have the structure of params"),
+        ({n: torch.zeros(*s, 1) for n, s in SHAPES.items()}, ValueError, "grads must have the shapes of params"),
+        (dict.fromkeys(SHAPES, 1.0), TypeError, "grads must hold tensors only, got float"),
+    ],
+    ids=["structure", "shapes", "numbers"],
+)
+def test_gradients_that_do_not_fit(row: Row, grads: Any, error: type[Exception], message: str) -> None:
+    rule, params = make_rule(row), make_params(None)
+    with pytest.raises(error, match=message):
+        rule(params, grads, rule.init_state(params))

@@ -5,10 +5,12 @@ Other modules take them from here, by names of their own; tests/test_rooms.py ho
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch._functorch import pyfunctorch
+from torch._guards import TracingContext
 from torch._subclasses import fake_tensor, functional_tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv
@@ -17,6 +19,8 @@ from torch.utils import _device, _python_dispatch
 from torch.utils import _pytree as pytree
 
 __all__ = ["pytree"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------ around a call
 
@@ -98,3 +102,18 @@ ATTENTION = {
 
 #: An operator's schema from its text, "namespace::name(Tensor x, int n) -> Tensor".
 parse_schema = torch._C.parse_schema
+
+
+def called_by_the_compiler(function: Function) -> Function:
+    """Decorator: torch.compile calls the function while it traces, and takes what it returns as a constant.
+
+    As torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def traced_lines() -> list[tuple[str, int]]:
+    """Files and numbers of the lines that torch.compile is tracing, the innermost last."""
+    stack = TracingContext.extract_stack() if TracingContext.try_get() is not None else []
+    return [(frame.filename, frame.lineno or 0) for frame in stack]

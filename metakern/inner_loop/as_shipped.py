@@ -22,6 +22,7 @@ from metakern.core.torch_private import (
     FakeTensorMode,
     FunctionalTensor,
     FunctionalTensorMode,
+    called_by_the_compiler,
     count_dispatch_modes,
     count_function_modes,
     dispatch_modes,
@@ -87,6 +88,7 @@ _METHODS: dict[type, tuple[Any, ...] | None] = {kind: _shipped(_methods(kind)) f
 _ITERATED = nn.Sequential.__iter__
 
 
+@called_by_the_compiler
 def changed_functions() -> str:
     """Why nothing that is called here can be known by its name; empty where it can."""
     for hooks in GLOBAL_HOOKS:
@@ -111,14 +113,10 @@ def changed_class(kind: type) -> str:
     return f"a method of {kind.__name__} was replaced" if changed else ""
 
 
+@called_by_the_compiler
 def changed_classes() -> str:
     """:func:`changed_class` of all of them."""
     return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
-
-
-# torch.compile cannot trace these functions: it calls them while it traces, and takes the result for a constant.
-for _function in (changed_functions, changed_classes):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def changed_instance(module: nn.Module) -> str:

@@ -24,7 +24,7 @@ from metakern.inner_loop.arguments import (
     adapted_names,
     check_step_weights,
     first_order_steps,
-    task_batch,
+    sample_sets,
 )
 from metakern.inner_loop.as_shipped import is_plain
 from metakern.inner_loop.engines.missed import warn_if_missed
@@ -434,7 +434,7 @@ def _samples(each: _Set, options: LoopOptions, mlp: Mlp, loss: str) -> tuple[Ten
     if not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference()):
         raise Unserved(f"{name} was made in inference mode")
     if mask is not None:  # padding may hold anything: it becomes a sample that counts nothing
-        batch = task_batch(name, (x, y), mask, TaskLoss(options.loss, True))
+        batch = sample_sets(name, (x, y), mask, TaskLoss(options.loss, True))
         x, y = batch.x, batch.y
     x = mlp.samples(x)
     check_data(mlp, loss, x, y)

@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
 from metakern.core.task_params import num_tasks
+from metakern.core.torch_private import pytree
 from metakern.core.transforms import is_transformed
 from metakern.ops.inner_update import inner_update, reference
 from metakern.rules.coordinatewise import CoordinatewiseRule

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.core.torch_private import foreach_mul, foreach_sub
 from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.batching import Batch, looped
 from metakern.ops.core.define_op import Gradient, Kernel, define_op
@@ -65,7 +66,7 @@ def is_small(tensors: Sequence[Tensor]) -> bool:
 def subtract(params: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Any]) -> list[Tensor]:
     """θ − α ⊙ g in two operators with autograd formulas of their own, the cheapest with the formula's bits."""
     factor: Any = rates if isinstance(rates[0], Tensor) else rates[0]  # a number is one for all
-    return list(torch._foreach_sub(list(params), torch._foreach_mul(list(grads), factor)))
+    return list(foreach_sub(list(params), foreach_mul(list(grads), factor)))
 
 
 def formula(

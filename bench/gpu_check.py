@@ -37,7 +37,7 @@ LOGS = ROOT / "build" / "gpu-check"
 #: The budget: stage, group, seconds that it may take. Groups follow one another.
 BUDGET = (
     ("build", 0, 150),
-    ("tests", 1, 170),  # tests/gpu
+    ("tests", 1, 170),  # those marked gpu
     ("suite", 1, 170),  # all other tests
     ("memcheck", 1, 170),
     ("racecheck", 1, 170),
@@ -162,20 +162,21 @@ def make_stages(logs: Path) -> list[Stage]:
     pytest = python("-m", "pytest", "-q", "--tb=short", "-rfEs", "-p", "no:cacheprovider", "--durations=5")
     side_by_side = {count: ["-n", count] if has("xdist") else [] for count in ("8", "6")}
     no_pytest = "" if has("pytest") else "pytest is not there"
+    on_a_gpu = ["tests/gpu", "tests/conformance/ops"]
     results = ["--output", str(logs / "dry.json")]
     return [
         Stage("build", *limits["build"], python("setup.py", "build_ext", "--inplace"), build_environment()),
         Stage(
             "tests",
             *limits["tests"],
-            [*pytest, *side_by_side["8"], "tests/gpu"],
+            [*pytest, *side_by_side["8"], "-m", "gpu", *on_a_gpu],
             missing=no_pytest,
-            dry=[*pytest, "--collect-only", "tests/gpu"],
+            dry=[*pytest, "--collect-only", "-m", "gpu", *on_a_gpu],
         ),
         Stage(
             "suite",
             *limits["suite"],
-            [*pytest, *side_by_side["6"], "tests", "--ignore=tests/gpu"],
+            [*pytest, *side_by_side["6"], "-m", "not gpu", "tests"],
             {"OMP_NUM_THREADS": "2"},
             missing=no_pytest,
         ),

@@ -13,6 +13,9 @@ if not torch.cuda.is_available():  # Triton's kernels then run on the CPU; it re
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from metakern.core import backend as _backend
+from tests.interpreter import interpreter_like_a_gpu, quick_interpreter
+
+__all__ = ["interpreter_like_a_gpu", "quick_interpreter"]  # fixtures
 
 #: Devices that have kernels; one joins the list with its first kernel.
 DEVICES = ("cpu",)
@@ -74,6 +77,7 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "sanitize: run under AddressSanitizer and UBSan by tests/sanitizers/run.sh")
+    config.addinivalue_line("markers", "gpu: needs a GPU; what bench.gpu_check runs first")
 
 
 @pytest.fixture(params=DEVICES)

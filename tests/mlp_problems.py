@@ -13,6 +13,18 @@ from tests.conftest import assert_close
 
 F64 = torch.float64
 
+#: Pairs of neighbours of a kind that needs z, one that needs h alone, and one without curvature.
+MIXED = (
+    ["leaky_relu:0.2", "leaky_relu:0.7"],
+    ["relu", "leaky_relu:1.5"],
+    ["relu", "tanh"],
+    ["tanh", "leaky_relu"],
+    ["gelu", "relu"],
+    ["sigmoid", "gelu"],
+    ["identity", "tanh"],
+    ["leaky_relu:0", "identity"],
+)
+
 
 class Case:
     """T MLPs with support and query sets, and leaves for their meta-gradients."""

@@ -91,7 +91,7 @@ def make_update(
     leading = (STEPS,) if rates.endswith("step") else ()
     lr = {
         "number": [],
-        "shared": [draw()],
+        "shared": [draw(*leading)],
         "per tensor": [draw(*leading) for _ in shapes],
         "per parameter": [draw(*leading, *shape) for shape in shapes],
     }[rates.removesuffix(" and step")]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metakern.core.memo import outside_modes
+from metakern.core.torch_private import foreach_copy_, foreach_mul_
 from metakern.rules.coordinatewise import CoordinatewiseRule
 
 
@@ -86,10 +87,10 @@ class Arena:
         """Update the parameters of ``slots``, which are in order: one launch for each run of neighbours."""
         params = [slot.param for slot in slots]
         views = [slot.params for slot in slots]
-        torch._foreach_copy_(views, params)
+        foreach_copy_(views, params)
         if weight_decay:
-            torch._foreach_mul_(views, 1 - lr * weight_decay)
-        torch._foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
+            foreach_mul_(views, 1 - lr * weight_decay)
+        foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
         if len(slots) == self.count:
             self.rule.step_(self.params, self.grads, self.state, lr, loss=loss)
         else:
@@ -98,7 +99,7 @@ class Arena:
                 tensors = {name: x[first:last] for name, x in self._tensors.items()}
                 state = self.rule.from_packed(tensors, (last - first) * self.unit)
                 self.rule.step_(self.params[lanes], self.grads[lanes], state, lr, loss=loss)
-        torch._foreach_copy_(params, views)
+        foreach_copy_(params, views)
         for slot in slots:
             slot.entry["step"] += 1
 

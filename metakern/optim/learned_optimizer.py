@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metakern.core.torch_private import not_compiled
 from metakern.core.warn import warn_user
 from metakern.optim import arena, tensorwise
 from metakern.optim.checkpoints import FORMAT_VERSION as FORMAT_VERSION
@@ -107,7 +108,7 @@ class LearnedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # nothing to fuse: a compiled training step calls it as it is
+    @not_compiled  # nothing to fuse: a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metakern.core.memo import outside_modes
+from metakern.core.torch_private import foreach_copy_, pytree
 from metakern.rules import Rule, RuleState
 from metakern.rules.protocol import named_state
 
@@ -89,7 +88,7 @@ class Tensorwise:
                 state = pytree.tree_unflatten([slot.entry[key] for key in slot.keys], slot.structure)
                 self.rule.step_({slot.name: params[slot.name]}, {slot.name: grads[slot.name]}, state, lr, loss=loss)
         if weight_decay:
-            torch._foreach_copy_([slot.param for slot in slots], list(params.values()))
+            foreach_copy_([slot.param for slot in slots], list(params.values()))
         for slot in slots:
             slot.entry["step"] += 1
 

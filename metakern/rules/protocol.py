@@ -15,7 +15,8 @@ from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 #: A tensor, or a dict, list or tuple (nested at will) of tensors: parameters, or gradients of the same structure.
 Params = Any

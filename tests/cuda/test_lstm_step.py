@@ -15,7 +15,7 @@ from torch import Tensor
 from metakern.ops import LSTMState, pack_state, unpack_state
 from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.cuda.device import DTYPES, Device, EmulationError
+from tests.cuda.device import Device, EmulationError
 from tests.cuda.emulator import Emulator
 from tests.problems import Problem, evaluate_reference, make_problem, state_dtype, weight_names
 
@@ -103,23 +103,6 @@ def rounded(problem: Problem, dtype: torch.dtype) -> Problem:
 # ------------------------------------------------------------------------------------------- against the reference
 
 
-@pytest.mark.parametrize("hidden", [20, 32])
-@pytest.mark.parametrize("n", [1, 31, 32, 33, 127, 1025])
-def test_sizes_with_kernels_of_their_own(n: int, hidden: int, emulator: Emulator) -> None:
-    assert_matches_reference(emulator, make_problem(n, hidden, 2))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("hidden", "layers"), [(20, 1), (20, 3), (32, 1), (32, 3), (1, 1), (7, 2), (7, 3), (33, 1)])
-def test_hidden_sizes_layers_and_dtypes(hidden: int, layers: int, dtype: torch.dtype, emulator: Emulator) -> None:
-    assert_matches_reference(emulator, make_problem(45, hidden, layers, dtype))
-
-
-@pytest.mark.parametrize("hidden", [2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 31, 40, 63])
-def test_every_kind_of_remainder_in_the_units(hidden: int, emulator: Emulator) -> None:
-    assert_matches_reference(emulator, make_problem(33, hidden, 1 + hidden % 3, preprocess="log_and_clip"))
-
-
 @pytest.mark.parametrize("kilobytes", [163, 227])
 @pytest.mark.parametrize(("hidden", "layers", "dtype"), [(64, 3, torch.float32), (64, 3, torch.float64), (40, 3, None)])
 def test_weights_that_do_not_fit_shared_memory(
@@ -134,14 +117,6 @@ def test_a_kernel_of_its_own_without_room_gives_way_to_the_general_one(emulator:
         assert_matches_reference(emulator, make_problem(40, hidden, 3), Device(shared_kilobytes=64))
 
 
-@pytest.mark.parametrize("preprocess_scale", [0.5, 10.0, 30.0])
-@pytest.mark.parametrize("preprocess", reference.PREPROCESS)
-def test_preprocessings_and_scales(preprocess: str, preprocess_scale: float, emulator: Emulator) -> None:
-    for hidden, dtype in ((20, torch.float32), (6, torch.float64)):
-        options = {"preprocess": preprocess, "preprocess_scale": preprocess_scale, "output_scale": -3.0}
-        assert_matches_reference(emulator, make_problem(70, hidden, 2, dtype, **options))
-
-
 @pytest.mark.parametrize("gain", [1e-3, 0.1, 6.0])
 def test_small_and_saturated_preactivations(gain: float, emulator: Emulator) -> None:
     # From a zero state and small weights the results are small too: an absolute error would show.
@@ -154,14 +129,6 @@ def test_small_and_saturated_preactivations(gain: float, emulator: Emulator) -> 
 def test_chunks_of_several_tiles(emulator: Emulator) -> None:
     # More tiles than chunks times the fewest tiles of one, with a last chunk that is not full.
     assert_matches_reference(emulator, make_problem(70_001, 2, 1), Device(multiprocessors=7))
-
-
-def test_no_coordinates(emulator: Emulator) -> None:
-    for dtype in DTYPES:
-        problem = make_problem(0, dtype=dtype)
-        assert forward(emulator, problem)["new params"].shape == (0,)
-        for name, got in backward(emulator, problem).items():
-            assert not got.any(), f"{name} of no coordinates is not zero"
 
 
 # ----------------------------------------------------------------------------------------------------- in place

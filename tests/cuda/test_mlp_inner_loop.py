@@ -5,7 +5,6 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from typing import Any
 
@@ -13,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from metakern.ops.mlp_inner_loop import ACTIVATIONS, cuda_shared_bytes, make_problem
-from metakern.ops.mlp_inner_loop.reference import LOSSES
+from metakern.ops.mlp_inner_loop import cuda_shared_bytes, make_problem
 from tests.conftest import GRADIENT_TOLERANCE, assert_same_bits
 from tests.cuda.device import DEVICE, Device, EmulationError
 from tests.cuda.mlp_inner_loop_emulator import (
@@ -74,83 +72,6 @@ def assert_same(actual: list[Tensor], expected: list[Tensor]) -> None:
 
 
 # ------------------------------------------------------------------------------------------- against the reference
-
-
-@pytest.mark.parametrize("first_order", [False, True, (False, True)], ids=["second", "first", "mixed"])
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_losses_and_orders(activation: str, loss: str, first_order: Any, mlp: MlpEmulator) -> None:
-    case = Case([3, 9, 4, 5], 3, 5, 7, loss)
-    options = {"steps": 2, "activation": activation, "first_order": first_order}
-    for call, name in ((meta, "meta"), (adapt, "adapt")):
-        expected = getattr(case, name)("reference", **options)
-        assert_equal(call(mlp, case, **options), expected, GRADIENT_TOLERANCE[F64])
-        assert_equal(call(mlp, case, F32, **options), expected, GRADIENT_TOLERANCE[F32])
-
-
-@pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize(
-    ("widths", "samples", "queries"),
-    [([1, 1], 1, 1), ([2, 3], 2, 9), ([1, 40, 40, 1], 5, 10), ([7, 33, 2], 33, 1), ([2, 3, 4, 3, 2, 3, 4, 3, 2], 3, 4)],
-)
-def test_sizes(widths: list[int], samples: int, queries: int, own: bool, mlp: MlpEmulator) -> None:
-    case, options = Case(widths, 2, samples, queries, own=own), {"steps": 2, "activation": "tanh"}
-    assert_equal(meta(mlp, case, **options), case.meta("reference", **options), GRADIENT_TOLERANCE[F64])
-    assert_equal(adapt(mlp, case, **options), case.adapt("reference", **options), GRADIENT_TOLERANCE[F64])
-
-
-@pytest.mark.parametrize("first_order", [False, (False, True, False)], ids=["second", "mixed"])
-@pytest.mark.parametrize("layout", ["one", "tensor", "parameter", "step", "step and parameter"])
-def test_rates(layout: str, first_order: Any, mlp: MlpEmulator) -> None:
-    case, steps = Case([2, 9, 1], 3), 3
-    lead = (steps,) if "step" in layout else ()
-    shapes = [(*lead, *p.shape) if "parameter" in layout else lead for p in case.params]
-    lr = [0.1 + 0.05 * case.draw(*shape) for shape in (shapes[:1] if layout == "one" else shapes)]
-    options = {"steps": steps, "per_step": bool(lead), "first_order": first_order, "activation": "sigmoid"}
-    reference = {"lr": lr, **options}
-    if layout == "one":  # the reference takes one for each: the gradients of copies add up
-        reference["lr"] = lr * len(case.params)
-    for call, name in ((meta, "meta"), (adapt, "adapt")):
-        expected = getattr(case, name)("reference", **reference)
-        if layout == "one":
-            expected[-4:] = [torch.stack(expected[-4:]).sum(0)]
-        assert_equal(call(mlp, case, lr=lr, **options), expected, GRADIENT_TOLERANCE[F64])
-
-
-def test_parameters_that_do_not_adapt(mlp: MlpEmulator) -> None:
-    case = Case([2, 9, 3], 3)
-    options = {"steps": 3, "adapted": [False, False, True, True], "activation": "gelu"}
-    got = adapt(mlp, case, **options)
-    assert_same_bits("body", got[0], case.params[0].expand(3, 9, 2))
-    assert_equal(got, case.adapt("reference", **options), GRADIENT_TOLERANCE[F64])
-    assert_equal(meta(mlp, case, **options), case.meta("reference", **options), GRADIENT_TOLERANCE[F64])
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("every", [1, 2, 4])
-def test_masks_weights_of_steps_and_checkpoints(loss: str, every: int, mlp: MlpEmulator) -> None:
-    case = Case([2, 9, 3], 4, 6, 5, loss)
-    masks = [torch.rand(4, n, generator=case.generator) < 0.6 for n in (6, 5)]
-    for mask in masks:
-        mask[:, 1] = True
-    options = {"steps": 4, "support_mask": masks[0], "query_mask": masks[1], "step_weights": [0.3, 0.0, 0.2, 0.5]}
-    expected = case.meta("reference", **options)
-    assert_equal(meta(mlp, case, checkpoint_every=every, **options), expected, GRADIENT_TOLERANCE[F64])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_types_are_rounded_at_the_end_alone(dtype: torch.dtype, mlp: MlpEmulator) -> None:
-    case = Case([2, 9, 3], 3, own=True)
-    lr = [(0.1 + 0.05 * case.draw(*p.shape[1:])).to(dtype).to(F64) for p in case.params]
-    case.params = [p.to(dtype).to(F64) for p in case.params]
-    case.support, case.query = (tuple(t.to(dtype).to(F64) for t in s) for s in (case.support, case.query))
-    options = {"lr": lr, "steps": 3, "activation": "tanh"}
-    expected = case.meta("reference", **options)  # of 3 tasks, whose weights every dtype holds
-    for got, want in zip(meta(mlp, case, dtype, **options), expected, strict=True):
-        assert got.dtype == dtype
-        assert_equal([got], [want], GRADIENT_TOLERANCE[dtype])
-    results = adapt(mlp, case, dtype, **options)[: len(case.params)]  # the gradients' weights are not such numbers
-    assert_equal(results, case.adapt("reference", **options)[: len(case.params)], GRADIENT_TOLERANCE[dtype])
 
 
 # ------------------------------------------------------------------------------------------------- sizes and bits
@@ -223,20 +144,6 @@ def test_what_lies_behind_the_last_task_is_zero(mlp: MlpEmulator) -> None:
     for private in (trajectory, task_grads):
         assert bool((private[:3] != 0).any(1).all())
         assert bool((private[3:] == 0).all())
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("where", ["support", "query", "params"])
-def test_a_task_that_is_not_finite_leaves_the_others_alone(where: str, value: float, mlp: MlpEmulator) -> None:
-    case, device = Case([2, 9, 3], 5, own=True), Device(multiprocessors=1, shared_kilobytes=12)
-    before = meta(mlp, case, F32, device=device, steps=2)
-    spoiled = {"support": case.support[0], "query": case.query[0], "params": case.params[0]}[where]
-    spoiled[2].view(-1)[0] = value
-    after = meta(mlp, case, F32, device=device, steps=2)
-    others = torch.arange(5) != 2
-    assert_same([x[others] for x in after], [x[others] for x in before])
-    assert not after[0][2].isfinite()
-    assert not after[1][2].isfinite().all()
 
 
 @pytest.mark.parametrize("label", [-1, 3, 2**40])

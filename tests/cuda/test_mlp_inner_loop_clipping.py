@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -13,51 +12,7 @@ from tests.cuda.device import Device
 from tests.cuda.mlp_inner_loop_emulator import ONE_STEP, WITHOUT_ADJOINT, Arguments, MlpEmulator
 from tests.cuda.test_mlp_inner_loop import F32, adapt, arguments, assert_same, meta, small
 from tests.mlp_problems import F64, Case, assert_equal
-from tests.ops.mlp_inner_loop.test_activations import MIXED, exploding, plain
-
-
-@pytest.mark.parametrize("first_order", [False, True, (False, True)], ids=["second", "first", "mixed"])
-@pytest.mark.parametrize("norm", [0.05, 2.0, 1e3])
-def test_norms_below_between_and_above_the_gradients(norm: float, first_order: Any, mlp: MlpEmulator) -> None:
-    case = Case([3, 9, 4, 5], 3, 5, 7)
-    options = {"steps": 2, "activation": "tanh", "first_order": first_order, "clip_norm": norm}
-    for call, name in ((meta, "meta"), (adapt, "adapt")):
-        expected = getattr(case, name)("reference", **options)
-        assert_equal(call(mlp, case, **options), expected, GRADIENT_TOLERANCE[F64])
-        assert_equal(call(mlp, case, F32, **options), expected, GRADIENT_TOLERANCE[F32])
-
-
-@pytest.mark.parametrize("layout", ["one", "tensor", "step and parameter"])
-def test_rates(layout: str, mlp: MlpEmulator) -> None:
-    case, steps = Case([2, 9, 1], 3), 3
-    shapes = [(steps, *p.shape) if "parameter" in layout else () for p in case.params]
-    lr = [0.1 + 0.05 * case.draw(*shape) for shape in (shapes[:1] if layout == "one" else shapes)]
-    options = {"steps": steps, "per_step": "step" in layout, "first_order": (False, True, False), "clip_norm": 0.5}
-    reference = {"lr": lr, **options}
-    if layout == "one":  # the reference takes one for each: the gradients of copies add up
-        reference["lr"] = lr * len(case.params)
-    for call, name in ((meta, "meta"), (adapt, "adapt")):
-        expected = getattr(case, name)("reference", **reference)
-        if layout == "one":
-            expected[-4:] = [torch.stack(expected[-4:]).sum(0)]
-        assert_equal(call(mlp, case, lr=lr, **options), expected, GRADIENT_TOLERANCE[F64])
-
-
-def test_the_norm_is_that_of_the_adapted_parameters_alone(mlp: MlpEmulator) -> None:
-    case = Case([2, 9, 3], 3, loss="cross_entropy")
-    for adapted in ([False, False, True, True], [True, False, False, True]):
-        options = {"steps": 3, "adapted": adapted, "activation": "gelu", "clip_norm": 0.1}
-        assert_equal(adapt(mlp, case, **options), case.adapt("reference", **options), GRADIENT_TOLERANCE[F64])
-        assert_equal(meta(mlp, case, **options), case.meta("reference", **options), GRADIENT_TOLERANCE[F64])
-
-
-@pytest.mark.parametrize("names", MIXED, ids=str)
-def test_activations(names: list[str], mlp: MlpEmulator) -> None:
-    case, options = Case([3, 9, 4, 5], 2, 5, 4), {"steps": 2, "activation": names}
-    for call, name in ((meta, "meta"), (adapt, "adapt")):
-        expected = getattr(case, name)("reference", **options)
-        assert_equal(call(mlp, case, **options), expected, GRADIENT_TOLERANCE[F64])
-        assert_equal(call(mlp, case, F32, **options), expected, GRADIENT_TOLERANCE[F32])
+from tests.ops.mlp_inner_loop.test_activations import exploding, plain
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e6])
@@ -93,19 +48,6 @@ def test_same_bits_in_every_schedule(order: str, mlp: MlpEmulator) -> None:
         scheduled = Device(multiprocessors=1, order=order, seed=2)
         assert_same(*(meta(mlp, case, F32, lr, on, **options) for on in (Device(), scheduled)))
         assert_same(*(adapt(mlp, case, F32, lr, on, **options) for on in (Device(), scheduled)))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_task_that_is_not_finite_leaves_the_others_alone(value: float, mlp: MlpEmulator) -> None:
-    case, device = Case([2, 9, 3], 5, own=True), Device(multiprocessors=1, shared_kilobytes=12)
-    options = {"steps": 2, "clip_norm": 0.3, "device": device}
-    before = meta(mlp, case, F32, **options)
-    case.support[0][2].view(-1)[0] = value
-    after = meta(mlp, case, F32, **options)
-    others = torch.arange(5) != 2
-    assert_same([x[others] for x in after], [x[others] for x in before])
-    assert not after[0][2].isfinite()
-    assert not after[1][2].isfinite().all()
 
 
 def test_squares_that_overflow_float32_are_clipped_and_zeros_are_not(mlp: MlpEmulator) -> None:

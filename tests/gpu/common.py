@@ -16,7 +16,10 @@ from tests.conftest import assert_same_bits
 from tests.problems import Problem
 
 #: Every module of this folder has it as its `pytestmark`.
-needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+needs_cuda = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 #: Backends that serve CUDA tensors, in auto's order.
 BACKENDS = ("cuda", "triton")

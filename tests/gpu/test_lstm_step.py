@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
-from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.test_lstm_step import PRODUCT_ERROR, error_bounds
-from tests.gpu.common import BACKENDS, forward, needs_cuda, shifted, strided, with_bfloat16_state
+from tests.gpu.common import BACKENDS, forward, needs_cuda, shifted, with_bfloat16_state
 from tests.problems import Problem, assert_matches_reference, evaluate, evaluate_reference, make_problem
 
 pytestmark = needs_cuda
@@ -37,41 +36,6 @@ def rounded(problem: Problem) -> Problem:
 
 
 # ------------------------------------------------------------------------------------ results and every gradient
-
-TAILS = [
-    *itertools.product(["cuda"], (0, 1, 31, 32, 33, 127, 1025, 4097), DTYPES),
-    *itertools.product(["triton"], (0, 1, 33, 1024), [torch.float32]),
-    *itertools.product(["triton"], [1025], (torch.bfloat16, torch.float64)),
-]
-
-
-@pytest.mark.parametrize(("backend", "n", "dtype"), TAILS)
-def test_every_tail_and_dtype(backend: str, n: int, dtype: torch.dtype) -> None:
-    assert_matches_reference(on_device(n, dtype=dtype), backend)
-
-
-SIZES = [
-    *itertools.product(["cuda"], (1, 7, 16, 17, 20, 31, 32, 33, 63, 64), (1, 2, 3), (torch.float32, torch.float64)),
-    *(("triton", hidden, layers, torch.float32) for hidden, layers in ((20, 1), (32, 2), (7, 3), (64, 2))),
-    ("triton", 5, 2, torch.float64),
-]
-
-
-@pytest.mark.parametrize(("backend", "hidden", "layers", "dtype"), SIZES)
-def test_hidden_sizes_and_layers(backend: str, hidden: int, layers: int, dtype: torch.dtype) -> None:
-    assert_matches_reference(on_device(77, hidden, layers, dtype, preprocess="log_and_clip"), backend)
-
-
-PREPROCESSINGS = [
-    *itertools.product(["cuda"], reference.PREPROCESS, (0.5, 10.0, 30.0), (0.1, -3.0)),
-    *(("triton", preprocess, 5.0, -3.0) for preprocess in reference.PREPROCESS),
-]
-
-
-@pytest.mark.parametrize(("backend", "preprocess", "preprocess_scale", "output_scale"), PREPROCESSINGS)
-def test_preprocessings_and_scales(backend: str, preprocess: str, preprocess_scale: float, output_scale: float) -> None:
-    options = {"preprocess": preprocess, "preprocess_scale": preprocess_scale, "output_scale": output_scale}
-    assert_matches_reference(on_device(70, 20, 2, **options), backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -221,33 +185,6 @@ def test_in_place_gives_the_same_bits_in_the_same_memory(
         assert_same_bits(name, got, want)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_arguments_are_untouched(backend: str) -> None:
-    problem = on_device(1025)
-    arguments = [problem.params, problem.grads, problem.h, problem.c, *problem.weights]
-    before = [x.clone() for x in arguments]
-    evaluate(problem, backend)
-    for index, (x, old) in enumerate(zip(arguments, before, strict=True)):
-        assert_same_bits(f"argument {index}", x, old)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("change", [shifted, strided])
-def test_views_give_the_same_bits(change: Any, backend: str) -> None:
-    problem = on_device(77)
-    tensors = [problem.params, problem.grads, problem.state.data, *problem.weights]
-    cotangents = [problem.cotangents[0], torch.randn_like(tensors[2])]
-    outcomes = []
-    for moved in (lambda x: x, change):
-        leaves = [moved(x).detach().requires_grad_() for x in tensors]
-        new_params, state = lstm_step(*leaves[:2], LSTMState(leaves[2], 77), leaves[3:], backend=backend)
-        gradients = torch.autograd.grad([new_params, state.data], leaves, [moved(x) for x in cotangents])
-        outcomes.append([new_params, *unpack_state(state), *gradients])
-        outcomes[-1][5:6] = unpack_state(LSTMState(outcomes[-1][5], 77))
-    for index, (expected, got) in enumerate(zip(*outcomes, strict=True)):
-        assert_same_bits(f"result {index}", got, expected)
-
-
 def test_in_place_refuses_a_state_that_is_not_aligned() -> None:
     problem = on_device(77)
     params, state = problem.params.clone(), LSTMState(shifted(problem.state.data), 77)
@@ -301,12 +238,3 @@ def test_state_of_more_than_two_to_the_31_elements(backend: str) -> None:
         lstm_step_(params, grads.detach(), LSTMState(data.detach(), n), few.weights, backend=backend)
     assert_same_bits("params in place", params, new_params.detach())
     assert torch.equal(data[:-1], state.data[:-1]), "the state in place differs"  # all but the tile with unused lanes
-
-
-def test_both_backends_agree() -> None:
-    problem = on_device(10_000)
-    by_cuda, by_triton = (evaluate(problem, backend) for backend in BACKENDS)
-    for name, x in by_cuda[0].items():
-        assert_close(name, by_triton[0][name], x, 2 * FORWARD_TOLERANCE[torch.float32])
-    for name, x in by_cuda[1].items():
-        assert_close(name, by_triton[1][name], x, 2 * GRADIENT_TOLERANCE[torch.float32])

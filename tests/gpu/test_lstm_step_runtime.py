@@ -11,12 +11,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.func import grad, vmap
 
 from bench.gpu_device import CudaDevice
 from metakern.core import backend as _backend
-from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
-from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
+from tests.conftest import assert_close, assert_same_bits
 from tests.gpu.common import BACKENDS, Arguments, assert_all_same_bits, captured, forward, needs_cuda
 from tests.problems import evaluate, make_problem
 
@@ -271,35 +270,3 @@ def test_opcheck(suffix: str, backend: str) -> None:
         params, grads, state = tensors
         tensors = [torch.randn_like(params), torch.randn_like(state), grads, state]
     torch.library.opcheck(operator, (*tensors, weights, *OPTIONS))
-
-
-def loss_of(params: Tensor, grads: Tensor, state: LSTMState, weights: list[Tensor], backend: str) -> Tensor:
-    new_params, new_state = lstm_step(params, grads, state, weights, backend=backend)
-    h, c = unpack_state(new_state)
-    return new_params.square().sum() + h.sin().sum() + c.cos().sum()
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_vmap_and_functional_gradients_equal_a_loop(backend: str) -> None:
-    each = [make_problem(45, 5, 2, seed=seed, device="cuda") for seed in range(3)]
-    weights = each[0].weights
-    params, grads = (torch.stack([getattr(p, name) for p in each]) for name in ("params", "grads"))
-    state = LSTMState(torch.stack([pack_state(p.h, p.c).data for p in each]), 45)
-    functional = grad(loss_of, argnums=(0, 1, 3))
-    got = vmap(lambda p, g, s: functional(p, g, s, weights, backend))(params, grads, state)
-    for index, p in enumerate(each):
-        leaves = [x.clone().requires_grad_() for x in (p.params, p.grads, *weights)]
-        loss = loss_of(leaves[0], leaves[1], p.state, leaves[2:], backend)
-        expected = torch.autograd.grad(loss, leaves)
-        for number, (x, want) in enumerate(zip([got[0], got[1], *got[2]], expected, strict=True)):
-            assert_close(f"gradient {number} of element {index}", x[index], want, GRADIENT_TOLERANCE[torch.float32])
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_second_derivative_of_the_operator_is_refused(backend: str) -> None:
-    problem = make_problem(33, 5, 2, device="cuda")
-    grads = problem.grads.clone().requires_grad_()
-    new_params, _ = lstm_step(problem.params, grads, problem.state, problem.weights, backend=backend)
-    (first,) = torch.autograd.grad(new_params.square().sum(), grads, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative of its own; backend='reference' does"):
-        torch.autograd.grad(first.square().sum(), grads)

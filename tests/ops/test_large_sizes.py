@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.ops.raw_calls import arguments, operator
+from tests.conformance.ops.raw_calls import arguments, operator
 
 ROOT = Path(__file__).parents[2]
 

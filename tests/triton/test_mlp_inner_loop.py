@@ -5,7 +5,6 @@ Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 
 from __future__ import annotations
 
-import functools
 import sys
 from typing import Any
 
@@ -17,10 +16,9 @@ from torch import Tensor
 import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
-from metakern.ops.mlp_inner_loop import ACTIVATIONS, prepare
+from metakern.ops.mlp_inner_loop import prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
-from metakern.ops.mlp_inner_loop.reference import LOSSES
-from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
 from tests.triton.memory_model import Watch
@@ -50,97 +48,6 @@ def assert_matches_reference(case: Case, adapt: bool = True, **options: Any) -> 
 
 
 # ------------------------------------------------------------------------------------ against the reference
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_losses_and_orders(activation: str, loss: str, device: torch.device) -> None:
-    case = make_case(device, [3, 7, 3], loss=loss)
-    options = {"steps": 2, "activation": activation, "first_order": (False, True)}
-    assert_matches_reference(case, loss == "mse", **options)
-    options["first_order"] = False
-    expected = case.meta("reference", **options)
-    assert_equal(case.meta("triton", F32, **options), expected, GRADIENT_TOLERANCE[F32])
-
-
-@pytest.mark.parametrize(
-    ("widths", "samples"),
-    [([1, 1], 1), ([35, 33, 34, 17], 33), ([3, 17, 16, 1], 17), ([2, 3, 4, 3, 2, 1], 2)],
-)
-def test_every_tail_of_a_block(widths: list[int], samples: int, device: torch.device) -> None:
-    case = make_case(device, widths, 1, samples, samples + 1)
-    assert_matches_reference(case, False, steps=1, activation="tanh")
-
-
-@pytest.mark.parametrize("lr_of", ["all", "all and step", "tensor", "parameter", "step", "step and parameter"])
-def test_learned_rates(lr_of: str, device: torch.device) -> None:
-    case, steps = make_case(device, [2, 5, 3]), 2
-    lead = (steps,) if "step" in lr_of else ()
-    shapes = [(*lead, *p.shape) if "parameter" in lr_of else lead for p in case.params]
-    lr = [0.1 + 0.05 * case.draw(*shape).to(device) for shape in (shapes[:1] if "all" in lr_of else shapes)]
-    if "all" not in lr_of:
-        options = {"lr": lr, "steps": steps, "per_step": bool(lead), "first_order": (False, True)}
-        assert_matches_reference(case, **options, activation="tanh")
-        return
-    gradients = []
-    for backend in ("triton", "reference"):
-        params, rate = [p.detach().requires_grad_() for p in case.params], lr[0].detach().requires_grad_()
-        options = {"lr": rate, "steps": steps, "per_step": bool(lead), "backend": backend}
-        losses = mlp_meta_loss(params, case.support, case.query, **options)
-        gradients.append([losses, *torch.autograd.grad(losses.sum(), [rate, *params])])
-    assert_equal(*gradients, 1e-10)
-
-
-def test_parameters_that_do_not_adapt_receive_meta_gradients(device: torch.device) -> None:
-    case = make_case(device, [2, 5, 3])
-    options = {"steps": 2, "adapted": [False, False, True, True], "activation": "sigmoid"}
-    assert_matches_reference(case, **options)
-    assert_same_bits("body", case.adapt("triton", **options)[0], case.params[0].expand(2, 5, 2))
-
-
-@pytest.mark.parametrize(("loss", "every"), zip(LOSSES, (None, 2, 1), strict=True))
-def test_masks_weights_of_steps_and_checkpoints(loss: str, every: int | None, device: torch.device) -> None:
-    case = make_case(device, [2, 5, 3], loss=loss)
-    masks = [torch.rand(2, n, generator=case.generator) < 0.6 for n in (4, 3)]
-    for mask in masks:
-        mask[:, 1] = True
-    options = {"steps": 3, "support_mask": masks[0].to(device), "query_mask": masks[1].to(device)}
-    step_weights = [0.3, 0.0, 0.7]
-    assert_matches_reference(case, every == 2, checkpoint_every=every, step_weights=step_weights, **options)
-
-
-@pytest.mark.parametrize("own", [(0, 1, 2, 3), (1, 2)])
-def test_parameters_of_every_task(own: tuple[int, ...], device: torch.device) -> None:
-    case = make_case(device, [2, 5, 3], 3, own=True)
-    case.params = [p if i in own else p[0] for i, p in enumerate(case.params)]
-    assert_matches_reference(case, steps=1)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_half_precision_takes_float32_arithmetic(dtype: torch.dtype, device: torch.device) -> None:
-    case = make_case(device, [3, 7, 2])
-    for x in (*case.params, *case.support, *case.query):
-        x.copy_(x.to(dtype))
-    lr = [torch.tensor(0.125, dtype=F64, device=device) for _ in case.params]
-    options = {"steps": 2, "lr": lr, "checkpoint_every": 1}
-    for count, got, expected in (
-        (1, case.meta("triton", dtype, **options), case.meta("reference", **options)),
-        (4, case.adapt("triton", dtype, **options), case.adapt("reference", **options)),
-    ):
-        assert {x.dtype for x in got} == {dtype}
-        assert_equal(got[:count], expected[:count], FORWARD_TOLERANCE[dtype])
-        # The incoming gradients are rounded as well, and the rates' gradients are sums of many.
-        assert_equal(got, expected, 4 * GRADIENT_TOLERANCE[dtype])
-
-
-def test_large_arguments_of_the_losses(device: torch.device) -> None:
-    for loss in ("cross_entropy", "binary_cross_entropy_with_logits"):
-        case = make_case(device, [2, 3, 3], loss=loss)
-        case.params[2] *= 300
-        options = {"steps": 1, "lr": 1e-4, "activation": "tanh"}
-        got, want = case.meta("triton", **options), case.meta("reference", **options)
-        assert want[0].isfinite().all()
-        assert_equal(got, want, 1e-10)
 
 
 # ------------------------------------------------------------------------------------ bits and isolation
@@ -196,20 +103,6 @@ def test_a_missing_barrier_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Exception, match="the same phase has"):
         Case([3, 5, 2], 1).adapt("triton", steps=1)
     assert watch.accesses
-
-
-@pytest.mark.parametrize("where", ["support", "query", "params"])
-def test_a_task_that_is_not_finite_leaves_the_others_alone(where: str, device: torch.device) -> None:
-    # A program's next task gets the scratch that the first one leaves.
-    assert triton_mlp.PROGRAMS_ON_CPU == 2
-    case = make_case(device, [2, 5, 3], 3, own=True)
-    before = case.meta("triton", steps=1)
-    {"support": case.support[0], "query": case.query[0], "params": case.params[0]}[where][0].view(-1)[0] = torch.nan
-    after = case.meta("triton", steps=1)
-    for index, (a, b) in enumerate(zip(after, before, strict=True)):
-        assert_same_bits(f"result {index}", a[1:], b[1:])
-    assert after[0][0].isnan()
-    assert after[1][0].isnan().any()
 
 
 @pytest.mark.parametrize("label", [-1, 3, -100, 2**40])
@@ -294,48 +187,6 @@ def arguments(name: str, device: torch.device) -> tuple[Any, ...]:
     return torch.ones(2, dtype=F64, device=device), values, case.params, *case.support, rates, 2, True, 0
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_schema_and_fake_kernel_are_those_of_the_compiled_operator(name: str, device: torch.device) -> None:
-    triton_name = name.replace("_backward", "_triton_backward") if "backward" in name else f"{name}_triton"
-    operator, compiled = (getattr(torch.ops.metakern, n).default for n in (triton_name, name))
-    assert str(operator._schema).replace("_triton", "") == str(compiled._schema)
-    args = arguments(name, device)
-    torch.library.opcheck(operator, args, test_utils=("test_schema", "test_faketensor"))
-    cpu = [x.cpu() if isinstance(x, Tensor) else x for x in args]
-    got, expected = (torch.utils._pytree.tree_leaves(f(*a)) for f, a in ((operator, args), (compiled, cpu)))
-    assert [x.shape for x in got] == [x.shape for x in expected]
-
-
-def test_torch_compile(device: torch.device) -> None:
-    case = make_case(device, [3, 4, 2])
-    expected = case.meta("triton", steps=2)
-
-    def function(params: list[Tensor]) -> Tensor:
-        return mlp_meta_loss(params, case.support, case.query, lr=0.1, steps=2, backend="triton")
-
-    params = [p.requires_grad_() for p in case.params]
-    losses = torch.compile(function, fullgraph=True, backend="aot_eager")(params)
-    total = (losses * torch.linspace(0.5, 1.5, 2, dtype=F64, device=device)).sum()
-    results = [losses, *torch.autograd.grad(total, params)]
-    for index, (a, b) in enumerate(zip(results, expected, strict=True)):
-        assert_same_bits(f"result {index}", a, b)
-
-
-def test_vmap_and_grad_of_torch_func(device: torch.device) -> None:
-    case = make_case(device, [2, 3, 1])
-    scales = torch.tensor([0.5, 1.0, 2.0], dtype=F64, device=device)
-
-    def loss(scale: Tensor, backend: str) -> Tensor:
-        params = [scale * p for p in case.params]
-        return mlp_meta_loss(params, case.support, case.query, lr=0.1, steps=1, backend=backend).sum()
-
-    got, expected = (
-        torch.func.vmap(torch.func.grad(functools.partial(loss, backend=backend)))(scales)
-        for backend in ("triton", "reference")
-    )
-    assert_close("gradient", got, expected, 1e-10)
-
-
 def test_adapt_and_meta_loss_take_the_kernels(device: torch.device, capsys: pytest.CaptureFixture[str]) -> None:
     model = mlp(3, 4, 2).to(device)
     episode = regression(2, 4, 3, 3, 2)
@@ -349,18 +200,6 @@ def test_adapt_and_meta_loss_take_the_kernels(device: torch.device, capsys: pyte
         results.append([losses, *adapted.parameters.values(), *gradients])
     assert_equal(*results, 1e-10)
     assert "fused inner loop" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("call", [mlp_inner_loop, mlp_meta_loss])
-def test_a_second_derivative_raises(call: Any, device: torch.device) -> None:
-    case = make_case(device, [2, 4, 1])
-    params = [p.requires_grad_() for p in case.params]
-    sets = (case.support, case.query) if call is mlp_meta_loss else case.support
-    result = call(params, *sets, lr=0.1, steps=1, backend="triton")
-    total = result.sum() if isinstance(result, Tensor) else sum(r.sum() for r in result)
-    gradient = torch.autograd.grad(total, params, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match="cannot be differentiated again; backend='reference' takes"):
-        (total + gradient.sum()).backward()
 
 
 # ------------------------------------------------------------------------------------ bad input

@@ -10,14 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.func import vmap
 
-from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_
-from metakern.ops.inner_update import prepare
-from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close
-from tests.problems import evaluate, evaluate_reference, make_problem
+from metakern.ops import lstm_step_
+from tests.problems import make_problem
 from tests.triton.evaluation import options
-from tests.update_problems import make_update
 
 NAMES = ("lstm_step_triton", "lstm_step_triton_", "lstm_step_triton_backward")
 
@@ -27,13 +23,6 @@ def arguments(name: str, dtype: torch.dtype, device: torch.device | str, n: int 
     state = problem.state.data
     tensors = (problem.params, state, problem.grads, state.clone()) if name.endswith("backward") else None
     return (*(tensors or (problem.params, problem.grads, state)), problem.weights, *options(problem))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("name", NAMES)
-def test_schema_and_fake_kernel(name: str, dtype: torch.dtype, device: torch.device) -> None:
-    operator = getattr(torch.ops.metakern, name).default
-    torch.library.opcheck(operator, arguments(name, dtype, device), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -154,38 +143,6 @@ def test_metakern_works_without_triton_and_says_what_is_missing() -> None:
     assert run_python("import sys, metakern; sys.exit('triton' in sys.modules)").returncode == 0
 
 
-def test_backend_triton_of_the_public_function(device: torch.device) -> None:
-    problem = make_problem(40, 5, 2, device=device)
-    results, gradients = evaluate(problem, "triton")
-    expected_results, expected_gradients = evaluate_reference(problem)
-    for name, expected in expected_results.items():
-        assert_close(name, results[name], expected, FORWARD_TOLERANCE[torch.float32])
-    for name, expected in expected_gradients.items():
-        assert_close(name, gradients[name], expected, GRADIENT_TOLERANCE[torch.float32])
-
-
-def test_a_second_derivative_raises(device: torch.device) -> None:
-    problem = make_problem(5, 3, 1, device=device)
-    grads = problem.grads.requires_grad_()
-    new_params, _ = lstm_step(problem.params, grads, problem.state, problem.weights, backend="triton")
-    (first,) = torch.autograd.grad(new_params.sum(), grads, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative"):
-        first.sum().backward()
-
-
-def test_vmap_is_one_launch_over_all_coordinates(device: torch.device) -> None:
-    problem = make_problem(6, 3, 1, device=device)
-    state = LSTMState.zeros(2, hidden_size=3, num_layers=1, device=device)
-    batched = LSTMState(state.data.expand(3, *state.data.shape), 2)
-
-    def step(params: torch.Tensor, grads: torch.Tensor, state: LSTMState) -> torch.Tensor:
-        return lstm_step(params, grads, state, problem.weights, backend="triton")[0]
-
-    got = vmap(step)(problem.params.view(3, 2), problem.grads.view(3, 2), batched)
-    rows = [step(p, g, state) for p, g in zip(problem.params.view(3, 2), problem.grads.view(3, 2), strict=True)]
-    assert_close("new params", got, torch.stack(rows), FORWARD_TOLERANCE[torch.float32])
-
-
 def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
     problem = make_problem(64, 3, 1, device=device)
     state, memory = problem.state, torch.zeros(65, device=device)
@@ -196,17 +153,3 @@ def test_in_place_refuses_memory_that_is_shared(device: torch.device) -> None:
     assert not memory.any()
     lstm_step_(memory[:64], memory[:64], state, problem.weights, backend="triton")
     assert memory[:64].all()
-
-
-def test_torch_compile_finds_the_operators(device: torch.device) -> None:
-    problem, update = make_problem(5, 3, 1, device=device), make_update(2, shapes=[(3,)], device=device)
-    prepare("triton")
-
-    def function(params: torch.Tensor, grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        stepped = lstm_step(params, problem.grads, problem.state, problem.weights, backend="triton")[0]
-        return stepped, inner_update(update.params, grads, 0.1, backend="triton")
-
-    inputs = (problem.params, update.grads)
-    got, expected = torch.compile(function, fullgraph=True, backend="eager")(*inputs), function(*inputs)
-    assert torch.equal(got[0], expected[0])
-    assert torch.equal(got[1][0], expected[1][0])

@@ -124,7 +124,7 @@ def lstm_step_(
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
     if not _checks_itself(kernel):
         _check_contiguous(params, state)
-        if kernel is None or not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling():
             _check_memory(params, grads, state)
     if kernel is None:
         new_params, new_state = _reference_step(

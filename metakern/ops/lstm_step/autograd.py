@@ -39,7 +39,7 @@ def _batched(batch: Batch) -> tuple[Any, Any]:
     params, grads, state = (batch.leading(name) for name in ("params", "grads", "state"))
     n = math.prod(params.shape[1:])
     padded = tiles(n) * state.shape[-1]
-    flat_params, flat_grads = (F.pad(x.reshape(batch.size, n), (0, padded - n)).view(-1) for x in (params, grads))
+    flat_params, flat_grads = (F.pad(x.reshape(batch.size, n), (0, padded - n)).reshape(-1) for x in (params, grads))
     flat = batch.arguments._replace(params=flat_params, grads=flat_grads, state=state.flatten(0, 1))
     new = batch.call(*flat)
     new_params = new.new_params.view(batch.size, padded)[:, :n].reshape(params.shape)

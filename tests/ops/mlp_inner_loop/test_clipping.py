@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import grad, vmap
 
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
-from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
+from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import assert_same, hand_written, mlp, regression
 from tests.mlp_problems import Case, assert_equal
 
@@ -51,66 +50,6 @@ def test_the_norms_of_these_tests_lie_below_between_and_above_the_gradients() ->
     assert NORMS[2] > norms.max()
 
 
-@pytest.mark.sanitize
-@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("tasks", [1, 15, 17])
-def test_groups_of_tasks_on_every_instruction_set(tasks: int, norm: float, dtype: torch.dtype, capability: str) -> None:
-    """Odd widths, learned rates of every step, masks, a last segment of one step, clipped beside other tasks."""
-    case, steps = Case([3, 7, 5, 1], tasks, 17, 3), 5
-    mask = torch.rand(tasks, 17, generator=case.generator) < 0.6
-    mask[:, -1] = True
-    lr = [0.1 + 0.05 * case.draw(steps, *p.shape) for p in case.params]
-    options = {"lr": lr, "steps": steps, "per_step": True, "support_mask": mask, "checkpoint_every": 2}
-    options |= {"clip_norm": norm, "activation": "tanh"}
-    tolerance = GRADIENT_TOLERANCE[dtype]
-    assert_equal(case.meta("cpp", dtype, **options), case.meta("reference", **options), tolerance)
-    assert_equal(case.adapt("cpp", dtype, **options), case.adapt("reference", **options), tolerance)
-
-
-@pytest.mark.parametrize("first_order", [False, True, (False, True, False)], ids=["second", "first", "mixed"])
-@pytest.mark.parametrize("rates", ["one", "tensor", "parameter"])
-def test_learned_rates(rates: str, first_order: Any) -> None:
-    case = Case([2, 9, 3], 11)
-    lr = [0.3 + 0.05 * case.draw(*(p.shape if rates == "parameter" else ())) for p in case.params]
-    options = {"steps": 3, "clip_norm": 0.5, "activation": "gelu", "first_order": first_order}
-    if rates == "one":
-        results = []
-        for backend in ("cpp", "reference"):
-            params, rate = [p.requires_grad_() for p in case.params], torch.tensor(0.3, dtype=F64, requires_grad=True)
-            losses = mlp_meta_loss(params, case.support, case.query, lr=rate, backend=backend, **options)
-            results.append([losses, *torch.autograd.grad(losses.sum(), [rate, *params])])
-        assert_equal(*results, 1e-10)
-        return
-    assert_equal(case.meta("cpp", lr=lr, **options), case.meta("reference", lr=lr, **options), 1e-10)
-    assert_equal(case.adapt("cpp", lr=lr, **options), case.adapt("reference", lr=lr, **options), 1e-10)
-
-
-@pytest.mark.parametrize("loss", ["cross_entropy", "binary_cross_entropy_with_logits"])
-def test_the_norm_is_that_of_the_adapted_parameters_alone(loss: str) -> None:
-    case = Case([2, 9, 3], 19, loss=loss)
-    for adapted in ([False, False, True, True], [True, False, False, True]):
-        options = {"steps": 3, "adapted": adapted, "clip_norm": 0.3, "step_weights": [0.25, 0.25, 0.5]}
-        assert_equal(case.meta("cpp", **options), case.meta("reference", **options), 1e-10)
-        options.pop("step_weights")
-        assert_equal(case.adapt("cpp", **options), case.adapt("reference", **options), 1e-10)
-
-
-def test_central_differences() -> None:
-    case, options = Case([2, 4, 1], 3), {"steps": 3, "activation": "gelu", "clip_norm": 0.4}
-    gradients = case.meta("cpp", **options)[1:]
-    weights = torch.linspace(0.5, 1.5, 3, dtype=F64)
-    for p, gradient in zip(case.params, gradients, strict=True):
-        for index in range(p.numel()):
-            values = []
-            for offset in (1e-5, -1e-5):
-                p.view(-1)[index] += offset
-                losses = mlp_meta_loss(case.params, case.support, case.query, lr=0.1, **options)
-                values.append((losses * weights).sum())
-                p.view(-1)[index] -= offset
-            assert_close("derivative", gradient.view(-1)[index], (values[0] - values[1]) / 2e-5, 1e-6)
-
-
 # ------------------------------------------------------------------------------------ numbers at the border
 
 
@@ -142,20 +81,6 @@ def test_squares_that_overflow_float32_are_clipped(backend: str) -> None:
     assert_close("length of the step", norms, torch.ones(3), 1e-5)
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-@pytest.mark.parametrize("task", [5, 17])  # one in a group of lanes, one by itself
-def test_a_task_that_is_not_finite_leaves_the_others_alone(task: int, value: float) -> None:
-    case, options = Case([2, 9, 3], 18, own=True), {"steps": 2, "clip_norm": 0.3}
-    before = case.meta("cpp", **options) + case.adapt("cpp", **options)
-    case.support[0][task].view(-1)[0] = value
-    after = case.meta("cpp", **options) + case.adapt("cpp", **options)
-    others = torch.arange(18) != task
-    for index, (a, b) in enumerate(zip(after, before, strict=True)):
-        assert_same_bits(f"result {index}", a[others], b[others])
-    assert not after[0][task].isfinite()
-    assert not after[1][task].isfinite().all()
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_gradient_of_one_parameter_takes_no_step_elsewhere(backend: str) -> None:
     """Of an infinite norm the factor is zero: what is finite stays, what is infinite becomes NaN, as in PyTorch."""
@@ -169,19 +94,6 @@ def test_an_infinite_gradient_of_one_parameter_takes_no_step_elsewhere(backend: 
 
 
 # ------------------------------------------------------------------------------------ bits
-
-
-@pytest.mark.sanitize
-@pytest.mark.usefixtures("threads")
-@pytest.mark.parametrize("dtype", [F32, F64])
-def test_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
-    case, results, options = Case([3, 20, 4], 67), [], {"steps": 3, "clip_norm": 2.7}
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        results.append(case.meta("cpp", dtype, **options) + case.adapt("cpp", dtype, **options))
-    for other in results[1:]:
-        for index, (a, b) in enumerate(zip(results[0], other, strict=True)):
-            assert_same_bits(f"result {index}", a, b)
 
 
 def test_same_bits_with_and_without_a_graph_and_checkpoints() -> None:
@@ -207,62 +119,6 @@ def test_gradients_that_are_not_clipped_have_the_bits_of_those_without() -> None
 
 def flags(steps: int) -> Tensor:
     return torch.ones(steps, dtype=torch.bool)
-
-
-@pytest.mark.parametrize("slopes", [[], [0.2, 0.0]], ids=["none", "slopes"])
-@pytest.mark.parametrize("name", ["mlp_inner_loop", "mlp_meta_loss"])
-def test_opcheck(name: str, slopes: list[float]) -> None:
-    case = Case([2, 4, 3, 1], 3)
-    params, rates = [p.requires_grad_() for p in case.params], [torch.tensor(0.1, dtype=F64, requires_grad=True)]
-    scalars = 0.0, 2, False, -1, [4, 1], 0, 1
-    if name == "mlp_inner_loop":
-        args = (params, *case.support, None, rates, *scalars, True, flags(2), slopes, 0.5)
-    else:
-        weights = torch.tensor([0.0, 1.0], dtype=F64)
-        args = (params, *case.support, None, *case.query, None, rates, *scalars, flags(2), weights, True, slopes, 0.5)
-    torch.library.opcheck(getattr(torch.ops.metakern, name).default, args)
-
-
-@pytest.mark.parametrize("call", ["meta", "adapt"])
-def test_torch_compile(call: str) -> None:
-    case, lr = Case([2, 6, 4, 3], 5), 0.1
-    options = {"steps": 3, "clip_norm": 0.5, "activation": ["leaky_relu:0.2", "tanh"]}
-    expected = getattr(case, call)("cpp", **options)
-
-    def function(params: list[Tensor]) -> Any:
-        if call == "meta":
-            return mlp_meta_loss(params, case.support, case.query, lr=lr, **options)
-        return mlp_inner_loop(params, *case.support, lr=lr, **options)
-
-    params = [p.requires_grad_() for p in case.params]
-    got = torch.compile(function, fullgraph=True, backend="aot_eager")(params)
-    if call == "meta":
-        total, results = (got * torch.linspace(0.5, 1.5, 5, dtype=F64)).sum(), [got]
-    else:
-        total = sum((r * torch.linspace(-1, 1, r.numel(), dtype=F64).view(r.shape)).sum() for r in got)
-        results = list(got)
-    for index, (a, b) in enumerate(zip([*results, *torch.autograd.grad(total, params)], expected, strict=True)):
-        assert_same_bits(f"result {index}", a, b)
-
-
-@pytest.mark.parametrize("learned", [False, True])
-def test_vmap_of_grad_equals_a_loop(learned: bool) -> None:
-    """A batch becomes more tasks, each with a norm of its own; with learned rates it is a loop."""
-    case = Case([2, 4, 1], 3)
-    lr: Any = [torch.tensor(0.1, dtype=F64) for _ in case.params] if learned else 0.1
-    options = {"steps": 2, "clip_norm": 0.4, "activation": ["leaky_relu:0.2"]}
-
-    def loss(params: list[Tensor], lr: Any) -> Tensor:
-        return mlp_meta_loss(params, case.support, case.query, lr=lr, **options).sum()
-
-    batch = [torch.stack([p, 2 * p, -p]) for p in case.params]
-    gradient = grad(loss, (0, 1) if learned else 0)
-    got = vmap(gradient, (0, None))(batch, lr)
-    rows = [gradient([p[i] for p in batch], lr) for i in range(3)]
-    for i, row in enumerate(rows):
-        leaves = [torch.utils._pytree.tree_leaves(x) for x in (got, row)]
-        for a, b in zip(*leaves, strict=True):
-            assert_close("gradient", a[i], b, 1e-12)
 
 
 @pytest.mark.sanitize

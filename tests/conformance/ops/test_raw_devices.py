@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.ops.raw_calls import COMPILED, TRITON, arguments, operator, places, replaced, tensor_at
+from tests.conformance.ops.raw_calls import COMPILED, TRITON, arguments, operator, places, replaced, tensor_at
 
 OPERATORS = pytest.mark.parametrize("name", [*COMPILED, *TRITON])
 DEVICE = r"must be on the (CPU|device of)"

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conformance.ops.raw_calls import COMPILED, arguments, operator
+from tests.conformance.ops.test_fuzz import flat
 from tests.conftest import assert_same_bits
-from tests.ops.raw_calls import COMPILED, arguments, operator
-from tests.ops.test_fuzz import flat
 
 THREADS, ROUNDS = 6, 30
 

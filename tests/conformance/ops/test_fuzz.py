@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.ops.raw_calls import COMPILED, arguments, operator, places, replaced, tensor_at
+from tests.conformance.ops.raw_calls import COMPILED, arguments, operator, places, replaced, tensor_at
 
 CALLS = 60  # of one test
 

@@ -1,0 +1,60 @@
+"""Calls of every raw operator torch.ops.metakern.*, past the Python functions that check their arguments first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from metakern.ops.core.registry import operators
+from tests.conformance.ops.rows import ROWS
+
+#: Operators of the compiled library.
+COMPILED = tuple(name for op in ROWS for name in op.operators)
+
+#: Those of Triton's kernels, in the same order.
+TRITON = tuple(f"{op.name}_triton{name.removeprefix(op.name)}" for op in ROWS for name in op.operators)
+
+
+def operator(name: str) -> Callable[..., Any]:
+    """torch.ops.metakern.``name``; Triton's are registered when they are first asked for."""
+    if "_triton" in name:
+        for found in operators().values():
+            found.prepare("triton")
+    overloads: Callable[..., Any] = getattr(torch.ops.metakern, name)
+    return overloads
+
+
+def arguments(name: str, seed: int = 0, tasks: int = 3, loss: int = 0) -> list[Any]:
+    """What a call of an operator takes, in its order."""
+    kind = name.replace("_triton", "")
+    row = next(op for op in ROWS if kind in op.operators)
+    return row.raw(kind, seed, tasks, loss, "_triton" if kind != name else "")
+
+
+def places(args: list[Any]) -> Iterator[tuple[int, int | None]]:
+    """Where tensors stand: index of the argument, and index in it where that is a list."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor):
+            yield index, None
+        elif isinstance(value, list):
+            yield from ((index, inner) for inner, x in enumerate(value) if isinstance(x, Tensor))
+
+
+def tensor_at(args: list[Any], place: tuple[int, int | None]) -> Tensor:
+    index, inner = place
+    found: Tensor = args[index] if inner is None else args[index][inner]
+    return found
+
+
+def replaced(args: list[Any], place: tuple[int, int | None], value: Any) -> list[Any]:
+    """The arguments with another tensor at a place."""
+    index, inner = place
+    new = list(args)
+    if inner is None:
+        new[index] = value
+    else:
+        new[index] = [*args[index][:inner], value, *args[index][inner + 1 :]]
+    return new

@@ -1,0 +1,10 @@
+"""The registry of the suite: one row an operator."""
+
+from __future__ import annotations
+
+from tests.conformance.ops.inner_update import InnerUpdate
+from tests.conformance.ops.lstm_step import LstmStep
+from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
+from tests.conformance.ops.operators import Operator
+
+ROWS: tuple[Operator, ...] = (LstmStep(), InnerUpdate(), MlpInnerLoop(), MlpMetaLoss())

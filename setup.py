@@ -120,7 +120,7 @@ class Sources(NamedTuple):
 
 
 def own_options(source: Path) -> list[str]:
-    """The compiler's options that a file's first line asks for: ``// compile with: -ffp-contract=off``."""
+    """The compiler's options that a C++ file's first line asks for: ``// compile with: -ffp-contract=off``."""
     with source.open(encoding="utf-8") as file:
         match = re.match(r"// compile with: (.+)", file.readline())
     return match[1].split() if match else []
@@ -338,6 +338,7 @@ class BuildExtension(build_ext):
             # Of the facts only those that the file names: others are no reason to compile it again.
             text = (ROOT / source).read_text(encoding="utf-8")
             own = [f'-D{name}="{value}"' for name, value in facts.items() if name in text]
+            own += own_options(ROOT / source)
             jobs.append(Job([*compiler, *shared, *own, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
         if cuda:
             own = [f'-DMETAKERN_CUDA_ARCHITECTURES="{cuda.architectures}"', f"-isystem{cuda.home / 'include'}"]

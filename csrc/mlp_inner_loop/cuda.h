@@ -11,7 +11,7 @@
 
 namespace metakern {
 
-// The weights of the steps travel in the kernel's arguments. Keep in step with metakern/ops/mlp_inner_loop.py.
+// The weights of the steps travel in the kernel's arguments. Keep in step with metakern/ops/mlp_inner_loop/__init__.py.
 constexpr int max_cuda_mlp_steps = 256;
 
 enum class MlpMode : int { adapt, adapt_backward, meta_loss };

@@ -1,5 +1,5 @@
 // How a block's shared memory holds one task of mlp_inner_loop: the one rule of what fits, for host and device. Keep
-// cuda_shared_bytes in metakern/ops/mlp_inner_loop.py in step, which must be plain Python for torch.compile.
+// cuda_shared_bytes in metakern/ops/mlp_inner_loop/__init__.py in step, which must be plain Python for torch.compile.
 //
 // The bias of a layer is one more column of its weight: a layer's matrix is [units][inputs + 1], and its inputs have
 // one more row that is 1. Rows are padded to an odd length, so that neither rows nor columns meet in one memory bank.

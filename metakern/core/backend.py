@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
-import warnings
 from typing import Any, NamedTuple
 
 import torch
@@ -165,11 +164,7 @@ def _warn_once(reason: str) -> None:
     if reason in _warned:
         return
     _warned.add(reason)
-    message = f"metakern uses its slow reference implementation: {reason}"
-    if torch.compiler.is_compiling():  # the compiler follows no frames
-        warnings.warn(message, FallbackWarning, stacklevel=5)
-    else:
-        warn_user(message, FallbackWarning)
+    warn_user(f"metakern uses its slow reference implementation: {reason}", FallbackWarning)
 
 
 def empty_cache() -> None:

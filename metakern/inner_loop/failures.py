@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+
+from metakern.core.torch_private import ConvNd, NormBase
 
 #: Layers that take no integers.
-_OF_NUMBERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
+_OF_NUMBERS = (nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
+
+
+#: By the id of a tensor, what is taken in its place.
+Instead = Mapping[int, Tensor]
+
+#: Whether an evaluation works with other tensors.
+Works = Callable[[Instead], bool]
 
 
 class Failed(NamedTuple):
@@ -42,15 +49,20 @@ def _module_of(frame: FrameType) -> nn.Module | None:
     return module if isinstance(module, nn.Module) else None
 
 
-def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> Exception:
+def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor], works: Works) -> Exception:
     """An error that says what of the data does not fit the model, or ``error`` where nothing is found.
+
+    Data of another dtype or device are taken for the cause if the evaluation works once they are converted.
 
     Args:
         error: raised by the model or its gradient
         model: the module
         data: the caller's tensors, by what a message calls them
+        works: whether the evaluation works with other tensors in place of some of ``data``
     """
-    return _of_dtype(error, model, data) or _of_device(error, model, data) or _of_width(error, model, data) or error
+    return (
+        _of_dtype(error, model, data, works) or _of_device(model, data, works) or _of_width(error, model, data) or error
+    )
 
 
 def check_no_mixed_meta(model: nn.Module, data: Mapping[str, Tensor]) -> None:
@@ -63,9 +75,9 @@ def check_no_mixed_meta(model: nn.Module, data: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{other} must be on the device of {of}, {device}, got {tensor.device}")
 
 
-def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> TypeError | None:
+def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor], works: Works) -> TypeError | None:
     dtypes = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(dtypes) != 1 or not any(word in str(error) for word in ("dtype", "scalar type")):
+    if len(dtypes) != 1:
         return None
     expected = dtypes.pop()
     failed = module_that_failed(error, model)
@@ -75,29 +87,34 @@ def _of_dtype(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) ->
         and failed.input is not None
         and not (failed.input.is_floating_point() or failed.input.is_complex())
     )
-    for name, tensor in data.items():
-        wrong = tensor.is_floating_point() or (got_integers and _is_input(name))
-        if wrong and tensor.dtype != expected:
-            other = f", or convert the model by model.to({tensor.dtype})" if tensor.is_floating_point() else ""
-            return TypeError(
-                f"{name} must have the dtype of the model's parameters, {expected}, got {tensor.dtype}: pass "
-                f"{name}.to({expected}){other}"
-            )
-    return None
+    wrong = {
+        name: tensor
+        for name, tensor in data.items()
+        if tensor.dtype != expected and (tensor.is_floating_point() or (got_integers and _is_input(name)))
+    }
+    if not wrong or not works({id(tensor): tensor.to(expected) for tensor in wrong.values()}):
+        return None
+    name, tensor = next(iter(wrong.items()))
+    other = f", or convert the model by model.to({tensor.dtype})" if tensor.is_floating_point() else ""
+    return TypeError(
+        f"{name} must have the dtype of the model's parameters, {expected}, got {tensor.dtype}: pass "
+        f"{name}.to({expected}){other}"
+    )
 
 
-def _of_device(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> ValueError | None:
+def _of_device(model: nn.Module, data: Mapping[str, Tensor], works: Works) -> ValueError | None:
     devices = {p.device for p in model.parameters()}
-    if len(devices) != 1 or "device" not in str(error):
+    if len(devices) != 1:
         return None
     expected = devices.pop()
-    for name, tensor in data.items():
-        if tensor.device != expected:
-            return ValueError(
-                f"{name} must be on the device of the model's parameters, {expected}, got {tensor.device}: pass "
-                f"{name}.to({str(expected)!r}), or move the model by model.to({str(tensor.device)!r})"
-            )
-    return None
+    wrong = {name: tensor for name, tensor in data.items() if tensor.device != expected}
+    if not wrong or not works({id(tensor): tensor.to(expected) for tensor in wrong.values()}):
+        return None
+    name, tensor = next(iter(wrong.items()))
+    return ValueError(
+        f"{name} must be on the device of the model's parameters, {expected}, got {tensor.device}: pass "
+        f"{name}.to({str(expected)!r}), or move the model by model.to({str(tensor.device)!r})"
+    )
 
 
 def _of_width(error: Exception, model: nn.Module, data: Mapping[str, Tensor]) -> ValueError | None:
@@ -123,12 +140,12 @@ def _wanted(module: Any, x: Tensor) -> tuple[str, str] | None:
     size: tuple[Any, Any, str] | None = None
     if isinstance(module, nn.Linear):
         size = module.in_features, x.shape[-1] if x.dim() else None, "features"
-    elif isinstance(module, _ConvNd):
+    elif isinstance(module, ConvNd):
         rank = len(module.kernel_size)
         if x.dim() not in (rank + 1, rank + 2):
             return f"{rank + 1} or {rank + 2} axes", str(x.dim())
         size = module.in_channels, x.shape[-rank - 1], "channels"
-    elif isinstance(module, _NormBase):
+    elif isinstance(module, NormBase):
         size = module.num_features, x.shape[1] if x.dim() > 1 else None, "channels"
     elif isinstance(module, nn.GroupNorm):
         size = module.num_channels, x.shape[1] if x.dim() > 1 else None, "channels"

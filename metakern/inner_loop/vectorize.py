@@ -8,14 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import random_state, set_random_state
 from metakern.core.text import first_line
+from metakern.core.torch_private import GLOBAL_BACKWARD_HOOKS
 from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
-from metakern.inner_loop.failures import check_no_mixed_meta, explained, module_that_failed
+from metakern.inner_loop.failures import Instead, check_no_mixed_meta, explained, module_that_failed
 from metakern.inner_loop.remembered import Remembered
 
 Result = TypeVar("Result")
@@ -56,11 +56,12 @@ class Vectorization:
         if vectorize == "auto" and not is_transformed():
             self.at_once = not self._hooked and not _loops.get(model, self._kind())
 
-    def run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
-        """``evaluate()``, which looks at ``at_once``.
+    def run(self, evaluate: Callable[[Instead], Result], data: Mapping[str, Tensor]) -> Result:
+        """``evaluate({})``, which looks at ``at_once``.
 
         Args:
-            evaluate: all that is done for the tasks; it may be called twice
+            evaluate: all that is done for the tasks, with others in place of some of ``data``; it may be called twice,
+                and again where it fails, to find out why
             data: the caller's tensors, by what a message calls them
 
         Raises:
@@ -70,12 +71,12 @@ class Vectorization:
         with exclusive(self._model):
             return self._run(evaluate, data)
 
-    def _run(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+    def _run(self, evaluate: Callable[[Instead], Result], data: Mapping[str, Tensor]) -> Result:
         check_no_mixed_meta(self._model, data)
         if is_transformed():
             if self._hooked:
                 raise RuntimeError(f"torch.func cannot transform the model: {self._hooked}; remove it")
-            return evaluate()
+            return evaluate({})
         if self._hooked and self.at_once:
             raise RuntimeError(f"vectorize=True cannot run the model: {self._hooked}; {_WAY_OUT}")
         if self._hooked and not _loops.get(self._model, self._kind()):
@@ -84,10 +85,10 @@ class Vectorization:
             return self._loop(evaluate, data)
         device = next(self._model.parameters()).device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return evaluate()  # a CUDA graph can neither be asked for random states nor begun again
+            return evaluate({})  # a CUDA graph can neither be asked for random states nor begun again
         state = random_state(device)
         try:
-            return evaluate()
+            return evaluate({})
         except torch.OutOfMemoryError:
             raise
         except Exception as error:
@@ -116,11 +117,18 @@ class Vectorization:
         of_loss = code if isinstance(code, CodeType) else type(self._loss)
         return of_loss, self._hooked, tuple((type(module), module.training) for module in self._model.modules())
 
-    def _loop(self, evaluate: Callable[[], Result], data: Mapping[str, Tensor]) -> Result:
+    def _loop(self, evaluate: Callable[[Instead], Result], data: Mapping[str, Tensor]) -> Result:
+        def works(instead: Instead) -> bool:
+            try:
+                evaluate(instead)
+            except Exception:
+                return False
+            return True
+
         try:
-            return evaluate()
+            return evaluate({})
         except (RuntimeError, IndexError) as error:
-            better = explained(error, self._model, data)
+            better = explained(error, self._model, data, works)
             if better is error:
                 raise
             raise better from error
@@ -141,7 +149,7 @@ _loops: Remembered[bool] = Remembered(most=16)
 
 def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> str:
     """Says which module has a hook that torch.vmap would not call; empty where none has."""
-    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+    if any(GLOBAL_BACKWARD_HOOKS):
         return "there are backward hooks for all modules, which torch.vmap does not call"
     named = list(model.named_modules())
     if isinstance(loss, nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from metakern.core.checks import check_count, check_rate
 from metakern.core.transforms import is_transformed
-from metakern.core.trees import Data, as_data, named_tensors
+from metakern.core.trees import Data, as_data, map_tensors, named_tensors
 from metakern.inner_loop.arguments import (
     DEFAULT_LR,
     Call,
@@ -27,6 +27,7 @@ from metakern.inner_loop.arguments import (
 from metakern.inner_loop.engines import Engine
 from metakern.inner_loop.engines.generic import task_model
 from metakern.inner_loop.engines.mlp import unlike_losses
+from metakern.inner_loop.failures import Instead
 from metakern.inner_loop.path import serve
 from metakern.inner_loop.task_model import TaskModel
 from metakern.inner_loop.vectorize import Vectorize
@@ -75,7 +76,13 @@ class Adapted:
         check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
         model, x = self._model.again(), as_data(query_x)
         shared = model.at_step(model.shared, self._steps)
-        return model.vectorization.run(lambda: model.predict(self.parameters, shared, x), named_tensors("query_x", x))
+
+        def predict(instead: Instead) -> Any:
+            return model.predict(
+                self.parameters, shared, map_tensors(lambda tensor: instead.get(id(tensor), tensor), x)
+            )
+
+        return model.vectorization.run(predict, named_tensors("query_x", x))
 
     def __repr__(self) -> str:
         tasks = next(iter(self.parameters.values())).shape[0]
@@ -311,13 +318,13 @@ def meta_backward(
 ) -> Tensor:
     """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
 
-    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: from
-    the second call of a kind on, the fused inner loop computes meta-gradients without an autograd graph. It does so for
-    an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor strides of
-    their own, with a ``loss`` of torch.nn.functional, a number as ``lr``, and no other options than ``steps``,
-    ``first_order``, ``clip_norm``, ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same
-    result. Only those call the hooks of gradient accumulators, which DistributedDataParallel sets. Threads may call it
-    on one model, and no gradient is lost; where plain PyTorch serves, they take turns.
+    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: the
+    fused inner loop computes meta-gradients without an autograd graph. It does so for an ``nn.Sequential`` of layers
+    with biases, all of whose parameters adapt and have neither hooks nor strides of their own, with a ``loss`` of
+    torch.nn.functional, a number as ``lr``, and no other options than ``steps``, ``first_order``, ``clip_norm``,
+    ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same result. Only those call the hooks of
+    gradient accumulators, which DistributedDataParallel sets. Threads may call it on one model, and no gradient is
+    lost; where plain PyTorch serves, they take turns.
 
     Args:
         model: as for :func:`meta_loss`

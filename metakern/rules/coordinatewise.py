@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from metakern.core.torch_private import pytree
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,
@@ -120,7 +120,7 @@ class CoordinatewiseRule(PretrainedRule):
         number = lanes.shape[-1]
         rows = -(-number // self.unit)
         padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
-        return padded.unflatten(-1, (rows, self.unit)).movedim(-2, 0).contiguous()
+        return padded.view(*lanes.shape[:-1], rows, self.unit).movedim(-2, 0).contiguous()
 
 
 def _lanes(packed: Tensor) -> Tensor:

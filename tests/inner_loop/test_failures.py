@@ -114,10 +114,23 @@ def test_errors_of_a_model_stay_what_they_are(vectorize: bool | str) -> None:
 
 def test_devices() -> None:
     """The device that is always there besides the CPU holds no data."""
-    meta = {"support_x": torch.zeros(3, 4, 2, device="meta"), "support_y": torch.zeros(3, 4, 2)}
-    better = explained(RuntimeError("Expected all tensors to be on the same device"), net(), meta)
+    data = {"support_x": torch.zeros(3, 4, 2), "support_y": torch.zeros(3, 4, 2, device="meta")}
+    model, error, tried = net().to("meta"), RuntimeError("it failed"), []
+    better = explained(error, model, data, lambda instead: not tried.append(instead))
     assert isinstance(better, ValueError)
-    assert str(better).startswith("support_x must be on the device of the model's parameters, cpu, got meta: pass")
+    assert str(better).startswith("support_x must be on the device of the model's parameters, meta, got cpu: pass")
+    assert [(key, new.device.type) for key, new in tried[0].items()] == [(id(data["support_x"]), "meta")]
+    assert explained(error, model, data, lambda instead: False) is error
+
+
+@both_ways
+def test_data_of_another_dtype_are_not_the_cause_of_every_error(vectorize: bool | str) -> None:
+    class Failing(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input.to(self.weight.dtype)).reshape(7, -1)
+
+    with pytest.raises(RuntimeError, match=r"shape '\[7, -1\]' is invalid"):
+        adapt(Failing(2, 2), samples(2, dtype=torch.float64), samples(2), vectorize=vectorize)
 
 
 @both_ways

@@ -13,12 +13,13 @@ from metakern.core.exclusive import exclusive
 from metakern.core.transforms import is_transformed
 from metakern.inner_loop.arguments import (
     Call,
-    TaskBatch,
+    SampleSets,
     adapted_names,
     check_step_weights,
     first_order_steps,
-    task_batch,
+    sample_sets,
 )
+from metakern.inner_loop.failures import Instead
 from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.task_model import TaskModel, TaskProblem
@@ -31,15 +32,16 @@ class _Plan(NamedTuple):
     model: TaskModel
     loop: InnerLoop
     start: Mapping[str, Tensor] | None
-    support: TaskBatch
-    query: TaskBatch | None
+    support: SampleSets
+    query: SampleSets | None
     step_weights: Any
 
-    def run(self, call: Call) -> tuple[dict[str, Tensor], TaskProblem]:
-        """Adapted parameters, and the problem after the last step."""
+    def run(self, call: Call, instead: Instead) -> tuple[dict[str, Tensor], TaskProblem]:
+        """Adapted parameters, and the problem after the last step; with other samples and targets in place of some."""
         options, steps = call.options, self.loop.num_steps
-        wanted = self.query if self.step_weights is not None else None
-        problem = TaskProblem(self.model, self.support, wanted, self.step_weights, options.accumulate)
+        wanted = None if self.step_weights is None or self.query is None else self.query.replaced(instead)
+        support = self.support.replaced(instead)
+        problem = TaskProblem(self.model, support, wanted, self.step_weights, options.accumulate)
         params = self.model.expand(self.support.num_tasks, self.start)
         parts = problem.recomputes_parts and not all(self.loop.first_order)
         if torch.is_grad_enabled() and steps and (options.checkpoint_every is not None or parts):
@@ -71,7 +73,7 @@ class GenericEngine:
     def adapt(self, call: Call) -> dict[str, Tensor]:
         """Adapted parameters by name, [T, *shape] each."""
         plan: _Plan = call.prepared[self.name]
-        return plan.model.vectorization.run(lambda: plan.run(call)[0], plan.support.named)
+        return plan.model.vectorization.run(lambda instead: plan.run(call, instead)[0], plan.support.named)
 
     def meta_loss(self, call: Call) -> Tensor:
         """Query losses [T]; the model's running statistics move."""
@@ -79,12 +81,12 @@ class GenericEngine:
         assert plan.query is not None
         model, query = plan.model, plan.query
 
-        def evaluate() -> tuple[Tensor | None, dict[str, Tensor]]:
-            params, problem = plan.run(call)
+        def evaluate(instead: Instead) -> tuple[Tensor | None, dict[str, Tensor]]:
+            params, problem = plan.run(call, instead)
             if plan.step_weights is not None:
                 return problem.total, problem.statistics
             shared = problem.shared
-            return model.losses(params, shared, query), model.gathered(shared)
+            return model.losses(params, shared, query.replaced(instead)), model.gathered(shared)
 
         losses, statistics = model.vectorization.run(evaluate, {**plan.support.named, **query.named})
         if losses is None:
@@ -134,10 +136,10 @@ def _plan(call: Call) -> _Plan:
     orders = first_order_steps(options.first_order, options.steps)
     loop = InnerLoop(update, orders, options.checkpoint_every)
     steps = options.steps if options.support_per_step else None
-    support = task_batch("support", call.support, call.masks[0], model.loss, steps=steps)
+    support = sample_sets("support", call.support, call.masks[0], model.loss, steps=steps)
     query = None
     if call.name != "adapt":
-        query = task_batch("query", call.query, call.masks[1], model.loss, support.num_tasks)
+        query = sample_sets("query", call.query, call.masks[1], model.loss, support.num_tasks)
     return _Plan(model, loop, start, support, query, weights)
 
 

@@ -89,15 +89,15 @@ class _Recorder(TorchFunctionMode):
         if func in _READS:
             return func(*args, **kwargs)
         if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
-            self.refuse("it switches gradients off")
+            self.refuse("switches gradients off")
         if torch.is_autocast_enabled(self.device.type):
-            self.refuse("it runs under autocast")
+            self.refuse("runs under autocast")
         if func in _CASTS:
             if not args or not self.is_known(args[0]):
-                self.refuse(f"it calls {_name(func)} of other tensors")
+                self.refuse(f"calls {_name(func)} of other tensors")
             result = func(*args, **kwargs)
             if result is not args[0]:
-                self.refuse(f"it calls {_name(func)}, which changes dtype, device or layout")
+                self.refuse(f"calls {_name(func)}, which changes dtype, device or layout")
             return result
         return self.step(func, args, kwargs)
 
@@ -109,8 +109,12 @@ class _Recorder(TorchFunctionMode):
         """Whether ``x`` is what the functions so far work on."""
         return x is self.current
 
-    def refuse(self, reason: str) -> None:
-        """End the recording."""
+    def refuse(self, does: str) -> None:
+        """End the recording: what is recorded does something that is not served."""
+        self.stop(f"{self.what} {does}")
+
+    def stop(self, reason: str) -> None:
+        """End the recording for a reason."""
         self.reason = reason
         raise _Stop
 
@@ -128,15 +132,10 @@ class _Recorder(TorchFunctionMode):
         except Exception as error:  # the generic path will meet it, too
             raise Unserved(f"{self.what} raises {first_line(error)}") from error
         if not self.reason and result is not self.current:
-            self.reason = "it returns something else than the last function's result"
+            self.reason = f"{self.what} returns something else than the last function's result"
         if self.reason:
-            raise self.unserved()
+            raise Unserved(self.reason)
         return result
-
-    def unserved(self) -> Unserved:
-        """The reason as an error."""
-        is_of_call = self.reason.startswith("it ")
-        return Unserved(self.what + self.reason[2:] if is_of_call else self.reason)
 
     what = "it"
 
@@ -169,22 +168,22 @@ class _Layers(_Recorder):
         """One layer, activation or change of shape."""
         known = kwargs.get("input", kwargs.get("self")) if not args else args[0]
         if known is not self.current:
-            self.refuse(f"it calls {_name(func)} of something else than the last function's result")
+            self.refuse(f"calls {_name(func)} of something else than the last function's result")
         self.check_version()
         if func is F.linear:
             self._linear(*args, **kwargs)
         elif func in _ACTIVATIONS:
             if func is F.gelu and kwargs.get("approximate", "none") != "none":
-                self.refuse("it calls gelu with an approximation")
+                self.refuse("calls gelu with an approximation")
             self._note(self.chain.add_activation, _ACTIVATIONS[func])
         elif func in _LEAKY:
             slope = _LEAKY[func].bind(*args, **kwargs).arguments.get("negative_slope", 0.01)
             self._note(lambda: self.chain.add_activation(leaky_relu(slope)))
         elif func is F.dropout:
             if _DROPOUT.bind(*args, **kwargs).arguments.get("training", True) is not False:
-                self.refuse("it calls dropout in train() mode")
+                self.refuse("calls dropout in train() mode")
         elif func not in _RESHAPES:
-            self.refuse(f"it calls {_name(func)}")
+            self.refuse(f"calls {_name(func)}")
         result = func(*args, **kwargs)
         if func in _RESHAPES or func is F.dropout:
             self._reshaped(func, result)
@@ -194,12 +193,12 @@ class _Layers(_Recorder):
     def check_version(self) -> None:
         """Refuse if the last result, or the samples before the first, were written."""
         if self.current._version != self.version:
-            self.refuse("it writes into samples or results of its layers")
+            self.refuse("writes into samples or results of its layers")
 
     def _linear(self, input: Tensor, weight: Any, bias: Any = None) -> None:
         parameters = [id(p) in self.names for p in (weight, bias) if p is not None]
         if not all(parameters):
-            self.refuse("it calls linear with weights that are no parameters of the model")
+            self.refuse("calls linear with weights that are no parameters of the model")
         names = [self.names.get(id(p), "") for p in (weight, bias)]
         self._note(self.chain.add_linear, names[0], weight, names[1], bias)
 
@@ -207,13 +206,13 @@ class _Layers(_Recorder):
         try:
             add(*args)
         except Unserved as unserved:
-            self.refuse(str(unserved))
+            self.stop(str(unserved))
 
     def _reshaped(self, func: Any, result: Tensor) -> None:
         x: Tensor = self.current
         rows = (x.shape[0], x[0].numel())
         if result.dtype != x.dtype or result.shape not in (x.shape, rows):
-            self.refuse(f"it calls {_name(func)} to another shape than that of flat samples")
+            self.refuse(f"calls {_name(func)} to another shape than that of flat samples")
         if result.shape != x.shape:
             self._note(self.chain.add_flatten)
 
@@ -260,7 +259,7 @@ def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Cha
     try:
         recorder.check_version()
     except _Stop:
-        raise recorder.unserved() from None
+        raise Unserved(recorder.reason) from None
     if versions != [p._version for p in instead.values()]:
         raise Unserved("the model's forward writes into its parameters")
     return recorder.chain
@@ -363,7 +362,7 @@ class _Loss(_Recorder):
         """One function of the loss."""
         stage = self._stage(func, args, kwargs)
         if not stage:
-            self.refuse(f"it calls {_name(func)}")
+            self.refuse(f"calls {_name(func)}")
         self.stage, self.current = stage, func(*args, **kwargs)
         return self.current
 

@@ -17,7 +17,7 @@ import triton.language as tl
 
 from metakern.ops.core.triton_arithmetic import log, sigmoid, tanh, to_arithmetic
 
-# Keep in step with LOG_AND_CLIP_EPSILON in metakern/reference/lstm_step.py.
+# Keep in step with LOG_AND_CLIP_EPSILON in metakern/ops/lstm_step/reference.py.
 _LOG_AND_CLIP_EPSILON = tl.constexpr(1.1920928955078125e-07)
 _LANES = tl.constexpr(32)
 

@@ -46,11 +46,10 @@ MAX_TASK_BYTES = 2**24
 #: Keep in step with csrc/mlp_inner_loop/cuda.h.
 MAX_CUDA_STEPS = 256
 
-#: Keep in step with metakern/triton/mlp_arguments.py.
+#: Keep in step with metakern/ops/mlp_inner_loop/triton_arguments.py.
 MAX_TRITON_OUTPUTS = 4096
 
 
-@memoized
 def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     """Why the kernels do not serve MLPs of these widths and so many samples of a task; empty where they do."""
     if dtype not in (torch.float32, torch.float64):
@@ -299,14 +298,16 @@ def _reasons(
     params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str | Sequence[str], loss: str
 ) -> dict[str, str]:
     """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
-    reasons = {}
     queries = x if query_x is None else query_x
-    if x.device.type == "cuda" and x.dim() == queries.dim() == 3 and all(p.dim() for p in params):
-        widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
-        sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
-        names = activation if isinstance(activation, str) else tuple(activation)
-        reasons["cuda"] = unserved_on_cuda(widths, *sizes, steps, names, loss, params[0].dtype, x.device)
-    return reasons
+    if x.device.type != "cuda" or not x.dim() == queries.dim() == 3 or not all(p.dim() for p in params):
+        return {}
+    widths = (params[0].shape[-1], *(p.shape[-1] for p in params[1::2]))
+    sizes = x.shape[1], 0 if query_x is None else query_x.shape[1]
+    names = activation if isinstance(activation, str) else tuple(activation)
+    return {
+        "cuda": unserved_on_cuda(widths, *sizes, steps, names, loss, params[0].dtype, x.device),
+        "triton": unserved_by_triton(widths),
+    }
 
 
 def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]) -> None:

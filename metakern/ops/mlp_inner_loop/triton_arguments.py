@@ -208,7 +208,7 @@ def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 def table(network: Network, arguments: Arguments, device: torch.device) -> Tensor:
-    """The network as the kernels read it, int32 [2 L, 12]; the columns are named in metakern/triton/mlp_pass.py."""
+    """The network as the kernels read it, int32 [2 L, 12]; the columns are named in triton_pass.py."""
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)

@@ -28,7 +28,7 @@ import triton.language as tl
 from metakern.ops.core.triton_arithmetic import scalar
 from metakern.ops.mlp_inner_loop.triton_functions import activation, slope_times, tangent
 
-#: Columns of the table of a network, a row for each tensor; keep in step with metakern/triton/mlp_inner_loop.py.
+#: Columns of the table of a network, a row for each tensor; keep in step with metakern/ops/mlp_inner_loop/triton.py.
 OFFSET, SIZE, INPUTS, UNITS, BEFORE, ADAPTED, SLOT, PER_PARAMETER, STEP = map(tl.constexpr, range(9))
 KIND, LEAK, LEAK_LOW = map(tl.constexpr, range(9, 12))
 COLUMNS = tl.constexpr(12)

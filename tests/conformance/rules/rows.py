@@ -33,6 +33,7 @@ class Row:
             params; ``memory`` is a dict that starts empty
         optimizer: torch's own, which it equals, if there is one
         spreads: how far a gradient that is not finite reaches: "coordinate" or "task"
+        compiled: whether it is compiled too, which takes a second: once for a code path
     """
 
     name: str
@@ -40,6 +41,7 @@ class Row:
     formula: Callable[[Any, Tensors, Tensors, Tensors, dict[str, Any], int, bool], Tensors]
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     spreads: str = "coordinate"
+    compiled: bool = True
 
     def __str__(self) -> str:
         return self.name
@@ -127,7 +129,12 @@ ROWS = [
         descent(lambda rule, w, name, step: rule.lr),
         lambda params: torch.optim.SGD(params, 0.1),
     ),
-    Row("SGD, learned", lambda _: GradientDescent(learned(0.1)), descent(lambda rule, w, name, step: w["lr"])),
+    Row(
+        "SGD, learned",
+        lambda _: GradientDescent(learned(0.1)),
+        descent(lambda rule, w, name, step: w["lr"]),
+        compiled=False,
+    ),
     Row(
         "SGD by name",
         lambda _: GradientDescent({"bias": learned(0.3), "*": learned(0.1)}),
@@ -138,26 +145,38 @@ ROWS = [
         "Meta-SGD",
         lambda params: GradientDescent.meta_sgd(params, 0.1),
         descent(lambda rule, w, name, step: w[f"rates.{name}"]),
+        compiled=False,
     ),
     Row(
         "LSLR",
         lambda params: GradientDescent.lslr(params, 8, 0.1),
         descent(lambda rule, w, name, step: w[f"rates.{name}"][step]),
     ),
-    Row("momentum", lambda _: Momentum(0.1), momentum, lambda params: torch.optim.SGD(params, 0.1, momentum=0.9)),
+    Row(
+        "momentum",
+        lambda _: Momentum(0.1),
+        momentum,
+        lambda params: torch.optim.SGD(params, 0.1, momentum=0.9),
+        compiled=False,
+    ),
     Row(
         "Nesterov",
         lambda _: Momentum(0.1, 0.8, nesterov=True),
         momentum,
         lambda params: torch.optim.SGD(params, 0.1, momentum=0.8, nesterov=True),
     ),
-    Row("momentum, learned", lambda _: Momentum(learned(0.1), learned(0.9)), momentum),
-    Row("Adam", lambda _: Adam(0.1), adam, lambda params: torch.optim.Adam(params, 0.1)),
+    Row("momentum, learned", lambda _: Momentum(learned(0.1), learned(0.9)), momentum, compiled=False),
+    Row("Adam", lambda _: Adam(0.1), adam, lambda params: torch.optim.Adam(params, 0.1), compiled=False),
     Row("Adam, learned", lambda _: Adam(*map(learned, (0.1, 0.9, 0.99, 1e-3))), adam),
     Row("LSTM", lambda _: CoordinatewiseLSTM(6, 2, output_scale=1.0), lstm),
-    Row("LSTM on plain gradients", lambda _: CoordinatewiseLSTM(5, 1, "none"), lstm),
+    Row("LSTM on plain gradients", lambda _: CoordinatewiseLSTM(5, 1, "none"), lstm, compiled=False),
     Row("normalised LSTM", lambda _: NormalisedLSTM(5, 2, "none"), normalised_lstm),
 ]
+
+
+def has_rates(rule: Any) -> bool:
+    """Whether it has learned rates by name or step, which have the dtype of their parameters."""
+    return hasattr(rule, "rates") and bool(list(rule.rates.parameters()))
 
 
 def make_params(num_tasks: int | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
+from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.protocol import named_leaves
-from tests.conformance.rules.rows import ROWS, SHAPES, Row, grads_at, make_params, make_rule, run
+from tests.conformance.rules.rows import ROWS, SHAPES, Row, grads_at, has_rates, make_params, make_rule, run
 from tests.conftest import assert_close, assert_same_bits
 
 every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -150,8 +151,8 @@ def test_any_tree_of_tensors(row: Row, kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_narrow_params_keep_their_dtype_and_a_float32_state(row: Row, dtype: torch.dtype) -> None:
     rule, params = make_rule(row), make_params(3, dtype)
-    if "rates" in dict(rule.named_children()):
-        rule.rates.to(dtype)  # learned rates have the dtype of their parameters
+    if has_rates(rule):
+        rule.rates.to(dtype)
     exact = {name: p.float() for name, p in params.items()}
     new, state = rule(params, grads_at(params, 0), rule.init_state(params, tasks=True))
     expected, _ = make_rule(row)(exact, grads_at(exact, 0), make_rule(row).init_state(exact, tasks=True))
@@ -184,13 +185,11 @@ def test_a_broken_gradient_stays_where_it_is(row: Row, bad: float) -> None:
 
 
 @every_rule
-@with_and_without_tasks
-def test_a_step_in_place_is_a_step(row: Row, num_tasks: int | None) -> None:
+def test_a_step_in_place_is_a_step(row: Row) -> None:
     """What LearnedOptimizer calls: of a coordinatewise rule with one tensor [N]."""
     rule = make_rule(row)
-    flat = hasattr(rule, "step_coordinates")
-    if flat and num_tasks is not None:
-        pytest.skip("a coordinatewise rule steps [N] in place, which has no tasks")
+    flat = isinstance(rule, CoordinatewiseRule)
+    num_tasks = None if flat else 4
     params: Any = torch.randn(37) if flat else make_params(num_tasks)
     grads = pytree.tree_map(torch.sin, params)
     states = [rule.init_state(params, tasks=num_tasks is not None) for _ in range(3)]
@@ -229,7 +228,7 @@ def test_torch_func_sees_through_a_step(row: Row) -> None:
             torch.testing.assert_close(a[task], b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@every_rule
+@pytest.mark.parametrize("row", [row for row in ROWS if row.compiled], ids=str)
 def test_a_compiled_step_is_a_step(row: Row) -> None:
     torch._dynamo.reset()
     rule, params = make_rule(row), make_params(3)

@@ -1,0 +1,67 @@
+"""Warnings of every operator point at the user's line, and come once per cause."""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from metakern import FallbackWarning
+from metakern.core import backend as _backend
+from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_, mlp_inner_loop, mlp_meta_loss
+from metakern.ops.core.registry import operators
+
+ONES = [torch.ones(3, 1, 2), torch.ones(3, 1)]
+SET = torch.ones(3, 4, 2), torch.ones(3, 4, 1)
+WEIGHTS = [w.detach() for w in (*torch.nn.LSTM(2, 4).parameters(), *torch.nn.Linear(4, 1).parameters())]
+STATE = LSTMState.zeros(5, hidden_size=4, num_layers=1)
+
+#: One call of each public operator, which are those with a reference.
+CALLS: dict[str, Callable[[], Any]] = {
+    "inner_update": lambda: inner_update(ONES, ONES, 0.1),
+    "lstm_step": lambda: lstm_step(torch.ones(5), torch.ones(5), STATE, WEIGHTS),
+    "lstm_step_": lambda: lstm_step_(torch.ones(5), torch.ones(5), STATE.clone(), WEIGHTS),
+    "mlp_inner_loop": lambda: mlp_inner_loop(ONES, *SET, lr=0.1, steps=1),
+    "mlp_meta_loss": lambda: mlp_meta_loss(ONES, SET, SET, lr=0.1, steps=1),
+}
+
+
+@pytest.fixture
+def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_backend, "_warned", set())
+    monkeypatch.setattr(_backend, "missing", lambda name, device: f"{name} is missing in this test")
+
+
+def caught(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        call()
+    return [warning for warning in found if warning.category is FallbackWarning]
+
+
+def test_every_public_operator_is_called_here() -> None:
+    public = {name for name, operator in operators().items() if operator.reference is not None and name != "toy"}
+    assert public <= CALLS.keys()
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("without_kernels")
+def test_a_warning_points_at_the_line_of_the_call(name: str) -> None:
+    line = inspect.getsourcelines(CALLS[name])[1]
+    (warning,) = caught(CALLS[name])
+    assert (warning.filename, warning.lineno) == (__file__, line)
+    assert "cpp is missing in this test" in str(warning.message)
+    assert not caught(CALLS[name])  # once per cause
+
+
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.usefixtures("without_kernels")
+def test_a_warning_inside_torch_compile_points_at_the_line_that_is_traced(name: str) -> None:
+    torch.compiler.reset()
+    line = inspect.getsourcelines(CALLS[name])[1]
+    (warning,) = caught(torch.compile(lambda: CALLS[name](), backend="eager", fullgraph=True))
+    assert (warning.filename, warning.lineno) == (__file__, line)

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 #: Makes a tree of as many leaves as another had.
 Rebuild = Callable[[Iterable[Any]], Any]

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metakern.core.torch_private import pytree
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,

@@ -16,9 +16,8 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from metakern.core.torch_private import pytree
-
 from metakern.core.task_params import Rebuild, aligned_leaves, flat_params
+from metakern.core.torch_private import pytree
 
 #: A tensor, or a dict, list or tuple (nested at will) of tensors: parameters, or gradients of the same structure.
 Params = Any

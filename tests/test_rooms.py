@@ -1,6 +1,8 @@
 """The rooms of the package: who may import what, and what stays private."""
 
 import ast
+import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -49,12 +51,12 @@ def imports(tree: ast.AST) -> Iterator[Import]:
                     yield Import(node.lineno, each.name, "", each.asname or each.name, within)
 
 
-#: What a namedtuple has for everyone, under names that only look private.
-NAMEDTUPLE = {"_asdict", "_fields", "_make", "_replace"}
+#: Names that only look private: the compiled kernels, and what a namedtuple has for everyone.
+PUBLIC = {"_C", "_asdict", "_fields", "_make", "_replace"}
 
 
 def is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__") and name not in NAMEDTUPLE
+    return name.startswith("_") and not name.startswith("__") and name not in PUBLIC
 
 
 def room(module: str) -> str:
@@ -67,7 +69,7 @@ def private_across_rooms(module: str, tree: ast.AST) -> list[str]:
     found, modules = [], {}
     for each in imports(tree):
         target = f"{each.module}.{each.name}".rstrip(".")
-        if room(target) == room(module) or target == "metakern._C":
+        if room(target) == room(module):
             continue
         modules[each.bound] = target
         if any(map(is_private, target.split("."))):
@@ -98,7 +100,52 @@ def imports_of_the_package(module: str, tree: ast.AST) -> list[str]:
     ]
 
 
-RULES = [private_across_rooms, deferred_imports, imports_of_the_package]
+def private_names_of_torch(module: str, tree: ast.AST) -> list[str]:
+    """Names of torch with an underscore, outside core/torch_private.py."""
+    if module == "metakern.core.torch_private":
+        return []
+    bound, found = {"torch": "torch"}, []
+    for node in ast.walk(tree):
+        names = node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
+        prefix = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
+        for each in names:
+            target = f"{prefix}{each.name}"
+            if target.partition(".")[0] == "torch":
+                bound[each.asname or each.name.partition(".")[0]] = target if prefix or each.asname else "torch"
+                if any(map(is_private_of_torch, target.split("."))):
+                    found.append(f"{module}:{node.lineno} imports {target}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and is_private_of_torch(node.attr):
+            owner = ast.unparse(node.value)
+            if owner.partition(".")[0] in bound and re.fullmatch(r"[\w.]+", owner):
+                found.append(f"{module}:{node.lineno} uses {owner}.{node.attr}")
+    return found
+
+
+def order() -> dict[str, int]:
+    """The rooms, from the lowest, as pyproject.toml has them."""
+    contracts = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    (layers,) = (contract["layers"] for contract in contracts if contract["type"] == "layers")
+    return {f"metakern.{name}": level for level, line in enumerate(reversed(layers)) for name in line.split(" | ")}
+
+
+def imports_from_above(module: str, tree: ast.AST) -> list[str]:
+    """Imports from a room above, or beside; those for annotations alone, which import-linter leaves out, too."""
+    levels = order()
+    return [
+        f"{module}:{each.line} imports {each.module}, which stands above"
+        for each in imports(tree)
+        if room(each.module) != room(module)
+        and room(module) in levels
+        and levels.get(room(each.module), -1) >= levels[room(module)]
+    ]
+
+
+def is_private_of_torch(name: str) -> bool:
+    return is_private(name) or name == "_C"
+
+
+RULES = [private_across_rooms, private_names_of_torch, imports_from_above, deferred_imports, imports_of_the_package]
 
 
 def name_of(path: Path) -> str:
@@ -122,6 +169,12 @@ def parsed(path: Path) -> ast.Module:
         (private_across_rooms, "from metakern.ops._devices import name"),
         (private_across_rooms, "from metakern.ops import devices as d\nd._name()"),
         (private_across_rooms, "import metakern.ops.core\nmetakern.ops.core._name"),
+        (private_names_of_torch, "import torch\ntorch._foreach_add"),
+        (private_names_of_torch, "import torch\ntorch._C"),
+        (private_names_of_torch, "import torch.nn.functional as F\nF._verify_batch_size"),
+        (private_names_of_torch, "from torch.utils import _pytree"),
+        (private_names_of_torch, "from torch.autograd import forward_ad\nforward_ad._current_level"),
+        (imports_from_above, "if TYPE_CHECKING:\n    from metakern.maml.batched import Adapted"),
         (deferred_imports, "def f():\n    from metakern.rules import lstm"),
         (deferred_imports, "class A:\n    def f(self):\n        import metakern.core.memo"),
         (imports_of_the_package, "from metakern import adapt"),

@@ -9,8 +9,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.utils._python_dispatch import _disable_current_modes
+
+from metakern.core.torch_private import (
+    count_dispatch_modes,
+    without_dispatch_modes,
+    without_function_modes,
+    without_transforms,
+)
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -27,7 +32,7 @@ def memoized(function: Function) -> Function:
 
     @functools.wraps(function)
     def call(*args: Any) -> Any:
-        if torch.compiler.is_compiling() or (torch._C._len_torch_dispatch_stack() and not _are_hashable(args)):
+        if torch.compiler.is_compiling() or (count_dispatch_modes() and not _are_hashable(args)):
             return function(*args)
         return remembered(*args)
 
@@ -67,16 +72,16 @@ def outside_modes() -> Iterator[None]:
     torch.inference_mode and the transforms of torch.func.
     """
     with contextlib.ExitStack() as stack:
-        stack.enter_context(torch._C.DisableTorchFunction())
-        stack.enter_context(temporarily_clear_interpreter_stack())
-        stack.enter_context(_disable_current_modes())
+        stack.enter_context(without_function_modes())
+        stack.enter_context(without_transforms())
+        stack.enter_context(without_dispatch_modes())
         stack.enter_context(torch.inference_mode(False))
         yield
 
 
 def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of a few numbers, cached. Under tracing it is made anew, as the trace must see how it is made."""
-    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    traced = torch.compiler.is_compiling() or count_dispatch_modes()
     if traced or len(values) > _LONGEST_CONSTANT:
         return torch.tensor(values, dtype=dtype, device=device)
     return _constant(values, dtype, device)

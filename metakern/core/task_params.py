@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 
 def task_groups(params: Any) -> list[list[Tensor]]:

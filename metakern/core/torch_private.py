@@ -1,6 +1,6 @@
 """The private names of torch that this package needs, in one place: what to look at when a new version of torch fails.
 
-Everything else asks the functions of :mod:`metakern.core.transforms` and :mod:`metakern.core.memo`.
+Other modules take them from here, by names of their own; tests/test_rooms.py holds that.
 """
 
 from __future__ import annotations
@@ -9,10 +9,20 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch._functorch import pyfunctorch
 from torch._guards import TracingContext
+from torch._subclasses import fake_tensor, functional_tensor
 from torch.autograd import forward_ad
+from torch.nn.modules import batchnorm, conv
+from torch.nn.modules import module as _module
+from torch.utils import _device, _python_dispatch
+from torch.utils import _pytree as pytree
+
+__all__ = ["pytree"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# ------------------------------------------------------------------------------------------------ around a call
 
 #: Context manager: operators called within go straight to the kernels, past autograd.
 below_autograd = torch._C._AutoDispatchBelowAutograd
@@ -25,11 +35,70 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 is_batched_wrapper = torch._C._functorch.is_batchedtensor
 unwrapped = torch._C._functorch.get_unwrapped
 
+#: The stack of torch.func's transforms, and their kinds.
+functorch = torch._C._functorch
+
+#: Modes around the call: how many, and which.
+count_function_modes = torch._C._len_torch_function_stack
+count_dispatch_modes = torch._C._len_torch_dispatch_stack
+function_mode = torch._C._get_function_stack_at
+dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack
+
+#: Whether torch.jit traces the call.
+is_jit_tracing = torch._C._is_tracing
+
+#: Context managers that switch off function modes, dispatch modes and the transforms of torch.func.
+without_function_modes = torch._C.DisableTorchFunction
+without_dispatch_modes = _python_dispatch._disable_current_modes
+without_transforms = pyfunctorch.temporarily_clear_interpreter_stack
+
+#: Decorator: torch.compile calls the function as it is.
+not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
+
 
 def forward_mode_is_active() -> bool:
     """Whether the call is within torch.autograd.forward_ad.dual_level, or torch.func.jvp."""
     return forward_ad._current_level >= 0
 
+
+# -------------------------------------------------------------------------------------------- classes and modules
+
+#: Dispatch modes that trace, and the tensors that they hand around.
+FakeTensor, FakeTensorMode = fake_tensor.FakeTensor, fake_tensor.FakeTensorMode
+FunctionalTensor, FunctionalTensorMode = functional_tensor.FunctionalTensor, functional_tensor.FunctionalTensorMode
+
+#: The mode of torch.set_default_device.
+DeviceContext = _device.DeviceContext
+
+#: Base classes of batch norms and convolutions.
+NormBase: Any = batchnorm._NormBase
+ConvNd: Any = conv._ConvNd
+
+#: Hooks that torch calls for every module, a dict for each kind; forward ones, and backward ones.
+GLOBAL_FORWARD_HOOKS = (_module._global_forward_hooks, _module._global_forward_pre_hooks)
+GLOBAL_BACKWARD_HOOKS = (_module._global_backward_hooks, _module._global_backward_pre_hooks)
+
+# -------------------------------------------------------------------------------------------------------- functions
+
+#: What torch.nn.functional calls.
+nn_functions = torch._C._nn
+
+#: How the arguments of Tensor.to and nn.Module.to are read: device, dtype, non_blocking, memory_format.
+parse_to = torch._C._nn._parse_to
+
+#: Functions of lists of tensors.
+foreach_copy_ = torch._foreach_copy_
+foreach_lerp_ = torch._foreach_lerp_
+foreach_mul = torch._foreach_mul
+foreach_mul_ = torch._foreach_mul_
+foreach_sub = torch._foreach_sub
+
+#: Whether attention may use each of its implementations: how that is asked and set. Older releases have fewer.
+ATTENTION = {
+    name: (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
+    for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
+    if hasattr(torch._C, f"_set_sdp_use_{name}")
+}
 
 #: An operator's schema from its text, "namespace::name(Tensor x, int n) -> Tensor".
 parse_schema = torch._C.parse_schema

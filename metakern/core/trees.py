@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 #: A tensor, or a tuple or dict of tensors: the input of a model, or targets.
 Data = Any

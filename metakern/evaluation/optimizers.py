@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metakern.core.renamed import renamed
+from metakern.core.torch_private import pytree
 from metakern.learners import RuleLearner
 from metakern.optim.learned_optimizer import LearnedOptimizer
 from metakern.rules import Rule

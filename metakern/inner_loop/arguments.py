@@ -31,7 +31,7 @@ DEFAULT_LR = 0.01
 
 
 @dataclass(frozen=True)
-class TaskBatch:
+class SampleSets:
     """The support or the query sets of T tasks.
 
     Attributes:
@@ -80,22 +80,22 @@ class TaskBatch:
         """x, y and mask from ``tensors``, or from what was made of each."""
         return x, None if self.y is None else rest[0], None if self.mask is None else rest[-1]
 
-    def with_tensors(self, tensors: Sequence[Data]) -> TaskBatch:
+    def with_tensors(self, tensors: Sequence[Data]) -> SampleSets:
         """The batch with others in place of its ``tensors``."""
-        return TaskBatch(self.name, *self.parts(*tensors), self.labels, self.by_step)
+        return SampleSets(self.name, *self.parts(*tensors), self.labels, self.by_step)
 
-    def replaced(self, instead: Mapping[int, Tensor]) -> TaskBatch:
+    def replaced(self, instead: Mapping[int, Tensor]) -> SampleSets:
         """The batch with other tensors in place of some, by their ids."""
         if not instead:
             return self
         return self.with_tensors([map_tensors(lambda x: instead.get(id(x), x), part) for part in self.tensors])
 
-    def at_step(self, step: int) -> TaskBatch:
+    def at_step(self, step: int) -> SampleSets:
         """The sets [T, S, ...] of one inner step."""
         if not self.by_step:
             return self
         tensors = [map_tensors(lambda tensor: tensor[:, step], part) for part in self.tensors]
-        return TaskBatch(self.name, *self.parts(*tensors), self.labels)
+        return SampleSets(self.name, *self.parts(*tensors), self.labels)
 
 
 # --------------------------------------------------------------------------------------------------------------- calls
@@ -202,17 +202,17 @@ class Call:
         return any(mask is not None for mask in self.masks)
 
 
-# ------------------------------------------------------------------------------------------------------- task batches
+# ------------------------------------------------------------------------------------------------------- sample sets
 
 
-def task_batch(
+def sample_sets(
     name: str,
     data: Any,
     mask: Tensor | None,
     loss: TaskLoss,
     num_tasks: int | None = None,
     steps: int | None = None,
-) -> TaskBatch:
+) -> SampleSets:
     """The sets of T tasks from a pair (x, y), each [T, S, ...]; ``name`` is "support" or "query".
 
     With ``steps``, K, one set for each inner step: [T, K, S, ...]. Padding, where ``mask`` [T, S] is False, is replaced
@@ -244,10 +244,10 @@ def task_batch(
         leading = torch.meshgrid(*(torch.arange(n, device=mask.device) for n in axes[:-1]), indexing="ij")
         places = (*(index.unsqueeze(-1) for index in leading), source)
         x, y = (map_tensors(lambda tensor: tensor[places], part) for part in (x, y))
-    return TaskBatch(name, x, y, mask, loss.label_range(y, f"{name}_y"), steps is not None)
+    return SampleSets(name, x, y, mask, loss.label_range(y, f"{name}_y"), steps is not None)
 
 
-def split(batch: TaskBatch, parts: int, loss: TaskLoss) -> list[tuple[TaskBatch, Tensor]]:
+def split(batch: SampleSets, parts: int, loss: TaskLoss) -> list[tuple[SampleSets, Tensor]]:
     """The sets [T, S, ...] in so many parts, at most S, and the shares [T] of the whole loss that those of parts have.
 
     All parts are masked: in some of them a task may have no sample.
@@ -257,7 +257,7 @@ def split(batch: TaskBatch, parts: int, loss: TaskLoss) -> list[tuple[TaskBatch,
     mask = batch.mask
     if mask is None:
         mask = torch.ones(batch.num_tasks, samples, dtype=torch.bool, device=batch.device)
-    masked = TaskBatch(batch.name, batch.x, batch.y, mask, batch.labels)
+    masked = SampleSets(batch.name, batch.x, batch.y, mask, batch.labels)
     parts = min(parts, samples)
     bounds = [samples * index // parts for index in range(parts + 1)]
     made = []
@@ -316,7 +316,7 @@ def _check_mask(name: str, mask: Any, axes: torch.Size, device: torch.device) ->
         raise ValueError(f"{name} must leave every task a sample, got none for tasks {empty}")
 
 
-def check_labels(batch: TaskBatch, prediction: Any) -> None:
+def check_labels(batch: SampleSets, prediction: Any) -> None:
     """Raise ValueError for a label that the model has no output for; ``prediction`` is [S, classes, ...]."""
     if batch.labels is None or not isinstance(prediction, Tensor):
         return

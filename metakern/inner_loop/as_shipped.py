@@ -12,20 +12,26 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch._subclasses.functional_tensor import FunctionalTensor, FunctionalTensorMode
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
-from torch.nn.modules import module as _module
-from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from metakern.core.torch_private import (
+    GLOBAL_BACKWARD_HOOKS,
+    GLOBAL_FORWARD_HOOKS,
+    DeviceContext,
+    FakeTensor,
+    FakeTensorMode,
+    FunctionalTensor,
+    FunctionalTensorMode,
+    called_by_the_compiler,
+    count_dispatch_modes,
+    count_function_modes,
+    dispatch_modes,
+    function_mode,
+    nn_functions,
+)
 
 #: Hooks of all modules; empty ones are false.
-GLOBAL_HOOKS = (
-    _module._global_forward_hooks,
-    _module._global_forward_pre_hooks,
-    _module._global_backward_hooks,
-    _module._global_backward_pre_hooks,
-)
+GLOBAL_HOOKS = (*GLOBAL_FORWARD_HOOKS, *GLOBAL_BACKWARD_HOOKS)
 
 #: Dispatch modes that trace operators and do not change them.
 _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
@@ -61,7 +67,7 @@ def _methods(kind: Any) -> tuple[Any, ...]:
 
 def _functions() -> tuple[Any, ...]:
     """What these classes, and the functions of torch.nn.functional, call in turn."""
-    c = torch._C._nn
+    c = nn_functions
     return (
         *(F.linear, F.relu, F.gelu, F.leaky_relu, F.dropout, F.mse_loss, F.cross_entropy),
         *(F.binary_cross_entropy_with_logits, torch.binary_cross_entropy_with_logits),
@@ -82,6 +88,7 @@ _METHODS: dict[type, tuple[Any, ...] | None] = {kind: _shipped(_methods(kind)) f
 _ITERATED = nn.Sequential.__iter__
 
 
+@called_by_the_compiler
 def changed_functions() -> str:
     """Why nothing that is called here can be known by its name; empty where it can."""
     for hooks in GLOBAL_HOOKS:
@@ -89,9 +96,9 @@ def changed_functions() -> str:
             return "global module hooks are registered"
     if _functions() != _FUNCTIONS:
         return "a function of PyTorch that it knows is replaced by another"
-    if torch._C._len_torch_function_stack() and not _only_a_default_device():
+    if count_function_modes() and not _only_a_default_device():
         return "a TorchFunctionMode is active"
-    if torch._C._len_torch_dispatch_stack() and not _only_traced():
+    if count_dispatch_modes() and not _only_traced():
         return "a TorchDispatchMode is active"
     return ""
 
@@ -106,14 +113,10 @@ def changed_class(kind: type) -> str:
     return f"a method of {kind.__name__} was replaced" if changed else ""
 
 
+@called_by_the_compiler
 def changed_classes() -> str:
     """:func:`changed_class` of all of them."""
     return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
-
-
-# torch.compile cannot trace these functions: it calls them while it traces, and takes the result for a constant.
-for _function in (changed_functions, changed_classes):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def changed_instance(module: nn.Module) -> str:
@@ -132,9 +135,9 @@ def is_plain(x: Any) -> bool:
 
 
 def _only_a_default_device() -> bool:
-    stack = (torch._C._get_function_stack_at(i) for i in range(torch._C._len_torch_function_stack()))
+    stack = (function_mode(i) for i in range(count_function_modes()))
     return all(type(mode) is DeviceContext for mode in stack)
 
 
 def _only_traced() -> bool:
-    return all(type(mode) in _TRACING_MODES for mode in _get_current_dispatch_mode_stack())
+    return all(type(mode) in _TRACING_MODES for mode in dispatch_modes())

@@ -8,15 +8,11 @@ from typing import Any
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-#: How the use of each implementation is asked for and set; older releases of PyTorch have fewer.
-_SWITCHES = {
-    name: (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
-    for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
-    if hasattr(torch._C, f"_set_sdp_use_{name}")
-}
-_ASK = [ask for ask, _ in _SWITCHES.values()]
-_SET = [switch for _, switch in _SWITCHES.values()]
-_MATH_ALONE = [name == "math" for name in _SWITCHES]
+from metakern.core.torch_private import ATTENTION
+
+_ASK = [ask for ask, _ in ATTENTION.values()]
+_SET = [switch for _, switch in ATTENTION.values()]
+_MATH_ALONE = [name == "math" for name in ATTENTION]
 
 
 def math_attention() -> AbstractContextManager[Any]:

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd
+
+from metakern.core.torch_private import ConvNd, NormBase
 
 #: Layers that take no integers.
-_OF_NUMBERS = (nn.Linear, _ConvNd, _NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
+_OF_NUMBERS = (nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
 
 
 #: By the id of a tensor, what is taken in its place.
@@ -140,12 +140,12 @@ def _wanted(module: Any, x: Tensor) -> tuple[str, str] | None:
     size: tuple[Any, Any, str] | None = None
     if isinstance(module, nn.Linear):
         size = module.in_features, x.shape[-1] if x.dim() else None, "features"
-    elif isinstance(module, _ConvNd):
+    elif isinstance(module, ConvNd):
         rank = len(module.kernel_size)
         if x.dim() not in (rank + 1, rank + 2):
             return f"{rank + 1} or {rank + 2} axes", str(x.dim())
         size = module.in_channels, x.shape[-rank - 1], "channels"
-    elif isinstance(module, _NormBase):
+    elif isinstance(module, NormBase):
         size = module.num_features, x.shape[1] if x.dim() > 1 else None, "channels"
     elif isinstance(module, nn.GroupNorm):
         size = module.num_channels, x.shape[1] if x.dim() > 1 else None, "channels"

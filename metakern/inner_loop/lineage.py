@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from metakern.core.torch_private import pytree
 from metakern.inner_loop.substitution import Replaced, named_parts
 
 #: Where tensors stand in the autograd graph.

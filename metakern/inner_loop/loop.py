@@ -80,6 +80,10 @@ class InnerLoop:
         Returns:
             new params, new state, and the problem after the last step
         """
+        with self.update.lock():  # another thread's backward may run such steps
+            return self._run(problem, params, state)
+
+    def _run(self, problem: Problem, params: Any, state: Any) -> tuple[Any, Any, Problem]:
         every = self.checkpoint_every
         if every is None or not self.num_steps or not torch.is_grad_enabled():
             params, state = self._steps(problem, None, params, state, range(self.num_steps))

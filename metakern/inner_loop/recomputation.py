@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metakern.core.random_state import kept_random_state, random_state, set_random_state
+from metakern.core.torch_private import pytree
 
 
 def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _NormBase
-from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
+from metakern.core.torch_private import NormBase, pytree
 from metakern.core.transforms import is_transformed
 from metakern.core.trees import Data, check_constants, first_tensor, flatten, map_tensors
-from metakern.inner_loop.arguments import TaskBatch, check_labels, split
+from metakern.inner_loop.arguments import SampleSets, check_labels, split
 from metakern.inner_loop.batch_norm import PerStepBatchNorm
 from metakern.inner_loop.clone import call_with_tensors, captures_tensors
 from metakern.inner_loop.lineage import nodes_of, recomputes
@@ -67,7 +66,7 @@ class TaskModel:
         self.buffers = list(buffers)
         per_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
         # Batch norm writes each task's statistics into its running ones, so each task gets a copy.
-        statistics = {id(b) for m in model.modules() if isinstance(m, _NormBase) for b in m.buffers(recurse=False)}
+        statistics = {id(b) for m in model.modules() if isinstance(m, NormBase) for b in m.buffers(recurse=False)}
         statistics |= {id(b) for m in per_step for b in (m.running_mean, m.running_var)}
         self.statistics = [name for name, buffer in buffers.items() if id(buffer) in statistics]
         self._slots = _slots(model, parameters | buffers)
@@ -127,7 +126,7 @@ class TaskModel:
         check_constants(outputs)
         return flatten(outputs[0])[1](stacked)
 
-    def losses(self, params: Tensors, shared: Tensors, batch: TaskBatch) -> Tensor:
+    def losses(self, params: Tensors, shared: Tensors, batch: SampleSets) -> Tensor:
         """Losses [T]."""
 
         def evaluate(shared: Tensors) -> Tensor:
@@ -138,7 +137,7 @@ class TaskModel:
         return losses
 
     def gradients(
-        self, params: Tensors, shared: Tensors, batch: TaskBatch, first_order: bool
+        self, params: Tensors, shared: Tensors, batch: SampleSets, first_order: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Losses [T] and their gradients, [T, *shape] each; zero where a loss has no use for one.
 
@@ -198,7 +197,7 @@ class TaskModel:
         values = {slot: tensors[name] for slot, name in self._slots.items()}
         return functional_call(self.model, values, args, kwargs, tie_weights=False)
 
-    def _task_loss(self, batch: TaskBatch) -> Callable[..., Tensor]:
+    def _task_loss(self, batch: SampleSets) -> Callable[..., Tensor]:
         def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:
             x, y, mask = batch.parts(*tensors)
             prediction = self._forward(params, shared, x)
@@ -281,8 +280,8 @@ class TaskProblem(Problem):
     def __init__(
         self,
         model: TaskModel,
-        support: TaskBatch,
-        query: TaskBatch | None = None,
+        support: SampleSets,
+        query: SampleSets | None = None,
         step_weights: Sequence[float] | Tensor | None = None,
         accumulate: int = 1,
     ) -> None:
@@ -366,7 +365,7 @@ class TaskProblem(Problem):
                         f"requires a gradient, which would be lost; register it in the model, or leave {name} out"
                     )
 
-    def _of_part(self, part: TaskBatch, first_order: bool) -> Callable[..., Any]:
+    def _of_part(self, part: SampleSets, first_order: bool) -> Callable[..., Any]:
         """A part's share of losses and gradients, and running statistics, by all that they depend on."""
 
         def run(params: Tensors, shared: Tensors, tensors: Any, shares: Tensor) -> Any:

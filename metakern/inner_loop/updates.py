@@ -13,11 +13,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.utils import _pytree as pytree
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
 from metakern.core.task_params import num_tasks
+from metakern.core.torch_private import pytree
 from metakern.core.transforms import is_transformed
 from metakern.ops.inner_update import inner_update, reference
 from metakern.rules.coordinatewise import CoordinatewiseRule
@@ -46,7 +46,7 @@ class Update(Protocol):
         ...
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Held while the backward computes steps again."""
+        """Held while steps are taken, by the backward, too."""
         ...
 
 
@@ -161,7 +161,7 @@ class RuleUpdate:
         params, state, weights = detached((params, state, self.weights))
         first = pytree.tree_leaves(params)[0]
         losses = torch.zeros(num_tasks(params), dtype=real_dtype(first), device=first.device)
-        with torch.enable_grad(), kept_random_state(first.device), exclusive(self.rule):
+        with torch.enable_grad(), kept_random_state(first.device):
             found = self.step(weights, params, pytree.tree_map(torch.zeros_like, params), state, losses, 0)
         if any(isinstance(x, Tensor) and x.requires_grad for x in pytree.tree_leaves(found)):
             raise RuntimeError(
@@ -171,7 +171,7 @@ class RuleUpdate:
             )
 
     def lock(self) -> AbstractContextManager[Any]:
-        """The rule's parameters are replaced for a moment."""
+        """That of the rule, whose parameters are replaced while the backward computes steps again."""
         return exclusive(self.rule)
 
 

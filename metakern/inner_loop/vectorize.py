@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import random_state, set_random_state
 from metakern.core.text import first_line
+from metakern.core.torch_private import GLOBAL_BACKWARD_HOOKS
 from metakern.core.transforms import is_transformed
 from metakern.core.warn import warn_user
 from metakern.inner_loop.failures import Instead, check_no_mixed_meta, explained, module_that_failed
@@ -149,7 +149,7 @@ _loops: Remembered[bool] = Remembered(most=16)
 
 def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> str:
     """Says which module has a hook that torch.vmap would not call; empty where none has."""
-    if torch_module._global_backward_hooks or torch_module._global_backward_pre_hooks:
+    if any(GLOBAL_BACKWARD_HOOKS):
         return "there are backward hooks for all modules, which torch.vmap does not call"
     named = list(model.named_modules())
     if isinstance(loss, nn.Module):

@@ -45,7 +45,9 @@ class MAMLLearner(nn.Module):
         rates: one of :data:`RATES`; learned ones have the dtype and device of their parameters
         options: ``first_order``, ``parameters``, ``clip_norm``, ``checkpoint_every``, ``accumulate``,
             ``support_per_step``, ``vectorize`` and ``backend`` of :func:`metakern.adapt`. With ``support_per_step``
-            the support sets of a batch are [T, K, S, ...], for at least as many steps as are asked for.
+            the support sets of a batch are [T, K, S, ...], for at least as many steps as are asked for. With ``rule``
+            that rule takes the inner steps, in place of gradient descent, and its weights are meta-parameters, too;
+            what clusters ask for speaks of the model's own parameters, even where the rule learns another start.
 
     Raises:
         TypeError, ValueError: for other ``rates``, for ``eval_steps`` beyond the steps that rates are learned for, and
@@ -70,6 +72,11 @@ class MAMLLearner(nn.Module):
         self.eval_steps = steps if eval_steps is None else check_count("eval_steps", eval_steps, minimum=0)
         if rates == "lslr" and self.eval_steps != steps:
             raise ValueError(f"eval_steps must be steps, {steps}, as each step learns its rate, got {self.eval_steps}")
+        rule = options.pop("rule", None)
+        if rule is not None:
+            if rates != "fixed":
+                raise ValueError(f"rates and rule exclude each other, got rates={rates!r} and {type(rule).__name__}")
+            self.rule = rule  # its weights are meta-parameters
         self.model, self.loss, self.steps, self.inner_lr, self.options = model, loss, steps, inner_lr, options
         self._by_step, self._kind = rates == "lslr", rates
         self.rates = nn.ParameterDict(_initial_rates(model, options.get("parameters"), rates, steps, inner_lr))
@@ -141,7 +148,7 @@ class MAMLLearner(nn.Module):
     @torch.no_grad()
     def support_gradients(self, batch: Episodes) -> Tensor:
         """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
-        arguments = {**self._arguments(1), "lr": 1.0, "support_per_step": False}
+        arguments = {**self._arguments(1), "rule": None, "lr": 1.0, "support_per_step": False}
         return -self._displacements(adapt(self.model, self._whole_support(batch), **arguments))
 
     @torch.no_grad()
@@ -169,7 +176,8 @@ class MAMLLearner(nn.Module):
 
     def _arguments(self, steps: int) -> dict[str, Any]:
         rates = {self._names[key]: rate[:steps] if self._by_step else rate for key, rate in self.rates.items()}
-        return {"loss": self.loss, "steps": steps, "lr": rates or self.inner_lr, **self.options}
+        update = {"rule": self.rule} if "rule" in self._modules else {"lr": rates or self.inner_lr}
+        return {"loss": self.loss, "steps": steps, **update, **self.options}
 
 
 def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: Any) -> dict[str, nn.Parameter]:

@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metakern.core.checks import check_count
 from metakern.core.task_params import join_tasks, task_groups
+from metakern.core.torch_private import pytree
 from metakern.inner_loop.loop import InnerLoop, Problem, losses_and_gradients
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.rules.protocol import detached

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from metakern.core.memo import outside_modes
+from metakern.core.torch_private import foreach_copy_, foreach_mul_
 from metakern.rules.coordinatewise import CoordinatewiseRule
 
 
@@ -29,18 +30,20 @@ class Slot:
     state: dict[str, Tensor]  # views [last - first, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
-    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Any) -> bool:
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Any, layout: Any) -> bool:
         """Whether nothing changed since the slot was made: the parameter's kind and shape, its state, the rule's."""
-        view = self.params
+        for name, x in self.state.items():
+            if self.entry.get(name) is not x:
+                return False
+        view, members = self.params, self.arena
         return (
             self.param is p
             and self.entry is entry
-            and all(self.entry.get(name) is x for name, x in self.state.items())
             and view.shape == p.shape
             and view.dtype == p.dtype
             and view.device == p.device
-            and self.arena.rule is rule
-            and self.arena.layout == rule.state_layout()
+            and members.rule is rule
+            and members.layout == layout
         )
 
     def adopt(self, entry: dict[str, Any]) -> None:
@@ -84,10 +87,10 @@ class Arena:
         """Update the parameters of ``slots``, which are in order: one launch for each run of neighbours."""
         params = [slot.param for slot in slots]
         views = [slot.params for slot in slots]
-        torch._foreach_copy_(views, params)
+        foreach_copy_(views, params)
         if weight_decay:
-            torch._foreach_mul_(views, 1 - lr * weight_decay)
-        torch._foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
+            foreach_mul_(views, 1 - lr * weight_decay)
+        foreach_copy_([slot.grads for slot in slots], [p.grad for p in params if p.grad is not None])
         if len(slots) == self.count:
             self.rule.step_(self.params, self.grads, self.state, lr, loss=loss)
         else:
@@ -96,7 +99,7 @@ class Arena:
                 tensors = {name: x[first:last] for name, x in self._tensors.items()}
                 state = self.rule.from_packed(tensors, (last - first) * self.unit)
                 self.rule.step_(self.params[lanes], self.grads[lanes], state, lr, loss=loss)
-        torch._foreach_copy_(params, views)
+        foreach_copy_(params, views)
         for slot in slots:
             slot.entry["step"] += 1
 

@@ -7,7 +7,6 @@ Axis legend: N coordinates, H hidden units, L layers.
 
 from __future__ import annotations
 
-import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from metakern.core.torch_private import not_compiled
 from metakern.core.warn import warn_user
 from metakern.optim import arena, tensorwise
 from metakern.optim.checkpoints import FORMAT_VERSION as FORMAT_VERSION
@@ -108,7 +108,7 @@ class LearnedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch._disable_dynamo  # type: ignore[attr-defined]  # nothing to fuse: a compiled training step calls it as it is
+    @not_compiled  # nothing to fuse: a compiled training step calls it as it is
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
@@ -201,8 +201,9 @@ class LearnedOptimizer(Optimizer):
         lr, weight_decay = check_group(group, f"group {index}")
         params = group["params"]
         slots = self._slots.get(index, ())
+        layout = self.rule.state_layout() if isinstance(self.rule, CoordinatewiseRule) else None
         if len(slots) != len(params) or any(
-            p.grad is not None and (slot is None or not slot.serves(p, self.state.get(p), self.rule))
+            p.grad is not None and (slot is None or not slot.serves(p, self.state.get(p), self.rule, layout))
             for p, slot in zip(params, slots, strict=True)
         ):
             slots = self._build(index)
@@ -216,7 +217,7 @@ class LearnedOptimizer(Optimizer):
                     "nn.Embedding with sparse=False, or let p.grad = p.grad.to_dense() before the step"
                 )
             active.setdefault(slot.arena, []).append(slot)
-        device = _device(self.rule)
+        device = self.rule.device
         for members, of_group in active.items():
             if device is not None and members.device != device:
                 raise ValueError(
@@ -265,7 +266,7 @@ class LearnedOptimizer(Optimizer):
             tensorwise.check_state(self.rule, entry, p, name)
 
     def _check_param(self, index: int, position: int) -> None:
-        p, device = self.param_groups[index]["params"][position], _device(self.rule)
+        p, device = self.param_groups[index]["params"][position], self.rule.device
         if p.dtype not in DTYPES or p.layout != torch.strided:
             what = p.dtype if p.layout == torch.strided else p.layout
             raise TypeError(
@@ -290,9 +291,3 @@ class LearnedOptimizer(Optimizer):
         if "param_names" in group:
             return str(group["param_names"][position])
         return str(sum(len(other["params"]) for other in self.param_groups[:index]) + position)
-
-
-def _device(rule: Rule) -> torch.device | None:
-    """The device of a rule's weights; None for a rule without any, which serves parameters anywhere."""
-    weight = next(itertools.chain(rule.parameters(), rule.buffers()), None)
-    return None if weight is None else weight.device

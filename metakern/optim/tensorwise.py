@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 from metakern.core.memo import outside_modes
+from metakern.core.torch_private import foreach_copy_, pytree
 from metakern.rules import Rule, RuleState
 from metakern.rules.protocol import named_state
 
@@ -28,11 +27,12 @@ class TensorSlot:
     kind: tuple[Any, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
-    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule) -> bool:
+    def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule, layout: Any) -> bool:
         """Whether nothing changed since the slot was made: the parameter's kind and shape, its state's dict, the rule.
 
         Tensors in that dict may be replaced, as they are looked up in every step.
         """
+        del layout  # every tensor is looked at when the slot is made
         return self.param is p and self.entry is entry and self.kind == _kind(p) and self.arena.rule is rule
 
     def adopt(self, entry: dict[str, Any]) -> None:
@@ -88,7 +88,7 @@ class Tensorwise:
                 state = pytree.tree_unflatten([slot.entry[key] for key in slot.keys], slot.structure)
                 self.rule.step_({slot.name: params[slot.name]}, {slot.name: grads[slot.name]}, state, lr, loss=loss)
         if weight_decay:
-            torch._foreach_copy_([slot.param for slot in slots], list(params.values()))
+            foreach_copy_([slot.param for slot in slots], list(params.values()))
         for slot in slots:
             slot.entry["step"] += 1
 

@@ -11,8 +11,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
+from metakern.core.torch_private import pytree
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metakern.core.checks import is_number
+from metakern.core.torch_private import pytree
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import Params, RuleState, matched_leaves, tensor_leaves
 

@@ -11,9 +11,9 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from metakern.core.checks import check_clip_norm, check_count
+from metakern.core.torch_private import pytree
 from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.inner_update import inner_update, reference
 from metakern.rules.pretrained import PretrainedRule

@@ -119,6 +119,11 @@ class LSTMRule(CoordinatewiseRule):
         head.load_state_dict(self.head.state_dict())
         return lstm, head
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.head.weight.device  # the base class asks all modules, which takes as long as a small step
+
     def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
         # In order of registration; parameters() would cost as much as the rest of the step's Python.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from metakern.core.torch_private import pytree
 from metakern.ops.lstm_step.reference import gradient_features
 from metakern.rules.protocol import Params, Rule, flatten, tensor_leaves
 

@@ -8,13 +8,15 @@ Axis legend: T tasks, N coordinates (scalar parameters of all tasks), ``*shape``
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 #: A tensor, or a dict, list or tuple (nested at will) of tensors: parameters, or gradients of the same structure.
 Params = Any
@@ -112,6 +114,12 @@ class Rule(nn.Module):
         """
         del params  # rules that pack coordinates need it
         return pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() else x, state)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where its weights are; None for a rule without any, which serves params anywhere."""
+        weight = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return None if weight is None else weight.device
 
     def plain(self) -> Rule | None:
         """The same rule without fused kernels, the peer of its speed-ups; None for a rule without a kernel."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-import warnings
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from metakern.core.files import write_whole
 from metakern.core.requirements import required
+from metakern.core.warn import warn_user
 
 #: The folder, within that of the data set, of decoded images.
 CACHE = ".metakern-cache"
@@ -107,9 +107,7 @@ def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None
             if other != cache:
                 other.unlink(missing_ok=True)
     except OSError as error:
-        warnings.warn(
-            f"decoded images cannot be kept in {cache}, and are decoded again next time: {error}", stacklevel=4
-        )
+        warn_user(f"decoded images cannot be kept in {cache}, and are decoded again next time: {error}")
 
 
 def _decode(files: Sequence[Path], mode: str, shape: tuple[int, ...], name: str) -> np.ndarray[Any, Any]:

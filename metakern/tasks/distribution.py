@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from metakern.core.torch_private import parse_to
 from metakern.core.trees import Data, first_tensor, map_tensors, named_tensors
 
 #: The splits of every distribution: to meta-train on, to choose by, and to report.
@@ -118,7 +119,7 @@ class Episodes:
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Every tensor as ``Tensor.to`` makes it; integers keep their dtype, as ``nn.Module.to`` keeps them."""
-        device, dtype, non_blocking, _ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, _ = parse_to(*args, **kwargs)
         return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking))
 
     def _tensors(self) -> dict[str, Data]:

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.conv import _ConvNd
 
+from metakern.core.torch_private import ConvNd
 from metakern.tasks.distribution import ShortRepr
 from metakern.tasks.optimizees import ProblemBatch, check_params
 
@@ -120,7 +120,7 @@ class NetworkBatch(ProblemBatch):
 def _start(network: nn.Module, name: str) -> tuple[float | None, float]:
     """Where a parameter starts: (bound of a uniform draw or None, the constant otherwise)."""
     owner, parameter = network.get_submodule(name.rpartition(".")[0]), network.get_parameter(name)
-    if isinstance(owner, (nn.Linear, _ConvNd)):
+    if isinstance(owner, (nn.Linear, ConvNd)):
         return owner.weight[0].numel() ** -0.5, 0.0
     if parameter.unique().numel() > 1:
         raise ValueError(

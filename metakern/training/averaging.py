@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from metakern.core.torch_private import foreach_lerp_
+
 
 class MovingAverage:
     """θ̄ ← β_n·θ̄ + (1 - β_n)·θ after the nth outer step, β_n = min(β, (1 + n) / (10 + n)); θ̄ starts as θ.
@@ -34,7 +36,7 @@ class MovingAverage:
         """Take the parameters as they are into the average."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
-        torch._foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
+        foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def restart(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -134,8 +134,9 @@ def test_a_folder_that_cannot_be_written_is_said_and_does_no_harm(files, decoded
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, refuse)
         for _ in range(2):
-            with pytest.warns(UserWarning, match=message):
+            with pytest.warns(UserWarning, match=message) as warned:
                 assert shades(load(files)) == [10, 20, 30]
+            assert [each.filename for each in warned] == [__file__]  # the user's line, not metakern's
     assert len(decoded) == 6
     assert not list(files[0].parent.glob(f"{CACHE}/*"))  # nothing half-written is left
 

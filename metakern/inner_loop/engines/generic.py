@@ -13,11 +13,11 @@ from metakern.core.exclusive import exclusive
 from metakern.core.transforms import is_transformed
 from metakern.inner_loop.arguments import (
     Call,
-    TaskBatch,
+    SampleSets,
     adapted_names,
     check_step_weights,
     first_order_steps,
-    task_batch,
+    sample_sets,
 )
 from metakern.inner_loop.failures import Instead
 from metakern.inner_loop.loop import InnerLoop
@@ -32,8 +32,8 @@ class _Plan(NamedTuple):
     model: TaskModel
     loop: InnerLoop
     start: Mapping[str, Tensor] | None
-    support: TaskBatch
-    query: TaskBatch | None
+    support: SampleSets
+    query: SampleSets | None
     step_weights: Any
 
     def run(self, call: Call, instead: Instead) -> tuple[dict[str, Tensor], TaskProblem]:
@@ -136,10 +136,10 @@ def _plan(call: Call) -> _Plan:
     orders = first_order_steps(options.first_order, options.steps)
     loop = InnerLoop(update, orders, options.checkpoint_every)
     steps = options.steps if options.support_per_step else None
-    support = task_batch("support", call.support, call.masks[0], model.loss, steps=steps)
+    support = sample_sets("support", call.support, call.masks[0], model.loss, steps=steps)
     query = None
     if call.name != "adapt":
-        query = task_batch("query", call.query, call.masks[1], model.loss, support.num_tasks)
+        query = sample_sets("query", call.query, call.masks[1], model.loss, support.num_tasks)
     return _Plan(model, loop, start, support, query, weights)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from metakern.core import backend as _backend
 from metakern.core.exclusive import exclusive
-from metakern.core.torch_private import forward_mode_is_active
+from metakern.core.torch_private import forward_mode_is_active, functorch
 from metakern.core.transforms import is_batched, is_transformed, wants_gradient
 from metakern.inner_loop.arguments import (
     Call,
@@ -24,7 +24,7 @@ from metakern.inner_loop.arguments import (
     adapted_names,
     check_step_weights,
     first_order_steps,
-    task_batch,
+    sample_sets,
 )
 from metakern.inner_loop.as_shipped import is_plain
 from metakern.inner_loop.engines.missed import warn_if_missed
@@ -415,7 +415,6 @@ def _serving(options: LoopOptions, mlp: Mlp, loss: str, *samples: Tensor) -> str
 
 def _untransformed() -> str:
     """Why the operators do not serve the transforms of torch.func around the call; empty where they do."""
-    functorch = torch._C._functorch
     if torch.compiler.is_compiling():
         inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
         return "torch.func transforms it within torch.compile" if inside else ""
@@ -435,7 +434,7 @@ def _samples(each: _Set, options: LoopOptions, mlp: Mlp, loss: str) -> tuple[Ten
     if not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference()):
         raise Unserved(f"{name} was made in inference mode")
     if mask is not None:  # padding may hold anything: it becomes a sample that counts nothing
-        batch = task_batch(name, (x, y), mask, TaskLoss(options.loss, True))
+        batch = sample_sets(name, (x, y), mask, TaskLoss(options.loss, True))
         x, y = batch.x, batch.y
     x = mlp.samples(x)
     check_data(mlp, loss, x, y)

@@ -110,6 +110,8 @@ class Operator:
         self.dropped = places(schema.tensors, lambda name: name not in gradient.shapes or name in gradient.saves)
         self.private = places(schema.outputs, lambda name: name in gradient.private)
         self.public = places(schema.outputs, lambda name: name not in gradient.private)
+        #: Whether autograd sees the results as they are, with no list and no private one among them.
+        self.is_flat = not self.private and not any(place.is_list for place in schema.outputs)
 
     def name_of(self, implementation: str) -> str:
         """The name in torch.ops.metakern: the implementation stands behind the family's name."""
@@ -275,12 +277,15 @@ class Kernel:
         """The public results, as torch.ops has them: a tensor, a list, or a tuple of those."""
         return self.call(arguments)
 
-    def call(self, arguments: Sequence[Any], wants: frozenset[str] | None = None) -> Any:
+    def call(
+        self, arguments: Sequence[Any], wants: frozenset[str] | None = None, is_recorded: bool | None = None
+    ) -> Any:
         """The operator, by the way that serves the caller.
 
         Args:
             arguments: as the schema has them
             wants: names of the arguments whose gradients are asked for, where the caller knows
+            is_recorded: what :meth:`Operator.is_recorded` says, where the caller has asked
         """
         operator = self.operator
         if torch.compiler.is_compiling():
@@ -292,7 +297,7 @@ class Kernel:
             if func_is_active() or forward_mode_is_active():
                 wants = operator.wanted(arguments) if wants is None else wants
                 return self._public(transformed(self, arguments, wants))
-            if operator.is_recorded(arguments):
+            if operator.is_recorded(arguments) if is_recorded is None else is_recorded:
                 return self._public(recorded(self, arguments))
             with below_autograd():
                 returned = self.overload(*arguments)

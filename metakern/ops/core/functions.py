@@ -13,10 +13,14 @@ import torch
 
 from metakern.core.torch_private import below_autograd, forward_mode_is_active, func_is_active
 from metakern.ops.core.batching import Batch
-from metakern.ops.core.schema import flatten, put, without_tensors
+from metakern.ops.core.schema import Place, flatten, put, without_tensors
 
 if TYPE_CHECKING:
     from metakern.ops.core.define_op import Kernel, Operator
+
+
+#: Where nobody needs to know whose gradients are asked for.
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Backward:
@@ -85,31 +89,44 @@ class Call:
         return operator.formula(Backward(self.kernel, *named, wants))
 
     def flat_gradients(
-        self, saved: Sequence[Any], places: Any, grads: Sequence[Any], needs: Sequence[bool]
+        self,
+        tensors: Sequence[Place],
+        saved: Sequence[Any],
+        places: Sequence[Place],
+        grads: Sequence[Any],
+        needs: Sequence[bool],
     ) -> list[Any]:
-        """:meth:`gradients` one by one, as the tensors came; ``needs`` says of each whether it needs one."""
-        tensors, wants, at = self.kernel.operator.schema.tensors, [], 0
+        """:meth:`gradients` of ``tensors`` one by one, as they came; ``needs`` says of each whether it needs one."""
+        wants, at, own = [], 0, self.arguments
         for name, index, is_list in tensors:
-            end = at + (len(self.arguments[index]) if is_list else 1)
-            if True in needs[at:end]:
-                wants.append(name)
-            at = end
+            if is_list:
+                end = at + len(own[index])
+                if True in needs[at:end]:
+                    wants.append(name)
+                at = end
+            else:
+                if needs[at]:
+                    wants.append(name)
+                at += 1
         found = self.gradients(saved, places, grads, frozenset(wants))
         flat: list[Any] = []
         for name, index, is_list in tensors:
             grad = found.get(name)
             if is_list:
-                flat += [None] * len(self.arguments[index]) if grad is None else grad
+                flat += [None] * len(own[index]) if grad is None else grad
             else:
                 flat.append(grad)
         return flat
 
 
-def recorded(kernel: Kernel, arguments: Sequence[Any]) -> list[Any]:
+def recorded(kernel: Kernel, arguments: Sequence[Any]) -> Sequence[Any]:
     """The results of a call that eager mode records; private ones are None."""
-    call = Call(kernel, arguments, frozenset())
-    flat, results = _Recorded.apply(call, *flatten(arguments, kernel.operator.schema.tensors)), list(call.results)
-    put(flat, results, kernel.operator.public, call.results)
+    operator, call = kernel.operator, Call(kernel, arguments, _NOTHING)
+    flat: Sequence[Any] = _Recorded.apply(call, *flatten(arguments, operator.differentiable))
+    if operator.is_flat:
+        return flat
+    results = list(call.results)
+    put(flat, results, operator.public, call.results)
     return results
 
 
@@ -124,7 +141,8 @@ def transformed(kernel: Kernel, arguments: Sequence[Any], wants: frozenset[str])
 class _Recorded(torch.autograd.Function):
     """An operator in eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call.
 
-    Private results are no outputs: autograd would make zeros for their gradients.
+    It is given the tensors that can have gradients; the others are in the call. Private results are no outputs:
+    autograd would make zeros for their gradients.
     """
 
     @staticmethod
@@ -132,18 +150,23 @@ class _Recorded(torch.autograd.Function):
         operator, arguments = call.kernel.operator, call.arguments
         results = call.run(arguments)
         ctx.call = call
-        ctx.save_for_backward(*flatten(arguments, operator.saved_arguments), *flatten(results, operator.saved_results))
+        saved = flatten(arguments, operator.saved_arguments)
+        if operator.saved_results:
+            saved += flatten(results, operator.saved_results)
+        ctx.save_for_backward(*saved)
         call.arguments = without_tensors(arguments, operator.dropped)
         call.results = without_tensors(results, operator.schema.outputs)
-        return tuple(flatten(results, operator.public))
+        return tuple(results if operator.is_flat else flatten(results, operator.public))
 
     @staticmethod
     def backward(ctx: Any, *flat: Any) -> tuple[Any, ...]:
         call: Call = ctx.call
-        operator, grads = call.kernel.operator, list(call.results)
-        put(flat, grads, operator.public, grads)
-        found = call.flat_gradients(ctx.saved_tensors, operator.saved_arguments, grads, ctx.needs_input_grad[1:])
-        return None, *found
+        operator, grads = call.kernel.operator, flat
+        if not operator.is_flat:
+            grads = list(call.results)  # type: ignore[assignment]
+            put(flat, grads, operator.public, call.results)  # type: ignore[arg-type]
+        given, places = operator.differentiable, operator.saved_arguments
+        return None, *call.flat_gradients(given, ctx.saved_tensors, places, grads, ctx.needs_input_grad[1:])
 
 
 class _Transformed(torch.autograd.Function):
@@ -175,8 +198,8 @@ class _Transformed(torch.autograd.Function):
         put(flat, grads, operator.schema.outputs, grads)
         for _, index, _ in operator.private:
             grads[index] = None
-        found = call.flat_gradients(ctx.saved_tensors, operator.read, grads, ctx.needs_input_grad[1:])
-        return None, *found
+        given, places = operator.schema.tensors, operator.read
+        return None, *call.flat_gradients(given, ctx.saved_tensors, places, grads, ctx.needs_input_grad[1:])
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:
@@ -206,13 +229,15 @@ def register(kernel: Kernel) -> None:
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         results = schema.results_of(output)
         ctx.save_for_backward(*flatten(inputs, operator.read), *flatten(results, operator.saved_results))
-        ctx.call = Call(kernel, without_tensors(inputs, schema.tensors), frozenset())
+        ctx.call = Call(kernel, without_tensors(inputs, schema.tensors), _NOTHING)
         ctx.call.results = without_tensors(results, schema.outputs)
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad
         wants = (name for name, index, is_list in schema.tensors if (any(needs[index]) if is_list else needs[index]))
-        found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, frozenset(wants))
+        names = frozenset(wants)
+        operator.check_provided(names)
+        found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, names)
         # The dispatcher leaves out arguments that have their defaults, and wants no gradients for them.
         return tuple(
             ([None] * len(need) if isinstance(need, list) else None) if found.get(name) is None else found[name]

@@ -45,7 +45,8 @@ class Schema:
         kinds = [str(r.type) for r in parsed.returns]
         if len(results) != len(kinds) or any(kind not in _TENSORS for kind in kinds):
             raise ValueError(f"{self.name} returns {kinds}: results must name as many tensors, got {list(results)}")
-        self.Results: Any = namedtuple(f"{self.name}_results", results)
+        results_type: Any = namedtuple(f"{self.name}_results", results)  # type: ignore[misc]
+        self.Results = results_type
         self.tensors = tuple(
             Place(a.name, index, _TENSORS[str(a.type)])
             for index, a in enumerate(parsed.arguments)
@@ -59,7 +60,7 @@ class Schema:
     @property
     def names(self) -> tuple[str, ...]:
         """Of the arguments, in order."""
-        return self.Arguments._fields  # type: ignore[no-any-return]
+        return tuple(self.Arguments._fields)
 
     def check_names(self, what: str, names: Iterable[str], among: Iterable[str]) -> None:
         """Raise ValueError for a name that is none of ``among``."""

@@ -218,6 +218,7 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
         if not isinstance(active, Tensor) or active.dtype != torch.bool:
             got = active.dtype if isinstance(active, Tensor) else type(active).__name__
             raise TypeError(f"active must be a tensor of bool, got {got}")
+        check_dense(active, "active")
         if active.dim() != 1:
             raise ValueError(f"active must have shape [T], got {list(active.shape)}")
         if params:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from metakern.core.torch_private import foreach_mul, foreach_sub
 from metakern.core.transforms import is_transformed_or_dual
 from metakern.ops.core.batching import Batch, looped
 from metakern.ops.core.define_op import Gradient, Kernel, define_op
@@ -42,11 +43,13 @@ def call(
 
     They give the same bits, and an autograd.Function in Python costs more than it saves.
     """
-    if active is None and options.clip_norm is None and torch.is_grad_enabled() and not is_transformed_or_dual():
-        recorded = any(x.requires_grad for x in (*params, *grads, *lr))
-        if recorded and is_small((*params, *lr)):
+    arguments = (params, grads, lr, *options, active)
+    is_recorded = None
+    if active is None and options.clip_norm is None and not is_transformed_or_dual():
+        is_recorded = update.is_recorded(arguments)
+        if is_recorded and is_small((*params, *lr)):
             return subtract(params, grads, _rates(lr, options.rate, options.step, len(params)))
-    updated: list[Tensor] = kernel(params, grads, lr, *options, active)
+    updated: list[Tensor] = kernel.call(arguments, is_recorded=is_recorded)
     return updated
 
 
@@ -63,7 +66,7 @@ def is_small(tensors: Sequence[Tensor]) -> bool:
 def subtract(params: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Any]) -> list[Tensor]:
     """θ − α ⊙ g in two operators with autograd formulas of their own, the cheapest with the formula's bits."""
     factor: Any = rates if isinstance(rates[0], Tensor) else rates[0]  # a number is one for all
-    return list(torch._foreach_sub(list(params), torch._foreach_mul(list(grads), factor)))
+    return list(foreach_sub(list(params), foreach_mul(list(grads), factor)))
 
 
 def formula(

@@ -14,9 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from metakern.core.backend import _C, requested
+from metakern.core.torch_private import (
+    count_dispatch_modes,
+    count_function_modes,
+    forward_mode_is_active,
+    func_is_active,
+    is_jit_tracing,
+)
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
 from metakern.ops.lstm_step.state import LAYOUT, TILE_LANES, LSTMState
 
@@ -126,10 +132,10 @@ def _is_plain(x: Any) -> bool:
 def is_untouched() -> bool:
     """Whether nothing transforms, traces or replaces PyTorch's operators around the call."""
     return not (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._is_tracing()
-        or forward_ad._current_level >= 0
+        func_is_active()
+        or count_dispatch_modes()
+        or count_function_modes()
+        or is_jit_tracing()
+        or forward_mode_is_active()
         or torch.compiler.is_compiling()
     )

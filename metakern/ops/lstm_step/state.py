@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
+
+from metakern.core.torch_private import pytree
 
 #: Coordinates of one tile. Keep in step with tile_lanes in csrc/core/dtypes.h.
 TILE_LANES = 32

@@ -346,6 +346,7 @@ def lstm_step_triton_backward(a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
 
     ``precision`` is not read: products are float32 whatever forward used, float64 for a float64 state.
     """
-    first = (x.contiguous() for x in (a.grad_new_params, a.grad_new_state, a.grads, a.state))
-    options = a.preprocess, a.preprocess_scale, a.output_scale
-    return _backward(*first, [w.contiguous() for w in a.weights], *options)
+    return _backward(
+        *(a.grad_new_params.contiguous(), a.grad_new_state.contiguous(), a.grads.contiguous(), a.state.contiguous()),
+        *([w.contiguous() for w in a.weights], a.preprocess, a.preprocess_scale, a.output_scale),
+    )

@@ -95,6 +95,8 @@ class InnerUpdate(Operator):
     tiny = small
     scheduled = {"shapes": [(5000,), (33, 16), (7,)], "rates": "per parameter", "clip_norm": 1.0, "resting": (1,)}
     viewed = {"rates": "per parameter", "clip_norm": 2.0}
+    tolerates = (("type", "active"),)  # None: all step
+    faulted = {"shapes": SMALL, "rates": "per parameter", "clip_norm": 2.5, "resting": (1,)}
     batched = {"shapes": SMALL, "rates": "per parameter", "clip_norm": 2.5, "resting": (1,)}
     batched_otherwise = (
         {"rates": "number"},
@@ -197,13 +199,6 @@ class InnerUpdate(Operator):
         if kind == "reference" and dtype in HALVES:
             return 8
         return 30 if name == "gradient of lr" else 1
-
-    def arguments(self) -> dict[str, Any]:
-        ones = [torch.ones(2, 3), torch.ones(2)]
-        return {"params": [x.clone() for x in ones], "grads": ones, "lr": 0.1}
-
-    def public(self, **arguments: Any) -> Any:
-        return inner_update(**arguments)
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         update = make_update(tasks, "per parameter", shapes=[(3, 2), (5,)], clip_norm=1.0, resting=(1,), seed=seed)

@@ -96,6 +96,7 @@ class LstmStep(Operator):
     spread = {"n": 20_001, "hidden": 7}
     scheduled = {"n": 417, "hidden": 20}
     viewed = {"n": 77, "hidden": 7}
+    faulted = {"n": 37, "hidden": 5}
     batched = {"n": 45, "hidden": 5}
     batched_otherwise = ({"n": 1}, {"n": 32})
     isolated = tuple(
@@ -141,7 +142,8 @@ class LstmStep(Operator):
 
     @staticmethod
     def _state(example: Example) -> LSTMState:
-        return LSTMState(example.tensors["state"], example.tensors["params"].numel())
+        params = example.tensors["params" if isinstance(example.tensors["params"], Tensor) else "grads"]
+        return LSTMState(example.tensors["state"], params.numel())
 
     def call(self, example: Example, backend: str) -> Tensors:
         tensors, state = example.tensors, self._state(example)
@@ -193,21 +195,6 @@ class LstmStep(Operator):
         spoiled = x.clone()
         spoiled[unit // 32, 0, 1, 0, unit % 32] = value
         return spoiled
-
-    def arguments(self) -> dict[str, Any]:
-        problem = make_problem(37, 5, 2)
-        return {
-            "params": problem.params,
-            "grads": problem.grads,
-            "state": problem.state,
-            "weights": problem.weights,
-            "preprocess": "log_sign",
-            "preprocess_scale": 10.0,
-            "output_scale": 0.1,
-        }
-
-    def public(self, **arguments: Any) -> Any:
-        return lstm_step(**arguments)
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         problem = make_problem(37, 5, 2, seed=seed)

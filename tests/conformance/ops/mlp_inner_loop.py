@@ -220,6 +220,14 @@ class MlpOperator(Operator):
     tiny = {"widths": [1, 2, 1], "tasks": 2, "samples": 2, "queries": 2, "steps": 1, "activation": "tanh"}
     scheduled = {"widths": [17, 20, 4], "tasks": 2, "samples": 6, "steps": 3, "rates": "tensor", "masked": True}
     viewed = {"widths": [3, 9, 4], "tasks": 3, "rates": "parameter", "own": True, "masked": True}
+    faulted = {"widths": [2, 4, 3], "tasks": 3, "rates": "tensor and step", "own": True, "masked": True}
+    tolerates = (("type", "support_mask"), ("type", "query_mask"))  # None: all count
+    spoken = {f"support_{part}": rf"support_{part}|\b{part}\b" for part in ("x", "y", "mask")}
+    unchecked = (
+        *((kind, fault) for kind in ("cpp", "interpreted", "triton", "cuda") for fault in ("type", "number")),
+        *((kind, "layout") for kind in ("interpreted", "triton")),
+        *(("reference", fault) for fault in ("dtype", "complex", "layout", "type", "number", "shape")),
+    )
     batched = {"widths": [2, 4, 1], "tasks": 3, "rates": "tensor and step", "masked": True, "activation": "tanh"}
     batched_otherwise = ({"own": True}, {"rates": "number"}, {"clip_norm": 0.4})
     spread = {"widths": [3, 20, 4], "tasks": 67, "steps": 3, "clip_norm": 2.7, "activation": "tanh"}
@@ -435,19 +443,6 @@ class MlpInnerLoop(MlpOperator):
         grads, rates = emulated().mlp_inner_loop_backward(start, trajectory, a, device)
         return listed("adapted", results), listed("params", grads) | listed("lr", rates)
 
-    def arguments(self) -> dict[str, Any]:
-        case = Case([2, 4, 1], 3)
-        return {
-            "params": case.params,
-            "support_x": case.support[0],
-            "support_y": case.support[1],
-            "lr": 0.1,
-            "steps": 2,
-        }
-
-    def public(self, **arguments: Any) -> Any:
-        return mlp_inner_loop(**arguments)
-
 
 class MlpMetaLoss(MlpOperator):
     """Query losses of T MLPs after K steps."""
@@ -480,10 +475,3 @@ class MlpMetaLoss(MlpOperator):
         start = seeds({"losses": losses})["losses"]
         grads, rates = emulated().mlp_meta_loss_backward(start, task_grads, a, device)
         return {"losses": losses}, listed("params", grads) | listed("lr", rates)
-
-    def arguments(self) -> dict[str, Any]:
-        case = Case([2, 4, 1], 3)
-        return {"params": case.params, "support": case.support, "query": case.query, "lr": 0.1, "steps": 2}
-
-    def public(self, **arguments: Any) -> Any:
-        return mlp_meta_loss(**arguments)

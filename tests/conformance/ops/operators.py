@@ -67,23 +67,6 @@ class Spec:
     gradients: bool = True
 
 
-@dataclass(frozen=True)
-class Bad:
-    """A call that must be refused.
-
-    Attributes:
-        change: what replaces which of :meth:`Operator.arguments`
-        error: exactly this type of exception
-        message: how the message begins: it names the argument, what was expected and what came
-        on: backends that are asked
-    """
-
-    change: Mapping[str, Any]
-    error: type[Exception]
-    message: str
-    on: tuple[str, ...] = ("cpp", "triton", "reference")
-
-
 def argument(name: str) -> str:
     """``lr`` of ``lr[3]``."""
     return name.partition("[")[0]
@@ -125,7 +108,10 @@ class Operator:
         one_scale: whether all gradients are compared with the largest of them: one alone may be a sum that cancels
         operators: the raw operators torch.ops.metakern.* of the compiled library; Triton's insert ``_triton``
         batched_operators: those of them that vmap takes without the public function
-        bad: calls that are refused
+        faulted: an example with every tensor argument, one of which is spoiled at a time
+        tolerates: pairs of a fault (test_arguments.py) and an argument that are none
+        unchecked: pairs of a kind of implementation and a fault of which torch's own errors tell
+        spoken: how messages name an argument, where not by its name alone: a regular expression
     """
 
     name: str
@@ -150,7 +136,10 @@ class Operator:
     one_scale = False
     operators: tuple[str, ...] = ()
     batched_operators: tuple[str, ...] = ()
-    bad: Mapping[str, Bad] = {}
+    faulted: Mapping[str, Any]
+    tolerates: tuple[tuple[str, str], ...] = ()
+    unchecked: tuple[tuple[str, str], ...] = ()
+    spoken: Mapping[str, str] = {}
 
     def make(self, dtype: torch.dtype, **sizes: Any) -> Example:
         """Random numbers, the same for the same sizes and ``seed``."""
@@ -203,14 +192,6 @@ class Operator:
     def slack(self, name: str, dtype: torch.dtype, kind: str) -> float:
         """What the tolerance of the table is multiplied by, with the reason where it is not 1."""
         return 1.0
-
-    def arguments(self) -> dict[str, Any]:
-        """Arguments of a good call of the public function, by name."""
-        raise NotImplementedError
-
-    def public(self, **arguments: Any) -> Any:
-        """The public function."""
-        raise NotImplementedError
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         """Arguments of a raw operator in the order of its schema; ``suffix`` is ``_triton`` for that backend's."""

@@ -1,6 +1,7 @@
 """The rooms of the package: who may import what, and what stays private."""
 
 import ast
+import logging
 import re
 import tomllib
 from collections.abc import Iterator
@@ -205,4 +206,10 @@ def test_imports_run_one_way(monkeypatch):
     from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 
     monkeypatch.chdir(PACKAGE.parent)
-    assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
+    loggers = [logger for logger in logging.root.manager.loggerDict.values() if isinstance(logger, logging.Logger)]
+    disabled = [logger.disabled for logger in loggers]
+    try:
+        assert lint_imports(no_cache=True) == EXIT_STATUS_SUCCESS
+    finally:  # it configures logging anew, which would silence the package's logger in later tests
+        for logger, was in zip(loggers, disabled, strict=True):
+            logger.disabled = was

@@ -7,7 +7,7 @@ namespace metakern {
 enum class DType : int { float32, float64, bfloat16, float16 };
 
 // Elements that are converted at once between memory and the arithmetic's dtype, and the coordinates of one tile of a
-// recurrent state. Keep in step with TILE_LANES in metakern/ops/lstm_step/state.py.
+// recurrent state, which Python calls TILE_LANES; a test compares them.
 constexpr int tile_lanes = 32;
 
 }  // namespace metakern

@@ -5,7 +5,7 @@
 namespace metakern {
 
 // What a launcher did: `error` and, unless it is cudaSuccess, the call that returned it, for a message such as
-// "launch of lstm_step's forward kernel failed: invalid device function (cudaErrorInvalidDeviceFunction)".
+// "launch of the forward kernel failed: invalid device function (cudaErrorInvalidDeviceFunction)".
 struct CudaResult {
   cudaError_t error = cudaSuccess;
   const char* call = "";

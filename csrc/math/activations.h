@@ -1,7 +1,7 @@
 // Exponential, logarithm, sigmoid and tanh of one value or one SIMD vector of values.
 //
 // No libm call and no fast-math: the same source serves the scalar device code and the vector loops, NaN comes out
-// where it went in, and the error is a few units in the last place (tests/ops/lstm_step/test_lstm_step.py holds it).
+// where it went in, and the error is a few units in the last place (a test holds it).
 #pragma once
 #include "../core/portable.h"
 

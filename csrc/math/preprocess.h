@@ -7,7 +7,7 @@
 
 namespace metakern {
 
-// The values are those of PREPROCESS in metakern/ops/lstm_step/reference.py.
+// The values are the indices of PREPROCESS in the Python reference.
 enum class Preprocess : int { none = 0, log_sign = 1, log_and_clip = 2 };
 
 MK_INLINE constexpr int num_features(Preprocess kind) { return kind == Preprocess::none ? 1 : 2; }

@@ -47,23 +47,6 @@ def _are_hashable(args: tuple[Any, ...]) -> bool:
     return True
 
 
-def once(function: Function) -> Function:
-    """Remember what a function without arguments returned; torch.compile finds it there and calls nothing.
-
-    It would look through functools.cache, and call the function that imports what it cannot trace.
-    """
-    returned: list[Any] = []
-
-    @functools.wraps(function)
-    def call() -> Any:
-        if not returned:
-            with outside_modes():
-                returned.append(function())
-        return returned[0]
-
-    return call  # type: ignore[return-value]
-
-
 @contextlib.contextmanager
 def outside_modes() -> Iterator[None]:
     """Switches off the caller's modes and transforms, so that what is made within can be kept for later calls.

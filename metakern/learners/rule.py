@@ -110,7 +110,7 @@ class RuleLearner(nn.Module):
 
 
 class _Visited(Problem):
-    """Problems as the inner loop meets them, and what it met at θ_1 and after; θ_0 does not depend on the rule.
+    """Problems for the inner loop, which notes their losses from θ_1 on; θ_0 does not depend on the rule.
 
     Args:
         batch: the problems

@@ -318,13 +318,13 @@ def meta_backward(
 ) -> Tensor:
     """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
 
-    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: from
-    the second call of a kind on, the fused inner loop computes meta-gradients without an autograd graph. It does so for
-    an ``nn.Sequential`` of layers with biases, all of whose parameters adapt and have neither hooks nor strides of
-    their own, with a ``loss`` of torch.nn.functional, a number as ``lr``, and no other options than ``steps``,
-    ``first_order``, ``clip_norm``, ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same
-    result. Only those call the hooks of gradient accumulators, which DistributedDataParallel sets. Threads may call it
-    on one model, and no gradient is lost; where plain PyTorch serves, they take turns.
+    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: the
+    fused inner loop computes meta-gradients without an autograd graph. It does so for an ``nn.Sequential`` of layers
+    with biases, all of whose parameters adapt and have neither hooks nor strides of their own, with a ``loss`` of
+    torch.nn.functional, a number as ``lr``, and no other options than ``steps``, ``first_order``, ``clip_norm``,
+    ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same result. Only those call the hooks of
+    gradient accumulators, which DistributedDataParallel sets. Threads may call it on one model, and no gradient is
+    lost; where plain PyTorch serves, they take turns.
 
     Args:
         model: as for :func:`meta_loss`

@@ -119,7 +119,7 @@ class CoordinatewiseRule(PretrainedRule):
         number = lanes.shape[-1]
         rows = -(-number // self.unit)
         padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
-        return padded.unflatten(-1, (rows, self.unit)).movedim(-2, 0).contiguous()
+        return padded.view(*lanes.shape[:-1], rows, self.unit).movedim(-2, 0).contiguous()
 
 
 def _lanes(packed: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from metakern.ops.lstm_step.reference import gradient_features
 from metakern.rules.protocol import Params, Rule, flatten, tensor_leaves
 
 if TYPE_CHECKING:
-    from metakern.rules.lstm import CoordinatewiseLSTM
+    from metakern.rules.lstm_rule import LSTMRule
 
 PlainState = list[tuple[Tensor, Tensor]]
 
@@ -25,7 +25,7 @@ class PlainLSTM(Rule):
         rule: gives the weights (copied) and the options
     """
 
-    def __init__(self, rule: CoordinatewiseLSTM) -> None:
+    def __init__(self, rule: LSTMRule) -> None:
         super().__init__()
         lstm, head = rule.to_modules()
         self.cells = nn.ModuleList()  # registered before the head, as CoordinatewiseLSTM orders its weights

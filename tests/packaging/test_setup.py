@@ -200,6 +200,13 @@ def test_sources_are_found_by_their_names(setup: ModuleType, tmp_path: Path) -> 
     )
 
 
+def test_what_operators_share_names_none_of_them() -> None:
+    operators = {path.parent.name for path in ROOT.glob("csrc/*/schema.cpp")}
+    assert {"lstm_step", "inner_update", "mlp_inner_loop"} <= operators
+    for path in [*ROOT.glob("csrc/core/*"), *ROOT.glob("csrc/math/*")]:
+        assert [name for name in operators if name in path.read_text()] == [], path
+
+
 def test_a_file_names_its_own_options_in_its_first_line(setup: ModuleType, tmp_path: Path) -> None:
     source = tmp_path / "cpu_kernel.cpp"
     source.write_text("// compile with: -ffp-contract=off -DX=1\n//\n// A kernel.\n")

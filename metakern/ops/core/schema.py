@@ -73,7 +73,7 @@ class Schema:
         """The results of a call as a sequence, whatever their number."""
         if len(self.outputs) == 1:
             return (returned,)
-        return returned if self.outputs else ()  # type: ignore[no-any-return]
+        return returned if self.outputs else ()
 
 
 def signature(parsed: Any) -> tuple[Any, ...]:

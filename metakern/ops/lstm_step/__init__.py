@@ -7,7 +7,6 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -21,8 +20,6 @@ from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.autograd import step, step_, step_backward
 from metakern.ops.lstm_step.state import (
     LAYOUT,
-    MAX_HIDDEN,
-    MAX_LAYERS,
     LSTMState,
     check_layout,
     pack_state,
@@ -297,18 +294,11 @@ def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tup
     return (*specs, ("head.weight", (1, hidden)), ("head.bias", (1,)))
 
 
-#: For every count of layers, hidden units and features that is served: making them takes longer than the other checks.
-_WEIGHT_SPECS = {
-    sizes: _weight_specs(*sizes)
-    for sizes in itertools.product(range(1, MAX_LAYERS + 1), range(1, MAX_HIDDEN + 1), (1, 2))
-}
-
-
 def _check_weights(
     weights: Sequence[Tensor], state: LSTMState, preprocess: str, dtype: torch.dtype, params: Tensor
 ) -> None:
     _, layers, _, hidden, _ = state.data.shape
-    specs = _WEIGHT_SPECS[layers, hidden, reference.num_features(preprocess)]
+    specs = _weight_specs(layers, hidden, reference.num_features(preprocess))
     if not hasattr(weights, "__len__"):
         raise TypeError(f"weights must be a sequence of tensors, got {type(weights).__name__}")
     if len(weights) != len(specs):

@@ -50,7 +50,6 @@ MAX_CUDA_STEPS = 256
 MAX_TRITON_OUTPUTS = 4096
 
 
-@memoized
 def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
     """Why the kernels do not serve MLPs of these widths and so many samples of a task; empty where they do."""
     if dtype not in (torch.float32, torch.float64):

@@ -141,8 +141,11 @@ def test_it_resumes_to_the_same_bits(row: Row, copied: str) -> None:
         twins, twin = copy.deepcopy((params, optimizer))
     else:
         twins, twin = pickle.loads(pickle.dumps((params, optimizer)))
+    live = optimizer.state_dict()
+    before = copy.deepcopy(live)
     for each in (optimizer, twin):
         train(each, PATTERNS, first=len(PATTERNS))
+    assert_same_content(live, before)  # a state_dict is a copy
     for name, p in params.items():
         assert_same_bits(name, twins[name].detach(), p.detach())
     assert_same_content(twin.state_dict(), optimizer.state_dict())

@@ -15,7 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from metakern.ops.core.checks import check_dense, check_dtype, check_like, check_same_device, check_shape, check_value
+from metakern.ops.core.checks import (
+    check_dense,
+    check_dtype,
+    check_like,
+    check_same_device,
+    check_shape,
+    check_type,
+    check_value,
+)
 from metakern.ops.core.define_op import Gradient, define_op
 from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import reference
@@ -157,6 +165,8 @@ def _check(
 ) -> None:
     """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
     first, last = stages
+    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_type(params.dtype in floating, "params must be float32, bfloat16, float16 or float64, got ", params.dtype)
     check_dense(grads, "grads")
     check_like(grads, "grads", params, "params")
     check_layout(state)

@@ -162,7 +162,7 @@ def make_stages(logs: Path) -> list[Stage]:
     pytest = python("-m", "pytest", "-q", "--tb=short", "-rfEs", "-p", "no:cacheprovider", "--durations=5")
     side_by_side = {count: ["-n", count] if has("xdist") else [] for count in ("8", "6")}
     no_pytest = "" if has("pytest") else "pytest is not there"
-    on_a_gpu = ["tests/gpu", "tests/conformance/ops"]
+    on_a_gpu = ["tests/gpu", "tests/ops", "tests/conformance/ops"]
     results = ["--output", str(logs / "dry.json")]
     return [
         Stage("build", *limits["build"], python("setup.py", "build_ext", "--inplace"), build_environment()),

@@ -17,10 +17,7 @@ from tests.interpreter import interpreter_like_a_gpu, quick_interpreter
 
 __all__ = ["interpreter_like_a_gpu", "quick_interpreter"]  # fixtures
 
-#: Devices that have kernels; one joins the list with its first kernel.
-DEVICES = ("cpu",)
-
-#: Backends that serve tensors on the CPU; where there is a GPU, Triton's kernels are compiled for it (tests/gpu).
+#: Backends that serve tensors on the CPU; where there is a GPU, Triton's kernels are compiled for it (marked gpu).
 BACKENDS = ("cpp", "reference") if torch.cuda.is_available() else ("cpp", "triton", "reference")
 
 #: Instruction sets that the CPU kernels are compiled for, slowest first.
@@ -80,10 +77,10 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a GPU; what bench.gpu_check runs first")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> torch.device:
-    """Every device that has kernels."""
-    return torch.device(request.param)
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton's kernels run: on a GPU, or interpreted on the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=BACKENDS)

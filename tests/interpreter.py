@@ -24,9 +24,12 @@ def interpreter_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     It also pays for every program, so the last sum gets few.
     """
     pytest.importorskip("triton", reason="needs the package triton")
+    from metakern.ops.core.registry import operators
     from metakern.ops.core.triton_launch import is_interpreted
     from metakern.ops.lstm_step import triton as triton_lstm_step
 
+    for operator in operators().values():
+        operator.prepare("triton")
     if not is_interpreted():
         return
     import triton.language as tl

@@ -6,8 +6,10 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +23,62 @@ SHAPES = ((3, 2), (5,), (), (1025,), (0,), (4, 128), (33, 16), (511,))
 #: Layouts of α.
 RATES = ("number", "shared", "per tensor", "per tensor and step", "per parameter", "per parameter and step")
 
-STEPS = 3
+#: Those of the public function, which takes the step's α out of one tensor [K] itself.
+LAYOUTS = (*RATES, "shared and step")
+
+STEPS = 3  # K where α has an axis of inner steps
+STEP = 1  # the one that is taken
+
+
+def draw(
+    tasks: int | None,
+    dtype: torch.dtype,
+    seed: int | torch.Generator,
+    shapes: Sequence[Sequence[int]] = SHAPES,
+    device: torch.device | str = "cpu",
+) -> list[Tensor]:
+    """Normal numbers, one tensor for each of ``shapes``, with a leading axis of tasks unless that is None."""
+    generator = torch.Generator().manual_seed(seed) if isinstance(seed, int) else seed
+    leading = () if tasks is None else (tasks,)
+    numbers = (torch.randn((*leading, *shape), generator=generator, dtype=torch.float64) for shape in shapes)
+    return [x.to(device, dtype) for x in numbers]
+
+
+def step_of(rates: str) -> int | None:
+    """The inner step that an α of this layout asks for."""
+    return STEP if rates.endswith("step") else None
+
+
+def make_rates(
+    rates: str, dtype: torch.dtype, seed: int | torch.Generator, shapes: Sequence[Sequence[int]] = SHAPES
+) -> list[Tensor]:
+    """The tensors of α, none where it is a number."""
+    leading = (STEPS,) if rates.endswith("step") else ()
+    kind = rates.removesuffix(" and step")
+    wanted: list[Sequence[int]] = {"number": [], "shared": [()], "per tensor": [()] * len(shapes)}.get(
+        kind, list(shapes)
+    )
+    return draw(None, dtype, seed, [(*leading, *shape) for shape in wanted])
+
+
+def make_lr(rates: str, dtype: torch.dtype, shapes: Sequence[Sequence[int]] = SHAPES) -> float | Tensor | list[Tensor]:
+    """α as the public function takes it."""
+    found = make_rates(rates, dtype, 99, shapes)
+    return found[0] if rates.startswith("shared") else found or 0.3
+
+
+def expected(params: Sequence[Tensor], grads: Sequence[Tensor], lr: Any, **options: Any) -> list[Tensor]:
+    """The reference in float64."""
+    wide = [x.double() for x in lr] if isinstance(lr, list) else lr.double() if isinstance(lr, Tensor) else lr
+    return reference.inner_update([p.double() for p in params], [g.double() for g in grads], wide, **options)
+
+
+def with_nan(tensors: Sequence[Tensor], task: int) -> list[Tensor]:
+    """Copies whose first elements are NaN in one task."""
+    copies = [x.clone() for x in tensors]
+    for x in copies:
+        x[task].flatten()[:1] = math.nan
+    return copies
 
 
 @dataclass(frozen=True)
@@ -82,22 +139,12 @@ def make_update(
 ) -> Update:
     """Random numbers; ``resting`` are the tasks that do not step, whose gradients are NaN."""
     generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    params = [draw(tasks, *shape) for shape in shapes]
-    grads = [draw(tasks, *shape) for shape in shapes]
-    leading = (STEPS,) if rates.endswith("step") else ()
-    lr = {
-        "number": [],
-        "shared": [draw(*leading)],
-        "per tensor": [draw(*leading) for _ in shapes],
-        "per parameter": [draw(*leading, *shape) for shape in shapes],
-    }[rates.removesuffix(" and step")]
+    params, grads = (draw(tasks, dtype, generator, shapes, device) for _ in range(2))
+    lr = [x.to(device) for x in make_rates(rates, dtype, generator, shapes)]
     active = None
     if resting is not None:
         active = torch.tensor([task not in resting for task in range(tasks)], dtype=torch.bool, device=device)
         for g in grads:
             g[~active] = torch.nan
-    return Update(params, grads, lr, 0.3, 1 if leading else -1, clip_norm, active)
+    step = step_of(rates)
+    return Update(params, grads, lr, 0.3, -1 if step is None else step, clip_norm, active)

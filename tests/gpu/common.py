@@ -86,11 +86,6 @@ def shifted(x: Tensor) -> Tensor:
     return memory[1:].view(x.shape)
 
 
-def strided(x: Tensor) -> Tensor:
-    """The same numbers with NaN between them."""
-    return torch.stack([x, torch.full_like(x, math.nan)], -1)[..., 0]
-
-
 def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
     """The call as a graph, and where its results come to lie."""
     side = torch.cuda.Stream()

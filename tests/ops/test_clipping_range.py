@@ -67,9 +67,11 @@ def assert_update(got: list[Tensor], dtype: torch.dtype, size: float, clip_norm:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "size", "clip_norm"), RANGES)
-def test_the_step_has_the_norm(dtype: torch.dtype, size: float, clip_norm: float, backend: str) -> None:
-    if backend == "triton" and dtype == torch.bfloat16:
-        pytest.skip("Triton's interpreter cuts bfloat16; tests/triton mends it")
+def test_the_step_has_the_norm(
+    dtype: torch.dtype, size: float, clip_norm: float, backend: str, request: pytest.FixtureRequest
+) -> None:
+    if backend == "triton":
+        request.getfixturevalue("interpreter_like_a_gpu")
     params, grads = draw(dtype, size)
     got = inner_update(params, grads, 0.5, clip_norm=clip_norm, backend=backend)
     assert_update(got, dtype, size, clip_norm, backend)

@@ -1,6 +1,6 @@
 """Masks of the operators: a task none of whose samples count, and masks whose bytes are not 0 and 1.
 
-What is checked stands in functions, which tests/triton/test_masks.py calls for Triton's kernels.
+What is checked stands in functions, which test_masks_triton.py calls for Triton's kernels.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from metakern.ops import inner_update, mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import assert_close, assert_same_bits
 from tests.mlp_problems import F64, Case
-from tests.updates import draw
+from tests.update_problems import draw
 
 EMPTY = 1  # the task that has no samples
 

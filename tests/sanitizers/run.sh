@@ -40,7 +40,7 @@ assert _C.__file__.startswith(sys.argv[1]), f"the tests would run on another bui
 assert "libasan" in open("/proc/self/maps").read(), "AddressSanitizer is not loaded"
 CHECK
 # --capture=sys leaves file descriptor 2 alone: the sanitizers' report must not end in pytest's buffers.
-"${run[@]}" -m pytest -q -p no:cacheprovider --capture=sys -m sanitize tests/ops "$@" || {
+"${run[@]}" -m pytest -q -p no:cacheprovider --capture=sys -m sanitize tests/ops tests/conformance/ops "$@" || {
   echo "The sanitized tests failed; a report of a sanitizer, if there is one, stands above." >&2
   exit 1
 }

@@ -3,19 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="needs the package triton")
 
 from metakern.ops.lstm_step import prepare
 
 prepare("triton")
-
-
-@pytest.fixture
-def device() -> torch.device:
-    """Where the kernels run."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(autouse=True)

@@ -22,9 +22,9 @@ from metakern.core import backend as _backend
 from metakern.ops.lstm_step import prepare
 from metakern.ops.mlp_inner_loop import triton_kernels as mlp_inner_loop_kernels
 from tests.mlp_problems import Case
+from tests.ops.lstm_step.triton_evaluation import backward, forward
 from tests.problems import make_problem
 from tests.triton.compile_ahead import cubin_facts
-from tests.triton.evaluation import backward, forward
 from tests.update_problems import make_update
 
 

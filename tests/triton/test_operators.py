@@ -12,8 +12,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from metakern.ops import lstm_step_
+from tests.ops.lstm_step.triton_evaluation import options
 from tests.problems import make_problem
-from tests.triton.evaluation import options
 
 NAMES = ("lstm_step_triton", "lstm_step_triton_", "lstm_step_triton_backward")
 

@@ -19,8 +19,8 @@ from metakern.ops.inner_update import reference
 from metakern.ops.inner_update.autograd import FUSED_ELEMENTS
 from tests.conformance.ops.operators import CPP, Example, Operator, Spec, Tensors, gather, listed
 from tests.cuda.device import Device
-from tests.cuda.inner_update_emulator import InnerUpdateEmulator
-from tests.update_problems import RATES, make_update
+from tests.ops.inner_update.emulator import kernels
+from tests.update_problems import LAYOUTS, RATES, make_update
 
 F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def specs() -> Iterable[Spec]:
     """Every layout of α with every option; tails of the vectors, blocks and tiles; lists longer than a launch."""
-    for (name, options), rates in itertools.product(OPTIONS.items(), (*RATES, "shared and step")):
+    for (name, options), rates in itertools.product(OPTIONS.items(), LAYOUTS):
         yield Spec(f"{name}, {rates}", {"rates": rates, **options})
     tails = {
         (0, 1, 33, 1025, 4097): CPP,
@@ -126,11 +126,6 @@ class InnerUpdate(Operator):
     batches = (("params", "grads"), ("params", "active"))
     operators = batched_operators = ("inner_update",)
 
-    @functools.cached_property
-    def kernels(self) -> InnerUpdateEmulator:
-        """The CUDA kernels, compiled for the CPU."""
-        return InnerUpdateEmulator()
-
     def make(
         self,
         dtype: torch.dtype,
@@ -182,7 +177,7 @@ class InnerUpdate(Operator):
         if isinstance(lr, Tensor) and step >= 0:
             rates, step = [lr[step]], -1  # as the public function does
         arguments = (params, grads, rates, example.options["rate"], step, options["clip_norm"], options["active"])
-        return listed("updated", self.kernels(*arguments, device=device)), {}
+        return listed("updated", kernels()(*arguments, device=device)), {}
 
     def unit_axis(self, name: str, example: Example) -> int | None:
         return None if name.startswith("lr") else 0

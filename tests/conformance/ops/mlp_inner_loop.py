@@ -19,8 +19,8 @@ from metakern.ops.mlp_inner_loop import ACTIVATIONS, make_problem, reference
 from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conformance.ops.operators import CPP, Example, Operator, Spec, Tensors, gather, listed
 from tests.cuda.device import Device
-from tests.cuda.mlp_inner_loop_emulator import Arguments, MlpEmulator
 from tests.mlp_problems import MIXED, Case
+from tests.ops.mlp_inner_loop.emulator import Arguments, kernels
 
 F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
@@ -204,12 +204,6 @@ def halves() -> Iterable[Spec]:
     yield Spec(
         "halves", size | {"widths": [3, 7, 2], "rates": "tensor", "checkpoint_every": 1}, HALVES, ("interpreted",)
     )
-
-
-@functools.cache
-def emulated() -> MlpEmulator:
-    """The CUDA kernels, compiled for the CPU."""
-    return MlpEmulator()
 
 
 class MlpOperator(Operator):
@@ -438,9 +432,9 @@ class MlpInnerLoop(MlpOperator):
 
     def emulate(self, example: Example, device: Device, seeds: Callable[[Tensors], Tensors]) -> tuple[Tensors, Tensors]:
         a = self._arguments(example)
-        results, trajectory = emulated().mlp_inner_loop(a, device=device)
+        results, trajectory = kernels().mlp_inner_loop(a, device=device)
         start = list(seeds(listed("adapted", results)).values())
-        grads, rates = emulated().mlp_inner_loop_backward(start, trajectory, a, device)
+        grads, rates = kernels().mlp_inner_loop_backward(start, trajectory, a, device)
         return listed("adapted", results), listed("params", grads) | listed("lr", rates)
 
 
@@ -471,7 +465,7 @@ class MlpMetaLoss(MlpOperator):
         a = self._arguments(example)
         steps = a.problem.steps
         weights = example.options.get("step_weights") or [0.0] * (steps - 1) + [1.0]
-        losses, task_grads = emulated().mlp_meta_loss(a, weights, device=device)
+        losses, task_grads = kernels().mlp_meta_loss(a, weights, device=device)
         start = seeds({"losses": losses})["losses"]
-        grads, rates = emulated().mlp_meta_loss_backward(start, task_grads, a, device)
+        grads, rates = kernels().mlp_meta_loss_backward(start, task_grads, a, device)
         return {"losses": losses}, listed("params", grads) | listed("lr", rates)

@@ -12,7 +12,7 @@ from metakern.ops import inner_update
 from metakern.ops.inner_update import reference
 from metakern.ops.inner_update.autograd import FUSED_ELEMENTS
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
-from tests.updates import LAYOUTS, SHAPES, draw, expected, make_lr, step_of, with_nan
+from tests.update_problems import LAYOUTS, SHAPES, draw, expected, make_lr, step_of, with_nan
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVE = torch.tensor([True, False, True])
@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """What serves every dtype on the CPU; Triton, whose interpreter cuts bfloat16, has its tests in tests/triton."""
+    """What serves every dtype on the CPU; Triton, whose interpreter cuts bfloat16, has its tests in test_triton.py."""
     return str(request.param)
 
 

@@ -12,7 +12,7 @@ from torch.func import grad
 
 from metakern.ops import inner_update
 from tests.conftest import assert_close
-from tests.updates import LAYOUTS, draw, make_lr, step_of
+from tests.update_problems import LAYOUTS, draw, make_lr, step_of
 
 SHAPES: list[tuple[int, ...]] = [(3, 2), (), (5,)]
 ACTIVE = torch.tensor([True, False, True])

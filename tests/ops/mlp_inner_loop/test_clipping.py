@@ -16,7 +16,7 @@ from tests.inner_loops import assert_same, hand_written, mlp, regression
 from tests.mlp_problems import Case, assert_equal
 
 F32, F64 = torch.float32, torch.float64
-BACKENDS = ("cpp", "reference")  # Triton's: tests/triton
+BACKENDS = ("cpp", "reference")  # Triton's: test_triton_clipping.py
 NORMS = (0.05, 2.7, 1e3)  # below all gradients of these problems, between them, above them
 
 

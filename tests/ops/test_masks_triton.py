@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-import metakern.ops.mlp_inner_loop.triton  # noqa: F401  registers the operators
+pytest.importorskip("triton", reason="needs the package triton")
+
 from tests.ops import test_masks as checks
+
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu")
 
 LOSSES = ("mse", "cross_entropy")
 

@@ -13,19 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+pytest.importorskip("triton", reason="needs the package triton")
+
 import metakern
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
-from metakern.ops.mlp_inner_loop import prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
 from tests.triton.memory_model import Watch
 
-prepare("triton")
-
-pytestmark = pytest.mark.usefixtures("quick_interpreter")
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu", "quick_interpreter")
 
 F32 = torch.float32
 

@@ -1,6 +1,6 @@
 """lstm_step on a GPU: results and gradients against the float64 reference, storage, precision, determinism, layouts.
 
-Triton compiles for every size, dtype and option; its cases are fewer. tests/triton covers it without a GPU.
+Triton compiles for every size, dtype and option; its cases are fewer. test_triton.py covers it without a GPU.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch
 
 from metakern.ops import LSTMState, lstm_step, lstm_step_, unpack_state
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
-from tests.cuda.test_lstm_step import PRODUCT_ERROR, error_bounds
 from tests.gpu.common import BACKENDS, forward, needs_cuda, shifted, with_bfloat16_state
+from tests.ops.lstm_step.test_cuda import PRODUCT_ERROR, error_bounds
 from tests.problems import Problem, assert_matches_reference, evaluate, evaluate_reference, make_problem
 
 pytestmark = needs_cuda

@@ -7,11 +7,15 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs the package triton")
+
 from metakern.ops import mlp_inner_loop
 from tests.conftest import FORWARD_TOLERANCE, assert_close
 from tests.mlp_problems import Case
+from tests.ops.lstm_step.triton_evaluation import forward
 from tests.problems import evaluate_reference, make_problem
-from tests.triton.evaluation import forward
+
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu")
 
 
 @pytest.mark.parametrize("output_scale", [1e39, -1e-60])

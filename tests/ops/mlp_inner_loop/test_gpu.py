@@ -1,6 +1,6 @@
 """mlp_inner_loop on a GPU: against the float64 reference, bits, sizes, autograd, torch.compile, graphs, streams.
 
-Without a GPU tests/cuda runs the same kernels. Axis legend: T tasks, S support and Q query samples of a task, K inner
+Without a GPU test_cuda.py runs the same kernels. Axis legend: T tasks, S support and Q query samples of a task, K inner
 steps.
 """
 

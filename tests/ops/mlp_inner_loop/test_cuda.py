@@ -15,7 +15,8 @@ from torch import Tensor
 from metakern.ops.mlp_inner_loop import cuda_shared_bytes, make_problem
 from tests.conftest import GRADIENT_TOLERANCE, assert_same_bits
 from tests.cuda.device import DEVICE, Device, EmulationError
-from tests.cuda.mlp_inner_loop_emulator import (
+from tests.mlp_problems import F64, Case, assert_equal
+from tests.ops.mlp_inner_loop.emulator import (
     ADAPT,
     ALL_STEPS,
     META_LOSS,
@@ -25,7 +26,6 @@ from tests.cuda.mlp_inner_loop_emulator import (
     Arguments,
     MlpEmulator,
 )
-from tests.mlp_problems import F64, Case, assert_equal
 
 F32 = torch.float32
 

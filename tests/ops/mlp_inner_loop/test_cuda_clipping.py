@@ -9,10 +9,10 @@ import torch
 
 from tests.conftest import GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.device import Device
-from tests.cuda.mlp_inner_loop_emulator import ONE_STEP, WITHOUT_ADJOINT, Arguments, MlpEmulator
-from tests.cuda.test_mlp_inner_loop import F32, adapt, arguments, assert_same, meta, small
 from tests.mlp_problems import F64, Case, assert_equal
+from tests.ops.mlp_inner_loop.emulator import ONE_STEP, WITHOUT_ADJOINT, Arguments, MlpEmulator
 from tests.ops.mlp_inner_loop.test_activations import exploding, plain
+from tests.ops.mlp_inner_loop.test_cuda import F32, adapt, arguments, assert_same, meta, small
 
 
 @pytest.mark.parametrize("clip_norm", [None, 1e6])

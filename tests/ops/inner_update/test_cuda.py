@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.device import DTYPES, Device, EmulationError
-from tests.cuda.inner_update_emulator import InnerUpdateEmulator
+from tests.ops.inner_update.emulator import InnerUpdateEmulator
 from tests.update_problems import RATES, Update, make_update
 
 #: Numbers of multiprocessors and orders of threads and warps.

@@ -6,6 +6,7 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -95,3 +96,9 @@ class InnerUpdateEmulator:
         memory.check()
         aligned.check()
         return updated
+
+
+@functools.cache
+def kernels() -> InnerUpdateEmulator:
+    """Built once."""
+    return InnerUpdateEmulator()

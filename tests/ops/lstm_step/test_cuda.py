@@ -16,7 +16,7 @@ from metakern.ops import LSTMState, pack_state, unpack_state
 from metakern.ops.lstm_step import reference
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.cuda.device import Device, EmulationError
-from tests.cuda.emulator import Emulator
+from tests.ops.lstm_step.emulator import Emulator
 from tests.problems import Problem, evaluate_reference, make_problem, state_dtype, weight_names
 
 #: Devices that schedule threads, and land asynchronous copies, in all the ways that the emulation knows.

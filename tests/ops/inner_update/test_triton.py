@@ -12,10 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
+pytest.importorskip("triton", reason="needs the package triton")
+
 from metakern.ops.core import triton_launch
 from metakern.ops.inner_update import triton as triton_inner_update
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
 from tests.update_problems import Update, make_update
+
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

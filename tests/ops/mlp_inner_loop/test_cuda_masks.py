@@ -7,9 +7,9 @@ import torch
 
 from metakern.ops.mlp_inner_loop.reference import LOSSES
 from tests.conftest import GRADIENT_TOLERANCE
-from tests.cuda.mlp_inner_loop_emulator import MlpEmulator
-from tests.cuda.test_mlp_inner_loop import assert_same, meta
 from tests.mlp_problems import F64, Case, assert_equal
+from tests.ops.mlp_inner_loop.emulator import MlpEmulator
+from tests.ops.mlp_inner_loop.test_cuda import assert_same, meta
 from tests.ops.test_masks import EMPTY, masks, odd_bytes
 
 

@@ -8,13 +8,17 @@ from dataclasses import replace
 import pytest
 import torch
 
+pytest.importorskip("triton", reason="needs the package triton")
+
 from metakern.ops.core.triton_launch import Config, is_interpreted
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step import triton as triton_lstm_step
 from metakern.ops.lstm_step.triton import CONFIGS, FLOAT64_CONFIG
 from tests.conftest import FORWARD_TOLERANCE, assert_close, assert_same_bits
+from tests.ops.lstm_step.triton_evaluation import assert_matches_reference, backward, forward, options
 from tests.problems import evaluate_reference, make_problem
-from tests.triton.evaluation import assert_matches_reference, backward, forward, options
+
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu")
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

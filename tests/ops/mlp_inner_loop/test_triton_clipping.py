@@ -9,20 +9,19 @@ import pytest
 import torch
 from torch import nn
 
+pytest.importorskip("triton", reason="needs the package triton")
+
 from metakern.ops import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.triton_launch import is_interpreted
-from metakern.ops.mlp_inner_loop import prepare
 from metakern.ops.mlp_inner_loop import triton as triton_mlp
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import assert_same, hand_written, mlp, regression
 from tests.mlp_problems import F64, Case, assert_equal
 from tests.ops.mlp_inner_loop.test_activations import assert_dead_units_have_no_gradient
+from tests.ops.mlp_inner_loop.test_triton import make_case
 from tests.triton.memory_model import Watch
-from tests.triton.test_mlp_inner_loop import make_case
 
-prepare("triton")
-
-pytestmark = pytest.mark.usefixtures("quick_interpreter")
+pytestmark = pytest.mark.usefixtures("interpreter_like_a_gpu", "quick_interpreter")
 
 
 @pytest.mark.skipif(not is_interpreted(), reason="the loop by hand runs on the CPU")

@@ -6,6 +6,7 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -151,3 +152,9 @@ class Emulator:
 
 def _pointers(tensors: Sequence[Tensor]) -> ctypes.Array[ctypes.c_void_p]:
     return _Pointers(*(x.data_ptr() for x in tensors))
+
+
+@functools.cache
+def kernels() -> Emulator:
+    """Built once."""
+    return Emulator()

@@ -6,6 +6,7 @@ Axis legend: T tasks, K inner steps, P parameters of a task.
 from __future__ import annotations
 
 import ctypes
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -274,3 +275,9 @@ class MlpEmulator:
         self._library.call("reduce", device, ctypes.byref(reduction))
         memory.check()
         return out[: len(a.params)], out[len(a.params) :]
+
+
+@functools.cache
+def kernels() -> MlpEmulator:
+    """Built once."""
+    return MlpEmulator()

@@ -1,6 +1,6 @@
 """inner_update on a GPU: against the float64 reference, bits, launches, graphs, streams, devices, 64-bit addressing.
 
-Without a GPU tests/cuda runs the same CUDA kernels, tests/triton the same Triton kernels.
+Without a GPU test_cuda.py runs the same CUDA kernels, test_triton.py the same Triton kernels.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ namespace {
 
 class PreparedLstmStep {
  public:
-  PreparedLstmStep(int hidden_size, int num_layers, int preprocess, double preprocess_scale, double output_scale) {
+  PreparedLstmStep(int hidden_size, int num_layers, int preprocess, double preprocess_scale) {
     problem_.num_coordinates = 0;
     problem_.hidden_size = hidden_size;
     problem_.num_layers = num_layers;
@@ -29,7 +29,7 @@ class PreparedLstmStep {
     if (!with_stages<float>(problem_, [&](const auto& stages) { problem_.stages = stages.sizes(preprocess); }))
       throw pybind11::value_error("preprocess must be 0, 1 or 2, got " + std::to_string(preprocess));
     problem_.preprocess_scale = preprocess_scale;
-    problem_.output_scale = output_scale;
+    problem_.output_scale = 0;  // a run says it
     problem_.precision = Precision::highest;
     problem_.dtype = problem_.state_dtype = DType::float32;
     const int64_t H = hidden_size;
@@ -48,12 +48,13 @@ class PreparedLstmStep {
     weights_ = std::move(weights);
   }
 
-  // Addresses of contiguous float32 memory: params, grads, new_params [N], state and new_state.
-  void run(int64_t num_coordinates, uintptr_t params, uintptr_t grads, uintptr_t state, uintptr_t new_params,
-           uintptr_t new_state) {
+  // Addresses of contiguous float32 memory: params, grads, new_params [N], state and new_state. The new may be the old.
+  void run(int64_t num_coordinates, double output_scale, uintptr_t params, uintptr_t grads, uintptr_t state,
+           uintptr_t new_params, uintptr_t new_state) {
     if (weights_.empty()) throw pybind11::value_error("weights must be set before a run");
     LstmStepProblem problem = problem_;
     problem.num_coordinates = num_coordinates;
+    problem.output_scale = output_scale;
     const LstmStepKernels& k = kernels_for(problem);
     if (&k != kernels_ || !are_packed()) repack(k);
     const std::shared_ptr<void> packed = packed_;  // another thread may pack others meanwhile
@@ -98,7 +99,7 @@ class PreparedLstmStep {
 
 const ModulePart part([](pybind11::module_& m) {
   pybind11::class_<PreparedLstmStep>(m, "PreparedLstmStep", "Forward steps of lstm_step with weights that stay packed.")
-      .def(pybind11::init<int, int, int, double, double>())
+      .def(pybind11::init<int, int, int, double>())
       .def("set_weights", &PreparedLstmStep::set_weights)
       .def("run", &PreparedLstmStep::run);
 });

@@ -64,23 +64,26 @@ class CoordinatewiseLSTM(LSTMRule):
         self, params: Params, grads: Params, state: State, *, loss: Tensor | None = None
     ) -> tuple[Params, State]:
         """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
-        if loss is None and type(state) is LSTMState and (result := self._small_step(params, grads, state)) is not None:
-            return result
+        if type(state) is LSTMState and not torch.is_grad_enabled() and (prepared := self._prepare()) is not None:
+            result = prepared(params, grads, state, self._own_weights(), self.output_scale)
+            if result is not None:
+                return result
         return super().forward(params, grads, state, loss=loss)
 
-    def _small_step(self, params: Any, grads: Any, state: LSTMState) -> tuple[Tensor, LSTMState] | None:
-        """The step by :class:`PreparedStep`, None where it does not serve."""
-        if torch.is_grad_enabled() or type(self) is not CoordinatewiseLSTM or not serves(self.backend):
+    def _prepare(self) -> PreparedStep | None:
+        """What small steps are taken by; None where it cannot serve."""
+        if type(self) is not CoordinatewiseLSTM or not serves(self.backend):
             return None  # a subclass may take steps of its own
-        options = self.preprocess, self.preprocess_scale, self.output_scale, self.precision
-        prepared, modules = self._prepared, self._modules
-        if prepared is None or prepared.options != options:
-            check_options(*options)
-            prepared = self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
-        # As of weights(), past nn.Module.__getattr__, which takes a microsecond.
-        lstm: Any = modules["lstm"]
-        head: Any = modules["head"]
-        return prepared(params, grads, state, [*lstm._parameters.values(), *head._parameters.values()])
+        options = self.preprocess, self.preprocess_scale, self.precision
+        if self._prepared is None or self._prepared.options != options:
+            check_options(*options[:2], self.output_scale, self.precision)
+            self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+        return self._prepared
+
+    def _own_weights(self) -> list[Tensor]:
+        """As :meth:`weights`, past nn.Module.__getattr__, which takes a microsecond."""
+        modules: Any = self._modules
+        return [*modules["lstm"]._parameters.values(), *modules["head"]._parameters.values()]
 
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: LSTMState, loss: Tensor | None = None
@@ -94,7 +97,11 @@ class CoordinatewiseLSTM(LSTMRule):
     ) -> None:
         """One step in place, without a graph: ``params`` [N] and ``state`` are overwritten, the update times ``lr``."""
         del loss
-        options = self.step_options() | {"output_scale": self.output_scale * lr}
+        output_scale = self.output_scale * lr
+        prepared = self._prepare() if type(state) is LSTMState else None
+        if prepared is not None and prepared.step_(params, grads, state, self._own_weights(), output_scale):
+            return
+        options = self.step_options() | {"output_scale": output_scale}
         lstm_step_(params, grads, state, self.weights(state.compute_dtype), **options)
 
     def packed(self, state: LSTMState) -> dict[str, Tensor]:

@@ -31,6 +31,9 @@ MAX_COORDINATES = 2**15
 
 _TENSORS = (Tensor, nn.Parameter)
 
+#: Of float32.
+_LARGEST = torch.finfo(torch.float32).max
+
 _shape_of = operator.attrgetter("shape")
 
 
@@ -44,13 +47,13 @@ class PreparedStep:
     Args:
         hidden_size: H
         num_layers: L
-        options: preprocess, preprocess_scale, output_scale and precision, as of :func:`metakern.ops.lstm_step`, checked
+        options: preprocess, preprocess_scale and precision, as of :func:`metakern.ops.lstm_step`, checked
     """
 
     __slots__ = ("_addresses", "_kernel", "_shapes", "_sizes", "_weights", "options")
 
-    def __init__(self, hidden_size: int, num_layers: int, options: tuple[str, float, float, str]) -> None:
-        preprocess, preprocess_scale, output_scale, _ = self.options = options  # the CPU has one precision
+    def __init__(self, hidden_size: int, num_layers: int, options: tuple[str, float, str]) -> None:
+        preprocess, preprocess_scale, _ = self.options = options  # the CPU has one precision
         index = PREPROCESS.index(preprocess)
         self._sizes = (num_layers, 2, hidden_size, TILE_LANES)
         shapes: list[tuple[int, ...]] = []
@@ -65,23 +68,40 @@ class PreparedStep:
         self._shapes = [*shapes, (1, hidden_size), (1,)]
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
-        self._kernel = _C.PreparedLstmStep(hidden_size, num_layers, index, preprocess_scale, output_scale)
+        self._kernel = _C.PreparedLstmStep(hidden_size, num_layers, index, preprocess_scale)
 
     def __call__(
-        self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor]
+        self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor], output_scale: float
     ) -> tuple[Tensor, LSTMState] | None:
         """New params and state as of :func:`metakern.ops.lstm_step`; None for a call that this does not serve."""
-        if not is_untouched() or not self._serves(params, grads, state) or not self._knows(weights):
+        if not is_untouched() or not self._serves(params, grads, state, output_scale) or not self._knows(weights):
             return None
         data, n = state.data, state.num_coordinates
         new_params, new_data = torch.empty_like(params), torch.empty_like(data)
-        self._kernel.run(
-            n, params.data_ptr(), grads.data_ptr(), data.data_ptr(), new_params.data_ptr(), new_data.data_ptr()
-        )
+        old = params.data_ptr(), grads.data_ptr(), data.data_ptr()
+        self._kernel.run(n, output_scale, *old, new_params.data_ptr(), new_data.data_ptr())
         return new_params, LSTMState(new_data, n)
 
-    def _serves(self, params: Any, grads: Any, state: LSTMState) -> bool:
+    def step_(self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor], output_scale: float) -> bool:
+        """The step in place as of :func:`metakern.ops.lstm_step_`; False, and nothing done, where it does not serve."""
+        if not is_untouched() or not self._serves(params, grads, state, output_scale) or not self._knows(weights):
+            return False
+        p, g, s = old = params.data_ptr(), grads.data_ptr(), state.data.data_ptr()
+        size, state_size = params.nbytes, state.data.nbytes
+        if (
+            _overlap(p, size, s, state_size)
+            or _overlap(g, size, s, state_size)
+            or (p != g and _overlap(p, size, g, size))
+        ):
+            return False  # the operator says what is wrong
+        self._kernel.run(state.num_coordinates, output_scale, *old, p, s)
+        torch.autograd.graph.increment_version((params, state.data))  # a graph that saved the old values must notice
+        return True
+
+    def _serves(self, params: Any, grads: Any, state: LSTMState, output_scale: Any) -> bool:
         data = state.data
+        if type(output_scale) is not float or not -_LARGEST <= output_scale <= _LARGEST:
+            return False
         if not (_is_plain(params) and _is_plain(grads) and _is_plain(data) and state.layout == LAYOUT):
             return False
         n = params.numel()
@@ -117,6 +137,11 @@ class PreparedStep:
         """A copy prepares for itself."""
         layers, _, hidden, _ = self._sizes
         return PreparedStep, (hidden, layers, self.options)
+
+
+def _overlap(a: int, a_size: int, b: int, b_size: int) -> bool:
+    """Whether two pieces of memory, by address and bytes, share a byte."""
+    return a < b + b_size and b < a + a_size
 
 
 def serves(backend: str | None) -> bool:

@@ -12,13 +12,13 @@ from torch.autograd import forward_ad
 
 from metakern import build_info
 from metakern.core.backend import _C, is_compiled
-from metakern.ops import LSTMState, lstm_step
+from metakern.ops import LSTMState, lstm_step, lstm_step_
 from metakern.ops.lstm_step.prepared import MAX_COORDINATES, PreparedStep
 from metakern.rules import CoordinatewiseLSTM
 
 pytestmark = pytest.mark.skipif(not is_compiled(), reason="only the compiled kernels have prepared steps")
 
-OPTIONS = ("log_sign", 10.0, 0.1, "highest")
+OPTIONS = ("log_sign", 10.0, "highest")
 
 
 def problem(n, **settings):
@@ -39,7 +39,7 @@ def expected(rule, params, grads, state):
 def serves(rule, params, grads, state):
     """Whether the prepared step takes a call of the rule."""
     prepared = PreparedStep(rule.hidden_size, rule.num_layers, OPTIONS)
-    return prepared(params, grads, state, rule.weights()) is not None
+    return prepared(params, grads, state, rule.weights(), 0.1) is not None
 
 
 @torch.no_grad()
@@ -79,6 +79,56 @@ def test_the_bits_are_those_of_the_operator(n, capability):
 )
 def test_every_size_and_option(settings):
     check(*problem(50, **settings))
+
+
+@pytest.mark.parametrize("capability", build_info().get("cpu_capabilities", ()))
+@pytest.mark.parametrize("n", [1, 16, 33, 300])
+@pytest.mark.parametrize("lr", [1.0, 0.3])
+def test_a_step_in_place_has_the_bits_of_the_operator(n, lr, capability):
+    before = _C.cpu_capability()
+    _C.set_cpu_capability(capability)
+    try:
+        rule, params, grads, state = problem(n)
+        prepared = PreparedStep(rule.hidden_size, rule.num_layers, OPTIONS)
+        ours, theirs = (LSTMState(state.data.clone(), n) for _ in range(2))
+        p, right = params.clone(), params.clone()
+        versions = p._version, ours.data._version
+        assert prepared.step_(p, grads, ours, rule.weights(), 0.1 * lr)
+        assert (p._version, ours.data._version) == (versions[0] + 1, versions[1] + 1)
+        lstm_step_(right, grads, theirs, rule.weights(), output_scale=0.1 * lr)
+        assert torch.equal(p, right)
+        assert torch.equal(ours.data, theirs.data)
+        rule.step_(params, grads, state, lr)
+        assert torch.equal(params, right)
+    finally:
+        _C.set_cpu_capability(before)
+
+
+def test_gradients_may_be_the_parameters_memory_and_nothing_else_may_be_shared():
+    rule, params, _, state = problem(40)
+    right, _ = check(rule, params, params.clone(), state)
+    rule.step_(params, params, state)
+    assert torch.equal(params, right)
+    memory = torch.randn(100)
+    for p, g, s in (
+        (memory[:40], memory[1:41], state),
+        (state.data.view(-1)[:40], torch.randn(40), state),
+        (torch.randn(40), state.data.view(-1)[:40], state),
+    ):
+        prepared, kept = PreparedStep(20, 2, OPTIONS), state.data.clone()
+        assert not prepared.step_(p, g, s, rule.weights(), 0.1)
+        with pytest.raises(RuntimeError, match="share"):
+            rule.step_(p, g, s)
+        assert torch.equal(state.data, kept)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e39, "1", None])
+def test_an_output_scale_that_the_operator_refuses_is_left_to_it(scale):
+    rule, params, grads, state = problem(9)
+    check(rule, params, grads, state)
+    rule.output_scale = scale
+    with torch.no_grad(), pytest.raises((ValueError, TypeError), match="output_scale"):
+        rule(params, grads, state)
 
 
 def test_padding_is_zero_as_the_operator_leaves_it():
@@ -243,8 +293,8 @@ def test_threads_share_a_rule():
 
 
 def test_the_kernel_wants_its_weights():
-    kernel = _C.PreparedLstmStep(20, 2, 1, 10.0, 0.1)
+    kernel = _C.PreparedLstmStep(20, 2, 1, 10.0)
     with pytest.raises(ValueError, match="set before"):
-        kernel.run(1, 0, 0, 0, 0, 0)
+        kernel.run(1, 0.1, 0, 0, 0, 0, 0)
     with pytest.raises(ValueError, match="10 addresses, got 1"):
         kernel.set_weights([0])

@@ -86,7 +86,8 @@ def task_groups(params: Any) -> list[list[Tensor]]:
 
 def join_tasks(tensors: Sequence[Tensor]) -> Tensor:
     """The tensors of a group as one, [T, P]; a single tensor is not copied."""
-    rows = [tensor.reshape(len(tensor), -1) for tensor in tensors]
+    # A reshape to the same shape is a node of the graph all the same.
+    rows = [tensor if tensor.ndim == 2 else tensor.reshape(len(tensor), -1) for tensor in tensors]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 
 

@@ -10,12 +10,21 @@ own state, K task inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from metakern.ops.core.checks import check_dense, check_dtype, check_like, check_same_device, check_shape, check_value
+from metakern.ops.core.checks import (
+    check_dense,
+    check_dtype,
+    check_like,
+    check_same_device,
+    check_shape,
+    check_type,
+    check_value,
+)
 from metakern.ops.core.define_op import Gradient, define_op
 from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import reference
@@ -127,10 +136,14 @@ def lstm_step_staged(
     kernel = step.choose(backend, params.device, unserved)
     if kernel is None:
         repeated = task_inputs.repeat_interleave(params.numel() // max(len(task_inputs), 1), 0).T
-        new_params, h, c, new_stage_state = reference.staged_step(
-            *(params.reshape(-1), grads.reshape(-1), *unpack_state(state), stage_state, repeated, weights),
-            *(*stages, features_scale, head_scale),
-        )
+        device = params.device.type
+        # Under autocast the kernels keep their precision, and so does the reference.
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
+            new_params, h, c, new_stage_state = reference.staged_step(
+                *(params.reshape(-1), grads.reshape(-1), *unpack_state(state), stage_state, repeated, weights),
+                *(*stages, features_scale, head_scale),
+            )
         return new_params.view(params.shape), pack_state(h, c), new_stage_state
     options = (list(reference.FEATURES).index(features), list(reference.HEADS).index(head), features_scale, head_scale)
     new_params, new_state, new_stage_state = kernel.call(
@@ -157,6 +170,8 @@ def _check(
 ) -> None:
     """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
     first, last = stages
+    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    check_type(params.dtype in floating, "params must be float32, bfloat16, float16 or float64, got ", params.dtype)
     check_dense(grads, "grads")
     check_like(grads, "grads", params, "params")
     check_layout(state)

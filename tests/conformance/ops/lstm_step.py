@@ -100,7 +100,8 @@ class LstmStep(Operator):
     batched = {"n": 45, "hidden": 5}
     batched_otherwise = ({"n": 1}, {"n": 32})
     isolated = tuple(
-        ({"n": 67, "hidden": 5, "layers": 3, "preprocess": name}, (0, 40, 66)) for name in reference.PREPROCESS
+        ({"n": 67, "hidden": 5, "layers": 3, "preprocess": name}, (0, 40, 66))
+        for name in reversed(reference.PREPROCESS)
     )
     varied = tuple({"n": n, "hidden": 5} for n in (33, 70, 129, 300))
     draws = st.fixed_dictionaries(

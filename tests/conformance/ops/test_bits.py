@@ -120,9 +120,10 @@ def others(x: Tensor, axis: int, unit: int) -> Tensor:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @rows(ALL)
 def test_what_is_not_finite_stays_with_its_unit(op: Operator, by: Implementation, value: float) -> None:
-    if by.kind == "interpreted" and value == -math.inf:
+    slow = by.kind == "interpreted"
+    if slow and math.isinf(value):
         pytest.skip("the interpreter takes its time")
-    for sizes, units in op.isolated:
+    for sizes, units in op.isolated[:1] if slow else op.isolated:
         if by.kind in ("interpreted", "emulated"):
             sizes, units = op.fewer(sizes, units)
         example = op.make(F32, **sizes).to(by.device)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, jacrev, jvp, vmap
 
+from metakern.ops.core.registry import operators
 from tests.conformance.ops import raw_calls
 from tests.conformance.ops.implementations import (
     CPP,
@@ -82,10 +83,16 @@ def test_opcheck_on_a_gpu(name: str) -> None:
     torch.library.opcheck(operator, moved, test_utils=("test_schema", "test_faketensor"))
 
 
+#: Registered by the library for rules that are to come, without a public function: tests/ops/lstm_step/test_stages.py.
+WITHOUT_A_FUNCTION = {"lstm_step_staged", "lstm_step_staged_backward"}
+
+
 def test_every_registered_operator_has_a_row() -> None:
+    assert set(operators()) == set(raw_calls.COMPILED)
     raw_calls.operator("lstm_step_triton")
     registered = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("metakern::")}
-    assert {n.partition(".")[0] for n in registered} == {*raw_calls.COMPILED, *raw_calls.TRITON}
+    found = {n.partition(".")[0] for n in registered} - WITHOUT_A_FUNCTION
+    assert found == {*raw_calls.COMPILED, *raw_calls.TRITON}
 
 
 def small(op: Operator, by: Implementation) -> Example:

@@ -340,6 +340,24 @@ def test_a_pair_without_kernels_runs_by_the_reference_alone() -> None:
         by_function(staged, "cpp")
 
 
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autocast_does_not_lower_the_precision(backend: str) -> None:
+    staged = make_staged(40, "log_sign", "gates")
+    expected, _ = by_function(staged, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results, _ = by_function(staged, backend)
+    for name, value in expected.items():
+        assert_same_bits(name, results[name], value)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_params_of_integers_are_refused(backend: str) -> None:
+    staged = make_staged(6, "log_sign", "add")
+    params, state = torch.zeros(6, dtype=torch.int64), pack_state(staged.h, staged.c)
+    with pytest.raises(TypeError, match=r"params must be float32, bfloat16, float16 or float64, got torch\.int64"):
+        lstm_step_staged(params, params, state, staged.weights, features="log_sign", head="add", backend=backend)
+
+
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [

@@ -12,7 +12,7 @@ import torch
 
 from metakern import FallbackWarning
 from metakern.core import backend as _backend
-from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_, mlp_inner_loop, mlp_meta_loss
+from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_, lstm_step_staged, mlp_inner_loop, mlp_meta_loss
 from metakern.ops.core.registry import operators
 
 ONES = [torch.ones(3, 1, 2), torch.ones(3, 1)]
@@ -20,11 +20,14 @@ SET = torch.ones(3, 4, 2), torch.ones(3, 4, 1)
 WEIGHTS = [w.detach() for w in (*torch.nn.LSTM(2, 4).parameters(), *torch.nn.Linear(4, 1).parameters())]
 STATE = LSTMState.zeros(5, hidden_size=4, num_layers=1)
 
+STAGES: dict[str, Any] = {"features": "log_sign", "head": "add"}
+
 #: One call of each public operator, which are those with a reference.
 CALLS: dict[str, Callable[[], Any]] = {
     "inner_update": lambda: inner_update(ONES, ONES, 0.1),
     "lstm_step": lambda: lstm_step(torch.ones(5), torch.ones(5), STATE, WEIGHTS),
     "lstm_step_": lambda: lstm_step_(torch.ones(5), torch.ones(5), STATE.clone(), WEIGHTS),
+    "lstm_step_staged": lambda: lstm_step_staged(torch.ones(5), torch.ones(5), STATE, WEIGHTS, **STAGES),
     "mlp_inner_loop": lambda: mlp_inner_loop(ONES, *SET, lr=0.1, steps=1),
     "mlp_meta_loss": lambda: mlp_meta_loss(ONES, SET, SET, lr=0.1, steps=1),
 }

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-readme clusters ptxas gpu-check sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,6 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
+	@echo "make bench-avx2  the same as on a machine without AVX-512, for metakern and PyTorch alike"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"
@@ -70,6 +71,9 @@ bench: $(VENV)/built
 	$(BIN)/python -m bench.mlp_inner_loop.compare
 	$(BIN)/python -m bench.optimizee_groups
 	$(BIN)/python -m pytest bench/*/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
+
+bench-avx2:
+	METAKERN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(MAKE) bench
 
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)

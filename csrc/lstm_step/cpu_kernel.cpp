@@ -1,10 +1,9 @@
 // lstm_step on the CPU: coordinates in SIMD lanes, weights broadcast, gates in registers; the state of a tile is read
 // once and written once. Compiled once per instruction set; problem.h has the axis legend.
 #include "../core/vec.h"
-#include "../math/activations_avx512.h"
-#include "../math/lstm_cell.h"
 #include "../math/outer_products.h"
 #include "cpu.h"
+#include "cpu_cell.h"
 #include "cpu_stages.h"
 #include "cpu_weights.h"
 
@@ -12,86 +11,16 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Vectors of lanes that one pass keeps in registers, next to the accumulators of J units and four gates. With AVX-512
-// a weight is broadcast by the multiplication that reads it; otherwise by a load of its own, which two vectors share.
-constexpr int U = vector_bytes == 64 ? 1 : 2;
-
-template <class S>
-struct Tile {
-  static constexpr int width = U * lanes<vec_t<S>>;  // coordinates of one pass
-};
-
-// Pre-activations of J units: acc[j][gate][u] += sum over k of w[k][j][gate] * rows[k][u].
-template <class V, int J>
-MK_INLINE void add_products(V (&acc)[J][4][U], const lane_t<V>*& w, const lane_t<V>* rows, int count) {
-  for (int k = 0; k < count; ++k, w += J * 4, rows += tile_lanes) {
-    V x[U];
-    for (int u = 0; u < U; ++u) x[u] = load<V>(rows + u * lanes<V>);
-#pragma GCC unroll 16
-    for (int j = 0; j < J; ++j)
-#pragma GCC unroll 4
-      for (int gate = 0; gate < 4; ++gate)
-#pragma GCC unroll 2
-        for (int u = 0; u < U; ++u) acc[j][gate][u] += x[u] * w[j * 4 + gate];
-  }
-}
-
-// What a layer's units read and write, each a [rows][tile_lanes] array at the pass's first lane.
-template <class S>
-struct LayerIO {
-  const S* x;  // [inputs]
-  const S* h;  // [H]
-  const S* c;  // [H]
-  S* new_h;    // [H]
-  S* new_c;    // [H], null when recomputing for backward
-  S* gates;    // [4][H], null in forward
-  S* tanh_c;   // [H], null in forward
-};
-
-template <class V, int J>
-MK_INLINE void forward_units(const LayerIO<lane_t<V>>& io, const lane_t<V>*& w, int inputs, int H, int first) {
-  V acc[J][4][U];
-  for (int j = 0; j < J; ++j)
-    for (int gate = 0; gate < 4; ++gate)
-      for (int u = 0; u < U; ++u) acc[j][gate][u] = broadcast<V>(w[j * 4 + gate]);
-  w += J * 4;
-  add_products<V, J>(acc, w, io.x, inputs);
-  add_products<V, J>(acc, w, io.h, H);
-#pragma GCC unroll 16
-  for (int j = 0; j < J; ++j)
-#pragma GCC unroll 2
-    for (int u = 0; u < U; ++u) {
-      const int64_t at = int64_t(first + j) * tile_lanes + u * lanes<V>;
-      const LstmGates<V> preactivation{acc[j][0][u], acc[j][1][u], acc[j][2][u], acc[j][3][u]};
-      const V c = load<V>(io.c + at);
-      if (io.gates == nullptr) {
-        const auto unit = lstm_unit<V>(preactivation, c);
-        store(io.new_h + at, unit.h);
-        store(io.new_c + at, unit.c);
-        continue;
-      }
-      const auto unit = lstm_unit_activations<V>(preactivation, c);
-      const int64_t gate_stride = int64_t(H) * tile_lanes;
-      store(io.new_h + at, unit.h);
-      store(io.gates + at, unit.gates.i);
-      store(io.gates + gate_stride + at, unit.gates.f);
-      store(io.gates + 2 * gate_stride + at, unit.gates.g);
-      store(io.gates + 3 * gate_stride + at, unit.gates.o);
-      store(io.tanh_c + at, unit.tanh_c);
-    }
-}
-
-template <class V>
-void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs, int H) {
-  int unit = 0;
-  for (; unit + unit_block <= H; unit += unit_block) forward_units<V, unit_block>(io, w, inputs, H, unit);
-  for (; unit < H; ++unit) forward_units<V, 1>(io, w, inputs, H, unit);
-}
-
 template <class S>
 void clear_padding(S* rows, int64_t count, int used_lanes) {
   for (int64_t row = 0; row < count; ++row)
     for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
+}
+
+// Asks for memory that the next tile needs, as far as the second-level cache.
+MK_INLINE void prefetch(const void* p, int64_t bytes) {
+  constexpr int64_t cache_line = 64;
+  for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
 }
 
 template <class S, class Stages>
@@ -113,10 +42,9 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      for (int lane = 0; lane < used; lane += Tile<S>::width)             // clear_padding writes what lies behind
-        forward_layer<V>({x + lane, old_h + lane, state + c_at + lane, new_state + h_at + lane, new_state + c_at + lane,
-                          nullptr, nullptr},
-                         packed.forward(layer), p.inputs(layer), H);
+      if (tile + 1 < last_tile) prefetch(state + p.tile_state() + h_at, sizeof(S) * 2 * H * tile_lanes);
+      forward_layer<V>({x, old_h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
+                       packed.forward(layer), p.inputs(layer), H, used);  // clear_padding writes what lies behind
       x = new_state + h_at;
     }
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
@@ -179,28 +107,44 @@ struct Scratch {
 // out[k] = sum over the 4H gate rows of w[row][k] * rows[row], for K inputs k at once.
 template <class V, int K>
 MK_INLINE void transposed_product(const lane_t<V>*& w, const lane_t<V>* rows, int count, lane_t<V>* out) {
-  V acc[K][U];
+  V acc[K][pair];
   for (int k = 0; k < K; ++k)
-    for (int u = 0; u < U; ++u) acc[k][u] = broadcast<V>(0);
+    for (int u = 0; u < pair; ++u) acc[k][u] = broadcast<V>(0);
   for (int row = 0; row < count; ++row, w += K) {
-    V d[U];
-    for (int u = 0; u < U; ++u) d[u] = load<V>(rows + int64_t(row) * tile_lanes + u * lanes<V>);
+    V d[pair];
+    for (int u = 0; u < pair; ++u) d[u] = load<V>(rows + int64_t(row) * tile_lanes + u * lanes<V>);
 #pragma GCC unroll 16
     for (int k = 0; k < K; ++k)
 #pragma GCC unroll 2
-      for (int u = 0; u < U; ++u) acc[k][u] += d[u] * w[k];
+      for (int u = 0; u < pair; ++u) acc[k][u] += d[u] * w[k];
   }
   for (int k = 0; k < K; ++k)
-    for (int u = 0; u < U; ++u) store(out + k * tile_lanes + u * lanes<V>, acc[k][u]);
+    for (int u = 0; u < pair; ++u) store(out + k * tile_lanes + u * lanes<V>, acc[k][u]);
 }
 
 template <class V>
 void transposed_products(const lane_t<V>* w, const lane_t<V>* rows, int count, lane_t<V>* out, int outputs) {
-  int k = 0;
-  for (; k + input_block <= outputs; k += input_block)
-    transposed_product<V, input_block>(w, rows, count, out + k * tile_lanes);
-  for (; k + 4 <= outputs; k += 4) transposed_product<V, 4>(w, rows, count, out + k * tile_lanes);
-  for (; k < outputs; ++k) transposed_product<V, 1>(w, rows, count, out + k * tile_lanes);
+  for (int k = 0; k < outputs;) {
+    const int width = input_block(outputs - k);
+    lane_t<V>* to = out + k * tile_lanes;
+    switch (width) {
+      case 1: transposed_product<V, 1>(w, rows, count, to); break;
+      case 2: transposed_product<V, 2>(w, rows, count, to); break;
+      case 3: transposed_product<V, 3>(w, rows, count, to); break;
+      case 4: transposed_product<V, 4>(w, rows, count, to); break;
+      case 5: transposed_product<V, 5>(w, rows, count, to); break;
+      case 6: transposed_product<V, 6>(w, rows, count, to); break;
+#if defined(__AVX512F__)
+      case 7: transposed_product<V, 7>(w, rows, count, to); break;
+      case 8: transposed_product<V, 8>(w, rows, count, to); break;
+      case 9: transposed_product<V, 9>(w, rows, count, to); break;
+      case 10: transposed_product<V, 10>(w, rows, count, to); break;
+      case 11: transposed_product<V, 11>(w, rows, count, to); break;
+      case 12: transposed_product<V, 12>(w, rows, count, to); break;
+#endif
+    }
+    k += width;
+  }
 }
 
 // Recompute one tile's gates and hidden states into the scratch memory.
@@ -215,10 +159,8 @@ void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, co
     S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
     S* hidden = scratch.hidden + in_block * scratch.hidden_stride + layer * rows;
     const S* h = state + layer * 2 * rows;
-    for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width)
-      forward_layer<V>({x + lane, h + lane, h + rows + lane, hidden + lane, nullptr, gates + lane,
-                        scratch.tanh_c + layer * rows + lane},
-                       packed.forward(layer), p.inputs(layer), H);
+    forward_layer<V>({x, h, h + rows, hidden, nullptr, gates, scratch.tanh_c + layer * rows}, packed.forward(layer),
+                     p.inputs(layer), H, tile_lanes);
     x = hidden;
   }
 }
@@ -257,7 +199,7 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
       clear_padding(gates, 4 * H, used);
       clear_padding(grad_state + (layer * 2 + 1) * rows, H, used);
     }
-    for (int lane = 0; lane < tile_lanes; lane += Tile<S>::width) {
+    for (int lane = 0; lane < tile_lanes; lane += pair * lanes<V>) {
       transposed_products<V>(packed.transposed_h(layer), gates + lane, 4 * H, grad_state + layer * 2 * rows + lane, H);
       transposed_products<V>(packed.transposed_x(layer), gates + lane, 4 * H, scratch.grad_x + lane, p.inputs(layer));
     }
@@ -313,6 +255,11 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
       clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
       tile_state = scratch.last_state;
       partial_tile = 1;
+    }
+    if (i + 1 < tiles) {
+      const int64_t bytes = sizeof(S) * p.tile_state();
+      prefetch(state + (i + 1) * p.tile_state(), bytes);
+      prefetch(static_cast<const S*>(args.grad_new_state) + (tile + 1) * p.tile_state(), bytes);
     }
     recompute_tile(p, packed, tile_state, scratch, i);
     const S* top = scratch.hidden + i * scratch.hidden_stride + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;

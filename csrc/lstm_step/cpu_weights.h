@@ -7,9 +7,26 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Units (times four gates, times U vectors) and inputs (times U vectors) whose accumulators fit the registers.
-constexpr int unit_block = vector_bytes == 64 ? 4 : 1;
-constexpr int input_block = vector_bytes == 64 ? 16 : 4;
+// Vectors of lanes that one pass keeps in registers beside its accumulators. With AVX-512 a weight is broadcast by the
+// multiplication that reads it; otherwise by a load of its own, which two vectors share.
+constexpr int U = vector_bytes == 64 ? 1 : 2;
+
+// Units whose pre-activations are computed before their activations. Their rows of gates are taken in blocks, as many
+// as have their accumulators in registers: 16 with AVX-512; with AVX2 6 (of two vectors each); otherwise 4.
+constexpr int group_units = vector_bytes == 64 ? 4 : 3;
+MK_INLINE constexpr int row_block(int rows) {
+  if (vector_bytes == 64) return rows >= 16 ? 16 : rows >= 8 ? 8 : 4;
+  return vector_bytes == 32 && rows % 6 == 0 ? 6 : 4;
+}
+
+// Inputs that a transposed product takes at once, for a pair of vectors: blocks of nearly one width, none of which is
+// narrow.
+constexpr int pair = 2;
+constexpr int max_input_block = vector_bytes == 64 ? 12 : 6;
+MK_INLINE constexpr int input_block(int inputs) {
+  const int blocks = (inputs + max_input_block - 1) / max_input_block;
+  return (inputs + blocks - 1) / blocks;
+}
 
 // Offsets of one layer's gradients in a flat copy: weight_ih [4H, inputs], weight_hh [4H, H], bias [4H] (both biases
 // have the same gradient). The head's weight [R, H] and bias [R] follow, and the stages' own weights come last.
@@ -27,7 +44,7 @@ struct FlatLayer {
 
 // One allocation: per layer the forward part, the head's weight and bias, the stages' own weights, then per layer the
 // transposed parts, which only backward needs.
-//   forward: per block of units: bias_ih + bias_hh as [unit][gate], then [input, then hidden][unit][gate]
+//   forward: rows of gates as [unit][gate], by their blocks: bias_ih + bias_hh [row], then [input, then hidden][row]
 //   transposed x, transposed h: per block of inputs: [gate row][input]
 template <class S>
 class PackedWeights {
@@ -66,19 +83,19 @@ int64_t packed_bytes(const LstmStepProblem& p, bool for_backward) {
 
 template <class S>
 S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
-  for (int unit = 0; unit < H;) {
-    const int units = unit + unit_block <= H ? unit_block : 1;
-    const int stride = units * 4;
-    for (int j = 0; j < units; ++j)
-      for (int gate = 0; gate < 4; ++gate) {
-        const int row = gate * H + unit + j;
-        S* at = out + j * 4 + gate;  // rows are read in order and written with a stride
+  for (int unit = 0; unit < H; unit += group_units) {
+    const int rows = 4 * (H - unit < group_units ? H - unit : group_units);
+    for (int first = 0; first < rows;) {
+      const int count = row_block(rows - first);
+      for (int m = 0; m < count; ++m, ++first) {
+        const int row = first % 4 * H + unit + first / 4;
+        S* at = out + m;  // rows are read in order and written with a stride
         *at = w[2][row] + w[3][row];
-        for (int k = 0; k < inputs; ++k) at[(1 + k) * stride] = w[0][row * inputs + k];
-        for (int k = 0; k < H; ++k) at[(1 + inputs + k) * stride] = w[1][row * H + k];
+        for (int k = 0; k < inputs; ++k) at[(1 + k) * count] = w[0][row * inputs + k];
+        for (int k = 0; k < H; ++k) at[(1 + inputs + k) * count] = w[1][row * H + k];
       }
-    out += (1 + inputs + H) * stride;
-    unit += units;
+      out += (1 + inputs + H) * count;
+    }
   }
   return out;
 }
@@ -86,8 +103,7 @@ S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
 template <class S>
 S* pack_transposed(S* out, const S* w, int inputs, int H) {
   for (int k = 0; k < inputs;) {
-    const int left = inputs - k;
-    const int count = left >= input_block ? input_block : left >= 4 ? 4 : 1;
+    const int count = input_block(inputs - k);
     for (int row = 0; row < 4 * H; ++row)
       for (int i = 0; i < count; ++i) *out++ = w[int64_t(row) * inputs + k + i];
     k += count;

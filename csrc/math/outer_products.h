@@ -34,9 +34,12 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
       }
     }
   }
-  if constexpr (RA * RB % lanes<V> == 0) {
-    lane_t<V> sums[RA * RB];
-    for (int i = 0; i < RA * RB; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(&acc[0][0] + i));
+  constexpr int count = RA * RB, padded = (count + lanes<V> - 1) / lanes<V> * lanes<V>;
+  if constexpr (count == padded || vector_bytes == 32) {
+    V all[padded];
+    for (int i = 0; i < padded; ++i) all[i] = i < count ? acc[i / RB][i % RB] : broadcast<V>(0);
+    lane_t<V> sums[padded];
+    for (int i = 0; i < padded; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(all + i));
     for (int a = 0; a < RA; ++a)
       for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sums[a * RB + b]);
   } else {
@@ -47,10 +50,12 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
 
 template <class V, int RA>
 MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
-  constexpr int RB = vector_bytes == 64 ? 4 : 2;
+  constexpr int RB = vector_bytes == 64 ? 4 : vector_bytes == 32 ? 3 : 2;
   int b = 0;
   for (; b + RB <= b_rows; b += RB)
     outer_product<V, RA, RB>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; vector_bytes == 32 && b + 2 <= b_rows; b += 2)
+    outer_product<V, RA, 2>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
   for (; b < b_rows; ++b) outer_product<V, RA, 1>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
 }
 

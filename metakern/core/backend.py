@@ -89,7 +89,7 @@ def missing(name: str, device: torch.device) -> str:
     """Why the backend ``name`` cannot serve tensors on ``device``; empty where it can."""
     if name == "triton":
         if not _HAS_TRITON:
-            return "Triton is not installed (pip install triton)"
+            return "Triton is not installed (pip install 'metakern[triton]')"
         if device.type == "cuda" or (device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
             return ""
         return f"Triton's kernels serve tensors on cuda (on the CPU with TRITON_INTERPRET=1), not on {device.type}"

@@ -26,7 +26,7 @@ from metakern.rules.rates import LearningRates, real_dtype
 
 
 class Update(Protocol):
-    """What the inner loop asks of it."""
+    """What the inner loop asks of whatever takes its steps."""
 
     @property
     def weights(self) -> Any:

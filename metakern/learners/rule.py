@@ -9,15 +9,15 @@ Axis legend: T problems; a coordinatewise rule takes the step of all coordinates
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakern.core.checks import check_count
-from metakern.core.task_params import join_tasks, task_groups
-from metakern.core.torch_private import pytree
+from metakern.core.task_params import flat_params, join_tasks, task_groups
 from metakern.inner_loop.loop import InnerLoop, Problem, losses_and_gradients
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.rules.protocol import detached
@@ -110,7 +110,7 @@ class RuleLearner(nn.Module):
 
 
 class _Visited(Problem):
-    """Problems as the inner loop meets them, and what it met at θ_1 and after; θ_0 does not depend on the rule.
+    """Problems for the inner loop, which notes their losses from θ_1 on; θ_0 does not depend on the rule.
 
     Args:
         batch: the problems
@@ -128,22 +128,23 @@ class _Visited(Problem):
 
     def gradients(self, params: Any, step: int, first_order: bool) -> tuple[Tensor, Any]:
         """Losses [T] on the next minibatches, and gradients like params."""
-        leaves, structure = pytree.tree_flatten(params)
-
-        def losses_of(at: list[Tensor]) -> Tensor:
-            return self.batch.loss(pytree.tree_unflatten(at, structure))
-
-        losses, flat = losses_and_gradients(losses_of, leaves, first_order)
-        grads = pytree.tree_unflatten(flat, structure)
+        leaves, rebuild = flat_params(params)
+        losses, grads = losses_and_gradients(lambda at: self.batch.loss(rebuild(at)), leaves, first_order)
         if step and self.objective is not None:
             values = losses.detach()
             weight = 1.0 if self.objective == "sum" else 1 / (values + _LOG_OFFSET)
             self.surrogates.append(weight * _products(grads, params))
             self.values.append(values)
-        return losses, grads
+        return losses, rebuild(grads)
 
 
-def _products(grads: Any, params: Any) -> Tensor:
-    """The inner product of every problem's gradient, taken as a constant, and its params, [T]."""
-    groups = zip(task_groups(grads), task_groups(params), strict=True)
-    return torch.cat([(join_tasks(of_group).detach() * join_tasks(tensors)).sum(1) for of_group, tensors in groups])
+def _products(grads: Sequence[Tensor], params: Any) -> Tensor:
+    """The inner product of every problem's gradient, taken as a constant, and its params, [T].
+
+    ``grads`` are as many tensors as params have, in their order.
+    """
+    rest, products = iter(grads), []
+    for tensors in task_groups(params):
+        constants = join_tasks([grad.detach() for grad in islice(rest, len(tensors))])
+        products.append((constants * join_tasks(tensors)).sum(1))
+    return products[0] if len(products) == 1 else torch.cat(products)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from metakern.core.torch_private import pytree
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,
@@ -81,14 +80,14 @@ class CoordinatewiseRule(PretrainedRule):
     ) -> tuple[Params, State]:
         """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
         self.check_state(state)
-        leaves, grad_leaves, structure = matched_leaves(params, grads)
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
         losses = check_loss(self, loss)
         if not leaves:
             return params, state
         if losses is not None:
             losses = loss_of_coordinates(losses, leaves)
         flat, new_state = self.step_coordinates(flatten(leaves), flatten(grad_leaves), state, losses)
-        return pytree.tree_unflatten(unflatten(flat, leaves), structure), new_state
+        return rebuild(unflatten(flat, leaves)), new_state
 
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
         """The state of some tasks; see :meth:`Rule.select_tasks`."""

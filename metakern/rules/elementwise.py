@@ -68,7 +68,7 @@ class ElementwiseRule(PretrainedRule):
                 old.copy_(x)
 
     def _step(self, params: Params, grads: Params, state: RuleState, factor: float) -> tuple[Params, RuleState]:
-        leaves, grad_leaves, structure = matched_leaves(params, grads)
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
         if len(state.per_tensor) != len(leaves):
             raise ValueError(f"state must be that of params, {len(leaves)} tensors, got {len(state.per_tensor)}")
         new, per_tensor = [], []
@@ -80,7 +80,7 @@ class ElementwiseRule(PretrainedRule):
             moved = start - (rate if factor == 1 else factor * rate) * direction
             new.append(torch.view_as_complex(moved) if p.is_complex() else moved.to(p.dtype))
             per_tensor.append({**counted, **kept})
-        return pytree.tree_unflatten(new, structure), RuleState(tuple(per_tensor), state.shared, state.tasks)
+        return rebuild(new), RuleState(tuple(per_tensor), state.shared, state.tasks)
 
     def number(self, name: str, like: Tensor) -> float | Tensor:
         """An option as arithmetic with ``like`` takes it."""

@@ -122,7 +122,7 @@ class GradientDescent(PretrainedRule):
             state.shared[name].copy_(count)
 
     def _step(self, params: Params, grads: Params, state: RuleState, factor: float) -> tuple[Params, RuleState]:
-        leaves, grad_leaves, structure = matched_leaves(params, grads)
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
         if not leaves:
             return params, state
         rates = self._learning_rates(params, state.tasks)
@@ -146,7 +146,7 @@ class GradientDescent(PretrainedRule):
         if alone:
             new = [p.squeeze(0) for p in new]
         shared = state.shared if count is None else {"count": count + 1}
-        return pytree.tree_unflatten(new, structure), RuleState(state.per_tensor, shared, state.tasks)
+        return rebuild(new), RuleState(state.per_tensor, shared, state.tasks)
 
     def _learning_rates(self, params: Params, tasks: bool) -> LearningRates:
         """α for these params."""

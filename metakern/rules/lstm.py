@@ -15,6 +15,7 @@ from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_st
 from metakern.ops.lstm_step import check_options
 from metakern.ops.lstm_step.prepared import PreparedStep, serves
 from metakern.ops.lstm_step.state import check_layout
+from metakern.rules.lstm_modules import LSTMWeights as LSTMWeights  # pickles of earlier versions name it here
 from metakern.rules.lstm_rule import LSTMRule
 from metakern.rules.protocol import Params, State
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
+from metakern.core.task_params import Rebuild, aligned_leaves, flat_params
 from metakern.core.torch_private import pytree
 
 #: A tensor, or a dict, list or tuple (nested at will) of tensors: parameters, or gradients of the same structure.
@@ -223,17 +224,20 @@ def named_leaves(params: Params) -> dict[str, Tensor]:
     return {".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path): p for path, p in paths}
 
 
-def matched_leaves(params: Params, grads: Params) -> tuple[list[Tensor], list[Tensor], pytree.TreeSpec]:
-    """The tensors of params and those of grads, and the structure of both.
+def matched_leaves(params: Params, grads: Params) -> tuple[list[Tensor], list[Tensor], Rebuild]:
+    """The tensors of params and those of grads, and what makes a tree of this structure of other tensors.
 
     Raises:
         ValueError: for structures, shapes or devices that differ
         TypeError: for leaves that are no tensors
     """
-    leaves, structure = pytree.tree_flatten(params)
-    grad_leaves, grad_structure = pytree.tree_flatten(grads)
-    if structure != grad_structure:
-        raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
+    leaves, rebuild = flat_params(params)
+    grad_leaves = aligned_leaves(params, grads)
+    if grad_leaves is None:
+        grad_leaves, grad_structure = pytree.tree_flatten(grads)
+        structure = pytree.tree_structure(params)
+        if structure != grad_structure:
+            raise ValueError(f"grads must have the structure of params, {structure}, got {grad_structure}")
     for index, (leaf, grad) in enumerate(zip(leaves, grad_leaves, strict=True)):
         check_leaf(leaf, "params", index)
         check_leaf(grad, "grads", index)
@@ -247,7 +251,7 @@ def matched_leaves(params: Params, grads: Params) -> tuple[list[Tensor], list[Te
                 f"grads must have the shapes of params: leaf {index} has {list(grad.shape)}, "
                 f"expected {list(leaf.shape)}"
             )
-    return leaves, grad_leaves, structure
+    return leaves, grad_leaves, rebuild
 
 
 def tensor_leaves(params: Params, *, tasks: bool = False) -> list[Tensor]:

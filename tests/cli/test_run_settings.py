@@ -208,3 +208,18 @@ def test_an_old_name_beside_the_new_one_is_refused(tmp_path):
     result = invoke(f"train maml {SMALL} --config {tmp_path}/old.yaml --output {tmp_path}/run")
     assert result.exit_code == 1
     assert "lr is the old name of" in result.stderr
+
+
+def test_a_run_that_began_under_old_names_goes_on(tmp_path):
+    succeed(f"train maml {SMALL} --iterations 1 --output {tmp_path}/run")
+    config = tmp_path / "run" / "config.yaml"
+    text = config.read_text()
+    old = text
+    for new, before in (("outer_lr", "lr"), ("max_grad_norm", "clip_norm"), ("mixed_precision", "precision")):
+        old = old.replace(f"{new}:", f"{before}:")
+    assert old != text
+    config.write_text(old)
+    with pytest.warns(DeprecationWarning, match="is now"):
+        succeed(f"train maml --resume --iterations 2 --output {tmp_path}/run")
+    assert "outer_lr:" in config.read_text()
+    assert len(rates(tmp_path / "run")) == 2

@@ -190,7 +190,7 @@ def test_backends_for_gpus_refuse_the_cpu(backend: str, message: str, monkeypatc
 
 def test_triton_asked_for_where_it_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_backend, "_HAS_TRITON", False)
-    with pytest.raises(RuntimeError, match=re.escape("Triton is not installed (pip install triton)")):
+    with pytest.raises(RuntimeError, match=re.escape("Triton is not installed (pip install 'metakern[triton]')")):
         make_problem(5, 3, 1).run(backend="triton")
 
 

@@ -139,7 +139,7 @@ def test_metakern_works_without_triton_and_says_what_is_missing() -> None:
     call = "metakern.ops.inner_update([torch.ones(2)], [torch.ones(2)], 0.1"
     assert run_python(f"{code}{call})").returncode == 0
     result = run_python(f"{code}{call}, backend='triton')")
-    assert "backend 'triton' cannot run: Triton is not installed (pip install triton)" in result.stderr
+    assert "backend 'triton' cannot run: Triton is not installed (pip install 'metakern[triton]')" in result.stderr
     assert run_python("import sys, metakern; sys.exit('triton' in sys.modules)").returncode == 0
 
 

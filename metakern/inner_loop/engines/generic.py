@@ -58,7 +58,7 @@ class GenericEngine:
     name = "generic path"
 
     def serves(self, call: Call) -> str | None:
-        """Whatever no other backend was asked for by name."""
+        """Every call, unless another backend was asked for by name."""
         options, reasons = call.options, "; ".join(call.reasons)
         if options.steps and _backend.requested(options.backend) not in ("auto", "reference"):
             return f"backend {options.backend!r} is another engine's"
@@ -110,7 +110,7 @@ class GenericEngine:
         )
 
     def missed(self, call: Call, cause: str) -> None:
-        """It misses nothing that another could serve."""
+        """Nothing: it is never faster than the others."""
 
 
 def task_model(call: Call) -> TaskModel:

@@ -94,7 +94,7 @@ class MlpEngine:
     name = "fused inner loop"
 
     def serves(self, call: Call) -> str | None:
-        """Why model, loss, data or options are none that the operators take; None where they are."""
+        """Why the operators do not take this model, loss, data or options; None where they do."""
         try:
             call.prepared[self.name] = _plan(call)
         except Unserved as unserved:
@@ -123,7 +123,7 @@ class MlpEngine:
         return losses
 
     def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
-        """Query losses [T] of a usual call; autograd's graph takes as long as a small inner loop."""
+        """Query losses [T] of a usual call, without a graph, which would take as long as a small inner loop."""
         plan: _Plan = call.prepared[self.name]
         if plan.key is None or forward_mode_is_active() or torch.is_anomaly_enabled():
             return None
@@ -148,7 +148,7 @@ class MlpEngine:
 
 
 def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
-    """Whether the gradient cannot be that by these losses [T]."""
+    """Whether a gradient lacks the shape, dtype or device of the losses [T]."""
     return (gradient.shape, gradient.dtype, gradient.device) != (losses.shape, losses.dtype, losses.device)
 
 
@@ -170,7 +170,7 @@ def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def _accumulates(p: Tensor) -> bool:
-    """Whether all that comes of a gradient is a sum in ``grad``, laid out as it is computed.
+    """Whether backward() would only add a gradient to ``grad``: no hooks, no other layout or dtype.
 
     A ``grad`` has its parameter's strides: fused optimizers walk both as they lie in memory.
     """

@@ -6,7 +6,7 @@ it (pytorch issue 170834), and in eager mode it costs 40 µs more a call than an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,18 +30,25 @@ class Backward:
         arguments: by name; tensors only where the formula's ``saves`` or ``shapes`` name them, None in place of others
         results: by name; only those that ``saves`` names
         grads: gradients of the results, by the results' names; None for private results
-        wants: names of the arguments whose gradients are asked for
     """
 
-    __slots__ = ("_kernel", "arguments", "grads", "results", "wants")
+    __slots__ = ("_kernel", "_wants", "arguments", "grads", "results")
 
-    def __init__(self, kernel: Kernel, arguments: Any, results: Any, grads: Any, wants: frozenset[str]) -> None:
-        self._kernel = kernel
-        self.arguments, self.results, self.grads, self.wants = arguments, results, grads, wants
+    def __init__(
+        self, kernel: Kernel, arguments: Any, results: Any, grads: Any, wants: Callable[[], frozenset[str]]
+    ) -> None:
+        self._kernel, self._wants = kernel, wants
+        self.arguments, self.results, self.grads = arguments, results, grads
+
+    @property
+    def wants(self) -> frozenset[str]:
+        """Names of the arguments whose gradients are asked for."""
+        return self._wants()
 
     def call(self, operator: Operator, *arguments: Any) -> Any:
         """Another operator, by the implementation of the one that ran forward."""
-        return operator.kernel(self._kernel.implementation).call(arguments, self.wants)
+        wants = self.wants if func_is_active() else None
+        return operator.kernel(self._kernel.implementation).call(arguments, wants)
 
 
 class Call:
@@ -66,7 +73,7 @@ class Call:
             return self.kernel.operator.schema.results_of(self.kernel.overload(*arguments))
 
     def gradients(
-        self, saved: Sequence[Any], places: Any, grads: Sequence[Any], wants: frozenset[str]
+        self, saved: Sequence[Any], places: Sequence[Place], grads: Sequence[Any], wants: Callable[[], frozenset[str]]
     ) -> dict[str, Any]:
         """The formula's, by the names of arguments.
 
@@ -74,18 +81,15 @@ class Call:
             saved: tensors that were saved, of the arguments at ``places`` and of the results that the formula reads
             places: of these arguments
             grads: one for each result, None for private ones
-            wants: names of the arguments whose gradients are asked for
+            wants: says the names of the arguments whose gradients are asked for
         """
-        operator = self.kernel.operator
-        operator.check_provided(wants)
-        arguments, results = list(self.arguments), list(self.results)
+        operator, schema = self.kernel.operator, self.kernel.operator.schema
+        arguments, results = list(self.arguments), self.results
         at = put(saved, arguments, places, arguments)
-        put(saved[at:], results, operator.saved_results, results)
-        named = (
-            operator.schema.Arguments(*arguments),
-            operator.schema.Results(*results),
-            operator.schema.Results(*grads),
-        )
+        if operator.saved_results:
+            results = list(results)
+            put(saved[at:], results, operator.saved_results, results)
+        named = schema.Arguments._make(arguments), schema.Results._make(results), schema.Results._make(grads)
         return operator.formula(Backward(self.kernel, *named, wants))
 
     def flat_gradients(
@@ -97,18 +101,8 @@ class Call:
         needs: Sequence[bool],
     ) -> list[Any]:
         """:meth:`gradients` of ``tensors`` one by one, as they came; ``needs`` says of each whether it needs one."""
-        wants, at, own = [], 0, self.arguments
-        for name, index, is_list in tensors:
-            if is_list:
-                end = at + len(own[index])
-                if True in needs[at:end]:
-                    wants.append(name)
-                at = end
-            else:
-                if needs[at]:
-                    wants.append(name)
-                at += 1
-        found = self.gradients(saved, places, grads, frozenset(wants))
+        own = self.arguments
+        found = self.gradients(saved, places, grads, lambda: _wanted(tensors, own, needs))
         flat: list[Any] = []
         for name, index, is_list in tensors:
             grad = found.get(name)
@@ -117,6 +111,17 @@ class Call:
             else:
                 flat.append(grad)
         return flat
+
+
+def _wanted(tensors: Sequence[Place], arguments: Sequence[Any], needs: Sequence[bool]) -> frozenset[str]:
+    """Names of the arguments of whose tensors one needs a gradient; ``needs`` says it of each tensor."""
+    wants, at = [], 0
+    for name, index, is_list in tensors:
+        end = at + (len(arguments[index]) if is_list else 1)
+        if True in needs[at:end]:
+            wants.append(name)
+        at = end
+    return frozenset(wants)
 
 
 def recorded(kernel: Kernel, arguments: Sequence[Any]) -> Sequence[Any]:
@@ -237,7 +242,7 @@ def register(kernel: Kernel) -> None:
         wants = (name for name, index, is_list in schema.tensors if (any(needs[index]) if is_list else needs[index]))
         names = frozenset(wants)
         operator.check_provided(names)
-        found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, names)
+        found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, lambda: names)
         # The dispatcher leaves out arguments that have their defaults, and wants no gradients for them.
         return tuple(
             ([None] * len(need) if isinstance(need, list) else None) if found.get(name) is None else found[name]

@@ -108,7 +108,8 @@ def _gradients(backward: Backward) -> dict[str, Any]:
     """Gradients by the names of arguments, differentiable."""
     a, updated = backward.arguments, list(backward.grads.updated)
     found: dict[str, Any] = {"params": updated}
-    if not backward.wants & {"grads", "lr"}:
+    wants = backward.wants
+    if not wants & {"grads", "lr"}:
         return found
     rates, incoming = _rates(a.lr, a.rate, a.step, len(a.grads)), [_wide(x) for x in updated]
     used = [_wide(g) for g in a.grads]
@@ -117,11 +118,11 @@ def _gradients(backward: Backward) -> dict[str, Any]:
     coefficients = None
     if a.clip_norm is not None:
         coefficients = reference.clip_coefficients(used, a.clip_norm)
-    if "lr" in backward.wants:
+    if "lr" in wants:
         clipped = used if coefficients is None else [reference.scaled(coefficients, g) for g in used]
         sums = [(-x * g).sum_to_size(rate.shape) for x, g, rate in zip(incoming, clipped, rates, strict=True)]
         found["lr"] = _grad_of_rates(sums, a.lr, a.step)
-    if "grads" in backward.wants:
+    if "grads" in wants:
         steps = [-rate * x for x, rate in zip(incoming, rates, strict=True)]
         if coefficients is not None:
             steps = _through_clipping(steps, used, coefficients, a.clip_norm)

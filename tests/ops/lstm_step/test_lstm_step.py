@@ -224,7 +224,7 @@ def test_in_place_refuses_what_is_not_contiguous(name: str, backend: str) -> Non
     else:
         state = LSTMState(torch.stack([state.data, state.data], -1)[..., 0], 64)
     before = params.clone(), state.data.clone()
-    with pytest.raises(ValueError, match=rf"^{name} must be contiguous to be updated in place, got strides \("):
+    with pytest.raises(ValueError, match=rf"^{name} must be contiguous to be updated in place, got strides \["):
         lstm_step_(params, problem.grads, state, problem.weights, backend=backend)
     assert_same_bits("params", params, before[0])
     assert_same_bits("state", state.data, before[1])

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from metakern.ops import pack_state, unpack_state
 from metakern.ops.lstm_step import reference
+from metakern.ops.lstm_step.staged import lstm_step_staged
 from metakern.ops.lstm_step.state import LSTMState
 from tests.conftest import FORWARD_TOLERANCE, GRADIENT_TOLERANCE, assert_close, assert_same_bits
 from tests.problems import make_problem, state_dtype
@@ -258,3 +259,123 @@ def test_every_name_has_a_stage_of_the_sizes_that_the_kernels_know() -> None:
         first, last = reference.FEATURES[features], reference.HEADS[head]
         assert first.inputs in (1, 2), features
         assert last.outputs in (1, 2), head
+
+
+def by_function(staged: Staged, backend: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results and gradients by the public function and autograd."""
+    names = ["params", "grads", "h", "c", "stage_state", "task_inputs"]
+    leaves = [getattr(staged, name).clone().requires_grad_() for name in names]
+    weights = [w.clone().requires_grad_() for w in staged.weights]
+    params, grads, h, c, states, tasks = leaves
+    new_params, new_state, new_states = lstm_step_staged(
+        *(params, grads, pack_state(h, c), weights),
+        features=staged.features,
+        head=staged.head,
+        stage_state=states,
+        task_inputs=tasks,
+        backend=backend,
+    )
+    results = [new_params, *unpack_state(new_state), new_states]
+    gradients = torch.autograd.grad(results, [*leaves, *weights], staged.cotangents, materialize_grads=True)
+    return (
+        dict(zip(["params", "h", "c", "stage_state"], results, strict=True)),
+        dict(zip([*names, *(f"weights[{i}]" for i in range(len(weights)))], gradients, strict=True)),
+    )
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+@pytest.mark.parametrize(("features", "head"), PAIRS)
+def test_the_public_function_and_autograd(features: str, head: str, backend: str) -> None:
+    staged = make_staged(3 * 37, features, head, torch.float64, tasks=3)
+    assert_agree(staged, by_function(staged, backend))
+
+
+@pytest.mark.parametrize(("features", "head"), [("moments", "add"), ("log_sign", "gates")])
+def test_opcheck(features: str, head: str) -> None:
+    staged = make_staged(40, features, head, tasks=2)
+    state = pack_state(staged.h, staged.c).data
+    inputs = (staged.params, staged.grads, state, staged.stage_state, staged.task_inputs, staged.weights)
+    inputs = tuple(x.requires_grad_() if isinstance(x, Tensor) else [w.requires_grad_() for w in x] for x in inputs)
+    torch.library.opcheck(torch.ops.metakern.lstm_step_staged.default, (*inputs, *staged.options()))
+
+
+def test_compiled_in_one_graph_and_under_vmap() -> None:
+    staged = make_staged(40, "moments", "add", tasks=2)
+
+    def step(grads: Tensor) -> Tensor:
+        state = pack_state(staged.h, staged.c)
+        return lstm_step_staged(
+            *(staged.params, grads, state, staged.weights),
+            features="moments",
+            head="add",
+            stage_state=staged.stage_state,
+            task_inputs=staged.task_inputs,
+        )[0]
+
+    eager = step(staged.grads)
+    assert_same_bits("compiled", torch.compile(step, fullgraph=True)(staged.grads), eager)
+    batch = torch.stack([staged.grads, -staged.grads])
+    assert_same_bits("vmap", torch.func.vmap(step)(batch), torch.stack([eager, step(-staged.grads)]))
+
+
+def test_a_second_derivative_is_refused() -> None:
+    staged = make_staged(5, "moments", "add", torch.float64)
+    grads = staged.grads.clone().requires_grad_()
+    new, *_ = lstm_step_staged(
+        *(staged.params, grads, pack_state(staged.h, staged.c), staged.weights),
+        features="moments",
+        head="add",
+        stage_state=staged.stage_state,
+        task_inputs=staged.task_inputs,
+    )
+    (first,) = torch.autograd.grad(new.sum(), grads, create_graph=True)
+    with pytest.raises(RuntimeError, match="provides no second derivative"):
+        first.sum().backward()
+
+
+def test_a_pair_without_kernels_runs_by_the_reference_alone() -> None:
+    staged = make_staged(6, "moments", "gates", torch.float64)
+    assert_agree(staged, by_function(staged, "reference"))
+    with pytest.raises(RuntimeError, match="the kernels are not compiled for features 'moments' with head 'gates'"):
+        by_function(staged, "cpp")
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_autocast_does_not_lower_the_precision(backend: str) -> None:
+    staged = make_staged(40, "log_sign", "gates")
+    expected, _ = by_function(staged, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results, _ = by_function(staged, backend)
+    for name, value in expected.items():
+        assert_same_bits(name, results[name], value)
+
+
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_params_of_integers_are_refused(backend: str) -> None:
+    staged = make_staged(6, "log_sign", "add")
+    params, state = torch.zeros(6, dtype=torch.int64), pack_state(staged.h, staged.c)
+    with pytest.raises(TypeError, match=r"params must be float32, bfloat16, float16 or float64, got torch\.int64"):
+        lstm_step_staged(params, params, state, staged.weights, features="log_sign", head="add", backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"features": "log"}, ValueError, "features must be one of none, log_sign, log_and_clip, moments, got 'log'"),
+        ({"head": "gate"}, ValueError, "head must be one of add, gates, got 'gate'"),
+        ({"stage_state": None}, ValueError, r"stage_state must have shape \[2, 6\], got \[0, 6\]"),
+        ({"task_inputs": torch.zeros(4, 4)}, ValueError, "got 4 rows for 6 coordinates"),
+        (
+            {"task_inputs": torch.zeros(1, 4).double()},
+            TypeError,
+            "task_inputs must be torch.float32, got torch.float64",
+        ),
+        ({"weights": []}, ValueError, "weights must hold 10 tensors, got 0"),
+    ],
+)
+def test_the_public_function_names_what_does_not_fit(change: dict, error: type[Exception], message: str) -> None:
+    staged = make_staged(6, "moments", "add")
+    call = {"features": "moments", "head": "add", "stage_state": staged.stage_state, "task_inputs": staged.task_inputs}
+    call |= {"weights": staged.weights} | change
+    with pytest.raises(error, match=message):
+        lstm_step_staged(staged.params, staged.grads, pack_state(staged.h, staged.c), **call)

@@ -201,6 +201,9 @@ def assert_conforms(
         assert x.device.type == by.device
         allowed = tolerance(op, FORWARD_TOLERANCE, name, x.dtype, results, by.kind)
         assert_close(name, op.visible(name, x, example), op.visible(name, want[name], example), allowed)
+    if by.kind in ("cpp", "cuda") or (op.own_way_to_record and by.kind in ("interpreted", "triton")):
+        with torch.no_grad():
+            assert_all_same_bits(op.call(example, by.backend), results, "without a graph")
     if not gradients or not found:
         return
     for name, x in found.items():

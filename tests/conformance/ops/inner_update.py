@@ -120,6 +120,7 @@ class InnerUpdate(Operator):
             "seed": st.integers(0, 99),
         }
     )
+    own_way_to_record = True
     inductor = True
     differentiable = ("params", "grads", "lr")
     twice = True

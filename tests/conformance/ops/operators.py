@@ -101,6 +101,7 @@ class Operator:
         draws: a hypothesis strategy of arguments of :meth:`make`
         differentiable: arguments that have a derivative
         twice: whether the kernels have a second derivative
+        own_way_to_record: whether some calls of which a graph is recorded do not run the kernel
         inductor: whether inductor compiles it too, for what it fuses around the operator; aot_eager always does
         batches: sets of arguments that carry vmap's axis, beside each argument alone and all of them
         exact_batches: whether vmap gives the bits of a loop
@@ -129,6 +130,7 @@ class Operator:
     draws: st.SearchStrategy[dict[str, Any]]
     differentiable: tuple[str, ...] = ()
     twice = False
+    own_way_to_record = False
     inductor = False
     batches: tuple[tuple[str, ...], ...] = ()
     exact_batches = False

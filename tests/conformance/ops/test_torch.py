@@ -83,15 +83,11 @@ def test_opcheck_on_a_gpu(name: str) -> None:
     torch.library.opcheck(operator, moved, test_utils=("test_schema", "test_faketensor"))
 
 
-#: Held to the same by tests of its own, tests/ops/lstm_step/test_stages.py.
-WITHOUT_A_ROW = {"lstm_step_staged", "lstm_step_staged_backward"}
-
-
 def test_every_registered_operator_has_a_row() -> None:
-    assert set(operators()) == {*raw_calls.COMPILED, *WITHOUT_A_ROW}
+    assert set(operators()) == set(raw_calls.COMPILED)
     raw_calls.operator("lstm_step_triton")
     registered = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("metakern::")}
-    assert {n.partition(".")[0] for n in registered} == {*raw_calls.COMPILED, *raw_calls.TRITON, *WITHOUT_A_ROW}
+    assert {n.partition(".")[0] for n in registered} == {*raw_calls.COMPILED, *raw_calls.TRITON}
 
 
 def small(op: Operator, by: Implementation) -> Example:

@@ -118,7 +118,7 @@ def make_folder(folder: Path) -> None:
 
 
 def default_folder(learner: str) -> Path:
-    """Default folder of a new run: runs/LEARNER, or the first free one of runs/LEARNER-2, …"""
+    """Default folder of a new run: the first free one of runs/LEARNER, runs/LEARNER-2 and so on."""
     return next(folder for folder in _numbered(learner) if not holds_run(folder) and not is_in_use(folder))
 
 

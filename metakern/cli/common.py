@@ -1,4 +1,4 @@
-"""What all commands share: settings as options and as YAML, errors in one line, the console."""
+"""Shared by all commands: settings as options and as YAML, one-line errors, the console."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ Option = typer.Option
 
 
 def group(title: str) -> Callable[..., Any]:
-    """:data:`Option` for options that stand together in the help, under a title."""
+    """:data:`Option` for a titled group of options in the help."""
     return partial(typer.Option, rich_help_panel=title)
 
 
-#: What a command raises for input that it cannot use, files that it cannot read or write, and libraries not installed.
+#: Exceptions reported as one line: invalid input, unreadable or unwritable files, missing libraries.
 ERRORS = (ValueError, TypeError, RuntimeError, OSError, ModuleNotFoundError)
 
-#: Libraries that commands import when they are due, some of them only after the work.
+#: Libraries that commands import late, some only after training; checked at the start.
 LIBRARIES = ("matplotlib", "scipy", "sklearn", "tensorboard")
 
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """Where a run goes and what it shows: no part of its configuration."""
+    """Output options of a run, which are not part of its configuration."""
 
     output: Annotated[
         Path | None, Option(help="Folder of the run; default: runs/LEARNER, for a second run runs/LEARNER-2.")
@@ -54,17 +54,17 @@ class RunOptions:
 
     @property
     def console(self) -> Console:
-        """Where to print: nowhere if quiet, nor from another process than the first of several."""
+        """The console; silent if quiet, and in every process but the first."""
         return Console(quiet=self.quiet or not is_first_process())
 
 
 def is_first_process() -> bool:
-    """Whether this process is the one, or the first under torchrun: it alone writes and prints."""
+    """Whether this is the only process, or rank 0 under torchrun, which alone writes and prints."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def fail(error: Exception) -> typer.Exit:
-    """Print a one-line error and leave with status 1."""
+    """Print a one-line error; returns the exit with status 1."""
     line = " ".join(str(error).split()) or type(error).__name__
     Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {escape(line)}", highlight=False)
     return typer.Exit(1)
@@ -77,7 +77,7 @@ class RunCommand(TyperCommand):
     settings: ClassVar[type]
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Look for the file first; then parse as ever: what stands on the command line overrides."""
+        """Take defaults from the configuration file, then parse; the command line overrides them."""
         args = with_new_options(args, getattr(self.settings, "old_names", {}))
         given: dict[str, Any] = self.make_parser(ctx).parse_args(args=list(args))[0]
         path = Path(given["config"]) if given.get("config") else None
@@ -97,9 +97,9 @@ class RunCommand(TyperCommand):
         return rest
 
     def _check_given(self, values: Mapping[str, Any], given: Collection[str]) -> None:
-        """Leave with an error for options on the command line that have no meaning beside the others.
+        """Exit with an error for command-line options that have no effect with the other settings.
 
-        A configuration holds every setting, and those that its choices leave without meaning are no error.
+        In a configuration, which holds every setting, ineffective ones are no error.
         """
         try:
             if "resume" in given and "overwrite" in given:
@@ -113,7 +113,7 @@ class RunCommand(TyperCommand):
             raise fail(error) from error
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """The help without a column of ``--no-FLAG``, which would leave eighty columns no room for words."""
+        """Omit the ``--no-FLAG`` column from the help, which would be too wide for eighty columns."""
         negative = {parameter: parameter.secondary_opts for parameter in self.params}
         try:
             for parameter in negative:
@@ -125,7 +125,7 @@ class RunCommand(TyperCommand):
 
 
 def with_new_options(args: list[str], names: Mapping[str, str]) -> list[str]:
-    """A command line with old options by their new names, and a warning for each."""
+    """Replace old option names in a command line by the new ones, with a warning for each."""
     found = []
     for position, argument in enumerate(args):
         given, equals, value = argument.partition("=")
@@ -138,15 +138,15 @@ def with_new_options(args: list[str], names: Mapping[str, str]) -> list[str]:
 
 
 def option(name: str) -> str:
-    """A setting as it stands on the command line."""
+    """A setting's name on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
 def chosen(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration's settings without those that only follow from the others.
+    """Drop settings of a configuration that equal the default derived from the others.
 
-    A configuration says what was left open, too. Beside other options it follows these: the steps of evaluations those
-    of training, the learning rate the tasks. A value other than the suggested one was chosen, and stays.
+    A configuration also holds derived defaults, such as evaluation steps from training steps, or the learning rate from
+    the tasks. Dropped, they are derived anew from overriding options. Values other than the default stay.
     """
 
     def follows(name: str) -> bool:
@@ -159,19 +159,19 @@ def chosen(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def kept(kind: Any, content: Mapping[str, Any]) -> dict[str, Any]:
-    """All settings of a run that goes on: its schedule remains that of the iterations that it began with."""
+    """All settings of a resumed run; the schedule keeps the length that it began with."""
     return {"decay_iterations": content.get(kind.count), **content}
 
 
-#: What a value of a setting must be, in words.
+#: Types of settings, as words for error messages.
 _WORDS = {str: "text", int: "an integer", float: "a number", bool: "true or false"}
 
 
 def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """The content of a configuration as fields of the dataclass ``kind``.
+    """Check a configuration's content against the fields of the dataclass ``kind``, and convert it.
 
     Raises:
-        ValueError: that names the file and the setting that is unknown or of another type.
+        ValueError: for an unknown setting or a wrong type; names file and setting.
     """
     content = with_new_names(content, getattr(kind, "old_names", {}), f"configuration {path}: ")
     names = {field.name for field in dataclasses.fields(kind)}
@@ -184,13 +184,13 @@ def checked_settings(kind: type, content: Mapping[str, Any], path: Path) -> dict
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as the hint says, ``kind`` or ``kind | None``; what a person writes by hand counts as it is meant."""
+    """Convert ``value`` to the hint, ``kind`` or ``kind | None``; accepts handwritten forms such as 1e-3 as text."""
     kinds = get_args(hint) or (hint,)
     if type(value) in kinds:
         return value
     if kinds[0] is str and type(value) is int:  # hidden: 40
         return str(value)
-    if kinds[0] is float and type(value) in (int, str):  # inner_lr: 1e-3 is text to YAML
+    if kinds[0] is float and type(value) in (int, str):  # YAML reads 1e-3 as text
         try:
             return float(value)
         except ValueError:
@@ -209,7 +209,7 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
         try:
             check_installed(*LIBRARIES)
             function(*parts)
-        except typer.Exit:  # a RuntimeError, and no error
+        except typer.Exit:  # a RuntimeError, but not an error
             raise
         except ERRORS as error:
             raise fail(error) from error
@@ -222,12 +222,12 @@ def train_command(app: typer.Typer, learner: str, settings: type, function: Call
     app.command(learner, cls=kind, epilog="--no-FLAG clears a flag that a configuration sets.")(command)
 
 
-#: What stands for a value in the help.
+#: Placeholders for values in the help.
 _PLACES = {str: "TEXT", int: "N", float: "X", bool: "", Path: "PATH"}
 
 
 def _parameters(settings: Any) -> list[inspect.Parameter]:
-    """A keyword for every field of a dataclass, with its option and default."""
+    """One keyword parameter per field of a dataclass, with its option and default."""
     hints = get_type_hints(settings, include_extras=True)
     parameters = []
     for field in own_first(settings):
@@ -245,7 +245,7 @@ def _parameters(settings: Any) -> list[inspect.Parameter]:
 
 
 def own_first(settings: Any) -> list[dataclasses.Field[Any]]:
-    """The fields of a dataclass, those that it inherits behind its own."""
+    """The fields of a dataclass, its own before inherited ones."""
     inherited = {
         field.name
         for base in settings.__bases__
@@ -256,10 +256,10 @@ def own_first(settings: Any) -> list[dataclasses.Field[Any]]:
 
 
 def choose(name: str, value: str, choices: Sequence[str]) -> str:
-    """``value``, if it is among ``choices``.
+    """Return ``value`` if it is among ``choices``.
 
     Raises:
-        ValueError: that names the setting and the choices.
+        ValueError: otherwise; names the setting and the choices.
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {quoted(value)}")

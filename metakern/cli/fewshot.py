@@ -1,4 +1,4 @@
-"""Settings of ``train maml``; :mod:`metakern.runs.fewshot` makes tasks and learners of them."""
+"""Settings of ``train maml``; :mod:`metakern.runs.fewshot` builds tasks and learners from them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metakern.runs.fewshot import IMAGES, REGRESSION
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
 _DIGITS = {"shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.1, "num_tasks": 32, "hidden": "64,64", "filters": 0}
 
-#: What settings left open become, by tasks.
+#: Defaults of open settings, by tasks.
 PRESETS: dict[str, dict[str, Any]] = {
     "sinusoid": _REGRESSION | {"inner_lr": 0.01},
     **{f"regression-{modes}": _REGRESSION | {"inner_lr": 0.001} for modes in (2, 3, 5)},
@@ -33,7 +33,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-#: Tasks of one preset, in a word of the help.
+#: Words of the help for tasks that share a preset, with one of the tasks.
 _FAMILIES = {
     "sinusoid": "sinusoid", "regression": "regression-3", "digits": "digits", "omniglot": "omniglot",
     "mini-imagenet": "mini-imagenet",
@@ -41,7 +41,7 @@ _FAMILIES = {
 
 
 def _by_tasks(setting: str) -> str:
-    """What a setting becomes where it is left open, for its help: "10 (sinusoid, regression), 1 (digits, ...)"."""
+    """Describe a setting's defaults by tasks, for its help: "10 (sinusoid, regression); 1 (digits, ...)"."""
     words: dict[Any, list[str]] = {}
     for word, tasks in _FAMILIES.items():
         words.setdefault(PRESETS[tasks][setting], []).append(word)
@@ -57,7 +57,7 @@ _CLUSTERS = group("Clusters")
 
 @dataclass(frozen=True)
 class MAMLSettings(OuterSettings):
-    """The whole configuration of a run; None stands for what the tasks suggest, see :data:`PRESETS`."""
+    """The whole configuration of a run; None means the tasks' default, see :data:`PRESETS`."""
 
     tasks: Annotated[str, _TASKS(help=f"What to train on: {', '.join(PRESETS)}.")] = "sinusoid"
     data: Annotated[str | None, _TASKS(help="Folder of omniglot or mini-imagenet.")] = None
@@ -107,7 +107,7 @@ class MAMLSettings(OuterSettings):
     ] = 0.0
 
     def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
-        """Of resolved settings; see :class:`OuterSettings`."""
+        """See :class:`OuterSettings`; for resolved settings only."""
         yield from super().meaningless()
         if self.tasks in REGRESSION:
             yield ("ways",), f"with --tasks {self.tasks}, which have no classes"
@@ -129,7 +129,7 @@ class MAMLSettings(OuterSettings):
             yield ("cluster_shared",), "with --cluster-batches uniform: give it balanced or one"
 
     def resolved(self) -> MAMLSettings:
-        """The same with nothing left open.
+        """The settings with all defaults filled in.
 
         Raises:
             ValueError: for unknown names, and settings that exclude each other.
@@ -156,7 +156,7 @@ class MAMLSettings(OuterSettings):
         return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
 
     def describe(self) -> str:
-        """The run in a few words."""
+        """One-line description of the run."""
         shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
         size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
         clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""

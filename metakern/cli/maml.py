@@ -115,7 +115,7 @@ class Trained:
 
 
 def _load(run: Path, name: str, moved: Mapping[str, str]) -> Trained:
-    """What a run trained; ``moved`` replaces settings of where it was."""
+    """Load a trained run; ``moved`` overrides settings whose paths changed."""
     content = checked_settings(MAMLSettings, read_config(run / CONFIG, LEARNER), run / CONFIG)
     settings = MAMLSettings(**{**content, **moved}).resolved()
     if "data" in moved and settings.tasks not in IMAGES:
@@ -133,7 +133,7 @@ def report(
     steps: int | None = None,
     seed: int = TEST_SEED,
 ) -> None:
-    """Measure learners on the same test tasks: a table, results.json, figures of adaptation and clusters.
+    """Evaluate learners on the same test tasks: prints a table, writes results.json and figures.
 
     Raises:
         ValueError: for learners of different tasks.
@@ -167,7 +167,7 @@ def report(
 
 
 def _evaluations(run: Path) -> list[dict[str, Any]]:
-    """Lines of a run's evaluations; none where it has no metrics any more."""
+    """A run's evaluation lines; empty if its metrics file is gone."""
     path = run / METRICS
     return read_metrics(path)[1] if path.is_file() else []
 
@@ -175,7 +175,7 @@ def _evaluations(run: Path) -> list[dict[str, Any]]:
 def _measure(
     console: Console, trained: Sequence[Trained], num_tasks: int, steps: int | None, seed: int
 ) -> list[Adaptation]:
-    """What every learner makes of the test tasks, with a bar, or lines where that takes long."""
+    """Evaluate every learner on the test tasks, with a progress display."""
     adaptations: list[Adaptation] = []
     with Display(console, "test tasks", num_tasks * len(trained)) as display:
         for each in trained:
@@ -194,7 +194,7 @@ def _show(display: Display, name: str, first: int, done: int) -> None:
 
 
 def _kind(settings: MAMLSettings) -> str:
-    """What must be the same for results to be compared."""
+    """Settings that must agree for results to be comparable, as text."""
     ways = "" if settings.tasks in REGRESSION else f"{settings.ways}-way "
     return f"{settings.tasks}, {ways}{settings.shots}-shot with {settings.queries} queries"
 
@@ -202,7 +202,7 @@ def _kind(settings: MAMLSettings) -> str:
 def cluster_map(
     learner: ClusteredLearner, tasks: TaskDistribution, num_tasks: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Embeddings [T, D] of test tasks, their clusters [T], and their true modes [T] where they have some."""
+    """Embeddings [T, D] of test tasks, their clusters [T], and their true modes [T], or None."""
     device = next(learner.parameters()).device
     batch = tasks.split("test").sample(num_tasks, torch.Generator().manual_seed(TEST_SEED)).to(device)
     points = learner.embedding(learner.shared, list(learner.learners)[: learner.num_active], batch)
@@ -211,6 +211,6 @@ def cluster_map(
 
 
 def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:
-    """Both commands."""
+    """Register both commands."""
     train_command(train_app, LEARNER, MAMLSettings, train_maml)
     eval_app.command(LEARNER)(eval_maml)

@@ -39,11 +39,11 @@ LEARNER = "optimizer"
 
 
 def word_for(problem: str) -> str:
-    """What problems of this name are: networks on digits, or functions to minimise."""
+    """The word for problems of this name: networks, or functions to minimise."""
     return "networks" if problem.startswith("digits") else "functions"
 
 
-#: Where a run notes what it trained on, for ``eval optimizer``.
+#: File that records a run's training problem, for ``eval optimizer``.
 TRAINING = "training.json"
 
 
@@ -53,7 +53,7 @@ _RULE = group("Learned optimizer")
 
 @dataclass(frozen=True)
 class OptimizerSettings(OuterSettings):
-    """The whole configuration of a run; None stands for what the problem suggests."""
+    """The whole configuration of a run; None means the problem's default."""
 
     count: ClassVar[str] = "episodes"
 
@@ -79,7 +79,7 @@ class OptimizerSettings(OuterSettings):
     checkpoint_every: Annotated[int, EVALUATION(min=1, help="Episodes between checkpoints.")] = 10
 
     def resolved(self) -> OptimizerSettings:
-        """The same with nothing left open.
+        """The settings with all defaults filled in.
 
         Raises:
             ValueError: for unknown names and invalid rates.
@@ -180,7 +180,7 @@ def eval_optimizer(
 
 
 def _load_rule(name: str, output: Path | None) -> tuple[Rule, Path]:
-    """The rule, and the folder for its figures."""
+    """Load a rule from a folder or by a shipped name; returns it and the folder for its figures."""
     if Path(name).is_dir():
         return load(name), output or Path(name)
     try:
@@ -191,7 +191,7 @@ def _load_rule(name: str, output: Path | None) -> tuple[Rule, Path]:
 
 
 def _trained_on(folder: Path) -> str:
-    """The problem that training.json of the folder names; digits where there is none."""
+    """The training problem named in the folder's training.json; digits if there is none."""
     try:
         return str(read_json(folder / TRAINING, RESULT_BYTES)["problem"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -225,7 +225,7 @@ def _report(
 
 
 def verdict(curves: list[Curve]) -> str:
-    """Whether the first curve, the learned optimizer's, ends below all others; one that diverged beats none."""
+    """Say whether the first curve, the learned optimizer's, ends below all others; a diverged one beats none."""
     learned, *baselines = curves
     if not learned.mean < math.inf:
         return "The learned optimizer diverged."
@@ -236,7 +236,7 @@ def verdict(curves: list[Curve]) -> str:
 
 
 def optimizer_table(curves: list[Curve], word: str) -> Table:
-    """Losses of every optimizer after the last step; the best by their mean stands out."""
+    """Table of every optimizer's losses after the last step; the best mean is highlighted."""
     count, steps = curves[0].losses.shape[1], curves[0].losses.shape[0] - 1
     title = f"Training loss of {count} unseen {word} after {steps} steps"
     table = figures_table(title, "optimizer", "learning\nrate", "mean", "standard\ndeviation", "median", "worst")
@@ -265,6 +265,6 @@ def _speed_table(comparison: SpeedComparison) -> Table:
 
 
 def register(train_app: typer.Typer, eval_app: typer.Typer) -> None:
-    """Both commands."""
+    """Register both commands."""
     train_command(train_app, LEARNER, OptimizerSettings, train_optimizer)
     eval_app.command(LEARNER)(eval_optimizer)

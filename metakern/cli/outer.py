@@ -1,4 +1,4 @@
-"""Settings of the outer loop, whatever is trained: its optimizer, and the trainer's part."""
+"""Settings of the outer loop, shared by all training commands: outer optimizer, schedule, trainer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from metakern.cli.training import LAST_RATE, cosine
 from metakern.core.text import quoted
 from metakern.training import TrainerConfig
 
-#: Outer optimizers by name; of many small tensors Adam takes longer than the kernels, unless it is fused.
+#: Outer optimizers by name; Adam is fused, as on many small tensors it would otherwise take longer than the kernels.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -33,9 +33,9 @@ MACHINE = group("Machine and draws")
 
 @dataclass(frozen=True)
 class OuterSettings:
-    """What every training command lets its users set of the outer loop; a command's own settings inherit it."""
+    """Outer-loop settings of every training command; each command's settings inherit them."""
 
-    count: ClassVar[str] = "iterations"  # the setting that says how long a run is
+    count: ClassVar[str] = "iterations"  # the setting for a run's length
     old_names: ClassVar[Mapping[str, str]] = {
         "lr": "outer_lr", "clip_norm": "max_grad_norm", "precision": "mixed_precision",
     }  # fmt: skip
@@ -66,7 +66,7 @@ class OuterSettings:
     device: Annotated[str, MACHINE(help="cpu, cuda, or auto.")] = "auto"
 
     def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
-        """Names of settings that have no meaning beside the others, and why, in words that name the other option."""
+        """Settings that have no effect with the others, and why, naming the other option."""
         if self.scheduler == "none":
             yield ("decay_iterations",), "with --scheduler none; --scheduler cosine falls in them"
 
@@ -84,11 +84,11 @@ class OuterSettings:
         return OPTIMIZERS[self.optimizer](learner.parameters(), lr=self.outer_lr)
 
     def make_scheduler(self, optimizer: torch.optim.Optimizer, iterations: int) -> LRScheduler | None:
-        """Of the outer learning rate, which stays at its last value after ``decay_iterations``."""
+        """Schedule of the outer learning rate, constant after ``decay_iterations``; None for no schedule."""
         return cosine(optimizer, self.decay_iterations or iterations) if self.scheduler == "cosine" else None
 
     def describe_schedule(self) -> str:
-        """What to say of a schedule over other iterations than the run's; empty if there is nothing."""
+        """Describe a schedule whose length differs from the run's; empty otherwise."""
         iterations, decay = getattr(self, self.count), self.decay_iterations
         if self.scheduler != "cosine" or decay in (None, iterations):
             return ""
@@ -96,7 +96,7 @@ class OuterSettings:
         return f"the outer learning rate falls over {decay} {self.count}{rest}"
 
     def trainer_config(self, iterations: int, num_tasks: int) -> TrainerConfig:
-        """The trainer's part; 0 and none are what it calls None."""
+        """Configuration for the trainer; 0 becomes None where it means "off"."""
         return TrainerConfig(
             iterations=iterations,
             num_tasks=num_tasks,
@@ -117,10 +117,10 @@ class OuterSettings:
 
 
 def device_of(name: str) -> str:
-    """The device by name; "auto" takes a GPU where torch finds one.
+    """Resolve a device name; "auto" takes a GPU if torch finds one.
 
     Raises:
-        ValueError: for a GPU where torch finds none, and a device of another kind.
+        ValueError: for a GPU if torch finds none, and for other kinds of devices.
     """
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,4 +1,4 @@
-"""Tables of results, whole at any width: figures are never cut, on a terminal or in a pipe."""
+"""Tables of results; figures are never truncated, on a terminal or in a pipe."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from rich.table import Table
 
 from metakern.evaluation.adaptation import Adaptation
 
-#: Columns of a terminal that a name has at least; a longer one goes on in the next line.
+#: Minimum width of a name column; longer names wrap.
 NAME_WIDTH = 8
 
-#: How the row that counts is shown.
+#: Style of the row to highlight.
 BEST = "bold green"
 
 
 def figures_table(title: str, *columns: str, caption: str | None = None) -> Table:
-    """An empty table whose columns keep their width: the first is a name, on the left, the others are figures."""
+    """An empty table whose columns do not shrink: names left-aligned in the first, figures in the others."""
     table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
     for index, name in enumerate(columns):
         table.add_column(name, justify="right" if index else "left", no_wrap=True)
@@ -26,7 +26,7 @@ def figures_table(title: str, *columns: str, caption: str | None = None) -> Tabl
 
 
 def width_of(table: Table) -> int:
-    """Columns of a terminal that a table needs so that nothing of it is cut: rich itself cuts what may not wrap."""
+    """Terminal width at which rich truncates nothing in a table; rich cuts columns that may not wrap."""
     width = 1
     for column in table.columns:
         lines = [line for cell in (column.header, *column.cells) for line in str(cell).split("\n")]
@@ -36,7 +36,7 @@ def width_of(table: Table) -> int:
 
 
 def print_table(console: Console, table: Table) -> None:
-    """Print a table whole; where the console is narrower than its figures, lines are longer than the console."""
+    """Print a table without truncation; lines may be longer than a narrow console."""
     before = console.width
     console.width = max(before, width_of(table))
     try:
@@ -48,7 +48,7 @@ def print_table(console: Console, table: Table) -> None:
 def adaptation_table(console: Console, adaptations: Sequence[Adaptation]) -> Table:
     """Mean and 95 % interval of every learner's loss and accuracy after every number of inner steps.
 
-    Learners stand side by side where the console is wide enough, and otherwise below each other.
+    Learners are shown side by side if the console is wide enough, otherwise below each other.
     """
     title = f"{adaptations[0].num_tasks} unseen tasks, ± half of the 95 % interval"
     table = _side_by_side(title, adaptations)
@@ -74,7 +74,7 @@ def _side_by_side(title: str, adaptations: Sequence[Adaptation]) -> Table:
 def _below(title: str, adaptations: Sequence[Adaptation]) -> Table:
     names = list(dict.fromkeys(name for each in adaptations for name in each.measures))
     table = figures_table(title, "run", "inner\nsteps", *names)
-    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # a long path goes on in the next line
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"  # long paths wrap
     for each in adaptations:
         columns = [_cells(each, name) if name in each.measures else [] for name in names]
         last = max(map(len, columns)) - 1
@@ -92,4 +92,4 @@ def _cells(adaptation: Adaptation, name: str) -> list[str]:
 def _cell(name: str, mean: float, half: float) -> str:
     if name == "accuracy":
         return f"{100 * mean:.1f} ± {100 * half:.1f} %"
-    return f"{f'{mean:#.4g}'.rstrip('.')} ± {half:.2g}"  # as many digits in every row
+    return f"{f'{mean:#.4g}'.rstrip('.')} ± {half:.2g}"  # the same number of digits in every row

@@ -1,4 +1,4 @@
-"""A training run from its folder to its weights, whatever is trained."""
+"""Steps of a training run shared by all training commands: folder, resume, fit, final weights."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ from metakern.runs.folder import (
 )
 from metakern.training import History, Interrupted, Trainer
 
-#: Share of the outer learning rate that is left at the end of the cosine.
+#: Final outer learning rate of the cosine schedule, as a fraction of the initial one.
 LAST_RATE = 0.03
 
-#: Settings that a run may go on with changed: how long, how often and where. Others would make it another run.
+#: Settings that may change when a run is resumed: length, intervals, location. Others would make it another run.
 MAY_CHANGE = frozenset({
     "iterations", "episodes", "patience", "max_skipped", "eval_every", "checkpoint_every", "keep", "test_tasks", "data",
     "device", "threads", "backend",
@@ -42,13 +42,13 @@ MAY_CHANGE = frozenset({
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it was asked for; nothing is written yet.
+    """A requested run; creating this object writes nothing.
 
     Attributes:
-        learner: the command, "maml"
+        learner: the subcommand, such as "maml"
         settings: the whole configuration, a dataclass
-        options: where it goes and what it shows
-        word: what an iteration is called
+        options: output options
+        word: name for an iteration
     """
 
     learner: str
@@ -58,7 +58,7 @@ class Run:
 
     @cached_property
     def folder(self) -> Path:
-        """Where it goes: a run that names no folder and replaces none has one of its own."""
+        """The run's folder; a new one if none is named, resumed or overwritten."""
         if self.options.output is not None:
             return self.options.output
         newest = newest_folder(self.learner)
@@ -68,12 +68,12 @@ class Run:
 
     @property
     def console(self) -> Console:
-        """Where it prints."""
+        """The console to print on."""
         return self.options.console
 
     @cached_property
     def record(self) -> RunRecord:
-        """What it leaves and shows."""
+        """The record for the trainer."""
         settings = {f.name: getattr(self.settings, f.name) for f in own_first(type(self.settings))}
         return RunRecord(
             self.folder,
@@ -81,29 +81,29 @@ class Run:
             word=self.word,
             command=self.learner,
             settings=settings,
-            weights=False,  # each command writes them in its own format
+            weights=False,  # each command writes weights in its own format
         )
 
 
 @contextmanager
 def begin(run: Run, trainer: Trainer) -> Iterator[None]:
-    """Open the folder, and take the newest checkpoint where the run goes on; within it the folder is this process's.
+    """Context that opens and locks the folder, and loads the newest checkpoint if the run is resumed.
 
-    The first process alone looks at the folder and decides for all. A run goes on if that is asked for, or if this
-    launch of torchrun began it: a process that died was started anew.
+    Only the first process reads the folder; it decides for all. A run is resumed on request, or if this launch of
+    torchrun began it: torchrun then restarted a process that died.
 
     Raises:
-        ValueError: for a run that goes on with other settings than it began with, or to fewer iterations than it has
-            done; see also :func:`metakern.runs.open_folder` and :meth:`metakern.training.Trainer.resume`
-        FolderInUse: where another process trains in the folder
-        OSError: for a folder that cannot be made or written.
+        ValueError: for a run resumed with other settings than it began with, or with fewer iterations than it has done;
+            see also :func:`metakern.runs.open_folder` and :meth:`metakern.training.Trainer.resume`
+        FolderInUse: if another process trains in the folder
+        OSError: for a folder that cannot be created or written.
     """
     first = trainer.processes.is_first
     try:
         with trainer.processes.telling():
             goes_on = _open(run) if first else False
             if trainer.processes.spread_bytes(bytes([goes_on])) == b"\1":
-                trainer.resume(required=False)  # one that ended before its first checkpoint starts again
+                trainer.resume(required=False)  # without a checkpoint it starts from the beginning
                 _check_length(run, trainer)
         if run.options.output is None:
             run.console.print(f"the run is in {run.folder}/", highlight=False, markup=False, soft_wrap=True)
@@ -116,7 +116,7 @@ def begin(run: Run, trainer: Trainer) -> Iterator[None]:
 
 
 def _open(run: Run) -> bool:
-    """Open the folder, locked; whether its run goes on."""
+    """Lock and open the folder; returns whether its run is resumed."""
     goes_on = run.options.resume or _began(run.folder)
     if goes_on and not (run.folder / CONFIG).is_file():
         raise ValueError(f"{run.folder} holds no run to resume: it has no {CONFIG}")
@@ -139,7 +139,7 @@ def _began(folder: Path) -> bool:
 
 
 def _check_unchanged(run: Run) -> None:
-    """Raise ValueError where the run in the folder has other settings than this one, but for :data:`MAY_CHANGE`."""
+    """Raise ValueError if the run in the folder has other settings than this one, except :data:`MAY_CHANGE`."""
     path = run.folder / CONFIG
     before = checked_settings(type(run.settings), read_config(path, run.learner), path) if path.is_file() else {}
     changed = [
@@ -154,7 +154,7 @@ def _check_unchanged(run: Run) -> None:
 
 
 def _check_length(run: Run, trainer: Trainer) -> None:
-    """Raise ValueError where the run has done more already than it is asked for: config.yaml would not be true."""
+    """Raise ValueError if the run has done more iterations than requested: config.yaml would be wrong."""
     word, done, wanted = run.settings.count, trainer.iteration, trainer.config.iterations
     if done > wanted:
         raise ValueError(
@@ -166,7 +166,7 @@ def fit(run: Run, trainer: Trainer) -> History:
     """Train to the end.
 
     Raises:
-        typer.Exit: with 130 after Ctrl-C and 143 after SIGTERM, after a line that says how to go on.
+        typer.Exit: with 130 after Ctrl-C and 143 after SIGTERM, after printing how to resume.
     """
     try:
         return trainer.fit()
@@ -178,10 +178,10 @@ def fit(run: Run, trainer: Trainer) -> History:
 
 
 def finish(run: Run, trainer: Trainer, save: Callable[[Path], object]) -> bool:
-    """The best weights by validation into the learner and the folder; whether this process is the one that reports.
+    """Load the best weights by validation and save them; returns whether this process reports the results.
 
     Raises:
-        RuntimeError: where no evaluation was finite.
+        RuntimeError: if no evaluation was finite.
     """
     trainer.load_best()
     if is_first_process():
@@ -190,7 +190,7 @@ def finish(run: Run, trainer: Trainer, save: Callable[[Path], object]) -> bool:
 
 
 def cosine(optimizer: torch.optim.Optimizer, iterations: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The outer rate falls along half a cosine to :data:`LAST_RATE` of itself, and stays there."""
+    """Half-cosine decay of the outer learning rate to the fraction :data:`LAST_RATE`, constant afterwards."""
 
     def factor(iteration: int) -> float:
         return LAST_RATE + (1 - LAST_RATE) * (1 + math.cos(math.pi * min(1, iteration / iterations))) / 2

@@ -1,4 +1,4 @@
-"""How well a learner adapts to tasks, and how well an optimizer optimises."""
+"""Evaluation of meta-learners on unseen tasks, and of optimizers on unseen networks."""
 
 from metakern.evaluation.optimizers import (
     BASELINES,

@@ -1,4 +1,4 @@
-"""How well a meta-learner adapts to unseen tasks: loss and accuracy after every number of inner steps.
+"""Evaluation of adaptation to unseen tasks: loss and accuracy after every number of inner steps.
 
 Axis legend: T tasks, Q query samples of a task, K inner steps.
 """
@@ -15,11 +15,10 @@ from torch import Tensor
 from metakern.core.requirements import required
 from metakern.tasks import Episodes, TaskDistribution
 
-#: The seed of test tasks: a constant, so that every learner is reported on the same; training and validation have other
-#: splits.
+#: Default seed of test tasks: constant, so that all learners are reported on the same tasks.
 TEST_SEED = 2**31
 
-#: Tasks that adapt at once: memory for larger numbers would grow with them.
+#: Tasks adapted at once, to bound memory.
 CHUNK = 100
 
 
@@ -30,7 +29,7 @@ class Adaptation:
     Attributes:
         name: of the learner
         measures: "loss", and "accuracy" where there are classes, [K + 1, T] each
-        chance: the accuracy of guessing; None where there are no classes
+        chance: accuracy of guessing; None if there are no classes
     """
 
     name: str
@@ -43,7 +42,7 @@ class Adaptation:
         return self.measures["loss"].shape[1]
 
     def summary(self) -> dict[str, list[dict[str, float]]]:
-        """For every measure mean and half of the 95 % interval by step, for JSON."""
+        """Mean and half-width of the 95 % interval of every measure by step, for JSON."""
         result = {}
         for name, values in self.measures.items():
             mean, half = mean_interval(values)
@@ -55,9 +54,9 @@ class Adaptation:
 
 
 def mean_interval(sample: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of [..., T] over its last axis, and half of Student's 95 % interval around it; NaN for T = 1."""
+    """Mean of [..., T] over the last axis, and half-width of Student's 95 % interval; NaN for T = 1."""
     with required():
-        from scipy import stats  # scikit-learn brings it; half a second
+        from scipy import stats  # a dependency of scikit-learn; takes half a second to import
 
     count = sample.shape[-1]
     quantile = float(stats.t.ppf(0.975, max(count - 1, 1)))
@@ -79,15 +78,15 @@ def measure_adaptation(
 
     Args:
         learner: a :class:`metakern.learners.MAMLLearner`, or another with its ``predict`` and ``measure``
-        tasks: the distribution; its test split is drawn from
+        tasks: the distribution, of which the test split is used
         num_tasks: T
         steps: K; default: the learner's ``eval_steps``
-        seed: of the draws; the same for all learners that are compared
-        name: what the result is called
-        advance: called with the number of tasks that are done, after every :data:`CHUNK` of them
+        seed: of the draws; use the same for all learners to compare
+        name: name of the result
+        advance: called with the number of finished tasks, after every :data:`CHUNK` of them
 
     Raises:
-        ValueError: for fewer than 2 tasks, which have no interval.
+        ValueError: for fewer than 2 tasks, too few for an interval.
     """
     if num_tasks < 2:
         raise ValueError(f"num_tasks must be at least 2, got {num_tasks}")
@@ -109,10 +108,10 @@ def measure_adaptation(
 
 
 def chance_accuracy(labels: Any) -> float | None:
-    """The accuracy of the best guess that looks at no input, for labels [T, Q]: 1/N in N-way tasks.
+    """Accuracy of the best constant guess for labels [T, Q]: 1/N in N-way tasks.
 
     Negative labels, which cross entropy may ignore, do not count. None for targets that are not integers [T, Q], and
-    where no label counts.
+    if no label counts.
     """
     if not isinstance(labels, Tensor) or labels.dim() != 2 or labels.is_floating_point():
         return None
@@ -121,7 +120,7 @@ def chance_accuracy(labels: Any) -> float | None:
     return sum(shares) / len(shares) if shares else None
 
 
-#: Points that curves are drawn through, and tasks that are looked through for one of every mode.
+#: Points per curve, and number of tasks searched for one of every mode.
 POINTS, LOOKED_THROUGH = 200, 64
 
 
@@ -134,9 +133,9 @@ class Fits:
         titles: of the tasks
         names: of the learners
         steps: inner steps of each learner
-        x: inputs that the curves are drawn at, [G]
-        before: predictions [M, G] of each learner before it adapts to the support set
-        after: and after
+        x: inputs of the curves, [G]
+        before: predictions [M, G] of each learner before adaptation to the support set
+        after: predictions [M, G] of each learner after adaptation
         errors: mean squared errors on the query sets after adaptation, [M] each
     """
 
@@ -153,16 +152,16 @@ class Fits:
 def fit_tasks(
     learners: Mapping[str, Any], tasks: TaskDistribution, *, steps: int | None = None, seed: int = TEST_SEED
 ) -> Fits | None:
-    """The curves that learners fit to the first test task of every mode, or to the first 3 where there are no modes.
+    """Fit learners to the first test task of every mode, or to the first 3 tasks if there are no modes.
 
     Args:
-        learners: by name, see :func:`measure_adaptation`; clusters choose by the support set
-        tasks: the distribution; its test split is drawn from
+        learners: by name, see :func:`measure_adaptation`; clustered ones choose by the support set
+        tasks: the distribution, of which the test split is used
         steps: inner steps; default: each learner's ``eval_steps``
         seed: of the draws
 
     Returns:
-        None for tasks that are not of one input and one output
+        the fits; None for tasks with more than one input or output
     """
     batch = tasks.split("test").sample(LOOKED_THROUGH, torch.Generator().manual_seed(seed))
     if not _is_curve(batch):
@@ -200,6 +199,6 @@ def _is_curve(batch: Any) -> bool:
 
 
 def mode_name(tasks: Any, mode: int) -> str:
-    """What a mode of the tasks is called, by their ``mode_names`` if they have them."""
+    """Name of a task mode, from the tasks' ``mode_names`` if they have them."""
     names: Sequence[str] = getattr(tasks, "mode_names", ())
     return names[mode] if mode < len(names) else f"mode {mode}"

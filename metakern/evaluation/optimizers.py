@@ -1,4 +1,4 @@
-"""How well an optimizer trains networks it has not seen, learned or not: curves, tuned baselines, seconds."""
+"""Evaluation of learned optimizers on unseen networks: training curves, tuned baselines, speed."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from metakern.tasks import Optimizees
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
-#: Learning rates that every baseline is tried at: 10^-4 to 10^1.5, four a decade.
+#: Grid of learning rates for the baselines: 10^-4 to 10^1.5, four per decade.
 LEARNING_RATES = tuple(10 ** (k / 4) for k in range(-16, 7))
 
-#: Baselines by name, as a function of the learning rate.
+#: Baseline optimizers by name, as functions of the learning rate.
 BASELINES: dict[str, Callable[[float], OptimizerFactory]] = {
     "SGD": lambda lr: lambda params: torch.optim.SGD(params, lr),
     "Momentum 0.9": lambda lr: lambda params: torch.optim.SGD(params, lr, momentum=0.9),
@@ -54,7 +54,7 @@ class Curve:
 
     @property
     def mean(self) -> float:
-        """Mean of the losses after the last step; infinity where one of them is NaN or infinite: it diverged."""
+        """Mean loss after the last step; infinity if any network diverged to NaN or infinity."""
         mean = self.final.mean().item()
         return mean if math.isfinite(mean) else math.inf
 
@@ -75,12 +75,12 @@ class Curve:
 def training_curve(
     factory: OptimizerFactory, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, every_step: bool = True
 ) -> Tensor:
-    """Train ``num_tasks`` fresh networks; all optimizers given the same seed meet the same networks and minibatches.
+    """Train ``num_tasks`` fresh networks; the same seed gives the same networks and minibatches.
 
-    The optimizers are coordinatewise, so the T networks go side by side: every tensor [T, *shape] is one parameter.
+    The optimizers are coordinatewise, so all T networks train at once: every tensor [T, *shape] is one parameter.
 
     Returns:
-        full training losses, [steps + 1, T], or [1, T] of the end alone without ``every_step``
+        full training losses, [steps + 1, T]; without ``every_step`` only the last, [1, T]
     """
     batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
     params = pytree.tree_map(Tensor.requires_grad_, batch.init_params())
@@ -99,17 +99,17 @@ def training_curve(
     return torch.stack(losses)
 
 
-#: Trainings of a comparison: the learned optimizer's, and for every baseline one a learning rate and one more.
+#: Trainings per comparison: one of the learned optimizer; per baseline, one per learning rate and a final one.
 TRAININGS = 1 + len(BASELINES) * (len(LEARNING_RATES) + 1)
 
-#: Is told of every training that is done, and whether that was a curve of the comparison.
+#: Progress callback: description of a finished training, and whether it is a curve of the comparison.
 Advance = Callable[[str, bool], object]
 
 
 def tune(
     name: str, problems: Optimizees, *, num_tasks: int, steps: int, seed: int, advance: Advance | None = None
 ) -> float:
-    """The learning rate of :data:`LEARNING_RATES` with which a baseline ends at the lowest mean loss.
+    """Find the learning rate of :data:`LEARNING_RATES` with the lowest mean final loss for a baseline.
 
     ``advance`` is called after every rate.
     """
@@ -134,10 +134,10 @@ def compare_optimizers(
     seed: int = 1000,
     advance: Advance | None = None,
 ) -> Iterable[Curve]:
-    """The learned optimizer, then every baseline at its best learning rate, on the same fresh networks.
+    """Train the same fresh networks by the learned optimizer, then by every baseline at its best learning rate.
 
-    Learning rates are chosen on the validation split, where the rule's weights were chosen too; the curves are of
-    networks that learn from the test split's images. ``advance`` is called :data:`TRAININGS` times.
+    Learning rates are tuned on the validation split, which also selected the rule's weights; the curves are of
+    networks trained on the test split. ``advance`` is called :data:`TRAININGS` times.
     """
     test, valid = problems.split("test"), problems.split("valid")
 
@@ -154,7 +154,7 @@ def compare_optimizers(
 
 
 #: Largest relative difference between the meta-gradients of the fused and the plain rule. Both are float32; rounding
-#: grows along an unroll of a trained rule, from 3e-7 with fresh weights to some 1e-4.
+#: grows along the unroll: about 3e-7 with fresh weights, 1e-4 with trained ones.
 SPEED_TOLERANCE = 5e-3
 
 
@@ -162,7 +162,7 @@ SPEED_TOLERANCE = 5e-3
 class SpeedComparison:
     """Seconds of one meta-iteration (an episode with all its outer steps), fused and plain, medians of ``repeats``.
 
-    ``difference`` is the distance of the two meta-gradients of an unroll on the same draws, relative to their norm.
+    ``difference`` is the relative difference of the two meta-gradients of one unroll on the same draws.
     """
 
     fused_seconds: float
@@ -189,22 +189,22 @@ def compare_speed(
     outer_lr: float = 1e-2,
     repeats: int = 3,
 ) -> SpeedComparison:
-    """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, in turns, on the same draws.
+    """Time meta-iterations of the fused rule and of the same rule in plain PyTorch, alternating, on the same draws.
 
-    Both train by Adam in every repeat, starting from ``rule``'s weights; the rule itself is left alone.
+    Both are trained by Adam from ``rule``'s weights; ``rule`` itself does not change.
 
     Args:
         rule: the rule
-        problems: what it trains on, their "train" split
-        num_tasks: T, problems of a meta-iteration
+        problems: the distribution, of which the "train" split is used
+        num_tasks: T, problems per meta-iteration
         steps: inner steps of a meta-iteration
         unroll: inner steps between two outer steps
         outer_lr: Adam's
-        repeats: meta-iterations that are timed, of each
+        repeats: timed meta-iterations of each
 
     Raises:
-        ValueError: for a rule that has no kernel, and so no plain form to compare with
-        RuntimeError: where the two do not compute the same within :data:`SPEED_TOLERANCE`
+        ValueError: for a rule without a kernel, and so without a plain form to compare with
+        RuntimeError: if the meta-gradients differ by more than :data:`SPEED_TOLERANCE`
     """
     peer = rule.plain()
     if peer is None:
@@ -234,7 +234,7 @@ def compare_speed(
 
 
 class _MetaTraining:
-    """A learner's outer loop as it is timed: fresh problems, Adam, clipped gradients."""
+    """The timed outer loop: fresh problems, Adam, clipped gradients."""
 
     def __init__(self, learner: RuleLearner, problems: Optimizees, num_tasks: int, lr: float) -> None:
         self.learner, self.problems, self.num_tasks = learner, problems, num_tasks
@@ -243,12 +243,12 @@ class _MetaTraining:
         self.generator = torch.Generator().manual_seed(0)
 
     def meta_gradient(self) -> Tensor:
-        """Of the first unroll on fresh problems, all weights in one vector; none moves."""
+        """Meta-gradient of the first unroll on fresh problems, as one vector; weights do not change."""
         losses = next(iter(self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator))))
         return torch.cat([grad.flatten() for grad in torch.autograd.grad(losses.mean(), self.weights)])
 
     def iterate(self) -> float:
-        """Seconds of a meta-iteration: fresh problems solved once, with an outer step after every unroll."""
+        """Run a meta-iteration, one episode with an outer step after every unroll; returns its seconds."""
         start = time.perf_counter()
         for losses in self.learner.meta_losses(self.problems.sample(self.num_tasks, self.generator)):
             self.optimizer.zero_grad()

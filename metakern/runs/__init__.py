@@ -1,4 +1,4 @@
-"""Runs that are kept: folders as commands open them, and trained learners as they are loaded."""
+"""Run folders on disk: opening them, recording a training, loading trained learners."""
 
 from metakern.core.requirements import required
 

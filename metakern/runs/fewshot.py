@@ -1,7 +1,7 @@
-"""What settings of ``train maml`` stand for: tasks, model, learner.
+"""Builds tasks, model and learner from the settings of ``train maml``.
 
-Settings are resolved ones of :class:`metakern.cli.fewshot.MAMLSettings`, or whatever has attributes of their names, as
-the content of a run's config.yaml.
+Settings are resolved :class:`metakern.cli.fewshot.MAMLSettings`, or any object with the same attributes, such as the
+content of a run's config.yaml.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from metakern.models import conv4, mlp
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
 from metakern.tasks.digits import DOMAINS
 
-#: Tasks of numbers, which have no classes; and those whose images are in a folder.
+#: Regression tasks, which have no classes; and image tasks that are read from a folder.
 REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
 IMAGES = ("omniglot", "mini-imagenet")
 
 
 def make_tasks(settings: Any) -> TaskDistribution:
-    """The distribution that resolved settings name.
+    """The task distribution of resolved settings.
 
     Raises:
-        ValueError: for images without a folder, and one that lacks what it should hold.
+        ValueError: for images without a folder, and for a folder without the expected files.
     """
     shots, queries = settings.shots or 1, settings.queries or 1
     if settings.tasks == "sinusoid":
@@ -46,7 +46,7 @@ def make_tasks(settings: Any) -> TaskDistribution:
 
 
 def make_model(settings: Any, tasks: TaskDistribution) -> nn.Module:
-    """A model for the tasks' inputs and outputs, which a draw shows."""
+    """A model with the tasks' input and output sizes, taken from a sampled batch."""
     batch = tasks.sample(1, torch.Generator().manual_seed(0))
     shape = batch.support_x.shape[2:]
     outputs = settings.ways if not batch.support_y.is_floating_point() else int(batch.support_y.shape[-1])
@@ -57,10 +57,10 @@ def make_model(settings: Any, tasks: TaskDistribution) -> nn.Module:
 
 
 def widths(text: str) -> list[int]:
-    """Units of hidden layers out of "40,40".
+    """Parse the widths of hidden layers, like "40,40".
 
     Raises:
-        ValueError: for anything but numbers with commas between.
+        ValueError: for anything but numbers separated by commas.
     """
     try:
         return [int(part) for part in text.split(",") if part.strip()]
@@ -69,7 +69,7 @@ def widths(text: str) -> list[int]:
 
 
 def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | ClusteredLearner:
-    """The learner that resolved settings describe, on the CPU, its weights drawn from ``seed``."""
+    """The learner of resolved settings, on the CPU, with weights drawn from ``seed``."""
     torch.manual_seed(settings.seed)
     model = make_model(settings, tasks)
     parameters = settings.parameters
@@ -105,7 +105,7 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
 
 
 def sampler(settings: Any, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:
-    """The distribution to train on: in batches by cluster where settings say so."""
+    """The distribution to train on, with batches by cluster if the settings ask for them."""
     if settings.clusters == "0" or settings.cluster_batches == "uniform":
         return tasks
     return ClusterSampler(tasks, learner, settings.cluster_batches)  # type: ignore[arg-type]

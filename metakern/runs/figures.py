@@ -1,4 +1,4 @@
-"""Pictures of runs, as PNG files."""
+"""Figures of runs, as PNG files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 with required():
     import matplotlib
 
-    matplotlib.use("Agg")  # no display is needed or touched
+    matplotlib.use("Agg")  # needs no display
 
     from matplotlib import pyplot as plt
     from matplotlib.axes import Axes
@@ -32,30 +32,30 @@ with required():
 
 Line = Mapping[str, Any]
 
-#: What figures show of tasks, where it is measured.
+#: Measures that figures show, if present.
 MEASURES = ("loss", "accuracy")
 
 # Distinguishable for colour-blind readers (Okabe and Ito); the learned optimizer takes the first.
 COLOURS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7", "#56b4e9", "#e69f00")
 
 
-#: How far above the losses at the start the axis of :func:`plot_curves` reaches; what diverges leaves the picture.
+#: Upper limit of the loss axis of :func:`plot_curves`, relative to the initial losses; diverging curves leave it.
 HEADROOM = 3.0
 
-#: Losses below and above these are drawn at them.
+#: Losses are clamped to this range for drawing.
 LEAST, MOST = 1e-12, 1e30
 
-#: A loss has a logarithmic axis where its largest value is this many times its least.
+#: The loss axis is logarithmic if the largest value exceeds the smallest by more than this factor.
 DECADE = 10.0
 
 
 def plot_curves(curves: Sequence[Curve], path: Path, word: str = "networks") -> None:
-    """Training loss by step on a logarithmic axis: the median problem, 10 to 90 % of them shaded.
+    """Plot training loss by step on a logarithmic axis: the median problem, with the 10 to 90 % range shaded.
 
     Args:
-        curves: the first one stands out
+        curves: the first one is highlighted
         path: of the PNG
-        word: what the problems are called
+        word: name for the problems
     """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for curve, colour in zip(curves, itertools.cycle(COLOURS), strict=False):
@@ -84,14 +84,14 @@ def plot_learning(
     word: str = "iteration",
     chance: float | None = None,
 ) -> None:
-    """A training run: loss of training and validation tasks, and accuracy below where there are classes.
+    """Plot a training run: loss of training and validation tasks, and accuracy below if there are classes.
 
     Args:
         iterations: lines of metrics.jsonl, at least one, see :func:`metakern.runs.read_metrics`
-        evaluations: lines of it too
+        evaluations: evaluation lines of metrics.jsonl
         path: of the PNG
-        word: what an iteration is called
-        chance: the accuracy of guessing, which is drawn
+        word: name for an iteration
+        chance: accuracy of guessing, drawn as a line
     """
     training = [(line["iteration"], line) for line in iterations]
     validation = [(line["iteration"], line["evaluation"]) for line in evaluations]
@@ -121,14 +121,14 @@ def plot_learning(
 def plot_validation(
     runs: Mapping[str, Sequence[Line]], path: Path, word: str = "iteration", chance: float | None = None
 ) -> None:
-    """Validation measures of several runs while they trained.
+    """Plot validation measures of several runs during training.
 
     Args:
-        runs: lines of evaluations of each run's metrics.jsonl by its name, see :func:`metakern.runs.read_metrics`; at
-            least one line in all
+        runs: evaluation lines of each run's metrics.jsonl, by the run's name, see :func:`metakern.runs.read_metrics`;
+            at least one line in all
         path: of the PNG
-        word: what an iteration is called
-        chance: the accuracy of guessing, which is drawn
+        word: name for an iteration
+        chance: accuracy of guessing, drawn as a line
     """
     seen = {name: [(line["iteration"], line["evaluation"]) for line in lines] for name, lines in runs.items()}
     measures = [key for key in MEASURES if any(key in line for lines in seen.values() for _, line in lines)]
@@ -149,7 +149,7 @@ def plot_validation(
 
 
 def plot_adaptation(adaptations: Sequence[Adaptation], path: Path) -> None:
-    """What learners make of unseen tasks, by inner step: the mean over tasks, its 95 % interval shaded."""
+    """Plot measures on unseen tasks by inner step: the mean over tasks, with its 95 % interval shaded."""
     measures = [key for key in MEASURES if key in adaptations[0].measures]
     figure, panels = plt.subplots(
         1, len(measures), figsize=(5 * len(measures) + 1, 4), layout="constrained", squeeze=False
@@ -172,9 +172,9 @@ def plot_adaptation(adaptations: Sequence[Adaptation], path: Path) -> None:
 
 
 def plot_fits(fits: Fits, path: Path) -> None:
-    """Regression tasks as learners fit them: a row a learner, a column a task.
+    """Plot the fits of learners to regression tasks: one row per learner, one column per task.
 
-    Support and query points, and the predicted curve before and after adaptation to the support points.
+    Shows support and query points, and the predicted curve before and after adaptation.
     """
     rows, columns = len(fits.names), len(fits.titles)
     size = (3 * columns + 0.4, 2.5 * rows + 0.7)
@@ -199,27 +199,27 @@ def plot_fits(fits: Fits, path: Path) -> None:
             axes.grid(alpha=0.3)
         panels[row, 0].set_ylabel(name)
     handles, labels = panels[0, 0].get_legend_handles_labels()
-    lines = [Line2D([], [], color="0.3", linestyle=each.get_linestyle()) for each in handles[2:]]  # of any row's colour
+    lines = [Line2D([], [], color="0.3", linestyle=each.get_linestyle()) for each in handles[2:]]  # neutral grey
     handles = [*handles[:2], *lines]
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     _save(figure, path)
 
 
-#: Marks of the true modes of a cluster map.
+#: Markers for the true modes in a cluster map.
 MARKERS = "os^Dvp*X"
 
 
 def plot_clusters(
     embeddings: Tensor, clusters: Tensor, modes: Tensor | None, path: Path, names: Sequence[str] = ()
 ) -> None:
-    """Tasks on the first two principal components of their embeddings, coloured by cluster.
+    """Plot tasks by the first two principal components of their embeddings, coloured by cluster.
 
     Args:
         embeddings: [T, D]
         clusters: [T], integers
-        modes: [T], integers: what the tasks come from, shown by the shape of the marks; or None
+        modes: [T], integers: the tasks' true modes, shown by marker shape; or None
         path: of the PNG
-        names: of the modes; those beyond it are numbered
+        names: of the modes; further modes are numbered
     """
     points = principal_components(embeddings)
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
@@ -244,7 +244,7 @@ def plot_clusters(
 
 
 def _colours(count: int) -> list[Any]:
-    """So many colours that can be told apart, :data:`COLOURS` where they are enough."""
+    """``count`` distinguishable colours: :data:`COLOURS` if there are enough, else a larger palette."""
     return list(COLOURS) if count <= len(COLOURS) else [plt.get_cmap("tab20")(k % 20) for k in range(count)]
 
 
@@ -260,13 +260,13 @@ def principal_components(embeddings: Tensor) -> Tensor:
 
 
 def _points(lines: Sequence[tuple[int, Line]], name: str) -> tuple[list[int], list[float]]:
-    """Iterations and values, without those that were not finite."""
+    """Iterations and values of a measure, without missing or non-finite ones."""
     known = [(iteration, line[name]) for iteration, line in lines if line.get(name) is not None]
     return [iteration for iteration, _ in known], [value for _, value in known]
 
 
 def _measure_axis(axes: Axes, name: str, values: Sequence[float], chance: float | None) -> None:
-    """Scale and ticks for a measure: accuracies in percent, with chance; losses of several scales logarithmic."""
+    """Scale and ticks for a measure: accuracy in percent, with chance; losses of wide range logarithmic."""
     if name == "accuracy":
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         if chance is not None:
@@ -277,9 +277,9 @@ def _measure_axis(axes: Axes, name: str, values: Sequence[float], chance: float 
 
 
 def _log_ticks(axes: Axes) -> None:
-    """Ticks of a logarithmic axis at 1, 2 and 5 times powers of ten where it is short; at the powers where it is long.
+    """Ticks of a logarithmic axis: at 1, 2 and 5 times powers of ten if it is short, at powers of ten if it is long.
 
-    The ticks that matplotlib makes up on a short one are labelled as powers of ten that nobody reads.
+    On a short axis matplotlib labels its own ticks as powers of ten, which are hard to read.
     """
     low, high = axes.get_ylim()
     if high / low < 1000:
@@ -293,7 +293,7 @@ def _tick(value: float) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """Draw to memory first: a full disk leaves the picture from before."""
+    """Save a figure; it is drawn in memory first, so that a full disk leaves the old file intact."""
     content = io.BytesIO()
     try:
         figure.savefig(content, format="png", dpi=150)

@@ -1,4 +1,4 @@
-"""The folder of a run as commands open and read it; :mod:`metakern.runs.run_files` says what is in it."""
+"""Opening and reading run folders; :mod:`metakern.runs.run_files` lists their files."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ __all__ = [
     "write_text",
 ]
 
-#: What a run writes, as patterns: what ``overwrite`` removes, and nothing else.
+#: Patterns of the files of a run: ``overwrite`` removes these and nothing else.
 _WRITTEN = (
     CONFIG, ENVIRONMENT, METRICS, WEIGHTS, RESULTS, "training.json", "config.json", "curves.png",
     "events.out.tfevents.*", f"{FIGURES}/*.png",
     f"{CHECKPOINTS}/*.pt", f"{CHECKPOINTS}/*.sha256", f"{CHECKPOINTS}/*.aside",
 )  # fmt: skip
 
-#: Files that commands write beside those of a training.
+#: Files that commands write besides those of a training.
 _COMMANDS_FILES = (
     RESULTS, "training.json", "config.json", "README.md", "curves.png",
     *(f"{FIGURES}/{name}.png" for name in ("adaptation", "clusters", "fits")),
@@ -73,19 +73,19 @@ _COMMANDS_FILES = (
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a folder holds anything of a run that would be lost: a checkpoint, or weights.
+    """Whether a folder holds a checkpoint or weights, which a new run would destroy.
 
-    One that was refused, or diverged, before its first checkpoint left neither, and can be begun again.
+    A run that failed before its first checkpoint left neither, so its folder can be reused.
     """
     return (folder / WEIGHTS).is_file() or any((folder / CHECKPOINTS).glob("*.pt"))
 
 
 def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Make the folder of a run and write to it once: better an error now than after the work.
+    """Create the folder of a run and test that it is writable, before any work is done.
 
     Raises:
-        ValueError: where it holds a run already, unless that is resumed or overwritten; where it holds none to resume.
-        OSError: where it cannot be made or written, and where a directory or a link has the name of a file to write.
+        ValueError: if it holds a run that is neither resumed nor overwritten, or no run to resume.
+        OSError: if it cannot be created or written, or if a directory or link has the name of a file to write.
     """
     exists = (folder / CONFIG).is_file()
     if holds_run(folder) and not resume and not overwrite:
@@ -102,11 +102,11 @@ def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) 
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder where there is none, and write to it once.
+    """Create a folder if missing, and test that it is writable.
 
     Raises:
-        OSError: where it cannot be made or written, and where a directory or a link has the name of a file that
-            commands write; the message names it and says why.
+        OSError: if it cannot be created or written, or if a directory or link has the name of a file that commands
+            write; the message names it and says why.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,12 +118,12 @@ def make_folder(folder: Path) -> None:
 
 
 def default_folder(learner: str) -> Path:
-    """The folder of a new run that names none: runs/LEARNER, or the first of runs/LEARNER-2, … that is free."""
+    """Default folder of a new run: the first free one of runs/LEARNER, runs/LEARNER-2 and so on."""
     return next(folder for folder in _numbered(learner) if not holds_run(folder) and not is_in_use(folder))
 
 
 def newest_folder(learner: str) -> Path:
-    """The newest folder that :func:`default_folder` gave a run; runs/LEARNER where there is none."""
+    """The newest default folder that holds a run; runs/LEARNER if none does."""
     newest = Path("runs") / learner
     for folder in _numbered(learner):
         if not (folder / CONFIG).is_file():
@@ -142,11 +142,11 @@ def _numbered(learner: str) -> Iterator[Path]:
 
 
 def read_config(path: Path, learner: str | None = None) -> dict[str, Any]:
-    """The settings that :func:`write_config` wrote; with ``learner`` only those of that learner.
+    """Read the settings of a config.yaml; without ``learner``, the learner's name is among them.
 
     Raises:
-        ValueError: for a file that is missing, belongs to another learner, or is more than a short YAML mapping of
-            settings to scalars and short lists.
+        ValueError: for a file that is missing, belongs to another learner, or is not a short YAML mapping of settings
+            to scalars and short lists.
     """
     try:
         text = read_text(path, CONFIG_BYTES)
@@ -166,12 +166,12 @@ def read_config(path: Path, learner: str | None = None) -> dict[str, Any]:
 
 
 def save_weights(folder: Path, module: nn.Module) -> None:
-    """model.safetensors: parameters and buffers of a learner, and their checksum."""
+    """Write model.safetensors: parameters and buffers of a learner, and their checksum."""
     save_state(folder, type(module).__name__, module.state_dict())
 
 
 def load_weights(folder: Path, module: nn.Module) -> None:
-    """Load model.safetensors of a run into the learner that its config.yaml describes.
+    """Load a run's model.safetensors into the learner that its config.yaml describes.
 
     Raises:
         ValueError: for a file that is missing, damaged, or of another learner.

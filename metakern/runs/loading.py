@@ -1,4 +1,4 @@
-"""A trained learner back in Python, from the folder of the run that trained it."""
+"""Loading a trained learner from its run's folder."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from metakern.training.checkpoints import CheckpointError, Checkpoints, from_byt
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """What a run trained.
+    """A trained learner with its tasks and settings.
 
     Attributes:
         folder: of the run
         command: of ``metakern train``: "maml" or "optimizer"
         learner: with the best weights by validation: a :class:`metakern.learners.MAMLLearner`, a ``ClusteredLearner``
-            of a run in clusters, a ``RuleLearner`` of a learned optimizer
-        tasks: what it was trained on; their "test" split has tasks that training did not see
+            for a run with clusters, or a ``RuleLearner`` for a learned optimizer
+        tasks: the task distribution; its "test" split has tasks that training did not see
         settings: the run's config.yaml
     """
 
@@ -53,19 +53,19 @@ class LoadedRun:
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | None = None) -> LoadedRun:
-    """The learner of a run with its best weights by validation, its tasks and its configuration.
+    """Load a run's learner with its best weights by validation, its tasks and its configuration.
 
     Args:
         folder: of ``metakern train``
-        device: where the learner is to be
-        data: where the images of omniglot or mini-imagenet are now, if they were elsewhere
+        device: the learner's device
+        data: folder of the omniglot or mini-imagenet images, if they have moved
 
     Returns:
-        :class:`LoadedRun`. A run that has not ended yet has the best weights of its newest checkpoint.
+        :class:`LoadedRun`; for an unfinished run, with the best weights in its newest checkpoint
 
     Raises:
         ValueError: for a folder without a run, without weights yet, or with damaged ones; and for a run of a
-            :class:`metakern.training.Trainer` in Python, whose learner only its own program can make
+            :class:`metakern.training.Trainer` in Python, whose learner only its own program can construct
 
     Example:
         >>> run = metakern.runs.load("runs/5way")
@@ -97,12 +97,12 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
     return LoadedRun(folder, command, learner.to(device), tasks, settings)
 
 
-#: Settings of fractions, which YAML takes for text if they are written as 1e-3.
+#: Settings that are fractions; YAML reads 1e-3 as text.
 _FRACTIONS = ("inner_lr", "cluster_temperature", "cluster_eval_temperature", "output_scale")
 
 
 def _as_meant(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a person wrote by hand: 1e-3 is a number, and 8 the width of one hidden layer.
+    """Correct the types of handwritten settings: 1e-3 is a number, and 8 the width of one hidden layer.
 
     Raises:
         ValueError: for text that is no number.
@@ -121,7 +121,7 @@ def _as_meant(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _load_best(folder: Path, command: str, learner: Any) -> None:
-    """The weights that the run ended with; of one that has not ended, the best so far."""
+    """Load a finished run's weights, or an unfinished run's best so far."""
     if not (folder / WEIGHTS).is_file():
         _load_from_checkpoint(folder, learner)
     elif command == "maml":

@@ -1,7 +1,7 @@
-"""What a run measures, as callbacks of the trainer: JSON lines, TensorBoard events, and figures drawn from the lines.
+"""Callbacks that log metrics: JSON lines, TensorBoard events, and learning curves drawn from the lines.
 
-A line of an iteration has the keys iteration, loss, lr, grad_norm, tasks_per_second, seconds, skipped; one of an
-evaluation has iteration and "evaluation" with the measures of validation tasks, accuracy where there are classes.
+An iteration's line has the keys iteration, loss, lr, grad_norm, tasks_per_second, seconds, skipped; an evaluation's
+line has iteration and "evaluation" with the measures of validation tasks, accuracy if there are classes.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ if TYPE_CHECKING:
 
 Line = dict[str, Any]
 
-#: Iterations of a run that TensorBoard shows, at most.
+#: Maximum number of iterations per run in TensorBoard.
 POINTS = 1000
 
 
-#: Bytes of a line of metrics.jsonl; those that are written take some 200.
+#: Maximum bytes of a line of metrics.jsonl; normal lines have about 200.
 _LINE_BYTES = 64 * 1024
 
 
 def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
-    """Lines of iterations and lines of evaluations, up to the first that is none.
+    """Read the iteration lines and the evaluation lines, up to the first invalid line.
 
-    Such is the unfinished line of a process that was killed, and whatever else no run writes: text that is no JSON
-    object with a number of an iteration, and lines that are too long or nested too deeply.
+    Invalid are the unfinished line of a killed process, text that is not a JSON object with an integer "iteration",
+    and lines that are too long or nested too deeply.
     """
     lines = []
     with path.open("rb") as file:
@@ -54,7 +54,7 @@ def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
 
 
 def line_of(record: Record) -> Line:
-    """An iteration as a line."""
+    """The line of an iteration."""
     return {
         "iteration": record.iteration,
         "loss": record.loss,
@@ -67,7 +67,7 @@ def line_of(record: Record) -> Line:
 
 
 class MetricsLog(Callback):
-    """metrics.jsonl of a folder. A resumed run goes on where its checkpoint stands: later lines are written anew."""
+    """Writes a folder's metrics.jsonl. A resumed run drops the lines after its checkpoint and writes them again."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
@@ -106,9 +106,9 @@ def _order(line: Line) -> tuple[int, bool]:
 
 
 class TensorBoardLog(Callback):
-    """The same as TensorBoard events in the folder: ``tensorboard --logdir runs`` shows every run beside the others.
+    """Writes the same metrics as TensorBoard events; ``tensorboard --logdir runs`` compares runs.
 
-    Of a long run every nth iteration, :data:`POINTS` in all: an event takes as long as a small meta-iteration.
+    In a long run only every nth iteration, :data:`POINTS` in all: an event takes as long as a small meta-iteration.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -116,21 +116,21 @@ class TensorBoardLog(Callback):
         self._writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
-        """Open an events file; TensorBoard drops what is there of iterations that are still to come."""
+        """Open an events file; on resume, TensorBoard drops earlier events of later iterations."""
         with required():
             from torch.utils.tensorboard import SummaryWriter  # it takes seconds to import
 
         self._writer = SummaryWriter(str(self.folder), purge_step=trainer.iteration + 1)
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
-        """One scalar for every number."""
+        """Write one scalar for every number."""
         if record.iteration % -(-trainer.config.iterations // POINTS):
             return
         numbers = line_of(record)
         self._add("train", {key: numbers[key] for key in numbers.keys() - {"iteration", "seconds"}}, record.iteration)
 
     def on_evaluation(self, trainer: Trainer, measures: dict[str, float]) -> None:
-        """One scalar for every measure."""
+        """Write one scalar for every measure."""
         self._add("valid", measures, trainer.iteration)
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
@@ -144,7 +144,7 @@ class TensorBoardLog(Callback):
 
 
 class LearningCurves(Callback):
-    """figures/learning.png, drawn when a run ends, from all of its lines; comes after :class:`MetricsLog`."""
+    """Draws figures/learning.png from all lines when a run ends; must come after :class:`MetricsLog`."""
 
     def __init__(self, folder: Path, word: str = "iteration") -> None:
         self.folder, self.word = folder, word
@@ -162,6 +162,6 @@ class LearningCurves(Callback):
 
 
 def _chance(trainer: Trainer) -> float | None:
-    """The accuracy of guessing, by as many validation tasks as an evaluation has; None where labels do not say."""
+    """Accuracy of guessing, on as many validation tasks as an evaluation has; None if there are no class labels."""
     batch = trainer.tasks.split("valid").sample(trainer.config.eval_tasks, torch.Generator().manual_seed(0))
     return chance_accuracy(getattr(batch, "query_y", None))

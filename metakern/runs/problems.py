@@ -1,4 +1,4 @@
-"""What settings of ``train optimizer`` stand for: problems to optimise, the rule and its learner."""
+"""Builds problems, rule and learner from the settings of ``train optimizer``."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metakern.rules import get
 from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
 from metakern.tasks.classic_functions import FUNCTIONS
 
-#: What a learned optimizer is trained on, by name.
+#: Training problems of a learned optimizer, by name.
 PROBLEMS: dict[str, Callable[[], Optimizees]] = {
     "digits": DigitsMLP,
     "digits-regression": DigitsRegression,
@@ -28,11 +28,11 @@ RULE = "CoordinatewiseLSTM"
 
 
 def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
-    """The learner that resolved settings describe, its weights drawn from ``seed``.
+    """The learner of resolved settings, with weights drawn from ``seed``.
 
     Args:
-        settings: of :class:`metakern.cli.optimizer.OptimizerSettings`, or whatever has attributes of their names
-        backend: in place of the one in the settings
+        settings: :class:`metakern.cli.optimizer.OptimizerSettings`, or any object with the same attributes
+        backend: overrides the one in the settings
     """
     torch.manual_seed(settings.seed)
     rule = get(RULE)(

@@ -19,27 +19,27 @@ from metakern.training.history import History, Record
 if TYPE_CHECKING:
     from metakern.training.trainer import Trainer
 
-#: Seconds between two plain lines, but for evaluations, which have a line each.
+#: Seconds between plain lines; every evaluation also prints one.
 LINE_SECONDS = 30.0
 
-#: Seconds between two updates of the bar: more often would cost a small meta-iteration a tenth of its time.
+#: Seconds between updates of the bar: more frequent ones would slow small meta-iterations by a tenth.
 UPDATE_SECONDS = 0.1
 
-#: Iterations that the tasks per second shown are of, and updates that the time left on a plain line follows from.
+#: Number of latest iterations averaged for tasks per second, and of latest updates for the time left.
 RATE_WINDOW = 20
 
-#: The narrowest bar, in columns; where a terminal is wider, the bar takes what the count and the times leave.
+#: Minimum width of the bar in columns; on a wider terminal it fills the space beside count and times.
 BAR_WIDTH = 8
 
-#: Terminals narrower than this have no title before the bar.
+#: Terminals narrower than this show no title before the bar.
 TITLE_WIDTH = 60
 
 
 class _TwoLines(Progress):
-    """The bar with count and times on one line, the note on lines of its own: a long note cannot squeeze the bar."""
+    """Bar, count and times on one line, the note on separate lines, so that a long note cannot squeeze the bar."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The bar, then the note; words that do not fit into a line go to the next."""
+        """The bar, then the note, wrapped."""
         for task in self.tasks:
             yield self.make_tasks_table([task])
             if task.fields["note"]:
@@ -47,22 +47,22 @@ class _TwoLines(Progress):
 
 
 class Display:
-    """Counted work under way, for a person who waits for it.
+    """Progress display for countable work.
 
-    A terminal shows a bar with the count, the time taken and left, and a note below it. Elsewhere a plain line comes
-    now and then. A quiet console shows nothing.
+    A terminal shows a bar with the count, elapsed and remaining time, and a note below it. Elsewhere plain lines are
+    printed now and then. A quiet console shows nothing.
 
     Args:
-        console: where it goes
-        title: what the bar is called
-        total: pieces of work
-        completed: how many of them are done before it starts
-        word: what a piece is called at the head of a plain line; default: ``title``
+        console: where to print
+        title: label of the bar
+        total: number of items
+        completed: items done before the start
+        word: name for an item at the start of a plain line; default: ``title``
     """
 
     def __init__(self, console: Console, title: str, total: int, *, completed: int = 0, word: str = "") -> None:
         self.console, self.word, self.total, self._first = console, word or title, total, completed
-        self._latest: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)  # when how much was done
+        self._latest: deque[tuple[float, int]] = deque(maxlen=RATE_WINDOW)  # times and counts of the latest updates
         whole = Column(no_wrap=True)
         columns = (
             BarColumn(None, table_column=Column(ratio=1, min_width=BAR_WIDTH)), MofNCompleteColumn(table_column=whole),
@@ -76,7 +76,7 @@ class Display:
         self._last_line = 0.0
 
     def start(self) -> None:
-        """Show the bar, and count the time from here."""
+        """Show the bar and start its clock."""
         self._last_line = time.monotonic()
         self._latest.append((self._last_line, self._first))
         self._bar.reset(self._task, completed=self._first)  # its clock starts here too
@@ -99,9 +99,9 @@ class Display:
         """Move the bar.
 
         Args:
-            completed: pieces that are done
-            note: what to say of them
-            line: print a plain line now, where there is no bar; otherwise one comes every :data:`LINE_SECONDS`
+            completed: finished items
+            note: text to show with them
+            line: print a plain line now, if there is no bar; otherwise one comes every :data:`LINE_SECONDS`
         """
         self._bar.update(self._task, completed=completed, note=note)
         now = time.monotonic()
@@ -110,14 +110,14 @@ class Display:
         if self.console.is_interactive or not (line or now - self._last_line > LINE_SECONDS):
             return
         self._last_line, done, rest = now, completed - before, self.total - completed
-        left = f"{duration((now - since) / done * rest)} left" if done > 1 and rest > 0 else ""  # one piece says little
+        left = f"{duration((now - since) / done * rest)} left" if done > 1 and rest > 0 else ""  # one is too few
         notes = " · ".join(part for part in (note, left) if part)
         text = f"{self.word} {completed}/{self.total}: {notes}"
         self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 def describe(measures: dict[str, float]) -> str:
-    """Measures in words, the loss first: "loss 0.52 · accuracy 83.1 %"."""
+    """Format measures, the loss first: "loss 0.52 · accuracy 83.1 %"."""
     names = sorted(measures, key=lambda name: name != "loss")
     return " · ".join(
         f"accuracy {100 * measures[name]:.1f} %" if name == "accuracy" else f"{name} {measures[name]:.3g}"
@@ -126,18 +126,18 @@ def describe(measures: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Hours, minutes and seconds: "0:42", "1:02:03"."""
+    """Format seconds as hours, minutes and seconds: "0:42", "1:02:03"."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ProgressReport(Callback):
-    """Loss, accuracy, tasks per second and time left of a training, for a terminal or as lines.
+    """Shows a training's loss, accuracy, tasks per second and time left, as a bar or as plain lines.
 
     Args:
-        console: where it goes
-        word: what an iteration is called
+        console: where to print
+        word: name for an iteration
     """
 
     def __init__(self, console: Console, word: str = "iteration") -> None:
@@ -148,7 +148,7 @@ class ProgressReport(Callback):
         self._latest: deque[Record] = deque(maxlen=RATE_WINDOW)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Show the bar, from where a resumed run stands."""
+        """Show the bar, starting at a resumed run's iteration."""
         first = trainer.iteration
         self._display = Display(
             self.console, "meta-training", trainer.config.iterations, completed=first, word=self.word
@@ -158,7 +158,7 @@ class ProgressReport(Callback):
             self.console.print(f"goes on after {self.word} {first}")
 
     def on_iteration(self, trainer: Trainer, record: Record) -> None:
-        """Move the bar; a plain line now and then."""
+        """Move the bar; without one, print a plain line now and then."""
         self._latest.append(record)
         now, last = time.monotonic(), record.iteration == trainer.config.iterations
         if now - self._updated < UPDATE_SECONDS and not last and record.iteration % trainer.config.eval_every:
@@ -171,7 +171,7 @@ class ProgressReport(Callback):
         self._show(record.iteration)
 
     def on_evaluation(self, trainer: Trainer, measures: dict[str, float]) -> None:
-        """Validation measures join the note, and have a plain line of their own."""
+        """Add validation measures to the note; without a bar, print a plain line."""
         self._validation = f" · validation {describe(measures)}"
         self._show(trainer.iteration, line=True)
 
@@ -185,6 +185,6 @@ class ProgressReport(Callback):
         self._display.update(iteration, self._note + self._validation, line=line)
 
     def _rate(self) -> float:
-        """Tasks per second of the latest iterations."""
+        """Tasks per second over the latest iterations."""
         seconds = sum(record.seconds for record in self._latest)
         return sum(record.tasks_per_second * record.seconds for record in self._latest) / max(seconds, 1e-9)

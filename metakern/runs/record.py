@@ -1,4 +1,4 @@
-"""What a run leaves in its folder and shows on the screen, from the command line and from Python alike."""
+"""Record of a run: its files and screen output, for the command line and for Python."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 
 
 class RunRecord(FolderRecord):
-    """A folder's config.yaml, environment.json, metrics.jsonl, TensorBoard events, figures and weights; progress.
+    """Writes config.yaml, environment.json, metrics.jsonl, TensorBoard events, figures and weights; shows progress.
 
-    :class:`metakern.training.Trainer` makes one of the folder that it is given; give it one of your own for other
-    contents of config.yaml, another console or another word.
+    :class:`metakern.training.Trainer` creates one for a plain folder; pass a record of your own to change the content
+    of config.yaml, the console or the word for an iteration.
 
     Args:
         folder: of the run
-        progress: whether the screen shows it, or the console that shows it
-        word: what an iteration is called
-        command: the command of ``metakern train`` that this is; None in Python
+        progress: whether to show progress on the screen, or the console to show it on
+        word: name for an iteration
+        command: the subcommand of ``metakern train``; None in Python
         settings: content of config.yaml; default: the trainer's configuration, optimizer, schedule and learner
-        weights: whether model.safetensors is written when the training ends
+        weights: whether to write model.safetensors when the training ends
     """
 
     def __init__(
@@ -57,17 +57,17 @@ class RunRecord(FolderRecord):
         ]
 
     def prepare(self) -> None:
-        """Raise what would go wrong with the records before any work is done.
+        """Fail early: check libraries and file names before any work is done.
 
         Raises:
             ModuleNotFoundError: for a library that is not installed
-            OSError: where a directory or a link has the name of a file to write.
+            OSError: if a directory or link has the name of a file to write.
         """
         check_installed("tensorboard", "matplotlib")
         check_targets(self.folder, FILES, FOLDERS)
 
     def on_start(self, trainer: Trainer) -> None:
-        """Write down what is about to run."""
+        """Write environment.json and config.yaml, and start the logs."""
         write_environment(self.folder, command=self.command is not None)
         if self.command is not None:
             write_config(self.folder, self.command, self.settings or {})
@@ -90,7 +90,7 @@ class RunRecord(FolderRecord):
             log.on_evaluation(trainer, measures)
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
-        """Close the logs, draw the curves; the best weights, if the training came to its end."""
+        """Save the best weights if the training completed; close the logs and draw the curves."""
         try:
             if error is None and self.weights and trainer.best_weights is not None:
                 save_state(self.folder, type(trainer.learner).__name__, trainer.best_weights)
@@ -99,7 +99,7 @@ class RunRecord(FolderRecord):
 
 
 def progress_reports(progress: bool | Console, word: str = "iteration") -> list[Callback]:
-    """The callback that shows progress on the screen or a console, if any."""
+    """The progress callback for the screen or a console, if wanted."""
     if progress is False:
         return []
     return [ProgressReport(Console() if progress is True else progress, word)]

@@ -1,12 +1,12 @@
-"""The files of a run's folder, each whole or not there, and what they say of the run.
+"""The files of a run's folder, written atomically.
 
 config.yaml        every setting; ``metakern train … --config run/config.yaml --output again`` repeats the run
 environment.json   versions, build, command line, threads, date, launch of torchrun
 metrics.jsonl      one JSON object a line: iterations and evaluations
 events.out.*       the same for TensorBoard
 figures/*.png      learning curves, adaptation steps, clusters
-checkpoints/       of the trainer
-model.safetensors  the weights that the run ended with, the best by validation
+checkpoints/       the trainer's checkpoints
+model.safetensors  the best weights by validation
 results.json       measures on test tasks
 """
 
@@ -41,27 +41,27 @@ FIGURES = "figures"
 WEIGHTS = "model.safetensors"
 RESULTS = "results.json"
 
-#: Files that a training writes under fixed names, and folders; see :func:`metakern.core.files.check_targets`.
+#: Fixed file and folder names of a training; see :func:`metakern.core.files.check_targets`.
 FILES = (CONFIG, ENVIRONMENT, METRICS, WEIGHTS, f"{FIGURES}/learning.png")
 FOLDERS = (FIGURES, CHECKPOINTS)
 
-#: Packages whose versions a run notes, beside torch's in build_info.
+#: Packages whose versions are recorded, besides torch's in build_info.
 _PACKAGES = ("numpy", "scikit-learn", "safetensors", "triton", "tensorboard", "matplotlib")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file whole or not at all; see :func:`write_bytes`."""
+    """Write a text file atomically; see :func:`write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all, and its folder where there is none."""
+    """Write a file atomically; creates its folder if missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, content)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write figures with the command, date and installation that made them."""
+    """Write results as JSON with the command, date and installation that produced them."""
     header: dict[str, object] = {
         "command": " ".join(["metakern", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -71,7 +71,7 @@ def write_json(path: Path, content: Mapping[str, object]) -> None:
 
 
 def finite(content: Any) -> Any:
-    """The same with null for infinity and NaN, which JSON does not have."""
+    """Replace infinity and NaN, which JSON lacks, by null."""
     if isinstance(content, Mapping):
         return {key: finite(value) for key, value in content.items()}
     if isinstance(content, (list, tuple)):
@@ -80,11 +80,11 @@ def finite(content: Any) -> Any:
 
 
 def write_environment(folder: Path, *, command: bool = True) -> None:
-    """environment.json: what a run's numbers may depend on, beside its configuration.
+    """Write environment.json: versions, machine and launch, which may influence a run's numbers.
 
     Args:
         folder: of the run
-        command: whether the command line trains; otherwise it is a program in Python, which is named
+        command: whether ``metakern train`` runs; otherwise the Python program's command line is recorded
     """
     versions: dict[str, str | None] = {}
     for name in _PACKAGES:
@@ -99,15 +99,15 @@ def write_environment(folder: Path, *, command: bool = True) -> None:
 
 
 def launch() -> str | None:
-    """What all processes that one ``torchrun`` starts and starts anew have in common; None without torchrun.
+    """Identifier of the ``torchrun`` launch, the same after restarts; None without torchrun.
 
-    Its job's id, which is "none" where no one has given it any: then the process that started this one.
+    This is the job's id; if it is unset ("none"), host, PID and start time of the parent process.
     """
     job = os.environ.get("TORCHELASTIC_RUN_ID")
     if job != "none":
         return job
     parent = os.getppid()
-    try:  # PIDs are reused; clock ticks from the machine's start to theirs are not
+    try:  # the start time in clock ticks since boot, as PIDs are reused
         since = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
     except OSError:
         since = ""
@@ -115,13 +115,13 @@ def launch() -> str | None:
 
 
 def write_config(folder: Path, learner: str, settings: Mapping[str, object], *, command: bool = True) -> None:
-    """config.yaml: every setting of a run by its name.
+    """Write config.yaml: every setting of a run by name.
 
     Args:
         folder: of the run
-        learner: the command that trains it, or the learner's class
+        learner: the subcommand of ``metakern train``, or the learner's class
         settings: names and values
-        command: whether ``metakern train LEARNER`` takes them
+        command: whether ``metakern train LEARNER`` accepts them
     """
     head = (
         f"# metakern train {learner} --config {folder / CONFIG} --output FOLDER repeats this run in another folder; "
@@ -134,7 +134,7 @@ def write_config(folder: Path, learner: str, settings: Mapping[str, object], *, 
 
 
 def save_state(folder: Path, learner: str, state: Mapping[str, Any]) -> None:
-    """model.safetensors: the tensors of a learner's state and their checksum; extra state is in checkpoints alone."""
+    """Write model.safetensors: a learner's state tensors and their checksum; extra state is only in checkpoints."""
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in state.items() if isinstance(x, Tensor)}
     metadata = {"format": "pt", "learner": learner, "sha256": digest(tensors)}
     write_bytes(folder / WEIGHTS, save(tensors, metadata=metadata))

@@ -1,4 +1,4 @@
-"""The outer loop that a person runs: training, checkpoints, many processes."""
+"""Meta-training: the outer loop, checkpoints, distributed processes."""
 
 from typing import Any
 

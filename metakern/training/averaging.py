@@ -21,7 +21,7 @@ class MovingAverage:
     The smaller β_n of the first steps forget where training started. Buffers are not averaged.
 
     Args:
-        module: whose parameters are averaged, those of floating point
+        module: its floating-point parameters are averaged
         decay: β
     """
 
@@ -33,14 +33,14 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the parameters as they are into the average."""
+        """Update the average with the current parameters."""
         self.steps += 1
         decay = min(self.decay, (1 + self.steps) / (10 + self.steps))
         foreach_lerp_(list(self.average.values()), list(self._parameters.values()), 1 - decay)
 
     @torch.no_grad()
     def restart(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Start the averages of these parameters anew, as they are now."""
+        """Reset the averages of these parameters to their current values."""
         anew = set(map(id, parameters))
         for name, p in self._parameters.items():
             if id(p) in anew:
@@ -48,7 +48,7 @@ class MovingAverage:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within it the module's parameters hold the average."""
+        """Context in which the module's parameters hold the average."""
         own = {name: p.detach().clone() for name, p in self._parameters.items()}
         self._write(self.average)
         try:
@@ -61,7 +61,7 @@ class MovingAverage:
         return {"steps": self.steps, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take the average that :meth:`state_dict` gave, for the same parameters."""
+        """Restore the average from :meth:`state_dict`, for the same parameters."""
         if state["average"].keys() != self.average.keys():
             raise ValueError(
                 f"the moving average must be of parameters {sorted(self.average)}, got {sorted(state['average'])}"
@@ -79,7 +79,7 @@ class MovingAverage:
 def start_anew(
     parameters: Iterable[nn.Parameter], optimizer: torch.optim.Optimizer, average: MovingAverage | None
 ) -> None:
-    """Drop what optimizer and average keep of parameters that a learner has replaced: it is of others."""
+    """Reset optimizer state and average of parameters that a learner has replaced: both are stale."""
     parameters = list(parameters)
     for p in parameters:
         optimizer.state.pop(p, None)

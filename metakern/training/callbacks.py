@@ -1,4 +1,4 @@
-"""What a user hears of a training while it runs, and what a folder keeps of it."""
+"""Callbacks of a training: the interface, and the record kept in a run's folder."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 class Callback:
-    """Called by a trainer, in process 0 only; a callback overrides the methods that it needs.
+    """Base class of callbacks, called in process 0 only; a subclass overrides the methods that it needs.
 
-    An exception in one ends the training.
+    An exception in a callback ends the training.
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -33,14 +33,14 @@ class Callback:
         """After a checkpoint was written to ``path``."""
 
     def on_end(self, trainer: Trainer, history: History, error: BaseException | None) -> None:
-        """When ``fit`` ends, whatever ends it: ``error`` is None at the end of a training.
+        """When ``fit`` ends, for any reason; ``error`` is None if training completed.
 
-        Where there is an error, one that is raised here becomes a warning.
+        If there is an error, an exception raised here becomes a warning.
         """
 
 
 class FolderRecord(Callback):
-    """What a run leaves in its folder beside checkpoints; :class:`metakern.runs.RunRecord` is the one in use.
+    """Base class for the files of a run besides checkpoints; :class:`metakern.runs.RunRecord` implements it.
 
     Attributes:
         folder: of the run
@@ -51,11 +51,11 @@ class FolderRecord(Callback):
     lock: FolderLock
 
     def prepare(self) -> None:
-        """Raise what would go wrong with the record before any work is done."""
+        """Fail early: raise any error that writing the record would meet."""
 
 
 def call_ends(trainer: Trainer, callbacks: Sequence[Callback], error: BaseException | None) -> None:
-    """Call every ``on_end``; one that fails hides neither the others nor the error that ended the training."""
+    """Call every ``on_end``; a failing one hides neither the others nor the error that ended the training."""
     failure: Exception | None = None
     for callback in callbacks:
         try:

@@ -1,8 +1,8 @@
-"""Checkpoints on disk: whole or not there, of plain data only, and checked before they are believed.
+"""Checkpoints on disk: written atomically, plain data only, verified before loading.
 
-A checkpoint is two files: ``00000100.pt``, a torch file that is loaded with ``weights_only=True``, so that it can run
-no code, and ``00000100.sha256`` beside it, which ``sha256sum -c`` reads. Each is written to a temporary file, synced
-and renamed. Whatever ends a process in between, the checkpoints from before are whole.
+A checkpoint is two files: ``00000100.pt``, a torch file loaded with ``weights_only=True``, so that it can run no code,
+and ``00000100.sha256`` beside it, which ``sha256sum -c`` reads. Each is written to a temporary file, synced and
+renamed. A process killed in between leaves the earlier checkpoints intact.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from metakern.core.text import one_line
 #: The folder of checkpoints in the folder of a run.
 CHECKPOINTS = "checkpoints"
 
-#: Version of the state that a checkpoint holds; another one is refused.
+#: Version of the checkpoint format; other versions are refused.
 FORMAT = 1
 
 _NAME = re.compile(r"(\d{8,})\.pt")
@@ -35,19 +35,19 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged, or holds what no checkpoint may hold."""
+    """A checkpoint is damaged or has invalid content."""
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """The state in a checkpoint, after its digest was verified; tensors are on the CPU.
+    """Load a checkpoint's state after verifying its digest; tensors are on the CPU.
 
     Args:
         path: of the ``.pt`` file; its ``.sha256`` lies beside it
 
     Raises:
         FileNotFoundError: where there is no such file.
-        CheckpointError: for one without its digest, that is not the one its digest is of, or that holds anything but
-            tensors and plain data. No code in it is run.
+        CheckpointError: for a missing digest, a digest that does not match, or content other than tensors and plain
+            data. No code in it is run.
     """
     return from_bytes(read_verified(Path(path)), str(path))
 
@@ -73,7 +73,7 @@ def from_bytes(payload: bytes, name: str) -> dict[str, Any]:
         raise CheckpointError(
             f"{name} holds more than tensors and plain data and is refused: it may run code"
         ) from error
-    except Exception as error:  # a broken archive raises anything, and all of it means the same
+    except Exception as error:  # a broken archive may raise any exception
         raise CheckpointError(f"{name} is no torch file: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(state, dict) or "format" not in state:
         raise CheckpointError(f"{name} is a torch file, but no checkpoint of a trainer")
@@ -83,10 +83,10 @@ def from_bytes(payload: bytes, name: str) -> dict[str, Any]:
 
 
 def to_bytes(state: dict[str, Any]) -> bytes:
-    """A checkpoint's bytes.
+    """Serialize a state to a checkpoint's bytes.
 
     Raises:
-        TypeError: for a state that could not be loaded again, naming the part that holds more than plain data.
+        TypeError: for a state that could not be loaded again; names the part that is not plain data.
     """
     payload = _serialised(state)
     if not _is_plain(payload):
@@ -116,18 +116,18 @@ class Checkpoints:
     """The checkpoints of one run.
 
     Args:
-        folder: holds them and nothing else
-        keep: how many of the newest are kept
+        folder: holds only checkpoints
+        keep: number of newest checkpoints to keep
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
         self.folder, self.keep = folder, keep
 
     def prepare(self) -> None:
-        """Make the folder and write into it, so that a run that could keep nothing does not start.
+        """Make the folder and test that it is writable before the run starts.
 
         Raises:
-            OSError: that says what is wrong with the folder or disk.
+            OSError: says what is wrong with the folder or disk.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -141,26 +141,26 @@ class Checkpoints:
             raise _explained(error, self.folder, "no checkpoint can be written") from error
 
     def numbered(self) -> list[Path]:
-        """Checkpoints by the iterations that they stand for, oldest first."""
+        """Checkpoint files by iteration, oldest first."""
         found = [path for path in self.folder.glob("*.pt") if _NAME.fullmatch(path.name)]
         return sorted(found, key=_number)
 
     def save(self, state: dict[str, Any], *, best: int | None = None) -> Path:
-        """Write a checkpoint, then remove those that are neither among the newest nor the best.
+        """Write a checkpoint, then remove all but the newest ``keep`` and the best.
 
         Args:
             state: what to write; ``state["iteration"]`` names it
             best: iteration of the best one
 
         Raises:
-            OSError: for a full disk, a read-only folder and the like; older checkpoints are whole then.
-            TypeError: for a state of more than plain data.
+            OSError: for a full disk, a read-only folder and the like; older checkpoints stay intact.
+            TypeError: for a state that is not plain data.
         """
         path = self.folder / f"{state['iteration']:08d}.pt"
         payload = to_bytes(state)
         try:
             self._set_aside(state["iteration"])
-            # The digest first: a file without one would be one that looks damaged.
+            # The digest first: a checkpoint without one would look damaged.
             for target, data in ((_sidecar(path), _digest_line(path.name, payload)), (path, payload)):
                 write_whole(target, data)
             _sync_folder(self.folder)
@@ -172,11 +172,11 @@ class Checkpoints:
         return path
 
     def load_newest(self) -> tuple[Path, bytes]:
-        """The newest checkpoint that is whole, as :func:`from_bytes` reads it; a warning names those that are not.
+        """The newest intact checkpoint and its bytes; a warning names damaged ones.
 
         Raises:
-            FileNotFoundError: where there is none at all.
-            CheckpointError: where none is whole.
+            FileNotFoundError: if there is no checkpoint.
+            CheckpointError: if all are damaged.
         """
         problems = []
         for path in reversed(self.numbered()):
@@ -194,7 +194,7 @@ class Checkpoints:
         raise FileNotFoundError(errno.ENOENT, "there is no checkpoint", str(self.folder))
 
     def _set_aside(self, iteration: int) -> None:
-        """Rename what is there of this iteration and later ones, damaged or of a course not followed, to ``.aside``."""
+        """Rename checkpoints of this iteration and later ones, damaged or of an abandoned run, to ``.aside``."""
         for path in self.numbered():
             if _number(path) >= iteration:
                 for file in (path, _sidecar(path)):
@@ -206,27 +206,27 @@ class Checkpoints:
             if _number(path) != best:
                 path.unlink()
                 _sidecar(path).unlink(missing_ok=True)
-        for path in self.folder.glob(f"*{TEMPORARY}"):  # of killed processes; a link goes, what it points to stays
+        for path in self.folder.glob(f"*{TEMPORARY}"):  # left by killed processes; removes a link, not its target
             if path.is_symlink() or path.is_file():
                 path.unlink()
 
     def _discard(self, path: Path) -> None:
-        """Remove the digest of a checkpoint that was not written, as far as the disk lets us."""
+        """Remove the digest of a checkpoint that was not written, if the folder is writable."""
         sidecar = _sidecar(path)
         if sidecar.is_file() and not path.exists() and os.access(self.folder, os.W_OK):
             sidecar.unlink()
 
 
 def find_checkpoint(path: str | Path | None, own: Checkpoints | None) -> tuple[Path, bytes]:
-    """The checkpoint that a path names, with its verified bytes.
+    """Find a checkpoint by path and return it with its verified bytes.
 
     Args:
-        path: a file; or a folder of checkpoints, or of a run, whose newest whole one it is; None means ``own``
-        own: checkpoints of the run that asks
+        path: a file, or a folder of checkpoints or of a run, from which the newest intact one is taken; None: ``own``
+        own: checkpoints of the calling run
 
     Raises:
-        FileNotFoundError: where there is none
-        CheckpointError: for a damaged one, or a folder without a whole one
+        FileNotFoundError: if there is no checkpoint
+        CheckpointError: for a damaged file, or a folder without an intact one
     """
     if path is None:
         if own is None:

@@ -1,4 +1,4 @@
-"""How a meta-learner is trained."""
+"""Configuration of the trainer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from metakern.core.renamed import renamed
 from metakern.core.text import quoted
 
-#: Measures of which more is better; of all others less is.
+#: Measures where higher is better; for all others lower is.
 HIGHER_IS_BETTER = ("accuracy",)
 
-#: Mixed precisions, and which torch dtype each computes in.
+#: Accepted values of ``mixed_precision``.
 PRECISIONS = ("bf16", "fp16")
 
 _COUNTS = (
@@ -29,25 +29,25 @@ _COUNTS = (
 @renamed(clip_norm="max_grad_norm", precision="mixed_precision")
 @dataclass(frozen=True)
 class TrainerConfig:
-    """How a meta-learner is trained.
+    """Configuration of a :class:`Trainer`.
 
     Attributes:
         iterations: meta-batches to train on
         num_tasks: tasks of a meta-batch, over all processes
         seed: decides every draw
-        max_grad_norm: largest 2-norm of the meta-gradient; None leaves it as it is
-        accumulate: parts that a process goes through its share of a meta-batch in, for less memory; the meta-gradient
-            is that of the whole
+        max_grad_norm: largest 2-norm of the meta-gradient; None: no clipping
+        accumulate: chunks in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
+            still that of the whole meta-batch
         eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
         eval_tasks: tasks of an evaluation, over all processes
         patience: evaluations in a row without a better ``monitor`` before training stops; None trains to the end
-        monitor: the measure that says which weights are best: more is better for "accuracy", less for any other
-        ema: β of the exponential moving average of the parameters, which is then what is evaluated and kept as best;
-            None averages nothing
-        mixed_precision: one of :data:`PRECISIONS` for autocast, where the device has it
+        monitor: the measure that selects the best weights: higher is better for "accuracy", lower for any other
+        ema: β of the exponential moving average of the parameters; the average is then evaluated and kept as best;
+            None: no average
+        mixed_precision: one of :data:`PRECISIONS` for autocast, where the device supports it
         checkpoint_every: iterations between two checkpoints; the last iteration is followed by one
-        keep: newest checkpoints that are kept, beside the best
-        max_skipped: outer steps in a row with a loss or meta-gradient that is not finite before training stops
+        keep: number of newest checkpoints to keep, besides the best
+        max_skipped: consecutive outer steps with a non-finite loss or meta-gradient before training stops
         device: where the learner and the tasks are; "cuda" is the process's own GPU under torchrun
 
     Raises:

@@ -1,6 +1,6 @@
-"""The processes of a run: each takes its share of a meta-batch, and all see the same sums.
+"""Data-parallel processes: each computes its share of a meta-batch, and gradients are summed over all.
 
-Started by ``torchrun``, or by whatever else sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; gloo connects CPUs,
+Started by ``torchrun`` or anything else that sets RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT; gloo connects CPUs,
 NCCL GPUs.
 """
 
@@ -27,28 +27,28 @@ from torch import Tensor
 from metakern.training.identity import first_difference
 from metakern.training.signals import Interrupted, StopSignals
 
-#: How long processes wait for one that has not started yet.
+#: How long processes wait for others to start.
 _PATIENCE = timedelta(minutes=30)
 
-#: Seconds that a process whose error ends the run waits for the others to end, so that its message comes last.
+#: Seconds that a failed process waits for the others to end, so that its error message comes last.
 _FAREWELL = 30.0
 
-#: Seconds that the others have to print theirs after they said that they end.
+#: Seconds for the other processes to print their messages after they announced their end.
 _LAST_WORDS = 0.5
 
-#: Characters of an error that other processes are told.
+#: Characters of an error message that are sent to other processes.
 _TOLD = 2000
 
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def is_launched() -> bool:
-    """Whether the environment makes this process one of several."""
+    """Whether the environment variables describe a distributed launch."""
     return all(name in os.environ for name in _ENVIRONMENT) and int(os.environ["WORLD_SIZE"]) > 1
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run does not answer any more."""
+    """Another process of the run no longer responds."""
 
 
 class Processes:
@@ -58,39 +58,39 @@ class Processes:
         device: where tensors are; "cuda" becomes the GPU of LOCAL_RANK
 
     Attributes:
-        rank: which one this is
-        world: how many there are
-        device: this one's
+        rank: index of this process
+        world: number of processes
+        device: this process's device
 
     Raises:
-        RuntimeError: for a GPU that is not there.
+        RuntimeError: for a GPU that does not exist.
     """
 
-    _store: Any = None  # where processes leave words; of all that are connected here, as the group is
+    _store: Any = None  # key-value store for messages; global, like torch's process group
 
     def __init__(self, device: str) -> None:
         self.device = torch.device(device)
         if self.device.type == "cuda":
             self.device = _own_gpu(self.device)
         self.rank, self.world = 0, 1
-        self._lost = self._failed = self._heard = False  # the others; this one by its own error; another one's error
+        self._lost = self._failed = self._heard = False  # connection gone; own error; another's error known
         if not dist.is_available():
             return
         if not dist.is_initialized() and is_launched():
             Processes._store = _connect("nccl" if self.device.type == "cuda" else "gloo")
         if self._store is not None:
             atexit.register(self._leave)
-            Finalize(None, self._leave, exitpriority=0)  # children of multiprocessing run this in place of atexit
+            Finalize(None, self._leave, exitpriority=0)  # multiprocessing children run this instead of atexit
         if dist.is_initialized():
             self.rank, self.world = dist.get_rank(), dist.get_world_size()
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes."""
+        """Whether this is rank 0, which writes files."""
         return self.rank == 0
 
     def share(self, num_tasks: int) -> slice:
-        """The tasks of ``num_tasks`` that are for this process; shares differ by one task at most.
+        """Slice of ``num_tasks`` tasks for this process; shares differ by at most one task.
 
         Raises:
             ValueError: for fewer tasks than processes.
@@ -100,10 +100,10 @@ class Processes:
         return slice(num_tasks * self.rank // self.world, num_tasks * (self.rank + 1) // self.world)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum over all processes, in place; all get the same bits.
+        """Sum over all processes, in place; the result is bitwise the same everywhere.
 
         Raises:
-            ProcessLost: when another one has ended.
+            ProcessLost: if another process has ended.
         """
         if self.world > 1:
             self._collective(lambda: dist.all_reduce(tensor))
@@ -113,8 +113,8 @@ class Processes:
         """Sum the gradients and some figures over all processes in one collective.
 
         Args:
-            parameters: their ``grad`` becomes the sum, in which None is zero; it stays None where it is so everywhere
-            figures: [n], what else is summed
+            parameters: their ``grad`` becomes the sum; None counts as zero, and stays None if it is None everywhere
+            figures: [n], further numbers to sum
 
         Returns:
             the sums of ``figures``, [n]
@@ -134,13 +134,13 @@ class Processes:
         return figures
 
     def spread_(self, tensors: Iterable[Tensor]) -> None:
-        """Give all processes the first one's tensors, in place."""
+        """Broadcast tensors from rank 0, in place."""
         if self.world > 1:
             for tensor in tensors:
                 self._collective(functools.partial(dist.broadcast, tensor, 0))
 
     def spread_bytes(self, payload: bytes) -> bytes:
-        """Give all processes the first one's bytes; of the others ``payload`` is not looked at."""
+        """Broadcast bytes from rank 0; ``payload`` of other ranks is ignored."""
         if self.world == 1:
             return payload
         size = torch.tensor([len(payload)], device=self.device)
@@ -153,18 +153,18 @@ class Processes:
         return data.cpu().numpy().tobytes()
 
     def check_same(self, facts: Mapping[str, str], when: str) -> None:
-        """Compare facts over all processes, by their checksum; only where that differs are they exchanged.
+        """Compare facts over all processes by checksum; the values are exchanged only if checksums differ.
 
         Args:
             facts: values by name
-            when: at which point they must be the same, for the error
+            when: the point of the comparison, for the error message
 
         Raises:
-            ValueError: in all processes, naming the first difference and who has which value.
+            ValueError: in all processes; names the first difference and which process has which value.
         """
         if self.world == 1:
             return
-        payload = json.dumps(facts).encode()  # in its own order, which says what to name first
+        payload = json.dumps(facts).encode()  # unsorted: the order decides which difference is named
         checksum = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).digest()
         checksums = self._gather(torch.frombuffer(bytearray(checksum), dtype=torch.uint8))
         if all(torch.equal(other, checksums[0]) for other in checksums):
@@ -176,7 +176,7 @@ class Processes:
         raise ValueError(f"all {self.world} processes of a run must have the same {when}, but {difference}")
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
-        """Every process's tensor, on the CPU; all have one shape."""
+        """Gather every process's tensor to the CPU; all have the same shape."""
         own = tensor.to(self.device)
         gathered = [torch.empty_like(own) for _ in range(self.world)]
         self._collective(lambda: dist.all_gather(gathered, own))
@@ -184,7 +184,7 @@ class Processes:
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Within it, an error of this process is told to the others before it is raised; see :meth:`announce`."""
+        """Context that announces an error to the other processes before raising it; see :meth:`announce`."""
         try:
             yield
         except (ProcessLost, Interrupted):
@@ -195,7 +195,7 @@ class Processes:
             raise
 
     def announce(self, error: BaseException) -> None:
-        """Tell the other processes what ends this one, and take no part in anything from now on."""
+        """Tell the other processes which error ends this one, and leave the group."""
         if self.world == 1 or self._store is None or self._lost:
             return
         self._lost = self._failed = self._heard = True
@@ -204,14 +204,14 @@ class Processes:
         self._close()
 
     def _close(self) -> None:
-        """Close the connections: others that wait for this process look into the store then."""
+        """Close the connections: processes waiting for this one then fail and read the store."""
         if dist.is_initialized() and dist.get_backend() == "gloo":
             dist.destroy_process_group()
 
     def let_others_end(self) -> None:
-        """After :meth:`announce`: wait until the others have ended or have errors of their own, for a while at most.
+        """After :meth:`announce`: wait, with a timeout, until the others have ended or failed too.
 
-        So the message that names the cause comes last. A signal ends the waiting: torchrun sends one as soon as one
+        The message that names the cause then comes last. A signal ends the wait: torchrun sends one as soon as one
         process has ended.
         """
         if self._failed:
@@ -222,7 +222,7 @@ class Processes:
             time.sleep(_LAST_WORDS)
 
     def _wait_for(self, *words: str) -> None:
-        """Wait until every other process has said one of the words, for a while at most."""
+        """Wait, with a timeout, until every other process has posted one of the words to the store."""
         missing, end = set(range(self.world)) - {self.rank}, time.monotonic() + _FAREWELL
         with StopSignals() as signals, suppress(RuntimeError):
             while missing and time.monotonic() < end and not signals.received:
@@ -230,7 +230,7 @@ class Processes:
                 time.sleep(0.02)
 
     def _cause(self) -> str:
-        """What another process said that ended it; empty if none did."""
+        """The error that another process announced; empty if none did."""
         try:
             for rank in range(self.world) if self._store is not None else ():
                 if rank != self.rank and self._store.check([f"error/{rank}"]):
@@ -244,11 +244,11 @@ class Processes:
         try:
             call()
         except torch.OutOfMemoryError:
-            raise  # this process's own trouble
+            raise  # this process's own error
         except RuntimeError as error:
             self._lost = True
             if cause := self._cause():
-                traceback.clear_frames(error.__traceback__)  # they hold the group, which would stay connected
+                traceback.clear_frames(error.__traceback__)  # frames hold the group and keep it connected
                 self._close()
                 raise ProcessLost(f"process {self.rank} of {self.world} stops, as {cause}") from None
             reason = str(error).strip().splitlines()[0]
@@ -258,20 +258,20 @@ class Processes:
             ) from error
 
     def _leave(self) -> None:
-        """At the end of the process: after an error of one, the process that keeps the store ends last."""
+        """At exit: after another process's error, the process that hosts the store ends last."""
         if self._heard and not self._failed:
             self._heard = False
             with suppress(RuntimeError):
                 self._store.set(f"left/{self.rank}", "yes")
             if self.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
                 self._wait_for("left", "bye")
-        if dist.is_initialized() and not self._lost:  # a lost process would be waited for
+        if dist.is_initialized() and not self._lost:  # destroying the group would wait for a lost process
             dist.destroy_process_group()
 
 
 def _connect(backend: str) -> Any:
-    """Join the processes of the run; returns the store that they share."""
-    # Builds of torch without distributed training have neither.
+    """Join the process group; returns the shared store."""
+    # Imported here: torch builds without distributed support lack both.
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
 
@@ -282,11 +282,11 @@ def _connect(backend: str) -> Any:
 
 
 def _new_name(store: Any, rank: int, world: int) -> str:
-    """A name that exactly these processes have, as the first one chose it.
+    """A key prefix for this set of processes, chosen by rank 0.
 
-    torchrun keeps its store when it restarts processes, and these would then wait at the addresses of the dead ones:
-    what they write is kept apart by this name. The number of a restart would not do, as machines may count differently.
-    So each process says a word of its own, in place of its predecessor's, and takes the name that answers this word.
+    torchrun keeps its store when it restarts processes, and the new ones would read the addresses of the dead: the
+    prefix keeps their keys apart. The restart count cannot serve as prefix, as machines may count differently. So each
+    process posts a random word, overwriting its predecessor's, and takes the name posted in answer to this word.
     """
     word = uuid.uuid4().hex
     if rank:

@@ -1,4 +1,4 @@
-"""What a training showed: a record of every iteration, and the evaluations."""
+"""Training history: a record of every iteration, and the evaluations."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Record:
         lr: of the optimizer's first group, in this iteration
         grad_norm: 2-norm of the meta-gradient before clipping, mean over its outer steps
         skipped: outer steps skipped so far
-        seconds: that it took, without evaluation and checkpoint
+        seconds: duration, without evaluation and checkpoint
     """
 
     iteration: int
@@ -36,13 +36,13 @@ class Record:
 
 @dataclass(repr=False)
 class History:
-    """A training so far.
+    """History of a training.
 
     Attributes:
         records: one for each iteration
         evaluations: (iterations so far, measures of the "valid" split)
         best: the best value of the monitored measure, None before there is one
-        best_iteration: iterations after which it was met
+        best_iteration: iteration at which ``best`` was reached
     """
 
     records: list[Record] = field(default_factory=list)
@@ -51,7 +51,7 @@ class History:
     best_iteration: int | None = None
 
     def __repr__(self) -> str:
-        """The training in a few words."""
+        """A one-line summary."""
         parts = [f"{len(self.records)} iterations"]
         if self.records:
             parts.append(f"last loss {self.records[-1].loss:.4g}")
@@ -64,7 +64,7 @@ class History:
 
     @property
     def skipped(self) -> int:
-        """Outer steps that were skipped as their loss or meta-gradient was not finite."""
+        """Outer steps skipped for a non-finite loss or meta-gradient."""
         return self.records[-1].skipped if self.records else 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,7 +85,7 @@ class History:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Become the history that :meth:`state_dict` wrote."""
+        """Restore the history from :meth:`state_dict`."""
         rows = zip(*(state["columns"][name].tolist() for name in _COLUMNS), strict=True)
         self.records = [Record(**dict(zip(_COLUMNS, row, strict=True))) for row in rows]
         self.evaluations = [(iteration, dict(values)) for iteration, values in state["evaluations"]]

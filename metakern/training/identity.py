@@ -1,4 +1,4 @@
-"""What a training is made of, as names and values: compared with a checkpoint's, and between processes."""
+"""Settings of a training as names and values, to compare with a checkpoint's and between processes."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from torch import Tensor, nn
 from metakern.core.plain_data import LIST_ENTRIES
 from metakern.core.text import quoted, shortened
 
-#: Options of an optimizer that a schedule moves; a checkpoint brings its own.
+#: Optimizer options that a schedule changes; a checkpoint restores them.
 _RATES = frozenset({"lr", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"})
 
-#: Options that say how a step is computed, not what it computes.
+#: Options of a step's implementation, which do not change its result.
 _RUNTIME = frozenset({"params", "param_names", "foreach", "fused", "capturable", "differentiable"})
 
-#: What a scheduler counts, beside its options.
+#: A scheduler's counters, as opposed to its options.
 _COUNTERS = frozenset({"last_epoch", "base_lrs", "best", "num_bad_epochs", "cooldown_counter", "T_cur", "T_i"})
 
 _SCALARS = (bool, int, float, str, type(None))
 
-#: Attributes that processes of one run may have different values of.
+#: Attributes that may differ between processes of one run.
 _OWN = frozenset({"training", "rank", "local_rank", "device"})
 
 Identity = dict[str, Any]
 
 
 def identity_of(optimizer: torch.optim.Optimizer, scheduler: Any, learner: nn.Module) -> Identity:
-    """Classes and options of optimizer and scheduler as plain data, in the state that a training starts with."""
+    """Classes and initial options of optimizer and scheduler, as plain data."""
     names = {id(p): name for name, p in learner.named_parameters()}
     groups = [
         {"parameters": [names[id(p)] for p in group["params"]], "options": _options(group)}
@@ -48,9 +48,9 @@ def identity_of(optimizer: torch.optim.Optimizer, scheduler: Any, learner: nn.Mo
 
 
 def identity_in(state: Mapping[str, Any], own: Identity) -> Identity:
-    """The identity of an older checkpoint, which holds none: the optimizer's options, but no class.
+    """Reconstruct the identity of an older checkpoint without one: the optimizer's options, but no class.
 
-    Where there is a schedule, it may have moved momentum and betas, so these are not known.
+    A schedule may have changed momentum and betas, so these are taken from ``own``.
     """
     moved = {"momentum", "betas"} if own["scheduler"] is not None else set()
     groups = []
@@ -62,7 +62,7 @@ def identity_in(state: Mapping[str, Any], own: Identity) -> Identity:
 
 
 def differences(saved: Identity, own: Identity) -> list[str]:
-    """What a checkpoint was written with and this training has otherwise, in words."""
+    """Describe the differences between a checkpoint's identity and this training's."""
     for part in ("optimizer", "scheduler"):
         if (saved[part] is None) == (own[part] is None) and not _same_class(saved[part], own[part]):
             return [f"{part} {_shown(saved[part], own[part])}, this training has {_shown(own[part], saved[part])}"]
@@ -91,18 +91,18 @@ def _differing(saved: Mapping[str, Any], own: Mapping[str, Any], where: str) -> 
 
 
 def _options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a parameter group that a training keeps."""
+    """Options of a parameter group that stay fixed during training."""
     return {name: _plain(value) for name, value in group.items() if name not in _RATES | _RUNTIME}
 
 
 def _schedule(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a scheduler, out of its state."""
+    """A scheduler's options, from its state."""
     names = (name for name in state if not name.startswith("_") and name not in _COUNTERS)
     return {name: state[name] for name in names if isinstance(state[name], _SCALARS)}
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, text and lists of them as they are, tensors as numbers; of anything else its class."""
+    """Convert to plain data: numbers, text and lists stay, tensors become numbers, other objects their class name."""
     if isinstance(value, Tensor):
         return value.tolist()
     if isinstance(value, list | tuple):
@@ -120,14 +120,14 @@ def _class_name(value: object) -> str:
 
 
 def _same_class(a: str | None, b: str | None) -> bool:
-    """Whether two names are of one class; a script's own classes are in ``__main__`` only while it is the program."""
+    """Whether two names mean one class; a script's classes are in ``__main__`` only when it is run directly."""
     if a is None or b is None or "__main__" not in (a.rpartition(".")[0], b.rpartition(".")[0]):
         return a == b
     return a.rpartition(".")[2] == b.rpartition(".")[2]
 
 
 def _shown(name: str | None, other: str | None) -> str:
-    """The short name of a class, or the whole where the other's short name is the same."""
+    """The short name of a class; the full name if both short names are equal."""
     if name is None:
         return "None"
     short = name.rpartition(".")[2]
@@ -135,7 +135,7 @@ def _shown(name: str | None, other: str | None) -> str:
 
 
 def plain_settings(learner: nn.Module, optimizer: torch.optim.Optimizer, scheduler: Any, config: Any) -> dict[str, Any]:
-    """What a training in Python was given, as scalars and short lists by name, for its config.yaml."""
+    """Settings of a training started from Python, as scalars and short lists, for config.yaml."""
     found: dict[str, Any] = asdict(config)
     found["optimizer"] = type(optimizer).__name__
     for name, value in optimizer.defaults.items():
@@ -144,7 +144,7 @@ def plain_settings(learner: nn.Module, optimizer: torch.optim.Optimizer, schedul
     if scheduler is not None:
         found |= {f"scheduler.{name}": value for name, value in _schedule(scheduler.state_dict()).items()}
     for prefix, module in learner.named_modules():
-        if not type(module).__module__.startswith("torch."):  # layers are of the learner's own making
+        if not type(module).__module__.startswith("torch."):  # torch's layers follow from the learner's settings
             where = ".".join(filter(None, ("learner", prefix)))
             found |= dict(_attributes(module, where, text=True))
     plain = {name: _plain(value) for name, value in found.items()}
@@ -159,11 +159,11 @@ def _is_short(values: list[Any]) -> bool:
 
 
 def settings_of(learner: nn.Module, tasks: object, identity: Identity, config: Mapping[str, Any]) -> dict[str, str]:
-    """All that processes of one run must have in common when it starts, by name.
+    """Settings that must agree between processes at the start of a run, by name.
 
-    Public attributes of the learner's modules that are numbers, text or lists of them count as settings; a learner's
-    value of a process's own starts with an underscore. Of tasks, whose folder may be another on every machine, only
-    numbers count. Values of parameters do not: the first process gives its own to all.
+    Public attributes of the learner's modules that are numbers, text or lists of them count as settings; an attribute
+    that may differ between processes starts with an underscore. Of the tasks only numbers count, as their folder may
+    differ between machines. Parameter values do not count: they are broadcast from the first process.
     """
     facts = {name: repr(value) for name, value in config.items() if name != "device"}
     facts |= dict(_leaves(identity, ""))
@@ -181,7 +181,7 @@ def settings_of(learner: nn.Module, tasks: object, identity: Identity, config: M
 
 
 def values_of(state: Mapping[str, Any]) -> dict[str, str]:
-    """A state's tensors, as their checksums, and numbers by name."""
+    """A state's tensors, as checksums, and its numbers, by name."""
     return dict(_leaves(state, ""))
 
 
@@ -212,7 +212,7 @@ def _leaves(tree: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def first_difference(facts: Sequence[Mapping[str, str]]) -> str:
-    """The first name of which processes have different values, the values, and the processes with each."""
+    """Describe the first name whose values differ: the values, and the processes with each."""
     names = dict.fromkeys(name for one in facts for name in one)
     for name in names:
         values: dict[str, list[int]] = {}

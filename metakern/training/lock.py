@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder: a lock that the system releases when its holder ends, however it ends."""
+"""Folder lock: one training per folder; the operating system releases it when the holder ends or is killed."""
 
 from __future__ import annotations
 
@@ -19,27 +19,26 @@ from metakern.core.files import check_targets, write_whole
 from metakern.core.plain_data import read_json
 from metakern.core.text import one_line
 
-#: The file that is locked, and the one that says by whom.
+#: The lock file, and the file that describes its holder.
 LOCK, HOLDER = ".lock", ".lock.json"
 
-#: Seconds to wait for a holder that is about to end: torchrun starts processes anew as soon as the old ones are killed.
+#: Seconds to wait for a holder that is about to end: torchrun restarts processes right after killing the old ones.
 _PATIENCE = 1.0
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FolderInUse(RuntimeError):
-    """Another process, or another trainer of this one, trains in the folder."""
+    """Another process, or another trainer in this process, trains in the folder."""
 
 
 class FolderLock:
-    """The right to write a run's folder; taken more than once by one object, it is held until all have let go.
+    """Reentrant lock for writing a run's folder; reading needs no lock.
 
-    The system keeps the lock (``flock``): that of a process that was killed is free at once. Reading a folder needs no
-    lock.
+    It is the operating system's (``flock``): when a process is killed, its lock is free at once.
 
     Args:
-        folder: of the run; made where there is none
+        folder: of the run; created if missing
     """
 
     def __init__(self, folder: Path) -> None:
@@ -51,8 +50,8 @@ class FolderLock:
         """Take the lock.
 
         Raises:
-            FolderInUse: where another holds it, saying who, and since when
-            OSError: for a folder that cannot be made or written.
+            FolderInUse: if another holds it; says who, and since when
+            OSError: for a folder that cannot be created or written.
         """
         if not self._times:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -83,7 +82,7 @@ class FolderLock:
         self._times += 1
 
     def release(self) -> None:
-        """Let go; what was not taken need not be."""
+        """Release the lock once; no error if it is not held."""
         if self._times == 1 and self._lock is not None:
             (self.folder / HOLDER).unlink(missing_ok=True)
             self._lock.release()
@@ -101,7 +100,7 @@ class FolderLock:
 
 
 def is_in_use(folder: Path) -> bool:
-    """Whether someone trains in a folder at this moment."""
+    """Whether a training holds the folder's lock."""
     if not (folder / LOCK).is_file():
         return False
     lock = FileLock(folder / LOCK, thread_local=False)
@@ -125,6 +124,6 @@ def _holder(folder: Path) -> str:
     try:
         said = read_json(folder / HOLDER)
         process, host, since, command = (one_line(said[key]) for key in ("process", "host", "since", "command"))
-    except (OSError, ValueError, KeyError, TypeError):  # it has just ended, or was killed while it wrote
+    except (OSError, ValueError, KeyError, TypeError):  # the holder just ended, or was killed while writing
         return "another process"
     return f"process {process} on {host} ({command}), since {since},"

@@ -23,7 +23,7 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass
 class BatchResult:
-    """What the outer steps of a meta-batch showed: means over them, and a signal that asks all processes to stop."""
+    """Result of the outer steps of a meta-batch: mean loss and gradient norm, and a signal to stop, 0 for none."""
 
     loss: float
     grad_norm: float
@@ -31,9 +31,9 @@ class BatchResult:
 
 
 class OuterLoop:
-    """Takes the outer steps of meta-batches.
+    """Runs the outer steps of meta-batches.
 
-    A step whose loss or meta-gradient is not finite is skipped.
+    A step with a non-finite loss or meta-gradient is skipped.
 
     Attributes:
         skipped: outer steps skipped so far
@@ -57,14 +57,14 @@ class OuterLoop:
         self._scaler = torch.amp.GradScaler(device.type, enabled=config.mixed_precision == "fp16")
 
     def run(self, batch: Any, received: Callable[[], int]) -> BatchResult:
-        """All outer steps of a meta-batch.
+        """Run all outer steps of a meta-batch.
 
         Args:
-            batch: of all processes' tasks
-            received: the signal that asks this process to stop, 0 for none
+            batch: the tasks of all processes
+            received: returns the stop signal that this process received, 0 for none
 
         Raises:
-            RuntimeError: after ``max_skipped`` skipped steps in a row, and for a learner whose number of outer steps
+            RuntimeError: after ``max_skipped`` consecutive skipped steps, and for a learner whose number of outer steps
                 depends on the tasks.
         """
         parts = list(own_parts(batch, self.processes, self.config.accumulate))
@@ -82,17 +82,17 @@ class OuterLoop:
         return BatchResult(_mean([r.loss for r in results]), _mean([r.grad_norm for r in results]), stop)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain data."""
+        """State as plain data."""
         return {"skipped": self.skipped, "in_a_row": self._in_a_row, "scaler": self._scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take what :meth:`state_dict` gave."""
+        """Restore the state from :meth:`state_dict`."""
         self.skipped, self._in_a_row = state["skipped"], state["in_a_row"]
         if state["scaler"] and self._scaler.is_enabled():
             self._scaler.load_state_dict(state["scaler"])
 
     def _backward(self, losses: list[Iterator[Tensor]], sizes: list[int], total: int) -> Tensor | None:
-        """Gradients of this process's part of the mean loss, which is returned, [1]; None after the last step."""
+        """Backward of this process's share of the mean loss; returns the share, [1], or None after the last step."""
         ended = 0
         own: list[Tensor] = []
         for part, size in zip(losses, sizes, strict=True):
@@ -156,7 +156,7 @@ class OuterLoop:
 
 
 def check_mixed_precision(precision: str | None, device: torch.device) -> None:
-    """Raise RuntimeError unless the device computes in this mixed precision."""
+    """Raise RuntimeError unless the device supports this mixed precision."""
     if precision == "fp16" and device.type != "cuda":
         raise RuntimeError(f"mixed_precision fp16 must run on a GPU, got device {device}; the CPU has bf16")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -168,7 +168,7 @@ def check_mixed_precision(precision: str | None, device: torch.device) -> None:
 
 
 def own_parts(batch: Any, processes: Processes, parts: int) -> Iterator[Any]:
-    """The tasks that are for this process, in some parts, on its device; a batch without ``to`` is there."""
+    """Share of the tasks for this rank, in chunks, on its device; a batch without ``to`` is not moved."""
     share = processes.share(batch.num_tasks)
     tasks = share.stop - share.start
     parts = min(parts, tasks)

@@ -1,4 +1,4 @@
-"""The parts of a training that have a state, taken and given back together."""
+"""The stateful parts of a training, saved and restored together."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from metakern.tasks import TaskDistribution
 from metakern.training.averaging import MovingAverage
 from metakern.training.outer import OuterLoop
 
-#: Parts that a training may have or not.
+#: Optional parts.
 _OPTIONAL = ("scheduler", "average", "tasks")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What iterations change; ``tasks`` has a state if it has ``state_dict`` and ``load_state_dict``."""
+    """Parts that change during training; ``tasks`` has a state if it has ``state_dict`` and ``load_state_dict``."""
 
     learner: nn.Module
     optimizer: torch.optim.Optimizer
@@ -30,14 +30,14 @@ class Parts:
     tasks: Any
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of each part by its name, None for those that have none; tensors are the parts' own."""
+        """Each part's state by name, None if it has none; tensors are not copied."""
         return {name: part.state_dict() if hasattr(part, "state_dict") else None for name, part in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Give every part the state that :meth:`state_dict` has under its name.
+        """Restore every part from :meth:`state_dict`.
 
         Raises:
-            ValueError: for a state of which this training has no part, and the other way round; no part has changed.
+            ValueError: for a state without its part in this training, or the reverse; no part has changed.
         """
         for name in _OPTIONAL:
             saved, here = state[name] is not None, hasattr(getattr(self, name), "state_dict")
@@ -50,7 +50,7 @@ class Parts:
 
 
 def check_parts(learner: Any, tasks: Any, optimizer: Any) -> None:
-    """Raise TypeError or ValueError for what no training can be made of."""
+    """Raise TypeError or ValueError for an invalid learner, tasks or optimizer."""
     if not isinstance(learner, nn.Module) or not isinstance(learner, MetaLearner):
         raise TypeError(
             f"learner must be an nn.Module with meta_losses and evaluate, as metakern.learners.MetaLearner says, got "

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask a training to stop; it does so after the iteration that it is at."""
+"""SIGTERM and Ctrl-C stop a training after the current iteration."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """A training left as a signal asked it to: uncaught it ends the process with 128 + the signal's number.
+    """A signal stopped the training; uncaught, it ends the process with status 128 + the signal's number.
 
     Attributes:
         message: what stopped it, where, and how to go on
@@ -27,13 +27,13 @@ class Interrupted(SystemExit):
 
 
 class StopSignals:
-    """Within it, :data:`STOP_SIGNALS` are only remembered; the second Ctrl-C raises KeyboardInterrupt at once.
+    """Context in which :data:`STOP_SIGNALS` are only recorded; a second Ctrl-C raises KeyboardInterrupt at once.
 
-    The handlers from before are back afterwards. Python lets only the main thread set handlers, so in any other nothing
-    is done; a signal that was ignored (nohup) stays so.
+    The previous handlers are restored on exit. Only the main thread can set handlers, so other threads do nothing; an
+    ignored signal (nohup) stays ignored.
 
     Attributes:
-        received: the first signal that came, 0 before
+        received: the first signal received, 0 for none
     """
 
     def __init__(self) -> None:

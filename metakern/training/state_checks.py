@@ -1,4 +1,4 @@
-"""Values that a training cannot have written are refused before any of a checkpoint is taken."""
+"""Validation of a checkpoint's values before any of them is loaded."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from metakern.training.checkpoints import CheckpointError
 
 
 def check_state(state: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raise CheckpointError, naming the key, for a state that no training has.
+    """Raise CheckpointError, naming the key, for an invalid state.
 
     Args:
         state: of a checkpoint, with the keys of ``own``
-        own: the state of the training that is to take it
+        own: state of the training that will load it
     """
     iteration = _count(state["iteration"], "iteration")
     worse = _count(state["worse"], "worse")
@@ -51,7 +51,7 @@ def _check_columns(columns: Any, own: Mapping[str, Tensor], iteration: int) -> N
             raise _error(key, f"one number for each of {iteration} iterations", f"{len(column)} numbers")
     if columns["iteration"].tolist() != list(range(1, iteration + 1)):
         raise _error("history.columns.iteration", f"the numbers 1 to {iteration}", columns["iteration"].tolist())
-    for name in ("lr", "seconds"):  # a loss may be NaN, and a norm infinite: those steps are skipped
+    for name in ("lr", "seconds"):  # loss and norm may be NaN or infinite: those steps are skipped
         if not bool(columns[name].isfinite().all()):
             raise _error(f"history.columns.{name}", "finite", columns[name].tolist())
     skipped = columns["skipped"]
@@ -127,7 +127,7 @@ def _check_scheduler(state: Any, own: Mapping[str, Any]) -> None:
 
 
 def _check_numbers(tree: Any, where: str, *, finite: bool = False) -> None:
-    """Raise for a number that is NaN, or, if they are to be finite, infinite, and for one that no float holds."""
+    """Raise for NaN, for infinity if ``finite``, and for integers of more than 64 bits."""
     if isinstance(tree, Mapping):
         for name, value in tree.items():
             _check_numbers(value, f"{where}.{name}", finite=finite)
@@ -144,7 +144,7 @@ def _check_numbers(tree: Any, where: str, *, finite: bool = False) -> None:
 
 
 def _check_shapes(found: Any, expected: Mapping[str, Any], where: str) -> None:
-    """Raise unless ``found`` has the names of ``expected``, and tensors of its shapes under them."""
+    """Raise unless ``found`` has the names, shapes and dtypes of ``expected``."""
     found = _mapping(found, where, expected)
     for name, tensor in expected.items():
         if not isinstance(tensor, Tensor):

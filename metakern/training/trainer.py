@@ -1,4 +1,4 @@
-"""The outer loop: any torch optimizer on the meta-parameters of any meta-learner, over tasks of any distribution."""
+"""The trainer: optimizes the meta-parameters of any meta-learner, by any torch optimizer, on any task distribution."""
 
 from __future__ import annotations
 
@@ -48,43 +48,43 @@ State = dict[str, Any]
 class Trainer:
     """Meta-trains a learner on a distribution of tasks.
 
-    Under ``torchrun`` each process takes its share of every meta-batch, and the meta-gradient is that of the whole; the
-    first process alone writes and calls callbacks. All processes must have the same settings: configuration, optimizer,
-    schedule, and public attributes of the learner's modules that are numbers or text (one of a process's own starts
-    with an underscore). These are compared at the start, weights and states at every evaluation and checkpoint.
+    Under ``torchrun`` each process computes its share of every meta-batch, and gradients are summed over all; only the
+    first process writes files and calls callbacks. All processes must have the same settings: configuration, optimizer,
+    schedule, and public numeric or text attributes of the learner's modules (attributes that differ between processes
+    start with an underscore). These are compared at the start, weights and states at every evaluation and checkpoint.
 
-    All draws follow from ``config.seed``: torch's global generators are seeded before each iteration and stand where
-    they stood when ``fit`` ends. A learner with a method ``on_iteration(iteration, tasks, generator)`` has it called
-    before each meta-batch, in every process, with the iterations so far and the "train" split; what it does must follow
-    from these and the learner alone. It may return parameters that it has replaced, which then start anew in the
-    optimizer's state and in the average. A "train" split with ``state_dict`` and ``load_state_dict`` has its state in
-    the checkpoints. Modules stay in ``train()`` or ``eval()`` as they are, in evaluations too.
+    All draws follow from ``config.seed``: torch's global generators are seeded before each iteration and restored when
+    ``fit`` ends. If the learner has a method ``on_iteration(iteration, tasks, generator)``, it is called before each
+    meta-batch, in every process, with the iterations so far and the "train" split; its effect must depend on these and
+    the learner alone. It may return parameters that it has replaced; their optimizer state and average are reset. The
+    state of a "train" split with ``state_dict`` and ``load_state_dict`` is saved in checkpoints. The trainer never
+    switches modules between ``train()`` and ``eval()``, not even for evaluations.
 
     Args:
         learner: a :class:`metakern.learners.MetaLearner`, an ``nn.Module``; trained in place, and moved to
-            ``config.device``. What it needs beside parameters and buffers, ``get_extra_state`` gives as plain data
-        tasks: a :class:`metakern.tasks.TaskDistribution`; its "train" split trains, its "valid" split says which
-            weights are best
-        optimizer: any torch optimizer of parameters of the learner whose ``step`` needs no closure
+            ``config.device``. State besides parameters and buffers comes from ``get_extra_state``, as plain data
+        tasks: a :class:`metakern.tasks.TaskDistribution`; trains on its "train" split, its "valid" split selects the
+            best weights
+        optimizer: any torch optimizer of the learner's parameters whose ``step`` needs no closure
         config: see :class:`TrainerConfig`
-        scheduler: steps after every iteration, or, if it is ``ReduceLROnPlateau``, after every evaluation by the
-            monitored measure
+        scheduler: steps after every iteration; ``ReduceLROnPlateau`` steps after every evaluation, by the monitored
+            measure
         callbacks: see :class:`Callback`
-        folder: of the run. It gets checkpoints, and what :class:`metakern.runs.RunRecord` writes; give such a record
-            for other choices. Without a folder nothing is written. One process at a time trains in a folder
-        progress: whether the screen shows how training goes; default: where there is a folder
+        folder: of the run, for checkpoints and the files of :class:`metakern.runs.RunRecord`; pass a record of your own
+            to change these. Without a folder nothing is written. Only one process at a time can train in a folder
+        progress: whether to show progress on the screen; default: if there is a folder
 
     Attributes:
         iteration: iterations so far
         history: see :class:`History`
-        checkpoints: :class:`Checkpoints` of the folder, or None
+        checkpoints: the folder's :class:`Checkpoints`, or None
         processes: :class:`Processes` of the run
 
     Raises:
-        TypeError: for a learner, tasks or optimizer of another kind
-        ValueError: for parameters of the optimizer that are not the learner's, and fewer tasks than processes and
+        TypeError: for a learner, tasks or optimizer of the wrong type
+        ValueError: for optimizer parameters that are not the learner's, and for fewer tasks than processes and
             ``accumulate`` need
-        RuntimeError: for a mixed precision or device that is not there
+        RuntimeError: for an unavailable mixed precision or device
 
     Example:
         >>> learner = MAMLLearner(model, steps=5, inner_lr=0.01)
@@ -125,15 +125,15 @@ class Trainer:
             self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
             self._identity = identity_of(optimizer, scheduler, learner)
             self._best_weights: State | None = None
-            self._worse = 0  # evaluations since the best
+            self._worse = 0  # evaluations since the best one
             self._signals = StopSignals()
-            self._saved: tuple[int, Path] | None = None  # the checkpoint of the folder that this training stands on
+            self._saved: tuple[int, Path] | None = None  # iteration and file of the last checkpoint
             self._last_whole: tuple[State, tuple[Any, ...]] | None = None
 
     def _set_record(
         self, folder: str | Path | FolderRecord | None, progress: bool | None, callbacks: Sequence[Callback]
     ) -> None:
-        """The folder's callback, and checkpoints; progress alone where there is no folder."""
+        """Set up the folder's record and checkpoints; without a folder, progress alone."""
         self.record: FolderRecord | None = None
         self.checkpoints: Checkpoints | None = None
         own: Sequence[Callback] = provided("progress")(True) if folder is None and progress else ()
@@ -149,29 +149,29 @@ class Trainer:
 
     @property
     def best_weights(self) -> State | None:
-        """The learner's state of the best evaluation, None before there is one."""
+        """The learner's state at the best evaluation so far, None before one."""
         return self._best_weights
 
     @property
     def finished(self) -> bool:
-        """Whether the iterations are done, or evaluations have not become better for ``patience`` of them."""
+        """Whether all iterations are done, or the last ``patience`` evaluations brought no improvement."""
         patience = self.config.patience
         return self.iteration >= self.config.iterations or (patience is not None and self._worse >= patience)
 
     def fit(self) -> History:
-        """Train from where the trainer stands to the end, and write a checkpoint there.
+        """Train from the current iteration to the end, and write a final checkpoint.
 
-        The learner then holds the last weights; :meth:`load_best` brings the best ones.
+        The learner then holds the last weights; :meth:`load_best` loads the best ones.
 
         Raises:
             Interrupted: after SIGTERM or Ctrl-C, once the iteration is done and its checkpoint written
             FileExistsError: for a folder with checkpoints of a run that was not resumed
-            FolderInUse: where another process trains in the folder
-            ModuleNotFoundError: for a library that the folder's record needs and that is not installed
-            OSError: for a folder or disk that takes no checkpoint; those from before are whole
+            FolderInUse: if another process trains in the folder
+            ModuleNotFoundError: if a library that the folder's record needs is not installed
+            OSError: if a checkpoint cannot be written; earlier ones stay intact
             ValueError: for processes with different settings, or weights that have drifted apart
-            ProcessLost: when another process of the run has ended; a checkpoint of the last whole iteration is written
-            RuntimeError: after ``max_skipped`` outer steps in a row that are not finite
+            ProcessLost: if another process of the run ended; a checkpoint of the last complete iteration is written
+            RuntimeError: after ``max_skipped`` consecutive non-finite outer steps
         """
         with self.processes.telling():
             self._check_settings()
@@ -208,21 +208,21 @@ class Trainer:
         return self.history
 
     def resume(self, path: str | Path | None = None, *, required: bool = True) -> int:
-        """Go on from a checkpoint; what follows has the bits of a training that was not interrupted.
+        """Continue from a checkpoint, bitwise as if training had not been interrupted.
 
         Args:
-            path: a ``.pt`` file, or a folder of them; by default the newest whole one of the trainer's folder. Damaged
-                ones are passed over with a warning that names them
-            required: whether it is an error that the trainer's folder has none; if not, the trainer stays as it is. So
-                the same program starts a run and goes on with it
+            path: a ``.pt`` file, or a folder of them; default: the newest intact one in the trainer's folder. Damaged
+                ones are skipped with a warning that names them
+            required: whether a trainer's folder without a checkpoint is an error; with False the trainer then stays as
+                it is, so that one program both starts a run and continues it
 
         Returns:
             the iterations so far
 
         Raises:
-            FileNotFoundError: for no checkpoint where one is required
-            CheckpointError: for one that is damaged or not a checkpoint, and a folder without a whole one
-            ValueError: for one of another learner, optimizer or scheduler; the trainer is unchanged then
+            FileNotFoundError: if a checkpoint is required and there is none
+            CheckpointError: for a damaged or invalid checkpoint, and for a folder without an intact one
+            ValueError: for a checkpoint of another learner, optimizer or scheduler; the trainer is unchanged then
         """
         with self.processes.telling():
             self._check_settings()
@@ -235,7 +235,7 @@ class Trainer:
                 failure = error if required or path is not None else None
             except (OSError, CheckpointError, ValueError) as error:
                 failure = error
-        # One byte says how it went, as the other processes may see no folder, and must not wait for what never comes.
+        # The first byte is the outcome: other processes may not see the folder, and must not wait for a state forever.
         message = b"e" + str(failure).encode() if failure else b"s" + found[1] if found else b"n"
         message = self.processes.spread_bytes(message)
         if failure is not None:
@@ -249,9 +249,9 @@ class Trainer:
         return self.iteration
 
     def evaluate(self, split: str = "valid") -> dict[str, float]:
-        """Means over ``eval_tasks`` tasks of a split, of the averaged parameters where there are some.
+        """Mean measures over ``eval_tasks`` tasks of a split, with the averaged parameters if ``ema`` is on.
 
-        Every call draws the same tasks, and all processes, which share them, return the same numbers.
+        Every call draws the same tasks; the processes share them and all return the same numbers.
         """
         config, processes = self.config, self.processes
         with processes.telling(), own_global_draws(processes.device), self.averaged():
@@ -273,15 +273,15 @@ class Trainer:
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """Within it the learner has the averaged parameters, if ``ema`` is on."""
+        """Context in which the learner has the averaged parameters, if ``ema`` is on."""
         with self.average.in_place() if self.average is not None else nullcontext():
             yield
 
     def load_best(self) -> int:
-        """Give the learner the weights of the best evaluation; returns its iteration.
+        """Load the weights of the best evaluation into the learner; returns its iteration.
 
         Raises:
-            RuntimeError: before an evaluation gave a finite ``monitor``.
+            RuntimeError: if no evaluation has given a finite ``monitor`` yet.
         """
         if self._best_weights is None or self.history.best_iteration is None:
             raise RuntimeError(f"there must be an evaluation with a finite {self.config.monitor} first, got none")
@@ -289,7 +289,7 @@ class Trainer:
         return self.history.best_iteration
 
     def state_dict(self) -> State:
-        """All that :meth:`resume` needs, as plain data; tensors are the trainer's own, not copies."""
+        """State for :meth:`resume`, as plain data; tensors are not copied."""
         return {
             "format": FORMAT,
             "iteration": self.iteration,
@@ -324,11 +324,11 @@ class Trainer:
             self._judge(self.evaluate())
         if keeps or self.finished:
             self._save()
-        # Of many processes, each knows of a signal that came to any since their last sum, and only of these.
+        # All processes must stop at the same iteration: they act only on signals shared through the last sum.
         self._leave_if(self._signals.received if self.processes.world == 1 else result.stop)
 
     def _step_schedule(self, scheduler: LRScheduler) -> None:
-        """Step it; a first outer step that was skipped looks forgotten to torch, whose warning is left out."""
+        """Step the scheduler, without torch's warning about a missing optimizer step if the first one was skipped."""
         if self.iteration > 1 or not self._outer.skipped:
             scheduler.step()
             return
@@ -337,7 +337,7 @@ class Trainer:
             scheduler.step()
 
     def _draw(self) -> Any:
-        """The meta-batch of this iteration, the same in all processes."""
+        """Draw the meta-batch of this iteration, the same in all processes."""
         seed, num_tasks, tasks = self.config.seed, self.config.num_tasks, self._splits["train"]
         seed_global(self.processes.device, seed, "draw", self.iteration)
         if hasattr(self.learner, "on_iteration"):
@@ -363,7 +363,7 @@ class Trainer:
         self._call("on_iteration", record)
 
     def _judge(self, measures: dict[str, float]) -> None:
-        """Take an evaluation into the history, and the weights, if they are the best so far."""
+        """Record an evaluation, and keep the weights if they are the best so far."""
         monitor, history = self.config.monitor, self.history
         if monitor not in measures:
             raise ValueError(f"monitor must be one of the learner's measures, {', '.join(measures)}, got {monitor!r}")
@@ -390,7 +390,7 @@ class Trainer:
     # ---------------------------------------------------------------------------------------------------- the state
 
     def _load(self, state: State) -> None:
-        """Become what :meth:`state_dict` was; unchanged if that is of another kind of training."""
+        """Restore a state of :meth:`state_dict`; unchanged if it does not fit this training."""
         before = copy.deepcopy(self.state_dict())
         if {*state, "identity"} != before.keys():
             raise CheckpointError(f"a checkpoint must hold {', '.join(before)}, got {', '.join(map(str, state))}")
@@ -403,7 +403,7 @@ class Trainer:
             raise ValueError(f"the checkpoint must be of this learner, optimizer and scheduler: {error}") from error
 
     def _check_identity(self, state: State) -> None:
-        """Raise ValueError for the checkpoint of another optimizer or schedule, naming both."""
+        """Raise ValueError for a checkpoint of another optimizer or schedule, naming the differences."""
         saved = state["identity"] if "identity" in state else identity_in(state, self._identity)
         try:
             found = differences(saved, self._identity)
@@ -418,20 +418,20 @@ class Trainer:
         self.iteration, self._best_weights, self._worse = state["iteration"], state["best_weights"], state["worse"]
 
     def _check_settings(self) -> None:
-        """Raise ValueError where processes train with different settings."""
+        """Raise ValueError if processes have different settings."""
         if self.processes.world > 1:
             config = {f"config.{name}": value for name, value in asdict(self.config).items()}
             facts = settings_of(self.learner, self._splits["train"], self._identity, config)
             self.processes.check_same(facts, "settings")
 
     def _check_values(self) -> None:
-        """Raise ValueError where processes have drifted apart."""
+        """Raise ValueError if weights or states differ between processes."""
         if self.processes.world > 1:
             facts = values_of({"iteration": self.iteration, **self._parts.state_dict()})
             self.processes.check_same(facts, f"weights and states after iteration {self.iteration}")
 
     def _prepare_folder(self) -> None:
-        """Raise what would go wrong with the first checkpoint before any work is done."""
+        """Lock the folder, and fail early if a checkpoint could not be written."""
         if self.checkpoints is None or not self.processes.is_first:
             return
         self.checkpoints.prepare()
@@ -467,7 +467,7 @@ class Trainer:
             raise Interrupted(signum, f"{Signals(signum).name}: stopped after iteration {self._where()}")
 
     def _where(self) -> str:
-        """The iteration that the trainer stands at, and what to do about it."""
+        """The current iteration and how to resume from it, for messages."""
         if not self.processes.is_first:
             return f"{self.iteration}; the first process writes the checkpoint"
         if self.checkpoints is None or self._saved is None:
@@ -475,7 +475,7 @@ class Trainer:
         return f"{self._saved[0]}; checkpoint {self._saved[1]}: resume goes on from there"
 
     def _remember_whole(self) -> None:
-        """Keep the state before the iteration, in case another process ends in the middle of it."""
+        """Keep the state before the iteration, in case another process ends during it."""
         if self.processes.world > 1 and self.processes.is_first and self.checkpoints is not None:
             history = self.history
             marks = (len(history.records), len(history.evaluations), history.best, history.best_iteration)
@@ -483,7 +483,7 @@ class Trainer:
             self._last_whole = ({**copy.deepcopy(self._parts.state_dict()), **fixed}, marks)
 
     def _explained(self, error: ProcessLost) -> ProcessLost:
-        """The error that says where training goes on; the first process writes the last whole iteration's state."""
+        """Extend the error by how to resume; the first process saves the state of the last complete iteration."""
         if self._last_whole is not None:
             state, (records, evaluations, best, best_iteration) = self._last_whole
             history = self.history

@@ -478,9 +478,10 @@ def test_a_derivative_of_an_argument_that_has_none_is_refused(op: Operator, by: 
     rest = [n for n, x in example.tensors.items() if x.is_floating_point() and n not in leaves]
     for name in rest:
         call, x = argument_alone(op, example, by, name), example.tensors[name]
-        with pytest.raises(RuntimeError, match=f"no gradient of {name}"):
+        message = f"no gradient of {name.removeprefix('support_')}"  # as the raw operator calls it
+        with pytest.raises(RuntimeError, match=message):
             call(x.clone().requires_grad_())
-        with pytest.raises(RuntimeError, match=f"no gradient of {name}"):
+        with pytest.raises(RuntimeError, match=message):
             grad(call)(x)
-        with pytest.raises(RuntimeError, match=f"no gradient of {name}"):
+        with pytest.raises(RuntimeError, match=message):
             grad(lambda x, call=call: vmap(call)(x).sum())(stacked(x, 0))

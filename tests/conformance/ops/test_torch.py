@@ -478,9 +478,9 @@ def test_a_derivative_of_an_argument_that_has_none_is_refused(op: Operator, by: 
     rest = [n for n, x in example.tensors.items() if x.is_floating_point() and n not in leaves]
     for name in rest:
         call, x = argument_alone(op, example, by, name), example.tensors[name]
-        with pytest.raises(RuntimeError, match="require a gradient"):
+        with pytest.raises(RuntimeError, match=r"no gradient of \w+, which requires one; backend='reference' does"):
             call(x.clone().requires_grad_())
-        with pytest.raises(RuntimeError, match="require a gradient"):
+        with pytest.raises(RuntimeError, match=r"no gradient of \w+, which requires one; backend='reference' does"):
             grad(call)(x)
-        with pytest.raises(RuntimeError, match="require a gradient"):
+        with pytest.raises(RuntimeError, match=r"no gradient of \w+, which requires one; backend='reference' does"):
             grad(lambda x, call=call: vmap(call)(x).sum())(stacked(x, 0))

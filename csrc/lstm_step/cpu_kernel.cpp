@@ -17,7 +17,7 @@ void clear_padding(S* rows, int64_t count, int used_lanes) {
     for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
 }
 
-// Asks for memory that the next tile needs, as far as the second-level cache.
+// Prefetches the next tile's memory into the second-level cache.
 MK_INLINE void prefetch(const void* p, int64_t bytes) {
   constexpr int64_t cache_line = 64;
   for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);

@@ -2,7 +2,7 @@
 //
 // The state passes through a ring of two buffers of one layer each, filled by asynchronous copies while the layer
 // before is computed: it is read once and, from registers, written once. How a layer's products are computed is the
-// `Units` parameter: FmaUnits here, MmaUnits (tensor cores) in forward_mma.cuh.
+// `Units` parameter: FmaUnits here, MmaUnits (tensor cores) in cuda_forward_mma.cuh.
 #pragma once
 #include "../math/activations.cuh"
 #include "../math/preprocess.h"
@@ -141,7 +141,7 @@ struct Coordinate {
   }
 };
 
-// Zeros behind the last coordinate. The warp's threads have met since they wrote there.
+// Writes zeros after the last coordinate. The warp must have synchronised since it wrote there.
 template <class Store>
 __device__ __forceinline__ void clear_lane(Store* rows, int count) {
   for (int i = 0; i < count; ++i) rows[i * tile_lanes] = Store{};

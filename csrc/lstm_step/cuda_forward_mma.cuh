@@ -8,7 +8,7 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// Depth of one product, the row strides that keep its loads of B free of bank conflicts, and its operands' rounding.
+// Depth of one product, row strides for loads of B without bank conflicts, and the rounding of the operands.
 struct Tf32 {
   static constexpr int depth = 8, stride = 40;
   // Rows of x that this thread feeds to register r: the first of one.

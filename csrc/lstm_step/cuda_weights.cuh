@@ -1,5 +1,5 @@
-// The weights as the kernels read them: a unit's four gates side by side, packed by each block into shared memory, or,
-// where they do not fit, straight from the tensors.
+// The weights in the kernels' layout: a unit's four gates side by side, packed by each block into shared memory, or
+// read directly from the tensors if they do not fit.
 #pragma once
 #include "../core/storage.cuh"
 #include "cuda.h"
@@ -20,7 +20,7 @@ constexpr int units_per_thread = FixedH == 20   ? 5
                                  : FixedH == 32 ? 4
                                                 : 2;
 
-// Hidden units, known to the compiler unless FixedH is 0.
+// Number of hidden units, a compile-time constant unless FixedH is 0.
 template <int FixedH>
 struct Sizes {
   static constexpr int J = units_per_thread<FixedH>;

@@ -20,7 +20,7 @@ struct Fraction {
   float numerator, denominator;
 };
 
-// tanh(x). The numerator stays finite, so that 0 times infinity does not come up.
+// tanh(x). The numerator stays finite, to avoid 0 times infinity.
 MK_INLINE Fraction tanh_fraction(float x) {
   const float z = x * x;
   float p = -4.91484964e-2f;  // tanh(x) / x as 1 + z p(z), weighted least squares, relative error 4.1e-8 up to 0.35

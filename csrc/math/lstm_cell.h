@@ -23,7 +23,7 @@ MK_INLINE LstmOutput<V> lstm_unit(const LstmGates<V>& preactivation, V c) {
   return {sigmoid_tanh(preactivation.o, new_c), new_c};
 }
 
-// What backward needs of a unit, recomputed.
+// A unit's recomputed values for backward.
 template <class V>
 struct LstmActivations {
   LstmGates<V> gates;

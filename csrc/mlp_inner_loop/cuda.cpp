@@ -29,7 +29,7 @@ Tensor new_private(const char* what, const MlpInnerLoopProblem& p, const Tensor&
   return new_tensor(what, like, {p.padded_tasks() * elements}, arithmetic(p));
 }
 
-// A call's tensors, contiguous, alive until it was launched.
+// A call's tensors, contiguous, kept alive until the launch.
 class Call {
  public:
   Call(MlpMode mode, MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a) : p_(p), like_(a.params[0]) {

@@ -24,7 +24,7 @@ class MlpPass {
     for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) use(i);
   }
 
-  // Predictions and everything on the way, from the parameters at `theta`. Ends in a barrier.
+  // Computes all activations up to the predictions, from the parameters at `theta`. Ends in a barrier.
   __device__ __forceinline__ void forward(int theta, const MlpSet& set) const {
     for (int l = 0; l < p_.num_layers; ++l) {
       const bool last = l + 1 == p_.num_layers;

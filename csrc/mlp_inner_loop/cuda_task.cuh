@@ -1,4 +1,4 @@
-// The inner loop of one task by one block: its steps forward, the way back, and what travels to and from memory.
+// The inner loop of one task by one block: forward steps, backward steps, and memory transfers.
 #pragma once
 #include "cuda.h"
 #include "cuda_pass.cuh"
@@ -19,7 +19,7 @@ static_assert(sizeof(MlpArguments) <= 4096, "the kernel's arguments must fit wha
 MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p, int tensor) {
   return !p.rates[tensor].per_parameter || p.tensor_size(tensor) == 1;
 }
-// Whether it is that of all parameters, which all adapt.
+// Whether all parameters are adapted with one rate.
 MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p) {
   for (int i = 0; i < p.num_tensors(); ++i)
     if (!p.adapted[i] || !has_one_rate(p, i) || p.rates[i].data != p.rates[0].data) return false;
@@ -125,7 +125,7 @@ class MlpTask {
       each_of_tensor(i, [&](int number, int at) { use(offset + number, at); });
   }
 
-  // The sum of every thread's number, to all threads. Ends in a barrier.
+  // Sum over all threads, returned to every thread. Ends in a barrier.
   __device__ __forceinline__ S block_sum(S x) const {
     S* sums = memory() + m_.partials;
     x = warp_sum(x);
@@ -228,7 +228,7 @@ class MlpTask {
     each_parameter([&](int64_t number, int at) { memory()[m_.thetas + at] = from[number]; });
     __syncthreads();
   }
-  // The parameters behind one full segment become the first of the next.
+  // The parameters after one full segment become the first of the next.
   __device__ __forceinline__ void begin_segment() const {
     const int last = m_.thetas + m_.slots * m_.params;
     if (!keeps_all()) return;
@@ -395,7 +395,7 @@ class MlpTask {
     __syncthreads();
   }
 
-  // From the adjoint of the parameters after a step to that of those before it.
+  // Turns the adjoint of the parameters after a step into the adjoint of the parameters before it.
   __device__ __forceinline__ void step_backward(int step) const {
     const MlpSet set = support(step);
     if (p_.clips()) {
@@ -421,8 +421,7 @@ class MlpTask {
       });
   }
 
-  // With d that direction: c / |g| (d - <d, g> g / |g|^2) where the gradient g is clipped. The direction takes g's
-  // place.
+  // Writes c / |g| (d - <d, g> g / |g|^2) for that direction d where the gradient g is clipped; overwrites g.
   __device__ __forceinline__ void write_clipped_direction(int step, const MlpSet& set) const {
     const Clipping clip = clip_gradient(set);
     double along = 0;

@@ -94,7 +94,7 @@ __device__ __forceinline__ uint32_t pack_bfloat16(float x, float y) {
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bits) : "f"(y), "f"(x));
   return bits;
 }
-// Rounded to 10 bits behind the point, ties away from zero.
+// Rounds to TF32's 10 fraction bits, ties away from zero.
 __device__ __forceinline__ uint32_t to_tf32(float x) {
   uint32_t bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));

@@ -129,7 +129,7 @@ MK_INLINE V sum_lanes_of_each(const V* v) {
   return sums[0];
 }
 
-// `count` elements from index `first` of a parameter-like array into `out[tile_lanes]`, zeros behind them.
+// Loads `count` elements from index `first` of a parameter-like array into `out[tile_lanes]`, padded with zeros.
 template <class S>
 inline void read_lanes(const void* data, DType dtype, int64_t first, int count, S* out) {
   switch (dtype) {

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t max_segments = 64;     // of a task: a warp of the update adds two sums a lane
 constexpr int64_t resident_blocks = 8;   // of a multiprocessor
-constexpr int64_t max_blocks = 1 << 20;  // the kernels stride over what is behind
+constexpr int64_t max_blocks = 1 << 20;  // the kernels stride over the rest
 
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 

@@ -14,7 +14,7 @@ constexpr int unit_elements = 512;
 constexpr int lane_step = 4 * warp_lanes;
 constexpr int update_warps = 8;
 constexpr int update_threads = update_warps * warp_lanes;
-constexpr int argument_bytes = 4096;  // what every architecture takes
+constexpr int argument_bytes = 4096;  // supported by every architecture
 
 constexpr MK_INLINE int64_t units_of(int64_t elements) { return (elements + unit_elements - 1) / unit_elements; }
 

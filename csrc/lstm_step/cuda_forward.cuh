@@ -38,7 +38,7 @@ struct FmaUnits {
   static constexpr int fixed_hidden = FixedH;
   static constexpr int max_warps = sizeof(S) == 8 ? 8
                                    : FixedH == 32 ? 8
-                                                  : 12;  // what registers and shared memory allow
+                                                  : 12;  // limited by registers and shared memory
   static constexpr int x_stride = tile_lanes;
   static constexpr int state_stride = tile_lanes;
   static constexpr bool single_pass = Sizes<FixedH>::single_pass;

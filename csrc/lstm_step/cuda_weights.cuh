@@ -25,7 +25,7 @@ template <int FixedH>
 struct Sizes {
   static constexpr int J = units_per_thread<FixedH>;
   static constexpr int pass_units = unit_groups * J;
-  static constexpr bool exact = FixedH > 0 && FixedH % pass_units == 0;  // no unit behind the last one
+  static constexpr bool exact = FixedH > 0 && FixedH % pass_units == 0;  // no padding units
   static constexpr bool single_pass = FixedH > 0 && FixedH <= pass_units;
   int any_hidden;
 
@@ -66,7 +66,7 @@ struct LayerWeights {
     for (int gate = 0; gate < 4; ++gate) w[gate] = from_tensors(row, unit, gate);
     return w;
   }
-  // Zero for a unit or a feature behind the last one.
+  // Zero for a padding unit or feature.
   __device__ __forceinline__ S from_tensors(int row, int unit, int gate) const {
     const int H = sizes.hidden(), k = row - 1, out = gate * H + unit;
     if (unit >= H || (k >= tensor_inputs && k < inputs)) return S(0);

@@ -49,7 +49,7 @@ struct LstmUnitGrad {
   V c;  // gradient of the incoming c
 };
 
-// grad_h, grad_c: gradients of h' and c' (without what h' adds to c').
+// grad_h, grad_c: gradients of h' and c' (grad_c without the part that flows through h').
 template <class V>
 MK_INLINE LstmUnitGrad<V> lstm_unit_backward(const LstmGates<V>& gates, V tanh_c, V c, V grad_h, V grad_c) {
   const lane_t<V> one = 1;

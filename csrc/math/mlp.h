@@ -171,7 +171,7 @@ MK_INLINE V loss_value(TaskLoss loss, const LossSample<V>& s) {
       continue;
     }
     const V e = exponential<V>(p < zero ? p : -p), one_e = S(1) + e;
-    const V softplus = log(one_e) + (e - (one_e - S(1))) / one_e;  // log1p(e), what rounding took from 1 + e put back
+    const V softplus = log(one_e) + (e - (one_e - S(1))) / one_e;  // log1p(e), corrected for the rounding of 1 + e
     total += (p > zero ? p : zero) + (p - p) - p * y + softplus;
   }
   return s.weight * total;

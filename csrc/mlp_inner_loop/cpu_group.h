@@ -255,7 +255,7 @@ class MlpGroup {
     }
   }
 
-  // use(i, vector i of the parameters, those behind a row's end as zero) for all that adapt.
+  // use(i, vector i of the parameters, zero in a row's padding) for all adapted tensors.
   template <class Use>
   MK_INLINE void each_adapted(const V* values, const Use& use) const {
     for (int i = 0; i < p_.num_tensors(); ++i) {

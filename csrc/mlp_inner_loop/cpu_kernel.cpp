@@ -59,7 +59,7 @@ MK_INLINE void reduce_group(const MlpReduction& r, int64_t first_task, int tasks
     used[lane] = S(1);
   }
   for (int i = 0; i < columns; ++i) {
-    // Lanes behind the last task hold a copy of it, which counts once.
+    // Lanes after the last task hold copies of it, which must not be counted.
     const V grad = load<V>(grads + (r.first + at + i) * lanes<V>);
     const V term = used != S(0) ? grad * weight : broadcast<V>(0);
     sums[i] += term;

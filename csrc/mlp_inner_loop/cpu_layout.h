@@ -27,7 +27,7 @@ struct TaskLanes {
   }
   static int padded(int samples) { return samples; }
 
-  // A tensor of every task, `stride` apart, or with stride 0 one for all; lanes behind the last task repeat it.
+  // Reads a tensor of every task, `stride` apart, or with stride 0 one for all; lanes after the last task repeat it.
   static void read(const S* data, int64_t stride, int used, int64_t rows, int64_t columns, V* out) {
     const int64_t count = rows * columns;
     if (stride == 0) {

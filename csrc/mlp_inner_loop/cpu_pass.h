@@ -22,8 +22,8 @@ struct LaneSamples {
   int count;
 };
 
-// Activations of one pass, [units][row(samples)] of each layer one behind the other. Arrays that an activation's
-// formulas do not tell apart are one; the predictions stand in z, behind the last layer's h.
+// Activations of one pass, [units][row(samples)] of all layers in a row. Arrays that an activation's formulas do not
+// distinguish share memory; the predictions are in z, for the last layer.
 template <class V>
 struct Activations {
   V* z;        // before the activation

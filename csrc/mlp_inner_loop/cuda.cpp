@@ -24,7 +24,7 @@ Tensor new_tensor(const char* what, const Tensor& like, std::vector<int64_t> sha
   return allocated(what, bytes, [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
-// A private result: `elements` for every task, those behind the last task included.
+// A private result: `elements` per task, padding tasks included.
 Tensor new_private(const char* what, const MlpInnerLoopProblem& p, const Tensor& like, int64_t elements) {
   return new_tensor(what, like, {p.padded_tasks() * elements}, arithmetic(p));
 }

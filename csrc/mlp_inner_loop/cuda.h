@@ -23,7 +23,7 @@ struct MlpSetData {
   const uint8_t* mask;  // [T, samples], null where all count
 };
 
-// Private arrays have rows for padded_tasks() tasks; those behind the last task are set to zero.
+// Private arrays have rows for padded_tasks() tasks; rows after the last task are set to zero.
 struct MlpCudaCall {
   MlpMode mode;
   DType dtype;  // of all that is not private

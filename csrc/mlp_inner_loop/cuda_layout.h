@@ -38,7 +38,7 @@ struct MlpLayout {
   int params;              // elements of a task's parameters
   int slots;               // steps that are held at once: checkpoint_every, or 1, which the next overwrites
   int thetas;              // [slots + 1, or 1][params]
-  int slot_elements;       // of what the passes of one step write
+  int slot_elements;       // of the results of one step's passes
   int direction, adjoint;  // [params]; -1 where it is elsewhere or not needed
   int gradient;            // [params], of a step that is clipped, in the direction's place; -1 without clipping
   int tangent_z, tangent_h, tangent_delta;  // [all units ...][row of the support set], where the query's passes write

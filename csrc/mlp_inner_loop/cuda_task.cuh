@@ -26,10 +26,10 @@ MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p) {
   return true;
 }
 
-// Elements of a block's scratch: its checkpoints, then what is not in shared memory.
+// Sizes, in elements, of the parts of a block's scratch: its checkpoints, then the data that is not in shared memory.
 struct MlpScratch {
   int64_t checkpoints = 0;  // [checkpoints][P]
-  int64_t steps = 0;        // [checkpoint_every][parameters, what the passes wrote]
+  int64_t steps = 0;        // [checkpoint_every][parameters, results of the passes]
   int64_t adjoint = 0;      // [parameters]
 
   MK_INLINE MlpScratch(const MlpInnerLoopProblem& p, const MlpLayout& m, MlpMode mode, MlpPlacement placement) {
@@ -93,7 +93,7 @@ class MlpTask {
   }
   __device__ __forceinline__ bool keeps_all() const { return a_.placement == MlpPlacement::all_steps; }
   __device__ __forceinline__ int slot(int step) const { return keeps_all() ? step % p_.checkpoint_every : 0; }
-  // Parameters before and after a step. One slot holds what is the latest.
+  // Parameters before and after a step. A single slot holds the latest.
   __device__ __forceinline__ int theta(int step) const { return m_.thetas + slot(step) * m_.params; }
   __device__ __forceinline__ int next_theta(int step) const { return theta(step) + (keeps_all() ? m_.params : 0); }
   __device__ __forceinline__ MlpSet support(int step) const {
@@ -236,7 +236,7 @@ class MlpTask {
     __syncthreads();
   }
 
-  // Where one slot serves all steps: what a step used, from and to memory. The arrays that its passes write are one.
+  // If one slot serves all steps: loads and stores a step's data. The arrays written by its passes are contiguous.
   __device__ __forceinline__ S* saved(int step) const {
     return steps_ + int64_t(step % p_.checkpoint_every) * (int64_t(m_.params) + m_.slot_elements);
   }
@@ -323,7 +323,7 @@ class MlpTask {
     return {S(p_.clip_norm / length), S(1 / length)};
   }
 
-  // Needs a barrier behind it.
+  // Needs a barrier afterwards.
   __device__ __forceinline__ void clipped_update(int step, const MlpSet& set) const {
     const int now = theta(step), next = next_theta(step);
     const S coefficient = clip_gradient(set).coefficient;

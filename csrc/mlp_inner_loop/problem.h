@@ -14,7 +14,7 @@ namespace metakern {
 
 constexpr int max_mlp_layers = 8;  // keep in step with MAX_LAYERS in metakern/ops/mlp_inner_loop/__init__.py
 constexpr int max_mlp_tensors = 2 * max_mlp_layers;
-constexpr int task_lanes = 16;  // tasks are padded to a multiple, whatever the instruction set
+constexpr int task_lanes = 16;  // tasks are padded to a multiple of this, for every instruction set
 
 // Location of one parameter tensor's learning rates.
 struct Rates {

@@ -144,7 +144,7 @@ class Rates {
       aligned_ = dtype_ == dtype && is_aligned(static_cast<const Element*>(data_) + first_);
     }
   }
-  // Those of elements i ... i + 3 of the unit.
+  // α of elements i ... i + 3 of the unit.
   __device__ __forceinline__ Vec4<S> at(int i, int count) const {
     if (data_ == nullptr) return {{one_, one_, one_, one_}};
     if (dtype_ == dtype) return read4<dtype>(static_cast<const Element*>(data_) + first_, i, count, aligned_);

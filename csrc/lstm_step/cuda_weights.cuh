@@ -105,7 +105,7 @@ struct Weights {
     return FixedH > 0 || packed != nullptr ? packed_head()[sizes.padded()] : tensor(4 * layers + 1)[0];
   }
 
-  // By all threads of the block; the caller synchronises.
+  // Must be called by all threads of the block; the caller synchronises.
   __device__ void pack(S* out) const {
     for (int l = 0; l < layers; ++l) {
       const auto w = layer(l);

@@ -351,7 +351,7 @@ class MlpTask {
     __syncthreads();
     write_step_loss(step);
   }
-  // By the thread that wrote the steps' losses.
+  // Called by the thread that wrote the steps' losses.
   __device__ __forceinline__ void write_loss() const {
     if (threadIdx.x != 0) return;
     const S* losses = static_cast<const S*>(a_.call.step_losses) + task_ * p_.steps;
@@ -445,7 +445,7 @@ class MlpTask {
     return task_grads() + a_.call.rate_slots[tensor] + step * p_.rates[tensor].step;
   }
 
-  // Of a gradient that is taken times `coefficient`.
+  // Adds the rates' gradients, for a gradient scaled by `coefficient`.
   __device__ __forceinline__ void rate_gradients(int step, const MlpSet& set, S coefficient) const {
     if (a_.call.rate_slots[0] < 0) return;
     const int warps = int(blockDim.x) / warp_lanes, warp = int(threadIdx.x) / warp_lanes;

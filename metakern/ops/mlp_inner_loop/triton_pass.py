@@ -39,7 +39,7 @@ DEPTH = tl.constexpr(16)
 
 @triton.jit
 def entry(table, tensor, column: tl.constexpr):
-    """One number of the table."""
+    """One entry of a network's table."""
     return tl.load(table + tensor * COLUMNS + column)
 
 

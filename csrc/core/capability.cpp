@@ -49,7 +49,7 @@ CpuCapability initial() {
 
 constexpr int unknown = -1;
 
-// Found out by the first call. Without a lock, which a fork could leave locked: two threads find the same.
+// Detected by the first call. No lock, which a fork could leave locked: concurrent threads detect the same value.
 std::atomic<int> current{unknown};
 
 }  // namespace

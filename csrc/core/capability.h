@@ -1,4 +1,4 @@
-// Which of the instruction sets that the CPU kernels were compiled for serves this process.
+// Selection of the CPU kernels' instruction set at run time.
 #pragma once
 #include <string>
 #include <type_traits>
@@ -8,20 +8,20 @@
 
 namespace metakern {
 
-// All that this library holds kernels for, slowest first.
+// Instruction sets that this library has kernels for, slowest first.
 std::vector<std::string> compiled_cpu_capabilities();
 
-// Those of them that this processor supports, slowest first.
+// Compiled instruction sets that this processor supports, slowest first.
 std::vector<std::string> available_cpu_capabilities();
 
-// The fastest available one, or METAKERN_CPU_CAPABILITY, or what set_cpu_capability said last.
+// The instruction set in use: the last one set by set_cpu_capability, else METAKERN_CPU_CAPABILITY, else the fastest.
 CpuCapability cpu_capability();
 std::string cpu_capability_name();
 
 // Throws std::invalid_argument for a name that is unknown or not available here.
 void set_cpu_capability(const std::string& name);
 
-// f(a constant of type CpuCapability), for the one in use: its `value` may be a template's argument.
+// Calls f with the instruction set in use as an integral constant, whose `value` may be a template argument.
 template <class F>
 decltype(auto) with_cpu_capability(const F& f) {
   switch (cpu_capability()) {

@@ -6,7 +6,7 @@
 
 namespace metakern {
 
-// torch calls operators from Python by pybind11, which translates these types.
+// pybind11, through which torch calls operators from Python, translates these exception types.
 void throw_value_error(const std::string& message) { throw std::invalid_argument(message); }
 void throw_type_error(const std::string& message) { throw pybind11::type_error(message); }
 void throw_runtime_error(const std::string& message) { throw std::runtime_error(message); }

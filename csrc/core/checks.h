@@ -1,9 +1,9 @@
-// Checks of an operator's arguments. Every message names the argument, what was expected and what came.
+// Checks of an operator's arguments. Every message names the argument, the expected and the actual value.
 //
-// One kind of fault has one type of exception, the same in Python, whichever way an operator is called:
+// The kind of error determines the exception type, the same in Python, however an operator is called:
 //   ValueError    a shape, a size, a count, the value of an option:     check_value, fail_value
 //   TypeError     a dtype, a type:                                      check_type, fail_type
-//   RuntimeError  devices that differ, memory that is shared, whatever the machine cannot do:  check, fail
+//   RuntimeError  mismatched devices, overlapping memory, missing hardware or software:  check, fail
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -29,7 +29,7 @@ std::string shape_string(const Range& shape) {
   return out.str();
 }
 
-// Throw what Python raises as ValueError, as TypeError, as RuntimeError.
+// Throw exceptions that become ValueError, TypeError and RuntimeError in Python.
 [[noreturn]] void throw_value_error(const std::string& message);
 [[noreturn]] void throw_type_error(const std::string& message);
 [[noreturn]] void throw_runtime_error(const std::string& message);
@@ -54,7 +54,7 @@ template <class... Parts>
   throw_runtime_error(joined(parts...));
 }
 
-// The parts are evaluated in every call: where one of them costs something, write `if (!condition) fail(...)`.
+// The parts are evaluated in every call; if one is expensive, write `if (!condition) fail(...)` instead.
 template <class... Parts>
 void check_value(bool condition, const Parts&... parts) {
   if (!condition) fail_value(parts...);
@@ -76,7 +76,7 @@ bool equal_shapes(const A& a, const B& b) {
   return true;
 }
 
-// Names are whatever an ostream takes; the message is made only where a check fails.
+// A name may be anything that can be written to an ostream; the message is built only if a check fails.
 template <class Name>
 void check_shape(const Tensor& t, const Name& name, std::initializer_list<int64_t> expected) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(expected.begin(), expected.size());
@@ -91,7 +91,7 @@ void check_same_shape(const Tensor& t, const Name& name, const Tensor& other, co
                shape_string(t.sizes()));
 }
 
-// As Python prints it.
+// A dtype's name as Python prints it.
 std::string dtype_name(ScalarType dtype);
 
 template <class Name>
@@ -126,7 +126,7 @@ inline void check_contiguous_in_place(const Tensor& t, const char* name) {
     fail_value(name, " must be contiguous to be updated in place, got strides ", shape_string(t.strides()));
 }
 
-// An operand of the shape, dtype and device of another.
+// Checks that one operand has the shape, dtype and device of another.
 template <class Name>
 void check_like(const Tensor& t, const Name& name, const Tensor& other, const char* other_name) {
   check_same_shape(t, name, other, other_name);
@@ -134,7 +134,7 @@ void check_like(const Tensor& t, const Name& name, const Tensor& other, const ch
   check_same_device(t, name, other, other_name);
 }
 
-// What a list's element is called in a message.
+// Name of a list's element in messages.
 struct Element {
   const char* list;
   size_t index;
@@ -146,10 +146,10 @@ struct Element {
   }
 };
 
-// `dtype` if it is one of four.
+// `dtype` if it is one of the four supported ones.
 std::optional<DType> float_dtype(ScalarType dtype);
 
-// That of a tensor that must have one of them; `choices` is how the message lists them.
+// The dtype of a tensor, checked to be a supported one; `choices` lists these in the message.
 template <class Name>
 DType float_dtype(const Tensor& t, const Name& name, const char* choices = "float32, float64, bfloat16 or float16") {
   const std::optional<DType> found = float_dtype(t.scalar_type());
@@ -163,7 +163,7 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
   return x < y + b.numel() * int64_t(b.element_size()) && y < x + a.numel() * int64_t(a.element_size());
 }
 
-// Asking first is cheaper than the dispatcher.
+// Asking first is cheaper than a call through the dispatcher.
 inline Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
 
 }  // namespace metakern

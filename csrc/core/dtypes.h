@@ -6,8 +6,8 @@ namespace metakern {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-// Elements that are converted at once between memory and the arithmetic's dtype, and the coordinates of one tile of a
-// recurrent state, which Python calls TILE_LANES; a test compares them.
+// Elements converted at once between memory and the arithmetic's dtype; also the coordinates per tile of a recurrent
+// state, TILE_LANES in Python (a test compares the two).
 constexpr int tile_lanes = 32;
 
 }  // namespace metakern

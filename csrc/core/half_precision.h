@@ -1,5 +1,5 @@
-// bfloat16 and float16 by their bits, rounding to nearest even: GCC has _Float16 only from 12 on x86 and from 13
-// elsewhere, and the device needs no header of its own for it.
+// Conversion of bfloat16 and float16 on their bits, rounding to nearest even: GCC has _Float16 only from 12 on x86 and
+// from 13 elsewhere, and so the device needs no header of its own.
 #pragma once
 #include "portable.h"
 

@@ -1,7 +1,7 @@
-// The instruction sets that CPU kernels are compiled for: the one table of them, which setup.py reads too.
+// Table of the instruction sets that CPU kernels are compiled for; setup.py reads it too.
 //
-// An operator's csrc/<op>/cpu_kernel*.cpp is compiled once for each; the process runs the one that core/capability.h
-// picks. No torch header and no standard library: both would be compiled once per instruction set.
+// An operator's csrc/<op>/cpu_kernel*.cpp is compiled once for each; core/capability.h selects one at run time. No
+// torch header and no standard library: both would be compiled once per instruction set.
 #pragma once
 
 #if defined(__x86_64__)
@@ -29,7 +29,7 @@ enum class CpuCapability : int { MK_INSTRUCTION_SETS(MK_ENUMERATOR, ) };
 #undef MK_ENUMERATOR
 
 // In an operator's cpu.h: declares `const Table& function<CpuCapability::name>(arguments)` for every instruction set.
-// The operator's cpu_kernel.cpp defines the one of its own, by `function<CpuCapability::MK_CAPABILITY>`.
+// Each compilation of cpu_kernel.cpp defines its own, `function<CpuCapability::MK_CAPABILITY>`.
 #define MK_DECLARE_KERNELS(Table, function, ...) \
   template <CpuCapability>                       \
   const Table& function(__VA_ARGS__);            \

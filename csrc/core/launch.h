@@ -1,4 +1,4 @@
-// Launching a kernel: what the device offers, its limit of shared memory, and the error of the call that failed.
+// Kernel launches: device properties, the shared memory limit, and errors of CUDA calls.
 #pragma once
 #include <atomic>
 
@@ -8,8 +8,8 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// Return from a launcher with the error of a CUDA call. The error is also taken off the runtime's record: it is
-// reported here, not by whoever asks next.
+// Return from a launcher with the error of a CUDA call. Also clears the runtime's last error, so that no later call
+// reports it again.
 #define MK_CUDA_CHECK(call, name)                    \
   do {                                               \
     const cudaError_t mk_error = (call);             \
@@ -27,7 +27,7 @@ struct DeviceFacts {
   int shared_bytes = 0;  // that one block may have
 };
 
-// Of the current device; asked of the driver once for each of the first devices.
+// Properties of the current device; cached for the first devices.
 inline CudaResult device_facts(DeviceFacts* facts) {
   static std::atomic<int> known[cached_devices][2];
   MK_CUDA_CHECK(cudaGetDevice(&facts->device), "cudaGetDevice");

@@ -1,4 +1,4 @@
-// The Python module metakern._C: the facts of the build, what every operator shares, and the operators' own parts.
+// The Python module metakern._C: build information, shared functions, and the operators' own parts.
 #include "module.h"
 
 #include <pybind11/stl.h>

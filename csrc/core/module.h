@@ -1,10 +1,10 @@
-// What an operator's folder adds to the Python module metakern._C.
+// An operator's additions to the Python module metakern._C.
 #pragma once
 #include <pybind11/pybind11.h>
 
 namespace metakern {
 
-// A static one stands in an operator's schema.cpp:
+// Define a static one in the operator's schema.cpp:
 //
 //   const ModulePart part([](pybind11::module_& m) { m.attr("max_layers") = max_layers; });
 class ModulePart {

@@ -1,4 +1,4 @@
-// A parallel loop that reports errors in their own words.
+// A parallel loop that keeps the messages of exceptions.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 
@@ -7,8 +7,8 @@
 
 namespace metakern {
 
-// f(first, last) over ranges of begin to end, as torch::stable::parallel_for. That reports an exception of f by the
-// place where it arrived, without its message: the first one is kept here, and thrown again when all ranges are done.
+// f(first, last) over ranges of begin to end, as torch::stable::parallel_for, which would lose the message of an
+// exception of f: the first exception is kept and rethrown when all ranges are done.
 template <class F>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const F& f) {
   std::exception_ptr error;

@@ -1,5 +1,5 @@
-// What the arithmetic headers need to compile for one coordinate (float, double; host or device) and for a
-// SIMD vector of coordinates (GCC/Clang vector extensions) alike.
+// Basics for arithmetic headers that compile both for one coordinate (float, double; host or device) and for a SIMD
+// vector of coordinates (GCC/Clang vector extensions).
 //
 // Everything lives in an inline namespace named after the instruction set that it is compiled for: the same
 // header is compiled several times into one library, and the linker must never merge those copies.
@@ -48,7 +48,7 @@ MK_INLINE To bit_copy(From from) {
   return to;
 }
 
-// Both keep a NaN in x: the comparison is false and x comes out.
+// Both return x if it is NaN, as the comparison is false.
 template <class V>
 MK_INLINE V at_most(V x, lane_t<V> bound) {
   const V b = broadcast<V>(bound);

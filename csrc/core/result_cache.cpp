@@ -12,11 +12,11 @@
 namespace metakern {
 namespace {
 
-constexpr int64_t smallest = int64_t(1) << 16;  // below, malloc keeps memory itself
-constexpr int64_t header = 64;                  // before the data, which it keeps aligned
+constexpr int64_t smallest = int64_t(1) << 16;  // smaller blocks are cached by malloc itself
+constexpr int64_t header = 64;                  // before the data, which stays aligned
 
-// In the header of a block. Blocks that are kept are a list, so that to give one back allocates nothing and cannot
-// fail: torch's deleters must not throw.
+// Header of a block. Cached blocks form a linked list, so that freeing a block allocates nothing and cannot fail:
+// torch's deleters must not throw.
 struct Block {
   int64_t bytes;
   Block* older;
@@ -79,7 +79,7 @@ class Cache {
     return bytes_;
   }
 
-  // Around a fork.
+  // Called around a fork.
   void hold() { mutex_.lock(); }
   void release() { mutex_.unlock(); }
 
@@ -102,14 +102,14 @@ class Cache {
   Block* newest_ = nullptr;
   Block* oldest_ = nullptr;
   int64_t bytes_ = 0;
-  int64_t limit_ = -1;  // read when the first result is made: an error there is the call's
+  int64_t limit_ = -1;  // read at the first result, so that the call can report an error
 };
 
-// Made when the library is loaded, so that no thread can be in the middle of that during a fork. Never destroyed:
-// tensors may be freed after static objects are.
+// Created when the library is loaded, so that no fork can interrupt its creation. Never destroyed: tensors may be freed
+// after static objects are destroyed.
 Cache& cache = *new Cache;
 
-// A child process has only the thread that forked: a lock that another thread held would stay locked for ever.
+// A forked child has only the forking thread: a lock held by another thread would stay locked for ever.
 [[maybe_unused]] const int fork_handlers =
     pthread_atfork([] { cache.hold(); }, [] { cache.release(); }, [] { cache.release(); });
 

@@ -1,8 +1,8 @@
-// Memory of large results, kept for the next result of its size.
+// Cache of memory for large results, reused for the next result of the same size.
 //
-// A fresh result of hundreds of megabytes comes from the system page by page, and goes back when it is freed; an
-// optimizer step then spends more time in page faults than in arithmetic (METAKERN_CPU_CACHE_MB=0 make bench shows
-// it). So freed blocks stay here, up to a limit, the oldest leaving first.
+// The system maps a new result of hundreds of megabytes page by page, and unmaps it when it is freed; an optimizer step
+// then spends more time in page faults than in arithmetic (METAKERN_CPU_CACHE_MB=0 make bench shows it). So freed
+// blocks are cached up to a limit; the oldest are evicted first.
 #pragma once
 #include <torch/csrc/stable/tensor.h>
 
@@ -14,10 +14,10 @@ namespace metakern {
 // A contiguous tensor of the shape and dtype of `like`, on the CPU, its contents undefined.
 torch::stable::Tensor empty_result(const torch::stable::Tensor& like);
 
-// The same of another shape, one axis.
+// A result of the dtype of `like` and another shape.
 torch::stable::Tensor empty_result(const torch::stable::Tensor& like, std::initializer_list<int64_t> shape);
 
-// Working memory, aligned to 64 bytes and kept like a result's.
+// Working memory, aligned to 64 bytes and cached like a result's.
 class CachedMemory {
  public:
   explicit CachedMemory(int64_t bytes);
@@ -30,10 +30,10 @@ class CachedMemory {
   void* data_;
 };
 
-// Free what is kept.
+// Frees the cached memory.
 void empty_cache();
 
-// Bytes that are kept.
+// Bytes in the cache.
 int64_t cached_bytes();
 
 }  // namespace metakern

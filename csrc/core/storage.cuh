@@ -1,5 +1,5 @@
-// Loads and stores of four neighbouring coordinates at once, between memory of any dtype and the arithmetic's; sums of
-// a warp.
+// Loads and stores of four neighbouring coordinates, with conversion between memory's and the arithmetic's dtype; warp
+// sums.
 #pragma once
 #include "dtypes.h"
 #include "half_precision.h"
@@ -10,7 +10,7 @@ inline namespace MK_CAPABILITY {
 
 constexpr int warp_lanes = 32;
 
-// By all lanes of the warp, which get the same bits.
+// Sum over a warp. All lanes must call it, and get the same bits.
 template <class S>
 __device__ __forceinline__ S warp_sum(S x) {
 #pragma unroll

@@ -1,5 +1,4 @@
-// What every binding of CUDA kernels asks of torch: the tensors' device, its current stream, memory. And the text of a
-// launch's error.
+// torch's services for bindings of CUDA kernels: device guard, current stream, memory; and messages of launch errors.
 #pragma once
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,7 +11,7 @@
 #include "checks.h"
 #include "launch_result.h"
 
-// torch's library for the CPU lacks these. As weak symbols they are null there, and one build serves both.
+// Missing in torch's CPU build. As weak symbols they are null there, and one build serves both.
 extern "C" {
 __attribute__((weak)) AOTITorchError aoti_torch_create_cuda_guard(int32_t device_index, CUDAGuardHandle* guard);
 __attribute__((weak)) AOTITorchError aoti_torch_delete_cuda_guard(CUDAGuardHandle guard);
@@ -21,7 +20,7 @@ __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t 
 
 namespace metakern {
 
-// Makes the device of a tensor the current one; knows its current stream.
+// Guard that makes a tensor's device the current one; provides its current stream.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& t) {
@@ -46,7 +45,7 @@ class OnDevice {
   cudaStream_t stream_ = nullptr;
 };
 
-// The architectures that the kernels were compiled for, and the device's own.
+// Text for messages: the architectures that the kernels were compiled for, and the device's own.
 inline std::string architectures(int device) {
   int major = 0, minor = 0;
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -67,7 +66,7 @@ inline void check_cuda(const CudaResult& result) {
   fail(result.call, " failed: ", cudaGetErrorString(result.error), " (", cudaGetErrorName(result.error), ')', detail);
 }
 
-// What torch's shims tell of a failed allocation is where it happened, not why.
+// Adds a reason to a failed allocation; torch's shims report only where it happened.
 template <class Allocate>
 Tensor allocated(const char* what, int64_t bytes, Allocate allocate) {
   try {

@@ -1,5 +1,5 @@
-// SIMD vectors of coordinates for the instruction set that this translation unit is compiled for, and the loads and
-// stores between them and memory of any parameter dtype.
+// SIMD vectors of coordinates for this translation unit's instruction set, and their loads and stores from and to
+// memory of any parameter dtype.
 #pragma once
 #include <stdint.h>
 
@@ -57,8 +57,8 @@ struct vec_of<double> {
 template <class S>
 using vec_t = typename vec_of<S>::type;
 
-// The processor's own minimum and maximum return their second operand where one is NaN: x comes out, as it must. The
-// compiler does not find them, because it may not assume which NaN is wanted.
+// The processor's minimum and maximum return their second operand if either is NaN, so a NaN x is returned, as
+// required. The compiler does not generate them, as it may not assume which NaN is wanted.
 #if defined(__AVX512F__)
 template <>
 MK_INLINE FloatVec at_most<FloatVec>(FloatVec x, float bound) {
@@ -110,13 +110,13 @@ MK_INLINE lane_t<V> sum_lanes(V v) {
   return total;
 }
 
-// Sums of neighbouring lanes: those of `a` in the lower half, those of `b` in the upper.
+// Pairwise sums of neighbouring lanes: of `a` in the lower half, of `b` in the upper.
 template <class V, int... I>
 MK_INLINE V add_neighbours(V a, V b, std::integer_sequence<int, I...>) {
   return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 
-// out[i] = sum of the lanes of v[i], for as many vectors as one has lanes: a tree of pairs, in a fixed order.
+// out[i] = sum of the lanes of v[i], for as many vectors as there are lanes: a pairwise tree, in a fixed order.
 template <class V>
 MK_INLINE V sum_lanes_of_each(const V* v) {
   V sums[lanes<V>];
@@ -129,7 +129,7 @@ MK_INLINE V sum_lanes_of_each(const V* v) {
   return sums[0];
 }
 
-// `count` elements from index `first` of a parameter-like array into `out[tile_lanes]`, zeros behind them.
+// Loads `count` elements from index `first` of a parameter-like array into `out[tile_lanes]`, padded with zeros.
 template <class S>
 inline void read_lanes(const void* data, DType dtype, int64_t first, int count, S* out) {
   switch (dtype) {

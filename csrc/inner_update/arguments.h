@@ -1,4 +1,4 @@
-// The checks of inner_update's arguments that hold on every device.
+// Device-independent checks of inner_update's arguments.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@
 
 namespace metakern {
 
-// Elements of `rate` that one step uses. They lie at `step` times as many, and repeat along `params`.
+// Number of elements of `rate` for one step. They start at `step` times this number, and repeat along `params`.
 inline int64_t checked_rate_period(const Element& name, const Tensor& rate, const Tensor& params, int64_t step) {
   const int64_t leading = step >= 0 ? 1 : 0;
   check_value(rate.dim() >= leading, name, " must have a leading axis of inner steps for step=", step,
@@ -41,7 +41,7 @@ struct InnerUpdateArguments {
   InnerUpdateProblem problem;
 };
 
-// The number of tasks, that every tensor of params and `active` has as its first axis.
+// The number of tasks, the first axis of every tensor of params and of `active`.
 inline int64_t checked_tasks(const std::vector<Tensor>& params, const std::optional<Tensor>& active) {
   if (active) {
     check_type(active->scalar_type() == ScalarType::Bool, "active must be a tensor of bool, got ",

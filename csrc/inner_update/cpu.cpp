@@ -49,7 +49,7 @@ double sum_by_tree(double* values, int64_t count) {
   return count == 1 ? values[0] : 0.0;
 }
 
-// Factors that bring the norms of the tasks' gradients down to clip_norm. A task that rests has a factor of 1.
+// Factors that clip the norms of the tasks' gradients to clip_norm. An inactive task has a factor of 1.
 std::vector<double> clip_coefficients(const InnerUpdateKernels& k, const InnerUpdateProblem& p) {
   std::vector<int64_t> task_starts{0}, starts{0};  // tiles of one task's part of a tensor; of all tasks'
   for (int64_t i = 0; i < p.num_tensors; ++i) {

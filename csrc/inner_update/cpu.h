@@ -5,7 +5,7 @@
 
 namespace metakern {
 
-constexpr int64_t update_tile = 4096;  // elements that a thread takes at a time, and whose squares make one partial sum
+constexpr int64_t update_tile = 4096;  // elements per work item of a thread, and per partial sum of squares
 
 MK_INLINE int64_t update_tiles(int64_t elements) { return (elements + update_tile - 1) / update_tile; }
 

@@ -1,7 +1,7 @@
 // compile with: -ffp-contract=off
 //
-// inner_update on the CPU. Compiled once per instruction set, without contraction of products and sums: every one of
-// them, and plain PyTorch, then gives the same bits. The compiler vectorises the loops.
+// inner_update on the CPU. Compiled once per instruction set, without contraction of products and sums, so that all
+// instruction sets and plain PyTorch give the same bits. The compiler vectorises the loops.
 #include "../core/vec.h"
 #include "cpu.h"
 
@@ -9,7 +9,7 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Elements that share α's period, a task and thus a factor of the gradient: `count` of them from `first`.
+// `count` elements from `first` on within one task and one period of α; they share the clipping factor.
 struct Run {
   int64_t first, count;
   int64_t rate_first;  // index into rates, where rate_period is not 1
@@ -24,7 +24,7 @@ S one_rate(const InnerUpdateProblem& p, const InnerUpdateTensor& t) {
   return lanes[0];
 }
 
-// Params, grads and rates of the dtype of the arithmetic.
+// Params, grads and rates all in the arithmetic's dtype.
 template <class S>
 void update_native(const InnerUpdateProblem& p, const InnerUpdateTensor& t, const Run& run) {
   const S* __restrict params = static_cast<const S*>(t.params) + run.first;
@@ -108,7 +108,7 @@ double sum_of_squares_as(const InnerUpdateTensor& t, int64_t first, int64_t last
   return sums[0];
 }
 
-// In double, which holds every square of a float: no gradient's norm overflows that is not infinite in float32.
+// In double, which holds every square of a float, so that no finite norm overflows.
 double sum_of_squares(const InnerUpdateTensor& t, int64_t first, int64_t last) {
   return t.dtype == DType::float64 ? sum_of_squares_as<double>(t, first, last)
                                    : sum_of_squares_as<float>(t, first, last);

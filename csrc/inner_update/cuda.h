@@ -12,8 +12,8 @@ namespace metakern {
 // 0 without clipping, that is with a clip_norm of 0.
 int64_t cuda_inner_update_workspace_bytes(const InnerUpdateProblem& p);
 
-// One launch for the whole list, or two with clipping; a long list goes in parts of some fifty tensors. `workspace` is
-// aligned to 8 bytes; `coefficients` is not read. The same bits in every run on every device.
+// One launch for the whole list, or two with clipping; a long list is split into parts of about fifty tensors.
+// `workspace` is aligned to 8 bytes; `coefficients` is not read. The same bits in every run on every device.
 CudaResult cuda_inner_update(const InnerUpdateProblem& p, void* workspace, cudaStream_t stream);
 
 }  // namespace metakern

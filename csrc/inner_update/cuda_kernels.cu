@@ -1,4 +1,4 @@
-// inner_update on the GPU: how the list is cut into launches. The kernels stand in inner_update_kernels.cuh.
+// inner_update on the GPU: how the list is split into launches. The kernels are in cuda_kernels.cuh.
 #define MK_CAPABILITY cuda  // the host's copies of the arithmetic must not merge with those of the CPU's kernels
 #include <math.h>
 
@@ -11,7 +11,7 @@ namespace {
 
 constexpr int64_t max_segments = 64;     // of a task: a warp of the update adds two sums a lane
 constexpr int64_t resident_blocks = 8;   // of a multiprocessor
-constexpr int64_t max_blocks = 1 << 20;  // the kernels stride over what is behind
+constexpr int64_t max_blocks = 1 << 20;  // the kernels stride over the rest
 
 int64_t smaller(int64_t x, int64_t y) { return x < y ? x : y; }
 
@@ -62,7 +62,7 @@ CudaResult launch_norms(const InnerUpdateProblem& p, const NormLayout& layout, d
 UpdatePart update_part(const InnerUpdateProblem& p, const InnerUpdateTensor& t, int64_t first_unit) {
   const int64_t task_size = p.task_size(t);
   const bool repeats = t.rates != nullptr && t.rate_period != 1;
-  // Where tasks and α are told apart, one of the two sizes divides the other.
+  // One of the two sizes divides the other.
   const int64_t row = repeats ? smaller(task_size, t.rate_period) : task_size;
   const int64_t period = repeats ? t.rate_period : 1;
   return {t.params, t.grads, t.updated, t.rates, first_unit, row, task_size, period, t.dtype, t.rate_dtype};

@@ -1,8 +1,8 @@
 // inner_update's kernels: partial sums of the tasks' squared gradients, and the update itself.
 //
-// The list travels in the kernels' arguments. A warp takes a unit of 512 elements at a time, which lie in one tensor,
-// belong to one task and meet each element of α once; a lane takes four neighbours and then those 128 elements on,
-// whether or not they are aligned. So no sum depends on addresses or on the number of multiprocessors.
+// The list is passed in the kernels' arguments. A warp processes units of 512 elements of one tensor, one task and one
+// period of α; a lane takes four neighbours in every 128 elements, aligned or not. So no sum depends on addresses or on
+// the number of multiprocessors.
 #pragma once
 #include "../core/storage.cuh"
 #include "problem.h"
@@ -14,7 +14,7 @@ constexpr int unit_elements = 512;
 constexpr int lane_step = 4 * warp_lanes;
 constexpr int update_warps = 8;
 constexpr int update_threads = update_warps * warp_lanes;
-constexpr int argument_bytes = 4096;  // what every architecture takes
+constexpr int argument_bytes = 4096;  // supported by every architecture
 
 constexpr MK_INLINE int64_t units_of(int64_t elements) { return (elements + unit_elements - 1) / unit_elements; }
 
@@ -102,7 +102,7 @@ __device__ __forceinline__ const auto& part_of(const Arguments& a, int64_t unit)
   return a.parts[first];
 }
 
-// Four neighbours can be moved at once.
+// Whether four neighbours can be loaded or stored at once.
 template <class Element>
 __device__ __forceinline__ bool is_aligned(const Element* p) {
   return reinterpret_cast<uintptr_t>(p) % (sizeof(Element) == 2 ? 8 : 16) == 0;
@@ -144,7 +144,7 @@ class Rates {
       aligned_ = dtype_ == dtype && is_aligned(static_cast<const Element*>(data_) + first_);
     }
   }
-  // Those of elements i ... i + 3 of the unit.
+  // α of elements i ... i + 3 of the unit.
   __device__ __forceinline__ Vec4<S> at(int i, int count) const {
     if (data_ == nullptr) return {{one_, one_, one_, one_}};
     if (dtype_ == dtype) return read4<dtype>(static_cast<const Element*>(data_) + first_, i, count, aligned_);
@@ -162,7 +162,7 @@ class Rates {
   bool aligned_ = false;
 };
 
-// Some elements of one tensor, as one warp takes them.
+// The elements of one tensor that one warp processes at a time.
 struct Unit {
   int64_t first;
   int count;
@@ -189,7 +189,7 @@ __device__ __forceinline__ void update_unit(const UpdateArguments& a, const Upda
   }
 }
 
-// The same bits, even those of a NaN.
+// Copies bits unchanged, also those of a NaN.
 template <class Bits>
 __device__ __forceinline__ void keep_unit(const UpdatePart& t, const Unit& unit) {
   const Bits* params = static_cast<const Bits*>(t.params) + unit.first;
@@ -197,7 +197,7 @@ __device__ __forceinline__ void keep_unit(const UpdatePart& t, const Unit& unit)
   for (int i = threadIdx.x % warp_lanes; i < unit.count; i += warp_lanes) updated[i] = params[i];
 }
 
-// The factor of a task's gradient, by all lanes of a warp; 1 for a norm of zero, NaN for one that is NaN.
+// A task's clipping factor, by all lanes of a warp; 1 for a zero norm, NaN for a NaN norm.
 __device__ __forceinline__ double clip_coefficient(const UpdateArguments& a, int64_t task) {
   const double* sums = a.sums + task * a.num_sums;
   double squares = 0;
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(update_threads) update_kernel(const __grid_con
   }
 }
 
-// This lane's share, in double, which holds every square of a float.
+// This lane's share of the sum of squares, in double, which holds every square of a float.
 template <DType dtype>
 __device__ __forceinline__ double sum_of_squares(const NormPart& t, const Unit& unit) {
   using Element = typename Stored<dtype>::Element;
@@ -258,8 +258,8 @@ __device__ __forceinline__ double sum_of_squares(const NormArguments& a, int64_t
   }
 }
 
-// A block sums one segment of a task: every unit whose number, modulo all warps of the task, is that of one of its
-// warps. The sums of a task that rests are not written, and not read.
+// A block sums one segment of a task: each warp takes every n-th unit, n being the number of the task's warps. The sums
+// of inactive tasks are neither written nor read.
 __global__ void __launch_bounds__(update_threads) norm_kernel(const __grid_constant__ NormArguments a) {
   double* warps = reinterpret_cast<double*>(dynamic_shared());  // [update_warps]
   const int warp = threadIdx.x / warp_lanes;

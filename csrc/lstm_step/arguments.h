@@ -1,4 +1,4 @@
-// The checks of lstm_step's arguments that hold on every device.
+// Device-independent checks of lstm_step's arguments.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@
 
 namespace metakern {
 
-// A weight as messages name it: weights[5] (weight_hh_l1).
+// A weight's name in messages: weights[5] (weight_hh_l1).
 struct WeightName {
   const LstmStepProblem& problem;
   int index;
@@ -48,21 +48,21 @@ inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& w
   if (p.stages.head_weights > 0) check_next({p.stages.head_weights});
 }
 
-// What a call chooses beside its tensors.
+// The non-tensor arguments of a call.
 struct LstmStepOptions {
   int64_t features, head;
   double preprocess_scale, output_scale;
   int64_t precision;
 };
 
-// Of the operators without stages of their own: the head adds.
+// Options of the operators with the default head, "add".
 inline LstmStepOptions plain_options(int64_t preprocess, double preprocess_scale, double output_scale,
                                      int64_t precision) {
   check_value(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
   return {preprocess, 0, preprocess_scale, output_scale, precision};
 }
 
-// The layout of the packed state of p.num_coordinates coordinates. Sets the problem's sizes that it holds.
+// Checks the packed state of p.num_coordinates coordinates, and sets the problem's sizes from its shape.
 inline void check_state(LstmStepProblem& p, const Tensor& state) {
   if (state.dim() != 5 || state.size(0) != p.num_tiles() || state.size(2) != 2 || state.size(4) != tile_lanes)
     fail_value("state.data must have shape [", p.num_tiles(), ", L, 2, H, ", tile_lanes,
@@ -81,8 +81,8 @@ inline void check_options(const LstmStepOptions& options) {
   check_value(options.precision >= 0 && options.precision <= 2, "precision must be 0, 1 or 2, got ", options.precision);
 }
 
-// The problem that an operator's arguments describe. All must have the dtype of `params`, or the one that belongs to
-// it, and its device. `name` is what messages call it: the backward has the grads instead.
+// The problem described by an operator's arguments. All must be on the device of `params` and have its dtype, or the
+// dtype that belongs to it. `name` is the name of `params` in messages: backward passes the grads instead.
 inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
                                        const LstmStepOptions& options, const char* name = "grads") {
   check_options(options);
@@ -132,7 +132,7 @@ inline void check_stage_tensors(LstmStepProblem& p, const Tensor& params, const 
   }
 }
 
-// What the in-place operator asks of its arguments: tiles are read while others are written.
+// Checks for the in-place operator, which reads some tiles while it writes others.
 inline void check_in_place(const Tensor& params, const Tensor& grads, const Tensor& state) {
   check_contiguous_in_place(params, "params");
   check_contiguous_in_place(state, "state.data");

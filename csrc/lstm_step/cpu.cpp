@@ -1,5 +1,5 @@
-// The CPU operators: check the arguments, allocate the results, hand ranges of tiles to the loops of the instruction
-// set in use. Written against torch's stable C++ interface, so that one build serves every torch from 2.11 on.
+// The CPU operators: check the arguments, allocate the results, run ranges of tiles with the loops of the instruction
+// set in use. Uses torch's stable C++ interface, so that one build serves every torch from 2.11 on.
 #include "cpu.h"
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +33,7 @@ Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vecto
   return pack(k, p, pointers.data(), for_backward);
 }
 
-// Runs backward with everything set but what only this function knows; returns the gradients of the weights.
+// Completes `args` and runs backward; returns the gradients of the weights.
 std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Tensor>& weights, LstmStepBackward args) {
   const LstmStepKernels& k = kernels_for(p);
   const Buffer packed = pack(k, p, weights, true);

@@ -9,7 +9,7 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// What a layer's units read and write, each [rows][tile_lanes].
+// Memory that a layer's units read and write, each [rows][tile_lanes].
 template <class S>
 struct LayerIO {
   const S* x;  // [inputs]
@@ -54,9 +54,8 @@ MK_INLINE void gate_rows(const lane_t<V>* w, const LayerIO<lane_t<V>>& io, int i
   }
 }
 
-// The activations of some units from their pre-activations, [unit][gate][tile_lanes], which are overwritten. Each loop
-// is one short chain of instructions: a unit's whole chain is longer than what a processor looks ahead, and it would
-// wait for most of it.
+// The activations of some units from their pre-activations, [unit][gate][tile_lanes], which are overwritten. Split into
+// loops of short dependency chains: a unit's whole chain exceeds the processor's out-of-order window.
 template <class V>
 MK_INLINE void activate(const LayerIO<lane_t<V>>& io, lane_t<V>* rows, int first, int units, int used_lanes) {
   for (int j = 0; j < units; ++j)
@@ -84,7 +83,7 @@ MK_INLINE void activate(const LayerIO<lane_t<V>>& io, lane_t<V>* rows, int first
     }
 }
 
-// The same with all that backward needs.
+// The same, also keeping the values for backward.
 template <class V>
 MK_INLINE void activate_for_backward(const LayerIO<lane_t<V>>& io, const lane_t<V>* rows, int first, int units, int H) {
   const int64_t gate_stride = int64_t(H) * tile_lanes;
@@ -108,7 +107,7 @@ MK_INLINE void activate_for_backward(const LayerIO<lane_t<V>>& io, const lane_t<
     }
 }
 
-// What is written to lanes behind the used ones means nothing.
+// Values written to unused lanes carry no meaning.
 template <class V>
 void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs, int H, int used_lanes) {
   alignas(64) lane_t<V> rows[4 * group_units * tile_lanes];

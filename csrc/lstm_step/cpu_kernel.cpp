@@ -17,7 +17,7 @@ void clear_padding(S* rows, int64_t count, int used_lanes) {
     for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
 }
 
-// Asks for memory that the next tile needs, as far as the second-level cache.
+// Prefetches the next tile's memory into the second-level cache.
 MK_INLINE void prefetch(const void* p, int64_t bytes) {
   constexpr int64_t cache_line = 64;
   for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
@@ -44,7 +44,7 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
       __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
       if (tile + 1 < last_tile) prefetch(state + p.tile_state() + h_at, sizeof(S) * 2 * H * tile_lanes);
       forward_layer<V>({x, old_h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
-                       packed.forward(layer), p.inputs(layer), H, used);  // clear_padding writes what lies behind
+                       packed.forward(layer), p.inputs(layer), H, used);  // clear_padding writes the rest
       x = new_state + h_at;
     }
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
@@ -73,7 +73,7 @@ struct Scratch {
   S* grad_own;    // [block_tiles, own_weights, tile_lanes]: each coordinate's share of the stages' own weights
   S* tanh_c;      // [L, H, tile_lanes]
   S* grad_x;      // [max(H, feature_rows), tile_lanes]
-  S* last_state;  // [L, 2, H, tile_lanes]; last tile, zero behind the last coordinate
+  S* last_state;  // [L, 2, H, tile_lanes]; last tile, zero after the last coordinate
 
   static int64_t grad_x_rows(const LstmStepProblem& p) {
     return p.hidden_size < p.feature_rows() ? p.feature_rows() : p.hidden_size;
@@ -195,7 +195,7 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
         store(gates + 3 * rows + at, d.preactivation.o);
         store(grad_state + (layer * 2 + 1) * rows + at, d.c);
       }
-    if (used < tile_lanes) {  // lanes behind the last coordinate: whatever gradient was given for them is dropped
+    if (used < tile_lanes) {  // drop the incoming gradients of lanes after the last coordinate
       clear_padding(gates, 4 * H, used);
       clear_padding(grad_state + (layer * 2 + 1) * rows, H, used);
     }
@@ -250,7 +250,7 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     gradients.read(p, args, tile, used);
     write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features_of(i), dropped);
     const S* tile_state = state + i * p.tile_state();
-    if (used < tile_lanes) {  // whatever stands behind the last coordinate, NaN included, must not reach the weights
+    if (used < tile_lanes) {  // values after the last coordinate, NaN included, must not reach the weights
       __builtin_memcpy(scratch.last_state, tile_state, sizeof(S) * p.tile_state());
       clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
       tile_state = scratch.last_state;

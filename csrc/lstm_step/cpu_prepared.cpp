@@ -1,7 +1,7 @@
-// Small steps without a graph: the packed weights stay from call to call, and addresses come in place of tensors.
+// Small steps without a graph: packed weights are kept between calls, and arguments are addresses, not tensors.
 //
 // The dispatcher, the checks of a dozen tensors and the packing take several times as long as the arithmetic of a few
-// coordinates. The weights are compared with a copy at every call, byte by byte: so nothing can change them unseen.
+// coordinates. Every call compares the weights byte by byte with a copy, so changes are always detected.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

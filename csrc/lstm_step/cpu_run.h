@@ -1,4 +1,4 @@
-// What every call of lstm_step on the CPU does: find the loops of the instruction set in use, pack the weights, run.
+// Common part of all CPU calls of lstm_step: select the loops of the instruction set in use, pack the weights, run.
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -28,7 +28,7 @@ inline Buffer allocate(int64_t bytes) {
   return Buffer(p);
 }
 
-// The weights in the order in which the loops read them, from contiguous ones.
+// Packs contiguous weights in the order in which the loops read them.
 inline Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const void* const* weights, bool for_backward) {
   Buffer packed = allocate(k.packed_bytes(p, for_backward));
   k.pack(p, weights, for_backward, packed.get());

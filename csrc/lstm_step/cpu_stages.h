@@ -1,4 +1,4 @@
-// What the stages of lstm_step read and write of one tile, and their loops over its lanes.
+// One tile's inputs and outputs of lstm_step's stages, and the stages' loops over its lanes.
 #pragma once
 #include "cpu_weights.h"
 #include "stages.h"
@@ -44,7 +44,7 @@ struct StateRows {
   S* of_head() { return data + Stages::Features::states * tile_lanes; }
 };
 
-// What the stages are given of one tile.
+// The stages' inputs for one tile.
 template <class S, class Stages>
 struct TileInputs {
   static constexpr int task_rows = Stages::task_inputs;
@@ -113,7 +113,7 @@ MK_INLINE void head_outputs(const PackedWeights<lane_t<V>>& packed, const lane_t
   }
 }
 
-// Makes the tile's params the new ones, and writes the head's new states.
+// Updates the tile's params, and writes the head's new states.
 template <class V, class S, class Stages>
 void apply_head(const Stages& stages, TileInputs<S, Stages>& t, const PackedWeights<S>& packed, const S* h, int H,
                 StateRows<S, Stages>& new_states) {
@@ -130,7 +130,7 @@ void apply_head(const Stages& stages, TileInputs<S, Stages>& t, const PackedWeig
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-// Gradients of one tile: those that come in, and those of what the stages were given.
+// Gradients of one tile: incoming ones, and those of the stages' inputs.
 template <class S, class Stages>
 struct TileGradients {
   static constexpr bool additive = Stages::Head::additive;
@@ -151,8 +151,8 @@ struct TileGradients {
   }
 };
 
-// Writes the gradients of the outputs, of the head's own weights, and those of `gradients` that the head gives; h is
-// the new one of the top cell.
+// Writes the gradients of the outputs, of the head's own weights, and the head's part of `gradients`; h is the new h of
+// the top cell.
 template <class V, class S, class Stages>
 void head_backward(const Stages& stages, const TileInputs<S, Stages>& t, const PackedWeights<S>& packed, const S* h,
                    int H, TileGradients<S, Stages>& gradients, S* grad_out, S* grad_own) {

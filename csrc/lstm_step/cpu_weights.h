@@ -7,12 +7,12 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Vectors of lanes that one pass keeps in registers beside its accumulators. With AVX-512 a weight is broadcast by the
-// multiplication that reads it; otherwise by a load of its own, which two vectors share.
+// Vectors of lanes that share one broadcast weight. With AVX-512 the multiplication itself broadcasts the weight;
+// otherwise a separate load does, which two vectors share.
 constexpr int U = vector_bytes == 64 ? 1 : 2;
 
-// Units whose pre-activations are computed before their activations. Their rows of gates are taken in blocks, as many
-// as have their accumulators in registers: 16 with AVX-512; with AVX2 6 (of two vectors each); otherwise 4.
+// Units whose pre-activations are computed before their activations. Their rows of gates are processed in blocks whose
+// accumulators fit the registers: 16 rows with AVX-512; with AVX2 6 (of two vectors each); otherwise 4.
 constexpr int group_units = vector_bytes == 64 ? 4 : 3;
 MK_INLINE constexpr int row_block(int rows) {
   if (vector_bytes == 64) return rows >= 16 ? 16 : rows >= 8 ? 8 : 4;

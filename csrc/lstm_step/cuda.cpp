@@ -13,8 +13,8 @@
 namespace metakern {
 namespace {
 
-// Natural-layout weights, contiguous: `kept` holds the copies of those that were not until the launch is queued. Their
-// memory goes back to torch's allocator, which gives it only to later work of this stream.
+// Pointers to contiguous weights in their natural layout. `kept` holds copies of non-contiguous ones until the launch
+// is queued; torch's allocator then reuses their memory only for later work of this stream.
 CudaWeights pointers(const std::vector<Tensor>& weights, std::vector<Tensor>& kept) {
   CudaWeights result{};
   for (size_t i = 0; i < weights.size(); ++i) {
@@ -24,7 +24,7 @@ CudaWeights pointers(const std::vector<Tensor>& weights, std::vector<Tensor>& ke
   return result;
 }
 
-// Tiles are read by 16 bytes at once; a view may start anywhere.
+// Tiles are read 16 bytes at a time, but a view may start at any address.
 Tensor aligned(const Tensor& t) {
   const Tensor c = as_contiguous(t);
   return reinterpret_cast<uintptr_t>(c.const_data_ptr()) % 16 == 0 ? c : torch::stable::clone(c);

@@ -36,14 +36,14 @@ struct CudaLstmStepBackward {
   void* workspace;  // cuda_lstm_step_workspace_bytes(problem), aligned to 16 bytes
 };
 
-// Of backward; a function of the problem alone. Never 0.
+// Workspace of backward; depends on the problem alone. Never 0.
 int64_t cuda_lstm_step_workspace_bytes(const LstmStepProblem& p);
 
 // The products honour problem.precision for float32 arithmetic and 20 or 32 hidden units; others are computed in
 // float32 or, for float64 params, float64.
 CudaResult cuda_lstm_step_forward(const LstmStepProblem& p, const CudaLstmStepForward& args, cudaStream_t stream);
 
-// Its products are float32 (or float64) whatever problem.precision is. The same bits in every run on a device.
+// Products are float32 (or float64); problem.precision is ignored. The same bits in every run on a device.
 CudaResult cuda_lstm_step_backward(const LstmStepProblem& p, const CudaLstmStepBackward& args, cudaStream_t stream);
 
 }  // namespace metakern

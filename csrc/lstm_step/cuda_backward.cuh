@@ -5,9 +5,9 @@
 // memory; transposed products make of them the gradients of the layer's inputs and of the old h. Then all threads of
 // the block add up the outer products over the block's tiles: those are the weight gradients.
 //
-// Their sums have a fixed order. The tiles are cut into chunks, whose number is a function of the problem alone; a
-// block adds up one chunk after another in double precision in memory of the chunk's own, and a second kernel adds up
-// the chunks. How many tiles are added before a sum goes to double precision depends on the device's shared memory.
+// These sums have a fixed order. The tiles are split into chunks, whose number depends on the problem alone; a block
+// sums one chunk after another in double precision in the chunk's own memory, and a second kernel sums the chunks. The
+// number of tiles added before a sum is converted to double depends on the device's shared memory.
 #pragma once
 #include "../math/activations.cuh"
 #include "../math/preprocess.h"
@@ -20,8 +20,8 @@ constexpr int max_backward_warps = 8;  // 255 registers a thread
 
 constexpr int64_t cache_line = 128;
 
-// Chunks enough for several on each multiprocessor, unless their partial sums would take too much memory. A chunk keeps
-// all warps of a block busy, but where there are so few that they would not keep all multiprocessors busy.
+// Enough chunks for several per multiprocessor, unless their partial sums would take too much memory. A chunk is large
+// enough for all warps of a block, unless there would be too few chunks for all multiprocessors.
 constexpr int64_t max_chunks = 512, few_chunks = 128, max_partial_bytes = int64_t(128) << 20;
 constexpr int small_chunk_tiles = 4;
 
@@ -103,7 +103,7 @@ struct TileBackward {
   __device__ __forceinline__ int64_t at(int layer, int kind, int unit) const {
     return ((tile * weights.layers + layer) * 2 + kind) * H() * tile_lanes + unit * tile_lanes + first;
   }
-  // Zero behind the last coordinate, whatever stands there.
+  // Reads zero after the last coordinate, whatever is stored there.
   __device__ __forceinline__ Vec4<S> read(const void* data, int64_t i) const {
     Vec4<S> x = load4(static_cast<const Store*>(data) + i);
 #pragma unroll
@@ -117,7 +117,7 @@ struct TileBackward {
     __syncwarp();
   }
 
-  // Of the tile that this warp takes next.
+  // Prefetches the state of this warp's next tile.
   __device__ void prefetch(int64_t next) const {
     const int64_t bytes = int64_t(weights.layers) * 2 * H() * tile_lanes * int64_t(sizeof(Store));
     for (int64_t i = lane * cache_line; i < bytes; i += warp_lanes * cache_line) {
@@ -179,7 +179,7 @@ struct TileBackward {
     if (l == 0) feature_gradients(w);
   }
 
-  // Whatever stands behind the last coordinate: what comes of it is dropped.
+  // Not masked: results after the last coordinate are dropped.
   __device__ __forceinline__ Vec4<S> grad_new_state(int l, int kind, int unit) const {
     return load4(static_cast<const Store*>(a.pointers.grad_new_state) + at(l, kind, unit));
   }
@@ -236,7 +236,7 @@ struct TileBackward {
         store4(memory.grad_x() + k * stride + first, Vec4<S>{{grad_x[j][0], grad_x[j][1], grad_x[j][2], grad_x[j][3]}});
     }
   }
-  // Threads whose unit is behind the last one compute another's and drop it.
+  // Threads beyond the last unit compute the last one again and drop the result.
   __device__ __forceinline__ int valid_unit(int unit) const { return Size::exact || unit < H() ? unit : H() - 1; }
   __device__ __forceinline__ static void add_gates(S (&sum)[4], const Vec4<S>& w, const Vec4<S> (&d)[4]) {
 #pragma unroll
@@ -386,7 +386,7 @@ __global__ void __launch_bounds__(max_backward_warps* warp_lanes, 1)
   }
 }
 
-// Adds up the chunks' partial sums, each by a fixed order, and writes every weight's gradient.
+// Sums the chunks' partial sums in a fixed order, and writes every weight's gradient.
 constexpr int reduce_outputs = 32, reduce_groups = 8;
 
 template <class S>

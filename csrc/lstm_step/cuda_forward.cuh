@@ -2,7 +2,7 @@
 //
 // The state passes through a ring of two buffers of one layer each, filled by asynchronous copies while the layer
 // before is computed: it is read once and, from registers, written once. How a layer's products are computed is the
-// `Units` parameter: FmaUnits here, MmaUnits (tensor cores) in forward_mma.cuh.
+// `Units` parameter: FmaUnits here, MmaUnits (tensor cores) in cuda_forward_mma.cuh.
 #pragma once
 #include "../math/activations.cuh"
 #include "../math/preprocess.h"
@@ -38,7 +38,7 @@ struct FmaUnits {
   static constexpr int fixed_hidden = FixedH;
   static constexpr int max_warps = sizeof(S) == 8 ? 8
                                    : FixedH == 32 ? 8
-                                                  : 12;  // what registers and shared memory allow
+                                                  : 12;  // limited by registers and shared memory
   static constexpr int x_stride = tile_lanes;
   static constexpr int state_stride = tile_lanes;
   static constexpr bool single_pass = Sizes<FixedH>::single_pass;
@@ -141,7 +141,7 @@ struct Coordinate {
   }
 };
 
-// Zeros behind the last coordinate. The warp's threads have met since they wrote there.
+// Writes zeros after the last coordinate. The warp must have synchronised since it wrote there.
 template <class Store>
 __device__ __forceinline__ void clear_lane(Store* rows, int count) {
   for (int i = 0; i < count; ++i) rows[i * tile_lanes] = Store{};

@@ -1,5 +1,5 @@
 // The forward kernel's products on tensor cores: float32 sums of products of weights and hidden states that are rounded
-// to TF32 (10 bits behind the point) or bfloat16 (7 bits). Everything else stays float32.
+// to TF32 (10 fraction bits) or bfloat16 (7 fraction bits). Everything else stays float32.
 //
 // A product of two rounded factors is off by at most 2^-10 of itself (TF32) or 2^-7 (bfloat16).
 #pragma once
@@ -8,7 +8,7 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// Depth of one product, the row strides that keep its loads of B free of bank conflicts, and its operands' rounding.
+// Depth of one product, row strides for loads of B without bank conflicts, and the rounding of the operands.
 struct Tf32 {
   static constexpr int depth = 8, stride = 40;
   // Rows of x that this thread feeds to register r: the first of one.
@@ -128,7 +128,7 @@ struct MmaUnits {
     }
   }
 
-  // acc += weights * x for `count` rows of x; rows behind them count as zero.
+  // acc += weights * x for `count` rows of x; further rows count as zero.
   template <class Element>
   static __device__ __forceinline__ void add_rows(Accumulators& acc, const float* w, const Element* x, int stride,
                                                   int count) {

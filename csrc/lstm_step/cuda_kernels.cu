@@ -1,5 +1,5 @@
-// lstm_step on the GPU: which kernel serves a problem, and its launch. The kernels stand in forward.cuh,
-// forward_mma.cuh and backward.cuh.
+// lstm_step on the GPU: selection and launch of kernels. The kernels are in cuda_forward.cuh, cuda_forward_mma.cuh and
+// cuda_backward.cuh.
 #define MK_CAPABILITY cuda  // the host's copies of the arithmetic must not merge with those of the CPU's kernels
 #include <math.h>
 
@@ -20,7 +20,7 @@ PreprocessScale<S> preprocess_scale(const LstmStepProblem& p) {
 
 int at_most_int(int64_t n, int bound) { return n < bound ? int(n) : bound; }
 
-// With fewer warps a block, reading the weights through the cache is the lesser evil.
+// With fewer warps per block, reading the weights through the cache is faster.
 constexpr int few_warps = 2;
 
 // False where the device has too little shared memory for this kernel.
@@ -39,7 +39,7 @@ bool launch_forward(const LstmStepProblem& p, const CudaLstmStepForward& args, c
   }
   const int warps = at_most_int((facts.shared_bytes - packed_bytes) / warp_bytes, Units::max_warps);
   if (warps < 1) return false;
-  // Also where few tiles leave most warps idle: they help to pack the weights.
+  // Full blocks even for few tiles: idle warps help to pack the weights.
   const LaunchShape shape{at_most_int(p.num_tiles(), facts.multiprocessors), warps * warp_lanes,
                           packed_bytes + warps * warp_bytes};
   *result = launch(forward_kernel<Units>, prepared, facts, shape, a, stream, "launch of lstm_step's forward kernel");

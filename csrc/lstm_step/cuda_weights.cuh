@@ -1,5 +1,5 @@
-// The weights as the kernels read them: a unit's four gates side by side, packed by each block into shared memory, or,
-// where they do not fit, straight from the tensors.
+// The weights in the kernels' layout: a unit's four gates side by side, packed by each block into shared memory, or
+// read directly from the tensors if they do not fit.
 #pragma once
 #include "../core/storage.cuh"
 #include "cuda.h"
@@ -20,12 +20,12 @@ constexpr int units_per_thread = FixedH == 20   ? 5
                                  : FixedH == 32 ? 4
                                                 : 2;
 
-// Hidden units, known to the compiler unless FixedH is 0.
+// Number of hidden units, a compile-time constant unless FixedH is 0.
 template <int FixedH>
 struct Sizes {
   static constexpr int J = units_per_thread<FixedH>;
   static constexpr int pass_units = unit_groups * J;
-  static constexpr bool exact = FixedH > 0 && FixedH % pass_units == 0;  // no unit behind the last one
+  static constexpr bool exact = FixedH > 0 && FixedH % pass_units == 0;  // no padding units
   static constexpr bool single_pass = FixedH > 0 && FixedH <= pass_units;
   int any_hidden;
 
@@ -66,7 +66,7 @@ struct LayerWeights {
     for (int gate = 0; gate < 4; ++gate) w[gate] = from_tensors(row, unit, gate);
     return w;
   }
-  // Zero for a unit or a feature behind the last one.
+  // Zero for a padding unit or feature.
   __device__ __forceinline__ S from_tensors(int row, int unit, int gate) const {
     const int H = sizes.hidden(), k = row - 1, out = gate * H + unit;
     if (unit >= H || (k >= tensor_inputs && k < inputs)) return S(0);
@@ -105,7 +105,7 @@ struct Weights {
     return FixedH > 0 || packed != nullptr ? packed_head()[sizes.padded()] : tensor(4 * layers + 1)[0];
   }
 
-  // By all threads of the block; the caller synchronises.
+  // Must be called by all threads of the block; the caller synchronises.
   __device__ void pack(S* out) const {
     for (int l = 0; l < layers; ++l) {
       const auto w = layer(l);

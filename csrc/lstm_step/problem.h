@@ -20,11 +20,11 @@ constexpr int max_hidden = 64;
 constexpr int max_layers = 3;
 constexpr int max_weights = 4 * max_layers + 4;
 
-// Of the products of weights and hidden states; the names are those of torch.set_float32_matmul_precision. A processor
-// without the faster product computes a finer one.
+// Precision of the products of weights and hidden states, named as in torch.set_float32_matmul_precision. A processor
+// without the faster product uses a more precise one.
 enum class Precision : int { highest, high, medium };  // float32, TF32, bfloat16
 
-// What the stages of a call add to a problem's sizes (stages.h).
+// Sizes of a call's stages (stages.h).
 struct StageSizes {
   int inputs;       // F
   int outputs;      // R
@@ -56,9 +56,9 @@ struct LstmStepProblem {
   MK_INLINE int num_weights() const {
     return 4 * num_layers + 2 + (stages.features_weights > 0) + (stages.head_weights > 0);
   }
-  // Rows that hold a coordinate's features or their gradients: two at least.
+  // Rows for a coordinate's features or their gradients, at least two.
   MK_INLINE int feature_rows() const { return stages.inputs < 2 ? 2 : stages.inputs; }
-  // Of the head and the stages, which stand behind the layers in a flat copy.
+  // Elements of the head and the stages, which follow the layers in a flat copy.
   MK_INLINE int64_t flat_head() const { return int64_t(stages.outputs) * (hidden_size + 1) + stages.own_weights(); }
   // Elements of one flat copy of the weight gradients, the two equal biases of a layer counted once.
   MK_INLINE int64_t flat_weights() const {

@@ -1,4 +1,4 @@
-// lstm_step's operators, and what Python knows of their limits.
+// lstm_step's operator schemas, and the limits exported to Python.
 #include <torch/csrc/stable/library.h>
 
 #include "../core/module.h"

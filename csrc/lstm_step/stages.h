@@ -1,5 +1,5 @@
-// The stages that lstm_step's kernels are compiled for: features of math/features.h × LSTM cells × a head of
-// math/heads.h. A rule with another stage adds it there, and a row here.
+// Table of the stages that lstm_step's kernels are compiled for: features of math/features.h × LSTM cells × a head of
+// math/heads.h. To add a stage, define it there and add a row here.
 #pragma once
 #include "../math/features.h"
 #include "../math/heads.h"
@@ -33,7 +33,7 @@ struct Stages {
   }
 };
 
-// The stages with the numbers that a call gives them. Host code.
+// The stages with a call's parameters. Host code.
 template <class S>
 void set_up(const LstmStepProblem& p, GradientFeatures<S>* stage) {
   const double scale = p.preprocess_scale;

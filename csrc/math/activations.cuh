@@ -1,4 +1,4 @@
-// Sigmoid and tanh in float by the device's own exponential and reciprocal, behind the names of activations.h.
+// Sigmoid and tanh in float by the device's own exponential and reciprocal; specialisations of activations.h.
 //
 // exp2_approx is off by at most 2^-22 of its result and reciprocal_approx by 2^-23, so sigmoid and tanh are within
 // 3e-7 of 1, and tanh within 7e-7 of its own value too: below 0.35, where e^2x - 1 would cancel, it is a polynomial.
@@ -20,7 +20,7 @@ struct Fraction {
   float numerator, denominator;
 };
 
-// tanh(x). The numerator stays finite, so that 0 times infinity does not come up.
+// tanh(x). The numerator stays finite, to avoid 0 times infinity.
 MK_INLINE Fraction tanh_fraction(float x) {
   const float z = x * x;
   float p = -4.91484964e-2f;  // tanh(x) / x as 1 + z p(z), weighted least squares, relative error 4.1e-8 up to 0.35

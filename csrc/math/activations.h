@@ -1,7 +1,7 @@
 // Exponential, logarithm, sigmoid and tanh of one value or one SIMD vector of values.
 //
-// No libm call and no fast-math: the same source serves the scalar device code and the vector loops, NaN comes out
-// where it went in, and the error is a few units in the last place (a test holds it).
+// No libm call and no fast-math: the same source serves the scalar device code and the vector loops, NaN propagates,
+// and the error is a few units in the last place (tested).
 #pragma once
 #include "../core/portable.h"
 
@@ -44,7 +44,7 @@ struct ExpParts {
   MK_INLINE V minus_one() const { return scale * tail + (scale - lane_t<V>(1)); }  // e^x - 1, without cancellation
 };
 
-// Of e^y, y = factor * x clamped to +-bound, which is at most exp_bound: then scale is a normal number.
+// e^y for y = factor * x clamped to +-bound; bound is at most exp_bound, so that scale is a normal number.
 template <class V>
 MK_INLINE ExpParts<V> exp_parts(V x, lane_t<V> factor, lane_t<V> bound) {
   using S = lane_t<V>;
@@ -65,7 +65,7 @@ MK_INLINE V sigmoid_denominator(V x) {
   return exp_parts(x, -1, constants<lane_t<V>>::exp_bound).plus_one();
 }
 
-// e^2x - 1, bounded far behind where tanh is 1, so that products with it do not overflow.
+// e^2x - 1, bounded far beyond where tanh is 1, so that products with it do not overflow.
 template <class V>
 MK_INLINE V tanh_numerator(V x) {
   return exp_parts(x, 2, constants<lane_t<V>>::tanh_bound).minus_one();

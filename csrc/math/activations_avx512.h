@@ -1,5 +1,5 @@
-// The activations of float vectors with AVX-512's own instructions for powers of two: they scale without the clamping
-// that building an exponent by integer arithmetic needs, and keep infinities and NaN right by themselves.
+// The activations of float vectors with AVX-512's instructions for powers of two: these need no clamping, unlike
+// exponents built by integer arithmetic, and handle infinities and NaN correctly.
 #pragma once
 #include "../core/vec.h"
 #include "activations.h"

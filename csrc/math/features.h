@@ -1,10 +1,10 @@
-// Features stages: what the lowest cell of a learned optimizer is told of a coordinate.
+// Features stages: the inputs of a learned optimizer's lowest cell for a coordinate.
 //
 // A stage is a struct template over the arithmetic's scalar S, chosen at compile time. It declares
-//   max_inputs   inputs of the cell that it makes, at most; inputs() says how many
-//   states       numbers of its own that it keeps of every coordinate from step to step
-//   task_inputs  numbers of the coordinate's task that it reads (a loss, a decay, a bias correction)
-//   weights      numbers shared by all coordinates that it reads, and whose gradient it gives
+//   max_inputs   maximum number of features; inputs() is the actual number
+//   states       number of state values per coordinate, kept from step to step
+//   task_inputs  number of inputs per task (a loss, a decay, a bias correction)
+//   weights      number of weights shared by all coordinates, with gradients
 // and computes, for one coordinate or one SIMD vector V of them,
 //   forward(g, states, task_inputs, weights, x, new_states)
 //   backward(the same inputs, gradient of x, gradient of new_states, FeaturesGradient)
@@ -14,10 +14,10 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// The size of an array of n elements that may be none.
+// Array size for n elements, where n may be 0.
 MK_INLINE constexpr int at_least_one(int n) { return n > 0 ? n : 1; }
 
-// What a features stage's backward writes.
+// Results of a features stage's backward.
 template <class V, class Stage>
 struct FeaturesGradient {
   V grad;
@@ -26,7 +26,7 @@ struct FeaturesGradient {
   V weights[at_least_one(Stage::weights)];  // this coordinate's share
 };
 
-// One or two features of the gradient alone, by math/preprocess.h.
+// One or two features of the gradient, by math/preprocess.h.
 template <class S>
 struct GradientFeatures {
   static constexpr int max_inputs = 2, states = 0, task_inputs = 0, weights = 0;
@@ -52,8 +52,8 @@ struct GradientFeatures {
 // The two features of RNNProp (Lv et al. 2017, arXiv 1703.03633): the gradient and its moving mean m, both divided by
 // the root of the moving mean of squares v, with the bias of m and v corrected.
 //   m' = b1 m + (1 - b1) g,  v' = b2 v + (1 - b2) g^2,  r = 1 / (sqrt(c2 v') + 1e-8),  x = (g r, c1 m' r)
-// States: m, v. Task inputs: b1, b2 and the corrections c1 = 1 / (1 - b1^t), c2 = 1 / (1 - b2^t) of step t. The
-// derivative of the root at 0, which is infinite, counts as 0.
+// States: m, v. Task inputs: b1, b2 and the corrections c1 = 1 / (1 - b1^t), c2 = 1 / (1 - b2^t) of step t. The root's
+// infinite derivative at 0 is taken as 0.
 template <class S>
 struct MomentFeatures {
   static constexpr int max_inputs = 2, states = 2, task_inputs = 4, weights = 0;

@@ -1,12 +1,11 @@
-// Head stages: how the outputs of a learned optimizer's cells change a parameter.
+// Head stages: the update of a parameter from the outputs of a learned optimizer's cells.
 //
-// The kernel computes the outputs o = W h + b of the top cell's h; a stage says what they do. It is a struct template
-// over the arithmetic's scalar S, chosen at compile time, and declares
+// The kernel computes the outputs o = W h + b of the top cell's h; a stage updates the parameter with them. It is a
+// struct template over the arithmetic's scalar S, chosen at compile time, and declares
 //   outputs                       rows of W
-//   states, task_inputs, weights  as a features stage does (features.h)
-//   additive                      whether the new param is param plus a function of o: then backward needs neither o,
-//   which
-//                                 would have to be computed again, nor param, whose gradient is that of the new one
+//   states, task_inputs, weights  as in a features stage (features.h)
+//   additive                      whether the new param is param plus a function of o: then backward does not need to
+//                                 recompute o, nor param, whose gradient is that of the new param
 // and computes, for one coordinate or one SIMD vector V of them,
 //   forward(o, param, g, states, task_inputs, weights, new_states) -> new param
 //   backward(the same inputs, gradient of the new param, gradient of new_states, HeadGradient)
@@ -17,7 +16,7 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// What a head stage's backward writes.
+// Results of a head stage's backward.
 template <class V, class Stage>
 struct HeadGradient {
   V outputs[Stage::outputs];

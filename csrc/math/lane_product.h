@@ -1,5 +1,4 @@
-// Products of small matrices whose elements are SIMD vectors; those of the left one may be numbers, the same in every
-// lane.
+// Products of small matrices of SIMD vectors; the left matrix may instead hold numbers that are the same in all lanes.
 #pragma once
 #include "../core/vec.h"
 
@@ -28,7 +27,7 @@ struct LaneTerm {
 // A block's accumulators stay in registers: with AVX-512 24 of 32, otherwise 12 of 16.
 constexpr int block_rows = 4;
 constexpr int block_columns = vector_bytes == 64 ? 6 : 3;
-// Narrow blocks are higher: the additions of each accumulator wait for one another.
+// Narrow blocks have more rows, as the additions to one accumulator depend on each other.
 constexpr int rows_of(int columns) {
   return columns * 2 * block_rows <= block_rows * block_columns ? 2 * block_rows : block_rows;
 }
@@ -75,7 +74,7 @@ void product_columns(const LaneTerm<V, Number> (&terms)[Terms], int rows, int n,
   for (; m < rows; ++m) product_block<V, 1, N>(terms, m, n, sink);
 }
 
-// All elements; the columns are cut into blocks of nearly one width, so that no narrow one is left over.
+// The whole product; columns are split into blocks of nearly equal width, so that no narrow block remains.
 template <class V, class Number, int Terms, class Sink>
 void product(const LaneTerm<V, Number> (&terms)[Terms], int rows, int columns, const Sink& sink) {
   const int blocks = (columns + block_columns - 1) / block_columns;

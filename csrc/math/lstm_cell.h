@@ -23,7 +23,7 @@ MK_INLINE LstmOutput<V> lstm_unit(const LstmGates<V>& preactivation, V c) {
   return {sigmoid_tanh(preactivation.o, new_c), new_c};
 }
 
-// What backward needs of a unit, recomputed.
+// A unit's recomputed values for backward.
 template <class V>
 struct LstmActivations {
   LstmGates<V> gates;
@@ -49,7 +49,7 @@ struct LstmUnitGrad {
   V c;  // gradient of the incoming c
 };
 
-// grad_h, grad_c: gradients of h' and c' (without what h' adds to c').
+// grad_h, grad_c: gradients of h' and c' (grad_c without the part that flows through h').
 template <class V>
 MK_INLINE LstmUnitGrad<V> lstm_unit_backward(const LstmGates<V>& gates, V tanh_c, V c, V grad_h, V grad_c) {
   const lane_t<V> one = 1;

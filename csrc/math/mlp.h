@@ -53,7 +53,7 @@ MK_INLINE V normal_tail(V t, double) {
   return p * t + 7.5528513041575126e-1;
 }
 
-// Of the standard normal distribution at z; no cancellation far below zero.
+// Standard normal distribution at z, without cancellation far below zero.
 template <class V>
 struct Normal {
   V density, cdf;
@@ -69,7 +69,7 @@ MK_INLINE Normal<V> normal(V z) {
   return {power * S(0.39894228040143267794), z < zero ? above : S(1) - above};
 }
 
-// phi(z); NaN comes out of every one. `leak` is the slope of leaky_relu at and below zero.
+// phi(z); NaN propagates. `leak` is the slope of leaky_relu at and below zero.
 template <class V>
 MK_INLINE V activation_value(Activation activation, lane_t<V> leak, V z) {
   const V zero = broadcast<V>(0);
@@ -82,8 +82,8 @@ MK_INLINE V activation_value(Activation activation, lane_t<V> leak, V z) {
   }
 }
 
-// Derivatives at z, from h = phi(z) alone, but for gelu, which needs z. Those of relu and leaky_relu are selected,
-// never multiplied: an infinite gradient of a dead unit is zero, as in PyTorch, not NaN.
+// Derivatives at z, computed from h = phi(z) except for gelu, which needs z. relu and leaky_relu select instead of
+// multiplying: an infinite gradient of a dead unit gives zero, as in PyTorch, not NaN.
 template <class V>
 struct ActivationAt {
   using S = lane_t<V>;
@@ -171,7 +171,7 @@ MK_INLINE V loss_value(TaskLoss loss, const LossSample<V>& s) {
       continue;
     }
     const V e = exponential<V>(p < zero ? p : -p), one_e = S(1) + e;
-    const V softplus = log(one_e) + (e - (one_e - S(1))) / one_e;  // log1p(e), what rounding took from 1 + e put back
+    const V softplus = log(one_e) + (e - (one_e - S(1))) / one_e;  // log1p(e), corrected for the rounding of 1 + e
     total += (p > zero ? p : zero) + (p - p) - p * y + softplus;
   }
   return s.weight * total;
@@ -195,7 +195,7 @@ MK_INLINE void loss_gradient(TaskLoss loss, const LossSample<V>& s, V* out) {
   }
 }
 
-// Derivative of that in the direction of `tangent` of the predictions; may overwrite `tangent`.
+// Derivative of the loss gradient in the direction `tangent` of the predictions; may overwrite `tangent`.
 template <class V>
 MK_INLINE void loss_gradient_tangent(TaskLoss loss, const LossSample<V>& s, const V* tangent, V* out) {
   const V one = broadcast<V>(1);

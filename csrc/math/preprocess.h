@@ -1,7 +1,7 @@
 // Gradient preprocessing of learned optimizers (Andrychowicz et al. 2016, arXiv 1606.04474, appendix A).
 //
-// Each turns a gradient g into one or two features. A gradient that is not finite makes every feature NaN (the term
-// g - g below is zero otherwise): the coordinate then shows it instead of taking a saturated step that looks sound.
+// Each turns a gradient g into one or two features. A non-finite gradient makes every feature NaN (the term g - g below
+// is zero otherwise), as a saturated step would look plausible.
 #pragma once
 #include "activations.h"
 
@@ -25,7 +25,7 @@ struct PreprocessScale {
   S exp_p, exp_neg_p, inverse;
 };
 
-// The smallest number added inside log_and_clip's logarithm: the float32 machine epsilon, for every dtype.
+// Term in log_and_clip's logarithm: the float32 machine epsilon, for every dtype.
 constexpr double log_and_clip_epsilon = 1.1920928955078125e-07;
 
 template <class V>

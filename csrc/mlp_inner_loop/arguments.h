@@ -1,4 +1,4 @@
-// The checks of mlp_inner_loop's arguments that hold on every device.
+// Device-independent checks of mlp_inner_loop's arguments.
 #pragma once
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,7 +12,7 @@
 
 namespace metakern {
 
-// What every operator of this folder takes.
+// Arguments common to the operators of this folder.
 struct MlpInnerLoopArguments {
   const std::vector<Tensor>& params;
   const std::vector<Tensor>& lr;
@@ -89,7 +89,7 @@ inline void check_mlp_rates(MlpInnerLoopProblem& p, const MlpInnerLoopArguments&
   }
 }
 
-// One of the three tensors of a set, as messages name it: support_x.
+// Name of a set's tensor in messages: support_x.
 struct SetName {
   const char* set;
   const char* tensor;
@@ -97,7 +97,7 @@ struct SetName {
   friend std::ostream& operator<<(std::ostream& out, const SetName& name) { return out << name.set << name.tensor; }
 };
 
-// Samples of the set "support" or "query": shapes, dtypes, devices. Gives their number.
+// Checks shapes, dtypes and devices of the set "support" or "query", and returns its number of samples.
 inline int check_mlp_samples(const MlpInnerLoopProblem& p, const char* set, const Tensor& x, const Tensor& y,
                              const std::optional<Tensor>& mask, const Tensor& like) {
   const SetName x_name{set, "_x"}, y_name{set, "_y"}, mask_name{set, "_mask"};

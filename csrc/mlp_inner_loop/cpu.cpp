@@ -87,8 +87,7 @@ class Call {
   MlpInnerLoopCall call_{};
 };
 
-// A result in lanes: `elements` for every task. What lies behind the last unit is zero: results hold nothing by
-// chance.
+// A result in lanes: `elements` per task. Memory after the last unit is set to zero, so that results are deterministic.
 Tensor in_lanes(const MlpInnerLoopProblem& p, const Tensor& like, int64_t elements) {
   Tensor result = empty_result(like, {p.padded_tasks() * elements});
   const MlpUnits u = mlp_kernels(p).units(p);
@@ -175,7 +174,7 @@ std::tuple<std::vector<Tensor>, std::vector<Tensor>> mlp_inner_loop_backward(
   return reduced(p, a, *call, nullptr, task_grads);
 }
 
-// The query losses of every task, weighted and added up from the first step to the last.
+// The weighted sum of every task's query losses, from the first step to the last.
 template <class S>
 void add_weighted(const MlpInnerLoopProblem& p, const MlpInnerLoopCall& call, Tensor& total) {
   const S* losses = static_cast<const S*>(call.losses);

@@ -40,7 +40,7 @@ struct MlpReduction {
   void* out;
 };
 
-// How tasks are cut into units of work: first groups, a task in each lane, then single tasks.
+// Split of the tasks into units of work: first groups with a task in each lane, then single tasks.
 struct MlpUnits {
   int64_t groups;
   int64_t lanes;

@@ -1,4 +1,4 @@
-// Clipping a task's gradient g at a norm of c: the sums over its elements, and the factors that they give.
+// Clipping a task's gradient g to a norm of c: the sums over its elements, and the resulting factors.
 #pragma once
 #include "cpu_layout.h"
 
@@ -6,7 +6,7 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Sums of products in every lane. In double, which holds every square of a float: no norm overflows that is finite.
+// Sums of products per lane, in double, which holds every square of a float: no finite norm overflows.
 template <class V>
 class LaneSums {
  public:

@@ -1,4 +1,4 @@
-// Whole inner loops of one unit of tasks: those in the lanes of a vector, or a single one; see mlp_layout.h.
+// Inner loops of one unit of work: the tasks in a vector's lanes, or a single task; see cpu_layout.h.
 #pragma once
 #include "cpu.h"
 #include "cpu_clipping.h"
@@ -8,7 +8,7 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Cuts memory into arrays; without memory it only counts.
+// Divides memory into arrays; without memory it only counts.
 template <class V>
 class Arena {
  public:
@@ -42,7 +42,8 @@ class MlpGroup {
     support_ = take_samples(p.support_samples);
     query_ = take_samples(p.query_samples);
     const int64_t kept = walks_back_ ? p.checkpoint_every : 1;
-    // Query sets and tangents never need their memory at once; without a way back, nor do query and support sets.
+    // The query's activations and the tangents share memory, as they are never needed at once; without a backward the
+    // support's activations share it too.
     const int most = p.query_samples > p.support_samples ? p.query_samples : p.support_samples;
     query_activations_ = take_activations(most, 1, walks_back_);
     tangents_ = query_activations_;
@@ -254,7 +255,7 @@ class MlpGroup {
     }
   }
 
-  // use(i, vector i of the parameters, those behind a row's end as zero) for all that adapt.
+  // use(i, vector i of the parameters, zero in a row's padding) for all adapted tensors.
   template <class Use>
   MK_INLINE void each_adapted(const V* values, const Use& use) const {
     for (int i = 0; i < p_.num_tensors(); ++i) {
@@ -266,7 +267,7 @@ class MlpGroup {
     }
   }
 
-  // The gradient of all that adapts, to gradient_, and its clipping; nothing where gradients are not clipped.
+  // Writes the gradient of all adapted tensors to gradient_, and returns its clipping; does nothing without clipping.
   Clipping<V> clip_gradient(const Activations<V>& a) {
     if (!p_.clips()) return {broadcast<V>(1), broadcast<V>(0)};
     for (int i = 0; i < p_.num_tensors(); ++i)
@@ -276,7 +277,7 @@ class MlpGroup {
     return clipping<Layout>(squares, p_.clip_norm);
   }
 
-  // sink(vector of the parameters, what a step takes as the gradient by it) for all vectors of a tensor that adapts.
+  // sink(vector of the parameters, the step's (clipped) gradient by it) for all vectors of an adapted tensor.
   template <class Sink>
   MK_INLINE void step_gradient(int tensor, const Activations<V>& a, const Clipping<V>& clip, const Sink& sink) const {
     if (!p_.clips()) return pass_.tensor_gradient(tensor, support_, a, sink);
@@ -284,8 +285,7 @@ class MlpGroup {
       sink(at, gradient_[at] * clip.coefficient);
   }
 
-  // From the direction of a clipped gradient to that of the gradient: c / |g| (d - <d, g> g / |g|^2) where it is
-  // clipped.
+  // Applies the derivative of clipping to the direction d: c / |g| (d - <d, g> g / |g|^2) where g is clipped.
   void clip_direction(const Clipping<V>& clip) {
     LaneSums<V> products;
     each_adapted(gradient_, [&](int64_t at, V g) { products.add(direction_[at], g); });
@@ -302,7 +302,7 @@ class MlpGroup {
   void run_segment(int segment) {
     for (int step = first_step(segment); step < last_step(segment); ++step) step_forward(step);
   }
-  // Keeps the parameters that a segment starts from, and takes them back.
+  // Save and restore the parameters at the start of a segment.
   void save(int segment) {
     if (call_.trajectory == nullptr) {
       if (p_.num_checkpoints() > 1) copy(thetas_, checkpoints_ + segment * size_);
@@ -343,7 +343,7 @@ class MlpGroup {
       pass_.tensor_gradient(i, query_, query_activations_, [&](int64_t at, V g) { adjoint_[at] += g * weight; });
   }
 
-  // Nothing goes back through the steps: each may overwrite the one before.
+  // Without a backward through the steps: each may overwrite the one before.
   void meta_loss_in_one_way() {
     for (int step = 0; step < p_.steps; ++step) {
       step_forward(step);
@@ -366,7 +366,7 @@ class MlpGroup {
     }
   }
 
-  // From the adjoint of the parameters after a step to that of those before it.
+  // Turns the adjoint of the parameters after a step into the adjoint of the parameters before it.
   void step_backward(int step) {
     const Activations<V> a = activations(step);
     const bool second_order = call_.second_order[step] != 0, of_rates = flat_ > size_;

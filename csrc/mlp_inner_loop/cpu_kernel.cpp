@@ -1,4 +1,4 @@
-// mlp_inner_loop on the CPU: whole inner loops of a unit of tasks without leaving the cache. Compiled once per
+// mlp_inner_loop on the CPU: the inner loops of a unit of tasks, within the cache. Compiled once per
 // instruction set; problem.h has the axis legend.
 #include "cpu.h"
 #include "cpu_group.h"
@@ -7,11 +7,10 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Parameters of a full group, in bytes, up to which tasks go in lanes: beyond, they fall out of the cache, and single
-// tasks are faster.
+// Maximum bytes of a full group's parameters: larger ones do not fit the cache, and single tasks are faster.
 constexpr int64_t max_group_bytes = int64_t(1) << 19;
 
-// Single tasks from which on a group is as fast, as a share of its lanes.
+// Up to lanes / lanes_per_single remaining tasks run as single tasks, no slower than as a group.
 constexpr int lanes_per_single = 2;
 
 template <class S>
@@ -60,7 +59,7 @@ MK_INLINE void reduce_group(const MlpReduction& r, int64_t first_task, int tasks
     used[lane] = S(1);
   }
   for (int i = 0; i < columns; ++i) {
-    // Lanes behind the last task hold a copy of it, which counts once.
+    // Lanes after the last task hold copies of it, which must not be counted.
     const V grad = load<V>(grads + (r.first + at + i) * lanes<V>);
     const V term = used != S(0) ? grad * weight : broadcast<V>(0);
     sums[i] += term;

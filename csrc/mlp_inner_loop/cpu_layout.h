@@ -1,5 +1,5 @@
-// How the numbers of a unit of work stand in vectors: TaskLanes, a task in each lane, or SampleLanes, one task whose
-// samples, or a layer's inputs, lie in lanes. The second serves where there are few tasks, or large ones.
+// Vector layouts of a unit of work: TaskLanes, a task in each lane, or SampleLanes, one task with its samples, or a
+// layer's inputs, in lanes. SampleLanes serves few or large tasks.
 //
 // row(n): vectors that n neighbouring numbers take. A weight is [units][row(inputs)], a bias [row(units)], samples and
 // activations are [features][row(samples)]. Parameters are zero behind a row's end; samples repeat the last one.
@@ -21,13 +21,13 @@ struct TaskLanes {
   static constexpr bool packed = true;  // results in lanes have the layout of the vectors here
 
   static constexpr int64_t row(int64_t n) { return n; }
-  // Where a lane's number of a feature and a sample stands, and how many samples there are with padding.
+  // Index of a feature's and sample's number in a lane, and the number of samples with padding.
   static MK_INLINE int64_t at(int64_t feature, int64_t sample, int64_t samples, int lane) {
     return (feature * samples + sample) * tasks + lane;
   }
   static int padded(int samples) { return samples; }
 
-  // A tensor of every task, `stride` apart, or with stride 0 one for all; lanes behind the last task repeat it.
+  // Reads a tensor of every task, `stride` apart, or with stride 0 one for all; lanes after the last task repeat it.
   static void read(const S* data, int64_t stride, int used, int64_t rows, int64_t columns, V* out) {
     const int64_t count = rows * columns;
     if (stride == 0) {
@@ -68,9 +68,9 @@ struct TaskLanes {
     }
   }
 
-  // Of a sum over vectors of samples, or of parameters, what belongs to each task.
+  // Reduces a sum over vectors of samples, or of parameters, to the sum of each task.
   static MK_INLINE V task_sum(V v) { return v; }
-  // Of sums in every lane, that of the task in one lane.
+  // From sums in every lane, the sum of the task in one lane.
   template <class Sums>
   static double task_total(const Sums& sums, int lane) {
     return sums[lane];

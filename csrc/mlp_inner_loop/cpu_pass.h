@@ -1,5 +1,4 @@
-// One pass of small MLPs in one of the layouts of mlp_layout.h: forward, gradient, and the product of the Hessian with
-// a vector.
+// One pass of small MLPs in one of the layouts of cpu_layout.h: forward, gradient, and Hessian-vector product.
 //
 // Hessian products by forward over reverse (Pearlmutter 1994): the derivative of the gradient in a direction.
 #pragma once
@@ -23,8 +22,8 @@ struct LaneSamples {
   int count;
 };
 
-// Activations of one pass, [units][row(samples)] of each layer one behind the other. Arrays that an activation's
-// formulas do not tell apart are one; the predictions stand in z, behind the last layer's h.
+// Activations of one pass, [units][row(samples)] of all layers in a row. Arrays that an activation's formulas do not
+// distinguish share memory; the predictions are in z, for the last layer.
 template <class V>
 struct Activations {
   V* z;        // before the activation
@@ -34,7 +33,7 @@ struct Activations {
   V* swapped;  // h as [samples][row(units)], where the layout transposes
 };
 
-// A sink of lane_product.h that writes what it gets plus a bias.
+// A sink of lane_product.h that adds a bias and writes the result.
 template <class V, class Number>
 struct StoreWithBias {
   V* out;
@@ -69,7 +68,7 @@ class MlpPass {
     }
   }
 
-  // Where a tensor starts in the parameters, in vectors; their number behind the last.
+  // Offset of a tensor in the parameters, in vectors; one past the last tensor gives their total number.
   int64_t offset(int tensor) const { return offset_[tensor]; }
   int64_t size() const { return offset_[2 * layers_]; }
 
@@ -79,7 +78,7 @@ class MlpPass {
     return Layout::transposes ? swapped_[layers_ - 1] * int64_t(samples) : 0;
   }
 
-  // Predictions and everything on the way.
+  // Computes z and h of every layer, up to the predictions.
   void forward(const V* theta, const LaneSamples<V>& data, const Activations<V>& a) const {
     for (int l = 0; l < layers_; ++l) {
       const Term terms[1] = {{weight(theta, l), input(data, a, l), p_.widths[l]}};
@@ -196,7 +195,7 @@ class MlpPass {
     product<V>(terms, rows, int(Layout::row(samples)), sink);
   }
 
-  // body(activation), which the compiler knows: the loops are without branches.
+  // body(activation as a compile-time constant), so that the loops have no branches.
   template <class Body>
   MK_INLINE void with_activation(int l, const Body& body) const {
     switch (p_.activations[l]) {

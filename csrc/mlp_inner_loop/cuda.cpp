@@ -24,12 +24,12 @@ Tensor new_tensor(const char* what, const Tensor& like, std::vector<int64_t> sha
   return allocated(what, bytes, [&] { return torch::stable::new_empty(like, shape, dtype); });
 }
 
-// A private result: `elements` for every task, those behind the last task included.
+// A private result: `elements` per task, padding tasks included.
 Tensor new_private(const char* what, const MlpInnerLoopProblem& p, const Tensor& like, int64_t elements) {
   return new_tensor(what, like, {p.padded_tasks() * elements}, arithmetic(p));
 }
 
-// A call's tensors, contiguous, alive until it was launched.
+// A call's tensors, contiguous, kept alive until the launch.
 class Call {
  public:
   Call(MlpMode mode, MlpInnerLoopProblem& p, const MlpInnerLoopArguments& a) : p_(p), like_(a.params[0]) {

@@ -23,7 +23,7 @@ struct MlpSetData {
   const uint8_t* mask;  // [T, samples], null where all count
 };
 
-// Private arrays have rows for padded_tasks() tasks; those behind the last task are set to zero.
+// Private arrays have rows for padded_tasks() tasks; rows after the last task are set to zero.
 struct MlpCudaCall {
   MlpMode mode;
   DType dtype;  // of all that is not private
@@ -43,16 +43,15 @@ struct MlpCudaCall {
   double step_weights[max_cuda_mlp_steps];         // meta_loss: of the query loss after every step
 };
 
-// What of a task is in shared memory beside the latest parameters and one step, most first; scratch memory has the
-// rest.
+// Data of a task in shared memory beside the latest parameters and one step, most first; the rest is in scratch memory.
 enum class MlpPlacement : int {
   all_steps,  // of a segment
   one_step,
   one_step_without_adjoint,
-  no_way_back,  // nothing that gradients ask for
+  no_way_back,  // nothing needed for gradients
 };
 
-// What a call takes on the current device: a function of the problem, the mode and the device.
+// Resources of a call on the current device; depends on the problem, the mode and the device.
 struct MlpCudaPlan {
   int64_t blocks;
   int threads;
@@ -65,7 +64,7 @@ struct MlpCudaPlan {
 // `with_grads`: whether meta_loss computes gradients.
 CudaResult cuda_mlp_plan(const MlpInnerLoopProblem& p, MlpMode mode, bool with_grads, MlpCudaPlan* plan);
 
-// One launch. A task is one block's.
+// One launch; each task runs in one block.
 CudaResult cuda_mlp_inner_loop(const MlpInnerLoopProblem& p, const MlpCudaCall& call, const MlpCudaPlan& plan,
                                cudaStream_t stream);
 

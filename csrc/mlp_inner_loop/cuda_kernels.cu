@@ -1,5 +1,4 @@
-// mlp_inner_loop on the GPU: what a call takes of a device, and its launches. The kernels stand in
-// mlp_inner_loop_kernels.cuh.
+// mlp_inner_loop on the GPU: the resources of a call, and its launches. The kernels are in cuda_kernels.cuh.
 #define MK_CAPABILITY cuda  // the host's copies of the arithmetic must not merge with those of the CPU's kernels
 #include "../core/launch.h"
 #include "cuda.h"

@@ -6,7 +6,7 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// Zeros behind the last task: results hold nothing by chance.
+// Writes zeros after the last task, so that results are deterministic.
 template <class S>
 __device__ __forceinline__ void clear_padding(const MlpArguments& a, void* data, int64_t elements) {
   if (data == nullptr) return;

@@ -1,5 +1,5 @@
-// How a block's shared memory holds one task of mlp_inner_loop: the one rule of what fits, for host and device. Keep
-// cuda_shared_bytes in metakern/ops/mlp_inner_loop/__init__.py in step, which must be plain Python for torch.compile.
+// Layout of one task of mlp_inner_loop in a block's shared memory, for host and device. Keep cuda_shared_bytes in
+// metakern/ops/mlp_inner_loop/__init__.py in step, which must be plain Python for torch.compile.
 //
 // The bias of a layer is one more column of its weight: a layer's matrix is [units][inputs + 1], and its inputs have
 // one more row that is 1. Rows are padded to an odd length, so that neither rows nor columns meet in one memory bank.
@@ -16,7 +16,7 @@ MK_INLINE int64_t odd(int64_t n) { return n + 1 - n % 2; }
 // Elements from one row of a layer's matrix to the next.
 MK_INLINE int matrix_row(int inputs) { return int(odd(int64_t(inputs) + 1)); }
 
-// Where the samples of one set lie, and what its passes write; in elements of the shared memory.
+// Offsets of one set's samples and of its passes' results, in elements of the shared memory.
 struct MlpSet {
   int count;
   int row;     // elements from one row of samples to the next
@@ -38,7 +38,7 @@ struct MlpLayout {
   int params;              // elements of a task's parameters
   int slots;               // steps that are held at once: checkpoint_every, or 1, which the next overwrites
   int thetas;              // [slots + 1, or 1][params]
-  int slot_elements;       // of what the passes of one step write
+  int slot_elements;       // of the results of one step's passes
   int direction, adjoint;  // [params]; -1 where it is elsewhere or not needed
   int gradient;            // [params], of a step that is clipped, in the direction's place; -1 without clipping
   int tangent_z, tangent_h, tangent_delta;  // [all units ...][row of the support set], where the query's passes write
@@ -47,7 +47,7 @@ struct MlpLayout {
   int64_t elements;
 };
 
-// Hands out one range of elements after the other.
+// Allocates consecutive ranges of elements.
 class LayoutCounter {
  public:
   MK_INLINE int take(int64_t elements) {
@@ -62,7 +62,7 @@ class LayoutCounter {
   int64_t used_ = 0;
 };
 
-// By the largest product of a pass.
+// Threads per block, by the largest product of a pass.
 MK_INLINE int threads_of(const MlpInnerLoopProblem& p) {
   const int samples = p.support_samples > p.query_samples ? p.support_samples : p.query_samples;
   int64_t widest = 0;

@@ -24,7 +24,7 @@ class MlpPass {
     for (int i = int(threadIdx.x); i < count; i += int(blockDim.x)) use(i);
   }
 
-  // Predictions and everything on the way, from the parameters at `theta`. Ends in a barrier.
+  // Computes all activations up to the predictions, from the parameters at `theta`. Ends in a barrier.
   __device__ __forceinline__ void forward(int theta, const MlpSet& set) const {
     for (int l = 0; l < p_.num_layers; ++l) {
       const bool last = l + 1 == p_.num_layers;
@@ -102,11 +102,11 @@ class MlpPass {
     const int top = set.h + m_.rows[p_.num_layers - 1] * set.row;
     return {memory() + top + s, memory() + set.y + s, set.row, p_.outputs(), memory()[set.weight + s]};
   }
-  // Of a layer, at element `at` of what the passes wrote.
+  // A layer's activation at element `at` of the passes' arrays.
   __device__ __forceinline__ ActivationAt<S> unit_at(const MlpSet& set, int l, int at) const {
     return {p_.activations[l], S(p_.slopes[l]), memory()[set.z + at], memory()[set.h + at]};
   }
-  // Of a layer behind the first, whose inputs do not move.
+  // Tangent of the inputs of a layer other than the first, whose inputs have none.
   __device__ __forceinline__ SharedMatrix input_tangent(const MlpSet& set, int l) const {
     return rows(m_.tangent_h, set, l == 0 ? 0 : l - 1);
   }

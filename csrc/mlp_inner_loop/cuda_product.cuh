@@ -53,8 +53,8 @@ __device__ __forceinline__ void add_term(const ProductTerm& t, const int (&m)[ti
   }
 }
 
-// One step of sharing out a tile's sums: the lane keeps one half of the first 2 * half, adds what its partner has of
-// it, and gives the partner the other half.
+// One step of reduce-scatter of a tile's sums between two lanes: the lane keeps one half of the first 2 * half sums and
+// adds its partner's values of them; the partner gets the other half.
 template <int half, class S>
 __device__ __forceinline__ void share_sums(int lane, int mask, S (&acc)[tile_size]) {
   const bool upper = lane & mask;

@@ -1,4 +1,4 @@
-// The inner loop of one task by one block: its steps forward, the way back, and what travels to and from memory.
+// The inner loop of one task by one block: forward steps, backward steps, and memory transfers.
 #pragma once
 #include "cuda.h"
 #include "cuda_pass.cuh"
@@ -19,17 +19,17 @@ static_assert(sizeof(MlpArguments) <= 4096, "the kernel's arguments must fit wha
 MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p, int tensor) {
   return !p.rates[tensor].per_parameter || p.tensor_size(tensor) == 1;
 }
-// Whether it is that of all parameters, which all adapt.
+// Whether all parameters are adapted with one rate.
 MK_INLINE bool has_one_rate(const MlpInnerLoopProblem& p) {
   for (int i = 0; i < p.num_tensors(); ++i)
     if (!p.adapted[i] || !has_one_rate(p, i) || p.rates[i].data != p.rates[0].data) return false;
   return true;
 }
 
-// Elements of a block's scratch: its checkpoints, then what is not in shared memory.
+// Sizes, in elements, of the parts of a block's scratch: its checkpoints, then the data that is not in shared memory.
 struct MlpScratch {
   int64_t checkpoints = 0;  // [checkpoints][P]
-  int64_t steps = 0;        // [checkpoint_every][parameters, what the passes wrote]
+  int64_t steps = 0;        // [checkpoint_every][parameters, results of the passes]
   int64_t adjoint = 0;      // [parameters]
 
   MK_INLINE MlpScratch(const MlpInnerLoopProblem& p, const MlpLayout& m, MlpMode mode, MlpPlacement placement) {
@@ -93,7 +93,7 @@ class MlpTask {
   }
   __device__ __forceinline__ bool keeps_all() const { return a_.placement == MlpPlacement::all_steps; }
   __device__ __forceinline__ int slot(int step) const { return keeps_all() ? step % p_.checkpoint_every : 0; }
-  // Parameters before and after a step. One slot holds what is the latest.
+  // Parameters before and after a step. A single slot holds the latest.
   __device__ __forceinline__ int theta(int step) const { return m_.thetas + slot(step) * m_.params; }
   __device__ __forceinline__ int next_theta(int step) const { return theta(step) + (keeps_all() ? m_.params : 0); }
   __device__ __forceinline__ MlpSet support(int step) const {
@@ -125,7 +125,7 @@ class MlpTask {
       each_of_tensor(i, [&](int number, int at) { use(offset + number, at); });
   }
 
-  // The sum of every thread's number, to all threads. Ends in a barrier.
+  // Sum over all threads, returned to every thread. Ends in a barrier.
   __device__ __forceinline__ S block_sum(S x) const {
     S* sums = memory() + m_.partials;
     x = warp_sum(x);
@@ -228,7 +228,7 @@ class MlpTask {
     each_parameter([&](int64_t number, int at) { memory()[m_.thetas + at] = from[number]; });
     __syncthreads();
   }
-  // The parameters behind one full segment become the first of the next.
+  // The parameters after one full segment become the first of the next.
   __device__ __forceinline__ void begin_segment() const {
     const int last = m_.thetas + m_.slots * m_.params;
     if (!keeps_all()) return;
@@ -236,7 +236,7 @@ class MlpTask {
     __syncthreads();
   }
 
-  // Where one slot serves all steps: what a step used, from and to memory. The arrays that its passes write are one.
+  // If one slot serves all steps: loads and stores a step's data. The arrays written by its passes are contiguous.
   __device__ __forceinline__ S* saved(int step) const {
     return steps_ + int64_t(step % p_.checkpoint_every) * (int64_t(m_.params) + m_.slot_elements);
   }
@@ -323,7 +323,7 @@ class MlpTask {
     return {S(p_.clip_norm / length), S(1 / length)};
   }
 
-  // Needs a barrier behind it.
+  // Needs a barrier afterwards.
   __device__ __forceinline__ void clipped_update(int step, const MlpSet& set) const {
     const int now = theta(step), next = next_theta(step);
     const S coefficient = clip_gradient(set).coefficient;
@@ -351,7 +351,7 @@ class MlpTask {
     __syncthreads();
     write_step_loss(step);
   }
-  // By the thread that wrote the steps' losses.
+  // Called by the thread that wrote the steps' losses.
   __device__ __forceinline__ void write_loss() const {
     if (threadIdx.x != 0) return;
     const S* losses = static_cast<const S*>(a_.call.step_losses) + task_ * p_.steps;
@@ -395,7 +395,7 @@ class MlpTask {
     __syncthreads();
   }
 
-  // From the adjoint of the parameters after a step to that of those before it.
+  // Turns the adjoint of the parameters after a step into the adjoint of the parameters before it.
   __device__ __forceinline__ void step_backward(int step) const {
     const MlpSet set = support(step);
     if (p_.clips()) {
@@ -421,8 +421,7 @@ class MlpTask {
       });
   }
 
-  // With d that direction: c / |g| (d - <d, g> g / |g|^2) where the gradient g is clipped. The direction takes g's
-  // place.
+  // Writes c / |g| (d - <d, g> g / |g|^2) for that direction d where the gradient g is clipped; overwrites g.
   __device__ __forceinline__ void write_clipped_direction(int step, const MlpSet& set) const {
     const Clipping clip = clip_gradient(set);
     double along = 0;
@@ -446,7 +445,7 @@ class MlpTask {
     return task_grads() + a_.call.rate_slots[tensor] + step * p_.rates[tensor].step;
   }
 
-  // Of a gradient that is taken times `coefficient`.
+  // Adds the rates' gradients, for a gradient scaled by `coefficient`.
   __device__ __forceinline__ void rate_gradients(int step, const MlpSet& set, S coefficient) const {
     if (a_.call.rate_slots[0] < 0) return;
     const int warps = int(blockDim.x) / warp_lanes, warp = int(threadIdx.x) / warp_lanes;

@@ -14,9 +14,9 @@ namespace metakern {
 
 constexpr int max_mlp_layers = 8;  // keep in step with MAX_LAYERS in metakern/ops/mlp_inner_loop/__init__.py
 constexpr int max_mlp_tensors = 2 * max_mlp_layers;
-constexpr int task_lanes = 16;  // tasks are padded to a multiple, whatever the instruction set
+constexpr int task_lanes = 16;  // tasks are padded to a multiple of this, for every instruction set
 
-// Where the learning rates of one parameter tensor lie.
+// Location of one parameter tensor's learning rates.
 struct Rates {
   const void* data;    // null: `rate` of the problem
   int64_t step;        // elements between two steps, 0 where all steps share
@@ -48,7 +48,7 @@ struct MlpInnerLoopProblem {
   MK_INLINE int64_t tensor_size(int tensor) const {
     return tensor % 2 == 0 ? int64_t(units(tensor)) * inputs(tensor) : units(tensor);
   }
-  // Where a tensor starts in the parameters of a task; the number of them behind the last.
+  // Offset of a tensor in a task's parameters; one past the last tensor gives their total number.
   MK_INLINE int64_t offset(int tensor) const {
     int64_t n = 0;
     for (int i = 0; i < tensor; ++i) n += tensor_size(i);
@@ -62,7 +62,7 @@ struct MlpInnerLoopProblem {
       if (activations[l] == activation) return true;
     return false;
   }
-  // Whether every activation is a straight line on either side of zero: their second derivatives are zero.
+  // Whether every activation is linear on either side of zero, with a second derivative of zero.
   MK_INLINE bool is_piecewise_linear() const {
     return !has(Activation::tanh) && !has(Activation::sigmoid) && !has(Activation::gelu);
   }

@@ -184,7 +184,7 @@ def _triton_version() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """What this installation can run: versions, compiler, instruction sets, CUDA architectures."""
+    """Facts about this installation: versions, compiler, instruction sets, CUDA architectures."""
     facts: dict[str, Any] = {
         "metakern": __version__,
         "torch": torch.__version__,

@@ -1,4 +1,4 @@
-"""The operators, one file each: public function, shape rules for tracing, autograd formula, choice of backend."""
+"""The operators, one package each: public function, shapes for tracing, autograd formula, backends."""
 
 from metakern.ops.inner_update import inner_update
 from metakern.ops.lstm_step import lstm_step, lstm_step_

@@ -1,1 +1,1 @@
-"""What all operators share."""
+"""Shared machinery of all operators: definition, autograd, batching, checks, Triton helpers."""

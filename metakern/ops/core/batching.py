@@ -1,4 +1,4 @@
-"""torch.func.vmap of an operator: what a batching rule gets, and the rule that takes one element after another."""
+"""torch.func.vmap of operators: the input of a batching rule, and the default rule, a loop over elements."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ if TYPE_CHECKING:
 
 
 class Batch:
-    """A batch of calls of one operator.
+    """A batched call of one operator.
 
     Attributes:
         size: number of elements
         arguments: by name
-        dims: by the arguments' names, where the batch axis of a tensor is; None where it has none
-        wants: names of the arguments whose gradients may be asked for
+        dims: batch axis of each tensor by argument name; None where it has none
+        wants: names of the arguments whose gradients may be requested
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class Batch:
         self.arguments, self.dims = operator.schema.Arguments(*arguments), operator.schema.Arguments(*dims)
 
     def call(self, *arguments: Any, **named: Any) -> Any:
-        """All results by name, private ones too, of the operator with these arguments."""
+        """Call the operator with these arguments; returns all results by name, private ones included."""
         schema = self._operator.schema
         return schema.Results(*self._run(schema.Arguments(*arguments, **named)))
 
@@ -45,33 +45,33 @@ class Batch:
         return type(self.arguments)(*(_selected(x, dim, index) for x, dim in pairs))
 
     def has_axis(self, name: str) -> bool:
-        """Whether an argument differs between the elements."""
+        """Whether an argument has a batch axis."""
         dims = getattr(self.dims, name)
         return any(dim is not None for dim in dims) if isinstance(dims, (list, tuple)) else dims is not None
 
     def leading(self, name: str) -> Any:
-        """An argument's tensors with the batch axis first; those that have none are repeated along it."""
+        """An argument's tensors with the batch axis first; tensors without one are repeated along it."""
         value, dims = getattr(self.arguments, name), getattr(self.dims, name)
         if isinstance(value, (list, tuple)):
             return [leading(x, dim, self.size) for x, dim in zip(value, dims, strict=True)]
         return None if value is None else leading(value, dims, self.size)
 
     def check_not_empty(self) -> None:
-        """Raise ValueError for a batch of no elements, for which nothing says what the results look like."""
+        """Raise ValueError for an empty batch, whose results have unknown shapes."""
         if self.size == 0:
             raise ValueError(f"{self._operator.title} under vmap needs at least one element, got 0")
 
 
 def leading(x: Tensor, dim: int | None, size: int) -> Tensor:
-    """A tensor with the batch axis first; one that has none is repeated along it."""
+    """A tensor with the batch axis first; a tensor without one is repeated along it."""
     return x.unsqueeze(0).expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
 
 
 def looped(batch: Batch) -> tuple[Any, Any]:
-    """One element after another: the batching rule of an operator that declares none.
+    """Default batching rule: loop over the elements.
 
     Returns:
-        results, and where their batch axes are
+        results, and their batch axes
     """
     batch.check_not_empty()
     rows = [batch.call(*batch.element(index)) for index in range(batch.size)]

@@ -1,7 +1,7 @@
-"""Checks of tensors where no compiled kernel makes them: csrc/core/checks.h in Python, in the same words.
+"""Tensor checks for backends other than the compiled kernels: csrc/core/checks.h in Python, with the same messages.
 
-One kind of fault has one type of exception, whichever backend serves a call: ValueError for shapes, sizes, counts and
-option values, TypeError for dtypes and types, RuntimeError for devices that differ and for what the machine lacks.
+The exception type does not depend on the backend: ValueError for shapes, sizes, counts and option values, TypeError
+for dtypes and types, RuntimeError for mismatched devices and missing hardware or software.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_dtype(x: Tensor, name: str, dtype: torch.dtype) -> None:
 
 
 def check_same_device(x: Tensor, name: str, other: Tensor, other_name: str) -> None:
-    """Raise RuntimeError unless ``x`` is where ``other`` is."""
+    """Raise RuntimeError unless ``x`` is on the device of ``other``."""
     if x.device != other.device:
         raise RuntimeError(f"{name} must be on the device of {other_name}, {other.device}, got {x.device}")
 

@@ -1,10 +1,10 @@
-"""define_op: what an operator declares, and what follows from that for every way to call it.
+"""define_op: define an operator of torch.ops.metakern from one declaration.
 
-An operator declares its schema, the shapes of its results, its gradient formula, a batching rule where it has a better
-one than a loop, and its backends. From that follow the fake kernel, autograd in eager mode, under torch.compile and
-torch.func, the refusal of derivatives that are not provided, torch.func.vmap, and what ``auto`` means.
+An operator declares its schema, the shapes of its results, its gradient formula, its backends and, if it has a better
+one than a loop, a batching rule. define_op derives the fake kernel, autograd (eager, torch.compile and torch.func),
+errors for missing derivatives, torch.func.vmap, and backend selection.
 
-Arguments and results have names, those of the schema; nothing counts positions.
+Arguments and results are addressed by their names in the schema, not by position.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from metakern.ops.core.functions import Backward, recorded, register, transforme
 from metakern.ops.core.registry import OPERATORS
 from metakern.ops.core.schema import Place, Schema, signature
 
-#: Which implementation serves a backend. An implementation is an operator of its own in torch.ops.metakern.
+#: Implementation by backend. Each implementation is a separate operator in torch.ops.metakern.
 IMPLEMENTATIONS = {"cpp": "compiled", "cuda": "compiled", "triton": "triton"}
 
 _NOTHING: frozenset[str] = frozenset()
@@ -41,13 +41,12 @@ class Gradient:
     """The gradient formula of an operator.
 
     Attributes:
-        formula: from a :class:`Backward` to gradients by the names of arguments; those left out are None. Where it is
-            made of differentiable operators there are second derivatives; where it calls an operator without a
-            gradient, asking for them raises.
-        of: names of the arguments that get gradients; a tensor elsewhere that requires one is refused
+        formula: maps a :class:`Backward` to gradients by argument name; missing ones are None. A formula of
+            differentiable operators has second derivatives; if it calls an operator without a gradient, they raise.
+        of: names of the arguments that get gradients; any other tensor that requires one raises
         saves: names of the arguments and results whose values the formula reads
-        shapes: names of arguments of which it reads shapes and dtypes alone
-        private: names of results that only the formula needs; callers do not see them
+        shapes: names of arguments of which it reads only shapes and dtypes
+        private: names of results for the formula only, hidden from callers
     """
 
     formula: Callable[[Backward], dict[str, Any]]
@@ -58,7 +57,7 @@ class Gradient:
 
 
 class Operator:
-    """An operator and all its implementations; made by :func:`define_op`, which says what the arguments mean."""
+    """An operator and all its implementations. Made by :func:`define_op`, which documents the arguments."""
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class Operator:
         self._unserved = {name: f"{family} has no kernels for it" for name in IMPLEMENTATIONS if name not in backends}
 
     def _plan(self) -> None:
-        """Where the tensors are that each way of calling looks at."""
+        """Precompute the positions of the tensors that each kind of call needs."""
         schema, gradient = self.schema, self.gradient or Gradient(_refused, [p.name for p in self.schema.tensors])
         names, results = [p.name for p in schema.tensors], [p.name for p in schema.outputs]
         for what, given, among in (
@@ -110,20 +109,20 @@ class Operator:
         self.dropped = places(schema.tensors, lambda name: name not in gradient.shapes or name in gradient.saves)
         self.private = places(schema.outputs, lambda name: name in gradient.private)
         self.public = places(schema.outputs, lambda name: name not in gradient.private)
-        #: Whether autograd sees the results as they are, with no list and no private one among them.
+        #: Whether no result is private or a list, so that autograd can take the results unchanged.
         self.is_flat = not self.private and not any(place.is_list for place in schema.outputs)
 
     def name_of(self, implementation: str) -> str:
-        """The name in torch.ops.metakern: the implementation stands behind the family's name."""
+        """The name in torch.ops.metakern; the implementation follows the family's name."""
         suffix = "" if implementation == "compiled" else f"_{implementation}"
         return f"{self.family}{suffix}{self.name.removeprefix(self.family)}"
 
     def batch(self, batch: Batch) -> tuple[Any, Any]:
-        """Results of a batch of calls, and where their batch axes are."""
+        """Results of a batched call, and their batch axes."""
         return looped(batch) if self.batching is None else self.batching(batch)
 
     def fake(self, *arguments: Any) -> Any:
-        """Results without values, of arguments on one device."""
+        """The fake kernel: results without values; raises unless the arguments are on one device."""
         named = self.schema.Arguments(*arguments)
         tensors = {place.name: named[place.position] for place in self.schema.tensors}
         first, device = next(
@@ -138,23 +137,23 @@ class Operator:
     # ------------------------------------------------------------------------------------------------- gradients
 
     def check_provided(self, wants: frozenset[str]) -> None:
-        """Raise RuntimeError for a gradient that the formula does not give."""
+        """Raise RuntimeError for a wanted gradient that the formula does not provide."""
         for name in wants:
             if name not in self.provided:
                 raise RuntimeError(self._no_gradient.format(name))
 
     def check_others(self, arguments: Sequence[Any]) -> None:
-        """Raise RuntimeError for a tensor that requires a gradient and gets none."""
+        """Raise RuntimeError if a tensor without a gradient formula requires a gradient."""
         for name, index, is_list in self.others:
             x = arguments[index]
             if x is not None and (any(y.requires_grad for y in x) if is_list else x.requires_grad):
                 raise RuntimeError(self._no_gradient.format(name))
 
     def is_recorded(self, arguments: Sequence[Any]) -> bool:
-        """Whether a tensor requires a gradient and torch records one, outside of transforms.
+        """Whether autograd records this call, outside of transforms.
 
         Raises:
-            RuntimeError: for a tensor that requires one and gets none
+            RuntimeError: if a tensor without a gradient formula requires a gradient
         """
         if not torch.is_grad_enabled():
             return False
@@ -167,10 +166,10 @@ class Operator:
         return False
 
     def wanted(self, arguments: Sequence[Any]) -> frozenset[str]:
-        """Names of the arguments whose gradients are asked for, inside of transforms too.
+        """Names of the arguments that require gradients, also inside transforms.
 
         Raises:
-            RuntimeError: for a tensor that requires one and gets none
+            RuntimeError: if a tensor without a gradient formula requires a gradient
         """
         if not torch.is_grad_enabled():
             return _NOTHING
@@ -193,7 +192,7 @@ class Operator:
     # ------------------------------------------------------------------------------------------- implementations
 
     def kernel(self, implementation: str) -> Kernel:
-        """The operator of one implementation, its formulas registered at the first call."""
+        """The operator of one implementation; its formulas are registered at the first call."""
         found = self._kernels.get(implementation)
         if found is None:
             with outside_modes():
@@ -217,7 +216,7 @@ class Operator:
         return kernel
 
     def triton_kernel(self, launch: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """Decorator of the function that launches Triton's kernels, opaque to torch.compile; arguments have names."""
+        """Decorator for a Triton launcher opaque to torch.compile; it gets the arguments as a named tuple."""
 
         @functools.wraps(launch)
         def function(*arguments: Any) -> Any:
@@ -230,9 +229,9 @@ class Operator:
         return launch
 
     def traced_triton_kernel(self, launch: Callable[..., Any]) -> Callable[..., Any]:
-        """The same for a function that torch.compile looks into, for the kernels that ``wrap_triton`` wraps.
+        """Decorator for a Triton launcher that torch.compile traces, with kernels wrapped by ``wrap_triton``.
 
-        It takes the schema's arguments one by one: torch reads the schema from its signature.
+        It takes the schema's arguments one by one, as torch infers the schema from its signature.
         """
         torch.library.triton_op(f"metakern::{self.name_of('triton')}", launch, mutates_args=self.schema.mutated)
         self._registered("triton")
@@ -243,16 +242,16 @@ class Operator:
     def choose(
         self, backend: str | None, device: torch.device, unserved: dict[str, str] | None = None
     ) -> Kernel | None:
-        """The kernel that serves a call, None for the reference.
+        """The kernel that serves a call; None for the reference.
 
         Args:
-            backend: as the public functions take it
+            backend: the public functions' argument
             device: of the tensors
-            unserved: by backend, why it does not serve this call
+            unserved: by backend, the reason why it cannot serve this call
 
         Raises:
-            ValueError: for a backend that there is not
-            RuntimeError: for one that was asked for by name and cannot run
+            ValueError: for an unknown backend
+            RuntimeError: for a backend requested by name that cannot run
         """
         if self._unserved:
             unserved = {**self._unserved, **(unserved or {})}
@@ -260,7 +259,7 @@ class Operator:
         return None if name == "reference" else self.kernel(IMPLEMENTATIONS[name])
 
     def prepare(self, backend: str | None) -> None:
-        """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+        """Import what ``backend`` needs ahead of the first call, as torch.compile cannot trace imports."""
         if "triton" in self.backends and _backend.prefers_triton(backend):
             self.kernel("triton")
 
@@ -274,18 +273,18 @@ class Kernel:
         self.operator, self.implementation, self.overload = operator, implementation, overload
 
     def __call__(self, *arguments: Any) -> Any:
-        """The public results, as torch.ops has them: a tensor, a list, or a tuple of those."""
+        """The public results in the form of torch.ops: a tensor, a list, or a tuple of those."""
         return self.call(arguments)
 
     def call(
         self, arguments: Sequence[Any], wants: frozenset[str] | None = None, is_recorded: bool | None = None
     ) -> Any:
-        """The operator, by the way that serves the caller.
+        """Call the operator through eager autograd, torch.func or the dispatcher, whichever applies.
 
         Args:
-            arguments: as the schema has them
-            wants: names of the arguments whose gradients are asked for, where the caller knows
-            is_recorded: what :meth:`Operator.is_recorded` says, where the caller has asked
+            arguments: in the schema's order
+            wants: names of the arguments whose gradients are requested, if the caller knows them
+            is_recorded: the result of :meth:`Operator.is_recorded`, if the caller has it
         """
         operator = self.operator
         if torch.compiler.is_compiling():
@@ -307,7 +306,7 @@ class Kernel:
         return self._public(returned) if operator.private else returned
 
     def _public(self, results: Sequence[Any]) -> Any:
-        """In the form that torch.ops gives results: one alone, a tuple of several, None where there are none."""
+        """Results in the form of torch.ops: a single one, a tuple of several, or None."""
         public = self.operator.public
         if len(public) == 1:
             return results[public[0].position]
@@ -334,18 +333,18 @@ def define_op(
     The compiled library registers the kernels of the same schema; :meth:`Operator.triton_kernel` those of Triton.
 
     Args:
-        schema: ``"name(Tensor x, Tensor[] ys, float scale) -> Tensor"``; what has a default may be left out in calls
+        schema: ``"name(Tensor x, Tensor[] ys, float scale) -> Tensor"``; arguments with defaults are optional
         results: names of the results
-        shapes: from the arguments, by name, to results of the right shapes, dtypes and devices, without values
-        gradient: None refuses derivatives
-        batching: torch.func.vmap, from a :class:`Batch` to all results and their batch axes; None is a loop
-        constants: names of arguments that may be on the CPU wherever the others are
-        family: name of the public operator that this one belongs to, where it is another one
-        title: what messages call it; the family's name by default
-        backends: those that there are kernels for
-        triton: the module that holds Triton's kernels, imported when they are first asked for
-        reference: the definition in plain PyTorch; None for an operator that only others call
-        way_out: what messages of derivatives that are not provided end with
+        shapes: maps the named arguments to results of the right shapes, dtypes and devices, without values
+        gradient: the gradient formula; None makes derivatives raise
+        batching: torch.func.vmap rule, from a :class:`Batch` to all results and their batch axes; None is a loop
+        constants: names of arguments that may be on the CPU whatever device the others are on
+        family: name of the public operator that this one belongs to, if different
+        title: name in messages; the family's name by default
+        backends: backends with kernels
+        triton: the module of the Triton kernels, imported on first use
+        reference: the definition in plain PyTorch; None for an internal operator
+        way_out: advice at the end of messages about missing derivatives
 
     Raises:
         ValueError: for a name that is not in the schema
@@ -365,7 +364,7 @@ def define_op(
     return operator
 
 
-#: In C, which a generator expression is not.
+#: Implemented in C, faster than a generator expression.
 _requires_grad = attrgetter("requires_grad")
 
 

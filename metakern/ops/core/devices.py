@@ -1,7 +1,7 @@
-"""The device that all tensors of a call share.
+"""Checks that all tensors of a call are on one device.
 
-The dispatcher takes a call with one tensor on "meta" to the fake kernel, whose results are memory that nobody wrote.
-So fake kernels, and the functions before them, refuse tensors of several devices.
+The dispatcher sends a call with one tensor on "meta" to the fake kernel, whose results are uninitialized memory. So
+fake kernels, and the functions before them, refuse tensors on several devices.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ def check_devices(first: str, device: torch.device, **arguments: Tensor | Sequen
     """Raise RuntimeError unless every tensor is on ``device``, where the argument ``first`` is.
 
     Args:
-        first: named in the error
+        first: name of the argument that ``device`` belongs to, for the error
         device: of that argument
-        arguments: by name, tensors, lists of them or None
+        arguments: tensors, lists of tensors or None, by name
     """
     for name, value in arguments.items():
         if isinstance(value, (list, tuple)):
@@ -33,7 +33,7 @@ def check_devices(first: str, device: torch.device, **arguments: Tensor | Sequen
 
 
 def check_constants(device: torch.device, **arguments: Tensor) -> None:
-    """Raise RuntimeError unless the operator's constants are on the CPU, or on ``device`` with the other tensors."""
+    """Raise RuntimeError unless the operator's constants are on the CPU or on ``device``."""
     for name, x in arguments.items():
         if x.device != device and x.device != _CPU:
             raise RuntimeError(f"{name} must be on the CPU or on the device of params, {device}, got {x.device}")

@@ -1,7 +1,7 @@
-"""An operator's gradient formula on the ways that a call can go: eager, torch.func, and what torch.compile traces.
+"""An operator's gradient formula as autograd functions: for eager mode, torch.func, and torch.compile.
 
-Of one formula there are three forms. The one registered with the operator is traced; torch.func does not get through
-it (pytorch issue 170834), and in eager mode it costs 40 µs more a call than an autograd.Function.
+One formula has three forms. The form registered with the operator serves torch.compile; torch.func fails on it
+(pytorch issue 170834), and in eager mode it costs 40 µs more per call than an autograd.Function.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
     from metakern.ops.core.define_op import Kernel, Operator
 
 
-#: Where nobody needs to know whose gradients are asked for.
+#: Stands for the requested gradients where the callee does not need to know them.
 _NOTHING: frozenset[str] = frozenset()
 
 
 class Backward:
-    """What a gradient formula gets.
+    """Input of a gradient formula.
 
     Attributes:
-        arguments: by name; tensors only where the formula's ``saves`` or ``shapes`` name them, None in place of others
-        results: by name; only those that ``saves`` names
+        arguments: by name; tensors not named in the formula's ``saves`` or ``shapes`` are None
+        results: by name; only those named in ``saves``
         grads: gradients of the results, by the results' names; None for private results
     """
 
@@ -42,23 +42,23 @@ class Backward:
 
     @property
     def wants(self) -> frozenset[str]:
-        """Names of the arguments whose gradients are asked for."""
+        """Names of the arguments whose gradients are requested."""
         return self._wants()
 
     def call(self, operator: Operator, *arguments: Any) -> Any:
-        """Another operator, by the implementation of the one that ran forward."""
+        """Call another operator by the implementation that ran the forward."""
         wants = self.wants if func_is_active() else None
         return operator.kernel(self._kernel.implementation).call(arguments, wants)
 
 
 class Call:
-    """One call on its way through autograd, which does not look inside.
+    """One call of an operator, passed through autograd as an opaque object.
 
     Attributes:
         kernel: the operator of one implementation
-        arguments: as the schema has them; once the forward has run, None in place of tensors
+        arguments: in the schema's order; tensors become None once the forward has run
         results: lists of None, as long as the lists of results
-        wants: names of the arguments whose gradients are asked for, where that is known before the backward
+        wants: names of the arguments whose gradients are requested, if known before the backward
     """
 
     __slots__ = ("arguments", "kernel", "results", "wants")
@@ -68,20 +68,20 @@ class Call:
         self.results: list[Any] = []
 
     def run(self, arguments: Sequence[Any]) -> Sequence[Any]:
-        """All results of the kernel itself, past autograd."""
+        """Run the kernel below autograd; returns all results."""
         with below_autograd():
             return self.kernel.operator.schema.results_of(self.kernel.overload(*arguments))
 
     def gradients(
         self, saved: Sequence[Any], places: Sequence[Place], grads: Sequence[Any], wants: Callable[[], frozenset[str]]
     ) -> dict[str, Any]:
-        """The formula's, by the names of arguments.
+        """Evaluate the formula; returns gradients by argument name.
 
         Args:
-            saved: tensors that were saved, of the arguments at ``places`` and of the results that the formula reads
+            saved: saved tensors: the arguments at ``places``, then the results that the formula reads
             places: of these arguments
-            grads: one for each result, None for private ones
-            wants: says the names of the arguments whose gradients are asked for
+            grads: one per result, None for private ones
+            wants: returns the names of the arguments whose gradients are requested
         """
         operator, schema = self.kernel.operator, self.kernel.operator.schema
         arguments, results = list(self.arguments), self.results
@@ -100,7 +100,7 @@ class Call:
         grads: Sequence[Any],
         needs: Sequence[bool],
     ) -> list[Any]:
-        """:meth:`gradients` of ``tensors`` one by one, as they came; ``needs`` says of each whether it needs one."""
+        """:meth:`gradients` as a flat sequence, one per tensor of ``tensors``; ``needs`` flags those requested."""
         own = self.arguments
         found = self.gradients(saved, places, grads, lambda: _wanted(tensors, own, needs))
         flat: list[Any] = []
@@ -114,7 +114,7 @@ class Call:
 
 
 def _wanted(tensors: Sequence[Place], arguments: Sequence[Any], needs: Sequence[bool]) -> frozenset[str]:
-    """Names of the arguments of whose tensors one needs a gradient; ``needs`` says it of each tensor."""
+    """Names of the arguments with a tensor that needs a gradient; ``needs`` has one flag per tensor."""
     wants, at = [], 0
     for name, index, is_list in tensors:
         end = at + (len(arguments[index]) if is_list else 1)
@@ -125,7 +125,7 @@ def _wanted(tensors: Sequence[Place], arguments: Sequence[Any], needs: Sequence[
 
 
 def recorded(kernel: Kernel, arguments: Sequence[Any]) -> Sequence[Any]:
-    """The results of a call that eager mode records; private ones are None."""
+    """The results of a call recorded by eager autograd; private ones are None."""
     operator, call = kernel.operator, Call(kernel, arguments, _NOTHING)
     flat: Sequence[Any] = _Recorded.apply(call, *flatten(arguments, operator.differentiable))
     if operator.is_flat:
@@ -136,7 +136,7 @@ def recorded(kernel: Kernel, arguments: Sequence[Any]) -> Sequence[Any]:
 
 
 def transformed(kernel: Kernel, arguments: Sequence[Any], wants: frozenset[str]) -> list[Any]:
-    """All results of a call within the transforms of torch.func."""
+    """All results of a call inside torch.func transforms."""
     schema, call = kernel.operator.schema, Call(kernel, arguments, wants)
     flat, results = _Transformed.apply(call, *flatten(arguments, schema.tensors)), list(call.results)
     put(flat, results, schema.outputs, call.results)
@@ -144,10 +144,10 @@ def transformed(kernel: Kernel, arguments: Sequence[Any], wants: frozenset[str])
 
 
 class _Recorded(torch.autograd.Function):
-    """An operator in eager mode: with a setup_context of its own, apply() would inspect signatures for 40 µs a call.
+    """An operator in eager mode, without setup_context, with which apply() inspects signatures for 40 µs per call.
 
-    It is given the tensors that can have gradients; the others are in the call. Private results are no outputs:
-    autograd would make zeros for their gradients.
+    Its inputs are the tensors that can have gradients; the others are in the call. Private results are not outputs:
+    autograd would materialize zero gradients for them.
     """
 
     @staticmethod
@@ -175,7 +175,7 @@ class _Recorded(torch.autograd.Function):
 
 
 class _Transformed(torch.autograd.Function):
-    """An operator for torch.func; its tensors come one by one, in the order of the schema."""
+    """An operator under torch.func; its tensors are passed one by one, in the schema's order."""
 
     @staticmethod
     def forward(call: Call, *flat: Any) -> tuple[Any, ...]:
@@ -228,7 +228,7 @@ class _Transformed(torch.autograd.Function):
 
 
 def register(kernel: Kernel) -> None:
-    """Register the traced form of the formula, and the batching rule, with the operator itself."""
+    """Register the formula for torch.compile, and the batching rule, with the operator."""
     operator, schema = kernel.operator, kernel.operator.schema
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -243,7 +243,7 @@ def register(kernel: Kernel) -> None:
         names = frozenset(wants)
         operator.check_provided(names)
         found = ctx.call.gradients(ctx.saved_tensors, operator.read, grads, lambda: names)
-        # The dispatcher leaves out arguments that have their defaults, and wants no gradients for them.
+        # The dispatcher omits arguments that equal their defaults, and expects no gradients for them.
         return tuple(
             ([None] * len(need) if isinstance(need, list) else None) if found.get(name) is None else found[name]
             for name, need in zip(schema.names, needs, strict=False)

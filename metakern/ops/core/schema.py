@@ -10,7 +10,7 @@ from torch import Tensor
 
 from metakern.core.torch_private import parse_schema
 
-#: What an argument or a result is, by the name that torch gives its type.
+#: Whether an argument or result is a list of tensors, by torch's name of its type.
 _TENSORS = {"Tensor": False, "Optional[Tensor]": False, "List[Tensor]": True}
 
 
@@ -23,12 +23,12 @@ class Place(NamedTuple):
 
 
 class Schema:
-    """An operator's schema, and the named tuples that its arguments and results travel in.
+    """An operator's schema, and named tuples for its arguments and results.
 
     Attributes:
         name: of the operator, without its namespace
-        text: the schema as it was declared
-        Arguments: named tuple of the arguments; what the schema gives a default may be left out
+        text: the declared schema
+        Arguments: named tuple of the arguments, with the schema's defaults
         Results: named tuple of the results
         tensors: the arguments that hold tensors: one, one or None, or a list
         outputs: the results, all of which hold tensors
@@ -59,11 +59,11 @@ class Schema:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the arguments, in order."""
+        """Names of the arguments, in order."""
         return tuple(self.Arguments._fields)
 
     def check_names(self, what: str, names: Iterable[str], among: Iterable[str]) -> None:
-        """Raise ValueError for a name that is none of ``among``."""
+        """Raise ValueError for a name that is not in ``among``."""
         among = list(among)
         for name in names:
             if name not in among:
@@ -77,7 +77,7 @@ class Schema:
 
 
 def signature(parsed: Any) -> tuple[Any, ...]:
-    """What two schemas of one operator have in common, whatever they call what is written to."""
+    """A schema in comparable form, independent of alias names of mutated arguments."""
     arguments = [(a.name, str(a.type), a.alias_info is not None and a.alias_info.is_write) for a in parsed.arguments]
     return arguments, [str(r.type) for r in parsed.returns]
 
@@ -94,9 +94,9 @@ def flatten(values: Sequence[Any], places: Sequence[Place]) -> list[Tensor | Non
 
 
 def put(flat: Sequence[Any], values: list[Any], places: Sequence[Place], lengths: Sequence[Any]) -> int:
-    """Put tensors that came one by one back into ``values``; returns how many were taken.
+    """Put the tensors of ``flat`` back into ``values``, the inverse of :func:`flatten`; returns their number.
 
-    ``lengths`` holds, at the index of every list, something of its length.
+    ``lengths`` holds a sequence of the right length at the index of every list.
     """
     at = 0
     for _, index, is_list in places:
@@ -111,7 +111,7 @@ def put(flat: Sequence[Any], values: list[Any], places: Sequence[Place], lengths
 
 
 def without_tensors(values: Sequence[Any], places: Sequence[Place]) -> list[Any]:
-    """The values with None in place of a tensor, and of every tensor of a list."""
+    """The values with every tensor, also inside lists, replaced by None."""
     bare = list(values)
     for _, index, is_list in places:
         bare[index] = [None] * len(bare[index]) if is_list else None

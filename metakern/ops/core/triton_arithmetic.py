@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: SIM108
-"""Device functions of every operator: the dtype of the arithmetic, numbers of the host in it, elementary functions."""
+"""Device functions shared by all operators: arithmetic dtype, host scalars, elementary functions."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def to_arithmetic(x):
 
 @triton.jit
 def scalar(number, number_low, like):
-    """A number of the host in the dtype of ``like``, from the upper and the lower half of its float64's bits.
+    """A host scalar in the dtype of ``like``, from the upper and lower half of its float64 bits.
 
-    As a float argument it would be a float32 in eager mode and a float64 under torch.compile.
+    A float argument would be float32 in eager mode and float64 under torch.compile.
     """
     low = tl.cast(tl.cast(number_low, tl.int32), tl.uint32, bitcast=True).to(tl.int64)
     bits = (tl.cast(number, tl.int64) << 32) | low
@@ -58,13 +58,13 @@ def reciprocal(x):
 
 @triton.jit
 def sigmoid(x):
-    """1 / (1 + e^-x); an infinite exponential gives the limits."""
+    """1 / (1 + e^-x); correct limits where the exponential overflows."""
     return reciprocal(1 + exp(-x))
 
 
 @triton.jit
 def tanh(x):
-    """By 1 - 2 / (e^2|x| + 1), but where that cancels; small arguments keep their relative accuracy.
+    """1 - 2 / (e^2|x| + 1), except where this cancels: small arguments keep their relative accuracy.
 
     float32: x + x³ q(x²) below 0.6, q a least-squares fit at Chebyshev nodes, relative error 4e-9. float64: with
     u = e^2|x| rounded, (u - 1) · 2|x| / log u is e^2|x| - 1 without the rounding error of u.

@@ -1,4 +1,4 @@
-"""Launching kernels: their cut, the device's guard, numbers of the host."""
+"""Launching Triton kernels: launch configuration, device guard, host scalars."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import triton
 
 from metakern.ops.core.triton_arithmetic import to_arithmetic
 
-#: Programs of one launch at most, by CUDA.
+#: CUDA's maximum number of programs (blocks) per launch.
 MAX_GRID = 2**31 - 1
 
 
 class Config(NamedTuple):
-    """How a kernel is cut: coordinates of a block (a multiple of 32) and warps of a program."""
+    """Launch configuration: coordinates per block (a multiple of 32) and warps per program."""
 
     block: int
     num_warps: int
@@ -37,8 +37,8 @@ def launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any)
         raise RuntimeError(f"the tensors are too large: they take {grid} programs, and one launch at most {MAX_GRID}")
     options: dict[str, Any] = {"num_warps": config.num_warps, "num_stages": 1}
     guard: AbstractContextManager[Any] = nullcontext()
-    if isinstance(kernel, triton.runtime.JITFunction):  # not what wrap_triton makes of one while a graph is traced
-        options["enable_fp_fusion"] = True  # Triton 3.10 turns the default over
+    if isinstance(kernel, triton.runtime.JITFunction):  # but not the wrapper of wrap_triton under tracing
+        options["enable_fp_fusion"] = True  # Triton 3.10 changes the default
         if args[0].is_cuda:
             guard = torch.cuda.device(args[0].device)
     with guard:
@@ -46,17 +46,17 @@ def launch(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any)
 
 
 def launch_in_parts(kernel: Any, grid: int, config: Config, *args: Any, **constants: Any) -> None:
-    """The same for a kernel whose last argument is the number of its first program: as many launches as it takes."""
+    """:func:`launch` in as many parts as needed, for a kernel whose last argument is the index of its first program."""
     first = 0
     while grid - first > MAX_GRID:
         launch(kernel, MAX_GRID, config, *args, first, **constants)
         first += MAX_GRID
-    launch(kernel, grid - first, config, *args, first, **constants)  # of a symbolic grid, too
+    launch(kernel, grid - first, config, *args, first, **constants)  # also for a symbolic grid
 
 
 def split(*numbers: float) -> list[int]:
-    """The upper and the lower half of each number's bits as a float64, for ``triton_arithmetic.scalar``.
+    """The upper and lower half of each number's float64 bits, for ``triton_arithmetic.scalar``.
 
-    As integers of 32 bits every number arrives as it is: float arguments become float32.
+    Passing 32-bit integers keeps all bits; float arguments would become float32.
     """
     return [half for number in numbers for half in struct.unpack(">ii", struct.pack(">d", number))]

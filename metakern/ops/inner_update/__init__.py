@@ -1,4 +1,4 @@
-"""inner_update: one gradient step of T tasks, every task with parameters of its own, for a whole list of tensors.
+"""inner_update: one gradient step for T tasks, each with its own parameters, over a whole list of tensors.
 
 Finn et al. 2017, arXiv 1703.03400, equation 1. The definition is :mod:`metakern.ops.inner_update.reference`.
 
@@ -27,7 +27,7 @@ from metakern.ops.inner_update.autograd import (
     update,
 )
 
-#: Python's numbers, and NumPy's.
+#: Number types of Python and NumPy.
 _NUMBERS = (float, int, numbers.Real)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -45,21 +45,21 @@ def inner_update(
 ) -> list[Tensor]:
     """θ' = θ − α ⊙ g for a list of tensors in one call, differentiable to any order in θ, g and α.
 
-    Learned α: one a parameter (Meta-SGD, arXiv 1707.09835), one a tensor and step (LSLR, arXiv 1810.09502). Works under
-    ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``torch.func.vmap``. In float32 and float64, without
-    ``clip_norm``, the result has the bits of ``p - lr * g``.
+    α may be learned: per parameter (Meta-SGD, arXiv 1707.09835) or per tensor and step (LSLR, arXiv 1810.09502). Works
+    under ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``torch.func.vmap``. In float32 and float64,
+    without ``clip_norm``, the result is bitwise equal to ``p - lr * g``.
 
     Args:
         params: θ, each [T, *shape]; float32, float64, bfloat16 or float16. Without ``clip_norm`` and ``active`` the
-            task axis has no part in the formula, and tensors of one task, [*shape], may be given.
+            task axis is not needed: tensors of one task, [*shape], may be given.
         grads: g, of the shapes and dtypes of ``params``
-        lr: α, a number or a tensor [] for everything, or one tensor a parameter tensor, shared by the tasks: [] or
+        lr: α, a number or a tensor [] for everything, or one tensor per parameter tensor, shared by the tasks: [] or
             [*shape], or any last axes of the parameter tensor; with ``step`` each has one more leading axis: [K] or
-            [K, *shape], and a tensor for everything is [K]. Any of the four dtypes; it is brought to that of the
-            arithmetic, which is float64 for float64 params and float32 otherwise.
+            [K, *shape], and a tensor for everything is [K]. Any of the four dtypes; it is cast to the arithmetic
+            dtype: float64 for float64 params, float32 otherwise.
         step: index of the inner step, 0 to K − 1, that selects from the leading axis of ``lr``
         clip_norm: largest norm of a task's gradient, over all its tensors; a longer one is scaled down to it
-        active: bool [T], tasks that still step; the others keep θ, bit for bit, and their g has no influence
+        active: bool [T], tasks that step; the others keep θ bit for bit, and their g has no effect
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
@@ -82,7 +82,7 @@ def inner_update(
     if not params:
         return []
     kernel = update.choose(backend, params[0].device)
-    # A compiled kernel checks what it sees itself; while torch.compile traces, its fake kernel stands in.
+    # A compiled kernel checks its own arguments, but under torch.compile its fake kernel runs in its place.
     if is_plain and (kernel is None or kernel.implementation != "compiled" or torch.compiler.is_compiling()):
         check(params, grads, lr, step, active, clip_norm)
     if kernel is None:
@@ -91,15 +91,15 @@ def inner_update(
 
 
 def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: float | Tensor | list[Tensor]) -> list[Any]:
-    """:func:`inner_update` for tensors that are known to fit, those of a module and their gradients.
+    """:func:`inner_update` for a module's parameters and their gradients, which are known to match.
 
-    For a small module the checks alone would take half the time.
+    Small modules skip the checks, which would take half the time.
     """
     if isinstance(lr, Tensor):
         lr = lr.reshape(()).to(params[0].device) if params else lr
     elif not isinstance(lr, list):
-        lr = float(lr)  # a number of NumPy would take a product with a tensor for one of arrays
-    # The compiler fuses the formula, and torch.func sees through it; complex tensors have no kernels.
+        lr = float(lr)  # NumPy would compute a NumPy number times a tensor as arrays
+    # torch.compile can fuse the formula and torch.func transform it; no kernel takes complex tensors.
     if is_transformed_or_dual() or any(p.is_complex() for p in params):
         return reference.inner_update(params, grads, lr)
     if params and torch.is_grad_enabled() and is_small(params):
@@ -111,7 +111,7 @@ def step_of_one_task(params: Sequence[Tensor], grads: Sequence[Tensor], lr: floa
 
 
 def _rates_and_options(lr: Any, step: int | None, clip_norm: float | None) -> tuple[Sequence[Tensor], Options]:
-    """α and the scalars as the operators take them; raises for those that do not fit."""
+    """α and the scalars in the operators' form; raises for invalid ones."""
     is_index = isinstance(step, (int, numbers.Integral)) and not isinstance(step, bool)
     if step is not None and (not is_index or step < 0):
         error: type[Exception] = ValueError if is_index else TypeError
@@ -150,7 +150,7 @@ def _check_step(step: int, rate: Tensor, name: str) -> None:
 
 
 def _is_plain(params: Any, grads: Any, active: Any) -> bool:
-    """Whether the operators, PyTorch's own too, see all there is: nothing to broadcast, no tensor without memory."""
+    """Whether the operators check these tensors fully: no broadcasting, no tensor without memory."""
     if not isinstance(params, (list, tuple)) or not isinstance(grads, (list, tuple)) or len(params) != len(grads):
         return False
     for x in (*params, *grads) if active is None else (*params, *grads, active):
@@ -160,7 +160,7 @@ def _is_plain(params: Any, grads: Any, active: Any) -> bool:
 
 
 def check(params: Any, grads: Any, lr: Any, step: int | None, active: Any, clip_norm: float | None) -> None:
-    """Raise for whatever does not fit among the tensors."""
+    """Check the tensors' types, shapes, dtypes and devices; raises as :func:`inner_update`."""
     for name, xs in (("params", params), ("grads", grads)):
         if isinstance(xs, Tensor) or not hasattr(xs, "__len__"):
             raise TypeError(f"{name} must be a sequence of tensors, got {type(xs).__name__}")
@@ -233,5 +233,5 @@ def _check_tasks(params: Sequence[Tensor], active: Any) -> None:
 
 
 def prepare(backend: str | None) -> None:
-    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    """Import what ``backend`` needs ahead of the first call, as torch.compile cannot trace imports."""
     update.prepare(backend)

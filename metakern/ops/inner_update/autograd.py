@@ -1,4 +1,4 @@
-"""The operator inner_update: its gradient formula and batching rule, the same for every implementation.
+"""The operator inner_update: gradient formula and batching rule, shared by all implementations.
 
 Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -19,12 +19,12 @@ from metakern.ops.core.define_op import Gradient, Kernel, define_op
 from metakern.ops.core.functions import Backward
 from metakern.ops.inner_update import reference
 
-#: With fewer elements the kernel does not win back what an autograd.Function in Python costs (bench_inner_update).
+#: Below this number of elements the kernel gains less than a Python autograd.Function costs (bench_inner_update).
 FUSED_ELEMENTS = 2**17
 
 
 class Options(NamedTuple):
-    """The operators' scalars: α where no tensor holds it, the inner step or -1, the largest norm or None."""
+    """The operators' scalars: α if it is a number, the inner step or -1, clip_norm or None."""
 
     rate: float
     step: int
@@ -39,9 +39,9 @@ def call(
     active: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    """The operator; of few elements, of which a graph is recorded, PyTorch's own operators.
+    """Call the operator or, for few elements under autograd, PyTorch's own operators.
 
-    They give the same bits, and an autograd.Function in Python costs more than it saves.
+    These give the same bits, and for few elements a Python autograd.Function costs more than it saves.
     """
     arguments = (params, grads, lr, *options, active)
     is_recorded = None
@@ -54,7 +54,7 @@ def call(
 
 
 def is_small(tensors: Sequence[Tensor]) -> bool:
-    """Whether these are few elements, and of one dtype whose arithmetic is its own."""
+    """Whether these are few elements, all in float32 or all in float64."""
     dtype, elements = tensors[0].dtype, 0
     for x in tensors:
         if x.dtype is not dtype:
@@ -64,7 +64,7 @@ def is_small(tensors: Sequence[Tensor]) -> bool:
 
 
 def subtract(params: Sequence[Tensor], grads: Sequence[Tensor], rates: list[Any]) -> list[Tensor]:
-    """θ − α ⊙ g in two operators with autograd formulas of their own, the cheapest with the formula's bits."""
+    """θ − α ⊙ g by two torch operators with built-in autograd, the cheapest way to the formula's bits."""
     factor: Any = rates if isinstance(rates[0], Tensor) else rates[0]  # a number is one for all
     return list(foreach_sub(list(params), foreach_mul(list(grads), factor)))
 
@@ -76,14 +76,14 @@ def formula(
     active: Tensor | None,
     options: Options,
 ) -> list[Tensor]:
-    """What the operator computes, by the reference."""
+    """The operator's result, computed by the reference."""
     rates: Any = _rates(lr, options.rate, options.step, len(params))
     updated = reference.inner_update(params, grads, rates, clip_norm=options.clip_norm, active=active)
     return [new.to(p.dtype) for new, p in zip(updated, params, strict=True)]
 
 
 def _is_shared(lr: Sequence[Tensor]) -> bool:
-    """Whether one tensor holds the α of everything."""
+    """Whether one tensor holds a single α for all params."""
     return len(lr) == 1 and lr[0].numel() == 1
 
 
@@ -100,7 +100,7 @@ def _rates(lr: Sequence[Tensor], rate: float, step: int, count: int) -> list[Any
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In the dtype of the arithmetic."""
+    """Cast to the arithmetic dtype."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -131,16 +131,16 @@ def _gradients(backward: Backward) -> dict[str, Any]:
 
 
 def _masked(active: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors [T, *shape], zero for the tasks that rest."""
+    """Tensors [T, *shape] with zeros for inactive tasks."""
     return [torch.where(reference._per_task(active, x), x, torch.zeros_like(x)) for x in tensors]
 
 
 def _through_clipping(
     cotangents: Sequence[Tensor], grads: Sequence[Tensor], coefficients: Tensor, clip_norm: float
 ) -> list[Tensor]:
-    """Gradient of g, given that of c(g) · g for c = min(1, clip_norm / ‖g‖): c x − c³ / clip_norm² ⟨x, g⟩ g.
+    """Gradient x of c(g) · g, c = min(1, clip_norm / ‖g‖), back to g: c x − c³ / clip_norm² ⟨x, g⟩ g.
 
-    In the dtype of the coefficients: float32 does not hold c³ where the norm is far from ``clip_norm``.
+    Computed in the dtype of the coefficients: c³ leaves float32's range where the norm is far from ``clip_norm``.
     """
     pairs = [(reference.for_norms(x), reference.for_norms(g)) for x, g in zip(cotangents, grads, strict=True)]
     products = [x * g for x, g in pairs]
@@ -167,9 +167,9 @@ def _grad_of_rates(sums: Sequence[Tensor], lr: Sequence[Tensor], step: int) -> l
 
 
 def _batched(batch: Batch) -> tuple[Any, Any]:
-    """More tasks, or one more leading axis that α is repeated along.
+    """Batch as more tasks, or as one more leading axis along which α is repeated.
 
-    Where α is batched, or has the task axis of clipped or resting tasks, elements are taken one after another.
+    Where α is batched, or has the task axis of clipped or inactive tasks, the rule loops over elements.
     """
     a = batch.arguments
     params, grads = batch.leading("params"), batch.leading("grads")

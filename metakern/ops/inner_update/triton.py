@@ -1,7 +1,7 @@
-"""inner_update by Triton kernels: how they are launched, and the operator.
+"""inner_update by Triton kernels: launches, and the operator.
 
-Triton's kernels take no list of pointers, so every tensor is a launch of its own; with ``clip_norm`` another for its
-squares, and one for the tasks' factors. Nothing is copied together. Nothing depends on the order in which programs run.
+Triton kernels take no list of pointers, so every tensor has its own launch; ``clip_norm`` adds one per tensor for
+squares, and one for the tasks' factors. Tensors are not concatenated. Results do not depend on the programs' order.
 
 Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor of the model. Needs the package
 triton, 3.6 or newer.
@@ -21,19 +21,19 @@ from metakern.ops.core.triton_launch import Config, is_interpreted, launch_in_pa
 from metakern.ops.inner_update.autograd import update
 from metakern.ops.inner_update.triton_kernels import coefficients_kernel, squares_kernel, update_kernel
 
-#: Most elements of a program, and its warps.
+#: Maximum elements of a program, and its warps.
 MAX_BLOCK, NUM_WARPS = 1024, 4
 
 
 def _config(elements: int) -> Config:
-    """For rows of so many elements: no more lanes than there is use for."""
+    """Launch configuration for rows of ``elements``: the block is no larger than the row needs."""
     return Config(min(MAX_BLOCK, max(32, triton.next_power_of_2(elements))), NUM_WARPS)
 
 
 def _coefficients(squares: Any, factors: Any, grads: Sequence[Tensor], clip_norm: float) -> Tensor:
-    """Factors [T], float64, of the tasks' gradients; ``squares`` and ``factors`` are the kernels, maybe wrapped."""
+    """Clipping factors [T], float64; ``squares`` and ``factors`` are the kernels, possibly wrapped by wrap_triton."""
     tasks = grads[0].shape[0]
-    # Of a list without elements, one sum a task remains: zero.
+    # Without any elements there is still one sum per task: zero.
     sizes = [g.numel() // tasks if g.numel() else 0 for g in grads]
     counts = [triton.cdiv(size, MAX_BLOCK) for size in sizes]
     sums = grads[0].new_zeros((tasks, max(1, sum(counts))), dtype=torch.float64)
@@ -71,7 +71,7 @@ def _update(
     row = min(task_size, period)  # one of the two divides the other
     config = _config(row)
     blocks = triton.cdiv(row, config.block)
-    unused = params  # stands in for a tensor that is not read
+    unused = params  # placeholder for a tensor that is not read
     launch_in_parts(
         kernel,
         n // row * blocks,
@@ -99,8 +99,8 @@ def inner_update_triton(
 ) -> list[Tensor]:
     """One gradient step of all tasks: θ' = θ − α ⊙ g for a list of tensors.
 
-    Arguments and result are those of :func:`metakern.ops.inner_update.inner_update`; α is in ``lr``, no tensor, one of
-    one element for everything, or one for each of params, or it is the number ``rate`` where ``lr`` is empty.
+    Arguments and result as for :func:`metakern.ops.inner_update.inner_update`, except α: ``lr`` holds one tensor of one
+    element for everything, or one tensor per parameter tensor; if it is empty, α is the number ``rate``.
     """
     params, grads = [p.contiguous() for p in params], [g.contiguous() for g in grads]
     shared = len(lr) == 1 and lr[0].numel() == 1

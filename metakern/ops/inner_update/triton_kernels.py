@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
 """Kernels of inner_update: sums of squared gradients, the tasks' factors, and one tensor's update.
 
-θ' = θ − α ⊙ (c g), c = min(1, clip_norm / ‖g‖). Axis legend: T tasks; a row is what has one task and one period of α.
-A number of the host arrives in two arguments, see :func:`metakern.ops.core.triton_arithmetic.scalar`.
+θ' = θ − α ⊙ (c g), c = min(1, clip_norm / ‖g‖). Axis legend: T tasks; a row belongs to one task and one period of α.
+A host scalar is passed in two arguments, see :func:`metakern.ops.core.triton_arithmetic.scalar`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def squares_kernel(grads, sums, task_size, blocks, row_length, first_program, BL
 
 @triton.jit(do_not_specialize=("clip_norm", "clip_norm_low", "first_program"))
 def coefficients_kernel(sums, coefficients, row_length, clip_norm, clip_norm_low, first_program, BLOCK: tl.constexpr):
-    """One program adds the sums of one task and says by what its gradient is multiplied."""
+    """One program adds the sums of one task and computes its clipping factor."""
     task = first_program + tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float64)

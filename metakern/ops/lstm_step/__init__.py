@@ -52,15 +52,15 @@ def lstm_step(
 ) -> tuple[Tensor, LSTMState]:
     """Update parameters with a coordinatewise LSTM: preprocessing, L stacked cells, linear head, scaled update.
 
-    θ' = θ + output_scale · (w · h'_L + b), gates never leave registers. Differentiable once through ``params``,
-    ``grads``, ``state`` and every weight; backward recomputes the gates from the incoming (h, c). Works under
+    θ' = θ + output_scale · (w · h'_L + b); gates stay in registers. Differentiable once through ``params``, ``grads``,
+    ``state`` and every weight; backward recomputes the gates from the incoming (h, c). Works under
     ``torch.compile(fullgraph=True)``, ``torch.func.grad`` and ``torch.func.vmap``; compiling a ``torch.func.grad`` of
     it fails in torch itself (pytorch issue 170834).
 
     Args:
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
-        grads: gradients of the shape and dtype of ``params``. One that is not finite makes its coordinate's new
-            parameter and state NaN and leaves all others alone.
+        grads: gradients of the shape and dtype of ``params``. A non-finite gradient makes its coordinate's new
+            parameter and state NaN, and no other's.
         state: the packed (h, c) of N coordinates, float64 for float64 params and float32 otherwise; bfloat16 halves
             its memory on a GPU, the arithmetic stays float32.
         weights: in the order of ``nn.LSTM`` and ``nn.Linear``: per layer weight_ih [4H, F or H], weight_hh [4H, H],
@@ -69,10 +69,10 @@ def lstm_step(
         preprocess: ``"log_sign"``, ``"log_and_clip"`` (F = 2) or ``"none"`` (F = 1).
         preprocess_scale: p of the preprocessing, positive.
         output_scale: factor of the head's output.
-        precision: of forward's products of weights and hidden states, by the names of
+        precision: of forward's products of weights and hidden states, named as in
             ``torch.set_float32_matmul_precision``: ``"highest"`` is float32, ``"high"`` TF32 and ``"medium"``
-            bfloat16 on a GPU's tensor cores. A kernel without the faster product computes a finer one, and so
-            does backward.
+            bfloat16 on a GPU's tensor cores. Backward, and kernels without the faster product, use a more precise
+            one.
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
@@ -110,12 +110,12 @@ def lstm_step_(
     precision: str = "highest",
     backend: str | None = None,
 ) -> None:
-    """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, which are contiguous.
+    """:func:`lstm_step` in place, without a graph: overwrites ``params`` and ``state.data``, both contiguous.
 
-    ``params`` and ``grads`` may be one tensor; ``state`` shares no memory with them.
-    For training with a finished optimizer: it saves the allocation of a new state, 320 bytes a
+    ``params`` and ``grads`` may be the same tensor; ``state`` must share no memory with them.
+    For training with a finished optimizer: saves the allocation of a new state, 320 bytes per
     coordinate in float32 with H = 20 and L = 2.
-    Arguments and errors are those of :func:`lstm_step`.
+    Arguments and errors as for :func:`lstm_step`.
     """
     options = check_options(preprocess, preprocess_scale, output_scale, precision)
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
@@ -131,7 +131,7 @@ def lstm_step_(
         state.data.copy_(new_state.data)
         return
     kernel.call((params, grads, state.data, weights, *options))
-    if not torch.compiler.is_compiling():  # a graph that saved the old values must notice
+    if not torch.compiler.is_compiling():  # autograd must detect that saved values were overwritten
         torch.autograd.graph.increment_version((params, state.data))
 
 
@@ -144,10 +144,10 @@ def _chosen(
     preprocess: str,
     backend: str | None,
 ) -> Kernel | None:
-    """The kernel that serves a call, None for the reference; the tensors are checked where it does not.
+    """The kernel that serves a call, None for the reference; checks the tensors unless the kernel does.
 
-    The compiled ones check shapes, dtypes and devices themselves, in a hundredth of the time that it takes here. What
-    they cannot see is checked always.
+    Compiled kernels check shapes, dtypes and devices in a hundredth of the time that Python takes. What they cannot
+    see is always checked here.
     """
     is_plain = _is_plain(params, grads, state, weights)
     if not is_plain:
@@ -162,12 +162,12 @@ _NO_BFLOAT16 = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
 
 
 def _checks_itself(kernel: Kernel | None) -> bool:
-    """Whether a compiled kernel runs now; while torch.compile traces, its fake kernel stands in."""
+    """Whether a compiled kernel, which checks its arguments, runs; under torch.compile its fake kernel does."""
     return kernel is not None and kernel.implementation == "compiled" and not torch.compiler.is_compiling()
 
 
 def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
-    """Whether the operators see all there is: a state of this layout and N, and no tensor that leads past kernels."""
+    """Whether the operators can check these arguments fully: a state of this layout and N, and only plain tensors."""
     if type(state) is not LSTMState or not hasattr(weights, "__len__"):
         return False
     for x in (params, grads, state.data, *weights):
@@ -187,7 +187,7 @@ def _reference_step(
     output_scale: float,
 ) -> tuple[Tensor, LSTMState]:
     device = params.device.type
-    # Under autocast the kernels keep their precision, and so does the reference.
+    # The reference ignores autocast, as the kernels do.
     no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
     with no_autocast:
         new_params, h, c = reference.lstm_step(
@@ -208,7 +208,7 @@ def _reference_step(
 def check_options(
     preprocess: str, preprocess_scale: float, output_scale: float, precision: str
 ) -> tuple[int, float, float, int]:
-    """The options as the operators take them; raises for those that do not fit."""
+    """The options in the operators' form; raises for invalid ones."""
     if not isinstance(preprocess, str) or preprocess not in _PREPROCESS_INDEX:
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
@@ -217,7 +217,7 @@ def check_options(
 
 
 def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
-    """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
+    """Check the tensors as csrc/lstm_step/arguments.h does."""
     for name, x in (("params", params), ("grads", grads)):
         check_dense(x, name)
     check_like(grads, "grads", params, "params")
@@ -244,13 +244,13 @@ def _check_contiguous(params: Tensor, state: LSTMState) -> None:
 
 
 def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
-    """Raise RuntimeError where one block's results would be another's input."""
+    """Raise RuntimeError where arguments overlap, so that one block's results would be another's input."""
 
     def overlap(a: Tensor, b: Tensor) -> bool:
         first, second = a.data_ptr(), b.data_ptr()
         return first < second + b.nbytes and second < first + a.nbytes
 
-    grads = grads.contiguous()  # a copy where it was not
+    grads = grads.contiguous()  # a copy if it was not contiguous
     if overlap(params, state.data) or overlap(grads, state.data):
         raise RuntimeError("params, grads and state must not share memory")
     if overlap(params, grads) and params.data_ptr() != grads.data_ptr():
@@ -264,7 +264,7 @@ def check_precision(precision: Any) -> None:
 
 
 def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
-    """Raise TypeError for scales that are no numbers, ValueError for those that no float32 arithmetic can follow."""
+    """Raise TypeError for scales that are no numbers, ValueError for those out of float32's range."""
     for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
         if type(value) is float:
             continue
@@ -315,6 +315,6 @@ def _check_weights(
 
 
 def prepare(backend: str | None) -> None:
-    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    """Import what ``backend`` needs ahead of the first call, as torch.compile cannot trace imports."""
     for operator in (step, step_, step_backward):
         operator.prepare(backend)

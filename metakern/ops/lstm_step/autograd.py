@@ -22,7 +22,7 @@ _BACKENDS: dict[str, Any] = {"backends": ("cpp", "cuda", "triton"), "triton": "m
 
 
 def _gradients(backward: Backward) -> dict[str, Any]:
-    """That of params is the one of the new params; the gates are computed again from the incoming state."""
+    """The gradient of params equals that of the new params; the gates are recomputed from the incoming state."""
     a, grads = backward.arguments, backward.grads
     grad_grads, grad_state, grad_weights = backward.call(
         step_backward,
@@ -33,7 +33,7 @@ def _gradients(backward: Backward) -> dict[str, Any]:
 
 
 def _batched(batch: Batch) -> tuple[Any, Any]:
-    """One launch over all coordinates, unless each element has weights of its own."""
+    """One launch over all coordinates, unless the weights are batched."""
     if batch.has_axis("weights"):
         return looped(batch)
     params, grads, state = (batch.leading(name) for name in ("params", "grads", "state"))

@@ -1,7 +1,7 @@
-"""Steps of lstm_step without a graph, for a caller that keeps its weights: they are packed once while they stay.
+"""Fast small steps of lstm_step without a graph: weights are packed once and reused while they do not change.
 
-The operator's way, through the dispatcher with checks of a dozen tensors and a packing of the weights, takes several
-times as long as the arithmetic of a few coordinates.
+For a few coordinates, the operator's overhead (dispatcher, checks of a dozen tensors, packing of the weights) takes
+several times as long as the arithmetic.
 
 Axis legend: N coordinates.
 """
@@ -26,23 +26,23 @@ from metakern.core.torch_private import (
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
 from metakern.ops.lstm_step.state import LAYOUT, TILE_LANES, LSTMState
 
-#: With more coordinates the operator's way costs little beside the arithmetic, and its results' memory is kept.
+#: Above this number of coordinates the operator's overhead is small, and it caches its results' memory.
 MAX_COORDINATES = 2**15
 
 _TENSORS = (Tensor, nn.Parameter)
 
-#: Of float32.
+#: Largest float32.
 _LARGEST = torch.finfo(torch.float32).max
 
 _shape_of = operator.attrgetter("shape")
 
 
 class PreparedStep:
-    """The weights of one rule, packed, and its options.
+    """The packed weights of one rule, and its options.
 
-    It serves plain float32 tensors on the CPU, outside of all that transforms or traces; the caller makes sure that no
-    graph is recorded. Every call compares the weights, byte by byte, with a copy of those that are packed, so it never
-    computes with weights of before.
+    Serves plain float32 tensors on the CPU, outside transforms and tracing; the caller ensures that no graph is
+    recorded. Every call compares the weights byte by byte with a copy of the packed ones, so stale weights are never
+    used.
 
     Args:
         hidden_size: H
@@ -73,7 +73,7 @@ class PreparedStep:
     def __call__(
         self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor], output_scale: float
     ) -> tuple[Tensor, LSTMState] | None:
-        """New params and state as of :func:`metakern.ops.lstm_step`; None for a call that this does not serve."""
+        """New params and state as of :func:`metakern.ops.lstm_step`; None for an unsupported call."""
         if not is_untouched() or not self._serves(params, grads, state, output_scale) or not self._knows(weights):
             return None
         data, n = state.data, state.num_coordinates
@@ -83,7 +83,7 @@ class PreparedStep:
         return new_params, LSTMState(new_data, n)
 
     def step_(self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor], output_scale: float) -> bool:
-        """The step in place as of :func:`metakern.ops.lstm_step_`; False, and nothing done, where it does not serve."""
+        """:func:`metakern.ops.lstm_step_`; for an unsupported call returns False and does nothing."""
         if not is_untouched() or not self._serves(params, grads, state, output_scale) or not self._knows(weights):
             return False
         p, g, s = old = params.data_ptr(), grads.data_ptr(), state.data.data_ptr()
@@ -95,7 +95,7 @@ class PreparedStep:
         ):
             return False  # the operator says what is wrong
         self._kernel.run(state.num_coordinates, output_scale, *old, p, s)
-        torch.autograd.graph.increment_version((params, state.data))  # a graph that saved the old values must notice
+        torch.autograd.graph.increment_version((params, state.data))  # autograd must detect overwritten saved values
         return True
 
     def _serves(self, params: Any, grads: Any, state: LSTMState, output_scale: Any) -> bool:
@@ -111,10 +111,10 @@ class PreparedStep:
         return shape == (-(-n // TILE_LANES), *self._sizes)
 
     def _knows(self, weights: Sequence[Tensor]) -> bool:
-        """Whether the kernel has these weights' addresses, and they are such as it reads.
+        """Whether the kernel supports these weights; passes it their addresses if they changed.
 
-        Tensors that are the same objects at the same addresses, of the same shapes and in order, are what they were:
-        it is half the time of looking at each of their properties. What lies there, the kernel compares itself.
+        Identical objects with unchanged addresses, shapes and contiguity need no further checks, which would double
+        the time. The kernel itself compares the weights' values.
         """
         known = self._weights
         if (
@@ -134,28 +134,28 @@ class PreparedStep:
         return True
 
     def __reduce__(self) -> tuple[type[PreparedStep], tuple[Any, ...]]:
-        """A copy prepares for itself."""
+        """Copies and pickles hold only the sizes and options, and pack the weights anew."""
         layers, _, hidden, _ = self._sizes
         return PreparedStep, (hidden, layers, self.options)
 
 
 def _overlap(a: int, a_size: int, b: int, b_size: int) -> bool:
-    """Whether two pieces of memory, by address and bytes, share a byte."""
+    """Whether two memory ranges, given by address and bytes, overlap."""
     return a < b + b_size and b < a + a_size
 
 
 def serves(backend: str | None) -> bool:
-    """Whether the kernels of the CPU may serve a call that asks for ``backend``."""
+    """Whether the CPU kernels may serve a call with this ``backend``."""
     return _C is not None and requested(backend) in ("auto", "cpp")
 
 
 def _is_plain(x: Any) -> bool:
-    """Whether a tensor's memory is what it seems to be: dense float32 on the CPU, in order."""
+    """Whether the kernel can read a tensor's memory directly: plain contiguous float32 on the CPU."""
     return type(x) in _TENSORS and x.dtype is torch.float32 and x.is_cpu and x.is_contiguous() and not x.is_neg()
 
 
 def is_untouched() -> bool:
-    """Whether nothing transforms, traces or replaces PyTorch's operators around the call."""
+    """Whether no transform, mode or tracing is active."""
     return not (
         func_is_active()
         or count_dispatch_modes()

@@ -19,12 +19,12 @@ from torch import Tensor
 #: Names of the gradient preprocessings; a kernel receives the index. Keep in step with csrc/math/preprocess.h.
 PREPROCESS = ("none", "log_sign", "log_and_clip")
 
-#: What log_and_clip adds inside its logarithm: the float32 machine epsilon, for every dtype.
+#: Term in log_and_clip's logarithm: the float32 machine epsilon, for every dtype.
 LOG_AND_CLIP_EPSILON = 1.1920928955078125e-07
 
 
 def num_features(preprocess: str) -> int:
-    """Features that a preprocessing makes of one gradient."""
+    """Number of features F of a preprocessing."""
     return 1 if preprocess == "none" else 2
 
 
@@ -56,21 +56,21 @@ def gradient_features(grads: Tensor, preprocess: str, scale: float) -> Tensor:
 def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
     """LSTM inputs [N, F]: the features, all NaN where the gradient is not finite.
 
-    By the formulas alone an infinite gradient would saturate the gates and yield a step that looks sound; so the
-    coordinate shows it. The term that is added is zero elsewhere.
+    By the formulas alone an infinite gradient would saturate the gates and yield a plausible step. The added term is
+    zero for finite gradients.
     """
     return gradient_features(grads, preprocess, scale) + (grads - grads).unsqueeze(-1)
 
 
 class FeaturesStage(NamedTuple):
-    """What the lowest cell is told of a coordinate; the stages of csrc/math/features.h.
+    """A stage that computes the inputs of the lowest cell; see csrc/math/features.h.
 
     Attributes:
-        inputs: F, features that it makes.
-        states: numbers of its own that it keeps of every coordinate.
-        task_inputs: numbers of a coordinate's task that it reads.
-        weights: numbers shared by all coordinates that it reads.
-        apply: of gradients [N], states [states, N], task inputs [task_inputs, N], weights [weights] and the scale:
+        inputs: F, number of features.
+        states: number of state values per coordinate.
+        task_inputs: number of inputs per task.
+        weights: number of weights, shared by all coordinates.
+        apply: maps gradients [N], states [states, N], task inputs [task_inputs, N], weights [weights] and the scale to
             features [N, F] and new states [states, N].
     """
 
@@ -82,15 +82,15 @@ class FeaturesStage(NamedTuple):
 
 
 class HeadStage(NamedTuple):
-    """How the outputs of the top cell change a parameter; the stages of csrc/math/heads.h.
+    """A stage that updates the parameters from the outputs of the top cell; see csrc/math/heads.h.
 
     Attributes:
         outputs: R, rows of the head's linear map.
-        states: as of a features stage, and so are the next two.
-        task_inputs: as there.
-        weights: as there.
-        apply: of outputs [R, N], params and gradients [N], states, task inputs, weights and the scale: new params [N]
-            and new states.
+        states: as in :class:`FeaturesStage`.
+        task_inputs: as in :class:`FeaturesStage`.
+        weights: as in :class:`FeaturesStage`.
+        apply: maps outputs [R, N], params and gradients [N], states, task inputs, weights and the scale to new params
+            [N] and new states.
     """
 
     outputs: int
@@ -101,7 +101,7 @@ class HeadStage(NamedTuple):
 
 
 def gradient_stage(preprocess: str) -> FeaturesStage:
-    """One or two features of the gradient alone."""
+    """The stage of a gradient preprocessing, with one or two features."""
     return FeaturesStage(
         num_features(preprocess),
         *(0, 0, 0),
@@ -130,7 +130,7 @@ def moment_features(
     m = beta1 * m + (1 - beta1) * grads
     v = beta2 * v + (1 - beta2) * grads.square()
     square = correct2 * v
-    positive = square > 0  # the root's derivative at zero, which is infinite, counts as zero
+    positive = square > 0  # the root's infinite derivative at zero is taken as zero
     root = torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), square)
     factor = 1 / (root + MOMENTS_EPSILON)
     features = torch.stack([grads * factor, correct1 * m * factor], dim=-1) + (grads - grads).unsqueeze(-1)
@@ -219,21 +219,21 @@ def staged_step(
     features_scale: float,
     head_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Features, stacked cells, head: what :func:`lstm_step` and every other rule with such cells computes.
+    """Features, stacked cells, head: the general form of :func:`lstm_step`.
 
     Args:
-        params: [N], as the next three of :func:`lstm_step`
+        params: [N]; like the next three as in :func:`lstm_step`
         grads: [N]
         h: [L, N, H]
         c: [L, N, H]
         states: [E, N], rows of the features, then of the head
         task_inputs: [K, N], each task's repeated for its coordinates; rows of the features, then of the head
-        weights: per layer four as in :func:`lstm_step`; the head's weight [R, H] and bias [R]; then the features' and
-            the head's own, where there are any
+        weights: per layer four as in :func:`lstm_step`; the head's weight [R, H] and bias [R]; then the stages' own
+            weights, if any: the features', then the head's
         features: the first stage
-        head: the last one
-        features_scale: a number that the features stage may read
-        head_scale: one that the head stage may read
+        head: the last stage
+        features_scale: scale passed to the features stage
+        head_scale: scale passed to the head stage
 
     Returns:
         new params [N], new h [L, N, H], new c [L, N, H], new states [E, N]

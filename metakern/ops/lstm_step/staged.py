@@ -1,4 +1,4 @@
-"""lstm_step with other stages: features × LSTM cells × head, as other learned optimizers combine them.
+"""lstm_step with other stages: features × LSTM cells × head, for other learned optimizers.
 
 The stages are those of :data:`metakern.ops.lstm_step.reference.FEATURES` and ``HEADS``; the kernels are compiled for
 the pairs of csrc/lstm_step/stages.h.
@@ -33,14 +33,14 @@ from metakern.ops.lstm_step.state import LSTMState, check_layout, pack_state, un
 _TENSORS = "Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor task_inputs, Tensor[] weights"
 _OPTIONS = "int preprocess, int head, float preprocess_scale, float output_scale, int precision"
 
-#: The pairs of stages that kernels are compiled for: the plain features with every head, the plain head with all.
+#: Pairs of stages with compiled kernels: plain features with every head, and the plain head with all features.
 COMPILED = frozenset(
     (f, h) for f in reference.FEATURES for h in reference.HEADS if f in reference.PREPROCESS or h == "add"
 )
 
 
 def _per_task(gradient: Tensor, task_inputs: Tensor) -> Tensor:
-    """Sums over the coordinates of each task, [T, K], of [K, N]."""
+    """Sum [K, N] over the coordinates of each task, to [T, K]."""
     tasks, count = task_inputs.shape
     return gradient.reshape(count, tasks, gradient.shape[1] // max(tasks, 1)).sum(-1).T
 
@@ -96,22 +96,22 @@ def lstm_step_staged(
     head_scale: float = 0.1,
     backend: str | None = None,
 ) -> tuple[Tensor, LSTMState, Tensor]:
-    """One step of a learned optimizer with LSTM cells, with the stages that it names. Differentiable once.
+    """One step of a learned optimizer with LSTM cells and the given stages. Differentiable once.
 
     Args:
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
         grads: gradients of the shape and dtype of ``params``.
         state: the packed (h, c) of N coordinates.
         weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; the head's weight
-            [R, H] and bias [R]; then the features' and the head's own, [number], where the stage has any.
+            [R, H] and bias [R]; then the stages' own weights, [number] each, if any: the features', then the head's.
         features: name of the features stage: ``"none"``, ``"log_sign"``, ``"log_and_clip"`` or ``"moments"``.
         head: name of the head stage: ``"add"`` or ``"gates"``.
-        stage_state: [E, N], what the stages keep of every coordinate: first the features' rows, then the head's; in the
-            dtype of the weights. None where they keep nothing.
-        task_inputs: [T, K], numbers of each task, in the order of the stages and in the dtype of the weights; task t
-            has the coordinates t N / T to (t + 1) N / T. None where the stages read none.
-        features_scale: a number that the features stage may read: p of the gradient's features.
-        head_scale: one that the head stage may read: the factor of ``"add"``.
+        stage_state: [E, N], the stages' state per coordinate: first the features' rows, then the head's; in the dtype
+            of the weights. None for stages without state.
+        task_inputs: [T, K], inputs per task, in the order of the stages and in the dtype of the weights; task t
+            has the coordinates t N / T to (t + 1) N / T. None for stages without task inputs.
+        features_scale: scale of the features stage: p of the gradient preprocessing.
+        head_scale: scale of the head stage: the factor of ``"add"``.
         backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
@@ -137,7 +137,7 @@ def lstm_step_staged(
     if kernel is None:
         repeated = task_inputs.repeat_interleave(params.numel() // max(len(task_inputs), 1), 0).T
         device = params.device.type
-        # Under autocast the kernels keep their precision, and so does the reference.
+        # The reference ignores autocast, as the kernels do.
         available = torch.amp.is_autocast_available(device)
         with torch.autocast(device, enabled=False) if available else nullcontext():
             new_params, h, c, new_stage_state = reference.staged_step(
@@ -168,7 +168,7 @@ def _check(
     weights: Sequence[Tensor],
     stages: tuple[reference.FeaturesStage, reference.HeadStage],
 ) -> None:
-    """Raise for whatever does not fit among the tensors, as csrc/lstm_step/arguments.h does."""
+    """Check the tensors as csrc/lstm_step/arguments.h does."""
     first, last = stages
     floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     check_type(params.dtype in floating, "params must be float32, bfloat16, float16 or float64, got ", params.dtype)

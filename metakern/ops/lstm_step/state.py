@@ -1,4 +1,4 @@
-"""The state of the coordinatewise LSTM in the layout that its kernels read: tiles of 32 coordinates.
+"""The coordinatewise LSTM's state in the kernels' layout: tiles of 32 coordinates.
 
 Axis legend: N coordinates, H hidden units, L layers.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metakern.core.torch_private import pytree
 
-#: Coordinates of one tile. Keep in step with tile_lanes in csrc/core/dtypes.h.
+#: Coordinates per tile. Keep in step with tile_lanes in csrc/core/dtypes.h.
 TILE_LANES = 32
 
 #: Version of the layout; a state of another version is refused.
@@ -31,7 +31,7 @@ class LSTMState:
     It is a pytree: it goes through ``torch.func`` transforms and ``torch.compile``.
 
     Attributes:
-        data: [ceil(N/32), L, 2 (h, c), H, 32]; lanes behind the last coordinate carry no meaning.
+        data: [ceil(N/32), L, 2 (h, c), H, 32]; lanes after the last coordinate carry no meaning.
         num_coordinates: N
         layout: version of the layout
     """
@@ -72,11 +72,11 @@ class LSTMState:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Of the arithmetic and the weights: float64 for a float64 state, float32 otherwise."""
+        """Dtype of the arithmetic and the weights: float64 for a float64 state, float32 otherwise."""
         return torch.float64 if self.data.dtype == torch.float64 else torch.float32
 
     def detach(self) -> LSTMState:
-        """The same state, cut off from the graph."""
+        """The same state, detached from the graph."""
         return LSTMState(self.data.detach(), self.num_coordinates, self.layout)
 
     def clone(self) -> LSTMState:
@@ -97,12 +97,12 @@ pytree.register_pytree_node(
 
 
 def tiles(num_coordinates: int) -> int:
-    """Tiles that N coordinates take."""
+    """Number of tiles for N coordinates."""
     return (num_coordinates + TILE_LANES - 1) // TILE_LANES
 
 
 def check_sizes(num_coordinates: int, hidden_size: int, num_layers: int) -> None:
-    """Raise TypeError or ValueError for sizes that no kernel serves."""
+    """Raise TypeError or ValueError for unsupported sizes."""
     bounds = (("N", num_coordinates, 0, None), ("hidden_size", hidden_size, 1, MAX_HIDDEN))
     for name, value, low, high in (*bounds, ("num_layers", num_layers, 1, MAX_LAYERS)):
         if not isinstance(value, (int, torch.SymInt)) or isinstance(value, bool):

@@ -1,8 +1,8 @@
-"""lstm_step by Triton kernels: how they are cut and launched, and the operators.
+"""lstm_step by Triton kernels: launch configurations, launches, and the operators.
 
-Forward is one launch. Backward goes slab by slab, so that its workspace stays small: features and the hidden states of
-the lower layers once more, then, from the top layer down, one launch for the gradients of the coordinates and one for
-partial sums of the weights' gradients; a last one adds those. Nothing depends on the order in which programs run.
+Forward is one launch. Backward goes slab by slab, so that its workspace stays small: it recomputes features and the
+hidden states of the lower layers, then, from the top layer down, launches one kernel for the coordinates' gradients and
+one for partial sums of the weights' gradients; a last launch adds those. Results do not depend on the programs' order.
 
 Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers; the state is
 [ceil(N/32), L, 2 (h, c), H, 32]. Needs the package triton, 3.6 or newer.
@@ -34,9 +34,9 @@ from metakern.ops.lstm_step.triton_kernels import (
 _LANES = 32
 
 
-#: By kernel, padded hidden units, and whether the GPU has compute capability 9 or 10. Chosen by what the compiler
-#: keeps in registers (tests/triton/test_compile.py), and open to tuning: "forward" changes no result, "backward" and
-#: "weights" the last bits of the weights' gradients alone.
+#: By kernel, padded hidden units, and whether the GPU has compute capability 9 or 10. Chosen so that the compiler
+#: does not spill registers (tests/triton/test_compile.py). May be tuned: "forward" changes no result, "backward" and
+#: "weights" only the last bits of the weights' gradients.
 CONFIGS = {
     ("forward", 16, True): Config(128, 8),
     ("forward", 16, False): Config(64, 8),
@@ -58,18 +58,18 @@ CONFIGS = {
     ("weights", 64, False): Config(32, 8),
 }
 
-#: The features and their gradients, one coordinate at a time.
+#: For the elementwise kernels of the features and their gradients.
 FEATURES_CONFIG = Config(512, 4)
 
-#: float64, whose products take four times the registers.
+#: For float64, whose products take four times the registers.
 FLOAT64_CONFIG = Config(32, 8)
 
-#: Chunks that a slab of coordinates is cut into for the weights' gradients: two programs for each processor of a large
-#: GPU. The slab is as large as its workspace allows: 800 bytes a coordinate with H = 20 and L = 2.
+#: Maximum chunks per slab of coordinates for the weights' gradients: two programs per multiprocessor of a large GPU.
+#: The slab is as large as its workspace allows: 800 bytes per coordinate with H = 20 and L = 2.
 MAX_CHUNKS = 256
 WORKSPACE_BYTES = 2**27
 
-#: Weights and chunks that a program of the last sum takes at once.
+#: Block sizes (weights, chunks) of the last sum.
 SUM_WEIGHTS, SUM_CHUNKS = 32, 32
 
 
@@ -77,13 +77,13 @@ SUM_WEIGHTS, SUM_CHUNKS = 32, 32
 
 
 def _padded_hidden(hidden: int) -> int:
-    """The power of two, 16 at least, that tl.dot takes."""
+    """H padded to a power of two of at least 16, as tl.dot requires."""
     return max(16, 1 << (hidden - 1).bit_length())
 
 
 @functools.cache
 def _has_warpgroups(index: int | None) -> bool:
-    """Whether a CUDA device has the products of warpgroups, Hopper's and Blackwell's; assumed where none is there."""
+    """Whether a CUDA device has warpgroup products (Hopper, Blackwell); assumed if there is no device."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index)[0] in (9, 10)
 
 
@@ -99,7 +99,7 @@ def _scalars(preprocess_scale: float, output_scale: float) -> list[int]:
 
 
 def _fourteen(weights: Sequence[Tensor]) -> list[Tensor]:
-    """The weights as the kernels take them; where a layer is missing, a tensor that is not read stands in."""
+    """The 14 weights of three layers and the head; an unread placeholder stands for each missing layer's."""
     *layers, head_weight, head_bias = weights
     return [*layers, *[head_bias] * (12 - len(layers)), head_weight, head_bias]
 
@@ -118,10 +118,10 @@ def _forward(
     precision: int,
     depth: int | None = None,
 ) -> None:
-    """Write new_params and new_state by the forward kernel, as it is or wrapped for tracing.
+    """Write new_params and new_state by the forward kernel, plain or wrapped for tracing.
 
-    All contiguous; new_params and new_state are params and state themselves for an update in place. With a ``depth``
-    below L, only the state of that many layers.
+    All tensors are contiguous; for an in-place update new_params and new_state are params and state. With ``depth``
+    below L, only the state of the lowest ``depth`` layers is written.
     """
     n = params.numel()
     if n == 0:
@@ -148,9 +148,9 @@ def _forward(
 
 
 class _Sums(NamedTuple):
-    """Where the sums of each weight's gradient stand in a row of partial sums; the two biases of a layer share theirs.
+    """Offsets of the weights' gradients in a row of partial sums; the two biases of a layer share one.
 
-    :func:`sum_kernel` reads them by the same rule.
+    :func:`sum_kernel` uses the same layout.
     """
 
     layers: list[int]  # where each layer begins: weight_ih, weight_hh, bias
@@ -175,7 +175,7 @@ def _backward(
     preprocess_scale: float,
     output_scale: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Slab by slab: gradients of the coordinates, then the weights' partial sums; at last their sum."""
+    """Slab by slab, the coordinates' gradients and the weights' partial sums; then the sum of the partials."""
     n = grads.numel()
     if n == 0:
         return torch.empty_like(grads), torch.empty_like(state), [torch.zeros_like(w) for w in weights]
@@ -224,7 +224,7 @@ def _backward_slab(
     preprocess_scale: float,
     output_scale: float,
 ) -> None:
-    """Features and hidden states once more; then, from the top layer down, gradients and the weights' partial sums."""
+    """Recompute features and hidden states; then, from the top layer down, gradients and the weights' partial sums."""
     grad_new_params, grads, grad_grads = flat
     grad_new_state, state, grad_state = tiled
     n, features = grads.numel(), weights[0].shape[1]
@@ -247,7 +247,7 @@ def _backward_slab(
     blocks = triton.cdiv(n, wide.block)
     blocks_per_chunk = triton.cdiv(blocks, MAX_CHUNKS)
     for layer in reversed(range(layers)):
-        # h' of the layer below is a row of its tiles; features have tiles of their own.
+        # h' of the layer below is in the state's tiles; features have tiles of their own.
         inputs = below[2 * (layer - 1) * hidden * _LANES :] if layer else x
         shape = sizes | {"LAYER": layer, "K": hidden if layer else features}
         shape["X_TILE"] = (2 * layers * hidden if layer else features) * _LANES
@@ -274,7 +274,7 @@ def _backward_slab(
 
 
 def _launch_elementwise(kernel: Any, n: int, *args: Any, **constants: Any) -> None:
-    """Run a kernel that takes every coordinate by itself."""
+    """Run an elementwise kernel over n coordinates."""
     block = FEATURES_CONFIG.block
     launch(kernel, triton.cdiv(n, block), FEATURES_CONFIG, *args, **constants, BLOCK=block)
 
@@ -308,7 +308,7 @@ def lstm_step_triton(
         precision: of the products of weights and hidden states: 0 float32, 1 TF32, 2 bfloat16; float64 stays.
 
     Returns:
-        The new parameters, like ``params``, and the new state, zero behind the last coordinate.
+        The new parameters, like ``params``, and the new state, zero after the last coordinate.
     """
     params, grads, state = params.contiguous(), grads.contiguous(), state.contiguous()
     new_params, new_state = torch.empty_like(params), torch.empty_like(state)
@@ -339,12 +339,12 @@ def lstm_step_triton_(
     )
 
 
-# Opaque to torch.compile: functionalised, its views of one workspace become copies, and nothing would fuse with it.
+# Opaque to torch.compile: functionalization would copy its views of the workspace, and nothing would fuse with it.
 @step_backward.triton_kernel
 def lstm_step_triton_backward(a: Any) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of grads, state (zero behind the last coordinate) and weights; that of params is ``grad_new_params``.
+    """Gradients of grads, state (zero after the last coordinate) and weights; that of params is ``grad_new_params``.
 
-    ``precision`` is not read: products are float32 whatever forward used, float64 for a float64 state.
+    ``precision`` is ignored: products are float32, or float64 for a float64 state.
     """
     return _backward(
         *(a.grad_new_params.contiguous(), a.grad_new_state.contiguous(), a.grads.contiguous(), a.state.contiguous()),

@@ -4,10 +4,10 @@
 Formulas (PyTorch's gate order): i, f, o = σ(a), g = tanh(a), a = W_ih x + b_ih + W_hh h + b_hh, c' = f c + i g,
 h' = o tanh(c').
 
-Axis legend: B coordinates of a block, F features (1 or 2), H hidden units, HP = H padded to a power of two, 16 at
-least, which ``tl.dot`` takes, K inputs of a layer: H, or F in the lowest. Padded units have zero weights and a zero
-state, so they stay zero and add nothing; padded coordinates are masked where results leave the block. The arithmetic
-dtype is that of the tensors: float64 for a float64 state, float32 otherwise.
+Axis legend: B coordinates of a block, F features (1 or 2), H hidden units, HP = H padded to a power of two of at least
+16 for ``tl.dot``, K inputs of a layer: H, or F in the lowest. Padded units have zero weights and a zero state, so they
+stay zero and add nothing; padded coordinates are masked where results are stored or summed. The arithmetic dtype is
+float64 for a float64 state, float32 otherwise.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _LANES = tl.constexpr(32)
 def features(g, p, exp_p, exp_neg_p, PREPROCESS: tl.constexpr):
     """Both features of gradients [B], each [B]; without preprocessing the second one is zero.
 
-    g - g is zero, and NaN for a gradient that is not finite: the coordinate then shows it.
+    The term g - g is zero, or NaN for a non-finite gradient, whose coordinate so becomes NaN.
     """
     poison = g - g
     size = tl.abs(g)
@@ -50,7 +50,7 @@ def features(g, p, exp_p, exp_neg_p, PREPROCESS: tl.constexpr):
 
 @triton.jit
 def features_backward(g, grad_first, grad_second, p, exp_p, exp_neg_p, PREPROCESS: tl.constexpr):
-    """Gradient with respect to g [B] from those of the features."""
+    """Gradient by g [B] from the gradients of the features."""
     size = tl.abs(g)
     sign = tl.where(g < 0, -1.0, 1.0)
     if PREPROCESS == 1:
@@ -73,7 +73,7 @@ def features_backward(g, grad_first, grad_second, p, exp_p, exp_neg_p, PREPROCES
 
 @triton.jit
 def load_units(base, lanes, valid, row, H: tl.constexpr, HP: tl.constexpr, TILE: tl.constexpr):
-    """Rows ``row`` to ``row + H`` of a state, [B, HP], in the arithmetic dtype; zero where nothing stands."""
+    """Load rows ``row`` to ``row + H`` of a state, [B, HP], in the arithmetic dtype; zeros in the padding."""
     units = tl.arange(0, HP)
     offsets = (lanes // _LANES * TILE + lanes % _LANES)[:, None] + (row + units)[None, :] * _LANES
     x = tl.load(base + offsets, mask=valid[:, None] & (units < H)[None, :], other=0.0)
@@ -82,7 +82,7 @@ def load_units(base, lanes, valid, row, H: tl.constexpr, HP: tl.constexpr, TILE:
 
 @triton.jit
 def store_units(base, lanes, valid, inside, row, x, H: tl.constexpr, HP: tl.constexpr, TILE: tl.constexpr):
-    """The reverse, with zero in the lanes behind the last coordinate of the last tile."""
+    """Store what :func:`load_units` loads, with zeros in the lanes after the last coordinate of the last tile."""
     units = tl.arange(0, HP)
     offsets = (lanes // _LANES * TILE + lanes % _LANES)[:, None] + (row + units)[None, :] * _LANES
     x = tl.where(valid[:, None], x, 0.0)
@@ -91,28 +91,28 @@ def store_units(base, lanes, valid, inside, row, x, H: tl.constexpr, HP: tl.cons
 
 @triton.jit
 def load_rows(base, lanes, valid, rows, real, TILE: tl.constexpr):
-    """Any rows of a tiled tensor, [rows, B]; zero where ``real`` says that nothing stands."""
+    """Load any rows of a tiled tensor, [rows, B]; zero where ``real`` is false."""
     offsets = rows[:, None] * _LANES + (lanes // _LANES * TILE + lanes % _LANES)[None, :]
     return to_arithmetic(tl.load(base + offsets, mask=real[:, None] & valid[None, :], other=0.0))
 
 
 @triton.jit
 def load_vector(base, start, H: tl.constexpr, HP: tl.constexpr):
-    """H elements of a weight from ``start`` on, [HP]."""
+    """Load H elements of a weight from ``start`` on, [HP]."""
     units = tl.arange(0, HP)
     return tl.load(base + start + units, mask=units < H, other=0.0)
 
 
 @triton.jit
 def gate_rows(H: tl.constexpr, HP: tl.constexpr):
-    """Rows of a weight [4H, …] for the 4 HP rows of its padded form, and which of those stand for a unit."""
+    """Source rows in a weight [4H, …] of the 4 HP rows of its padded form, and a mask of those that are no padding."""
     rows = tl.arange(0, 4 * HP)
     return rows // HP * H + rows % HP, rows % HP < H
 
 
 @triton.jit
 def load_matrix(base, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr):
-    """A weight [4H, K] as [4 HP, HP], zero where padded."""
+    """Load a weight [4H, K] as [4 HP, HP], zero where padded."""
     rows, real = gate_rows(H, HP)
     inputs = tl.arange(0, HP)
     return tl.load(base + rows[:, None] * K + inputs[None, :], mask=real[:, None] & (inputs < K)[None, :], other=0.0)
@@ -120,7 +120,7 @@ def load_matrix(base, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def load_gate(base, gate: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr):
-    """The rows of one gate alone, [HP, HP]."""
+    """Load the rows of one gate, [HP, HP]."""
     units = tl.arange(0, HP)
     inputs = tl.arange(0, HP)
     mask = (units < H)[:, None] & (inputs < K)[None, :]
@@ -129,9 +129,9 @@ def load_gate(base, gate: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, K: tl
 
 @triton.jit
 def round_to_tf32(x):
-    """The nearest number of 11 significant bits, which a TF32 product takes as it is; NaN stays.
+    """Round to 11 significant bits, exact in a TF32 product; NaN stays.
 
-    On the bits: arithmetic that rounds by adding and subtracting would be fused into something that does not.
+    Works on the bits, because the compiler would fuse rounding by an addition and a subtraction.
     """
     bits = (x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000
     return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
@@ -141,9 +141,9 @@ def round_to_tf32(x):
 def product(a, b, PRECISION: tl.constexpr):
     """A @ b, accumulated in the arithmetic dtype; PRECISION 0 float32 products, 1 TF32, 2 bfloat16.
 
-    A float32 product is made of three TF32 products, a = a₁ + a₂ with a₁ its first 11 bits: what is left out,
-    a₂ b₂ and the last bit of a₂, is below 2^-21 of the product. Products by FMA keep both operands in registers,
-    and spilled a kilobyte a thread when compiled.
+    A float32 product consists of three TF32 products, a = a₁ + a₂ with a₁ its first 11 bits; the omitted parts, a₂ b₂
+    and the last bit of a₂, are below 2^-21 of the product. FMA products keep both operands in registers, and spilled
+    a kilobyte per thread.
     """
     if a.dtype == tl.float64:
         result = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
@@ -205,7 +205,7 @@ def lowest_layer(
     x0, x1, h, c, w_ih, w_hh, b_ih, b_hh,
     F: tl.constexpr, H: tl.constexpr, HP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """:func:`activations` from the features, [B], and h and c [B, HP]. PRECISION is that of the products with h."""
+    """:func:`activations` from the features, [B], and h and c [B, HP]. PRECISION applies to the products with h."""
     a = product(h, tl.trans(load_matrix(w_hh, H, HP, H)), PRECISION)
     i, f, g, o = split_gates(a, h.shape[0], HP)
     i += feature_part(x0, x1, w_ih, 0, F, H, HP)
@@ -220,7 +220,7 @@ def layer(
     x, h, c, w_ih, w_hh, b_ih, b_hh,
     H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """:func:`activations` from x [B, HP], K inputs a coordinate, and h and c [B, HP]."""
+    """:func:`activations` from x [B, HP], K inputs per coordinate, and h and c [B, HP]."""
     a = product(h, tl.trans(load_matrix(w_hh, H, HP, H)), PRECISION)
     a += product(x, tl.trans(load_matrix(w_ih, H, HP, K)), PRECISION)
     i, f, g, o = split_gates(a, h.shape[0], HP)
@@ -244,7 +244,7 @@ def activations_backward(i, f, g, o, t, c, grad_h, grad_c):
 def gates_product(
     di, df, dg, do, w, H: tl.constexpr, HP: tl.constexpr, K: tl.constexpr
 ):  # fmt: skip
-    """Wᵀ da, [B, HP], of a weight [4H, K]; gate by gate, because [B, 4 HP] as an operand does not fit registers."""
+    """Wᵀ da, [B, HP], of a weight [4H, K]; gate by gate, as an operand [B, 4 HP] does not fit the registers."""
     result = product(di, load_gate(w, 0, H, HP, K), 0)
     result += product(df, load_gate(w, 1, H, HP, K), 0)
     result += product(dg, load_gate(w, 2, H, HP, K), 0)

@@ -11,8 +11,8 @@ where h' is the x of the layer above; θ' = θ + output_scale (w · h' + b). Bac
     da_o = dh' tanh c' o (1 - o),  dc = dc' f,  dh = W_hhᵀ da,  dx = W_ihᵀ da,  dW_hh = Σ da hᵀ,  dW_ih = Σ da xᵀ
 
 Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers, HP = H padded to a power of two, P numbers of
-all weights. States are [ceil(N/32), L, 2 (h, c), H, 32]; n is N, or the coordinates of a slab of it. A number of the
-host arrives in two arguments, see :func:`metakern.ops.core.triton_arithmetic.scalar`.
+all weights. States are [ceil(N/32), L, 2 (h, c), H, 32]; n is N, or the coordinates of a slab of it. A host scalar is
+passed in two arguments, see :func:`metakern.ops.core.triton_arithmetic.scalar`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import triton.language as tl
 from metakern.ops.core.triton_arithmetic import scalar, to_arithmetic
 from metakern.ops.lstm_step import triton_cell as cell
 
-#: Numbers of the host, in two halves each: their value must not become part of a compiled kernel.
+#: Host scalars, in two halves each: kernels must not be specialized on their values.
 _NUMBERS = tuple(
     name + half for name in ("p", "exp_p", "exp_neg_p", "output_scale") for half in ("", "_low")
 )  # fmt: skip
@@ -37,7 +37,7 @@ def forward_kernel(
     PREPROCESS: tl.constexpr, H: tl.constexpr, L: tl.constexpr, HP: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, IN_PLACE: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """One program updates BLOCK coordinates, or only the state of the lowest DEPTH layers where DEPTH < L."""
+    """One program updates BLOCK coordinates; if DEPTH < L, only the state of the lowest DEPTH layers."""
     TILE: tl.constexpr = L * 2 * H * 32
     F: tl.constexpr = 1 if PREPROCESS == 0 else 2
     block = tl.program_id(0).to(tl.int64)
@@ -81,7 +81,7 @@ def _store_layer(
     H: tl.constexpr, HP: tl.constexpr, TILE: tl.constexpr, IN_PLACE: tl.constexpr,
 ):  # fmt: skip
     if IN_PLACE:
-        tl.debug_barrier()  # every thread has read its share of what is overwritten here
+        tl.debug_barrier()  # all threads must have read before this memory is overwritten
     cell.store_units(new_state, lanes, valid, inside, row, h, H, HP, TILE)
     cell.store_units(new_state, lanes, valid, inside, row + H, c, H, HP, TILE)
 
@@ -91,7 +91,7 @@ def features_kernel(
     grads, features, n, p, p_low, exp_p, exp_p_low, exp_neg_p, exp_neg_p_low,
     PREPROCESS: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The features of BLOCK gradients, to [tiles, F, 32]."""
+    """Write the features of BLOCK gradients to [tiles, F, 32]."""
     coordinates = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = coordinates < n
     g = tl.load(grads + coordinates, mask=valid, other=0.0).to(features.dtype.element_ty)
@@ -109,7 +109,7 @@ def features_backward_kernel(
     grads, work, grad_grads, n, p, p_low, exp_p, exp_p_low, exp_neg_p, exp_neg_p_low,
     PREPROCESS: tl.constexpr, F: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The gradients of BLOCK gradients, from those of their features as :func:`backward_kernel` leaves them in work."""
+    """Gradients by BLOCK of the input gradients, from those of their features, which :func:`backward_kernel` wrote."""
     coordinates = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     valid = coordinates < n
     g = tl.load(grads + coordinates, mask=valid, other=0.0).to(work.dtype.element_ty)
@@ -134,9 +134,9 @@ def backward_kernel(
 ):  # fmt: skip
     """One program takes one layer of BLOCK coordinates; the kernel runs for the top layer first.
 
-    x_tiles points at the K rows of the layer's x in the first of tiles of X_TILE numbers. Writes the gradients of h and
-    c, and to work [tiles, 6H + 2, 32]: those of the four pre-activations, h', and the gradient of x. The last is what
-    the run for the layer below adds to that of its h'. All three are needed before the next run only.
+    x_tiles points to the K rows of the layer's x in the first tile; tiles are X_TILE numbers apart. Writes the
+    gradients of h and c, and to work [tiles, 6H + 2, 32]: the gradients of the four pre-activations, h', and the
+    gradient of x, which the run for the layer below adds to that of its h'. All three are only needed until that run.
     """
     TILE: tl.constexpr = L * 2 * H * 32
     WORK: tl.constexpr = (6 * H + 2) * 32
@@ -184,9 +184,9 @@ def weights_kernel(
     H: tl.constexpr, L: tl.constexpr, HP: tl.constexpr, K: tl.constexpr, X_TILE: tl.constexpr,
     LAYER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program adds one layer's sums over a chunk of blocks, of da xᵀ, da hᵀ and da, to its row of partials.
+    """One program adds one layer's sums of da xᵀ, da hᵀ and da over a chunk of blocks to its row of partials.
 
-    They begin at ``partials``, which is the first row; those of the head follow the top layer's.
+    ``partials`` points to the layer's sums in the first row; the head's sums follow the top layer's.
     """
     TILE: tl.constexpr = L * 2 * H * 32
     WORK: tl.constexpr = (6 * H + 2) * 32
@@ -238,7 +238,7 @@ def sum_kernel(
     w_ih_0, w_hh_0, b_ih_0, b_hh_0, w_ih_1, w_hh_1, b_ih_1, b_hh_1, w_ih_2, w_hh_2, b_ih_2, b_hh_2, head_w, head_b,
     chunks, F: tl.constexpr, H: tl.constexpr, L: tl.constexpr, WEIGHTS: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    """Add partials [chunks, P] in a fixed order, in float64, into the gradients of the weights."""
+    """Sum partials [chunks, P] in a fixed order, in float64, to the gradients of the weights."""
     G: tl.constexpr = 4 * H
     UPPER: tl.constexpr = G * (2 * H + 1)
     LAYER_1: tl.constexpr = G * (F + H + 1)

@@ -1,4 +1,4 @@
-"""mlp_inner_loop: whole inner loops of T small MLPs in one call: forward, loss, backward, update, K times.
+"""mlp_inner_loop: the inner loops of T small MLPs in one call: K times forward, loss, backward, update.
 
 Finn et al. 2017, arXiv 1703.03400. The definition is :mod:`metakern.ops.mlp_inner_loop.reference`. Meta-gradients
 are exact to second order, by products of the Hessian with a vector along the way back (Pearlmutter 1994, "Fast exact
@@ -40,7 +40,7 @@ MAX_LAYERS, MAX_WIDTH = 8, 1024
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
-#: Bytes of a task on the CPU, parameters three times and activations eight times: they must stay in the cache.
+#: Maximum bytes of a task on the CPU (three times its parameters, eight times its activations), to stay in the cache.
 MAX_TASK_BYTES = 2**24
 
 #: Keep in step with csrc/mlp_inner_loop/cuda.h.
@@ -51,7 +51,7 @@ MAX_TRITON_OUTPUTS = 4096
 
 
 def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
-    """Why the kernels do not serve MLPs of these widths and so many samples of a task; empty where they do."""
+    """Why the kernels do not serve MLPs of these widths and this many samples per task; empty where they do."""
     if dtype not in (torch.float32, torch.float64):
         return f"the parameters are {dtype}; float32 and float64 are served"
     if len(widths) - 1 > MAX_LAYERS or max(widths[1:]) > MAX_WIDTH:
@@ -64,7 +64,7 @@ def unserved(widths: tuple[int, ...], samples: int, dtype: torch.dtype) -> str:
 
 
 def unserved_by_triton(widths: tuple[int, ...]) -> str:
-    """Why Triton's kernels, whose working memory is global, do not serve MLPs of these widths; empty where they do."""
+    """Why Triton's kernels do not serve MLPs of these widths; empty where they do. Their working memory is global."""
     if len(widths) - 1 > MAX_LAYERS or widths[-1] > MAX_TRITON_OUTPUTS:
         return f"the model has more than {MAX_LAYERS} layers or {MAX_TRITON_OUTPUTS} outputs"
     return ""
@@ -73,9 +73,9 @@ def unserved_by_triton(widths: tuple[int, ...]) -> str:
 def cuda_shared_bytes(
     widths: Sequence[int], samples: int, queries: int, activation: str | Sequence[str], loss: str, dtype: torch.dtype
 ) -> int:
-    """Shared memory that a block needs for one task at least: csrc/mlp_inner_loop/cuda_layout.h in Python.
+    """Minimum shared memory of a block for one task: csrc/mlp_inner_loop/cuda_layout.h in Python.
 
-    Of a task that takes more, which is faster, the kernels keep the rest in global memory.
+    More shared memory is faster; what does not fit is kept in global memory.
     """
 
     def odd(n: int) -> int:
@@ -138,29 +138,29 @@ def mlp_inner_loop(
     """Parameters of T MLPs after K gradient steps on their support sets.
 
     Differentiable once, exact to second order, in ``params`` and ``lr``. For the backward the parameters of every
-    ``checkpoint_every``-th step are kept, and the steps are computed again from them.
+    ``checkpoint_every``-th step are kept, and the steps are recomputed from them.
 
     Args:
-        params: weight and bias of every layer in turn, float32 or float64, on a GPU also bfloat16 or float16, whose
-            arithmetic is float32: [O, I] and [O], which all tasks start from, or [T, O, I] and [T, O]
+        params: weight and bias of every layer in turn, float32 or float64, on a GPU also bfloat16 or float16 with
+            float32 arithmetic: [O, I] and [O], the common start of all tasks, or [T, O, I] and [T, O]
         support_x: [T, S, I]
         support_y: [T, S, O], or int64 labels [T, S] for ``"cross_entropy"``; on a GPU, where a CUDA graph is captured
             or torch.compile or torch.func is at work, a label that names no output makes its task's results NaN
         lr: α: a number, or a tensor of one element for everything, or one tensor for each of ``params``, [] or of its
             shape; with ``per_step`` tensors have one more leading axis [K]
         steps: K
-        per_step: whether the rates differ from step to step
+        per_step: whether the rates differ by step
         adapted: for each of ``params`` whether the steps change it; None for all
         activation: between the layers: ``"relu"``, ``"tanh"``, ``"sigmoid"``, ``"gelu"``, ``"leaky_relu:<slope>"`` with
             a slope that is not negative, ``"leaky_relu"``, whose slope is 0.01, or ``"identity"``; one for all, or a
             list of one for each hidden layer
         loss: mean over samples and outputs: ``"mse"``, ``"cross_entropy"`` or ``"binary_cross_entropy_with_logits"``
-        first_order: take the steps' gradients as constants; or one bool a step
-        clip_norm: largest norm of a task's gradient over all tensors that adapt; a longer one is scaled down to it, and
-            meta-gradients go through that
-        support_mask: bool [T, S], False at samples that do not count; a task without any that counts has a loss and
+        first_order: treat the steps' gradients as constants; one bool, or one per step
+        clip_norm: largest norm of a task's gradient over all adapted tensors; a longer one is scaled down to it, and
+            meta-gradients flow through the scaling
+        support_mask: bool [T, S], False for ignored samples; a task with only ignored samples has a loss and
             gradients of zero, and keeps its parameters
-        checkpoint_every: steps between parameters that are kept; None keeps those of every step
+        checkpoint_every: steps between kept parameters; None keeps those of every step
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``
 
     Returns:
@@ -169,7 +169,7 @@ def mlp_inner_loop(
     Raises:
         ValueError: for shapes, sizes, counts, labels or option values that do not fit
         TypeError: for dtypes or types that do not fit
-        RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative of it
+        RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
@@ -179,7 +179,7 @@ def mlp_inner_loop(
     if serves == "reference":
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
-    if serves != "cpp" and loss == "cross_entropy":  # whose operator looks for itself
+    if serves != "cpp" and loss == "cross_entropy":  # cpp's operator checks labels itself
         _check_labels("support", support_x, support_y, params)
     support = support_x, support_y, support_mask
     return adapt_call(IMPLEMENTATIONS[serves], problem, params, _rate_tensors(lr), support)
@@ -204,10 +204,10 @@ def mlp_meta_loss(
     checkpoint_every: int | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Query losses [T] of T MLPs after K gradient steps, and on the way back their meta-gradients.
+    """Query losses [T] of T MLPs after K gradient steps, with meta-gradients.
 
-    Where a gradient is wanted it is computed in the same pass, while the steps are in the cache: the graph keeps one
-    gradient for every task, whatever K is.
+    If a gradient is required, the same pass computes it while the steps are in the cache: the graph keeps one gradient
+    per task, whatever K is.
 
     Args:
         params: as for :func:`mlp_inner_loop`
@@ -222,9 +222,9 @@ def mlp_meta_loss(
         first_order: as for :func:`mlp_inner_loop`
         clip_norm: as for :func:`mlp_inner_loop`
         support_mask: as for :func:`mlp_inner_loop`
-        query_mask: bool [T, Q]; a task without any sample that counts has a loss and gradients of zero
-        step_weights: [K], of the query loss after every step (MAML++'s multi-step loss); None takes the last alone
-        checkpoint_every: steps between parameters that are kept within the pass; None keeps all of a group of tasks
+        query_mask: bool [T, Q]; a task with only ignored samples has a loss and gradients of zero
+        step_weights: [K], weight of the query loss after each step (MAML++'s multi-step loss); None uses the last step
+        checkpoint_every: steps between parameters kept within the pass, for each group of tasks; None keeps all
         backend: as for :func:`mlp_inner_loop`
 
     Raises:
@@ -259,7 +259,7 @@ def run_meta_loss(
     support: tuple[Tensor, Tensor, Tensor | None],
     query: tuple[Tensor, Tensor, Tensor | None],
 ) -> Tensor:
-    """:func:`mlp_meta_loss` by a backend that serves, of options that are checked; the sets are x, y and mask."""
+    """:func:`mlp_meta_loss` with a resolved backend and checked options; the sets are (x, y, mask)."""
     _check_classes(serves, problem, params, support, query)
     return meta_loss_call(IMPLEMENTATIONS[serves], problem, params, lr, support, query, weights)
 
@@ -273,9 +273,9 @@ def run_meta_backward(
     query: tuple[Tensor, Tensor, Tensor | None],
     gradient: Tensor | None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Losses of :func:`run_meta_loss`, whose rate is a number, and gradients of params; outside of all transforms.
+    """Losses as :func:`run_meta_loss`, and gradients of params; for a number as rate, outside all transforms.
 
-    ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
+    ``gradient`` [T] is the gradient of the objective by the losses; None stands for their mean.
     """
     _check_classes(serves, problem, params, support, query)
     return meta_backward_call(IMPLEMENTATIONS[serves], problem, params, support, query, weights, gradient)
@@ -288,7 +288,7 @@ def _check_devices(params: Sequence[Tensor], lr: Any, **samples: Tensor | None) 
 
 
 def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *sets: tuple[Any, ...]) -> None:
-    """Labels of support and query, where the operator does not look for itself."""
+    """Check the labels of support and query, unless the operator does."""
     if serves != "cpp" and reference.LOSSES[problem.loss] == "cross_entropy":
         for name, (x, y, _) in zip(("support", "query"), sets, strict=True):
             _check_labels(name, x, y, params)
@@ -297,7 +297,7 @@ def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *set
 def _reasons(
     params: Sequence[Tensor], x: Tensor, query_x: Tensor | None, steps: int, activation: str | Sequence[str], loss: str
 ) -> dict[str, str]:
-    """Why backends do not serve these tensors. Shapes that do not fit are for the operators to name."""
+    """By backend, why it does not serve these tensors. The operators report wrong shapes."""
     queries = x if query_x is None else query_x
     if x.device.type != "cuda" or not x.dim() == queries.dim() == 3 or not all(p.dim() for p in params):
         return {}
@@ -311,10 +311,10 @@ def _reasons(
 
 
 def _check_labels(name: str, x: Tensor, labels: Tensor, params: Sequence[Tensor]) -> None:
-    """On the host, which waits for the device: the kernels make the loss of a label that names no output NaN.
+    """Raise ValueError for labels out of range, on the host, which waits for the device.
 
-    While a CUDA graph is captured, a function compiled or transformed, nothing can be asked, and that is what comes.
-    Labels of another dtype or shape are for the operators to name.
+    During CUDA graph capture, torch.compile and torch.func the values cannot be read; then such a label makes the loss
+    NaN. The operators report labels of another dtype or shape.
     """
     outputs = params[-1].shape[-1]
     if is_transformed_or_dual() or labels.dtype != torch.int64 or labels.shape != x.shape[:2] or _is_captured(labels):
@@ -331,7 +331,7 @@ def _is_captured(tensor: Tensor) -> bool:
 
 
 def make_weights(step_weights: Sequence[float] | None, steps: int) -> tuple[float, ...]:
-    """[K] weights of the query losses, checked."""
+    """Checked weights [K] of the query losses."""
     if step_weights is None:
         return (0.0,) * (steps - 1) + (1.0,)
     if len(step_weights) != steps or not any(step_weights):
@@ -399,7 +399,7 @@ def make_problem(
 
 
 def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # NumPy's are Real too
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):  # includes NumPy's numbers
         raise TypeError(f"{name} must be None or a number, got {type(value).__name__}")
     return float(value)
 
@@ -447,6 +447,6 @@ def _checked(
 
 
 def prepare(backend: str | None) -> None:
-    """Import what ``backend`` needs: at the first call torch.compile may be tracing, and cannot."""
+    """Import what ``backend`` needs ahead of the first call, as torch.compile cannot trace imports."""
     for operator in (adapt, adapt_backward, meta_loss, meta_loss_backward):
         operator.prepare(backend)

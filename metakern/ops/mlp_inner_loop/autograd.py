@@ -1,4 +1,4 @@
-"""The operators of mlp_inner_loop and mlp_meta_loss: shapes and gradient formulas, the same for every implementation.
+"""The operators of mlp_inner_loop and mlp_meta_loss: shapes and gradient formulas, shared by all implementations.
 
 Axis legend: T tasks, K inner steps, P parameters of a task.
 """
@@ -23,7 +23,7 @@ from metakern.ops.mlp_inner_loop.batching import batched, batched_backward
 
 _TASK_LANES = 16
 
-#: Where the operators read their constants, whatever device the tasks are on.
+#: Device of the operators' constants, whatever device the tasks are on.
 _CPU = torch.device("cpu")
 
 
@@ -43,12 +43,12 @@ class Problem(NamedTuple):
 
     @property
     def scalars(self) -> tuple[Any, ...]:
-        """Those that every operator takes, in order."""
+        """The scalars that every operator takes, in order."""
         return *self[:4], list(self.activation), *self[5:7]
 
     @property
     def options(self) -> tuple[list[float], float | None]:
-        """Those that every operator takes at the end."""
+        """The last arguments of every operator: slopes and clip_norm."""
         return list(self.slopes), self.clip_norm
 
 
@@ -58,7 +58,7 @@ _requires_grad = attrgetter("requires_grad")
 
 
 def _is_wanted(params: Sequence[Tensor], lr: Sequence[Tensor]) -> bool:
-    """Whether a gradient of params or rates is."""
+    """Whether a gradient of params or rates is required."""
     if not torch.is_grad_enabled():
         return False
     wanted = wants_gradient if is_transformed_or_dual() else _requires_grad
@@ -74,7 +74,7 @@ def adapt_call(
 ) -> list[Tensor]:
     """New parameters, [T, *shape] each; ``support`` is x, y and mask."""
     keep = _is_wanted(params, lr)
-    # Without a way back there is one segment of steps: the kernels reserve memory for the start of every other.
+    # Without a backward a single segment suffices: the kernels reserve memory for the start of each further one.
     every = problem.checkpoint_every if keep else problem.steps
     second_order = constant(problem.second_order, torch.bool, _CPU)
     arguments = (list(params), *support, list(lr), *problem.scalars[:-1], every, keep, second_order, *problem.options)
@@ -123,9 +123,9 @@ def meta_backward_call(
     weights: tuple[float, ...],
     gradient: Tensor | None,
 ) -> tuple[Tensor, Sequence[Tensor]]:
-    """Weighted query losses [T] and gradients of params, without a graph; outside of all transforms.
+    """Weighted query losses [T] and gradients of params, without a graph; outside all transforms.
 
-    ``gradient`` is that of what is minimised by the losses, [T]; None of their mean.
+    ``gradient`` [T] is the gradient of the objective by the losses; None stands for their mean.
     """
     arguments = _meta_loss_arguments(problem, params, (), (*support, *query), weights, True)
     with below_autograd():
@@ -176,7 +176,7 @@ def _gradient_shapes(a: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _found(backward: Backward, found: Sequence[Tensor], rates: Sequence[Tensor]) -> dict[str, Any]:
-    """Under torch.func.vmap, gradients of rates that nobody asks for are those of all elements together."""
+    """Return the rates' gradients only if requested: under torch.func.vmap unrequested ones sum over all elements."""
     return {"params": found, "lr": rates} if "lr" in backward.wants else {"params": found}
 
 
@@ -192,7 +192,7 @@ def _adapt_gradients(backward: Backward) -> dict[str, Any]:
 
 
 def _meta_loss_gradients(backward: Backward) -> dict[str, Any]:
-    """The gradients are there already, one for each task; the other tensors are asked for shapes alone."""
+    """The forward computed the gradients, one per task; of the other tensors only shapes are needed."""
     a = backward.arguments
     found, rates = backward.call(
         meta_loss_backward,
@@ -206,7 +206,7 @@ def _meta_loss_gradients(backward: Backward) -> dict[str, Any]:
 
 _SCALARS = "float rate, int steps, bool per_step, int adapted, int[1] activation, int loss, int checkpoint_every"
 
-#: At the end, where the dispatcher leaves out what has its default.
+#: Last in the schemas, as the dispatcher omits trailing arguments equal to their defaults.
 _OPTIONS = "float[] slopes=[], float? clip_norm=None"
 
 _SHARED: dict[str, Any] = {

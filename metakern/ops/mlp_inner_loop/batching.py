@@ -1,7 +1,7 @@
-"""torch.func.vmap of mlp_inner_loop's operators: a batch becomes more tasks, or is taken one element after another.
+"""torch.func.vmap of mlp_inner_loop's operators: the batch becomes more tasks, or a loop over elements.
 
-The kernels have one set of rates, and sum its gradient over all tasks. So where rates are batched, or are to have
-gradients of their own for every element, the elements are taken one after another.
+The kernels take one set of rates and sum its gradient over all tasks. So where rates are batched, or need a gradient
+per element, the rule loops over the elements.
 
 Axis legend: B elements of the batch, T tasks, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -14,14 +14,14 @@ from torch import Tensor
 
 from metakern.ops.core.batching import Batch, leading, looped
 
-#: Arguments with the task axis; an operator has some of them.
+#: Names of the arguments with a task axis; each operator has some of them.
 _DATA = ("x", "y", "mask", "query_x", "query_y", "query_mask", "grad_adapted", "grad_losses")
 
 _CONSTANTS = ("second_order", "step_weights")
 
 
 def batched(batch: Batch) -> tuple[Any, Any]:
-    """The rule of mlp_inner_loop and mlp_meta_loss."""
+    """Batching rule of mlp_inner_loop and mlp_meta_loss."""
     a = batch.arguments
     if any(batch.has_axis(name) for name in _CONSTANTS if name in a._fields):
         raise ValueError("second_order and step_weights must be the same for all elements of a vmap")
@@ -35,7 +35,8 @@ def batched(batch: Batch) -> tuple[Any, Any]:
         for i, (p, dim) in enumerate(zip(a.params, batch.dims.params, strict=True))
     ]
     results, kept = batch.call(*a._replace(params=folded, **_folded(batch)))
-    # What is kept of all elements has no batch axis: batched_backward takes any one of these, which are all the same.
+    # The kept tensor covers all elements, without a batch axis; expanded, every element holds the same whole tensor,
+    # and batched_backward takes any of them.
     same = kept.unsqueeze(0).expand(batch.size, *kept.shape)
     if isinstance(results, Tensor):
         return (results.unflatten(0, (batch.size, num_tasks)), same), (0, 0)
@@ -43,11 +44,11 @@ def batched(batch: Batch) -> tuple[Any, Any]:
 
 
 def batched_backward(batch: Batch) -> tuple[Any, Any]:
-    """The rule of their backward operators."""
+    """Batching rule of their backward operators."""
     batch.check_not_empty()
     a, dims = batch.arguments, batch.dims.params
     name = "trajectory" if "trajectory" in a._fields else "task_grads"
-    # Without a batch axis, what was kept is of a forward that had none.
+    # A kept tensor without a batch axis comes from an unbatched forward.
     if not batch.has_axis(name) or batch.has_axis("lr") or (a.lr and "lr" in batch.wants):
         return looped(batch)
     num_tasks = _num_tasks(batch)
@@ -66,7 +67,7 @@ def _num_tasks(batch: Batch) -> int:
 
 
 def _folded(batch: Batch) -> dict[str, Any]:
-    """Tensors [T, ...] of every element as [B·T, ...], by the names of their arguments."""
+    """Tensors [T, ...] of all elements as [B·T, ...], by argument name."""
 
     def fold(x: Any) -> Any:
         if isinstance(x, list):
@@ -77,12 +78,12 @@ def _folded(batch: Batch) -> dict[str, Any]:
 
 
 def _is_shared(p: Tensor, dim: int | None, index: int) -> bool:
-    """Whether the tasks of an element share a parameter tensor, weight or bias by its index."""
+    """Whether an element's tasks share a parameter tensor; ``index`` tells weight (even) from bias (odd)."""
     return p.dim() - (dim is not None) == 2 - index % 2
 
 
 def _fold_param(p: Tensor, dim: int | None, index: int, batch: int, num_tasks: int) -> Tensor:
-    """[B·T, *shape], one for each task."""
+    """The parameter tensor as [B·T, *shape], one entry per task."""
     own = leading(p, dim, batch)
     if _is_shared(p, dim, index):
         own = own.unsqueeze(1).expand(batch, num_tasks, *own.shape[1:])

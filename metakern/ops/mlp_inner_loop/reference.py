@@ -1,4 +1,4 @@
-"""mlp_inner_loop in plain PyTorch: K gradient steps of T small MLPs, every task with parameters of its own.
+"""mlp_inner_loop in plain PyTorch: K gradient steps of T small MLPs, each task with its own parameters.
 
 Finn et al. 2017, "Model-Agnostic Meta-Learning", arXiv 1703.03400, algorithm 1.
 
@@ -25,14 +25,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "leaky_relu": F.leaky_relu,
 }
 
-#: The slope of "leaky_relu" without one, which is PyTorch's.
+#: Default slope of "leaky_relu", as in PyTorch.
 _DEFAULT_SLOPE = 0.01
 
 LOSSES = ("mse", "cross_entropy", "binary_cross_entropy_with_logits")
 
 
 def parse_activation(name: str) -> tuple[str, float]:
-    """One of :data:`ACTIVATIONS`, and the slope at and below zero of ``"leaky_relu"``, 0 for others.
+    """Parse an activation to one of :data:`ACTIVATIONS` and the slope of ``"leaky_relu"`` at and below 0 (else 0).
 
     Args:
         name: one of :data:`ACTIVATIONS`, ``"leaky_relu:<slope>"`` or ``"identity"``, a leaky ReLU with a slope of 1
@@ -58,10 +58,10 @@ def parse_activation(name: str) -> tuple[str, float]:
 
 
 def activations_of(activation: str | Sequence[str], hidden: int) -> tuple[tuple[str, float], ...]:
-    """:func:`parse_activation` of every hidden layer's activation, from one name for all or one name a layer.
+    """:func:`parse_activation` for every hidden layer, from one name for all or one name per layer.
 
     Raises:
-        ValueError: for other names, and another number of them than of hidden layers
+        ValueError: for unknown names, or a number of names that is not ``hidden``
     """
     if isinstance(activation, str):
         return (parse_activation(activation),) * hidden
@@ -87,9 +87,9 @@ def predict(params: Sequence[Tensor], x: Tensor, activation: str | Sequence[str]
 
 
 def task_losses(prediction: Tensor, y: Tensor, loss: str, mask: Tensor | None = None) -> Tensor:
-    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its samples.
+    """Mean loss [T] of every task's predictions [T, S, O]; with a mask [T, S] the mean over its True samples.
 
-    A task none of whose samples count has a loss of zero, and so have its gradients.
+    A task whose samples are all masked out has a loss and gradients of zero.
     """
     if loss == "cross_entropy":
         per_sample = F.cross_entropy(prediction.flatten(0, 1), y.flatten(), reduction="none").view(y.shape)
@@ -117,7 +117,7 @@ def mlp_inner_loop(
     loss: str,
     clip_norm: float | None = None,
 ) -> list[list[Tensor]]:
-    """The parameters before the first and after every step, [K + 1] lists of tensors [T, O, I] and [T, O].
+    """The parameters before the first and after each step: K + 1 lists of tensors [T, O, I] and [T, O].
 
     Args:
         params: weights [O, I] or [T, O, I] and biases [O] or [T, O] in the order of the layers
@@ -128,8 +128,8 @@ def mlp_inner_loop(
         steps: K
         per_step: whether ``lr`` has a leading axis [K]
         adapted: for each of ``params`` whether the steps change it
-        first_order: for every step whether its gradient is a constant
-        activation: between the layers, as for :func:`parse_activation`; one name for all, or one a hidden layer
+        first_order: for every step whether its gradient is treated as a constant
+        activation: between the layers, as for :func:`parse_activation`; one name for all, or one per hidden layer
         loss: one of :data:`LOSSES`
         clip_norm: largest norm of a task's gradient over all adapted tensors; a longer one is scaled down to it
     """
@@ -146,7 +146,7 @@ def mlp_inner_loop(
         return task_losses(predict(at, support_x, activation), support_y, loss, support_mask).sum()
 
     for step in range(steps):
-        # No task's loss depends on another's parameters. The transforms of torch.func see through its own gradient.
+        # The sum's gradient is per task, as tasks are independent. torch.func.grad can itself be transformed.
         grads = torch.func.grad(support_loss)([now[i] for i in wanted], now)
         if first_order[step]:
             grads = [g.detach() for g in grads]

@@ -1,10 +1,10 @@
-"""mlp_inner_loop by Triton kernels: how they are cut and launched, and the operators.
+"""mlp_inner_loop by Triton kernels: launches, and the operators.
 
-One launch runs whole inner loops, and the way back through them; meta-gradients take one or two more, which sum over
-the tasks in a fixed order. Nothing depends on the order in which programs run.
+One launch runs whole inner loops and their backward; meta-gradients take one or two more, which sum over the tasks in a
+fixed order. Results do not depend on the programs' order.
 
-What is private in layout, the trajectory and the tasks' gradients, is [T, ...] in the arithmetic dtype, with zeros
-behind it up to the size that every implementation gives it. Results are of the params' dtype.
+The results of private layout, the trajectory and the tasks' gradients, are [T, ...] in the arithmetic dtype,
+zero-padded to the size that they have in every implementation. Other results have the params' dtype.
 
 Axis legend: T tasks, S support and Q query samples of a task, K inner steps, P parameters of a task, R rates. Needs the
 package triton, 3.6 or newer.
@@ -40,13 +40,13 @@ from metakern.ops.mlp_inner_loop.triton_kernels import (
     shared_gradients_kernel,
 )
 
-#: Warps of a program, and programs for each processor of a GPU: other tasks wait, so that scratch stays in the cache.
+#: Warps per program, and programs per multiprocessor: further tasks wait, so that scratch memory stays in the cache.
 NUM_WARPS, PROGRAMS = 4, 4
 
-#: Programs where no GPU is there to ask.
+#: Number of programs without a GPU (Triton's interpreter).
 PROGRAMS_ON_CPU = 2
 
-#: Sums over the tasks: tasks and columns of a block, and tasks that one program sums at most.
+#: Sums over the tasks: tasks and columns per block, and maximum tasks per program.
 SUM_TASKS, SUM_COLUMNS, SUM_CHUNK = 32, 32, 256
 
 
@@ -62,12 +62,12 @@ def _most_programs(device: torch.device) -> int:
 
 
 def _block(largest: int) -> int:
-    """Of samples or units: tl.dot takes 16 and more, and 32 of both still fit the registers."""
+    """Block size for samples or units: tl.dot needs at least 16, and blocks of 32 by 32 still fit the registers."""
     return 16 if largest <= 16 else 32
 
 
 class _Loop:
-    """One launch of whole inner loops, as it is put together by the operators."""
+    """Arguments and memory for one launch of whole inner loops."""
 
     def __init__(self, arguments: Arguments, x: Tensor, y: Tensor, mask: Tensor | None, second_order: Tensor) -> None:
         self.arguments, self.network = arguments, Network(arguments, x)
@@ -89,7 +89,7 @@ class _Loop:
         return self.like.new_empty(shape, dtype=dtype or self.dtype)
 
     def padded(self, elements: int) -> Tensor:
-        """``elements`` for every task in the first part, zeros behind."""
+        """Memory of ``elements`` per task, uninitialized, followed by zeros up to TASK_LANES tasks."""
         tasks = self.network.tasks
         result = self.empty(-(-tasks // TASK_LANES) * TASK_LANES * elements)
         result[tasks * elements :].zero_()
@@ -105,7 +105,7 @@ class _Loop:
         totals: Tensor | None = None,
     ) -> None:
         a, network = self.arguments, self.network
-        unused = self.like  # stands in for a tensor that is not read
+        unused = self.like  # placeholder for a tensor that is not read
         queries = 0 if query is None else query.x.shape[1]
         most = max(self.support.x.shape[1], queries)
         programs = min(network.tasks, _most_programs(self.like.device))
@@ -146,11 +146,11 @@ class _Loop:
         )
 
     def _work_size(self, queries: int, span: int) -> int:
-        """Elements of a program's scratch, of which ``span`` steps stay; inner_loop_kernel lists what lies there."""
+        """Elements of a program's scratch memory that holds ``span`` steps; inner_loop_kernel lists its contents."""
         network, samples = self.network, self.support.x.shape[1]
         size = (2 * span + 2) * network.params
         size += 4 * network.units * ((span + 1) * samples + queries) + (samples + queries) * network.widths[0]
-        # The kernels index what belongs to one task with 32 bits.
+        # The kernels use 32-bit indices within one task.
         most = max(size, self.segments * network.params, self.flat)
         check_value(most < 2**31, "a task must take less than 2^31 elements of scratch, got ", most)
         return size
@@ -159,14 +159,14 @@ class _Loop:
 def _gradients(
     network: Network, arguments: Arguments, values: Tensor, weights: Tensor | None
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Of params and rates, summed over the tasks that share them, from adjoints [T, P + R] times their weights [T]."""
+    """Gradients of params and rates: adjoints [T, P + R] times weights [T], summed over tasks that share a tensor."""
     count = len(network.sizes)
     outs = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (*arguments.params, *arguments.lr)]
     sizes = [*network.sizes, *(rate.numel() for rate in arguments.lr)]
     rows, length = network.tasks, sum(sizes)
     blocks, config = triton.cdiv(length, SUM_COLUMNS), Config(0, NUM_WARPS)
     targets: Any = (tuple(outs), starts(sizes, values.device))
-    # Where there are no weights, a tensor that is not read stands in.
+    # Without weights, an unread placeholder.
     rows_of: Any = (values, values if weights is None else weights.contiguous())
     constants = {"WEIGHTED": weights is not None, "OUTS": len(outs), "BC": SUM_COLUMNS}
     own = sum(1 << i for i in range(count) if not network.shared >> i & 1)
@@ -188,7 +188,7 @@ def _gradients(
 
 # -------------------------------------------------------------------------------------------------------- operators
 #
-# Opaque to torch.compile: there is nothing around them that would fuse with them.
+# Opaque to torch.compile, as nothing around them would fuse with them.
 
 
 @adapt.triton_kernel
@@ -196,7 +196,7 @@ def mlp_inner_loop_triton(a: Any) -> tuple[list[Tensor], Tensor]:
     """Parameters of T MLPs after K gradient steps.
 
     float32, float64, or bfloat16 and float16 with float32 arithmetic; the trajectory is in the arithmetic dtype.
-    Labels that name no output give a task whose loss and gradients are NaN.
+    A label out of range makes its task's loss and gradients NaN.
     """
     loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
     network = loop.network
@@ -209,7 +209,7 @@ def mlp_inner_loop_triton(a: Any) -> tuple[list[Tensor], Tensor]:
 
 @adapt_backward.triton_kernel
 def mlp_inner_loop_triton_backward(a: Any) -> tuple[list[Tensor], list[Tensor]]:
-    """Gradients of params and rates from those of the adapted parameters."""
+    """Gradients of params and rates, given the gradients of the adapted parameters."""
     loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
     network, count, wanted = loop.network, len(a.grad_adapted), len(a.params)
     check_value(count == wanted, "grad_adapted must hold one tensor for each of params, ", wanted, ", got ", count)
@@ -225,7 +225,7 @@ def mlp_inner_loop_triton_backward(a: Any) -> tuple[list[Tensor], list[Tensor]]:
 
 @meta_loss.triton_kernel
 def mlp_meta_loss_triton(a: Any) -> tuple[Tensor, Tensor]:
-    """Query losses [T], and the gradient of each in the arithmetic dtype, with ``with_grads``."""
+    """Query losses [T] and, with ``with_grads``, the gradient of each in the arithmetic dtype."""
     loop = _Loop(a, a.x, a.y, a.mask, a.second_order)
     query = loop.samples("query", a.query_x, a.query_y, a.query_mask)
     check_shape(a.step_weights, "step_weights", [a.steps])

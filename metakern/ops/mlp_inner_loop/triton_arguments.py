@@ -1,8 +1,8 @@
-"""The checks of mlp_inner_loop's arguments, and what its kernels need to know of them.
+"""Checks of mlp_inner_loop's arguments, and the network table that its Triton kernels read.
 
-They guard memory: an operator that is called directly, past the Python function, must not read out of bounds. Their
-messages are those of csrc/mlp_inner_loop/arguments.h. Axis legend: T tasks, S support and Q query samples of a task, K
-inner steps, P parameters of a task.
+The checks guard memory: an operator called directly, without the Python function, must not read out of bounds.
+Messages as in csrc/mlp_inner_loop/arguments.h. Axis legend: T tasks, S support and Q query samples of a task, K inner
+steps, P parameters of a task.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from metakern.ops.core.checks import check_dtype, check_same_device, check_shape
 from metakern.ops.core.triton_launch import split
 from metakern.ops.mlp_inner_loop.triton_functions import MIXED
 
-#: Keep in step with csrc/mlp_inner_loop/problem.h; what the operators alone read is padded by TASK_LANES.
+#: Keep in step with csrc/mlp_inner_loop/problem.h; private results are padded to a multiple of TASK_LANES tasks.
 MAX_LAYERS, TASK_LANES = 8, 16
 
-#: Steps, and units, inputs or samples of a task, at most.
+#: Maximum steps, and units, inputs or samples of a task.
 _MOST = 2**20
 
-#: Outputs at most: a program takes all of a sample's at once in the loss.
+#: Maximum outputs: the loss processes all outputs of a sample at once.
 MAX_OUTPUTS = 4096
 
 #: Kinds of activations: relu, tanh, sigmoid, gelu, leaky_relu.
@@ -36,7 +36,7 @@ _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class Arguments(NamedTuple):
-    """What every operator of this stem takes; see :func:`metakern.ops.mlp_inner_loop.mlp_inner_loop`."""
+    """Arguments common to the operators; see :func:`metakern.ops.mlp_inner_loop.mlp_inner_loop`."""
 
     params: list[Tensor]
     lr: list[Tensor]
@@ -52,7 +52,7 @@ class Arguments(NamedTuple):
 
 
 class Samples(NamedTuple):
-    """One set of all tasks, contiguous."""
+    """The support or query set of all tasks, contiguous."""
 
     x: Tensor  # [T, samples, inputs]
     y: Tensor  # [T, samples, outputs], or int64 labels [T, samples]
@@ -71,7 +71,7 @@ class Network:
     """
 
     def __init__(self, arguments: Arguments, x: Tensor) -> None:
-        """The sizes that params and the rates have, checked; ``x`` are the support samples."""
+        """Check params and rates, and read their sizes; ``x`` are the support samples."""
         fits = x.dim() == 3 and x.shape[0] >= 1
         check_value(fits, "support_x must be [T, S, inputs] with at least 1 task, got ", x.shape)
         self.tasks = x.shape[0]
@@ -156,13 +156,13 @@ class Network:
 
     @property
     def activation(self) -> int:
-        """The kind that all activations have, or MIXED."""
+        """The kind of all activations, or MIXED if they differ."""
         kinds = {kind for kind, _ in self.activations}
         return min(kinds, default=0) if len(kinds) < 2 else MIXED.value
 
     @property
     def outputs(self) -> int:
-        """Of the last layer."""
+        """Outputs of the last layer."""
         return self.widths[-1]
 
     @property
@@ -172,7 +172,7 @@ class Network:
 
     @property
     def units(self) -> int:
-        """Of all layers."""
+        """Units of all layers."""
         return sum(self.widths[1:])
 
     def samples(self, name: str, loss: int, x: Tensor, y: Tensor, mask: Tensor | None, like: Tensor) -> Samples:
@@ -201,14 +201,14 @@ class Network:
 
 
 def on_device(x: Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A constant that may still be on the CPU."""
+    """A constant that may be on the CPU, moved to ``device`` and cast."""
     if x.device == device:
         return x.contiguous().to(dtype)
     return constant(tuple(x.tolist()), dtype, device)
 
 
 def table(network: Network, arguments: Arguments, device: torch.device) -> Tensor:
-    """The network as the kernels read it, int32 [2 L, 12]; the columns are named in triton_pass.py."""
+    """The network's table for the kernels, int32 [2 L, 12]; the columns are named in triton_pass.py."""
     rates = tuple(rate.numel() for rate in arguments.lr)
     steps = arguments.steps if arguments.per_step else 0
     bits = arguments.adapted & ((1 << len(network.sizes)) - 1)
@@ -238,5 +238,5 @@ def _rows(
 
 
 def starts(sizes: Sequence[int], device: torch.device) -> Tensor:
-    """Where pieces of these sizes start in a row, and where the last ends, int32."""
+    """Start offsets of consecutive pieces of these sizes, and the end of the last, int32."""
     return constant(tuple(itertools.accumulate(sizes, initial=0)), torch.int32, device)

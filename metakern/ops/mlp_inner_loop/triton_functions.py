@@ -1,9 +1,9 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Activations and losses of small MLPs with their first and second derivatives, over the samples of one task.
+"""Activations and losses of small MLPs with first and second derivatives, over the samples of one task.
 
-Axis legend: S samples of the task, O outputs of the model; predictions are [S, O], with which everything here walks in
-blocks of BS samples by OP outputs, O padded to a power of two. What a phase writes another thread may read after
-``tl.debug_barrier()`` alone, which is the caller's to place (see :mod:`metakern.ops.mlp_inner_loop.triton_pass`).
+Axis legend: S samples of the task, O outputs of the model; predictions [S, O] are processed in blocks of BS samples by
+OP outputs, O padded to a power of two. Other threads may read what a phase wrote only after a ``tl.debug_barrier()``,
+which the caller must place (see :mod:`metakern.ops.mlp_inner_loop.triton_pass`).
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import triton.language as tl
 
 from metakern.ops.core.triton_arithmetic import exp, log, sigmoid, tanh, to_arithmetic
 
-#: Elements that a program takes at once where every element is for itself.
+#: Block size of elementwise phases.
 BLOCK = tl.constexpr(512)
 
-#: The activation of a network whose layers have several kinds; each kind is a number below.
+#: ACTIVATION of a network whose layers differ in kind; single kinds are the numbers below this one.
 MIXED = tl.constexpr(5)
 
 
 @triton.constexpr_function
 def loss_block(outputs):
-    """Samples of a block in the loss, for so many outputs."""
+    """Samples per block in the loss, for this number of outputs."""
     return max(1, min(32, 2048 // outputs))
 
 
 @triton.jit
 def activation_of(z, leak, KIND: tl.constexpr):
-    """φ(z); NaN comes out."""
+    """φ(z); propagates NaN."""
     if KIND == 0:
         result = tl.where(z <= 0, 0.0, z)  # the comparison is false for NaN
     elif KIND == 1:
@@ -50,9 +50,9 @@ def normal_cdf(z):
 
 @triton.jit
 def tangent_of(z, h, v, curved, leak, KIND: tl.constexpr):
-    """φ'(z) v + φ''(z) curved; from h = φ(z) where that says it.
+    """φ'(z) v + φ''(z) curved; computed from h = φ(z) where possible.
 
-    Of ReLU and leaky ReLU it is selected, never multiplied: an infinite gradient of a dead unit is zero, not NaN.
+    ReLU and leaky ReLU select instead of multiplying: an infinite gradient of a dead unit gives zero, not NaN.
     """
     if KIND == 0:
         result = tl.where(h <= 0, 0.0, v)
@@ -84,7 +84,7 @@ def slope_of(z, h, v, leak, KIND: tl.constexpr):
     return result
 
 
-# Of a layer of ``kind``: the kind of all layers is ACTIVATION, or they differ, which is MIXED.
+# The functions below take a layer's ``kind``; ACTIVATION is the kind of all layers, or MIXED if they differ.
 
 
 @triton.jit
@@ -146,7 +146,7 @@ def tangent(z, h, v, curved, kind, leak, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def mean_factor(mask, like, samples, outputs, LOSS: tl.constexpr, MASKED: tl.constexpr):
-    """What an element of a sample that counts has of the task's mean loss; infinite, and not used, without any."""
+    """Weight of one element in the task's mean loss; infinite (and unused) if all samples are masked out."""
     counted = samples
     if MASKED:
         lanes = tl.arange(0, BLOCK)
@@ -161,7 +161,7 @@ def mean_factor(mask, like, samples, outputs, LOSS: tl.constexpr, MASKED: tl.con
 
 @triton.jit
 def sample_weights(mask, factor, s, samples, MASKED: tl.constexpr):
-    """Of the samples ``s``, [BS]: zero for those that do not count, or that there are not."""
+    """Weights [BS] of the samples ``s``; zero for masked ones and beyond the last."""
     used = s < samples
     if MASKED:
         used = used & (tl.load(mask + s, mask=used, other=0) != 0)
@@ -178,7 +178,7 @@ def shares(p, inside):
 
 @triton.jit
 def cross_entropy(p, label, weight, o, outputs):
-    """Losses [BS] and gradients [BS, OP]; NaN for a sample that counts and whose label names no output."""
+    """Losses [BS] and gradients [BS, OP]; NaN for an unmasked sample whose label is out of range."""
     weight = tl.where((weight != 0) & ((label < 0) | (label >= outputs)), float("nan"), weight)
     e, total, largest = shares(p, (o < outputs)[None, :])
     one_hot = label[:, None] == o[None, :]
@@ -189,7 +189,7 @@ def cross_entropy(p, label, weight, o, outputs):
 
 @triton.jit
 def softplus_of_minus(size):
-    """log(1 + e^-size) for size ≥ 0, with what rounding took from 1 + e^-size put back."""
+    """log(1 + e^-size) for size ≥ 0, corrected for the rounding of 1 + e^-size."""
     e = exp(-size)
     one_e = 1 + e
     return log(one_e) + (e - (one_e - 1)) / one_e
@@ -212,7 +212,7 @@ def loss_pass(
     predictions, delta, y, mask, factor, samples, outputs,
     LOSS: tl.constexpr, MASKED: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """The task's loss; writes its gradient by the predictions to ``delta``. ``y`` is [S, O], or labels [S]."""
+    """The task's loss; writes the gradient by the predictions to ``delta``. ``y`` is [S, O], or labels [S]."""
     BS: tl.constexpr = loss_block(OP)
     o = tl.arange(0, OP)
     totals = tl.zeros([BS], predictions.dtype.element_ty)
@@ -238,7 +238,7 @@ def loss_tangent_pass(
     predictions, tangents, delta_tangents, mask, factor, samples, outputs,
     LOSS: tl.constexpr, MASKED: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """Writes the derivative of loss_pass's gradient in the direction ``tangents`` of the predictions."""
+    """Write the derivative of loss_pass's gradient in the direction ``tangents`` of the predictions."""
     BS: tl.constexpr = loss_block(OP)
     o = tl.arange(0, OP)
     for start in range(0, samples, BS):
@@ -265,7 +265,7 @@ def loss_tangent_pass(
 
 @triton.jit
 def copy(source, target, size):
-    """``size`` elements in the target's dtype."""
+    """Copy ``size`` elements, cast to the target's dtype."""
     lanes = tl.arange(0, BLOCK)
     for start in range(0, size, BLOCK):
         x = to_arithmetic(tl.load(source + start + lanes, mask=start + lanes < size, other=0.0))

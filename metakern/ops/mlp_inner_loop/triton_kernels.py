@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Kernels of mlp_inner_loop: whole inner loops of one task after another by one program, and sums over the tasks.
+"""Kernels of mlp_inner_loop: one program runs the inner loops of its tasks in turn; and sums over the tasks.
 
 One launch takes all K steps and the way back through them. A program has scratch of its own in global memory, small
 enough for the cache; triton_pass.py says how its threads share it. Widths, numbers of samples and of
@@ -33,7 +33,7 @@ from metakern.ops.mlp_inner_loop.triton_pass import (
     tangent_forward_pass,
 )
 
-#: Arguments whose value must not become part of a compiled kernel.
+#: Arguments on whose values kernels must not be specialized.
 _NUMBERS = (
     "tasks", "support_samples", "query_samples", "steps", "every", "layers", "units", "params_size", "flat", "inputs",
     "outputs", "work_size", "rate", "rate_low", "clip", "clip_low",
@@ -45,9 +45,9 @@ _NUMBERS = (
 
 @triton.jit
 def clipping(gradient, net, alphas):
-    """min(1, c / ‖g‖) for the gradient g of all that adapts, and 1 / ‖g‖ where it is clipped, else 0.
+    """min(1, c / ‖g‖) for the gradient g of all adapted tensors, and 1 / ‖g‖ if it is clipped, else 0.
 
-    In float64, which holds every square of a float32.
+    Computed in float64, which holds every square of a float32.
     """
     table, layers, _units = net
     norm = alphas[2]
@@ -68,7 +68,7 @@ def clipping(gradient, net, alphas):
 
 @triton.jit
 def update_phase(now, new, gradient, coefficient, step, net, alphas, RATED: tl.constexpr, CLIPS: tl.constexpr):
-    """θ' = θ − α g, with CLIPS of the gradient times its coefficient; a tensor that is not adapted keeps its bits."""
+    """θ' = θ − α g; with CLIPS g is scaled by its coefficient. Tensors that are not adapted keep their bits."""
     table, layers, _units = net
     rates, rate, _norm = alphas
     for tensor in range(2 * layers):
@@ -93,9 +93,9 @@ def direction_phase(
     adjoint, grad_rates, gradient, coefficient, direction, step, net, alphas,
     RATED: tl.constexpr, CLIPS: tl.constexpr,
 ):  # fmt: skip
-    """The direction −α ⊙ adjoint of the Hessian's product, zero where nothing adapts; gradients of α are added up.
+    """Write the direction −α ⊙ adjoint for the Hessian product (zero if not adapted), and add to the gradients of α.
 
-    Returns the product of direction and gradient with CLIPS, for :func:`clip_direction_phase`.
+    With CLIPS returns ⟨direction, gradient⟩, for :func:`clip_direction_phase`.
     """
     table, layers, _units = net
     rates, rate, _norm = alphas
@@ -136,7 +136,7 @@ def direction_phase(
 
 @triton.jit
 def clip_direction_phase(direction, gradient, along, coefficient, inverse, net):
-    """From the direction d of a clipped gradient to that of the gradient: c / ‖g‖ (d − ⟨d, g⟩ g / ‖g‖²)."""
+    """Apply the derivative of clipping to the direction d: c / ‖g‖ (d − ⟨d, g⟩ g / ‖g‖²)."""
     table, layers, _units = net
     share = tl.where(inverse == 0, 0.0, along * inverse.to(tl.float64)).to(inverse.dtype)
     for tensor in range(2 * layers):
@@ -152,7 +152,7 @@ def clip_direction_phase(direction, gradient, along, coefficient, inverse, net):
 
 @triton.jit
 def gather(sources, task, target, table, TENSORS: tl.constexpr, SHARED: tl.constexpr):
-    """A task's parameters behind one another, from a tensor each; bit i of SHARED: tensor i has no task axis."""
+    """Gather a task's parameters from TENSORS tensors into one row; bit i of SHARED: tensor i has no task axis."""
     for tensor in tl.static_range(TENSORS):
         size = entry(table, tensor, SIZE)
         first = task * 0 if SHARED >> tensor & 1 else task * size
@@ -162,7 +162,7 @@ def gather(sources, task, target, table, TENSORS: tl.constexpr, SHARED: tl.const
 
 @triton.jit
 def scatter(source, task, targets, table, TENSORS: tl.constexpr):
-    """The reverse, into tensors with a task axis."""
+    """The inverse of :func:`gather`, into tensors with a task axis."""
     for tensor in tl.static_range(TENSORS):
         size = entry(table, tensor, SIZE)
         copy(source + entry(table, tensor, OFFSET), targets[tensor] + task * size, size)
@@ -171,7 +171,7 @@ def scatter(source, task, targets, table, TENSORS: tl.constexpr):
 
 @triton.jit
 def clear(target, size):
-    """Zeros."""
+    """Write zeros."""
     for start in range(0, size, BLOCK):
         i = start + tl.arange(0, BLOCK)
         tl.store(target + i, tl.zeros([BLOCK], target.dtype.element_ty), mask=i < size)
@@ -187,7 +187,7 @@ def loss_phases(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """Loss of one set, and a record that is complete but for the gradients below the last layer."""
+    """The loss of one set; fills the record except for the gradients below the last layer."""
     x, y, mask, factor, samples = data
     last, top = (net[2] - outputs) * samples, (4 * net[2] - outputs) * samples
     forward_pass(theta, x, record, samples, net, ACTIVATION, BS, BU)
@@ -201,7 +201,7 @@ def gradient_phases(
     theta, record, out, factor, data, net,
     ACTIVATION: tl.constexpr, ADD: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """``out`` (+)= factor · the gradient of the loss that the record is of."""
+    """``out`` (+)= factor · the gradient of the record's loss."""
     x, samples = data[0], data[4]
     backward_pass(theta, record, samples, net, ACTIVATION, BS, BU)
     deltas = record + 3 * net[2] * samples
@@ -214,7 +214,7 @@ def hessian_phases(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """Adds to ``adjoint`` the Hessian of the loss times ``direction``."""
+    """Add the Hessian of the loss times ``direction`` to ``adjoint``."""
     x, _y, mask, factor, samples = data
     last, top = (net[2] - outputs) * samples, (4 * net[2] - outputs) * samples
     tangent_forward_pass(theta, direction, x, record, tangents, samples, net, ACTIVATION, BS, BU)
@@ -232,7 +232,7 @@ def begin_segment(
     thetas, checkpoint, visit, segments, last_size, params_size,
     QUERY: tl.constexpr, BACKWARD: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """The parameters before its first step: those behind the segment before, or the ones that were kept."""
+    """Set the parameters before a segment's first step, from the end of the previous one or from a checkpoint."""
     if (visit >= segments) | (BACKWARD and not QUERY):
         copy(checkpoint, thetas, params_size)
     else:
@@ -246,7 +246,7 @@ def begin_segment(
 
 @triton.jit
 def add_losses(losses, step_weights, task, tasks, steps):
-    """The task's losses [K, T] after the steps, weighted, from the first to the last; those without weight are none."""
+    """The weighted sum of a task's losses [K, T] over the steps, in order; losses of zero weight are not read."""
     total = tl.load(step_weights) * 0
     for step in range(steps):
         weight = tl.load(step_weights + step)
@@ -261,7 +261,7 @@ def add_losses(losses, step_weights, task, tasks, steps):
 def load_set(
     x, y, mask, target, task, samples, inputs, outputs, LOSS: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """One set of a task as the phases take it; its x are copied to ``target``, in the arithmetic dtype."""
+    """One set of a task as the tuple ``data``; its x are copied to ``target`` in the arithmetic dtype."""
     copy(x + task * samples * inputs, target, samples * inputs)
     counts = mask + task * samples
     factor = mean_factor(counts, target, samples, outputs, LOSS, MASKED)
@@ -274,7 +274,7 @@ def forward_step(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """The inner step ``step``, as number ``slot`` of its segment."""
+    """Inner step number ``step``, which is number ``slot`` of its segment."""
     thetas, gradients, records, _direction, _tangents, theta_size, record_size = scratch
     now, gradient = thetas + slot * theta_size, gradients + slot * theta_size
     record = records + slot * record_size
@@ -292,7 +292,7 @@ def query_step(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, MASKED: tl.constexpr, BACKWARD: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """Query loss after a step, where it has a weight; with BACKWARD its gradient times that is added to ``adjoint``."""
+    """Query loss after a step of nonzero weight; BACKWARD adds its gradient times the weight to ``adjoint``."""
     if weight != 0:
         tl.store(loss, loss_phases(theta, record, query, outputs, net, ACTIVATION, LOSS, MASKED, BS, BU, OP))
         if BACKWARD:
@@ -305,7 +305,7 @@ def backward_step(
     ACTIVATION: tl.constexpr, LOSS: tl.constexpr, RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr,
     BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """From the adjoint of the parameters after a step to that of those before it."""
+    """Turn the adjoint of the parameters after a step into the adjoint of the parameters before it."""
     thetas, gradients, records, direction, tangents, theta_size, record_size = scratch
     gradient = gradients + slot * theta_size
     if CLIPS:
@@ -334,16 +334,17 @@ def inner_loop_kernel(
     RATED: tl.constexpr, CLIPS: tl.constexpr, MASKED: tl.constexpr, QUERY_MASKED: tl.constexpr,
     TENSORS: tl.constexpr, SHARED: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
 ):  # fmt: skip
-    """Every num_programs-th task.
+    """Run the inner loops of every num_programs-th task.
 
-    With QUERY: ``totals`` [T] of the query ``losses`` [K, T]; with BACKWARD also ``adjoints`` [T, P + R], the gradients
-    of those. With BACKWARD alone: adjoints from those of the adapted parameters, in ``ends``, and from ``checkpoints``.
-    Without both: adapted parameters, to ``ends``, and with KEEP ``checkpoints`` [T, segments, P].
+    With QUERY: writes ``totals`` [T] of the query ``losses`` [K, T], and with BACKWARD also their gradients,
+    ``adjoints`` [T, P + R]. With BACKWARD alone: writes adjoints, given ``checkpoints`` and in ``ends`` the gradients
+    of the adapted parameters. Without both: writes the adapted parameters to ``ends``, and with KEEP ``checkpoints``
+    [T, segments, P].
     """
     alpha = scalar(rate, rate_low, tl.zeros([1], work.dtype.element_ty))
     net, alphas = (table, layers, units), (rates, alpha, scalar(clip, clip_low, tl.zeros([1], tl.float64)))
     segments = (steps + every - 1) // every
-    # The steps of a segment stay for the way back; without one, every step takes the place of the one before.
+    # For the backward all steps of a segment are held; otherwise every step overwrites the one before.
     span, theta_size = (every, params_size) if BACKWARD else (1, 0)
     record_size = 4 * units * support_samples
     thetas = work + tl.program_id(0).to(tl.int64) * work_size
@@ -371,7 +372,7 @@ def inner_loop_kernel(
             gather(ends, task, adjoint, table, TENSORS, 0)
         else:
             gather(initial, task, thetas, table, TENSORS, SHARED)
-        # There, the segments one after another; back, from the last, whose steps are still here, to the first.
+        # Forward through the segments; then backward from the last, whose steps are still held, to the first.
         for visit in range(segments - 1 if BACKWARD and not QUERY else 0, 2 * segments - 1 if BACKWARD else segments):
             first = tl.where(visit < segments, visit, 2 * segments - 2 - visit) * every
             last = tl.minimum(first + every, steps)
@@ -417,7 +418,7 @@ def inner_loop_kernel(
 def sum_rows(
     values, weights, first, end, columns, length, WEIGHTED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Sums [BC] of the rows ``first`` to ``end`` of values [rows, length], times their weights, in fixed order."""
+    """Weighted sums [BC] of the rows ``first`` to ``end`` of values [rows, length], in fixed order."""
     total = tl.zeros([BC], values.dtype.element_ty)
     for start in range(first, end, BT):
         row = start + tl.arange(0, BT)
@@ -432,7 +433,7 @@ def sum_rows(
 
 @triton.jit
 def spread(total, row, columns, outs, starts, OUTS: tl.constexpr, CHOSEN: tl.constexpr):
-    """Columns of one row to the tensors that they belong to; bit i of CHOSEN: tensor i is written."""
+    """Write the columns of one row to their tensors; bit i of CHOSEN: tensor i is written."""
     for i in tl.static_range(OUTS):
         if CHOSEN >> i & 1:
             start, end = tl.load(starts + i), tl.load(starts + i + 1)
@@ -444,7 +445,7 @@ def spread(total, row, columns, outs, starts, OUTS: tl.constexpr, CHOSEN: tl.con
 def partial_sums_kernel(
     values, weights, sums, rows, chunk, length, blocks, WEIGHTED: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr
 ):  # fmt: skip
-    """Sums [chunks, length] of ``chunk`` rows each of values [rows, length]."""
+    """Sum values [rows, length] in chunks of ``chunk`` rows, to [chunks, length]."""
     part = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     first = part * chunk
@@ -457,7 +458,7 @@ def shared_gradients_kernel(
     values, weights, outs, starts, rows, length,
     WEIGHTED: tl.constexpr, OUTS: tl.constexpr, CHOSEN: tl.constexpr, BT: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Sums of all rows of values [rows, length] to tensors that all tasks share."""
+    """Sum all rows of values [rows, length] into the gradients of shared tensors."""
     columns = tl.program_id(0) * BC + tl.arange(0, BC)
     total = sum_rows(values, weights, 0, rows, columns, length, WEIGHTED, BT, BC)
     spread(total, 0, columns, outs, starts, OUTS, CHOSEN)
@@ -468,7 +469,7 @@ def own_gradients_kernel(
     values, weights, outs, starts, length, blocks,
     WEIGHTED: tl.constexpr, OUTS: tl.constexpr, CHOSEN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Rows of values [T, length], times their weights, to tensors [T, ...] of which every task has its own."""
+    """Write the weighted rows of values [T, length] to the gradients of per-task tensors [T, ...]."""
     task = (tl.program_id(0) // blocks).to(tl.int64)
     columns = tl.program_id(0) % blocks * BC + tl.arange(0, BC)
     v = tl.load(values + task * length + columns, mask=columns < length, other=0.0)

@@ -1,5 +1,5 @@
 # mypy: disable-error-code="no-untyped-def"
-"""One pass of one task's small MLP by one program: forward, gradient, and the product of the Hessian with a vector.
+"""One pass of one task's small MLP by one program: forward, gradient, and Hessian-vector product.
 
 Hessian products by forward over reverse (Pearlmutter 1994): the derivative of the gradient in a direction.
 
@@ -28,24 +28,24 @@ import triton.language as tl
 from metakern.ops.core.triton_arithmetic import scalar
 from metakern.ops.mlp_inner_loop.triton_functions import activation, slope_times, tangent
 
-#: Columns of the table of a network, a row for each tensor; keep in step with metakern/ops/mlp_inner_loop/triton.py.
+#: Columns of a network's table, one row per tensor; keep in step with metakern/ops/mlp_inner_loop/triton.py.
 OFFSET, SIZE, INPUTS, UNITS, BEFORE, ADAPTED, SLOT, PER_PARAMETER, STEP = map(tl.constexpr, range(9))
 KIND, LEAK, LEAK_LOW = map(tl.constexpr, range(9, 12))
 COLUMNS = tl.constexpr(12)
 
-#: Of a block of a product: the least that tl.dot takes, which needs the fewest registers.
+#: Inner block size of products: tl.dot's minimum, which needs the fewest registers.
 DEPTH = tl.constexpr(16)
 
 
 @triton.jit
 def entry(table, tensor, column: tl.constexpr):
-    """One number of the table."""
+    """One entry of a network's table."""
     return tl.load(table + tensor * COLUMNS + column)
 
 
 @triton.jit
 def layer_sizes(table, layer):
-    """Inputs, units, the units of the layers before, and where weight and bias start."""
+    """A layer's inputs, units, the units of the layers before, and the offsets of its weight and bias."""
     inputs, units = entry(table, 2 * layer, INPUTS), entry(table, 2 * layer, UNITS)
     weight, bias = entry(table, 2 * layer, OFFSET), entry(table, 2 * layer + 1, OFFSET)
     return inputs, units, entry(table, 2 * layer, BEFORE), weight, bias
@@ -53,14 +53,14 @@ def layer_sizes(table, layer):
 
 @triton.jit
 def layer_activation(table, layer, like):
-    """Kind of a layer's activation, and the slope at and below zero, a number of the host."""
+    """Kind of a layer's activation, and its slope at and below zero (a host scalar)."""
     leak = scalar(entry(table, 2 * layer, LEAK), entry(table, 2 * layer, LEAK_LOW), like)
     return entry(table, 2 * layer, KIND), leak
 
 
 @triton.jit
 def layer_input(x, h, layer, inputs, before, samples):
-    """Of [S, inputs]: the samples, or what the layer below made of them."""
+    """A layer's input [S, inputs]: the samples, or the activations of the layer below."""
     result = x
     if layer > 0:
         result = h + (before - inputs) * samples
@@ -87,7 +87,7 @@ def forward_pass(
     theta, x, record, samples, net,
     ACTIVATION: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """Predictions and everything on the way."""
+    """Compute z and h of every layer; the last are the predictions."""
     table, layers, units_total = net
     size = units_total * samples
     for layer in range(layers):
@@ -113,7 +113,7 @@ def backward_pass(
     theta, record, samples, net,
     ACTIVATION: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """Gradients by all pre-activations, from those of the last layer."""
+    """Compute the gradients by all pre-activations, from those of the last layer."""
     table, layers, units_total = net
     size = units_total * samples
     for done in range(1, layers):
@@ -143,7 +143,7 @@ def gradient_pass(
 ):  # fmt: skip
     """``out`` (+)= factor · Σ over samples of δ ⊗ input, and of δ; with TANGENT the derivative of that.
 
-    ``deltas`` are the record's, or with TANGENT the tangents'.
+    ``deltas`` are the record's δ, or with TANGENT the tangents' δ.
     """
     table, layers, units_total = net
     size = units_total * samples
@@ -159,7 +159,7 @@ def gradient_pass(
                 g = add_product(g, delta, 1, units, units, below, inputs, 1, inputs, samples, u, i)
                 if TANGENT:
                     moved = layer_input(tangents, tangents + size, layer, inputs, before, samples)
-                    count = tl.where(layer > 0, samples, 0)  # the samples themselves do not move
+                    count = tl.where(layer > 0, samples, 0)  # the samples have no tangent
                     own = record + 3 * size + before * samples
                     g = add_product(g, own, 1, units, units, moved, inputs, 1, inputs, count, u, i)
                 at = out + weight + u[:, None] * inputs + i[None, :]
@@ -185,7 +185,7 @@ def tangent_forward_pass(
     theta, direction, x, record, tangents, samples, net,
     ACTIVATION: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr,
 ):  # fmt: skip
-    """Derivatives of z and h where theta moves in a direction."""
+    """Derivatives of z and h when theta moves along ``direction``."""
     table, layers, units_total = net
     size = units_total * samples
     for layer in range(layers):

@@ -251,7 +251,7 @@ def _partial(substitute: Substitution, value: functools.partial[Any]) -> functoo
 
 def _function(substitute: Substitution, value: types.FunctionType) -> Any:
     original = value.__dict__.get("_torchdynamo_orig_callable")
-    if original is not None:  # compiled code is for the original's modules; a copy's run as they are written
+    if original is not None:  # compiled code is specific to the original's modules; copies run uncompiled
         new = substitute(original)
         return value if new is original else new
     cells = [cell for cell in value.__closure__ or () if _is_set(cell)]

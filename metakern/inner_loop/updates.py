@@ -72,7 +72,7 @@ class Descent:
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """See :func:`metakern.ops.inner_update`."""
-        # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
+        # torch.compile fuses the formula with the surrounding code, and torch.func can transform it.
         plain = is_transformed() or any(p.is_complex() for p in params.values())
         update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
         updated = update(

@@ -66,7 +66,7 @@ class _Plan(NamedTuple):
         params: the model's parameters, in the operators' order
         names: names of ``params``; empty where a layer has no bias
         adapted: names of the adapted parameters
-        backend: backend whose kernels serve
+        backend: name of the backend
         arguments: the operators' options; empty if ``way`` is given
         sets: support and query samples as the operators take them
         step_weights: weights of the query losses after every step

@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
-    owner = getattr(func, "__self__", None)  # of the getter of an attribute
+    owner = getattr(func, "__self__", None)  # the attribute, if func is its getter
     return getattr(owner, "__name__", name) if name == "__get__" else name
 
 

@@ -104,7 +104,7 @@ def changed_functions() -> str:
 
 
 def changed_class(kind: type) -> str:
-    """Why instances of one of :data:`KNOWN_CLASSES` may compute something undocumented; empty if they do not."""
+    """Why instances of one of :data:`KNOWN_CLASSES` may not compute what PyTorch documents; empty if they do."""
     changed = _methods(kind) != _METHODS[kind]
     if kind is nn.Linear:
         changed = changed or "weight" in kind.__dict__ or "bias" in kind.__dict__

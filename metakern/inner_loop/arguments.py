@@ -1,4 +1,4 @@
-"""Arguments of the batched inner loop: checked, and brought into one form.
+"""Validation and normalisation of the batched inner loop's arguments.
 
 Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -40,7 +40,7 @@ class SampleSets:
         y: [T, S, ...], likewise, or None where the loss takes no target
         mask: bool [T, S], False at padding, or None where there is none
         labels: the smallest and the largest class label, where the loss takes labels
-        by_step: whether the axis of the inner steps stands behind that of the tasks: [T, K, S, ...]
+        by_step: whether every inner step has its own sets: [T, K, S, ...]
     """
 
     name: str
@@ -62,30 +62,30 @@ class SampleSets:
 
     @property
     def device(self) -> torch.device:
-        """Where the samples are."""
+        """Device of the samples."""
         return first_tensor(self.x).device
 
     @property
     def named(self) -> dict[str, Tensor]:
-        """The samples by what a message calls them."""
+        """The tensors of x and y by their names in error messages."""
         targets = {} if self.y is None else named_tensors(f"{self.name}_y", self.y)
         return {**named_tensors(f"{self.name}_x", self.x), **targets}
 
     @property
     def tensors(self) -> tuple[Data, ...]:
-        """What differs from task to task."""
+        """The data with a task axis: x, and y and the mask where given."""
         return tuple(part for part in (self.x, self.y, self.mask) if part is not None)
 
     def parts(self, x: Data, *rest: Data) -> tuple[Data, Data | None, Tensor | None]:
-        """x, y and mask from ``tensors``, or from what was made of each."""
+        """Split :attr:`tensors`, or a transformed copy of them, into x, y and mask."""
         return x, None if self.y is None else rest[0], None if self.mask is None else rest[-1]
 
     def with_tensors(self, tensors: Sequence[Data]) -> SampleSets:
-        """The batch with others in place of its ``tensors``."""
+        """A copy with other :attr:`tensors`."""
         return SampleSets(self.name, *self.parts(*tensors), self.labels, self.by_step)
 
     def replaced(self, instead: Mapping[int, Tensor]) -> SampleSets:
-        """The batch with other tensors in place of some, by their ids."""
+        """A copy with some tensors replaced, keyed by their ids."""
         if not instead:
             return self
         return self.with_tensors([map_tensors(lambda x: instead.get(id(x), x), part) for part in self.tensors])
@@ -102,7 +102,7 @@ class SampleSets:
 
 
 class LoopOptions(NamedTuple):
-    """What adapt, meta_loss and meta_backward have in common, with its defaults; see :func:`metakern.adapt`."""
+    """Options that adapt, meta_loss and meta_backward share, with their defaults; see :func:`metakern.adapt`."""
 
     model: nn.Module
     loss: Callable[..., Tensor] = F.mse_loss
@@ -120,7 +120,7 @@ class LoopOptions(NamedTuple):
     rule: Any = None
 
     def checked(self) -> LoopOptions:
-        """The options, numbers as Python has them; raises for those that do not fit."""
+        """The options, validated, with counts and norms as Python numbers."""
         if not is_transformed() and torch.is_inference_mode_enabled():
             raise RuntimeError(
                 "the inner loop takes gradients, which torch.inference_mode() forbids; use torch.no_grad()"
@@ -140,17 +140,17 @@ class LoopOptions(NamedTuple):
 
     @property
     def descent(self) -> GradientDescent | None:
-        """The rule, where it is gradient descent with nothing around it; else None."""
+        """The rule if it is an unmodified GradientDescent (no subclass, no hooks), else None."""
         plain = type(self.rule) is GradientDescent and not changed_instance(self.rule)
         return self.rule if plain else None
 
     @property
     def is_descent(self) -> bool:
-        """Whether the steps are those of gradient descent, by ``lr`` or by a rule."""
+        """Whether the inner steps are gradient descent, by ``lr`` or by a rule."""
         return self.rule is None or self.descent is not None
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
-        """α of gradient descent for params of one task, [*shape] each by name."""
+        """Learning rates α of gradient descent for the params of one task, [*shape] each, by name."""
         if self.descent is None:
             return learning_rates(self.lr, params, self.steps)
         rates, most = self.descent.learning_rates(params), self.descent.steps
@@ -163,7 +163,7 @@ class LoopOptions(NamedTuple):
 
     @property
     def largest_norm(self) -> float | None:
-        """The smaller of the norms to which gradients are clipped, here and by the rule of gradient descent."""
+        """The smaller of the two clipping norms, this option's and the gradient descent rule's."""
         own = None if self.descent is None else self.descent.clip_norm
         if own is None or self.clip_norm is None:
             return self.clip_norm if own is None else own
@@ -176,14 +176,14 @@ class Call:
 
     Attributes:
         name: "adapt", "meta_loss" or "meta_backward"
-        options: checked
+        options: checked options
         support: (x, y), as the caller gave them
         query: likewise; None for adapt
-        masks: of support and query
-        step_weights: of the query losses after every step, or None
-        moves_statistics: whether running statistics of the model move
-        prepared: by the name of an engine, what it prepared to serve the call
-        reasons: why the engines that were asked so far do not serve
+        masks: masks of support and query sets
+        step_weights: weights of the query losses after every step, or None
+        moves_statistics: whether the call updates the model's running statistics
+        prepared: each engine's prepared plan for the call, by the engine's name
+        reasons: why each engine asked so far does not serve the call
     """
 
     name: str
@@ -215,8 +215,8 @@ def sample_sets(
 ) -> SampleSets:
     """The sets of T tasks from a pair (x, y), each [T, S, ...]; ``name`` is "support" or "query".
 
-    With ``steps``, K, one set for each inner step: [T, K, S, ...]. Padding, where ``mask`` [T, S] is False, is replaced
-    by the task's first sample, so that it may hold anything.
+    With ``steps``, K, one set for each inner step: [T, K, S, ...]. Padding, where ``mask`` [T, S] is False, may hold
+    anything: it is replaced by the task's first real sample.
     """
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise TypeError(f"{name} must be a pair ({name}_x, {name}_y), got {type(data).__name__}")
@@ -248,9 +248,9 @@ def sample_sets(
 
 
 def split(batch: SampleSets, parts: int, loss: TaskLoss) -> list[tuple[SampleSets, Tensor]]:
-    """The sets [T, S, ...] in so many parts, at most S, and the shares [T] of the whole loss that those of parts have.
+    """Split sets [T, S, ...] into ``parts``, at most S; returns each part and the share [T] of its loss in the whole.
 
-    All parts are masked: in some of them a task may have no sample.
+    All parts are masked, as a task may have no sample in some of them.
     """
     samples = batch.num_samples
     loss.check_parts(batch.y)
@@ -273,9 +273,9 @@ def split(batch: SampleSets, parts: int, loss: TaskLoss) -> list[tuple[SampleSet
 
 
 def check_samples(name: str, x: Any, num_tasks: int | None = None, steps: int | None = None) -> torch.Size:
-    """[T, S], or [T, K, S] with ``steps``, that all tensors of ``x`` begin with.
+    """The leading axes that all tensors of ``x`` share: [T, S], or [T, K, S] with ``steps``.
 
-    Raises unless T and S are at least 1, and T is as expected if that is given.
+    Raises unless T and S are at least 1, and T equals ``num_tasks`` if that is given.
     """
     shape: torch.Size | None = None
     for part, tensor in named_tensors(name, x).items():
@@ -317,7 +317,7 @@ def _check_mask(name: str, mask: Any, axes: torch.Size, device: torch.device) ->
 
 
 def check_labels(batch: SampleSets, prediction: Any) -> None:
-    """Raise ValueError for a label that the model has no output for; ``prediction`` is [S, classes, ...]."""
+    """Raise ValueError for a label without a model output; ``prediction`` is [S, classes, ...]."""
     if batch.labels is None or not isinstance(prediction, Tensor):
         return
     if prediction.dim() > 1 and batch.labels[1] >= prediction.shape[1]:
@@ -331,10 +331,10 @@ def check_labels(batch: SampleSets, prediction: Any) -> None:
 
 
 def adapted_names(model: nn.Module, patterns: str | Sequence[str] | None) -> list[str]:
-    """Names of the parameters that are adapted: those that require gradients and match a glob pattern, or all.
+    """Names of the adapted parameters: those that require gradients and, unless ``patterns`` is None, match one.
 
-    In a pattern ``*`` stands for any characters, ``?`` for one.
-    A tied parameter goes by its first name and is matched by any of its names.
+    In a glob pattern ``*`` stands for any characters, ``?`` for one.
+    A tied parameter is listed under its first name and matched by any of its names.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -373,7 +373,7 @@ def first_order_steps(first_order: bool | Sequence[bool], steps: int) -> list[bo
 
 
 def check_step_weights(weights: Any, steps: int) -> Sequence[float] | Tensor:
-    """Weights of the query loss after every step, one a step: a list of numbers, or a tensor [K]."""
+    """Check the weights of the query losses, one per step; returns a list of numbers, or the tensor [K]."""
     if not steps:
         raise ValueError("step_weights weigh the query losses after every inner step, of which steps=0 takes none")
     if isinstance(weights, Tensor):

@@ -1,7 +1,7 @@
-"""Whether PyTorch computes what it computed when this package was imported: no patches, modes or global hooks.
+"""Detects changes to PyTorch's behaviour: patched functions and methods, active modes, hooks.
 
-The fused inner loop knows layers and losses by their classes and functions, and computes what those are documented to
-compute. Wherever a caller has changed that, it must not serve.
+The fused inner loop recognises layers and losses by class or function, and computes what PyTorch documents for these.
+It must not serve if a caller has changed their behaviour.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from metakern.core.torch_private import (
     nn_functions,
 )
 
-#: Hooks of all modules; empty ones are false.
+#: Registries of hooks that run for all modules; an empty registry is falsy.
 GLOBAL_HOOKS = (*GLOBAL_FORWARD_HOOKS, *GLOBAL_BACKWARD_HOOKS)
 
 #: Dispatch modes that trace operators and do not change them.
 _TRACING_MODES = (FakeTensorMode, FunctionalTensorMode, ProxyTorchDispatchMode)
 
-#: What may stand in a module as its weights: plain tensors, those of torch.func among them, or traced ones.
+#: Types allowed as a module's weights: plain tensors (torch.func's included) and traced ones.
 _PLAIN = (nn.Parameter, Tensor, FakeTensor, FunctionalTensor)
 
 HOOKS = "the model has hooks"
 
-#: Classes whose instances are known by what they are documented to compute.
+#: Classes that are recognised; their instances compute what PyTorch documents.
 KNOWN_CLASSES = (
     nn.Module,
     nn.Sequential,
@@ -61,12 +61,12 @@ KNOWN_CLASSES = (
 
 
 def _methods(kind: Any) -> tuple[Any, ...]:
-    """What calling an instance of a class runs, by its attributes now."""
+    """The methods that calling an instance of a class runs, as currently defined."""
     return kind.forward, kind.__call__, kind._call_impl, kind.__getattr__
 
 
 def _functions() -> tuple[Any, ...]:
-    """What these classes, and the functions of torch.nn.functional, call in turn."""
+    """The functions that these classes and torch.nn.functional call, as currently defined."""
     c = nn_functions
     return (
         *(F.linear, F.relu, F.gelu, F.leaky_relu, F.dropout, F.mse_loss, F.cross_entropy),
@@ -77,7 +77,7 @@ def _functions() -> tuple[Any, ...]:
 
 
 def _shipped(functions: tuple[Any, ...]) -> tuple[Any, ...] | None:
-    """These functions; None, which equals none, if one is not PyTorch's: it was replaced before this was imported."""
+    """These functions; None, which never compares equal, if one was patched before this package was imported."""
     home = os.path.dirname(torch.__file__)
     codes = [f.__code__ for f in functions if hasattr(f, "__code__")]  # others are built in
     return functions if all(code.co_filename.startswith(home) for code in codes) else None
@@ -90,7 +90,7 @@ _ITERATED = nn.Sequential.__iter__
 
 @called_by_the_compiler
 def changed_functions() -> str:
-    """Why nothing that is called here can be known by its name; empty where it can."""
+    """Why functions cannot be recognised by name now (patches, modes, global hooks); empty if they can."""
     for hooks in GLOBAL_HOOKS:
         if hooks:
             return "global module hooks are registered"
@@ -104,7 +104,7 @@ def changed_functions() -> str:
 
 
 def changed_class(kind: type) -> str:
-    """Why instances of one of :data:`KNOWN_CLASSES` may compute something else; empty where they do not."""
+    """Why instances of one of :data:`KNOWN_CLASSES` may not compute what PyTorch documents; empty if they do."""
     changed = _methods(kind) != _METHODS[kind]
     if kind is nn.Linear:
         changed = changed or "weight" in kind.__dict__ or "bias" in kind.__dict__
@@ -115,12 +115,12 @@ def changed_class(kind: type) -> str:
 
 @called_by_the_compiler
 def changed_classes() -> str:
-    """:func:`changed_class` of all of them."""
+    """The first reason that :func:`changed_class` gives for any of :data:`KNOWN_CLASSES`; empty if none."""
     return next(filter(None, map(changed_class, KNOWN_CLASSES)), "")
 
 
 def changed_instance(module: nn.Module) -> str:
-    """Why a call of ``module`` may run more, or other things, than the ``forward`` of its class; empty if it cannot."""
+    """Why a call of ``module`` may run anything but its class's ``forward`` (hooks, replaced methods); empty if not."""
     own = module.__dict__
     if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
         return HOOKS
@@ -130,7 +130,7 @@ def changed_instance(module: nn.Module) -> str:
 
 
 def is_plain(x: Any) -> bool:
-    """Whether ``x`` is a tensor or parameter, and not of a subclass that may override functions."""
+    """Whether ``x`` is a tensor or parameter, not of a subclass that may override functions."""
     return type(x) in _PLAIN
 
 

@@ -1,4 +1,4 @@
-"""Batch norm with running statistics of its own for every inner step: MAML++, Antoniou et al. 2018, arXiv 1810.09502.
+"""Batch norm with per-step running statistics: MAML++, Antoniou et al. 2018, arXiv 1810.09502.
 
 Axis legend: N samples, C channels, K inner steps.
 """
@@ -19,26 +19,26 @@ _PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class PerStepBatchNorm(nn.Module):
-    """Batch norm that keeps running statistics, and if wanted weights, for the model after each of 0 to K inner steps.
+    """Batch norm with separate running statistics, and optionally weights, for the model after 0 to K inner steps.
 
     Antoniou et al. 2018, "How to train your MAML", arXiv 1810.09502: activations before and after adaptation are
     distributed differently, so one set of running statistics fits none of them. Row k belongs to the model after k
     steps, on support and query sets alike. (The authors' code lets the query set share the row of the step before.)
 
-    In ``train()`` mode normalisation itself uses the statistics of the task's current batch, so predictions are
-    transductive, and :func:`metakern.meta_loss` moves row k towards the mean over tasks of their batches' means and
-    unbiased variances, once for every evaluation after k steps, in their order: the same bits in every run.
-    :func:`metakern.adapt` moves none. In ``eval()`` mode row k normalises, and samples do not depend on each other.
-    Called by itself the layer is at step ``step``, 0 unless the buffer is written, and moves that row in ``train()``.
+    In ``train()`` mode normalisation uses the statistics of the task's current batch, so predictions are transductive.
+    :func:`metakern.meta_loss` moves row k towards the mean over tasks of their batches' means and unbiased variances,
+    once for every evaluation after k steps, in their order: the same bits in every run. :func:`metakern.adapt` moves
+    none. In ``eval()`` mode row k normalises, and samples do not depend on each other. A call outside the inner loop
+    uses row ``step``, 0 unless the buffer is written, and moves that row in ``train()``.
 
     Args:
         num_features: C
-        steps: K, the most inner steps that a call may take
+        steps: K, the maximum number of inner steps of a call
         eps: added to the variance
-        momentum: share of the new statistics, 0 to 1
-        affine: whether there are a learned weight and bias
-        affine_per_step: whether each step has its own. An inner step then changes only the row that it comes from,
-            which is not used again, so they are in effect learned by the outer loop alone.
+        momentum: weight of the new statistics, 0 to 1
+        affine: whether to learn a weight and a bias
+        affine_per_step: whether each step has a weight and bias of its own. An inner step then changes only its own
+            row, which is not used again, so in effect only the outer loop learns them.
 
     Attributes:
         running_mean, running_var: buffers [K+1, C]
@@ -93,8 +93,7 @@ class PerStepBatchNorm(nn.Module):
         if not self.training:
             mean, var = self._row(self.running_mean), self._row(self.running_var)
             return F.batch_norm(x, mean, var, weight, bias, False, self.momentum, self.eps)
-        # The statistics are taken apart from the normalisation: torch.vmap's batch norm loses what it writes into a
-        # row of a tensor.
+        # Statistics are computed separately, as torch.vmap's batch norm loses writes into a row of a tensor.
         normalised = F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
         dims = [0, *range(2, x.dim())]
         var, mean = torch.var_mean(x.detach().to(self.running_var.dtype), dims)
@@ -104,13 +103,13 @@ class PerStepBatchNorm(nn.Module):
 
     @staticmethod
     def replaced(running: Tensor, new: Tensor, step: Tensor) -> Tensor:
-        """Running statistics [K+1, C] with the row of ``step`` [] from ``new`` [K+1, C]."""
+        """Running statistics [K+1, C] with row ``step`` [] replaced by that of ``new`` [K+1, C]."""
         # A product with zeros would spread NaN to the other rows, and reading the step would wait for the GPU.
         rows = torch.arange(running.shape[0], device=running.device)
         return torch.where((rows == step).unsqueeze(1), new, running)
 
     def extra_repr(self) -> str:
-        """What repr(layer) shows of the options."""
+        """The options that repr(layer) shows."""
         per_step = self.weight is not None and self.weight.dim() > 1
         return (
             f"{self.num_features}, steps={self.steps}, eps={self.eps}, momentum={self.momentum}, "
@@ -118,26 +117,26 @@ class PerStepBatchNorm(nn.Module):
         )
 
     def _row(self, tensor: Tensor | None) -> Tensor | None:
-        """What belongs to the current step: a row of [K+1, C], or [C] as it is."""
+        """The current step's row of [K+1, C]; a tensor [C] as it is."""
         if tensor is None or tensor.dim() == 1:
             return tensor
         return tensor.index_select(0, self.step.reshape(1)).squeeze(0)
 
 
 def per_step_batch_norm(model: nn.Module, steps: int, affine_per_step: bool = False) -> nn.Module:
-    """A copy of the model with :class:`PerStepBatchNorm` in place of batch norm that keeps running statistics.
+    """A copy of the model in which :class:`PerStepBatchNorm` replaces batch norm with running statistics.
 
-    Every row starts from the statistics, and the weight and bias, that the layer has. Layers without running statistics
-    use those of the current batch in any mode, and stay as they are; so do subclasses of torch's layers.
+    Every row starts from the layer's statistics, weight and bias. Layers without running statistics, which use those of
+    the current batch in any mode, stay as they are; so do subclasses of torch's layers.
 
     Args:
         model: any module that can be deep-copied; it is not changed
-        steps: K, the most inner steps that a call of :func:`metakern.adapt` or :func:`metakern.meta_loss` may take
+        steps: K, the maximum number of inner steps of a call of :func:`metakern.adapt` or :func:`metakern.meta_loss`
         affine_per_step: whether each step has a learned weight and bias of its own
 
     Raises:
-        TypeError, ValueError: for a model that is no module or has no such layer; for one with ``momentum=None``, whose
-            average over all batches is not provided for.
+        TypeError, ValueError: for a model that is no module or has no such layer; for a layer with ``momentum=None``,
+            as the average over all batches is not supported.
 
     Example:
         >>> net = per_step_batch_norm(net, steps=5)
@@ -162,7 +161,7 @@ def per_step_batch_norm(model: nn.Module, steps: int, affine_per_step: bool = Fa
 
 
 def _converted(layer: Any, steps: int, affine_per_step: bool) -> PerStepBatchNorm:
-    """The layer's successor, which takes its weight and bias over."""
+    """PerStepBatchNorm for a batch norm layer, with its statistics, weight and bias."""
     options: dict[str, Any] = {"device": layer.running_mean.device, "dtype": layer.running_mean.dtype}
     sizes = layer.num_features, steps, layer.eps, layer.momentum, layer.affine, affine_per_step
     converted = PerStepBatchNorm(*sizes, **options)

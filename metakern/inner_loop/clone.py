@@ -1,4 +1,4 @@
-"""Copies of modules within the autograd graph, and updates of their parameters, with the calls of learn2learn."""
+"""Clones of modules within the autograd graph and updates of their parameters, with learn2learn's API."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _M = TypeVar("_M")
 
 
 def clone_module(module: _M, memo: Replaced | None = None) -> _M:
-    """A copy of a module whose parameters are ``clone()`` of the original's: gradients flow through them to those.
+    """A copy of a module with ``clone()`` of its parameters: gradients flow through the copy to the original.
 
-    Buffers that require gradients are cloned too; other buffers are shared. What the module holds twice, the copy holds
-    twice. The copy refers to itself where the original refers to itself: in lists and dicts of modules or parameters,
-    bound methods, hooks, a replaced ``forward``, and in the closures and ``functools.partial`` of such functions.
-    Modules that torch.compile made run uncompiled in a copy.
+    Buffers that require gradients are cloned too; other buffers are shared. Shared parameters and submodules stay
+    shared in the copy. References of the original to itself become references of the copy to itself: in lists and dicts
+    of modules or parameters, bound methods, hooks, a replaced ``forward``, and in the closures and
+    ``functools.partial`` of such functions. Modules compiled by torch.compile run uncompiled in a copy.
 
     Args:
         module: an ``nn.Module``; anything else is returned as it is
-        memo: what was cloned before, as a dict that starts empty: give the same one for modules that share parameters
+        memo: earlier clones: pass the same dict, empty at first, for all modules that share parameters
 
     Raises:
-        TypeError: for modules of torch.jit, which cannot be copied so
+        TypeError: for modules of torch.jit, which cannot be copied this way
         ValueError: for a lazy module that has no parameters yet
     """
     if not isinstance(module, nn.Module):
@@ -41,15 +41,15 @@ def clone_module(module: _M, memo: Replaced | None = None) -> _M:
 
 
 def clone_parts(module: nn.Module, memo: Replaced, also: nn.Module | None = None) -> set[Any]:
-    """Enter copies of a module, of all that are registered in it and of their parameters in ``memo``.
+    """Copy a module, its registered submodules and their parameters, and enter the copies in ``memo``.
 
     Args:
-        module: is not changed
+        module: left unchanged
         memo: as for :func:`clone_module`
-        also: a copy of a module that refers to these, which then refers to the copies
+        also: a copy of a module that refers to these parts; its references are redirected to the copies
 
     Returns:
-        autograd nodes of other tensors that the module holds, and the copies, too
+        autograd nodes of other tensors, which the module and the copies both hold
     """
     made: list[tuple[nn.Module, list[str] | None]] = [] if also is None else [(also, None)]
     made.extend(_copied(part, memo) for _, part in named_parts(module) if id(part) not in memo)
@@ -59,7 +59,7 @@ def clone_parts(module: nn.Module, memo: Replaced, also: nn.Module | None = None
 
 
 def _copied(module: nn.Module, memo: Replaced) -> tuple[nn.Module, list[str]]:
-    """:func:`copied_with_rest` of a module, which still holds what the original does; ``memo`` receives all copies."""
+    """:func:`copied_with_rest` of a module, before substitution; enters it and its tensors' clones in ``memo``."""
     if isinstance(module, torch.jit.ScriptModule):
         raise TypeError(
             f"model must not be scripted or traced, got {type(module).__name__}, whose parameters cannot be replaced: "
@@ -81,15 +81,15 @@ def _copied(module: nn.Module, memo: Replaced) -> tuple[nn.Module, list[str]]:
 
 
 def replace_tensors(module: nn.Module, replaced: Replaced) -> None:
-    """Put tensors in place of others wherever the module holds them."""
+    """Replace tensors, in place, wherever the module holds them."""
     Substitution(replaced, copies=False).fill([part for _, part in named_parts(module)])
 
 
 def captures_tensors(model: nn.Module) -> bool:
-    """Whether a model refers to its parameters or buffers otherwise than by those that are registered.
+    """Whether a model refers to its parameters or buffers other than by registration, e.g. in a list or closure.
 
-    ``torch.func.functional_call`` does not replace them there. It does in nn.LSTM and its kin, which keep a list.
-    Scripted modules keep no others.
+    ``torch.func.functional_call`` does not replace such references. nn.LSTM and its kin, whose list it does replace,
+    do not count. Scripted modules have no such references.
     """
     whole = (nn.RNNBase, torch.jit.ScriptModule)
     parts = list(model.modules())
@@ -100,12 +100,12 @@ def captures_tensors(model: nn.Module) -> bool:
 
 
 def with_tensors(model: nn.Module, replaced: Replaced, holders: Sequence[nn.Module] = ()) -> nn.Module:
-    """A copy of a model with other tensors in place of its own, wherever it refers to them.
+    """A copy of a model with its tensors replaced wherever it refers to them.
 
     Args:
-        model: is not changed
-        replaced: its tensors, and what stands in their places
-        holders: modules that hold the model, and then hold the copy
+        model: left unchanged
+        replaced: its tensors and their replacements
+        holders: modules that hold the model; they hold the copy afterwards
     """
     memo = dict(replaced)
     made: list[nn.Module] = []
@@ -117,10 +117,10 @@ def with_tensors(model: nn.Module, replaced: Replaced, holders: Sequence[nn.Modu
 
 
 def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs: Any) -> Any:
-    """What a model returns with other tensors in place of its own, wherever it refers to them.
+    """Call a model with its tensors replaced wherever it refers to them.
 
-    A copy is called. Attributes that the call sets, such as an auxiliary loss, are set on the model, as by
-    ``torch.func.functional_call``.
+    Calls a copy. Attributes that the call sets, such as an auxiliary loss, are set on the model, as
+    ``torch.func.functional_call`` does.
     """
     copied = with_tensors(model, replaced)
     pairs = list(zip(model.modules(), copied.modules(), strict=True))
@@ -132,13 +132,13 @@ def call_with_tensors(model: nn.Module, replaced: Replaced, *args: Any, **kwargs
 
 
 def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, memo: Replaced | None = None) -> _M:
-    """Put p + u in place of each parameter p of a module that has an update u; gradients flow through both.
+    """Replace each parameter p that has an update u by p + u; gradients flow through both.
 
     Args:
-        module: changed in place; its parameters before the call are left as they are
-        updates: one a parameter, in the order of ``module.parameters()``, None for those that stay. Without it,
-            parameters and buffers take the update that they have as attribute ``update``, which becomes None.
-        memo: what was updated before, as a dict that starts empty: give the same one for modules that share parameters
+        module: changed in place; the old parameter tensors are not written
+        updates: one per parameter, in the order of ``module.parameters()``, None for those that stay. Without it,
+            parameters and buffers take the update in their attribute ``update``, which becomes None.
+        memo: earlier updates: pass the same dict, empty at first, for all modules that share parameters
 
     Returns:
         ``module``
@@ -170,11 +170,11 @@ def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, me
 
 
 def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
-    """Cut the parameters of a module, and buffers that require gradients, off the autograd graph, in place.
+    """Detach the parameters of a module, and buffers that require gradients, from the autograd graph, in place.
 
     Args:
-        module: anything that is no ``nn.Module`` is left as it is
-        keep_requires_grad: whether those that required a gradient still do; else none does
+        module: anything but an ``nn.Module`` is left as it is
+        keep_requires_grad: whether tensors that required a gradient still do afterwards; else none does
     """
     if not isinstance(module, nn.Module):
         return
@@ -184,12 +184,12 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
 
 
 def maml_update(model: _M, lr: float | Tensor, grads: Sequence[Tensor | None] | None = None) -> _M:
-    """Put p − lr · g in place of each parameter p of a module; gradients flow through all three.
+    """Replace each parameter p of a module by p − lr · g; gradients flow through all three.
 
     Args:
-        model: changed in place; its parameters before the call are left as they are
+        model: changed in place; the old parameter tensors are not written
         lr: a number, or a tensor of one element
-        grads: one a parameter, in the order of ``model.parameters()``, None for those that stay; without it, the
+        grads: one per parameter, in the order of ``model.parameters()``, None for those that stay; default: the
             parameters' ``grad``
 
     Returns:
@@ -213,14 +213,14 @@ def maml_update(model: _M, lr: float | Tensor, grads: Sequence[Tensor | None] | 
 def take_step(
     model: nn.Module, params: Sequence[Tensor], grads: Sequence[Tensor | None], lr: Any, holder: nn.Module | None = None
 ) -> list[Tensor]:
-    """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it.
+    """Replace each parameter that has a gradient by p − lr · g, wherever the module holds it.
 
     Args:
         model: changed in place
-        params: of the model
-        grads: one a parameter
-        lr: a number, a tensor of one element, or a list of one rate a parameter
-        holder: the module that holds the model; if given, it gets a copy in its place, and the model stays as it is
+        params: the model's parameters
+        grads: one per parameter
+        lr: a number, a tensor of one element, or a list of one rate per parameter
+        holder: module that holds the model; if given, it gets an updated copy, and the model stays as it is
 
     Returns:
         the new parameters

@@ -1,4 +1,4 @@
-"""What a model's error comes from: data that do not fit it are named as arguments of the caller."""
+"""Diagnosis of a model's errors: names the caller's argument whose dtype, device or shape does not fit the model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 
 from metakern.core.torch_private import ConvNd, NormBase
 
-#: Layers that take no integers.
+#: Layers that do not accept integer inputs.
 _OF_NUMBERS = (nn.Linear, ConvNd, NormBase, nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.RNNBase, nn.RNNCellBase)
 
 
-#: By the id of a tensor, what is taken in its place.
+#: Replacement tensors, by the id of the tensor to replace.
 Instead = Mapping[int, Tensor]
 
-#: Whether an evaluation works with other tensors.
+#: Whether an evaluation succeeds with these replacements.
 Works = Callable[[Instead], bool]
 
 
 class Failed(NamedTuple):
-    """The innermost module that an error passed through, and its input where there is one by that name."""
+    """The innermost module that an error passed through, and its argument ``input`` if it has one."""
 
     label: str
     module: nn.Module
@@ -50,15 +50,15 @@ def _module_of(frame: FrameType) -> nn.Module | None:
 
 
 def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor], works: Works) -> Exception:
-    """An error that says what of the data does not fit the model, or ``error`` where nothing is found.
+    """An error that names the data that do not fit the model, or ``error`` itself if nothing is found.
 
-    Data of another dtype or device are taken for the cause if the evaluation works once they are converted.
+    Data of another dtype or device are the cause if the evaluation succeeds once they are converted.
 
     Args:
         error: raised by the model or its gradient
         model: the module
-        data: the caller's tensors, by what a message calls them
-        works: whether the evaluation works with other tensors in place of some of ``data``
+        data: the caller's tensors, by their names in messages
+        works: whether the evaluation succeeds with some of ``data`` replaced
     """
     return (
         _of_dtype(error, model, data, works) or _of_device(model, data, works) or _of_width(error, model, data) or error
@@ -66,7 +66,7 @@ def explained(error: Exception, model: nn.Module, data: Mapping[str, Tensor], wo
 
 
 def check_no_mixed_meta(model: nn.Module, data: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where some tensors are on "meta": PyTorch's gradients are then memory that nobody wrote."""
+    """Raise ValueError if only some tensors are on "meta": PyTorch's gradients would be uninitialised memory."""
     parameters = dict(model.named_parameters())
     name, device = next(((name, p.device) for name, p in parameters.items()), ("", None))
     of = f"the model's {name}"
@@ -136,7 +136,7 @@ def _is_input(name: str) -> bool:
 
 
 def _wanted(module: Any, x: Tensor) -> tuple[str, str] | None:
-    """What a layer takes and what it got, None where its input fits or the layer is not known."""
+    """What size a layer expects and what it got; None if the input fits or the layer is unknown."""
     size: tuple[Any, Any, str] | None = None
     if isinstance(module, nn.Linear):
         size = module.in_features, x.shape[-1] if x.dim() else None, "features"

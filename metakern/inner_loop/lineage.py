@@ -1,7 +1,7 @@
-"""Finds parameters of an original model in what a clone computes, where the clone's own should stand.
+"""Detects clones that compute with the original model's parameters instead of their own.
 
-A clone's parameters begin in the autograd graph at the ``clone()`` of the original's. What reaches an original's
-parameter by another way was computed with the original itself, and does not adapt.
+In the autograd graph a clone's parameters are ``clone()`` nodes of the original's. A result that reaches an original
+parameter by any other path was computed with the original itself, and does not adapt.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from metakern.core.torch_private import pytree
 from metakern.inner_loop.substitution import Replaced, named_parts
 
-#: Where tensors stand in the autograd graph.
+#: Nodes of the autograd graph.
 Nodes = set[Any]
 
 
 class Lineage:
-    """What a clone stems from.
+    """The ancestry of a clone, as nodes of the autograd graph.
 
     Attributes:
-        begin: nodes at which parameters of the clone, and of those that it was cloned from, begin; and of tensors that
-            these held when they were cloned
-        origins: nodes of the parameters of the models that it was cloned from, and their names
-        original: the model that it was cloned from
-        own: nodes of the parameters that the clone took its last step to; nothing behind them is looked at
-        strangers: nodes of parameters that the model holds without having them registered, and where it does
+        begin: ``clone()`` nodes of the parameters of the clone and its ancestors, and nodes of other tensors that these
+            held when they were cloned
+        origins: nodes of the ancestors' parameters, and their names
+        original: the model that was cloned
+        own: nodes of the clone's parameters after its last step; searches stop there
+        strangers: nodes of parameters that the model holds unregistered, and the attributes that hold them
     """
 
     def __init__(self) -> None:
@@ -41,21 +41,21 @@ class Lineage:
         self.original: Callable[[], nn.Module | None] = lambda: None
 
     def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
-        """Nodes of a graph can be neither copied nor pickled: a copy starts anew."""
+        """Copies and pickles start empty, as graph nodes can be neither copied nor pickled."""
         return Lineage, ()
 
     def of_clone(self, original: nn.Module, memo: Replaced, held: Nodes) -> Lineage:
-        """The lineage of a clone of ``original``, a learner's module whose own lineage this is.
+        """The lineage of a clone of ``original``, the module that this lineage belongs to.
 
         Args:
-            original: what was cloned
-            memo: by what copies
+            original: the module that was cloned
+            memo: its parts and their copies
             held: nodes of other tensors in the original, computed before
         """
         lineage = Lineage()
         params = named_parameters(original)
         if any(p.grad_fn is not None for _, p in params):
-            # Else the original was detached, and its past would be kept in memory for nothing.
+            # Otherwise the original was detached, and keeping its ancestry would waste memory.
             lineage.begin, lineage.origins = set(self.begin), dict(self.origins)
         copies = [copy.grad_fn for _, copy in memo.values() if isinstance(copy, Tensor)]
         lineage.begin.update(held, copies)
@@ -73,17 +73,17 @@ class Lineage:
         return lineage
 
     def reached(self, roots: Iterable[Any], given: Any = ()) -> dict[Any, str]:
-        """Nodes of originals and strangers that ``roots`` reach by other ways than a clone's parameters.
+        """Nodes of original or unregistered parameters that ``roots`` reach other than by the clone's parameters.
 
         Args:
-            roots: nodes of what was computed
-            given: pytree of the arguments of the call
+            roots: nodes of the computed tensors
+            given: pytree of the call's arguments
         """
         roots, stops = list(roots), self.begin | self.own
         found = reach(roots, stops, {**self.origins, **self.strangers} if self.strangers else self.origins)
         if not found:
             return found
-        # What was computed with an original before, and is given to the clone, is the caller's.
+        # Tensors passed to the clone may depend on the original: that is the caller's intention.
         known = [tensor for tensor in pytree.tree_leaves(given) if isinstance(tensor, Tensor)]
         leaves = {id(tensor) for tensor in known}
         targets = {node: name for node, name in found.items() if id(getattr(node, "variable", None)) not in leaves}
@@ -109,9 +109,9 @@ def reach(roots: Iterable[Any], stops: Nodes, targets: dict[Any, str]) -> dict[A
 
 
 def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
-    """Whether a graph holds what torch.utils.checkpoint computes again in the backward, by calling the model.
+    """Whether a graph contains torch.utils.checkpoint, which calls the model again in the backward.
 
-    What it calls then takes the parameters that the module has then, and those must still be the ones of the forward.
+    That call uses the parameters that the module holds at that time; they must still be those of the forward.
     """
     stack = [root for root in roots if root not in stops]
     seen = {*stops, *stack}
@@ -132,7 +132,7 @@ def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     return False
 
 
-#: The attributes of a type of node that hold what it saved for the backward, still packed. torch.vmap makes a type for
+#: By node type, names of the attributes with its saved tensors, still packed. Weak keys, as torch.vmap makes a type for
 #: each call of a custom autograd.Function.
 _SAVED: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
 
@@ -150,7 +150,7 @@ def _is_checkpointed(saved: Any) -> bool:
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """``list(model.named_parameters())`` in half the time, which counts in a clone of a small model."""
+    """``list(model.named_parameters())`` in half the time, which matters when cloning small models."""
     found: dict[int, tuple[str, Tensor]] = {}
     for prefix, module in named_parts(model):
         for name, p in module._parameters.items():
@@ -160,12 +160,12 @@ def named_parameters(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def nodes_of(tensors: Iterable[Tensor]) -> Iterator[Any]:
-    """The nodes of tensors that have one."""
+    """The ``grad_fn`` nodes of tensors that have one."""
     return (tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None)
 
 
 def tensors_of(output: Any) -> Iterator[Tensor]:
-    """The tensors in what a module returned: a tensor, a tree of them, or objects that hold some as attributes."""
+    """The tensors in a module's output: a tensor, a tree of tensors, or objects with tensors as attributes."""
     if isinstance(output, Tensor):
         yield output
         return
@@ -177,7 +177,7 @@ def tensors_of(output: Any) -> Iterator[Tensor]:
 
 
 def accumulator(leaf: Tensor) -> Any:
-    """The node that adds to the ``grad`` of a leaf, under a mutex; gradients must be enabled."""
+    """The AccumulateGrad node of a leaf, which adds to ``grad`` under a mutex; gradients must be enabled."""
     node: Any = leaf.view_as(leaf).grad_fn
     return node.next_functions[0][0]
 
@@ -200,7 +200,7 @@ def unregistered(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def foreign(model: nn.Module, original: nn.Module | None) -> list[str]:
-    """Where a clone's module refers to the original's parts in a way that cloning does not see through."""
+    """References from a clone's module to the original's parts that cloning could not replace, as messages."""
     if original is None:
         return []
     names = {id(module): f"module {name!r}" if name else "the model" for name, module in original.named_modules()}
@@ -216,7 +216,7 @@ def foreign(model: nn.Module, original: nn.Module | None) -> list[str]:
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """All attributes that are not registered, by name."""
+    """All attributes outside the module registries, with their names."""
     registries = nn.Module().__dict__.keys() - {"_forward_hooks", "_forward_pre_hooks"}
     for prefix, module in model.named_modules():
         for name, value in module.__dict__.items():
@@ -225,7 +225,7 @@ def _attributes(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _inside(value: Any, anything: bool = False, depth: int = 4) -> Iterator[Any]:
-    """An attribute's value, and what it holds: elements, and with ``anything`` all that functions and objects use."""
+    """An attribute's value and, recursively, its elements; with ``anything`` also what functions and objects use."""
     yield value
     if depth == 0 or isinstance(value, (str, bytes, Tensor, nn.Module)):
         return
@@ -241,7 +241,7 @@ def _inside(value: Any, anything: bool = False, depth: int = 4) -> Iterator[Any]
 
 
 def used_by(value: Any) -> list[Any]:
-    """What a function or an object uses."""
+    """The objects that a function or an object refers to."""
     if isinstance(value, types.MethodType):
         return [value.__self__, value.__func__]
     if isinstance(value, types.BuiltinMethodType):
@@ -265,6 +265,6 @@ def _kind(value: Any) -> str:
 
 
 def listed(names: Sequence[str], limit: int = 6) -> str:
-    """Names for a message, not all of many."""
+    """Names for a message, at most ``limit`` of them."""
     shown = ", ".join(repr(name) for name in names[:limit])
     return f"[{shown}{', …' if len(names) > limit else ''}]"

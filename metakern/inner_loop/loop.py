@@ -1,4 +1,4 @@
-"""The inner loop: K steps of any rule on anything that gives losses [T] of params.
+"""The inner loop: K steps of any update rule on any problem with losses [T] of its params.
 
 Finn et al. 2017, arXiv 1703.03400; with a learned rule, Andrychowicz et al. 2016, arXiv 1606.04474. ``adapt``,
 ``meta_loss``, ``meta_backward`` and ``RuleLearner`` run through :class:`InnerLoop`; autograd differentiates through it.
@@ -21,32 +21,33 @@ from metakern.inner_loop.updates import Update
 
 
 class Problem:
-    """T tasks as the inner loop meets them. Params are a pytree of tensors [T, *shape].
+    """T tasks for the inner loop. Params are a pytree of tensors [T, *shape].
 
-    A subclass gives :meth:`gradients`; with tensors on which its results depend, also the methods that
-    ``checkpoint_every`` needs. A problem belongs to one run of the loop, which may change it.
+    A subclass defines :meth:`gradients`; if its results depend on further tensors, also :meth:`tensors` and
+    :meth:`with_tensors`, which ``checkpoint_every`` needs. A problem belongs to one run of the loop, which may change
+    it.
     """
 
     def gradients(self, params: Any, step: int, first_order: bool) -> tuple[Tensor, Any]:
-        """Losses [T] of ``params`` before inner step ``step``, and gradients like ``params``.
+        """Losses [T] before inner step ``step``, and their gradients, structured like ``params``.
 
         With ``first_order`` both are constants; see :func:`losses_and_gradients`.
         """
         raise NotImplementedError
 
     def stepped(self, params: Any, step: int) -> None:
-        """Take note that inner step ``step`` led to ``params``."""
+        """Callback after inner step ``step``, with the new params."""
 
     def tensors(self) -> tuple[Any, Any]:
-        """Pytrees of the tensors on which results depend: those that change from step to step, and the others."""
+        """Pytrees of the tensors on which results depend: those that change from step to step, and the fixed ones."""
         return (), ()
 
     def with_tensors(self, changing: Any, fixed: Any, step: int) -> Self:
-        """The same problem before inner step ``step``, with other tensors in place of :meth:`tensors`."""
+        """The same problem before inner step ``step``, with other :meth:`tensors`."""
         return self
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Held while the backward computes steps again."""
+        """Lock to hold while the backward recomputes steps."""
         return nullcontext()
 
 
@@ -55,9 +56,9 @@ class InnerLoop:
     """K inner steps.
 
     Attributes:
-        update: takes the steps: a rule, or gradient descent with given rates
-        first_order: one bool for every step, whether its gradient is a constant
-        checkpoint_every: steps between two points that are kept for the backward, None to keep whole graphs
+        update: the update rule: a rule, or gradient descent with given rates
+        first_order: one bool per step, whether its gradient is a constant
+        checkpoint_every: steps between two checkpoints for the backward; None keeps whole graphs
     """
 
     update: Update
@@ -73,9 +74,9 @@ class InnerLoop:
         """Take the steps.
 
         Args:
-            problem: what the tasks are; not to be used again
+            problem: the tasks; do not use it again
             params: pytree of tensors [T, *shape]
-            state: of the update
+            state: state of the update
 
         Returns:
             new params, new state, and the problem after the last step
@@ -106,7 +107,7 @@ class InnerLoop:
         return params, state
 
     def _segment(self, problem: Problem, steps: range) -> Callable[..., Any]:
-        """Some of the steps as a function of all the tensors that they depend on."""
+        """Some of the steps as a pure function of all tensors that they depend on."""
 
         def run(params: Any, state: Any, weights: Any, changing: Any, fixed: Any) -> Any:
             with problem.lock(), self.update.lock():  # the backward runs it again
@@ -120,14 +121,14 @@ class InnerLoop:
 def losses_and_gradients(
     losses_of: Callable[[list[Tensor]], Tensor], params: Sequence[Tensor], first_order: bool, names: str = "params"
 ) -> tuple[Tensor, list[Tensor]]:
-    """Losses [T], and their gradients by autograd, like ``params``; zero where a loss has no use for one.
+    """Losses [T] and their gradients by autograd, one per tensor of ``params``; zeros for tensors without effect.
 
     Args:
-        losses_of: losses [T] of such params; the loss of a task depends on that task's alone
+        losses_of: maps params to losses [T]; the loss of a task depends on that task's params alone
         params: [T, *shape] each
-        first_order: whether losses and gradients are constants; so they are where no graph is recorded, and for params
+        first_order: whether losses and gradients are constants; they always are if no graph is recorded, and for params
             that require no gradient
-        names: what a message calls ``params``
+        names: name of ``params`` in messages
 
     Raises:
         RuntimeError: for losses that depend on none of ``params``
@@ -138,7 +139,7 @@ def losses_and_gradients(
         losses = losses_of(at)
         grads: list[Tensor | None] = [None] * len(at)
         if losses.requires_grad:
-            # The tasks' losses have no parameter in common, so the gradient of their sum is that of each.
+            # No two tasks' losses share a parameter, so the gradient of the sum holds each task's own gradient.
             grads = list(torch.autograd.grad(losses.sum(), at, create_graph=record, allow_unused=True))
     if all(g is None for g in grads):
         raise RuntimeError(f"loss must depend on the {names}; it depends on none")

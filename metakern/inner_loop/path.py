@@ -1,4 +1,4 @@
-"""Which engine serves a call of adapt, meta_loss or meta_backward, and how users hear of it."""
+"""Dispatch of adapt, meta_loss and meta_backward to an engine, and how the choice is reported."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Result = TypeVar("Result")
 
 
 def serve(call: Call, run: Callable[[Engine], Result]) -> Result:
-    """What the first engine that serves a call makes of it.
+    """Run a call on the first engine that serves it.
 
     Args:
-        call: with checked options
+        call: the call, with checked options
         run: calls one of the engine's methods
 
     Raises:
-        RuntimeError: for a backend that was asked for by name and serves no such call
+        RuntimeError: for a backend requested by name that does not serve the call
     """
     refused: list[tuple[Engine, str]] = []
     for engine in ENGINES:
@@ -49,7 +49,7 @@ def serve(call: Call, run: Callable[[Engine], Result]) -> Result:
 
 
 def _say(call: Call, engine: Engine) -> None:
-    """Tell who asked for it how a call was served."""
+    """Report how a call was served: to the log at DEBUG, and on stdout with ``explain``."""
     if torch.compiler.is_compiling() or not (call.options.explain or _log.isEnabledFor(logging.DEBUG)):
         return
     line = f"{call.name}: {engine.described(call)}"

@@ -1,4 +1,4 @@
-"""Recomputation in the backward, for functions that take gradients themselves."""
+"""Activation checkpointing for functions that take gradients inside."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from metakern.core.torch_private import pytree
 
 
 def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """``function(*arguments)``, of which the arguments alone are kept: the backward runs it again.
+    """``function(*arguments)``; only the arguments are kept, and the backward runs the function again.
 
-    torch.utils.checkpoint does not serve: gradients that are taken inside the function would make it run the function
-    again for each of them. Random numbers and autocast are those of the first run. The function depends on no tensor
-    that requires a gradient besides its arguments. It can be differentiated once.
+    torch.utils.checkpoint is unsuitable: it would rerun the function for every gradient that is taken inside. The
+    second run has the random numbers and autocast of the first. Besides its arguments, the function must not depend on
+    tensors that require a gradient. The result can be differentiated once.
     """
     leaves, structure = pytree.tree_flatten(arguments)
     results: list[Any] = []
@@ -32,14 +32,14 @@ def recomputed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
 
 
 class _Recomputed(torch.autograd.Function):
-    """See :func:`recomputed`; takes and returns leaves, tensors among them."""
+    """See :func:`recomputed`; takes and returns flat leaves, tensors and others."""
 
     @staticmethod
     def forward(ctx: Any, function: Callable[..., tuple[Any, ...]], *leaves: Any) -> tuple[Any, ...]:
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         device = tensors[0].device
         ctx.function = function
-        ctx.set_materialize_grads(False)  # no way back through results that nothing uses
+        ctx.set_materialize_grads(False)  # no backward through unused results
         ctx.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         ctx.positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         ctx.random_state = random_state(device)

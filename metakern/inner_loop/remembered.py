@@ -1,4 +1,4 @@
-"""What calls remember of a model: found by the model's identity, few entries each, gone with the model."""
+"""A small cache per model, keyed by the model's identity, that dies with the model."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ Value = TypeVar("Value")
 
 
 class Remembered(Generic[Value]):
-    """Values by model and key. Models are held weakly.
+    """Cache of values by model and key. Models are held weakly.
 
-    A key must hold all that a value was made from, besides the model's identity: its layers and modes, dtypes, shapes.
-    It is made anew for every call, so that no entry is found after a change of the model.
+    A key must contain everything that the value depends on, besides the model's identity: its layers and modes, dtypes,
+    shapes. It is computed anew for every call, so a changed model finds no stale entry.
 
     Args:
-        most: entries of a model; the oldest make place for others
+        most: maximum entries per model; the oldest is dropped first
     """
 
     def __init__(self, most: int) -> None:
@@ -26,12 +26,12 @@ class Remembered(Generic[Value]):
         self._of_models: dict[int, tuple[weakref.ref[nn.Module], dict[Hashable, Value]]] = {}
 
     def get(self, model: nn.Module, key: Hashable) -> Value | None:
-        """The value, None where there is none."""
+        """The cached value, or None."""
         return self._of(model).get(key)
 
     def put(self, model: nn.Module, key: Hashable, value: Value) -> None:
-        """Remember a value."""
-        entries = {k: v for k, v in self._of(model).items() if k != key}  # a copy: other threads may look
+        """Cache a value."""
+        entries = {k: v for k, v in self._of(model).items() if k != key}  # a copy, as other threads may read
         entries[key] = value
         while len(entries) > self.most:
             del entries[next(iter(entries))]
@@ -43,7 +43,7 @@ class Remembered(Generic[Value]):
         self._of_models.clear()
 
     def __len__(self) -> int:
-        """Entries of all models."""
+        """Number of entries over all models."""
         return sum(len(entries) for _, entries in list(self._of_models.values()))
 
     def _of(self, model: nn.Module) -> dict[Hashable, Value]:

@@ -1,4 +1,4 @@
-"""Puts objects in place of others wherever a module holds them: registered, in lists, bound methods and closures."""
+"""Replaces objects wherever a module holds them: registered, and in lists, bound methods and closures."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from torch import Tensor, nn
 
 _M = TypeVar("_M", bound=nn.Module)
 
-#: By the id of an object: the object itself, which keeps the id its own, and what stands in its place.
+#: By id: the object, held so that its id is not reused, and its replacement.
 Replaced = dict[int, tuple[Any, Any]]
 
-#: Types of attributes that hold no other object.
+#: Attribute types that refer to no other objects.
 _ATOMS = frozenset(
     {type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.layout}
 )
 
-#: Where a module keeps what is registered in it.
+#: The registries of a module's parameters, buffers and submodules.
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 
 _COLLECTIONS = frozenset({dict, OrderedDict, list, tuple, set})
 
-#: What nn.Module keeps of every module in dicts and sets: parameters, buffers, submodules and hooks.
+#: The dicts and sets that every nn.Module has: parameters, buffers, submodules and hooks.
 _REGISTRIES = frozenset(name for name, value in nn.Module().__dict__.items() if isinstance(value, (dict, set)))
 
 
 def shallow_copy(module: _M) -> _M:
-    """A module with the same contents, whose parameters, buffers, submodules, hooks and attributes can be replaced.
+    """A shallow copy of a module; its parameters, buffers, submodules, hooks and attributes can be replaced.
 
-    Code that torch.compile made for the original is left out: it is specific to that module, and most of it cannot be
-    differentiated twice.
+    Compiled code of the original is left out: it is specific to that module, and most of it cannot be differentiated
+    twice.
     """
     return copied_with_rest(module)[0]
 
 
 def copied_with_rest(module: _M) -> tuple[_M, list[str]]:
-    """:func:`shallow_copy`, and the names of the attributes in which objects may be held that are not registered."""
+    """:func:`shallow_copy`, and the names of attributes that may hold unregistered objects."""
     copied: _M = type(module).__new__(type(module))
     held, rest = copied.__dict__, list[str]()
     held.update(module.__dict__)
@@ -52,14 +52,14 @@ def copied_with_rest(module: _M) -> tuple[_M, list[str]]:
         if kind in _ATOMS:
             continue
         if name in _REGISTRIES:
-            held[name] = value.copy() if value else kind()  # which takes half the time
+            held[name] = value.copy() if value else kind()  # kind() takes half the time
         if (kind not in _COLLECTIONS or value) and name not in _REGISTERED:
             rest.append(name)
     return copied, rest
 
 
 def named_parts(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """``list(module.named_modules())`` in a fraction of the time, which counts in a clone of a small model."""
+    """``list(module.named_modules())`` in a fraction of the time, which matters when cloning small models."""
     found: dict[int, tuple[str, nn.Module]] = {}
     _add_parts(module, "", found)
     return list(found.values())
@@ -73,25 +73,25 @@ def _add_parts(module: nn.Module, name: str, found: dict[int, tuple[str, nn.Modu
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module is what ``torch.compile(module)`` returns."""
+    """Whether the module was returned by ``torch.compile(module)``."""
     dynamo = sys.modules.get("torch._dynamo")  # its import takes seconds, and without it there is no such module
     return dynamo is not None and isinstance(module, dynamo.OptimizedModule)
 
 
 class Substitution:
-    """Replaces objects in what modules hold.
+    """Replaces objects in the attributes and registries of modules.
 
-    Lists, tuples, dicts and sets, bound methods, ``functools.partial``, weak references and the closures and defaults
-    of functions are looked into; one that holds a replaced object is made anew, so that the original stays as it is.
-    Objects of other classes are not looked into.
+    The search enters lists, tuples, dicts and sets, bound methods, ``functools.partial``, weak references, and the
+    closures and defaults of functions; one that holds a replaced object is rebuilt, and the original stays as it is.
+    The search does not enter objects of other classes.
 
     Args:
-        replaced: what is replaced by what
-        copies: how to treat modules that are not registered and hold a replaced object: put a copy in their place, or
-            change them in place
+        replaced: objects and their replacements
+        copies: for unregistered modules that hold a replaced object: whether to replace them by a copy, or change them
+            in place
 
     Attributes:
-        graph: autograd nodes of the tensors that were met and stayed
+        graph: autograd nodes of the tensors that were found and kept
     """
 
     def __init__(self, replaced: Replaced, copies: bool) -> None:
@@ -100,13 +100,13 @@ class Substitution:
         self.graph: set[Any] = set()
 
     def keep(self, modules: Iterable[nn.Module]) -> None:
-        """Let the modules stay where they are held."""
+        """Exempt the modules from replacement."""
         self._seen.update({id(module): (module, module) for module in modules})
 
     def fill(self, modules: Sequence[nn.Module], rests: Sequence[list[str] | None] | None = None) -> bool:
-        """Replace what each of the modules holds, in place; returns whether anything was.
+        """Replace the objects that the modules hold, in place; returns whether anything changed.
 
-        Where they hold each other, they stay. ``rests`` are the names of :func:`copied_with_rest`, where known.
+        References among the modules stay. ``rests`` are the names from :func:`copied_with_rest`, where known.
         """
         self.keep(modules)
         known = [None] * len(modules) if rests is None else rests
@@ -131,9 +131,9 @@ class Substitution:
         return changed
 
     def fill_attributes(self, module: nn.Module, names: list[str] | None = None) -> bool:
-        """Replace what ``module`` holds besides what is registered in it, in place; returns whether anything was.
+        """Replace unregistered objects that ``module`` holds, in place; returns whether anything changed.
 
-        Of its attributes in ``names``, or of all.
+        Looks at the attributes in ``names``, or at all.
         """
         changed, held = False, module.__dict__
         for name, value in held.items() if names is None else [(name, held[name]) for name in names]:
@@ -148,7 +148,7 @@ class Substitution:
         return changed
 
     def __call__(self, value: Any) -> Any:
-        """What stands in the place of ``value``; itself where it holds nothing that is replaced."""
+        """The replacement of ``value``, or ``value`` itself if it holds nothing that is replaced."""
         kind = type(value)
         if kind in _ATOMS:
             return value
@@ -164,13 +164,13 @@ class Substitution:
             remake = _named_tuple
         if remake is None:
             return value
-        self._seen[id(value)] = (value, value)  # here a cycle ends
+        self._seen[id(value)] = (value, value)  # ends cycles
         new = remake(self, value)
         self._seen[id(value)] = (value, new)
         return new
 
     def all(self, values: Iterable[Any]) -> tuple[list[Any], bool]:
-        """What stands in the places of ``values``, and whether that differs from them."""
+        """The values after replacement, and whether any changed."""
         old = list(values)
         if _ATOMS.issuperset(map(type, old)):  # long lists of numbers or strings
             return old, False
@@ -187,7 +187,7 @@ class Substitution:
         return copied if self.fill([copied]) else module
 
     def target(self, value: Any) -> Any:
-        """What replaces ``value`` itself, or None."""
+        """The direct replacement of ``value``, or None."""
         known = self._replaced.get(id(value))
         return None if known is None else known[1]
 
@@ -233,7 +233,7 @@ def _method(substitute: Substitution, value: types.MethodType) -> types.MethodTy
 
 
 def _weak(substitute: Substitution, value: weakref.ref[Any]) -> weakref.ref[Any]:
-    # A copy to which nothing else refers would be gone at once.
+    # No rebuilding here: a copy without other references would be freed at once.
     target = substitute.target(value())
     return value if target is None else weakref.ref(target)
 
@@ -251,7 +251,7 @@ def _partial(substitute: Substitution, value: functools.partial[Any]) -> functoo
 
 def _function(substitute: Substitution, value: types.FunctionType) -> Any:
     original = value.__dict__.get("_torchdynamo_orig_callable")
-    if original is not None:  # compiled code is for the original's modules; a copy's run as they are written
+    if original is not None:  # compiled code is specific to the original's modules; copies run uncompiled
         new = substitute(original)
         return value if new is original else new
     cells = [cell for cell in value.__closure__ or () if _is_set(cell)]
@@ -261,7 +261,7 @@ def _function(substitute: Substitution, value: types.FunctionType) -> Any:
     )
     if not new_cells and not new_rest:
         return value
-    # Cells whose content stays are shared, so that what the function assigns to them is seen by who shares them.
+    # Unchanged cells are shared, so that other functions with these cells see assignments to them.
     remade_cells = {
         id(cell): types.CellType(content)
         for cell, content in zip(cells, contents, strict=True)

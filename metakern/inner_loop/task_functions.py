@@ -1,7 +1,7 @@
 """Corrected forms of PyTorch functions whose derivatives are wrong in the inner loop.
 
 There are two causes: batching rules of torch.vmap whose result autograd differentiates wrongly, and functions without a
-second derivative. They were found by comparing torch's operators under vmap with a loop: values, gradients, second
+second derivative. The list comes from comparing torch's operators under vmap with a loop: values, gradients, second
 derivatives.
 
 Axis legend: N indices, B bags, V rows of a table, D its columns.
@@ -21,16 +21,16 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.core.transforms import is_batched, wants_gradient
 
-#: An index that no table has.
+#: An index beyond any table.
 _OUTSIDE = 2**40
 
 
 class TaskFunctions(TorchFunctionMode):
-    """While active, calls of these functions go to their corrected forms.
+    """Mode that redirects calls of these functions to their corrected forms.
 
     Args:
-        vectorize: whether torch.vmap is at work
-        transformed: whether torch.compile or torch.func is at work around it; gradients are then taken within
+        vectorize: whether the model runs under torch.vmap
+        transformed: whether torch.compile or torch.func transforms the call; gradients are then taken inside
             torch.vmap, otherwise outside
     """
 
@@ -48,7 +48,7 @@ class TaskFunctions(TorchFunctionMode):
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 
-#: Functions of torch.nn.functional by name, and all of PyTorch's that are written in Python.
+#: Functions of torch.nn.functional by name, and all PyTorch functions that are written in Python.
 _FUNCTIONALS = {name: f for name, f in vars(F).items() if type(f) is FunctionType}
 _SHIPPED = frozenset(
     f for owner in (F, torch.functional, Tensor) for f in vars(owner).values() if type(f) is FunctionType
@@ -56,9 +56,9 @@ _SHIPPED = frozenset(
 
 
 def _behind(func: Callable[..., Any]) -> Callable[..., Any]:
-    """The function of torch.nn.functional in whose place a caller has put ``func``; ``func`` where there is none.
+    """The function of torch.nn.functional that a caller has patched with ``func``; ``func`` itself if there is none.
 
-    To modes a function gives what stands under its name, so that a replacement which calls it would be called again.
+    PyTorch's functions pass modes the object under their public name, so a patch that calls the original would recurse.
     """
     return next((f for name, f in _FUNCTIONALS.items() if getattr(F, name, None) is func), func)
 
@@ -75,15 +75,15 @@ def _batched_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """F.embedding. Its batching rule puts all tasks into one table, where only the first task has a padding row.
+    """F.embedding under vmap, whose batching rule joins all tasks' tables: only the first task's has a padding row.
 
-    There ``scale_grad_by_freq`` counts over all tasks. It has no second derivative.
+    ``scale_grad_by_freq`` would count over all tasks there, and has no second derivative.
     """
     _refuse_max_norm(max_norm)
     if input.dtype not in (torch.int32, torch.int64):
-        return F.embedding(input, weight)  # which says what is wrong
+        return F.embedding(input, weight)  # raises PyTorch's own error
     inside = (input >= 0) & (input < weight.shape[0])
-    input = torch.where(inside, input.long(), _OUTSIDE)  # it would be found in the table of another task
+    input = torch.where(inside, input.long(), _OUTSIDE)  # it might hit another task's table
     rows = F.embedding(input, weight, padding_idx)
     if scale_grad_by_freq:
         entries = input.flatten()
@@ -114,7 +114,7 @@ def _embedding(
 
 
 def _in_order_of_torch(embedding: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.embedding, which takes the weight first."""
+    """Adapter for torch.embedding, which takes the weight first."""
 
     def call(
         weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
@@ -143,7 +143,7 @@ def _embedding_bag(
     fits = mode == "sum" or (mode == "mean" and per_sample_weights is None)
     fits = fits or (mode == "max" and per_sample_weights is None and not scale_grad_by_freq)
     if not fits or (input.dim(), offsets is None) not in ((2, True), (1, False)):
-        return F.embedding_bag(  # which says what is wrong
+        return F.embedding_bag(  # raises PyTorch's own error
             input,
             weight,
             offsets,
@@ -157,7 +157,7 @@ def _embedding_bag(
     inside = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % weight.shape[0]
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
-    if offsets is not None:  # the bags lie one after another in [N]: [B, N] says which is whose
+    if offsets is not None:  # bags are contiguous in [N]: a mask [B, N] assigns indices to bags
         starts = offsets[:-1] if include_last_offset else offsets
         bag = (torch.arange(input.shape[0], device=input.device).unsqueeze(1) >= starts).sum(1) - 1
         inside = (bag == torch.arange(starts.shape[0], device=input.device).unsqueeze(1)) & inside
@@ -197,11 +197,11 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """F.batch_norm. When its gradient is taken within torch.vmap, autograd treats mean and variance as constants."""
+    """F.batch_norm, for gradients taken inside torch.vmap: PyTorch's then treats mean and variance as constants."""
     rest = running_mean, running_var, weight, bias, training, momentum, eps
     if not training:
         return F.batch_norm(input, *rest)
-    with torch.no_grad():  # moves the running statistics, and looks at the arguments
+    with torch.no_grad():  # updates the running statistics, and checks the arguments
         F.batch_norm(input.detach(), *rest)
     return _affine(_normalised(input, [0, *range(2, input.dim())], eps), weight, bias)
 
@@ -216,7 +216,7 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """F.instance_norm, for the same reason."""
+    """F.instance_norm, corrected for the same reason as batch norm."""
     rest = running_mean, running_var, weight, bias, use_input_stats, momentum, eps
     if not use_input_stats:
         return F.instance_norm(input, *rest)
@@ -233,16 +233,16 @@ def _layer_norm(
     eps: float = 1e-5,
     cudnn_enable: bool = True,
 ) -> Tensor:
-    """F.layer_norm, for the same reason."""
+    """F.layer_norm, corrected for the same reason as batch norm."""
     if tuple(input.shape[-len(normalized_shape) :]) != tuple(normalized_shape):
-        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # which says what is wrong
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)  # raises PyTorch's own error
     normalised = _normalised(input, list(range(-len(normalized_shape), 0)), eps)
     normalised = normalised if weight is None else normalised * weight
     return normalised if bias is None else normalised + bias
 
 
 def _in_order_of_torch_norm(norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """torch.batch_norm and torch.instance_norm, which take weight and bias first."""
+    """Adapter for torch.batch_norm and torch.instance_norm, which take weight and bias first."""
 
     def call(x: Tensor, weight: Any, bias: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Tensor:
         return norm(x, mean, var, weight, bias, training, *rest[:2])
@@ -263,7 +263,7 @@ def _normalised(x: Tensor, dims: list[int], eps: float) -> Tensor:
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """With a weight and a bias for each channel of [N, C, ...]."""
+    """Scale and shift each channel of [N, C, ...]."""
     shape = [-1] + [1] * (x.dim() - 2)
     x = x if weight is None else x * weight.reshape(shape)
     return x if bias is None else x + bias.reshape(shape)
@@ -273,13 +273,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 def _select_scatter(input: Tensor, src: Tensor, dim: int, index: int) -> Tensor:
-    """torch.select_scatter. Its batching rule selects the gradient of ``src`` along the wrong axis."""
+    """torch.select_scatter, whose batching rule selects the gradient of ``src`` along the wrong axis."""
     index = index % input.shape[dim]
     return torch.slice_scatter(input, src.unsqueeze(dim), dim, index, index + 1)
 
 
 def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
-    """torch.index_fill. Its batching rule writes the values of all tasks into an input that they share."""
+    """torch.index_fill, whose batching rule writes the values of all tasks into an input that they share."""
     if not isinstance(value, Tensor):
         return torch.index_fill(input, dim, index, value)
     filled = torch.zeros(input.shape[dim], dtype=torch.bool, device=input.device).index_fill(0, index, True)
@@ -289,7 +289,7 @@ def _index_fill(input: Tensor, dim: int, index: Tensor, value: Any) -> Tensor:
 
 
 def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
-    """F.one_hot. Its batching rule returns zeros for a class out of range."""
+    """F.one_hot, whose batching rule returns zeros for a class out of range."""
     if num_classes < 0:
         return F.one_hot(tensor)
     shape = (*tensor.shape, num_classes)
@@ -297,7 +297,7 @@ def _one_hot(tensor: Tensor, num_classes: int = -1) -> Tensor:
 
 
 def _as_strided_(input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Tensor.as_strided_. Its batching rule applies the strides to the memory of all tasks."""
+    """Tensor.as_strided_, whose batching rule applies the strides to the memory of all tasks; refused under vmap."""
     if is_batched(input):
         raise RuntimeError("as_strided_ is wrong under torch.vmap; use as_strided")
     return input.as_strided_(*args, **kwargs)
@@ -330,12 +330,12 @@ _VMAP: dict[Callable[..., Any], Callable[..., Any]] = {
     Tensor.as_strided_: _as_strided_,
 }
 
-#: Where gradients are taken outside of torch.vmap, which hides that a tensor requires one: a model that looks would
-#: take another branch than in a loop.
+#: For gradients taken outside torch.vmap. vmap hides ``requires_grad``, so a model that branches on it would behave
+#: differently than in a loop.
 _BATCHED: dict[Callable[..., Any], Callable[..., Any]] = {**_VMAP}
 _BATCHED[Tensor.requires_grad.__get__] = wants_gradient  # type: ignore[attr-defined]
 
-#: Where they are taken within.
+#: For gradients taken inside torch.vmap.
 _TRANSFORMED: dict[Callable[..., Any], Callable[..., Any]] = {
     **_VMAP,
     F.batch_norm: _batch_norm,

@@ -1,4 +1,4 @@
-"""The loss of one task: of a whole set, of the real samples of a padded one, or of parts that make up a set.
+"""The loss of one task, on a whole set, on a padded set without its padding, or on parts of a set.
 
 Axis legend: T tasks, S samples of a task.
 """
@@ -19,19 +19,19 @@ from metakern.core.transforms import is_batched
 from metakern.core.trees import map_output, map_tensors
 from metakern.inner_loop.as_shipped import GLOBAL_HOOKS, changed_instance
 
-#: Losses of integer class labels, which index memory.
+#: Losses of integer class labels; labels index memory, so their range is checked.
 _LABEL_LOSSES = (F.cross_entropy, F.nll_loss)
 _LABEL_MODULES = (nn.CrossEntropyLoss, nn.NLLLoss)
 
-#: Losses that compare numbers, for which class labels are a mistake.
+#: Regression losses: class labels as their targets are a mistake.
 _REGRESSION = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
 
-#: Losses of which prediction and target have one shape. PyTorch would broadcast others, with a wrong mean.
+#: Losses that need equal shapes of prediction and target. PyTorch would broadcast other shapes, with a wrong mean.
 _ELEMENTWISE = (*_REGRESSION, F.poisson_nll_loss, F.hinge_embedding_loss, F.soft_margin_loss, F.kl_div)
 
-#: Functions whose mean is known, and their options under which it is: it divides the sum of ``reduction="none"`` by the
-#: weights of the labels that count (_LABEL_LOSSES), or by the number of elements. F.mse_loss, F.l1_loss and
-#: F.huber_loss divide by the sum of their ``weight``, which has the shape of one padded set: they are not known then.
+#: Functions with a known mean, and the options that keep it known: the mean is the sum of ``reduction="none"`` divided
+#: by the total weight of the labels that count (_LABEL_LOSSES), or by the number of elements. With a ``weight``,
+#: F.mse_loss, F.l1_loss and F.huber_loss divide by its sum; it has the shape of one padded set, so this is unsupported.
 _KNOWN: tuple[tuple[Callable[..., Tensor], tuple[str, ...]], ...] = (
     (F.mse_loss, ()),
     (F.cross_entropy, ("weight", "ignore_index", "label_smoothing")),
@@ -50,7 +50,7 @@ _KNOWN: tuple[tuple[Callable[..., Tensor], tuple[str, ...]], ...] = (
     (F.multilabel_soft_margin_loss, ("weight",)),
 )
 
-#: Modules that call these functions with the options of the same names.
+#: Loss modules, and the functions that they call with options of the same names.
 _MODULES: dict[type, Callable[..., Tensor]] = {
     nn.MSELoss: F.mse_loss,
     nn.CrossEntropyLoss: F.cross_entropy,
@@ -69,10 +69,10 @@ _MODULES: dict[type, Callable[..., Tensor]] = {
     nn.MultiLabelSoftMarginLoss: F.multilabel_soft_margin_loss,
 }
 
-#: What their instances run, unless it was patched.
+#: The original ``forward`` of every loss module, to detect patches.
 _FORWARDS: dict[type, Any] = {kind: vars(kind)["forward"] for kind in _MODULES}
 
-#: What loss functions of PyTorch take besides ``reduction``, in place of it.
+#: Deprecated options of PyTorch's losses that ``reduction`` replaces.
 _LEGACY = ("size_average", "reduce")
 
 
@@ -81,8 +81,8 @@ class _Sums(NamedTuple):
 
     Attributes:
         unreduced: the loss with ``reduction="none"``
-        over: what the sum is divided by: "elements", "samples", "labels", or "one"
-        options: of the loss; "labels" asks for ``weight`` and ``ignore_index``
+        over: the divisor of the sum: "elements", "samples", "labels", or "one"
+        options: options of the loss; "labels" uses ``weight`` and ``ignore_index``
     """
 
     unreduced: Callable[..., Tensor]
@@ -90,7 +90,7 @@ class _Sums(NamedTuple):
     options: dict[str, Any]
 
     def divisor(self, losses: Tensor, y: Any, mask: Tensor) -> Tensor:
-        """What the sum of ``losses`` [S, ...] over the samples in ``mask`` [S] is divided by, []."""
+        """Divisor [] of the sum of ``losses`` [S, ...] over the samples in ``mask`` [S]."""
         if self.over == "one":
             return losses.new_ones(())
         samples = mask.sum().to(losses.dtype)
@@ -111,8 +111,8 @@ class TaskLoss:
     """The user's loss of one task.
 
     Args:
-        loss: ``loss(prediction, y)``, or ``loss(prediction)`` where there is no target
-        in_parts: whether it will be asked for masked samples, or for parts of sets
+        loss: ``loss(prediction, y)``, or ``loss(prediction)`` without a target
+        in_parts: whether it will be called with masks or for parts of sets
     """
 
     def __init__(self, loss: Callable[..., Tensor], in_parts: bool) -> None:
@@ -122,7 +122,7 @@ class TaskLoss:
         self.sums = _as_sums(loss) if in_parts else None
 
     def __call__(self, prediction: Any, y: Any = None, mask: Tensor | None = None) -> Tensor:
-        """The loss [] of predictions [S, ...] and targets [S, ...]; with ``mask`` [S] that of its samples alone."""
+        """The loss [] of predictions [S, ...] and targets [S, ...], over the samples in ``mask`` [S] if given."""
         if mask is None:
             return self._whole(prediction, y)
         if self.sums is None:
@@ -140,8 +140,8 @@ class TaskLoss:
         count = self.sums.divisor(precise, y, mask)
         total = torch.where(_over_samples(mask, precise), precise, torch.zeros_like(precise)).sum()
         quotient = divided(total, count)
-        # Where all labels are ignored PyTorch's mean is NaN, with a gradient of zero. Without any sample, which only
-        # calls meet that cannot look at masks, the loss is 0, as that of the operators.
+        # If all labels are ignored, PyTorch's mean is NaN, with a gradient of zero. Without any sample (possible only
+        # in calls that cannot check masks) the loss is 0, as in the operators.
         ignored = (count == 0) & mask.any()
         return torch.where(ignored, torch.full_like(quotient, torch.nan), quotient).to(losses.dtype)
 
@@ -151,7 +151,7 @@ class TaskLoss:
         return self.sums is not None and self.sums.over == "one"
 
     def counts(self, y: Any, mask: Tensor | None) -> Tensor:
-        """[T]: in proportion to these the losses of parts of the sets make up that of the whole; y and mask [T, S]."""
+        """Weights [T] of a part's losses in the mean over its whole set, before normalisation; y and mask [T, S]."""
         assert self.sums is not None
         assert mask is not None
         sums, dtype = self.sums, torch.float32 if mask.device.type == "mps" else torch.float64
@@ -162,7 +162,7 @@ class TaskLoss:
         return vmap(count)(mask, *((y,) if sums.over == "labels" else ()))
 
     def check_parts(self, y: Any) -> None:
-        """Raise where the loss cannot be taken of parts of the sets."""
+        """Raise if the loss cannot be computed from parts of the sets."""
         if self.sums is None:
             raise TypeError(
                 "loss must be a function of torch.nn.functional, a loss module of torch.nn or a functools.partial of "
@@ -179,12 +179,12 @@ class TaskLoss:
 
     @property
     def needs_target(self) -> bool:
-        """Whether it is a loss of PyTorch, all of which compare predictions with targets."""
+        """Whether the loss is a known PyTorch loss; all of these need targets."""
         loss = self.loss.func if isinstance(self.loss, functools.partial) else self.loss
         return type(loss) in _MODULES or any(loss is function for function, _ in _KNOWN)
 
     def label_range(self, y: Any, name: str) -> tuple[int, int] | None:
-        """The smallest and the largest label in ``y``, None where the loss takes none or they cannot be read."""
+        """The smallest and the largest label in ``y``; None if the loss takes no labels or they cannot be read."""
         ignored = ignored_label(self.loss)
         if ignored is None or not isinstance(y, Tensor):
             return None
@@ -222,12 +222,12 @@ class TaskLoss:
 
 
 def divided(total: Tensor, count: Tensor) -> Tensor:
-    """``total / count``; ``total``, which is zero then, where nothing counts."""
+    """``total / count``, or ``total`` itself, which is 0 then, where ``count`` is 0."""
     return total / torch.where(count == 0, torch.ones_like(count), count)
 
 
 def ignored_label(loss: Any) -> int | None:
-    """The class label that the loss leaves out; None for a loss that takes no class labels."""
+    """The class label that the loss ignores (``ignore_index``); None for losses without class labels."""
     options: dict[str, Any] = {}
     if isinstance(loss, functools.partial):
         loss, options = loss.func, loss.keywords
@@ -237,7 +237,7 @@ def ignored_label(loss: Any) -> int | None:
 
 
 def check_targets(loss: Any, prediction: Any, y: Any) -> None:
-    """Raise where an elementwise loss would broadcast: for class labels, and targets of another shape."""
+    """Raise if an elementwise loss gets class labels, or targets of another shape, which would broadcast."""
     if isinstance(loss, functools.partial):
         loss = loss.func
     function = _MODULES.get(type(loss), loss) if isinstance(loss, nn.Module) else loss
@@ -257,7 +257,7 @@ def check_targets(loss: Any, prediction: Any, y: Any) -> None:
 
 
 def _as_sums(loss: Any) -> _Sums | None:
-    """How the loss is a sum divided by a count, None where that is not known."""
+    """The loss as a sum divided by a count; None if that form is unknown."""
     function, options = loss, {}
     if isinstance(loss, functools.partial):
         if loss.args:
@@ -274,7 +274,7 @@ def _as_sums(loss: Any) -> _Sums | None:
     rest = {name: value for name, value in options.items() if name != "reduction" and value is not None}
     allowed = [names for each, names in _KNOWN if each is function]
     if not allowed or any(name not in allowed[0] for name in rest):
-        # A sum is one whoever computes it.
+        # reduction="sum" has a known form for any loss.
         takes = reduction == "sum" and (bool(allowed) or _takes_reduction(function))
         return _Sums(functools.partial(function, **rest, reduction="none"), "one", rest) if takes else None
     over = {"mean": "labels" if function in _LABEL_LOSSES else "elements", "sum": "one"}
@@ -286,7 +286,7 @@ def _as_sums(loss: Any) -> _Sums | None:
 
 
 def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, Any]] | None:
-    """The function that a loss module of torch calls, and its options; None for a module that may do something else."""
+    """The function that a torch loss module calls, and its options; None for modules that may do something else."""
     function = _MODULES.get(type(module))
     if function is None or changed_instance(module) or any(GLOBAL_HOOKS):
         return None
@@ -300,7 +300,7 @@ def _function_of(module: nn.Module) -> tuple[Callable[..., Tensor], dict[str, An
 
 
 def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
-    """The samples in the mask [S] of a tensor [S, ...]."""
+    """The samples of a tensor [S, ...] that are in the mask [S]."""
     if tensor.dim() == 0 or tensor.shape[0] != mask.shape[0]:
         raise ValueError(
             f"model must return tensors of the samples, [{mask.shape[0]}, ...], where a mask is given, as others may "
@@ -310,12 +310,12 @@ def _selected(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _takes_reduction(function: Any) -> bool:
-    if torch.compiler.is_compiling():  # which cannot look at signatures
+    if torch.compiler.is_compiling():  # torch.compile cannot inspect signatures
         return True
     parameters = inspect.signature(function).parameters.values()
     return any(p.name == "reduction" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _over_samples(mask: Tensor, like: Tensor) -> Tensor:
-    """The mask [S] with as many trailing axes as ``like`` [S, ...] needs to broadcast."""
+    """The mask [S] with trailing axes added, to broadcast with ``like`` [S, ...]."""
     return mask.view(-1, *[1] * (like.dim() - 1))

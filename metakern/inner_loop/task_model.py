@@ -1,4 +1,4 @@
-"""Any model and loss as T tasks with parameters of their own: losses, their gradients, predictions.
+"""Evaluation of any model and loss for T tasks with their own parameters: losses, gradients, predictions.
 
 torch.func evaluates all tasks at once. Axis legend: T tasks, S samples of a task, K inner steps, ``*shape`` the shape
 of one parameter tensor of the model.
@@ -42,15 +42,15 @@ Tensors = dict[str, Tensor]
 class TaskModel:
     """A model and a loss, evaluated for T tasks that have parameters of their own.
 
-    Every evaluation starts from the model's buffers as they are, and what the model writes into them is discarded. The
-    running statistics of PerStepBatchNorm in ``train()`` mode are the exception: an evaluation puts their means over
-    the tasks into the dict ``shared`` that it is given.
+    Every evaluation starts from the model's current buffers and discards what the model writes into them. The
+    exception: for the running statistics of PerStepBatchNorm in ``train()`` mode, an evaluation stores their means over
+    the tasks in its argument ``shared``.
 
     Args:
         model: any module
-        loss: of one task
-        names: the parameters that each task has for itself; the others are shared
-        vectorize: evaluate all tasks at once, by torch.vmap, one after another, or "auto"
+        loss: loss of one task
+        names: the per-task parameters; the tasks share the others
+        vectorize: whether to evaluate all tasks at once by torch.vmap, or "auto"
 
     Raises:
         TypeError: for a model whose parameters torch.func cannot replace
@@ -82,22 +82,22 @@ class TaskModel:
         }
 
     def again(self) -> TaskModel:
-        """The same for another call: the model's mode may be another, and so the way that its tasks are evaluated."""
+        """A copy for another call, which decides anew on vectorization, as the model's mode may have changed."""
         other = copy.copy(self)
         other.vectorization = Vectorization(self.model, self.loss.loss, self.vectorization.wanted)
         return other
 
     def expand(self, num_tasks: int, start: Mapping[str, Tensor] | None = None) -> Tensors:
-        """The initial parameters, [T, *shape] each, the same for every task: those in ``start``, else the model's."""
+        """Initial parameters, [T, *shape] each, the same for every task: from ``start``, else the model's."""
         initial = self.initial if start is None else {**self.initial, **start}
         return {name: p.unsqueeze(0).expand(num_tasks, *p.shape) for name, p in initial.items()}
 
     def at_step(self, shared: Tensors, step: int) -> Tensors:
-        """A copy of ``shared`` for evaluations after so many inner steps."""
+        """A copy of ``shared`` for evaluations after ``step`` inner steps."""
         return {**shared, **{name: torch.full_like(shared[name], step) for name in self._step_buffers}}
 
     def gathered(self, shared: Tensors) -> Tensors:
-        """Of ``shared``, the running statistics that evaluations change."""
+        """The running statistics in ``shared`` that evaluations change."""
         return {name: shared[name].detach() for name in self._gathered}
 
     def store(self, statistics: Tensors) -> None:
@@ -112,7 +112,7 @@ class TaskModel:
                 self.shared[name].copy_(tensor)
 
     def predict(self, params: Tensors, shared: Tensors, x: Data) -> Any:
-        """Predictions for x [T, S, ...]: what the model returns, with tensors [T, S, ...]."""
+        """Predictions for x [T, S, ...]: the model's outputs, with tensors [T, S, ...]."""
         outputs: list[Any] = []
 
         def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
@@ -139,19 +139,19 @@ class TaskModel:
     def gradients(
         self, params: Tensors, shared: Tensors, batch: SampleSets, first_order: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Losses [T] and their gradients, [T, *shape] each; zero where a loss has no use for one.
+        """Losses [T] and their gradients, [T, *shape] each; zeros for parameters without effect.
 
         Args:
             params: [T, *shape] each
-            shared: the other parameters, and buffers
+            shared: the shared parameters, and buffers
             batch: T tasks
             first_order: whether losses and gradients are constants
         """
-        # Of attention, only this implementation can be differentiated twice. It is used whether or not autograd
-        # records, so that what is recomputed has the same bits.
+        # Only this attention implementation can be differentiated twice. It is used whether or not autograd records,
+        # so that recomputation gives the same bits.
         attention = contextlib.nullcontext() if first_order else sdpa_kernel(SDPBackend.MATH)
         if is_transformed():
-            # torch.func.grad is what they transform; autograd, below, costs a quarter less.
+            # Transforms need torch.func.grad; autograd, below, costs a quarter less.
             record = torch.is_grad_enabled() and not first_order
             point = params if record else {name: p.detach() for name, p in params.items()}
             with attention:
@@ -168,12 +168,13 @@ class TaskModel:
         return losses, dict(zip(self.names, grads, strict=True))
 
     def _recomputable(self, evaluate: Callable[[Tensors], Any], params: Tensors, shared: Tensors) -> Any:
-        """``evaluate(shared)``, whose graph may call the model again in the backward, as with torch.utils.checkpoint.
+        """``evaluate(shared)``, for models that the backward may call again, as torch.utils.checkpoint does.
 
-        functional_call has put the model's own parameters back by then, so a copy with the tasks' is called.
+        By then functional_call has restored the model's own parameters, so such models are evaluated as copies that
+        keep the task's parameters.
 
         Raises:
-            RuntimeError: within torch.vmap, which is over by then, too
+            RuntimeError: for such a model under torch.vmap, which has ended by then, too
         """
         if self._captures or is_transformed() or not torch.is_grad_enabled():
             return evaluate(shared)
@@ -188,7 +189,7 @@ class TaskModel:
         return result
 
     def _forward(self, params: Tensors, shared: Tensors, x: Data) -> Any:
-        """What the model returns for one task."""
+        """The model's output for one task."""
         tensors = {**shared, **params}
         args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
         if self._captures:
@@ -207,7 +208,7 @@ class TaskModel:
         return self._corrected(task_loss)
 
     def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function of one task, run with the corrected forms of PyTorch functions."""
+        """A function of one task, wrapped to use the corrected forms of PyTorch functions."""
         transformed = is_transformed()
 
         def corrected(*arguments: Any) -> Any:
@@ -217,7 +218,7 @@ class TaskModel:
         return corrected
 
     def _for_tasks(self, function: Callable[..., Any], params: Tensors, shared: Tensors, data: tuple[Data, ...]) -> Any:
-        """``function(params, shared, *data)`` of every task, stacked."""
+        """``function(params, shared, *data)`` for every task, with the results stacked."""
         num_tasks, versions = first_tensor(data).shape[0], self._versions(params, shared)
         if not self.vectorization.at_once:
             outputs, owns = [], []
@@ -240,7 +241,7 @@ class TaskModel:
         return output
 
     def _versions(self, params: Tensors, shared: Tensors) -> dict[str, int]:
-        """How often each parameter has been written; nothing where it is not known."""
+        """Version counters of the parameters, where known: in-place writes increase them."""
         if is_transformed():
             return {}
         buffers = set(self.buffers)
@@ -257,21 +258,21 @@ class TaskModel:
             )
 
     def _gather(self, shared: Tensors, own: Tensors) -> None:
-        """Put the means over the tasks of their running statistics, [T, K+1, C] each, into ``shared``."""
+        """Store the means over tasks of the running statistics, [T, K+1, C] each, in ``shared``."""
         for name, step in self._gathered.items():
-            # Means of the rows that are the same for all tasks would differ from these by rounding.
+            # Only the current row: the others are equal for all tasks, and a mean would change them by rounding.
             shared[name] = PerStepBatchNorm.replaced(shared[name], own[name].detach().mean(0), shared[step])
 
 
 class TaskProblem(Problem):
-    """Support sets of T tasks for a :class:`TaskModel`, and the query losses that are wanted on the way.
+    """Support sets of T tasks for a :class:`TaskModel`, and optional query losses after every step.
 
     Args:
-        model: what is adapted
-        support: sets of the inner steps
-        query: sets of the losses on the way; None where none are wanted
-        step_weights: of the query loss after every step, [K]
-        accumulate: parts that a support set is taken in
+        model: the model to adapt
+        support: support sets of the inner steps
+        query: query sets for the losses after every step; None for no such losses
+        step_weights: weights of the query losses after every step, [K]
+        accumulate: number of parts into which each support set is split
 
     Attributes:
         total: the weighted sum of the query losses so far, [T]; None before the first
@@ -288,18 +289,18 @@ class TaskProblem(Problem):
         self.model, self.support, self.query = model, support, query
         self.step_weights, self.accumulate = step_weights, accumulate
         self.total: Tensor | None = None
-        # Copies, as the backward may still need what the call was given when the model's have been written.
+        # Copies: the call writes the model's statistics, and the backward may still need the old values.
         statistics = {name: tensor.clone() for name, tensor in model.gathered(model.shared).items()}
         self.shared = model.at_step({**model.shared, **statistics}, 0)
 
     @property
     def statistics(self) -> Tensors:
-        """The running statistics that the evaluations so far lead to."""
+        """The running statistics after the evaluations so far."""
         return self.model.gathered(self.shared)
 
     @property
     def recomputes_parts(self) -> bool:
-        """Whether the backward computes parts of the sets again, if gradients are no constants."""
+        """Whether the backward recomputes parts of the sets, unless gradients are constants."""
         return self.accumulate > 1 and not is_transformed()
 
     def gradients(self, params: Any, step: int, first_order: bool) -> tuple[Tensor, Any]:
@@ -326,7 +327,7 @@ class TaskProblem(Problem):
             self.total = losses if self.total is None else self.total + losses
 
     def tensors(self) -> tuple[Any, Any]:
-        """The query losses so far and running statistics; parameters that tasks share, sets and weights."""
+        """Changing: query losses so far and running statistics. Fixed: shared parameters, sets and weights."""
         statistics = self.statistics
         shared = {name: tensor for name, tensor in self.shared.items() if name not in statistics}
         query = None if self.query is None else self.query.tensors
@@ -337,7 +338,7 @@ class TaskProblem(Problem):
         other = copy.copy(self)
         other.total, statistics = changing
         shared, support, query, other.step_weights = fixed
-        # Autograd takes them for results with a gradient, along which the next segment would ask for zeros.
+        # Detached: autograd would take them for differentiable results, and the next segment would pass zeros back.
         statistics = {name: tensor.detach() for name, tensor in statistics.items()}
         other.shared = self.model.at_step({**shared, **statistics}, step)
         other.support = self.support.with_tensors(support)
@@ -345,11 +346,11 @@ class TaskProblem(Problem):
         return other
 
     def lock(self) -> AbstractContextManager[Any]:
-        """The model's tensors are replaced for a moment."""
+        """The model's lock, as evaluations replace its tensors temporarily."""
         return exclusive(self.model.model)
 
     def check_captured(self, name: str, params: Tensors) -> None:
-        """Raise where loss or model hold a tensor to which recomputation, for argument ``name``, loses the gradient."""
+        """Raise if recomputation, asked for by option ``name``, would lose the gradient of a captured tensor."""
         params, shared = detached((params, self.model.shared))
         with torch.enable_grad(), kept_random_state(self.support.device):
             first = self.support.at_step(0)
@@ -366,7 +367,7 @@ class TaskProblem(Problem):
                     )
 
     def _of_part(self, part: SampleSets, first_order: bool) -> Callable[..., Any]:
-        """A part's share of losses and gradients, and running statistics, by all that they depend on."""
+        """A pure function that gives a part's share of losses and gradients, and the running statistics."""
 
         def run(params: Tensors, shared: Tensors, tensors: Any, shares: Tensor) -> Any:
             def share(x: Tensor) -> Tensor:
@@ -394,7 +395,7 @@ def _check_replaceable(model: nn.Module) -> None:
 
 
 def _slots(model: nn.Module, tensors: Tensors) -> dict[str, str]:
-    """Every place in the model where a tensor stands, and that tensor's name: tied tensors stand in several.
+    """Every slot of the model that holds a tensor, and the tensor's name; tied tensors have several slots.
 
     functional_call with tie_weights=True leaves a module that the model holds twice changed (pytorch issue 164759).
     """

@@ -1,4 +1,4 @@
-"""What takes an inner step: gradient descent with rates that are given, or a rule.
+"""Updates of the inner loop: gradient descent with given rates, or an update rule.
 
 Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tensor.
 """
@@ -26,11 +26,11 @@ from metakern.rules.rates import LearningRates, real_dtype
 
 
 class Update(Protocol):
-    """What the inner loop asks of whatever takes its steps."""
+    """The inner loop's interface to an update rule."""
 
     @property
     def weights(self) -> Any:
-        """Pytree of the tensors that a meta-gradient may be asked for besides params and data."""
+        """Pytree of the update's own tensors that may receive meta-gradients."""
         ...
 
     def init_state(self, params: Any) -> Any:
@@ -42,11 +42,11 @@ class Update(Protocol):
         ...
 
     def check_recomputable(self, params: Any, state: Any) -> None:
-        """Raise RuntimeError where steps that are computed again would lose a meta-gradient."""
+        """Raise RuntimeError if recomputed steps would lose a meta-gradient."""
         ...
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Held while steps are taken, by the backward, too."""
+        """Lock to hold while steps are taken, also by the backward."""
         ...
 
 
@@ -55,7 +55,7 @@ class Descent:
 
     Args:
         rates: α
-        clip_norm: largest norm of a task's gradient
+        clip_norm: maximum norm of a task's gradient
     """
 
     def __init__(self, rates: LearningRates, clip_norm: float | None) -> None:
@@ -67,12 +67,12 @@ class Descent:
         return self.rates.values
 
     def init_state(self, params: Any) -> Any:
-        """It has none."""
+        """Gradient descent has no state."""
         return ()
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """See :func:`metakern.ops.inner_update`."""
-        # torch.compile fuses the formula with what stands around it, and torch.func sees through it.
+        # torch.compile fuses the formula with the surrounding code, and torch.func can transform it.
         plain = is_transformed() or any(p.is_complex() for p in params.values())
         update: Callable[..., list[Tensor]] = reference.inner_update if plain else inner_update
         updated = update(
@@ -85,20 +85,20 @@ class Descent:
         return dict(zip(params, updated, strict=True)), state
 
     def check_recomputable(self, params: Any, state: Any) -> None:
-        """It depends on α alone."""
+        """Never raises: the step depends on no other tensors than α."""
 
     def lock(self) -> AbstractContextManager[Any]:
-        """Nothing is replaced for a moment."""
+        """No lock is needed, as no tensors are replaced temporarily."""
         return nullcontext()
 
 
 class RuleUpdate:
-    """Steps of a rule for T tasks side by side.
+    """Steps of an update rule for T tasks side by side.
 
     Args:
-        rule: see :class:`metakern.rules.Rule`. A module with ``init_state(params)`` and ``forward(params, grads,
-            state)`` alone serves, too: it is told neither of the task axis nor the losses.
-        clip_norm: largest norm of a task's gradient
+        rule: see :class:`metakern.rules.Rule`. A module with just ``init_state(params)`` and ``forward(params, grads,
+            state)`` works, too: it receives neither ``tasks`` nor the losses.
+        clip_norm: maximum norm of a task's gradient
 
     Raises:
         TypeError: for anything else
@@ -122,10 +122,10 @@ class RuleUpdate:
         return dict(self.rule.named_parameters())
 
     def init_state(self, params: Any) -> Any:
-        """The rule's, for params with a task axis; a tuple of states where every group of a tuple has its own.
+        """The rule's initial state for params with a task axis; a tuple of states if it steps group by group.
 
-        Params that are a tuple are of groups of tasks, whose tensors differ. A rule that treats all coordinates alike
-        takes them together, in one launch; any other has to be told which tensors share their tasks.
+        A tuple of params holds groups of tasks with different tensors. A coordinatewise rule takes all groups together,
+        in one launch; any other rule takes one group at a time, as it must know which tensors share their tasks.
         """
         if self._goes_by_group(params):
             return tuple(self.init_state(group) for group in params)
@@ -133,7 +133,7 @@ class RuleUpdate:
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
-        """One step of the rule, which counts by itself."""
+        """One step of the rule; ``step`` is unused, as rules count steps themselves."""
         if not self._goes_by_group(params):
             if self.clip_norm is not None:
                 grads = clipped(grads, self.clip_norm)
@@ -157,7 +157,7 @@ class RuleUpdate:
         return self.rule.needs_loss or not isinstance(self.rule, CoordinatewiseRule)
 
     def check_recomputable(self, params: Any, state: Any) -> None:
-        """Raise where the rule holds a tensor that requires a gradient and is none of its parameters."""
+        """Raise if the rule holds a tensor that requires a gradient but is not one of its parameters."""
         params, state, weights = detached((params, state, self.weights))
         first = pytree.tree_leaves(params)[0]
         losses = torch.zeros(num_tasks(params), dtype=real_dtype(first), device=first.device)
@@ -171,12 +171,12 @@ class RuleUpdate:
             )
 
     def lock(self) -> AbstractContextManager[Any]:
-        """That of the rule, whose parameters are replaced while the backward computes steps again."""
+        """The rule's lock, as the backward replaces its parameters while it recomputes steps."""
         return exclusive(self.rule)
 
 
 def clipped(grads: Any, clip_norm: float) -> Any:
-    """Gradients, a pytree of tensors [T, *shape], with every task's norm over all of them at most ``clip_norm``."""
+    """Clip gradients, a pytree of tensors [T, *shape], to norm ``clip_norm`` per task over all tensors."""
     if type(grads) is tuple:  # groups of tasks
         return tuple(clipped(group, clip_norm) for group in grads)
     leaves, structure = pytree.tree_flatten(grads)
@@ -185,8 +185,8 @@ def clipped(grads: Any, clip_norm: float) -> Any:
 
 
 def _takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has an argument of this name."""
-    if torch.compiler.is_compiling():  # which cannot look at signatures
+    """Whether a function takes an argument of this name."""
+    if torch.compiler.is_compiling():  # torch.compile cannot inspect signatures
         return True
     parameters = inspect.signature(function).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())

@@ -1,4 +1,4 @@
-"""Whether the tasks of a batch are evaluated at once, by torch.vmap, or one after another."""
+"""The choice between evaluating all tasks at once, by torch.vmap, and one after another."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ Vectorize = bool | str
 
 
 def check_vectorize(vectorize: Any) -> None:
-    """Raise unless it is a bool or "auto"."""
+    """Raise TypeError unless ``vectorize`` is a bool or "auto"."""
     if not isinstance(vectorize, bool) and vectorize != "auto":
         raise TypeError(f"vectorize must be True, False or 'auto', got {vectorize!r}")
 
 
 class Vectorization:
-    """The way that the tasks of one call are evaluated.
+    """How the tasks of one call are evaluated: by torch.vmap or in a loop.
 
-    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. That is then
-    remembered, and later calls loop straight away where modules, their modes, hooks and loss are the same. A stale
-    entry costs only time: both ways give the same values.
+    With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The failure is
+    cached, and later calls with the same modules, modes, hooks and loss use the loop at once. A stale entry costs only
+    time: both ways give the same values.
 
     Args:
-        model: what is evaluated
-        loss: of one task
+        model: the model to evaluate
+        loss: loss of one task
         vectorize: see :data:`Vectorize`; within torch.compile and torch.func "auto" means True
 
     Attributes:
@@ -57,16 +57,17 @@ class Vectorization:
             self.at_once = not self._hooked and not _loops.get(model, self._kind())
 
     def run(self, evaluate: Callable[[Instead], Result], data: Mapping[str, Tensor]) -> Result:
-        """``evaluate({})``, which looks at ``at_once``.
+        """Run ``evaluate({})``, which reads ``at_once``; falls back to the loop with "auto".
 
         Args:
-            evaluate: all that is done for the tasks, with others in place of some of ``data``; it may be called twice,
-                and again where it fails, to find out why
-            data: the caller's tensors, by what a message calls them
+            evaluate: the whole evaluation; takes replacements for some of ``data``. It may be called twice, and again
+                after an error, to find its cause
+            data: the caller's tensors, by their names in messages
 
         Raises:
-            RuntimeError: where ``vectorize=True`` insists on torch.vmap, and it cannot run the model
-            TypeError, ValueError: for data of another dtype, device or width than the model's, and "meta" among others
+            RuntimeError: if ``vectorize=True`` and torch.vmap cannot run the model
+            TypeError, ValueError: for data whose dtype, device or width does not fit the model, and if only some
+                tensors are on "meta"
         """
         with exclusive(self._model):
             return self._run(evaluate, data)
@@ -85,7 +86,7 @@ class Vectorization:
             return self._loop(evaluate, data)
         device = next(self._model.parameters()).device
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return evaluate({})  # a CUDA graph can neither be asked for random states nor begun again
+            return evaluate({})  # capture of a CUDA graph allows neither random states nor a retry
         state = random_state(device)
         try:
             return evaluate({})
@@ -93,17 +94,17 @@ class Vectorization:
             raise
         except Exception as error:
             cause = _cause(error, self._model)
-            # Its traceback holds all that was computed.
+            # The error's traceback would keep everything computed alive.
             failure = None if self.wanted == "auto" else error
         set_random_state(state)
         self.at_once = False
-        result = self._loop(evaluate, data)  # what fails here too is no fault of torch.vmap
+        result = self._loop(evaluate, data)  # an error here, too, is not torch.vmap's
         if failure is None:
             self._remember(f", as torch.vmap fails in {cause}")
             return result
         set_random_state(state)
         self.at_once = True
-        if not isinstance(failure, RuntimeError):  # it says by itself what is wrong
+        if not isinstance(failure, RuntimeError):  # the error explains itself
             raise failure
         raise RuntimeError(f"vectorize=True cannot run the model: torch.vmap fails in {cause}; {_WAY_OUT}") from failure
 
@@ -112,7 +113,7 @@ class Vectorization:
         warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
 
     def _kind(self) -> Hashable:
-        """What decides whether torch.vmap can run the model. It refers to no module, which would keep it alive."""
+        """Cache key: everything that decides whether torch.vmap can run the model. Holds no module, to leak none."""
         code = getattr(self._loss, "__code__", None)
         of_loss = code if isinstance(code, CodeType) else type(self._loss)
         return of_loss, self._hooked, tuple((type(module), module.training) for module in self._model.modules())
@@ -140,7 +141,7 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-#: Models that torch.vmap could not run, each with what it was like: modules, train() or eval(), which loss.
+#: Cache of models that torch.vmap could not run, keyed by module types, train() or eval() modes, hooks and loss.
 _loops: Remembered[bool] = Remembered(most=16)
 
 
@@ -148,7 +149,7 @@ _loops: Remembered[bool] = Remembered(most=16)
 
 
 def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> str:
-    """Says which module has a hook that torch.vmap would not call; empty where none has."""
+    """A message that names a module with a backward hook, which torch.vmap would not call; empty if there is none."""
     if any(GLOBAL_BACKWARD_HOOKS):
         return "there are backward hooks for all modules, which torch.vmap does not call"
     named = list(model.named_modules())
@@ -165,7 +166,7 @@ def _module_with_backward_hook(model: nn.Module, loss: Callable[..., Any]) -> st
 
 
 def _cause(error: Exception, model: nn.Module) -> str:
-    """The module that torch.vmap fails in, and its message's first line."""
+    """The module that torch.vmap fails in, and the first line of the error."""
     found = module_that_failed(error, model)
     where = "the model or the loss" if found is None else found.label
     return f"{where}: {first_line(error)}"

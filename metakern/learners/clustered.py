@@ -22,7 +22,7 @@ from metakern.tasks import TaskDistribution
 #: their embeddings, or by mode, which for problems to optimise is their kind.
 ASSIGNMENTS = ("losses", "embedding", "modes")
 
-#: Responsibility threshold: a learner skips tasks of which its share is not above this.
+#: Responsibility threshold: a learner skips tasks of which it has at most this share.
 LEAST_RESPONSIBILITY = 0.01
 
 #: Final temperature of annealing, as a fraction of the initial one.
@@ -142,7 +142,7 @@ class ClusteredLearner(nn.Module):
         clusters = f"{self.num_active} of {len(self.occupancy)} clusters in use"
         return f"ClusteredLearner({self.shared!r}, {clusters}, assign={self.assign_by!r})"
 
-    # ------------------------------------------------------------------------------------------------------ a trainer's
+    # -------------------------------------------------------------------------------------------------- for the trainer
 
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:
         """Losses [T] of every task under its learner, or averaged over learners by their shares of the task.
@@ -254,7 +254,7 @@ class ClusteredLearner(nn.Module):
         begun = [learner for index, learner in enumerate(self.learners) if starts or index in self.restarted]
         return [p for learner in begun for p in learner.parameters()]
 
-    # ------------------------------------------------------------------------------------------------------ assignment
+    # ------------------------------------------------------------------------------------------------------- assignment
 
     @property
     def num_active(self) -> int:

@@ -88,7 +88,7 @@ class MAMLLearner(nn.Module):
         return f"MAMLLearner({type(self.model).__name__} of {number:,} parameters, {settings})"
 
     def meta_losses(self, batch: Episodes) -> Iterator[Tensor]:
-        """Query losses [T] after K inner steps; one outer step a batch."""
+        """Query losses [T] after K inner steps; one outer step per batch."""
         yield meta_loss(self.model, self._support(batch, self.steps), batch.query, **self._arguments(self.steps))
 
     def adapt_to(self, batch: Episodes, steps: int | None = None) -> Adapted:

@@ -191,7 +191,7 @@ class Learner(nn.Module):
         return "compute it with the learner, as learner(x), from tensors that are not detached"
 
     def _update(self, params: Sequence[tuple[str, Tensor]], grads: Sequence[Tensor | None], lr: Any) -> None:
-        """Put p − lr · g in place of each parameter that has a gradient, wherever the module holds it."""
+        """Replace each parameter that has a gradient by p − lr · g, wherever the module holds it."""
         holder = self if self._recomputed else None
         new = take_step(self.module, [p for _, p in params], grads, lr, holder)
         self._lineage.own = set(nodes_of(new))

@@ -77,7 +77,7 @@ class ProblemBatch(ShortRepr):
         self.num_tasks = self._sampled = num_tasks
         self._rows, self._device = torch.arange(num_tasks), torch.device("cpu")
         self._generator = generator.clone_state()
-        generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))  # away from the batch's stream
+        generator.manual_seed(int(torch.randint(2**63 - 1, (), generator=generator)))  # leaves the batch's stream
 
     def select(self, tasks: slice | Tensor) -> Self:
         """Some of the problems: a slice, indices, or a mask [T].

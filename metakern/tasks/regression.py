@@ -41,7 +41,7 @@ class Family(ShortRepr):
         ValueError: for fewer than 1 support or query sample, and for negative noise.
     """
 
-    #: s, elementwise.
+    #: The shape function s, elementwise.
     shape: ClassVar[Callable[[Tensor], Tensor]]
     #: Ranges of the uniform draws of a, c and b.
     factor: ClassVar[Range]

@@ -27,7 +27,7 @@ from metakern.inner_loop.updates import Descent, RuleUpdate, Update
 
 
 class _Plan(NamedTuple):
-    """All that a call says, checked, in the form that the loop takes."""
+    """A checked call in the form that the inner loop takes."""
 
     model: TaskModel
     loop: InnerLoop
@@ -37,7 +37,7 @@ class _Plan(NamedTuple):
     step_weights: Any
 
     def run(self, call: Call, instead: Instead) -> tuple[dict[str, Tensor], TaskProblem]:
-        """Adapted parameters, and the problem after the last step; with other samples and targets in place of some."""
+        """Adapted parameters, and the problem after the last step; ``instead`` replaces some samples and targets."""
         options, steps = call.options, self.loop.num_steps
         wanted = None if self.step_weights is None or self.query is None else self.query.replaced(instead)
         support = self.support.replaced(instead)
@@ -58,7 +58,7 @@ class GenericEngine:
     name = "generic path"
 
     def serves(self, call: Call) -> str | None:
-        """Every call, unless another backend was asked for by name."""
+        """None, as it serves every call, unless another backend was requested by name."""
         options, reasons = call.options, "; ".join(call.reasons)
         if options.steps and _backend.requested(options.backend) not in ("auto", "reference"):
             return f"backend {options.backend!r} is another engine's"
@@ -76,7 +76,7 @@ class GenericEngine:
         return plan.model.vectorization.run(lambda instead: plan.run(call, instead)[0], plan.support.named)
 
     def meta_loss(self, call: Call) -> Tensor:
-        """Query losses [T]; the model's running statistics move."""
+        """Query losses [T]; updates the model's running statistics if ``call.moves_statistics``."""
         plan: _Plan = call.prepared[self.name]
         assert plan.query is not None
         model, query = plan.model, plan.query
@@ -96,7 +96,7 @@ class GenericEngine:
         return losses
 
     def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
-        """It has no way without autograd."""
+        """None: this engine always needs autograd."""
         return None
 
     def described(self, call: Call) -> str:
@@ -110,11 +110,11 @@ class GenericEngine:
         )
 
     def missed(self, call: Call, cause: str) -> None:
-        """Nothing: it is never faster than the others."""
+        """No warning: this engine is never faster than the others."""
 
 
 def task_model(call: Call) -> TaskModel:
-    """The model of a call for its T tasks, checked."""
+    """The checked TaskModel of a call."""
     options = call.options
     task_loss = TaskLoss(options.loss, call.is_masked or options.accumulate > 1)
     with exclusive(options.model):
@@ -144,7 +144,7 @@ def _plan(call: Call) -> _Plan:
 
 
 def _update(call: Call, model: TaskModel) -> tuple[Update, Mapping[str, Tensor] | None]:
-    """What takes the steps, and where they start if not at the model's parameters."""
+    """The update rule, and its learned initial parameters, or None to start at the model's."""
     options = call.options
     if options.is_descent:
         return Descent(options.learning_rates(model.initial), options.largest_norm), None
@@ -152,7 +152,7 @@ def _update(call: Call, model: TaskModel) -> tuple[Update, Mapping[str, Tensor] 
 
 
 def _initialisation(rule: Any, model: TaskModel) -> Mapping[str, Tensor] | None:
-    """The initial parameters that a rule learns, by name; None where it learns none."""
+    """The initial parameters that a rule learns, by name, or None."""
     start: Mapping[str, Tensor] | None = rule.initialisation() if hasattr(rule, "initialisation") else None
     if start is None:
         return None

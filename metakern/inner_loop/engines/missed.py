@@ -1,4 +1,4 @@
-"""Says once where plain PyTorch serves a small MLP: the fused inner loop would take a fraction of the time."""
+"""Warns once per cause that a small MLP misses the fused inner loop, which would take a fraction of the time."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from metakern.core.warn import warn_user
 from metakern.inner_loop.arguments import LoopOptions
 from metakern.ops.mlp_inner_loop import unserved
 
-#: How many times as long plain PyTorch took for MLPs of 1,761 to 247,000 parameters: the least and the most of the
-#: columns "vmap" in bench/results/amd-epyc-2-threads-avx512-inner-loop.json.
+#: Slowdown of plain PyTorch for MLPs of 1,761 to 247,000 parameters: the smallest and largest entry of the columns
+#: "vmap" in bench/results/amd-epyc-2-threads-avx512-inner-loop.json.
 _RATIO = "3 to 56 times"
 
 #: Modules of torch.nn, besides nn.Linear, that a small MLP may have.
@@ -26,7 +26,7 @@ _ACTIVATIONS = (
 )
 _POINTWISE = (*_ACTIVATIONS, nn.Identity, nn.Flatten, nn.Unflatten, nn.Dropout)
 
-#: Reasons of which a user has heard, without their numbers; so many at most.
+#: Causes already warned about, without their numbers, and the maximum number of them.
 _said: set[str] = set()
 _MOST_SAID = 64
 
@@ -35,14 +35,14 @@ def warn_if_missed(options: LoopOptions, x: Any, cause: str) -> None:
     """Warn at the caller's line, once for each reason, that a small MLP misses the fused inner loop.
 
     Args:
-        options: of a call that plain PyTorch has served
+        options: options of a call that plain PyTorch has served
         x: support samples [T, S, ...]
         cause: why the fused inner loop does not serve
     """
     if is_transformed() or not options.steps or not options.vectorize or _backend.requested(options.backend) != "auto":
-        return  # who compiles, transforms or chooses has not overlooked it
+        return  # compiled, transformed, or chosen by the user on purpose
     if not _backend.is_compiled():
-        return  # which is said already
+        return  # another warning says so
     key = re.sub(r"\d+", "", cause)
     if key in _said or len(_said) >= _MOST_SAID or not is_small_mlp(options.model, x):
         return
@@ -55,9 +55,9 @@ def warn_if_missed(options: LoopOptions, x: Any, cause: str) -> None:
 
 
 def is_small_mlp(model: nn.Module, x: Any) -> bool:
-    """Whether a model has nn.Linear, each as wide as the one before, and nothing else than pointwise activations.
+    """Whether a model has only nn.Linear of matching widths and pointwise activations, and fits the fused inner loop.
 
-    And is small enough for the fused inner loop. What its forward does with them is not looked at.
+    Judges by the modules alone, not by what the forward does with them.
     """
     widths: list[int] = []
     for module in model.modules():
@@ -73,7 +73,7 @@ def is_small_mlp(model: nn.Module, x: Any) -> bool:
 
 
 def _is_pointwise(module: nn.Module) -> bool:
-    """Whether it is a known activation, a container or a class of the user's, without tensors of its own."""
+    """Whether a module is a known activation, a container or a user-defined class, without tensors of its own."""
     if any(held is not None for held in (*module._parameters.values(), *module._buffers.values())):
         return False
     kind = type(module)

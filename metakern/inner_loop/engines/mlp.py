@@ -1,4 +1,4 @@
-"""adapt, meta_loss and meta_backward by the fused inner loop, where model, loss and data are of its kind.
+"""The engine for small MLPs: adapt, meta_loss and meta_backward by the fused inner loop.
 
 Finn et al. 2017, arXiv 1703.03400. Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 """
@@ -51,27 +51,27 @@ from metakern.ops.mlp_inner_loop import (
 )
 from metakern.ops.mlp_inner_loop.autograd import Problem
 
-#: How a call is served: backend, problem and step weights of the operators.
+#: The operators' arguments for a call: backend, problem and step weights.
 _Way = tuple[str, Problem, tuple[float, ...]]
 
-#: What usual calls of meta_loss and meta_backward were served by. The checks that are left out for such a call take as
+#: Cache of the operators' arguments for meta_loss and meta_backward with default options. It saves checks that take as
 #: long as a small inner loop.
 served_before: Remembered[_Way] = Remembered(most=8)
 
 
 class _Plan(NamedTuple):
-    """How a call is served.
+    """How the operators serve a call.
 
     Attributes:
-        params: of the model, in the operators' order
-        names: of ``params``; empty where a layer has no bias
-        adapted: names of those that adapt
-        backend: whose kernels serve
-        arguments: the operators' options; none where the way is remembered
+        params: the model's parameters, in the operators' order
+        names: names of ``params``; empty where a layer has no bias
+        adapted: names of the adapted parameters
+        backend: name of the backend
+        arguments: the operators' options; empty if ``way`` is given
         sets: support and query samples as the operators take them
-        step_weights: of the query losses after every step
-        key: of a usual call, by which its way is remembered
-        way: of a usual call
+        step_weights: weights of the query losses after every step
+        key: cache key of a call with default options, else None
+        way: cached arguments for ``key``, else None
     """
 
     params: Sequence[Tensor]
@@ -88,13 +88,13 @@ class _Plan(NamedTuple):
 class MlpEngine:
     """Small MLPs in one launch; see :class:`metakern.inner_loop.engines.protocol.Engine`.
 
-    It is faster than plain PyTorch for all that it serves, as the files of bench/results say.
+    It is faster than plain PyTorch for every call that it serves; see the measurements in bench/results.
     """
 
     name = "fused inner loop"
 
     def serves(self, call: Call) -> str | None:
-        """Why the operators do not take this model, loss, data or options; None where they do."""
+        """Why the operators do not take this model, loss, data or options; None if they do."""
         try:
             call.prepared[self.name] = _plan(call)
         except Unserved as unserved:
@@ -123,7 +123,7 @@ class MlpEngine:
         return losses
 
     def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
-        """Query losses [T] of a usual call, without a graph, which would take as long as a small inner loop."""
+        """Query losses [T] of a call with default options, without autograd, which costs as much as a small loop."""
         plan: _Plan = call.prepared[self.name]
         if plan.key is None or forward_mode_is_active() or torch.is_anomaly_enabled():
             return None
@@ -139,22 +139,22 @@ class MlpEngine:
         return losses  # type: ignore[no-any-return]
 
     def described(self, call: Call) -> str:
-        """Steps and model."""
+        """One line with the number of steps and the model."""
         return f"K={call.options.steps}: fused inner loop, {type(call.options.model).__name__}"
 
     def missed(self, call: Call, cause: str) -> None:
-        """Warn that a small MLP takes many times as long."""
+        """Warn that a small MLP takes many times as long in plain PyTorch."""
         warn_if_missed(call.options, call.support[0], cause)
 
 
 def unlike_losses(gradient: Tensor, losses: Tensor) -> bool:
-    """Whether a gradient lacks the shape, dtype or device of the losses [T]."""
+    """Whether a gradient differs from the losses [T] in shape, dtype or device."""
     return (gradient.shape, gradient.dtype, gradient.device) != (losses.shape, losses.dtype, losses.device)
 
 
 def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
-    """Add gradients to ``grad``; those that other threads add meanwhile, by this or by backward(), are not lost."""
-    if len(sys._current_frames()) > 1:  # all of Python's threads; a thread that is alone can start none in between
+    """Add gradients to ``grad``, safely with other threads that do the same, here or by backward()."""
+    if len(sys._current_frames()) > 1:  # Python's threads; a single one starts no other in between
         with torch.enable_grad():
             nodes = [accumulator(p) for p in params]
         with torch.no_grad():  # each adds in place, under the mutex that backward() takes, too
@@ -170,9 +170,9 @@ def _accumulate(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def _accumulates(p: Tensor) -> bool:
-    """Whether backward() would only add a gradient to ``grad``: no hooks, no other layout or dtype.
+    """Whether backward() would just add a gradient to ``grad``: no hooks, no other layout or dtype.
 
-    A ``grad`` has its parameter's strides: fused optimizers walk both as they lie in memory.
+    A ``grad`` must have its parameter's strides, as fused optimizers walk both in memory order.
     """
     plain = p.is_leaf and p.is_contiguous() and not p._backward_hooks and not p._post_accumulate_grad_hooks
     if not plain or getattr(p, "grad_dtype", p.dtype) is not p.dtype:
@@ -181,10 +181,10 @@ def _accumulates(p: Tensor) -> bool:
 
 
 def _plan(call: Call) -> _Plan:
-    """How the operators serve a call.
+    """The plan of a call for the operators.
 
     Raises:
-        Unserved: where they do not
+        Unserved: if they do not serve it
     """
     options = call.options
     asked = _backend.requested(options.backend)
@@ -212,7 +212,7 @@ def _plan(call: Call) -> _Plan:
 
 
 def _usual(call: Call, asked: str) -> tuple[Hashable, Mlp] | None:
-    """Key and model of a call with default options and plain tensors; None for others."""
+    """Cache key and model of a call with default options and plain tensors; None for other calls."""
     options, support, query = call.options, call.support, call.query
     plain = type(options.lr) is float and type(options.first_order) is bool and bool(options.vectorize)
     plain = plain and not options.support_per_step and options.rule is None and call.step_weights is None
@@ -250,7 +250,7 @@ def _usual(call: Call, asked: str) -> tuple[Hashable, Mlp] | None:
 
 
 def _way(call: Call, plan: _Plan) -> _Way:
-    """How the operators serve a usual call."""
+    """The operators' arguments for a call with default options."""
     if plan.way is not None:
         return plan.way
     options = call.options
@@ -260,7 +260,7 @@ def _way(call: Call, plan: _Plan) -> _Way:
 
 
 def _remember(call: Call, plan: _Plan) -> None:
-    """Keep the way of a usual call that was served."""
+    """Cache the operators' arguments of a served call with default options."""
     if plan.key is not None and plan.way is None:
         served_before.put(call.options.model, plan.key, _way(call, plan))
 
@@ -270,10 +270,10 @@ def _unmasked(plan: _Plan) -> list[tuple[Tensor, Tensor, None]]:
 
 
 def _run(plan: _Plan, operator: Callable[[], Any]) -> Any:
-    """What an operator returns.
+    """Call an operator.
 
     Raises:
-        Unserved: for labels that name no output: plain PyTorch raises ValueError, or knows labels to ignore
+        Unserved: for labels outside the outputs: plain PyTorch then raises ValueError, or ignores them
     """
     if torch.compiler.is_compiling():
         return operator()
@@ -286,7 +286,7 @@ def _run(plan: _Plan, operator: Callable[[], Any]) -> Any:
 
 
 def _names_no_output(labels: Tensor, outputs: int) -> bool:
-    """Whether targets are class labels, some of them beyond the outputs."""
+    """Whether targets are class labels of which some are outside the model's outputs."""
     if labels.dtype != torch.int64 or not labels.numel():
         return False
     smallest, largest = torch.aminmax(labels)
@@ -294,7 +294,7 @@ def _names_no_output(labels: Tensor, outputs: int) -> bool:
 
 
 class _BeyondOutputs(Unserved):
-    """Class labels that name no output: plain PyTorch knows whether the loss ignores them."""
+    """Some class labels are outside the model's outputs; plain PyTorch knows whether the loss ignores them."""
 
     cause = "some labels are those that the loss ignores"
 
@@ -315,7 +315,7 @@ def _pair(name: str, data: Any) -> tuple[str, Any, Any]:
 
 
 def _known_step_weights(call: Call) -> Any:
-    """Weights of the query losses as numbers; None where there are none."""
+    """Weights of the query losses as numbers, or None."""
     weights = call.step_weights
     if weights is None:
         return None
@@ -374,7 +374,7 @@ def _arguments(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, list[st
 
 
 def _recognised(options: LoopOptions, sets: Sequence[_Set]) -> tuple[Mlp, str]:
-    """Model and loss by their classes and functions or, which torch.compile cannot do, by what they compute."""
+    """Recognise model and loss by class or function or, except under torch.compile, by a recording."""
     compiling = torch.compiler.is_compiling()
     try:
         mlp = find_mlp(options.model)
@@ -401,7 +401,7 @@ def _of_first_task(name: str, tensor: Any) -> Tensor:
 
 
 def _serving(options: LoopOptions, mlp: Mlp, loss: str, *samples: Tensor) -> str:
-    """The backend whose kernels serve the model and support and query samples of this size."""
+    """The first backend whose kernels serve the model and samples of these sizes."""
     name, device = _backend.requested(options.backend), mlp.params[0].device
     reasons = []
     for candidate in _backend.PREFERRED.get(device.type, ("cpp",)) if name == "auto" else (name,):
@@ -414,9 +414,9 @@ def _serving(options: LoopOptions, mlp: Mlp, loss: str, *samples: Tensor) -> str
 
 
 def _untransformed() -> str:
-    """Why the operators do not serve the transforms of torch.func around the call; empty where they do."""
+    """Why the operators do not support the torch.func transforms around the call; empty if they do."""
     if torch.compiler.is_compiling():
-        inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # None it would not trace
+        inside = isinstance(functorch.peek_interpreter_stack(), functorch.CInterpreter)  # it cannot trace "is not None"
         return "torch.func transforms it within torch.compile" if inside else ""
     if forward_mode_is_active():
         return "it has no forward-mode derivative"
@@ -433,7 +433,7 @@ def _samples(each: _Set, options: LoopOptions, mlp: Mlp, loss: str) -> tuple[Ten
         raise Unserved(f"{name} is no pair of tensors with a task and a sample")
     if not torch.compiler.is_compiling() and (x.is_inference() or y.is_inference()):
         raise Unserved(f"{name} was made in inference mode")
-    if mask is not None:  # padding may hold anything: it becomes a sample that counts nothing
+    if mask is not None:  # padding may hold anything: replace it by a real sample, which is masked
         batch = sample_sets(name, (x, y), mask, TaskLoss(options.loss, True))
         x, y = batch.x, batch.y
     x = mlp.samples(x)

@@ -1,4 +1,4 @@
-"""Which models and losses the fused inner loop serves: chains of linear layers with activations between them.
+"""Recognises models and losses of the fused inner loop: chains of linear layers with activations between them.
 
 Models made of torch.nn's own classes are recognised by class, at every call: nothing is cached, so no change of a model
 goes unseen. For other models and losses see :mod:`metakern.inner_loop.engines.recorded`.
@@ -36,20 +36,20 @@ _LOSS_MODULES: dict[type, str] = {
 }
 
 
-#: Classes of which models are recognised.
+#: Classes that a recognised model may consist of.
 _LAYERS = frozenset([nn.Sequential, nn.Linear, *ACTIVATIONS, nn.LeakyReLU, nn.Identity, nn.Flatten, nn.Dropout])
 
 
 class Mlp(NamedTuple):
-    """A model as the fused inner loop takes it.
+    """A multilayer perceptron in the form that the fused inner loop takes.
 
     Attributes:
-        names: of the parameters; empty where a layer has no bias
+        names: names of the parameters; empty where a layer has no bias
         params: weight [O, I] and bias [O] of every layer in turn
         widths: inputs, then the units of every layer
         activation: between the layers, by the names of :func:`metakern.ops.mlp_inner_loop`: one, or one for each pair
         flattens: whether the model flattens a sample first
-        recorded: whether it was recognised by what it computes, and not by its classes
+        recorded: whether it was recognised by a recording, not by its classes
     """
 
     names: list[str]
@@ -60,16 +60,16 @@ class Mlp(NamedTuple):
     recorded: bool = False
 
     def samples(self, x: Tensor) -> Tensor:
-        """[T, S, I] from what the model takes."""
+        """The model's inputs as samples [T, S, I]."""
         if self.flattens:
-            # x.view(-1, 1) takes samples of one number, which nn.Flatten does not.
+            # x.view(-1, 1) in a recorded forward takes samples that are one number each; nn.Flatten does not.
             x = x.unsqueeze(2) if self.recorded and x.dim() == 2 else x.flatten(2)
         if x.dim() != 3 or x.shape[2] != self.widths[0]:
             raise Unserved(f"the samples are {list(x.shape)}, not [T, S, {self.widths[0]}]")
         return x
 
     def rates(self, rates: LearningRates, names: Sequence[str], steps: int) -> float | Tensor | list[Tensor]:
-        """Learning rates of the adapted parameters ``names`` as rates of all ``params``."""
+        """Learning rates of all ``params``: those of the adapted parameters ``names``, and 0 for the others."""
         values: Any = rates.values
         if isinstance(values, float):
             return values
@@ -84,13 +84,13 @@ class Mlp(NamedTuple):
 
 
 class Chain:
-    """The layers of a model in the order in which they run, put together one by one.
+    """Builder of an :class:`Mlp`: collects a model's layers in the order in which they run.
 
     Attributes:
         names, params: as in :class:`Mlp`
-        activations: between each two layers
-        after_linear: whether an activation may come next
-        flattens: whether a sample is flattened before the first
+        activations: the activations between consecutive layers
+        after_linear: whether the last layer was linear, so that an activation may follow
+        flattens: whether a sample is flattened before the first layer
     """
 
     __slots__ = ("activations", "after_linear", "flattens", "names", "params")
@@ -102,7 +102,7 @@ class Chain:
         self.after_linear = self.flattens = False
 
     def add_linear(self, weight_name: str, weight: Any, bias_name: str, bias: Any) -> None:
-        """A layer; its bias is None where there is none."""
+        """Append a linear layer; ``bias`` is None for a layer without one."""
         if self.after_linear:
             self.activations.append("identity")
         if not is_plain(weight) or not (bias is None or is_plain(bias)):
@@ -114,28 +114,28 @@ class Chain:
         self.after_linear = True
 
     def add_activation(self, name: str) -> None:
-        """An activation behind a layer."""
+        """Append an activation after a linear layer."""
         if not self.after_linear:
             raise Unserved(f"the model has {name} elsewhere than behind an nn.Linear")
         self.activations.append(name)
         self.after_linear = False
 
     def add_flatten(self) -> None:
-        """Samples are flattened before the first layer."""
+        """Note that samples are flattened before the first layer."""
         if self.params:
             raise Unserved("the model flattens between layers")
         self.flattens = True
 
     def equals(self, other: Chain) -> bool:
-        """Whether the other has the same layers, of the same parameters."""
+        """Whether the other chain has the same layers with the same parameter names."""
         ours, others = ((c.names, c.activations, c.after_linear, c.flattens) for c in (self, other))
         return ours == others
 
     def mlp(self, recorded: bool) -> Mlp:
-        """The model that the chain is.
+        """The finished model.
 
         Raises:
-            Unserved: for a chain that is none of layers and activations in turn, of one dtype and device
+            Unserved: unless the chain ends in a linear layer, with untied parameters of one dtype and device
         """
         if not self.after_linear:
             raise Unserved("the model does not end in nn.Linear")
@@ -153,10 +153,10 @@ class Chain:
 
 
 def find_mlp(model: nn.Module) -> Mlp:
-    """The chain of layers that a model of torch.nn's own classes is: nn.Sequential, nested at will, and layers.
+    """Recognise a model of torch.nn's own classes: layers in nn.Sequential, nested at will.
 
     Raises:
-        Unserved: for any other model, and where PyTorch or the model was changed
+        Unserved: for any other model, and if PyTorch or the model was patched
     """
     compiling = torch.compiler.is_compiling()
     reason = changed_functions() or (changed_classes() if compiling else "")
@@ -174,7 +174,7 @@ def find_mlp(model: nn.Module) -> Mlp:
 
 
 def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None:
-    """Append a module, and those within, to the chain, and their classes to ``kinds``."""
+    """Append a module and its submodules to the chain, and their classes to ``kinds``."""
     kind = type(module)
     if kind not in _LAYERS:
         raise Unserved(f"the model is no chain of nn.Linear with activations between: {kind.__name__}")
@@ -210,19 +210,19 @@ def _add(module: nn.Module, prefix: str, chain: Chain, kinds: set[type]) -> None
 
 
 def leaky_relu(slope: Any) -> str:
-    """The name of a leaky ReLU."""
+    """The operators' name for a leaky ReLU of this slope; raises Unserved for one that is not a finite number ≥ 0."""
     if type(slope) not in (int, float) or not 0 <= slope < math.inf:
         raise Unserved(f"the model has a leaky ReLU of slope {slope}")
     return f"leaky_relu:{float(slope)!r}"
 
 
 def known_loss(loss: Any) -> str:
-    """The name of a loss that is known by its function or class; empty for any other.
+    """The name of a loss recognised by its function or class; empty for any other loss.
 
     Names are those of :func:`metakern.ops.mlp_inner_loop`.
     """
     if not isinstance(loss, nn.Module):
-        for function, name in LOSS_FUNCTIONS.items():  # which another may not be hashed to be compared with
+        for function, name in LOSS_FUNCTIONS.items():  # a loop, as a user's loss may be unhashable
             if loss is function:
                 return name
         return ""
@@ -235,7 +235,7 @@ def known_loss(loss: Any) -> str:
 
 
 def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor, query: Tensor | None = None) -> str:
-    """Why the kernels of ``backend`` do not serve models and samples, [T, S, I], of this size; empty where they do."""
+    """Why the kernels of ``backend`` do not serve a model and samples [T, S, I] of this size; empty if they do."""
     first, sizes = mlp.params[0], (support.shape[1], 0 if query is None else query.shape[1])
     if backend == "triton":
         return unserved_by_triton(mlp.widths)
@@ -245,7 +245,7 @@ def unserved_size(mlp: Mlp, backend: str, loss: str, steps: int, support: Tensor
 
 
 def check_data(mlp: Mlp, loss: str, x: Tensor, y: Tensor) -> None:
-    """Raise Unserved for samples of one set that the kernels do not take."""
+    """Raise Unserved for samples and targets of one set that the kernels do not support."""
     first = mlp.params[0]
     if not is_plain(x) or not is_plain(y):
         raise Unserved("the samples are of a subclass of Tensor")

@@ -1,4 +1,4 @@
-"""What an engine of the inner loop is.
+"""The interface of the inner loop's engines.
 
 A new engine is one file with a class of this protocol, and one entry in :data:`metakern.inner_loop.engines.ENGINES`.
 """
@@ -13,10 +13,10 @@ from metakern.inner_loop.arguments import Call
 
 
 class Unserved(Exception):
-    """Why an engine does not serve a call.
+    """Raised by an engine that does not serve a call; the message says why.
 
     Attributes:
-        cause: of a subclass, the reason without what the data alone decide: warnings come once per cause
+        cause: set by subclasses: the reason without details of the data, as warnings come once per cause
     """
 
     cause: ClassVar[str] = ""
@@ -25,24 +25,24 @@ class Unserved(Exception):
 class Engine(Protocol):
     """One way to run inner loops.
 
-    Engines are asked in their order, and the first that serves runs the call; the last is plain PyTorch. An engine
-    must give a reason where plain PyTorch would be faster, as measured, unless the caller asks for it by name.
+    Engines are asked in order, and the first that serves runs the call; the last is plain PyTorch. An engine must
+    decline, with a reason, where plain PyTorch measures faster, unless the caller requests the engine by name.
 
     Attributes:
-        name: what messages call it
+        name: name in messages
     """
 
     name: str
 
     def serves(self, call: Call) -> str | None:
-        """Why it does not serve the call; None where it does. It may keep what it found out in ``call.prepared``."""
+        """Why it does not serve the call, or None if it does. It may store its plan in ``call.prepared``."""
         ...
 
     def adapt(self, call: Call) -> dict[str, Tensor]:
         """Adapted parameters by name, [T, *shape] each, for a call that it serves.
 
         Raises:
-            Unserved: for a reason that the run alone brings to light; the next engine is asked then
+            Unserved: for a reason found only during the run; the next engine is asked then
         """
         ...
 
@@ -51,18 +51,18 @@ class Engine(Protocol):
         ...
 
     def meta_backward(self, call: Call, gradient: Tensor | None) -> Tensor | None:
-        """Query losses [T], with meta-gradients added to ``grad`` without autograd; None where it has no such way.
+        """Query losses [T]; adds meta-gradients to ``grad`` without autograd. None if the engine cannot.
 
         Args:
-            call: one that it serves
-            gradient: of what is minimised by the losses, [T]; None of their mean
+            call: a call that it serves
+            gradient: gradient of the objective by the losses, [T]; None: the objective is their mean
         """
         ...
 
     def described(self, call: Call) -> str:
-        """How it has served the call, for ``explain``."""
+        """How it served the call, for ``explain``."""
         ...
 
     def missed(self, call: Call, cause: str) -> None:
-        """Another engine has served the call, as this one could not: warn, once per cause, if that costs much."""
+        """Called when a later engine had to serve the call: warn, once per cause, if that is much slower."""
         ...

@@ -1,9 +1,9 @@
-"""Models and losses that are recognised by what they compute: called once, under a mode that sees every function.
+"""Recognises models and losses by a recording: one call under a mode that sees every PyTorch function.
 
-A model with a ``forward`` of its own, or a loss that the user wrote, is served if it calls the same functions as the
-known layers and losses. Every call of adapt or meta_loss makes its own recording, and nothing is cached. An unknown
-function ends the recording before it runs, so a recording draws no random numbers of PyTorch and writes into no
-tensors. Other Python code in a ``forward`` or a loss runs once.
+A model with its own ``forward``, or a user-defined loss, is served if it calls the same functions as the known layers
+and losses. Every call of adapt or meta_loss makes its own recording, and nothing is cached. An unknown function ends
+the recording before it runs, so a recording draws no random numbers of PyTorch and writes into no tensors. Other Python
+code in a ``forward`` or a loss runs once.
 
 Axis legend: S samples of a task, I inputs and O outputs of the model.
 """
@@ -29,14 +29,14 @@ from metakern.inner_loop.engines.protocol import Unserved
 from metakern.inner_loop.lineage import used_by
 from metakern.ops.mlp_inner_loop import MAX_LAYERS
 
-#: Read facts that are the same for every task and step.
+#: Functions that read metadata, which is the same for every task and step.
 _READS = frozenset(
     [getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim", "layout", "is_cuda", "itemsize")]
     + [Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, Tensor.nelement, Tensor.__len__]
     + [Tensor.is_floating_point, torch.is_floating_point, torch.is_tensor, torch.numel]
 )
 
-#: Return their first argument where there is nothing to do, and are known then alone.
+#: Conversions, allowed only where they are no-ops and return their first argument.
 _CASTS = frozenset([Tensor.contiguous, Tensor.to, Tensor.float, Tensor.double, Tensor.long, Tensor.type_as])
 
 _RESHAPES = frozenset([Tensor.view, Tensor.reshape, Tensor.flatten, torch.reshape, torch.flatten])
@@ -54,27 +54,27 @@ _SQUARES = frozenset([torch.square, Tensor.square])
 _PRODUCTS = frozenset([torch.mul, Tensor.mul, Tensor.__mul__, torch.multiply, Tensor.multiply])
 _MEANS = frozenset([torch.mean, Tensor.mean])
 
-#: Classes of PyTorch that may stand in a model that is recorded. A model with any other is not run.
+#: PyTorch classes that a recorded model may contain. A model with any other is not run.
 _KNOWN_MODULES = (*KNOWN_CLASSES, nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 _DROPOUT, _LEAKY = inspect.signature(F.dropout), {F.leaky_relu: inspect.signature(F.leaky_relu)}
 _SIGNATURES = {f: inspect.signature(f) for f in LOSS_FUNCTIONS}
 
 
-#: In these a change is looked for; in larger ones it is not.
+#: Containers that are checked for changes, up to this many elements.
 _CONTAINERS, _SMALL = frozenset([dict, list, set]), 64
 
 
 class _Stop(BaseException):
-    """Ends a recording; no Exception, which what is recorded could catch."""
+    """Ends a recording; a BaseException, so that recorded code does not catch it by ``except Exception``."""
 
 
 class _Recorder(TorchFunctionMode):
-    """Runs the functions that ``step`` knows, and raises at any other.
+    """Mode that runs the functions that ``step`` knows, and ends the recording at any other.
 
     Attributes:
-        reason: why what was recorded is not served; empty so far
-        current: what the last of these functions returned
+        reason: why the recorded code is not served; empty so far
+        current: result of the last function
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -102,27 +102,27 @@ class _Recorder(TorchFunctionMode):
         return self.step(func, args, kwargs)
 
     def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run a function that computes, and take note; or refuse."""
+        """Run and record a function that computes, or refuse it."""
         raise NotImplementedError
 
     def is_known(self, x: Any) -> bool:
-        """Whether ``x`` is what the functions so far work on."""
+        """Whether ``x`` is a tensor of the recorded computation."""
         return x is self.current
 
     def refuse(self, does: str) -> None:
-        """End the recording: what is recorded does something that is not served."""
+        """End the recording, as the recorded code does something that is not served."""
         self.stop(f"{self.what} {does}")
 
     def stop(self, reason: str) -> None:
-        """End the recording for a reason."""
+        """End the recording with this reason."""
         self.reason = reason
         raise _Stop
 
     def record(self, function: Callable[..., Any], *args: Any) -> Any:
-        """What ``function`` returns.
+        """Call ``function`` under the recording, and return its result.
 
         Raises:
-            Unserved: for functions that are not known, and errors
+            Unserved: for unknown functions, and errors
         """
         try:
             with torch.enable_grad(), self:
@@ -142,7 +142,7 @@ class _Recorder(TorchFunctionMode):
 
 def _name(func: Any) -> str:
     name = getattr(func, "__name__", None) or str(func)
-    owner = getattr(func, "__self__", None)  # of the getter of an attribute
+    owner = getattr(func, "__self__", None)  # the attribute, if func is its getter
     return getattr(owner, "__name__", name) if name == "__get__" else name
 
 
@@ -153,8 +153,8 @@ class _Layers(_Recorder):
     """Records a chain of layers.
 
     Args:
-        x: [S, ...], what the model will be called with
-        names: of the tensors that stand for the model's parameters, by id
+        x: [S, ...], the model's input
+        names: names of the tensors that replace the model's parameters, by id
     """
 
     what = "the model's forward"
@@ -165,7 +165,7 @@ class _Layers(_Recorder):
         self.version = x._version
 
     def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One layer, activation or change of shape."""
+        """Record one layer, activation or change of shape."""
         known = kwargs.get("input", kwargs.get("self")) if not args else args[0]
         if known is not self.current:
             self.refuse(f"calls {_name(func)} of something else than the last function's result")
@@ -191,7 +191,7 @@ class _Layers(_Recorder):
         return result
 
     def check_version(self) -> None:
-        """Refuse if the last result, or the samples before the first, were written."""
+        """Refuse if the last result (at first, the samples) was written in place."""
         if self.current._version != self.version:
             self.refuse("writes into samples or results of its layers")
 
@@ -218,11 +218,11 @@ class _Layers(_Recorder):
 
 
 def record_mlp(model: nn.Module, samples: Sequence[Tensor]) -> Mlp:
-    """The chain of layers that a model computes for a task.
+    """Record the chain of layers that a model computes for a task.
 
     Args:
-        model: any
-        samples: [S, ...] of one task for each of its sets; the model is called with one of each shape
+        model: any module
+        samples: [S, ...] of one task for each of its sets; the model is called once per shape
 
     Raises:
         Unserved: for a model that computes anything else
@@ -247,10 +247,10 @@ def record_mlp(model: nn.Module, samples: Sequence[Tensor]) -> Mlp:
 
 
 def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Chain:
-    """The chain that a model computes for ``x``, of tensors in the places of its parameters.
+    """The chain that a model computes for ``x`` with other tensors in place of its parameters.
 
-    The inner loop evaluates models so. A forward that reaches a parameter by another way, by a variable of its own or
-    in a list, would not see it adapt.
+    The inner loop evaluates models the same way. A forward that reaches a parameter otherwise, through a variable or a
+    list, would not see it adapt; here it is refused.
     """
     instead = {name: p.detach() for name, p in parameters.items()}
     recorder = _Layers(x, {id(p): name for name, p in instead.items()})
@@ -266,13 +266,13 @@ def _chain_of(model: nn.Module, parameters: dict[str, Tensor], x: Tensor) -> Cha
 
 
 class _Surroundings:
-    """What a call could have changed, beside the tensors that it computes: attributes, variables, random numbers.
+    """Snapshot of the state that a call could change besides its results: attributes, variables, random numbers.
 
-    A model that counts its calls may compute something else in the next.
+    For instance, a model that counts its calls may compute something else in the next one.
 
     Args:
-        what: is called
-        called: the module or another callable
+        what: name of the callable in messages
+        called: the module or other callable
     """
 
     def __init__(self, what: str, called: Any) -> None:
@@ -280,7 +280,7 @@ class _Surroundings:
         self.before, self.random = self._held(), _random_states()
 
     def check(self) -> None:
-        """Raise Unserved if anything did change."""
+        """Raise Unserved if anything changed since the snapshot."""
         now = self._held()
         if len(now) != len(self.before) or any(a is not b for a, b in zip(now, self.before, strict=True)):
             raise Unserved(f"{self.what} changes attributes or variables")
@@ -288,7 +288,7 @@ class _Surroundings:
             raise Unserved(f"{self.what} draws random numbers")
 
     def _held(self) -> list[Any]:
-        """Attributes, what closures and global names refer to, and what stands in small containers there."""
+        """Attributes, objects in closures and globals, and the elements of small containers among these."""
         modules = list(self.called.modules()) if isinstance(self.called, nn.Module) else []
         held = [d for m in modules for d in (vars(m), m._parameters, m._modules, m._buffers)]
         found = _elements(held or [getattr(self.called, "__dict__", {})])
@@ -298,7 +298,7 @@ class _Surroundings:
 
 
 def _elements(containers: Iterable[Any]) -> list[Any]:
-    """Keys and values of dicts, elements of others."""
+    """Keys and values of dicts, and elements of other containers."""
     found: list[Any] = []
     for each in containers:
         found += each
@@ -308,13 +308,13 @@ def _elements(containers: Iterable[Any]) -> list[Any]:
 
 
 def _random_states() -> tuple[Any, ...]:
-    """Of Python and NumPy; PyTorch's generators cannot be reached in a recording."""
+    """Random states of Python and NumPy; a recording cannot draw from PyTorch's generators."""
     _, _, *numpy_state = numpy.random.get_state()  # noqa: NPY002 -- what a forward may draw from
     return random.getstate(), numpy_state
 
 
 def _unrecorded(model: nn.Module) -> str:
-    """Why a model is not worth a recording, or must not be run for one; empty where it is."""
+    """Why a model need not, or must not, be run for a recording; empty if it may."""
     layers = 0
     for module in model.modules():
         kind, reason = type(module), changed_instance(module)
@@ -343,7 +343,7 @@ class _Loss(_Recorder):
 
     Args:
         prediction: [S, O]
-        target: of these samples
+        target: targets of these samples
     """
 
     what = "the loss"
@@ -355,11 +355,11 @@ class _Loss(_Recorder):
         self.stage, self.name = "", ""
 
     def is_known(self, x: Any) -> bool:
-        """Prediction, target and what was made of them."""
+        """Whether ``x`` is the prediction, the target or the last result."""
         return any(x is known for known in (self.prediction, self.target, self.current))
 
     def step(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """One function of the loss."""
+        """Record one function of the loss."""
         stage = self._stage(func, args, kwargs)
         if not stage:
             self.refuse(f"calls {_name(func)}")
@@ -367,7 +367,7 @@ class _Loss(_Recorder):
         return self.current
 
     def _stage(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-        """What this function computes: "difference", "squares" or "loss"; empty for anything else."""
+        """The stage of the loss that this function computes: "difference", "squares" or "loss"; else empty."""
         if func in LOSS_FUNCTIONS and not self.stage:
             self.name = LOSS_FUNCTIONS[func]
             return "loss" if self._is_plain(func, args, kwargs) else ""
@@ -387,7 +387,7 @@ class _Loss(_Recorder):
         return ""
 
     def _is_plain(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-        """Whether it is called with prediction and target, and without options."""
+        """Whether ``func`` is called with prediction and target, and default options."""
         signature = _SIGNATURES[func]
         arguments = dict(signature.bind(*args, **kwargs).arguments)
         pair = arguments.pop("input"), arguments.pop("target")
@@ -404,12 +404,12 @@ def _is_two(x: Any) -> bool:
 
 
 def record_loss(loss: Callable[..., Any], mlp: Mlp, targets: Sequence[Tensor]) -> str:
-    """The name of the loss that a callable computes, among those of the fused inner loop.
+    """Record a callable loss, and return the name of the fused inner loop's loss that it computes.
 
     Args:
         loss: called as ``loss(prediction, y)``
         mlp: the model
-        targets: [S, ...] of one task for each of its sets; the loss is called with one of each shape
+        targets: [S, ...] of one task for each of its sets; the loss is called once per shape
 
     Raises:
         Unserved: for any other loss
@@ -424,7 +424,7 @@ def record_loss(loss: Callable[..., Any], mlp: Mlp, targets: Sequence[Tensor]) -
     for y in targets:
         if y.shape in names:
             continue
-        # Without values: a loss that looks at them is none that is known.
+        # Zeros will do: no known loss branches on the values.
         prediction = mlp.params[0].detach().new_zeros(y.shape[0], mlp.widths[-1]).requires_grad_()
         recorder = _Loss(prediction, y)
         recorder.record(loss, prediction, y)

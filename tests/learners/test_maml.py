@@ -1,4 +1,4 @@
-"""MAMLLearner, and clusters of it: looking leaves every buffer; inputs and outputs of any structure; learned rates."""
+"""MAMLLearner, also clustered: evaluation changes no buffer; inputs and outputs of any structure; learned rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LearnedOptimizer's parameter groups: weight decay, unknown options; and what it says of a rule's horizon."""
+"""LearnedOptimizer's parameter groups: weight decay, unknown options; and warnings about a rule's horizon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A small learner with everything that a resumed training must bring back, and its tasks."""
+"""A small learner with every kind of state that resuming must restore, and its tasks."""
 
 from __future__ import annotations
 

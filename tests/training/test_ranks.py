@@ -1,4 +1,4 @@
-"""Processes of one run must have the same settings and weights; where one fails, all say why, and it says so last."""
+"""Processes of a run must have the same settings and weights; if one fails, all report why, the failed one last."""
 
 import os
 import re

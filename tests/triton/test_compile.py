@@ -1,4 +1,4 @@
-"""The kernels launched on and compiled for GPUs that are not there: a cubin comes out, with its values in registers."""
+"""Kernels launched on and compiled for absent GPUs: compilation gives a cubin that keeps its values in registers."""
 
 from __future__ import annotations
 

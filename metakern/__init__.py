@@ -23,7 +23,7 @@ with required():
         update_module,
     )
 
-#: Scripts for learn2learn, which has this name for them, run with ``import metakern as l2l``.
+#: learn2learn's name for ``maml``: scripts written for it run with ``import metakern as l2l``.
 algorithms = maml
 
 __all__ = [

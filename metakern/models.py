@@ -1,4 +1,4 @@
-"""The models of the few-shot literature: a multilayer perceptron and four convolutions."""
+"""Standard few-shot models: a multilayer perceptron and the four-block CNN (Conv4)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with ReLU between them, which the fused inner loop serves.
+    """Multilayer perceptron: linear layers with ReLU between them. The fused inner loop serves it.
 
     Args:
         widths: inputs, units of every hidden layer, outputs
@@ -26,19 +26,19 @@ def mlp(*widths: int) -> nn.Sequential:
 
 
 def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
-    """Four times convolution, batch norm over the current batch, ReLU and pooling; then a linear layer.
+    """Conv4: four blocks of convolution, batch norm over the current batch, ReLU and pooling; then a linear layer.
 
     Vinyals et al. 2016, arXiv 1606.04080, as Finn et al. 2017, arXiv 1703.03400, train it: 64 filters for Omniglot, 32
-    for miniImageNet. Without the biases that the norm takes away again: their gradients are rounding alone, which
-    cannot be compared.
+    for miniImageNet. The convolutions have no biases: batch norm would cancel them, and their gradients would be mere
+    rounding error, which cannot be compared.
 
     Args:
-        shape: of an image: channels, height, width; 16 pixels or more each way
-        filters: of every convolution
-        outputs: classes
+        shape: image shape: channels, height, width; at least 16 pixels each way
+        filters: filters of each convolution
+        outputs: number of classes
 
     Raises:
-        ValueError: for another shape, and sizes below 1.
+        ValueError: for any other shape, and sizes below 1.
     """
     if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 16:
         raise ValueError(f"shape must be channels, height and width of 16 pixels or more, got {list(shape)}")

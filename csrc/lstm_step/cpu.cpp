@@ -43,12 +43,13 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
     grad_weights.push_back(torch::stable::new_empty(w, w.sizes()));
     pointers.push_back(grad_weights.back().mutable_data_ptr());
   }
-  const Buffer partials = allocate(num_groups(p) * p.flat_weights() * int64_t(sizeof(double)));
+  // Kept from call to call, as results are: fresh from the system, they cost more in page faults than their arithmetic.
+  const CachedMemory partials(num_groups(p) * p.flat_weights() * int64_t(sizeof(double)));
   args.packed = packed.get();
-  args.partials = static_cast<double*>(partials.get());
+  args.partials = static_cast<double*>(partials.data());
   parallel_for(0, num_groups(p), 1, [&](int64_t first, int64_t last) {
-    const Buffer scratch = allocate(k.scratch_bytes(p));
-    k.backward(p, args, scratch.get(), first, last);
+    const CachedMemory scratch(k.scratch_bytes(p));
+    k.backward(p, args, scratch.data(), first, last);
   });
   k.reduce(p, args.partials, pointers.data());
   return grad_weights;

@@ -1,1 +1,1 @@
-"""What every other room uses: the choice of a backend, the machine, files, checks that are remembered."""
+"""Shared basics: backend selection, hardware names, file writing, memoized checks, trees of tensors."""

@@ -1,7 +1,7 @@
-"""Which implementation serves a call.
+"""Backend selection: which implementation serves a call.
 
-``auto`` (the default) takes the fastest that works here and says once, as a :class:`FallbackWarning`, when that is the
-plain PyTorch reference. A backend that is asked for by name either runs or raises. The environment variable
+``auto`` (the default) takes the fastest that works here and warns once, with a :class:`FallbackWarning`, when only the
+plain PyTorch reference does. A backend requested by name either runs or raises. The environment variable
 ``METAKERN_BACKEND``, read when the package is imported, replaces ``auto``.
 """
 
@@ -21,7 +21,7 @@ from metakern.core.warn import warn_user
 #: Names that ``backend=`` takes.
 BACKENDS = ("auto", "cpp", "cuda", "triton", "reference")
 
-#: What auto tries on a device, the fastest first; the reference serves where none of them can.
+#: Backends that auto tries per device type, fastest first; the reference is the last resort.
 PREFERRED = {"cpu": ("cpp",), "cuda": ("cuda", "triton")}
 
 _C: Any
@@ -32,11 +32,11 @@ try:
 except (ImportError, RuntimeError) as error:  # the package must import without its kernels
     _C = None
     _reason = str(error)
-    if importlib.util.find_spec("metakern._C") is None:  # the import's own message speaks of a circular import
+    if importlib.util.find_spec("metakern._C") is None:  # Python's own message would blame a circular import
         _reason = "metakern._C is not part of this installation: METAKERN_BUILD=0 leaves it out, and so does Windows"
     _missing = f"the compiled kernels could not be loaded ({_reason})"
 else:
-    _C.cpu_capability()  # ValueError for a METAKERN_CPU_CAPABILITY that is not available: it was asked for by name
+    _C.cpu_capability()  # ValueError if METAKERN_CPU_CAPABILITY requests an unavailable instruction set
 
 _override = os.environ.get("METAKERN_BACKEND", "") or "auto"
 if _override not in BACKENDS:
@@ -60,11 +60,11 @@ class Architecture(NamedTuple):
 
     version: tuple[int, int]
     specific: bool  # "9.0a": code for this chip alone
-    ptx: bool  # "9.0+PTX": later ones compile it for themselves
+    ptx: bool  # "9.0+PTX": later devices compile the PTX themselves
 
     @classmethod
     def parse(cls, entry: str) -> Architecture:
-        """From a text like "9.0", "9.0a" or "10.0+PTX"."""
+        """Parse an entry such as "9.0", "9.0a" or "10.0+PTX"."""
         number, _, ptx = entry.partition("+")
         major, minor = number.rstrip("af").split(".")
         return cls((int(major), int(minor)), number[-1] in "af", bool(ptx))
@@ -82,7 +82,7 @@ _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """The plain PyTorch reference serves a call, because no kernel can."""
+    """A call falls back to the plain PyTorch reference, because no kernel can serve it."""
 
 
 def missing(name: str, device: torch.device) -> str:
@@ -113,14 +113,14 @@ def missing(name: str, device: torch.device) -> str:
 
 
 def prefers_triton(backend: str | None = None) -> bool:
-    """Whether Triton's kernels will serve GPUs. None is asked: that would start CUDA, and forks could not use it."""
+    """Whether Triton's kernels will serve GPUs, decided without initializing CUDA, which would break it in forks."""
     name = _override if backend in (None, "auto") else backend
     by_auto = name == "auto" and torch.backends.cuda.is_built() and not _ARCHITECTURES
     return _HAS_TRITON and (name == "triton" or by_auto)
 
 
 def requested(backend: str | None) -> str:
-    """The name that a call asks for, ``METAKERN_BACKEND`` in place of auto.
+    """The backend name that a call requests; ``METAKERN_BACKEND`` replaces auto.
 
     Raises:
         ValueError: for a name that is not one of :data:`BACKENDS`
@@ -142,7 +142,7 @@ def resolve(backend: str | None, device: torch.device, unserved: dict[str, str] 
 
     Raises:
         ValueError: for a name that is not one of :data:`BACKENDS`
-        RuntimeError: for a backend that was asked for by name and cannot run here
+        RuntimeError: for a backend requested by name that cannot run here
     """
     name = _override if backend in (None, "auto") else backend
     if name == "reference":
@@ -168,9 +168,9 @@ def _warn_once(reason: str) -> None:
 
 
 def empty_cache() -> None:
-    """Free the memory that the CPU kernels keep for their next large results.
+    """Free the CPU kernels' cache of memory for large results.
 
-    They keep up to 1 GiB of it; the environment variable ``METAKERN_CPU_CACHE_MB`` sets another limit, 0 for none.
+    It holds up to 1 GiB; the environment variable ``METAKERN_CPU_CACHE_MB`` sets another limit, 0 turns it off.
     """
     if _C is not None:
         _C.empty_cache()

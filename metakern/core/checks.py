@@ -1,4 +1,4 @@
-"""Checks of numbers that users pass."""
+"""Checks of numeric arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def check_count(name: str, value: Any, minimum: int = 1) -> int:
-    """The value as an integer, NumPy's too; raise unless it is one of at least ``minimum``."""
+    """The value as an int (NumPy integers are accepted); raise unless it is an integer of at least ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     count = int(value)
@@ -32,12 +32,12 @@ def check_rate(name: str, lr: Any) -> None:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a real number, one of NumPy's too; a bool is none."""
+    """Whether a value is a real number, Python's or NumPy's, but not a bool."""
     return isinstance(value, (int, float, numbers.Real)) and not isinstance(value, bool)
 
 
 def check_clip_norm(clip_norm: Any) -> float | None:
-    """The largest norm of a gradient as a float; raise unless it is None or positive and finite."""
+    """``clip_norm`` as a float, or None; raise unless it is None or positive and finite."""
     if clip_norm is None:
         return None
     if not is_number(clip_norm):

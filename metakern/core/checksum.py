@@ -1,4 +1,4 @@
-"""What tells whether stored tensors are those that were stored."""
+"""Checksums for saved tensors."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, types, shapes and bytes of tensors, whatever their order."""
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, independent of their order."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         sha.update(repr((name, str(tensor.dtype), list(tensor.shape))).encode())
@@ -19,7 +19,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def check_digest(path: object, metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> None:
-    """Raise ValueError where the metadata of the file at ``path`` have no digest, or that of other tensors."""
+    """Raise ValueError where the metadata of the file at ``path`` lack a digest or it does not match ``tensors``."""
     if "sha256" not in metadata:
         raise ValueError(f"{path} must have a sha256 of its tensors in its metadata, got none")
     if metadata["sha256"] != digest(tensors):

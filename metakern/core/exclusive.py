@@ -1,4 +1,4 @@
-"""One thread at a time where a model's tensors are replaced for a moment, as torch.func.functional_call does."""
+"""Per-model locks for code that swaps a model's tensors temporarily, as torch.func.functional_call does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _guard = threading.Lock()
 
 
 def exclusive(model: Any) -> AbstractContextManager[Any]:
-    """The lock of a model, which a thread may take several times; none within torch.compile, and for no module.
+    """The reentrant lock of a model; a null context under torch.compile and for anything but an nn.Module.
 
-    Without it another thread finds tensors of one task where the model's parameters belong, and may leave them there.
+    Without it another thread sees one task's tensors in place of the model's parameters, and may leave them there.
     """
     if torch.compiler.is_compiling() or not isinstance(model, nn.Module):
         return contextlib.nullcontext()
@@ -34,12 +34,12 @@ def exclusive(model: Any) -> AbstractContextManager[Any]:
 
 def _drop(key: int, gone: Any) -> None:
     known = _locks.get(key)
-    if known is not None and known[0] is gone:  # else the id is another model's by now
+    if known is not None and known[0] is gone:  # otherwise another model has the id by now
         del _locks[key]
 
 
 def _reset() -> None:
-    """In a forked child no thread is left that would release a lock."""
+    """Drop all locks in a forked child, where the threads that hold them do not exist."""
     global _guard
     _guard = threading.Lock()
     _locks.clear()

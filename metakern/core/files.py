@@ -1,4 +1,4 @@
-"""Writing files whole or not at all, never through a link."""
+"""Atomic file writes that never follow a symbolic link."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO
 
-#: How temporary files end; what a killed process left of them may be removed.
+#: Suffix of temporary files; those left by a killed process may be removed.
 TEMPORARY = ".tmp"
 
 
 def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> None:
-    """Write a file whole or not at all: to a new temporary file beside it, synced and renamed.
+    """Write a file atomically: to a temporary file beside it, synced and renamed.
 
     Args:
-        path: of the file; one that is there is replaced
+        path: the file; an existing one is replaced
         content: its bytes, or a function that writes them to an open file
 
     Raises:
-        OSError: where the file cannot be written, and where a directory or a symbolic link has its name; what was there
-            is as it was.
+        OSError: where the file cannot be written, or ``path`` is a directory or a symbolic link; what was there is
+            unchanged.
     """
     check_target(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:12]}{TEMPORARY}")
@@ -42,12 +42,12 @@ def write_whole(path: Path, content: bytes | Callable[[IO[bytes]], object]) -> N
 
 
 def open_new(path: Path) -> int:
-    """A descriptor of a file that this call creates; whatever has its name already is an error, a link too."""
+    """Create a file and return its descriptor; an existing file or link of this name is an error."""
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def check_target(path: Path) -> None:
-    """Raise OSError where something has the name of a file to write that is no plain file."""
+    """Raise OSError where ``path`` exists and is not a regular file."""
     try:
         mode = path.lstat().st_mode
     except FileNotFoundError:
@@ -61,7 +61,7 @@ def check_target(path: Path) -> None:
 
 
 def check_targets(folder: Path, files: Iterable[str], folders: Iterable[str] = ()) -> None:
-    """Raise OSError where names within a folder are taken by something else than a plain file, or than a folder."""
+    """Raise OSError where one of ``files`` exists but is no regular file, or one of ``folders`` but is no folder."""
     for name in folders:
         path = folder / name
         if os.path.lexists(path) and not path.is_dir():

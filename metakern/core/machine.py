@@ -1,4 +1,4 @@
-"""Names of the hardware, for figures that must say what they were measured on."""
+"""Hardware names, to label measurements."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cpu_model() -> str:
-    """The processor's own name, as far as the system tells."""
+    """The processor's model name, or its architecture where the system does not give one."""
     try:
         match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -1,4 +1,4 @@
-"""Memoization for per-call checks and constants; nothing cached depends on a caller's device, mode or transform."""
+"""Memoization of per-call checks and constants, independent of the caller's default device, modes and transforms."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from metakern.core.torch_private import (
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-#: Longer constants are made anew: 256 of them would hold memory for good.
+#: Numbers in a cached constant at most; longer ones would hold too much memory in 256 cache entries.
 _LONGEST_CONSTANT = 1024
 
 
 def memoized(function: Function) -> Function:
-    """Cache the results of a function of hashable arguments. They must be plain values, not tensors.
+    """Cache the results of a function of hashable arguments. Results must be plain values, not tensors.
 
-    torch.compile does not see caches and calls the function; so do traces with symbolic sizes.
+    Under torch.compile, and in traces with symbolic sizes, the function is called without the cache.
     """
     remembered = functools.lru_cache(256)(function)
 
@@ -49,7 +49,7 @@ def _are_hashable(args: tuple[Any, ...]) -> bool:
 
 @contextlib.contextmanager
 def outside_modes() -> Iterator[None]:
-    """Switches off the caller's modes and transforms, so that what is made within can be kept for later calls.
+    """Switch off the caller's modes and transforms, so that tensors made within can be cached for later calls.
 
     These are torch.device(...), torch.set_default_device, other function and dispatch modes (FakeTensorMode, make_fx),
     torch.inference_mode and the transforms of torch.func.
@@ -63,7 +63,7 @@ def outside_modes() -> Iterator[None]:
 
 
 def constant(values: tuple[Any, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of a few numbers, cached. Under tracing it is made anew, as the trace must see how it is made."""
+    """A tensor of a few numbers, cached; not under tracing, where the trace must record its creation."""
     traced = torch.compiler.is_compiling() or count_dispatch_modes()
     if traced or len(values) > _LONGEST_CONSTANT:
         return torch.tensor(values, dtype=dtype, device=device)

@@ -11,7 +11,7 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-#: Old names and new ones; a package of which nothing is left has none.
+#: New module name by old one; empty for an old package without a successor.
 MOVED = {
     "metakern.adaptation": "metakern.evaluation.adaptation",
     "metakern.clustering": "metakern.learners.clustering",
@@ -29,7 +29,7 @@ MOVED = {
 
 
 class Moved(MetaPathFinder, Loader):
-    """Finds an old name, and gives the module that has it now."""
+    """Import hook that resolves an old module name to the module's new place."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,13 +51,13 @@ class Moved(MetaPathFinder, Loader):
         return module
 
     def exec_module(self, module: ModuleType) -> None:
-        """The module has run under its new name, and keeps what says so."""
+        """Restore the module's own spec; the module ran already, under its new name."""
         spec = module.__spec__
         if spec is not None and spec.loader_state is not None:
             module.__spec__ = spec.loader_state
 
 
 def install() -> None:
-    """Let old names be imported."""
+    """Install the import hook for old names, once."""
     if not any(isinstance(finder, Moved) for finder in sys.meta_path):
         sys.meta_path.insert(0, Moved())

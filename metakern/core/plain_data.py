@@ -1,4 +1,4 @@
-"""Files of plain data that may come from anyone: read within limits of size, depth and number, refused in one line."""
+"""JSON and YAML from untrusted files, with limits on size, depth and numbers, and one-line errors."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 from metakern.core.text import one_line, quoted
 
-#: Bytes of a configuration; the longest that the project writes takes 2 kB.
+#: Maximum bytes of a configuration; the longest that the project writes takes 2 kB.
 CONFIG_BYTES = 32 * 1024
 
-#: Bytes of a file of results or of a line of metrics.
+#: Maximum bytes of a results file or of one line of metrics.
 RESULT_BYTES = 64 * 1024 * 1024
 
-#: Entries of a list in a configuration, and characters of a text, as long as a path may be.
+#: Maximum entries of a list in a configuration, and characters of a text (a path's maximum length).
 LIST_ENTRIES = 64
 TEXT_LENGTH = 4096
 
@@ -23,10 +23,10 @@ _INTEGER_DIGITS = 20
 
 
 def read_text(path: Path, limit: int) -> str:
-    """A text file of at most ``limit`` bytes; no more than that is ever read.
+    """The content of a text file of at most ``limit`` bytes; at most one byte more is ever read.
 
     Raises:
-        ValueError: for a larger file, and one that is not UTF-8; the message says what is wrong without the path
+        ValueError: for a larger file, and one that is not UTF-8; the message does not contain the path
         OSError: for a file that cannot be read
     """
     with path.open("rb") as file:
@@ -73,12 +73,12 @@ def parse_yaml(text: str) -> Any:
         raise ValueError(f"it is not YAML: {one_line(error)}") from error
     try:
         return yaml.safe_load(text)
-    except Exception as error:  # values that their tags do not fit raise anything
+    except Exception as error:  # a value that does not fit its tag may raise any exception
         raise ValueError(f"it is not YAML: {one_line(error)}") from error
 
 
 def check_flat(content: Any) -> dict[str, Any]:
-    """A configuration's content, if it maps names to scalars and short lists of scalars.
+    """Check that a configuration maps names to scalars and short lists of scalars, and return it.
 
     Raises:
         ValueError: for anything else.
@@ -110,7 +110,7 @@ def _integer(digits: str) -> int:
 
 
 def _check_events(events: Any) -> None:
-    """Raise ValueError for anchors, aliases and deep nesting, before any of it is built."""
+    """Raise ValueError for anchors, aliases and deep nesting, before any object is built."""
     import yaml
 
     depth = 0

@@ -1,8 +1,7 @@
-"""What a room takes from one above it without importing it.
+"""Registry of functions that a lower room uses from a higher one without importing it.
 
-A trainer that is given a folder leaves a record there, and ``training`` knows no ``runs``. The package itself, which
-knows every room, names the makers here; each is imported when it is first asked for, as ``import metakern`` must not
-load what only trainers need.
+Example: a trainer writes a run record, but ``training`` must not import ``runs``. The package's top level registers
+the functions here by name; each is imported on first use, as ``import metakern`` must not load what only trainers need.
 """
 
 from __future__ import annotations
@@ -14,14 +13,14 @@ _makers: dict[str, str] = {}
 
 
 def provide(name: str, maker: str) -> None:
-    """Say who makes ``name``: ``"module:function"``."""
+    """Register the function for ``name``, as ``"module:function"``."""
     _makers[name] = maker
 
 
 def provided(name: str) -> Any:
-    """The maker of ``name``.
+    """Import and return the function registered for ``name``.
 
     Raises:
-        KeyError: for a name that nothing was provided for.
+        KeyError: for an unregistered name.
     """
     return pkgutil.resolve_name(_makers[name])

@@ -1,4 +1,4 @@
-"""The state of the random generators that a device draws from."""
+"""Saving and restoring the state of torch's random generators."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ RandomState = tuple[Tensor, torch.device, Tensor | None]
 
 
 def random_state(device: torch.device) -> RandomState:
-    """The generators' state: the CPU's, and that of ``device``."""
+    """The state of the CPU's generator and, for a GPU, of ``device``'s."""
     return torch.get_rng_state(), device, torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 def set_random_state(state: RandomState) -> None:
-    """Draw again what was drawn after :func:`random_state`."""
+    """Restore a state from :func:`random_state`."""
     cpu, device, cuda = state
     torch.set_rng_state(cpu)
     if cuda is not None:
@@ -26,7 +26,7 @@ def set_random_state(state: RandomState) -> None:
 
 @contextlib.contextmanager
 def kept_random_state(device: torch.device) -> Iterator[None]:
-    """Puts the random state back afterwards."""
+    """Context manager that restores the random state on exit."""
     state = random_state(device)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Arguments that have a new name: the old one still works for one release, with a DeprecationWarning."""
+"""Renamed arguments: the old name still works for one release, with a DeprecationWarning."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def message(old: str, new: str) -> str:
-    """What the warning says."""
+    """Text of the deprecation warning."""
     return f"{old} is now {new}; the old name goes in the next release"
 
 
 def with_new_names(values: Mapping[str, Any], names: Mapping[str, str], where: str = "") -> dict[str, Any]:
-    """``values`` by their new names, with a warning for each old one.
+    """``values`` under their new names, with a warning for each old one.
 
     Args:
-        values: by name
-        names: old names and their new ones
-        where: what a message begins with
+        values: values by name
+        names: new name by old one
+        where: prefix of messages
 
     Raises:
         TypeError: where a value has both names.
@@ -38,9 +38,9 @@ def with_new_names(values: Mapping[str, Any], names: Mapping[str, str], where: s
 
 
 def renamed(**names: str) -> Callable[[_F], _F]:
-    """Let a function, or the constructor of a class, take arguments by their old names: ``@renamed(old="new")``.
+    """Decorator: a function or constructor also takes arguments by their old names: ``@renamed(old="new")``.
 
-    Attributes of a class are found by both names.
+    On a class, the old names work as attributes too.
     """
 
     def wrap(target: _F) -> _F:
@@ -63,7 +63,7 @@ def renamed(**names: str) -> Callable[[_F], _F]:
 
 
 class _OldAttribute:
-    """An attribute by its old name."""
+    """Descriptor that forwards an attribute's old name to its new one."""
 
     def __init__(self, name: str, new: str) -> None:
         self.name, self.new = name, new

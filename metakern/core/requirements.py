@@ -1,4 +1,4 @@
-"""Missing libraries: the error names them, and the command that installs them."""
+"""Errors for missing libraries, which name the library and the command that installs it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-#: What pip calls a library, where that is not the name that it is imported by.
+#: Distribution name on PyPI by import name, where they differ.
 DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml"}
 
-#: The extra of metakern that brings a library, by the name that it is imported by; torch, numpy and safetensors come
-#: with metakern itself.
+#: metakern's extra that installs a library, by import name; torch, numpy and safetensors come with metakern itself.
 EXTRAS = {
     "PIL": "train",
     "filelock": "train",
@@ -28,7 +27,7 @@ EXTRAS = {
 
 @contextmanager
 def required() -> Iterator[None]:
-    """A context for imports of other libraries; its error names one that is missing.
+    """Context manager for imports of optional libraries; the error names the missing one.
 
     Raises:
         ModuleNotFoundError: with the command that installs it.
@@ -43,10 +42,10 @@ def required() -> Iterator[None]:
 
 
 def check_installed(*libraries: str) -> None:
-    """Raise before the work where libraries that it needs are missing; none is imported.
+    """Check that libraries are installed, without importing them.
 
     Raises:
-        ModuleNotFoundError: for the first that is missing.
+        ModuleNotFoundError: for the first missing one.
     """
     for library in libraries:
         if importlib.util.find_spec(library) is None:
@@ -54,7 +53,7 @@ def check_installed(*libraries: str) -> None:
 
 
 def missing(library: str) -> ModuleNotFoundError:
-    """The error for a library by the name that it is imported by."""
+    """The error for a missing library, given its import name."""
     distribution = DISTRIBUTIONS.get(library, library)
     wanted = f"'metakern[{EXTRAS[library]}]'" if library in EXTRAS else distribution
     text = f"metakern needs {distribution}, which is not installed: pip install {wanted}"

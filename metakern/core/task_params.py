@@ -1,8 +1,8 @@
-"""Parameters of many tasks at once: a tree of tensors [T, *shape], and how its tensors belong together.
+"""Parameters of many tasks at once: trees of tensors [T, *shape], and groups of tasks.
 
-A tree is a tensor, or a dict or list of tensors (nested at will), all with the task axis first. A tuple is several
-groups of tasks, one after the other: each entry is a tree of its own, and the groups may differ in their tensors and in
-the number of their tasks. Axis legend: T tasks of a group, P parameters of one task.
+A tree is a tensor, or a dict or list of tensors (nested at will), all with the task axis first. A tuple holds one tree
+per group of tasks; groups may differ in their tensors and in their number of tasks. Axis legend: T tasks of a group,
+P parameters of one task.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from metakern.core.torch_private import pytree
 
-#: Makes a tree of as many leaves as another had.
+#: Builds a tree of the same structure from new leaves.
 Rebuild = Callable[[Iterable[Any]], Any]
 
 
 def flat_params(params: Any) -> tuple[list[Any], Rebuild]:
-    """The leaves of a tree in the order of ``torch.utils._pytree``, and what makes the same tree of other leaves.
+    """The leaves of a tree in the order of ``torch.utils._pytree``, and a function that rebuilds it from new leaves.
 
-    A tensor, a dict of tensors and a tuple of such, which every inner step takes apart, are faster than by pytree,
-    whose cost for a dict is that of several operators of torch.
+    A tensor, a dict of tensors and a tuple of these skip pytree: every inner step flattens them, and pytree's cost for
+    a dict is that of several torch operators.
     """
     if isinstance(params, Tensor):
         return [params], _only
@@ -49,7 +49,7 @@ def _only(leaves: Iterable[Any]) -> Any:
 
 
 def aligned_leaves(params: Any, others: Any) -> list[Tensor] | None:
-    """The tensors of ``others`` where it is the same tree of tensors, dicts and tuples as ``params``; None if not."""
+    """The tensors of ``others`` if it has the structure of ``params`` (tensors, dicts and tuples only), else None."""
     if isinstance(params, Tensor):
         return [others] if isinstance(others, Tensor) else None
     if type(params) is not type(others) or type(params) not in (dict, tuple) or len(params) != len(others):
@@ -66,7 +66,7 @@ def task_groups(params: Any) -> list[list[Tensor]]:
     """The tensors of every group of tasks, in the order of ``torch.utils._pytree``.
 
     Raises:
-        TypeError: for anything but tensors in the tree
+        TypeError: for a leaf that is no tensor
         ValueError: for tensors of one group that do not share the task axis
     """
     if type(params) is tuple:
@@ -85,8 +85,8 @@ def task_groups(params: Any) -> list[list[Tensor]]:
 
 
 def join_tasks(tensors: Sequence[Tensor]) -> Tensor:
-    """The tensors of a group as one, [T, P]; a single tensor is not copied."""
-    # A reshape to the same shape is a node of the graph all the same.
+    """Concatenate a group's tensors to one, [T, P]; a single tensor is not copied."""
+    # A reshape to the same shape would still add a node to the graph.
     rows = [tensor if tensor.ndim == 2 else tensor.reshape(len(tensor), -1) for tensor in tensors]
     return rows[0] if len(rows) == 1 else torch.cat(rows, 1)
 

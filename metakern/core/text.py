@@ -1,14 +1,14 @@
-"""Values and messages of other libraries as an error quotes them: on one line, and never long."""
+"""Short one-line quotes of values and of other libraries' messages, for use in errors."""
 
 from __future__ import annotations
 
 import reprlib
 
-#: Characters of a value, and of another library's message.
+#: Maximum characters of a quoted value, and of another library's message.
 QUOTED = 80
 MESSAGE = 300
 
-#: Bits of an integer whose digits are shown; to find those of a large one takes quadratic time.
+#: Maximum bits of an integer shown in digits; conversion to decimal takes quadratic time.
 _INTEGER_BITS = 256
 
 
@@ -37,14 +37,14 @@ def quoted(value: object) -> str:
 
 
 def one_line(message: object) -> str:
-    """All lines of a message as one, shortened to :data:`MESSAGE` characters."""
+    """A message joined to one line, shortened to :data:`MESSAGE` characters."""
     return shortened(" ".join(str(message).split()), MESSAGE)
 
 
 def first_line(error: Exception) -> str:
     """An error's type and the first line of its message, shortened to :data:`MESSAGE` characters.
 
-    The lines that follow one of torch's errors are about its own source.
+    Further lines of torch's errors describe torch's own source.
     """
     lines = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {one_line(lines[0])}"

@@ -1,6 +1,6 @@
-"""The private names of torch that this package needs, in one place: what to look at when a new version of torch fails.
+"""All private torch names that this package uses: the place to look when a new torch version breaks it.
 
-Other modules take them from here, by names of their own; tests/test_rooms.py holds that.
+Other modules import them from here under public names; tests/test_rooms.py enforces that.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------ around a call
 
-#: Context manager: operators called within go straight to the kernels, past autograd.
+#: Context manager: operators called within bypass autograd.
 below_autograd = torch._C._AutoDispatchBelowAutograd
 
-#: Whether a transform of torch.func is at work around the call.
+#: Whether a transform of torch.func is active.
 func_is_active = torch._C._are_functorch_transforms_active
 
-#: Whether torch.func wraps a tensor, whether torch.func.vmap does, and what is inside.
+#: Whether torch.func wraps a tensor, whether torch.func.vmap does, and the wrapped tensor.
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 is_batched_wrapper = torch._C._functorch.is_batchedtensor
 unwrapped = torch._C._functorch.get_unwrapped
@@ -38,13 +38,13 @@ unwrapped = torch._C._functorch.get_unwrapped
 #: The stack of torch.func's transforms, and their kinds.
 functorch = torch._C._functorch
 
-#: Modes around the call: how many, and which.
+#: Active function and dispatch modes: their number, and the modes themselves.
 count_function_modes = torch._C._len_torch_function_stack
 count_dispatch_modes = torch._C._len_torch_dispatch_stack
 function_mode = torch._C._get_function_stack_at
 dispatch_modes = _python_dispatch._get_current_dispatch_mode_stack
 
-#: Whether torch.jit traces the call.
+#: Whether torch.jit is tracing.
 is_jit_tracing = torch._C._is_tracing
 
 #: Context managers that switch off function modes, dispatch modes and the transforms of torch.func.
@@ -52,7 +52,7 @@ without_function_modes = torch._C.DisableTorchFunction
 without_dispatch_modes = _python_dispatch._disable_current_modes
 without_transforms = pyfunctorch.temporarily_clear_interpreter_stack
 
-#: Decorator: torch.compile calls the function as it is.
+#: Decorator: torch.compile does not trace the function.
 not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 
 
@@ -63,7 +63,7 @@ def forward_mode_is_active() -> bool:
 
 # -------------------------------------------------------------------------------------------- classes and modules
 
-#: Dispatch modes that trace, and the tensors that they hand around.
+#: Dispatch modes used for tracing, and their tensor classes.
 FakeTensor, FakeTensorMode = fake_tensor.FakeTensor, fake_tensor.FakeTensorMode
 FunctionalTensor, FunctionalTensorMode = functional_tensor.FunctionalTensor, functional_tensor.FunctionalTensorMode
 
@@ -74,46 +74,46 @@ DeviceContext = _device.DeviceContext
 NormBase: Any = batchnorm._NormBase
 ConvNd: Any = conv._ConvNd
 
-#: Hooks that torch calls for every module, a dict for each kind; forward ones, and backward ones.
+#: Global module hooks, one dict per kind: forward and backward.
 GLOBAL_FORWARD_HOOKS = (_module._global_forward_hooks, _module._global_forward_pre_hooks)
 GLOBAL_BACKWARD_HOOKS = (_module._global_backward_hooks, _module._global_backward_pre_hooks)
 
 # -------------------------------------------------------------------------------------------------------- functions
 
-#: What torch.nn.functional calls.
+#: The functions behind torch.nn.functional.
 nn_functions = torch._C._nn
 
-#: How the arguments of Tensor.to and nn.Module.to are read: device, dtype, non_blocking, memory_format.
+#: Parser of the arguments of Tensor.to and nn.Module.to: device, dtype, non_blocking, memory_format.
 parse_to = torch._C._nn._parse_to
 
-#: Functions of lists of tensors.
+#: In-place and plain functions on lists of tensors.
 foreach_copy_ = torch._foreach_copy_
 foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_sub = torch._foreach_sub
 
-#: Whether attention may use each of its implementations: how that is asked and set. Older releases have fewer.
+#: Getter and setter of the flag that enables each attention backend. Older releases have fewer backends.
 ATTENTION = {
     name: (getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"))
     for name in ("math", "flash", "mem_efficient", "cudnn", "overrideable")
     if hasattr(torch._C, f"_set_sdp_use_{name}")
 }
 
-#: An operator's schema from its text, "namespace::name(Tensor x, int n) -> Tensor".
+#: Parser of an operator schema, "namespace::name(Tensor x, int n) -> Tensor".
 parse_schema = torch._C.parse_schema
 
 
 def called_by_the_compiler(function: Function) -> Function:
-    """Decorator: torch.compile calls the function while it traces, and takes what it returns as a constant.
+    """Decorator: torch.compile calls the function while tracing and treats its result as a constant.
 
-    As torch.compiler.assume_constant_result, which imports the compiler and takes seconds.
+    Like torch.compiler.assume_constant_result, without importing the compiler, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def traced_lines() -> list[tuple[str, int]]:
-    """Files and numbers of the lines that torch.compile is tracing, the innermost last."""
+    """File and line number of each frame that torch.compile is tracing, innermost last."""
     stack = TracingContext.extract_stack() if TracingContext.try_get() is not None else []
     return [(frame.filename, frame.lineno or 0) for frame in stack]

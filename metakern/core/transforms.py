@@ -1,4 +1,4 @@
-"""Whether torch.compile, torch.func or forward-mode differentiation is at work around a call, and on which tensors."""
+"""Detection of torch.compile, torch.func transforms and forward-mode differentiation, and of the tensors they wrap."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from metakern.core.torch_private import (
 
 
 def is_transformed() -> bool:
-    """Whether torch.compile or a transform of torch.func is at work around the call."""
+    """Whether torch.compile or a transform of torch.func is active."""
     return torch.compiler.is_compiling() or func_is_active()
 
 
 def is_transformed_or_dual() -> bool:
-    """The same, or whether forward-mode differentiation is: what asks every function for a formula of its own."""
+    """Whether torch.compile, a torch.func transform or forward-mode AD, which needs formulas of its own, is active."""
     return is_transformed() or forward_mode_is_active()
 
 
 def wants_gradient(x: Tensor) -> bool:
-    """Whether it requires a gradient, also where only the tensor inside a torch.func.vmap says so."""
+    """Whether ``x`` requires a gradient, itself or as a tensor wrapped by torch.func."""
     if x.requires_grad:
         return True
     if torch.compiler.is_compiling() or not func_is_active():
@@ -36,12 +36,12 @@ def wants_gradient(x: Tensor) -> bool:
 
 
 def is_batched(x: Tensor) -> bool:
-    """Whether it differs between the elements of a torch.func.vmap."""
+    """Whether ``x`` has a batch dimension of torch.func.vmap."""
     return is_batched_wrapper(x) or any(map(is_batched_wrapper, levels(x)))
 
 
 def levels(x: Tensor) -> Iterator[Tensor]:
-    """The tensors that the transforms of torch.func have wrapped, from the outside in."""
+    """The tensors that torch.func has wrapped in ``x``, outermost first."""
     while is_wrapped(x):
         x = unwrapped(x)
         yield x

@@ -1,4 +1,4 @@
-"""Trees of tensors: what models take, and what they return.
+"""Trees of tensors: inputs, targets and outputs of models.
 
 Axis legend: T tasks, S samples of a task.
 """
@@ -16,17 +16,22 @@ from torch import Tensor
 
 from metakern.core.torch_private import pytree
 
-#: A tensor, or a tuple or dict of tensors: the input of a model, or targets.
+#: A model's input or targets: a tensor, or a tuple or dict of tensors.
 Data = Any
 
-#: What may stand beside tensors in a model's output, and is the same for all tasks.
+#: Types of constants in a model's output, beside tensors; they must be equal for all tasks.
 _CONSTANTS = (type(None), bool, int, float, complex, str, bytes, enum.Enum, torch.dtype, torch.device)
 
 _Build = Callable[[Iterator[Any]], Any]
 
 
 def named_tensors(name: str, data: Data) -> dict[str, Tensor]:
-    """The tensors of an argument by what a message calls them; TypeError where it is neither a tensor nor some."""
+    """The tensors of an argument, keyed by their names in messages.
+
+    Raises:
+        TypeError: for anything but a tensor, or a tuple or dict of tensors
+        ValueError: for an empty one
+    """
     if isinstance(data, Tensor):
         return {name: data}
     if isinstance(data, Mapping):
@@ -44,7 +49,7 @@ def named_tensors(name: str, data: Data) -> dict[str, Tensor]:
 
 
 def map_tensors(function: Callable[[Tensor], Any], data: Data) -> Data:
-    """The same tree with ``function`` of every tensor; a mapping becomes a dict."""
+    """Apply ``function`` to every tensor of a tree; mappings become dicts."""
     if isinstance(data, Tensor):
         return function(data)
     if isinstance(data, Mapping):
@@ -55,7 +60,7 @@ def map_tensors(function: Callable[[Tensor], Any], data: Data) -> Data:
 
 
 def as_data(data: Data) -> Data:
-    """The same tensors, a mapping of any kind as a dict."""
+    """The same tree with mappings as dicts."""
     return map_tensors(lambda tensor: tensor, data)
 
 
@@ -67,10 +72,10 @@ def first_tensor(data: Data) -> Tensor:
 
 
 def flatten(output: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
-    """The tensors in a model's output, and the function that puts others in their place.
+    """The tensors in a model's output, and a function that rebuilds the output from new tensors.
 
     Containers that torch's pytrees know, dataclasses and subclasses of dict (model outputs of transformers are both)
-    keep their kind; constants beside the tensors stay.
+    keep their type; constants stay.
 
     Raises:
         TypeError: for anything else
@@ -91,7 +96,7 @@ def flatten(output: Any) -> tuple[list[Tensor], Callable[[Iterable[Any]], Any]]:
 
 
 def check_constants(outputs: Sequence[Any]) -> None:
-    """Raise TypeError where constants in outputs of one model differ: of several tasks one would be taken for all."""
+    """Raise TypeError where the constants in a model's outputs differ between tasks, as only one could be kept."""
     found = []
     for output in outputs:
         leaves: list[Any] = []
@@ -106,13 +111,13 @@ def check_constants(outputs: Sequence[Any]) -> None:
 
 
 def map_output(function: Callable[..., Any], *outputs: Any) -> Any:
-    """``function`` of the tensors that stand at the same place of several outputs of one model, in their structure."""
+    """Apply ``function`` to corresponding tensors of several outputs of one model; returns the same structure."""
     flat = [flatten(output) for output in outputs]
     return flat[0][1](function(*tensors) for tensors in zip(*(leaves for leaves, _ in flat), strict=True))
 
 
 def class_scores(output: Any) -> Tensor | None:
-    """The scores [..., classes, ...] in an output: itself, or its ``logits`` by key or attribute; None without any."""
+    """Class scores [..., classes, ...] of an output: the tensor itself, its ``logits`` (key or attribute), or None."""
     if isinstance(output, Tensor):
         return output
     scores = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
@@ -120,7 +125,7 @@ def class_scores(output: Any) -> Tensor | None:
 
 
 def _visit(tree: Any, leaves: list[Any]) -> _Build:
-    """Add the tensors and constants of a tree to ``leaves``; the result makes a tree from as many others."""
+    """Add the tensors and constants of a tree to ``leaves``; return a function that rebuilds it from new leaves."""
     if isinstance(tree, (Tensor, *_CONSTANTS)):
         leaves.append(tree)
         return next
@@ -142,7 +147,7 @@ def _visit(tree: Any, leaves: list[Any]) -> _Build:
         new = copy.copy(tree)
         for key, item in items.items():
             new[key] = item(tensors)
-            if key in names:  # of a model output the entry is an attribute too
+            if key in names:  # entries of a model output are attributes too
                 object.__setattr__(new, key, new[key])
         for name, field in fields.items():
             object.__setattr__(new, name, field(tensors))

@@ -1,3 +1,3 @@
-"""The version, where both setuptools and the package read it."""
+"""The package version, read by both setuptools and the package."""
 
 __version__ = "0.1.0"

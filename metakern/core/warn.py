@@ -1,4 +1,4 @@
-"""Warnings that point at the user's line, however many frames of torch and of this package are in between."""
+"""Warnings that point at the user's line, past the frames of torch and of this package."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 from metakern.core.torch_private import called_by_the_compiler, traced_lines
 
-#: What the user has not written.
+#: Packages whose frames are skipped.
 _LIBRARIES = ("metakern", "torch")
 
 
 def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the innermost line that belongs neither to this package nor to torch.
+    """Warn at the innermost line outside this package and torch.
 
-    While torch.compile traces, that is a line of the code that it traces.
+    Under torch.compile this is a line of the traced code.
     """
     if torch.compiler.is_compiling():
         _warn_traced(message, category)
@@ -29,7 +29,7 @@ def warn_user(message: str, category: type[Warning] = UserWarning) -> None:
 
 @called_by_the_compiler
 def _warn_traced(message: str, category: type[Warning]) -> None:
-    """Python's own stack does not have the frames that the compiler traces."""
+    """Warn at the traced user line, which is not on Python's own stack."""
     lines = [(path, line) for path, line in traced_lines() if not _is_library(_package_of(path))]
     path, line = lines[-1] if lines else (__file__, 0)
     warnings.warn_explicit(message, category, path, line, registry={})
@@ -40,7 +40,7 @@ def _is_library(module: str) -> bool:
 
 
 def _package_of(path: str) -> str:
-    """The package that a file belongs to, of those that are no user's; empty for others."""
+    """Which of the skipped packages a file belongs to; empty for any other."""
     for name in _LIBRARIES:
         found = getattr(sys.modules.get(name), "__path__", [])
         if any(path.startswith(f"{folder}/") for folder in found):

@@ -1,4 +1,4 @@
-"""A learner for every cluster of tasks, all of them started from one that the tasks share.
+"""Clustered meta-learning: one learner per cluster of tasks, each copied from a shared learner.
 
 Axis legend: T tasks, C clusters, Q query samples.
 """
@@ -18,20 +18,20 @@ from metakern.core.trees import class_scores, flatten, map_output
 from metakern.learners.clustering import EMBEDDINGS, Clusters, ClusterSampler, Describe, Embedding, responsibilities
 from metakern.tasks import TaskDistribution
 
-#: What decides a task's cluster: the support loss after adaptation under each cluster's learner, the clusters of its
-#: embedding, or its mode, which for problems to optimise is their kind.
+#: How tasks are assigned to clusters: by support loss after adaptation under each cluster's learner, by the clusters of
+#: their embeddings, or by mode, which for problems to optimise is their kind.
 ASSIGNMENTS = ("losses", "embedding", "modes")
 
-#: Shares of a task below this are not worth a learner's inner loop.
+#: Responsibility threshold: a learner skips tasks of which its share is not above this.
 LEAST_RESPONSIBILITY = 0.01
 
-#: What an annealed temperature falls to, as a share of where it starts.
+#: Final temperature of annealing, as a fraction of the initial one.
 COLD = 0.01
 
-#: The share of a donor's tasks, its worst served ones, that a learner which starts again is moved to.
+#: Fraction of the donor's tasks, those with the largest losses, that a restarted learner is moved towards.
 WORST = 0.25
 
-#: What the loss of a task counts as that diverges under its learner: no other is served worse.
+#: Stand-in for losses that are not finite: worse than any other.
 DIVERGED = 1e30
 
 
@@ -39,58 +39,57 @@ class ClusteredLearner(nn.Module):
     """C copies of a meta-learner, each for the tasks that are assigned to it.
 
     :meth:`on_iteration` leads it through three stages. For ``warmup`` iterations the shared learner learns from all
-    tasks. It is then copied for every cluster, and for ``begin`` iterations tasks go by the clusters of their
-    embeddings under the shared learner, which moves no more. From then on they go to the learners that adapt to them
-    best. Whatever the stage, a task is assigned from its support set alone; by modes, which are the oracle to compare
-    with, from what the batch says of it. Batches that can be moved are assigned on the learner's own device.
+    tasks. It is then frozen and copied for every cluster, and for ``begin`` iterations tasks are assigned by the
+    clusters of their embeddings under the shared learner. From then on each task goes to the learner that adapts to it
+    best. In every stage a task is assigned from its support set alone; ``assign="modes"``, the oracle to compare with,
+    reads the modes of the batch instead. Batches with a ``to`` method are assigned on the learner's own device.
 
-    Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks go by embeddings, these are
-    clustered anew, without those that are not finite. Afterwards a learner that serves less than ``least_share`` of the
-    pool starts again as a copy of the one with the largest sum of losses, moved to where that one's inner steps lead on
-    its worst served tasks: empty clusters are filled so, and one that took nearly all tasks is split. Losses may be
-    below zero, where they count from the least of them; one that is not finite counts as the worst.
+    Every ``refresh`` iterations ``pool`` tasks are drawn and assigned. While tasks are assigned by embedding, the
+    pool's finite embeddings are clustered anew. Afterwards a learner with less than ``least_share`` of the pool
+    restarts: it copies the learner with the largest sum of losses, and moves to where that one's inner steps lead on
+    the tasks with its largest losses. This fills empty clusters and splits a cluster that took nearly all tasks.
+    Negative losses are measured from the smallest one; a loss that is not finite counts as the largest.
 
-    Optimizer state and weight averages of a learner that starts again are stale.
+    Optimizer state and weight averages of a restarted learner are stale.
     :class:`metakern.training.Trainer` drops them, and takes no step that is not finite. A training loop of your own
     must drop them for the parameters that :meth:`on_iteration` returns.
 
     Args:
-        learner: the shared one, a :class:`metakern.learners.MetaLearner`. Assignment by losses asks it for
-            ``support_losses(batch)`` and ``approach(batch)``, embeddings for ``displacements(batch)`` or
-            ``support_gradients(batch)``, averages for ``predict(batch, steps)`` and ``measure(prediction, target)``,
-            all as :class:`metakern.learners.MAMLLearner` has them. Batches need ``select(indices)``.
+        learner: the shared learner, a :class:`metakern.learners.MetaLearner`. Assignment by losses also needs
+            ``support_losses(batch)`` and ``approach(batch)``, embeddings ``displacements(batch)`` or
+            ``support_gradients(batch)``, averages ``predict(batch, steps)`` and ``measure(prediction, target)``,
+            all as in :class:`metakern.learners.MAMLLearner`. Batches need ``select(indices)``.
         num_clusters: C; None: the number with the best silhouette when clusters begin, at most ``max_clusters``
         assign: one of :data:`ASSIGNMENTS`
-        warmup: iterations of the shared learner
-        begin: iterations by embedding, at least 1, before those by losses
+        warmup: iterations that train the shared learner
+        begin: iterations with assignment by embedding, at least 1, before assignment by losses
         refresh: iterations from one pool to the next
         pool: tasks of a pool, at least ``num_clusters``, and more than ``max_clusters`` where the number is chosen
         embedding: one of :data:`metakern.learners.clustering.EMBEDDINGS`, or a function of a batch; see
-            :class:`metakern.learners.clustering.Embedding`. While all learners are copies of one, "losses" say
-            nothing: assignment by losses is what uses them
+            :class:`metakern.learners.clustering.Embedding`. Not "losses": they cannot tell tasks apart while all
+            learners are copies of one; pass ``assign="losses"`` for those
         method: "kmeans", "minibatch_kmeans" or "gmm"
-        max_clusters: learners kept ready where the number is chosen
-        temperature: in training by losses: 0 gives each task to one learner; above, every learner takes a share of it
-            by the softmax of −loss/temperature
-        anneal: iterations, at least 1, from the first in which the temperature falls to a hundredth, geometrically;
-            None: it stays
-        eval_temperature: in evaluation: 0 takes the prediction of the learner that the task is assigned to; above,
-            predictions are averaged by the softmax of −support loss/temperature, those of classes as probabilities
-        least_share: of a pool, at most 1, below which a cluster counts as empty
-        per_cluster: False: all clusters share one learner, and shape the batches of a
-            :class:`metakern.learners.clustering.ClusterSampler` alone
-        dim: numbers that embeddings are projected to; those of a function must not be more
-        seed: of projection and clusterings
+        max_clusters: largest number of clusters where the number is chosen
+        temperature: for training with assignment by losses: 0 gives each task to one learner; above 0, learners share
+            it by the softmax of −loss/temperature
+        anneal: iterations, at least 1, over which the temperature falls geometrically to a hundredth; None: it stays
+        eval_temperature: for evaluation: 0 takes the prediction of the learner that the task is assigned to; above 0,
+            predictions are averaged by the softmax of −support loss/temperature, class predictions as probabilities
+        least_share: share of a pool, at most 1, below which a cluster counts as empty
+        per_cluster: False: all clusters share one learner, and only shape the batches of a
+            :class:`metakern.learners.clustering.ClusterSampler`
+        dim: largest dimension of embeddings: longer ones are projected; a function must not return longer ones
+        seed: seed of projection and clustering
 
     Attributes:
         shared: the shared learner
         learners: one a cluster
         num_active: clusters in use, 0 before they begin
         occupancy: [C], the clusters' shares of the last pool
-        restarted: indices of the learners that started again in the last :meth:`on_iteration`
+        restarted: indices of the learners that restarted in the last :meth:`on_iteration`
 
     Raises:
-        ValueError: for arguments out of range, and a learner without what assignment, embedding or averages ask for.
+        ValueError: for arguments out of range, and a learner without the methods that the options need.
     """
 
     iteration: Tensor
@@ -146,10 +145,10 @@ class ClusteredLearner(nn.Module):
     # ------------------------------------------------------------------------------------------------------ a trainer's
 
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:
-        """Losses [T] of the learners that tasks are assigned to, or averages by the learners' shares of them.
+        """Losses [T] of every task under its learner, or averaged over learners by their shares of the task.
 
-        Learners of several outer steps a batch take them side by side. Those that end sooner leave the losses of the
-        others.
+        Learners with several outer steps per batch take them side by side; one that has ended adds nothing to the
+        later losses.
         """
         if not self.num_active or not self.per_cluster:
             yield from self.shared.meta_losses(batch)  # type: ignore[operator]
@@ -170,7 +169,7 @@ class ClusteredLearner(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Query measures [T] of every task by the learner that its support set chooses, or by their average."""
+        """Query measures [T] of every task under its assigned learner, or of the averaged predictions."""
         if not self.num_active or not self.per_cluster:
             return self.shared.evaluate(batch)  # type: ignore[operator, no-any-return]
         if self._averages() or all(hasattr(self.shared, method) for method in ("predict", "measure")):
@@ -188,12 +187,12 @@ class ClusteredLearner(nn.Module):
     def predict(self, batch: Any, steps: int | None = None) -> Any:
         """Predictions for the query sets after ``steps`` inner steps, ``eval_steps`` by default.
 
-        Of the learner that a task is assigned to, or averages with ``eval_temperature``: of classes logarithms of
-        averaged probabilities. The learners must have ``predict``, as :class:`metakern.learners.MAMLLearner` has it.
-        Predictions are what the model returns, with tensors [T, Q, ...].
+        A task's prediction comes from its assigned learner or, with ``eval_temperature`` above 0, is an average over
+        learners; class predictions average to the logarithms of mean probabilities. The learners need ``predict``, as
+        in :class:`metakern.learners.MAMLLearner`. Predictions are the model's outputs, with tensors [T, Q, ...].
 
         Raises:
-            TypeError: for averages of integers, and of class predictions that are neither a tensor nor have ``logits``.
+            TypeError: if integers are averaged, or class predictions that are neither a tensor nor have ``logits``.
         """
         if not self.num_active or not self.per_cluster:
             return self.shared.predict(batch, steps)  # type: ignore[operator]
@@ -210,7 +209,7 @@ class ClusteredLearner(nn.Module):
         return map_output(lambda *tensors: torch.cat(tensors)[order], *parts)
 
     def measure(self, prediction: Any, target: Any) -> dict[str, Tensor]:
-        """Measures [T] of predictions for targets [T, Q, ...], those of the shared learner."""
+        """Measures [T] of predictions for targets [T, Q, ...], as the shared learner defines them."""
         return self.shared.measure(prediction, target)  # type: ignore[operator, no-any-return]
 
     @property
@@ -220,17 +219,17 @@ class ClusteredLearner(nn.Module):
 
     @torch.no_grad()
     def on_iteration(self, iteration: int, tasks: TaskDistribution, generator: torch.Generator) -> list[nn.Parameter]:
-        """To be called before every iteration's batch, numbers from 0; draws a pool where one is due.
+        """Advance the stages; call it before every iteration's batch. Draws a pool when one is due.
 
-        Clusters begin with the first pool of which enough embeddings are finite.
+        Clusters begin with the first pool that has enough finite embeddings.
 
         Args:
-            iteration: its number
-            tasks: where a pool is drawn; of a :class:`metakern.learners.clustering.ClusterSampler` its own distribution
-            generator: decides the pool
+            iteration: number of the iteration, from 0
+            tasks: distribution to draw pools from; a :class:`metakern.learners.clustering.ClusterSampler` is unwrapped
+            generator: random generator of the pool
 
         Returns:
-            the parameters of learners that start, or start again
+            the parameters of learners that started or restarted
         """
         self.iteration.fill_(iteration)
         self.restarted = ()
@@ -255,7 +254,7 @@ class ClusteredLearner(nn.Module):
         begun = [learner for index, learner in enumerate(self.learners) if starts or index in self.restarted]
         return [p for learner in begun for p in learner.parameters()]
 
-    # ------------------------------------------------------------------------------------------------- whose task it is
+    # ------------------------------------------------------------------------------------------------------ assignment
 
     @property
     def num_active(self) -> int:
@@ -263,18 +262,18 @@ class ClusteredLearner(nn.Module):
         return int(self.active)
 
     def assign(self, batch: Any) -> Tensor:
-        """Labels [T] of a batch's tasks, 64-bit integers, on the learner's device.
+        """Cluster labels [T] of a batch's tasks, 64-bit integers, on the learner's device.
 
-        From their support sets alone, but for ``assign="modes"``. The batch may be on another device.
+        Only support sets are used, except with ``assign="modes"``. The batch may be on another device.
         """
         return self.responsibilities(self._here(batch), 0.0).argmax(0)
 
     @torch.no_grad()
     def responsibilities(self, batch: Any, temperature: float) -> Tensor:
-        """[C, T]: the learners' shares of every task; columns sum to one.
+        """The learners' shares of every task, [C, T]; columns sum to one.
 
         Raises:
-            ValueError: for a batch without modes where tasks are assigned by them, and modes beyond the clusters.
+            ValueError: with ``assign="modes"``, for a batch without modes or with modes beyond the clusters.
             RuntimeError: before there are clusters.
         """
         if not self.num_active:
@@ -289,18 +288,18 @@ class ClusteredLearner(nn.Module):
         return responsibilities(self.support_losses(batch), temperature)
 
     def support_losses(self, batch: Any) -> Tensor:
-        """[C, T]: every learner's loss on the support set of every task after adapting to it."""
+        """Every learner's loss on every task's support set after adapting to it, [C, T]."""
         return torch.stack([learner.support_losses(batch) for learner in self._used()])
 
     def _used(self) -> list[Any]:
         return list(self.learners)[: self.num_active]
 
     def _here(self, batch: Any) -> Any:
-        """The batch on the learner's device: a trainer draws on the CPU."""
+        """The batch, moved to the learner's device: the trainer draws on the CPU."""
         return batch.to(self.active.device) if hasattr(batch, "to") else batch
 
     def _cluster(self, pool: Any) -> None:
-        """Fit the clusters to the tasks whose embeddings are finite; where these are too few, they stay as they are."""
+        """Fit the clusters to the finite embeddings of a pool; with too few of them, keep the clusters as they are."""
         points = self._embed(pool)
         points = points[points.isfinite().all(1)]
         if len(points) >= self.clusters.least_points:
@@ -311,7 +310,7 @@ class ClusteredLearner(nn.Module):
         return self.embedding(self.shared, self._used(), batch)
 
     def _begins(self) -> bool:
-        """Whether tasks go by their embeddings."""
+        """Whether tasks are assigned by embedding."""
         begins = int(self.clusters.number) > 0 and int(self.iteration) < self.warmup + self.begin
         return self.assign_by == "embedding" or begins
 
@@ -343,19 +342,19 @@ class ClusteredLearner(nn.Module):
     # --------------------------------------------------------------------------------------------------- empty clusters
 
     def _fill(self, pool: Any, labels: Tensor) -> Tensor:
-        """Labels after every empty cluster has started again from the worst served tasks of another."""
+        """Restart every empty cluster from the largest-loss tasks of another; returns the new labels."""
         least = self.least_share * len(labels)
         for empty in (labels.bincount(minlength=self.num_active) < least).nonzero().flatten().tolist():
-            counts = labels.bincount(minlength=self.num_active)  # anew: another that started again may have changed it
+            counts = labels.bincount(minlength=self.num_active)  # again: an earlier restart may have changed it
             if counts[empty] >= least or bool((counts < least).all()):
                 continue
             losses = self.support_losses(pool).gather(0, labels.unsqueeze(0)).squeeze(0).float()
             finite = losses.isfinite()
             losses = losses.where(finite, DIVERGED)
-            sizes = losses - losses.min().clamp(max=0)  # of losses below zero, what they are above the least
+            sizes = losses - losses.min().clamp(max=0)  # negative losses count from the smallest
             sums = torch.zeros(self.num_active).index_add(0, labels.cpu(), sizes.cpu())
             donor = int(sums.masked_fill((counts < least).cpu(), -torch.inf).argmax())
-            members = ((labels == donor) & finite).nonzero().flatten()  # elsewhere inner steps lead to nothing
+            members = ((labels == donor) & finite).nonzero().flatten()  # inner steps on the others diverge
             worst = members[losses[members].argsort(descending=True)[: max(1, int(WORST * len(members)))]]
             self.learners[empty].load_state_dict(self.learners[donor].state_dict())
             if len(worst):
@@ -366,7 +365,7 @@ class ClusteredLearner(nn.Module):
 
 
 def _mean(tensors: Sequence[Tensor], shares: Tensor, of_classes: bool) -> Tensor:
-    """Predictions [T, Q, ...] averaged by shares [C, T]; of classes, in axis 2, logarithms of mean probabilities."""
+    """Mean of predictions [T, Q, ...] by shares [C, T]; for classes, in axis 2, log of the mean probabilities."""
     total: Any = 0
     for tensor, share in zip(tensors, shares, strict=True):
         if not tensor.is_floating_point() and not tensor.is_complex():
@@ -380,7 +379,7 @@ def _mean(tensors: Sequence[Tensor], shares: Tensor, of_classes: bool) -> Tensor
 
 
 def _check(learner: nn.Module, assign: str, per_cluster: bool, embedding: Any, eval_temperature: float) -> None:
-    """Raise ValueError unless the learner has what it will be asked for."""
+    """Raise ValueError unless the learner has the methods that the options need."""
     if assign not in ASSIGNMENTS:
         raise ValueError(f"assign must be one of {', '.join(ASSIGNMENTS)}, got {assign!r}")
     if embedding == "losses":

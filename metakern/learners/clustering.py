@@ -1,7 +1,7 @@
-"""Tasks in clusters: what a task looks like to a learner, clusters of that, and batches drawn by cluster.
+"""Task clustering: embeddings of tasks, clusters of embeddings, and batches sampled by cluster.
 
 The pipeline of arXiv 2110.14459 trains tasks in clusters; its criterion is not public, so this one is our own. Axis
-legend: T tasks, C clusters, D numbers that a task is described by, P meta-parameters.
+legend: T tasks, C clusters, D dimensions of an embedding, P meta-parameters.
 """
 
 from __future__ import annotations
@@ -34,36 +34,36 @@ __all__ = [
     "responsibilities",
 ]
 
-#: How one learner describes a task, and the method that it is asked for: where the inner loop takes the parameters, and
-#: the support gradient where it starts.
+#: Embeddings by one learner, and the learner's method for each: the displacement of the parameters by the inner loop,
+#: and the support gradient at the initialisation.
 EMBEDDINGS = {"displacement": "displacements", "gradient": "support_gradients"}
 
-#: How several learners describe one: the support losses after adaptation under each.
+#: Embedding by several learners: the support losses after adaptation under each.
 LOSSES = "losses"
 
-#: What fits clusters to descriptions, by scikit-learn.
+#: Clustering algorithms, from scikit-learn.
 METHODS = ("kmeans", "minibatch_kmeans", "gmm")
 
-#: How batches are drawn: from one cluster each, the same number from every cluster, or as the tasks come.
+#: How batches are drawn: from one cluster each, the same number from every cluster, or without regard to clusters.
 BATCHES = ("one", "balanced", "uniform")
 
-#: A user's own description of a batch's tasks, [T, D], from their support sets.
+#: A user's own embedding function: a batch to [T, D], from support sets alone.
 Describe = Callable[[Any], Tensor]
 
-#: Chunks, each twice as large as the last, that a sampler draws at most in search of a batch's tasks; a cluster that is
-#: rarer still is topped up from the others.
+#: Maximum draws when filling a batch, each twice as large as the last; a cluster that is still short of tasks is topped
+#: up from the others.
 MAX_CHUNKS = 4
 
 _EPSILON = 1e-12
 
 
 def normalised(vectors: Tensor) -> Tensor:
-    """Rows [T, D] of unit length; a row of zeros stays."""
+    """Rows [T, D] scaled to unit length; zero rows stay zero."""
     return nn.functional.normalize(vectors, dim=1, eps=_EPSILON)
 
 
 def projected(vectors: Tensor, dim: int, seed: int = 0) -> Tensor:
-    """Rows [T, P] times a Gaussian matrix [P, dim] that ``seed`` decides; distances stay, up to 1/√dim.
+    """Random projection of rows [T, P] by a Gaussian matrix [P, dim] from ``seed``; keeps distances up to 1/√dim.
 
     Johnson and Lindenstrauss 1984. Rows of at most ``dim`` numbers stay as they are.
     """
@@ -75,16 +75,16 @@ def projected(vectors: Tensor, dim: int, seed: int = 0) -> Tensor:
 
 
 class Embedding:
-    """Tasks as points: tasks that are learned alike lie close together, whatever the size of their losses.
+    """Embeds tasks as points: tasks that are learned alike lie close together, whatever the scale of their losses.
 
     Args:
-        kind: one of :data:`EMBEDDINGS`, "losses", or a function of a batch that gives [T, D] and looks at support sets
-            alone; what it gives is used as it is
-        dim: D at most for displacements and gradients; longer ones are projected
-        seed: of the projection
+        kind: one of :data:`EMBEDDINGS`, "losses", or a function of a batch that returns embeddings [T, D] from support
+            sets alone; they are used unchanged
+        dim: largest D of displacements and gradients; longer ones are projected
+        seed: seed of the projection
 
     Raises:
-        ValueError: for another kind, and ``dim`` below 1.
+        ValueError: for an unknown kind, and ``dim`` below 1.
     """
 
     def __init__(self, kind: str | Describe = "gradient", dim: int = 32, seed: int = 0) -> None:
@@ -96,15 +96,15 @@ class Embedding:
 
     @torch.no_grad()
     def __call__(self, shared: Any, learners: Sequence[Any], batch: Any) -> Tensor:
-        """Descriptions [T, D] of a batch's tasks.
+        """Embeddings [T, D] of a batch's tasks.
 
         Args:
-            shared: the learner at whose initialisation displacements and gradients are taken
-            learners: one a cluster, whose support losses are taken
+            shared: learner that gives displacements and gradients, at its initialisation
+            learners: learners that give support losses, one per cluster
             batch: T tasks
 
         Raises:
-            ValueError: where a user's function gives no [T, D].
+            ValueError: if a user's function does not return [T, D].
         """
         if callable(self.kind):
             points = self.kind(batch)
@@ -122,24 +122,24 @@ class Embedding:
 class Clusters(nn.Module):
     """A mixture of Gaussians with diagonal covariances, fitted by scikit-learn and kept in plain tensors.
 
-    KMeans gives one of equal shares and of one variance for all.
+    KMeans gives equal shares and one variance for all clusters.
 
     Args:
         num_clusters: C; None: the number from 2 to ``max_clusters`` with the best silhouette (Rousseeuw 1987), chosen
             at the first fit
         method: one of :data:`METHODS`
         max_clusters: largest C to choose
-        dim: largest D; the tensors, whose shapes stay, have room for as many numbers
-        seed: of the starting points
+        dim: largest D; tensors are allocated at this width, so their shapes never change
+        seed: seed of the starting points
 
     Attributes:
-        means: [C, dim], zeros behind D and before the first fit; ``max_clusters`` rows where C is chosen
-        variances: [C, dim], ones there
-        shares: [C], of tasks
+        means: [C, dim], zeros beyond D and before the first fit; ``max_clusters`` rows where C is chosen
+        variances: [C, dim], ones beyond D and before the first fit
+        shares: [C], each cluster's share of the tasks
         number: C, 0 before the first fit
 
     Raises:
-        ValueError: for other methods and numbers below 1.
+        ValueError: for unknown methods and numbers below 1.
     """
 
     means: Tensor
@@ -172,15 +172,15 @@ class Clusters(nn.Module):
 
     @property
     def least_points(self) -> int:
-        """How many points a fit needs."""
+        """Minimum number of points of a fit."""
         return self.num_clusters or int(self.number) or 3
 
     @torch.no_grad()
     def fit(self, points: Tensor) -> Tensor:
-        """Labels [T] of ``points`` [T, D], after the clusters are fitted to them.
+        """Fit the clusters to ``points`` [T, D]; returns their labels [T].
 
-        A cluster that a later fit finds again keeps its number: new clusters are matched to those that the old ones
-        would have given their points to.
+        A cluster that a later fit finds again keeps its number: new clusters are matched to old ones by the number of
+        points that they share.
 
         Raises:
             ValueError: for fewer points than clusters, points that are not finite, and D above ``dim``.
@@ -202,7 +202,7 @@ class Clusters(nn.Module):
         return self.assign(points)
 
     def probabilities(self, points: Tensor) -> Tensor:
-        """[C, T]: how likely each cluster is to have given each point; columns sum to one."""
+        """Posterior probability of each cluster given each point, [C, T]; columns sum to one."""
         number = int(self.number)
         if not number:
             raise RuntimeError("clusters must be fitted before points can be assigned; call fit")
@@ -225,8 +225,8 @@ def choose_number(
 ) -> int:
     """The number of clusters, 2 to ``max_clusters``, whose labels have the largest mean silhouette on ``points``.
 
-    Rousseeuw 1987, as scikit-learn computes it. Numbers that leave fewer than two clusters occupied are passed over; 1
-    where all are, as for points that are all the same. Of points [T, D] what is behind ``width`` is padding.
+    Rousseeuw 1987, as scikit-learn computes it. Numbers that leave fewer than two clusters occupied are skipped; if all
+    are, as when all points coincide, the result is 1. ``points`` are [T, D]; columns from ``width`` on are padding.
     """
     with required():
         from sklearn.metrics import silhouette_score
@@ -240,7 +240,7 @@ def choose_number(
 
 
 def _fit(points: Tensor, number: int, method: str, seed: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Means and variances [C, D], shares [C]; behind ``width`` points are padding, and variances one."""
+    """Fitted means and variances [C, D] and shares [C]; columns from ``width`` on are padding, of variance 1."""
     import warnings
 
     with required():
@@ -267,13 +267,13 @@ def _fit(points: Tensor, number: int, method: str, seed: int, width: int) -> tup
 
 
 def _log_densities(points: Tensor, means: Tensor, variances: Tensor, shares: Tensor) -> Tensor:
-    """[T, C], up to a constant."""
+    """Log densities of points under each cluster, weighted by its share, [T, C], up to a constant."""
     distances = (points.unsqueeze(1) - means).square() / variances + variances.log()
     return shares.clamp(min=_EPSILON).log() - distances.sum(2) / 2
 
 
 def _matching(old: Tensor, new: Tensor, number: int) -> Tensor:
-    """Which new cluster takes each old number, so that as many points as possible keep theirs."""
+    """The new cluster for each old number, matched so that as many points as possible keep their number."""
     with required():
         from scipy.optimize import linear_sum_assignment
 
@@ -284,8 +284,8 @@ def _matching(old: Tensor, new: Tensor, number: int) -> Tensor:
 def responsibilities(losses: Tensor, temperature: float = 0.0) -> Tensor:
     """Each cluster's share of each task from losses [C, T]: softmax of −loss/temperature; columns sum to one.
 
-    At temperature 0 the cluster with the least loss takes the task. A loss that is not finite takes no share, unless
-    all of a task are such: they then share it evenly.
+    At temperature 0 the cluster with the smallest loss takes the task. A cluster with a loss that is not finite gets no
+    share, unless all losses of a task are such: the clusters then share it evenly.
 
     Raises:
         ValueError: for a negative temperature.
@@ -300,7 +300,7 @@ def responsibilities(losses: Tensor, temperature: float = 0.0) -> Tensor:
 
 
 class Assigner(Protocol):
-    """What a sampler asks of a learner: every task's cluster."""
+    """The interface that a sampler needs of a learner: the cluster of every task."""
 
     num_active: int
 
@@ -310,19 +310,19 @@ class Assigner(Protocol):
 
 
 class ClusterSampler(ShortRepr):
-    """Another distribution's tasks in batches by cluster.
+    """Samples the tasks of another distribution in batches by cluster.
 
-    Every batch is picked from tasks drawn for it alone, so that ``generator`` decides it and nothing is left behind for
-    a checkpoint: ``num_tasks`` times the number of clusters are drawn at once, and what a batch has no use for is
-    dropped. Where they are too few, twice as many are drawn anew. ``drawn`` counts them all.
+    Every batch is picked from tasks drawn for it alone, so ``generator`` determines it and a checkpoint need not store
+    leftover tasks. Each draw has ``num_tasks`` times the number of clusters; unused tasks are dropped. If some cluster
+    has too few, a new draw is twice as large. ``drawn`` counts all tasks drawn.
 
     Args:
         tasks: the distribution; its batches' ``select`` takes indices
-        learner: whose clusters, a :class:`metakern.learners.ClusteredLearner`
+        learner: assigns the clusters, a :class:`metakern.learners.ClusteredLearner`
         batches: one of :data:`BATCHES`. "one" draws the cluster by its share of the tasks.
 
     Raises:
-        ValueError: for other ``batches``.
+        ValueError: for unknown ``batches``.
     """
 
     def __init__(self, tasks: TaskDistribution, learner: Assigner, batches: str = "balanced") -> None:
@@ -331,13 +331,13 @@ class ClusterSampler(ShortRepr):
         self.tasks, self.learner, self.batches, self.drawn = tasks, learner, batches, 0
 
     def split(self, name: str) -> TaskDistribution:
-        """The distribution's own for "valid" and "test", as they come; "train" in batches by cluster."""
+        """The distribution's own split for "valid" and "test"; for "train", that split in batches by cluster."""
         check_split(name)
         split = self.tasks.split(name)
         return ClusterSampler(split, self.learner, self.batches) if name == "train" else split
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
-        """A batch of ``num_tasks`` tasks; of all clusters as they come before there are any."""
+        """A batch of ``num_tasks`` tasks; drawn without regard to clusters while there are none."""
         check_num_tasks(num_tasks)
         number = self.learner.num_active
         if self.batches == "uniform" or number < 2:
@@ -356,7 +356,7 @@ class ClusterSampler(ShortRepr):
         return batch.select(_picked(labels, wanted, num_tasks))
 
     def _wanted(self, cluster: Tensor, num_tasks: int, number: int, generator: torch.Generator) -> Tensor:
-        """How many tasks of each cluster."""
+        """Number of tasks to pick from each cluster, [C]."""
         if self.batches == "one":
             return num_tasks * nn.functional.one_hot(cluster, number)
         wanted = torch.full((number,), num_tasks // number)

@@ -1,4 +1,4 @@
-"""MAML and its family as a meta-learner for the trainer: an initialisation, and learned rates where they are asked for.
+"""MAML and its family as a meta-learner for the trainer: learns an initialisation and, optionally, learning rates.
 
 Finn et al. 2017, arXiv 1703.03400; Meta-SGD: Li et al. 2017, arXiv 1707.09835; LSLR: Antoniou et al. 2019,
 arXiv 1810.09502. Axis legend: T tasks, S support and Q query samples, K inner steps, P meta-parameters.
@@ -24,7 +24,7 @@ from metakern.maml.batched import Adapted, adapt, meta_loss, query_losses, repti
 from metakern.rules.rates import rates_by_name, real_dtype
 from metakern.tasks import Episodes
 
-#: Which inner learning rates are learned: none, one for every tensor and step, one for every parameter.
+#: Learned inner rates: none, one per tensor and step, or one per parameter element.
 RATES = ("fixed", "lslr", "meta_sgd")
 
 
@@ -32,26 +32,26 @@ RATES = ("fixed", "lslr", "meta_sgd")
 class MAMLLearner(nn.Module):
     """A model whose initialisation is meta-learned.
 
-    Only :meth:`meta_losses` moves running statistics; evaluation, prediction and what clusters ask for leave every
-    buffer of the model as it is, in ``train()`` mode too.
+    Only :meth:`meta_losses` updates running statistics; evaluation, prediction and the methods that clusters need leave
+    every buffer of the model as it is, also in ``train()`` mode.
 
     Args:
         model: any module; see :func:`metakern.adapt`
-        loss: of one task, as for :func:`metakern.adapt`; class labels need one, as ``F.cross_entropy``
+        loss: loss of one task, as for :func:`metakern.adapt`; for class labels pass one such as ``F.cross_entropy``
         steps: K in training; 0 trains the model as it is
-        eval_steps: K in evaluation; default: ``steps``, which learned rates by step demand
-        inner_lr: α, where learned rates start: a number, or numbers by name or glob pattern; fixed rates may be all
-            that the ``lr`` of :func:`metakern.adapt` takes
+        eval_steps: K in evaluation; default: ``steps``; "lslr" rates require that default
+        inner_lr: α, the initial value of learned rates: a number, or numbers by name or glob pattern; fixed rates may
+            be anything that ``lr`` of :func:`metakern.adapt` takes
         rates: one of :data:`RATES`; learned ones have the dtype and device of their parameters
         options: ``first_order``, ``parameters``, ``clip_norm``, ``checkpoint_every``, ``accumulate``,
             ``support_per_step``, ``vectorize`` and ``backend`` of :func:`metakern.adapt`. With ``support_per_step``
-            the support sets of a batch are [T, K, S, ...], for at least as many steps as are asked for. With ``rule``
-            that rule takes the inner steps, in place of gradient descent, and its weights are meta-parameters, too;
-            what clusters ask for speaks of the model's own parameters, even where the rule learns another start.
+            the support sets of a batch are [T, K, S, ...], for at least as many steps as the call takes. With ``rule``
+            that rule replaces gradient descent in the inner loop, and its weights are meta-parameters, too; the methods
+            for clusters use the model's own parameters, even if the rule learns another initialisation.
 
     Raises:
-        TypeError, ValueError: for other ``rates``, for ``eval_steps`` beyond the steps that rates are learned for, and
-            for numbers out of range.
+        TypeError, ValueError: for unknown ``rates``, for ``eval_steps`` other than the steps that rates are learned
+            for, and for numbers out of range.
     """
 
     def __init__(
@@ -102,9 +102,9 @@ class MAMLLearner(nn.Module):
         return self.adapt_to(batch, steps)
 
     def predict(self, batch: Episodes, steps: int | None = None) -> Any:
-        """Predictions for the query sets after ``steps`` steps; 0 steps leave the initialisation itself.
+        """Predictions for the query sets after ``steps`` inner steps; 0 steps use the initialisation itself.
 
-        What the model returns, with tensors [T, Q, ...].
+        Returns the model's outputs, with tensors [T, Q, ...].
         """
         return self.adapt_to(batch, steps)(batch.query_x)
 
@@ -116,8 +116,8 @@ class MAMLLearner(nn.Module):
     def measure(self, prediction: Any, target: Data | None) -> dict[str, Tensor]:
         """Loss, and accuracy where targets are classes, of predictions for targets [T, Q, ...]; [T] each.
 
-        Predictions are what :meth:`predict` returns. Scores of classes are a tensor of predictions or its ``logits``;
-        of other structures only the loss is measured. Labels that the loss ignores do not count.
+        Predictions are what :meth:`predict` returns. Accuracy needs class scores: a prediction that is a tensor or has
+        ``logits``; other structures give the loss alone. Labels that the loss ignores do not count.
         """
         loss, (tensors, rebuild) = TaskLoss(self.loss, False), flatten(prediction)
         losses = []
@@ -135,25 +135,25 @@ class MAMLLearner(nn.Module):
 
     @torch.no_grad()
     def support_losses(self, batch: Episodes) -> Tensor:
-        """Losses [T] on the support sets after ``eval_steps`` steps on them: query sets are not looked at."""
+        """Losses [T] on the support sets after ``eval_steps`` inner steps on them; query sets are not used."""
         options = LoopOptions(self.model, **self._arguments(self.eval_steps))
         support = self._support(batch, self.eval_steps)
         return query_losses(options, support, self._whole_support(batch), moves_statistics=False)
 
     @torch.no_grad()
     def displacements(self, batch: Episodes, steps: int | None = None) -> Tensor:
-        """[T, P]: where ``steps`` inner steps, ``eval_steps`` by default, take the adapted parameters, from here."""
+        """Displacements [T, P] of the adapted parameters by ``steps`` inner steps, ``eval_steps`` by default."""
         return self._displacements(self.adapt_to(batch, steps))
 
     @torch.no_grad()
     def support_gradients(self, batch: Episodes) -> Tensor:
-        """[T, P]: gradients of the support losses at the initialisation; no learned rate weighs them."""
+        """Gradients [T, P] of the support losses at the initialisation, without learning rates."""
         arguments = {**self._arguments(1), "rule": None, "lr": 1.0, "support_per_step": False}
         return -self._displacements(adapt(self.model, self._whole_support(batch), **arguments))
 
     @torch.no_grad()
     def approach(self, batch: Episodes) -> None:
-        """Move the initialisation to the mean of where the inner steps on ``batch`` lead from it (a Reptile step)."""
+        """Move the initialisation to the mean of the adapted parameters for ``batch`` (a Reptile step with ε = 1)."""
         reptile_step(self.model, self.adapt_to(batch), 1.0)
 
     def _displacements(self, adapted: Adapted) -> Tensor:
@@ -161,7 +161,7 @@ class MAMLLearner(nn.Module):
         return torch.cat([(tensor - start[name]).flatten(1) for name, tensor in adapted.parameters.items()], 1)
 
     def _support(self, batch: Episodes, steps: int) -> tuple[Data, Data | None]:
-        """What so many steps take of the support sets: those of the first steps, where each has its own."""
+        """The support sets for ``steps`` inner steps; with ``support_per_step``, those of the first steps."""
         if not self.options.get("support_per_step", False):
             return batch.support
         x, y = (map_tensors(lambda tensor: tensor[:, :steps], part) for part in batch.support)
@@ -181,7 +181,7 @@ class MAMLLearner(nn.Module):
 
 
 def _initial_rates(model: nn.Module, parameters: Any, rates: str, steps: int, lr: Any) -> dict[str, nn.Parameter]:
-    """α as learned tensors by parameter name; a slash for every dot, which names of parameters cannot have."""
+    """Learned α by parameter name, with dots replaced by slashes: ParameterDict keys cannot contain dots."""
     if rates == "fixed":
         return {}
     named, names = dict(model.named_parameters()), adapted_names(model, parameters)

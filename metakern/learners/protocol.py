@@ -1,4 +1,4 @@
-"""What the trainer asks of a meta-learner: losses to minimise, and measures of tasks that it has not trained on."""
+"""The trainer's interface to a meta-learner: losses to minimise, and measures on evaluation tasks."""
 
 from __future__ import annotations
 
@@ -15,12 +15,11 @@ class MetaLearner(Protocol):
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:
         """Losses [T] of a batch of T tasks, one tensor for each outer step.
 
-        The caller takes the mean over the tasks, goes backward and steps the meta-parameters before it asks for the
-        next tensor: MAML gives one for a batch, a rule that is trained by truncated backpropagation one for each
-        unroll.
+        The caller takes the mean over the tasks, runs the backward and steps the meta-parameters before it asks for the
+        next tensor: MAML yields one per batch, a rule trained by truncated backpropagation one per unroll.
         """
         ...
 
     def evaluate(self, batch: Any) -> dict[str, Tensor]:
-        """Measures of every task, [T] each, without a graph: "loss" always, "accuracy" where there are classes."""
+        """Measures of every task, [T] each, detached: "loss" always, "accuracy" for classification."""
         ...

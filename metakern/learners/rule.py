@@ -1,8 +1,8 @@
 """An update rule as a meta-learner for the trainer, trained by truncated backpropagation through time.
 
-Andrychowicz et al. 2016, arXiv 1606.04474, section 3: T problems are solved side by side for some steps; every
-``unroll`` steps the rule's weights take a step of their own along the gradient of the losses met on the way, and
-parameters and state are carried on, detached.
+Andrychowicz et al. 2016, arXiv 1606.04474, section 3: T problems are solved side by side for some steps; after every
+``unroll`` steps the rule's weights take an outer step on the losses of these steps, and parameters and state are
+carried on, detached.
 
 Axis legend: T problems; a coordinatewise rule takes the step of all coordinates of all problems in one launch.
 """
@@ -23,7 +23,7 @@ from metakern.inner_loop.updates import RuleUpdate
 from metakern.rules.protocol import detached
 from metakern.tasks import OptimizeeBatch
 
-#: What an unroll minimises, summed over its steps: f, or log(f + 1e-3), which weighs the small losses at the end up.
+#: Objectives of an unroll, summed over its steps: f, or log(f + 1e-3), which gives small, late losses more weight.
 OBJECTIVES = ("sum", "log")
 _LOG_OFFSET = 1e-3
 
@@ -33,7 +33,7 @@ class RuleLearner(nn.Module):
 
     Args:
         rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tree of
-            tensors [T, *shape] or, for a mixture, a tuple of such, as :class:`metakern.tasks.OptimizeeBatch` says
+            tensors [T, *shape] or, for a mixture, a tuple of such trees; see :class:`metakern.tasks.OptimizeeBatch`
         steps: inner steps of an episode
         unroll: inner steps between two outer steps; divides ``steps``
         objective: one of :data:`OBJECTIVES`
@@ -74,10 +74,10 @@ class RuleLearner(nn.Module):
         return f"RuleLearner({type(self.rule).__name__}, {settings})"
 
     def meta_losses(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
-        """Solve the problems once: after every unroll their losses [T], meaned over its steps.
+        """Solve the problems once; yields losses [T] after every unroll, averaged over its steps.
 
-        The values are those of f, for either objective; the gradient of their mean is that of the objective's mean over
-        problems and steps. Weights may be changed before the next tensor is asked for.
+        For either objective the values are those of f; the gradient of their mean is that of the objective's mean over
+        problems and steps. The caller may change the weights between tensors.
         """
         params = batch.init_params()
         state = RuleUpdate(self.rule).init_state(params)
@@ -96,9 +96,8 @@ class RuleLearner(nn.Module):
     def _unroll(self, batch: OptimizeeBatch, params: Any, state: Any) -> tuple[Any, Any, Tensor]:
         """``unroll`` inner steps; returns new params and state, and the losses [T].
 
-        The graph is not of f(θ_t), but of the gradient of f at θ_t, which the rule needs anyway, times θ_t: its
-        gradient is the same, and no minibatch is differentiated twice. Noise that is added to gradients is in it
-        too, of mean zero.
+        The graph holds ∇f(θ_t)·θ_t, with ∇f as a constant, in place of f(θ_t): the rule needs ∇f anyway, the gradient
+        is the same, and no minibatch is differentiated twice. Noise added to gradients enters it too, with mean zero.
         """
         first_order = not self.second_order
         visited = _Visited(batch, self.objective)
@@ -110,15 +109,15 @@ class RuleLearner(nn.Module):
 
 
 class _Visited(Problem):
-    """Problems for the inner loop, which notes their losses from θ_1 on; θ_0 does not depend on the rule.
+    """Problems for the inner loop that record their losses from θ_1 on; θ_0 does not depend on the rule.
 
     Args:
         batch: the problems
-        objective: what is taken note of; None for nothing
+        objective: objective to record; None records nothing
 
     Attributes:
-        values: losses [T] at each point
-        surrogates: [T], whose gradient is that of the objective there
+        values: losses [T] at each recorded point
+        surrogates: [T] each, with the gradient of the objective at that point
     """
 
     def __init__(self, batch: OptimizeeBatch, objective: str | None = None) -> None:
@@ -139,9 +138,9 @@ class _Visited(Problem):
 
 
 def _products(grads: Sequence[Tensor], params: Any) -> Tensor:
-    """The inner product of every problem's gradient, taken as a constant, and its params, [T].
+    """Inner products [T] of every problem's gradient, as a constant, and its params.
 
-    ``grads`` are as many tensors as params have, in their order.
+    ``grads`` has one tensor per tensor of ``params``, in their order.
     """
     rest, products = iter(grads), []
     for tensors in task_groups(params):

@@ -1,9 +1,9 @@
-"""The MAML family: one learner for one task, as users of learn2learn write it, and all tasks of a meta-batch at once.
+"""The MAML family: per-task learners with learn2learn's API, and calls that adapt a whole meta-batch at once.
 
 - MAML, FOMAML: Finn et al. 2017, arXiv 1703.03400
-- Meta-SGD, a learned learning rate a parameter: Li et al. 2017, arXiv 1707.09835
+- Meta-SGD, one learned learning rate per parameter: Li et al. 2017, arXiv 1707.09835
 - Reptile: Nichol et al. 2018, arXiv 1803.02999
-- MAML++, learned learning rates a tensor and step (LSLR), multi-step loss (MSL), derivative-order annealing,
+- MAML++, learned learning rates per tensor and step (LSLR), multi-step loss (MSL), derivative-order annealing,
   per-step batch-norm statistics (:func:`per_step_batch_norm`): Antoniou et al. 2018, arXiv 1810.09502
 - ANIL, only the head adapts: Raghu et al. 2019, arXiv 1909.09157
 """
@@ -23,7 +23,7 @@ from metakern.maml.batched import (
 )
 from metakern.maml.one_task import MAML, MetaSGD
 
-#: learn2learn has a module of this name, with MAML and maml_update, in ``algorithms``, which is this package here.
+#: Alias for learn2learn's module ``algorithms.maml``, with MAML and maml_update; ``algorithms`` is this package here.
 maml = sys.modules[__name__]
 
 __all__ = [

@@ -35,12 +35,12 @@ from metakern.inner_loop.vectorize import Vectorize
 #: Learning rates of the batched calls.
 Rates = float | Tensor | Mapping[str, float | Tensor] | Sequence[float | Tensor] | nn.ParameterList | nn.ParameterDict
 
-#: What meta_loss takes besides model and sets.
+#: Options of meta_loss, which meta_backward takes as well.
 _OPTIONS = frozenset({*LoopOptions._fields[1:], "support_mask", "query_mask", "step_weights"})
 
 
 class _Default(Enum):
-    """What stands for an argument that is left out, where None says something."""
+    """Sentinel for an omitted argument, where None has a meaning of its own."""
 
     LEFT_OUT = "left out"
 
@@ -52,7 +52,7 @@ class Adapted:
     """The models of T tasks after their inner steps; made by :func:`adapt`.
 
     Attributes:
-        parameters: the adapted parameters by name, [T, *shape] each; meta-gradients flow through them to the model's
+        parameters: the adapted parameters by name, [T, *shape] each; meta-gradients flow through them to the model
     """
 
     def __init__(self, parameters: dict[str, Tensor], model: TaskModel, steps: int) -> None:
@@ -62,16 +62,16 @@ class Adapted:
     def __call__(self, query_x: Data) -> Any:
         """Predictions of every task's model for its own ``query_x``.
 
-        The model is in the mode, ``train()`` or ``eval()``, that it has when this is called.
+        The model's mode at the time of this call, ``train()`` or ``eval()``, applies.
 
         Args:
-            query_x: [T, Q, ...], of the kind of ``support_x``: a tensor, or a tuple or dict of tensors
+            query_x: [T, Q, ...], structured like ``support_x``: a tensor, or a tuple or dict of tensors
 
         Returns:
-            what the model returns, a tensor or a tuple, dict or dataclass of them, with tensors [T, Q, ...]
+            the model's output: a tensor or a tuple, dict or dataclass of tensors, [T, Q, ...] each
 
         Raises:
-            TypeError, ValueError: for an input of another kind, or of another T, and for an output of another kind.
+            TypeError, ValueError: for an input of another type or another T, and for an output of another type.
         """
         check_samples("query_x", query_x, next(iter(self.parameters.values())).shape[0])
         model, x = self._model.again(), as_data(query_x)
@@ -117,67 +117,67 @@ def adapt(
 
     Args:
         model: any module that takes [S, ...] and whose parameters are the initialisation of every task. Each evaluation
-            starts from its buffers, and what it writes into them is discarded: in ``train()`` mode batch norm uses the
-            statistics of the task's current batch, support or query, and running statistics stay as they are; in
+            starts from the model's buffers and discards what is written into them: in ``train()`` mode batch norm uses
+            the statistics of the task's current batch, support or query, and running statistics stay as they are; in
             ``eval()`` mode it uses the running ones. See :func:`per_step_batch_norm` for running statistics of every
-            step. Dropout draws for each task and step.
+            step. Dropout draws a new mask for each task and step.
         support_x: the pair (x, y) of the support sets, as :func:`meta_loss` takes it, or x with y as the next argument.
-            x is [T, S, ...]; for a model of several inputs a tuple of tensors, which it is called with in this order,
-            or a dict of tensors, by keyword, [T, S, ...] each
-        support_y: y: [T, S, ...], a tensor or likewise several; None where the loss takes no target. If it is left out,
-            a tuple of two is the pair
-        loss: ``loss(prediction, y)`` of one task, [S, ...] each, a number []; ``loss(prediction)`` where y is
-            None; a function or a module. ``prediction`` is what the model returns, whatever that is.
+            x is [T, S, ...]; for a model of several inputs, a tuple of tensors (positional arguments) or a dict of
+            tensors (keyword arguments), [T, S, ...] each
+        support_y: targets y, [T, S, ...]: a tensor, or a tuple or dict of tensors; None if the loss takes no target.
+            If omitted, a tuple of two as ``support_x`` is the pair (x, y)
+        loss: function or module that returns the loss [] of one task: ``loss(prediction, y)``, [S, ...] each, or
+            ``loss(prediction)`` if y is None. ``prediction`` is the model's output, of any type.
         steps: K; 0 leaves the model as it is
-        lr: α: a number or a tensor of one element; or by name in a dict, or in the order of the adapted parameters in a
-            list, one for every parameter tensor: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or [K, *shape]. In a
-            dict also by glob pattern: a parameter without an entry of its name takes that of the first pattern that
-            matches, as in ``{"head.*": 0.1, "*": 0.01}``.
-        first_order: FOMAML: take the inner gradients as constants; or one bool a step. For derivative-order annealing
-            pass ``epoch < 50``.
+        lr: learning rate α: a number or a tensor of one element; or one rate per parameter tensor, in a dict by name or
+            in a list in the order of the adapted parameters: a number or [], [*shape] (Meta-SGD), [K] (LSLR), or
+            [K, *shape]. Dict keys may be glob patterns: a parameter without an entry of its own takes the first pattern
+            that matches, as in ``{"head.*": 0.1, "*": 0.01}``.
+        first_order: FOMAML: treat the inner gradients as constants; or one bool per step. For derivative-order
+            annealing pass ``epoch < 50``.
         parameters: glob pattern, or list of them, of the names to adapt, ``"head.*"`` for ANIL; None adapts all that
-            require a gradient. The others are shared by the tasks and receive meta-gradients. Adapted parameters that
-            the loss has no use for stay as they are.
-        clip_norm: largest norm of a task's gradient, over all its adapted tensors; a longer one is scaled down to it
-        support_mask: bool [T, S], False at padding, for support sets of different sizes: the loss of a task is that of
-            its set without padding. Evaluated at once are functions of torch.nn.functional, loss modules of torch.nn
-            and a ``functools.partial`` of one, with all their options, and ``functools.partial(loss, reduction="sum")``
-            of any loss. Other losses are called for one task after another, with its samples alone. Batch norm sees the
-            padding, as copies of the task's first sample.
-        checkpoint_every: keep the parameters of every n-th step alone and compute the steps between again in the
-            backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact; they can not be
+            require a gradient. The tasks share the other parameters, which receive meta-gradients. Adapted parameters
+            that the loss does not depend on stay as they are.
+        clip_norm: maximum norm of a task's gradient, over all its adapted tensors; larger gradients are scaled down
+        support_mask: bool [T, S], False at padding, for support sets of different sizes: padding does not count in the
+            loss. All tasks are evaluated at once for functions of torch.nn.functional, loss modules of torch.nn and a
+            ``functools.partial`` of one, with all their options, and ``functools.partial(loss, reduction="sum")`` of
+            any loss. Other losses are called task by task, without the padding. Batch norm sees the padding, as copies
+            of the task's first sample.
+        checkpoint_every: n: keep only the parameters of every n-th step and recompute the steps between in the
+            backward: memory for K/n steps' parameters and n steps' graphs. Meta-gradients stay exact, but cannot be
             differentiated again.
-        accumulate: parts that a support set is taken in, one after another, in every inner step: their gradients add up
-            to that of the whole set, and memory holds the activations of one part at a time, as the backward computes
-            them again. Meta-gradients stay exact; they can not be differentiated again. Batch norm in ``train()`` mode
-            sees the part alone, so that results differ there. ``loss`` must be one that ``support_mask`` names. The
+        accumulate: number of parts into which each support set is split. Every inner step takes them one after another
+            and adds up their gradients; memory holds the activations of one part at a time, as the backward recomputes
+            them. Meta-gradients stay exact, but cannot be differentiated again. Batch norm in ``train()`` mode sees one
+            part at a time, so its results differ. ``loss`` must be one that ``support_mask`` evaluates at once. The
             fused inner loop, whose memory is small, takes whole sets. torch.compile and the transforms of torch.func
-            see all parts, and keep them.
-        support_per_step: another support set for every inner step: ``support_x``, ``support_y`` and ``support_mask``
-            are [T, K, S, ...]
+            keep the activations of all parts.
+        support_per_step: a separate support set for every inner step: ``support_x``, ``support_y`` and
+            ``support_mask`` are [T, K, S, ...]
         vectorize: evaluate all tasks at once by torch.vmap (True), or one after another (False), which suits large
-            convolutions on the CPU, no faster together. ``"auto"`` does the first, and the second, with one warning,
-            where torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that depend on the data, backward
-            hooks of modules. In torch.compile and torch.func it is True.
+            convolutions on the CPU, where batching gains nothing. ``"auto"`` uses torch.vmap, and falls back to one
+            after another, with one warning, if torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that
+            depend on the data, backward hooks of modules. In torch.compile and torch.func ``"auto"`` means True.
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, leaky ReLU,
             tanh, sigmoid or GELU between, dropout in ``eval()`` mode and a flatten first, and a mean ``mse_loss``,
             ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which fit the processor's cache; plain PyTorch
             otherwise, with one warning for each reason where a small MLP misses it. ``"cpp"`` raises where the fused
-            one cannot; ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again. None is
-            ``"auto"``. Modules of torch.nn are recognised by their classes. Another model, or a loss of your own, is
-            called once on the first task's samples, and served if it calls nothing but these layers and losses, and
-            changes no attribute or variable. What else it does in Python, such as printing, it then does once for the
-            call, and not in every step. torch.compile recognises classes alone. Hooks, replaced methods and modes of
-            dispatch or functions lead to plain PyTorch.
-        explain: print in one line which of them serves, and if plain PyTorch, why. The logger "metakern" says the same
-            at level DEBUG. Compiled calls say nothing.
-        rule: takes the steps in place of gradient descent, and then there is no ``lr``: a
-            :class:`metakern.rules.Rule`, which sees the adapted parameters by name, [T, *shape] each, their gradients
-            and the losses [T]. Meta-gradients flow through every step, to the rule's weights too; with ``first_order``
-            gradients and losses are constants to it. Where it has an ``initialisation()``, the tasks start there.
+            inner loop cannot serve; ``"reference"`` is plain PyTorch, whose meta-gradients can be differentiated again.
+            None is ``"auto"``. Modules of torch.nn are recognised by their classes. Any other model, and a loss of your
+            own, is called once on the first task's samples, and served if it calls only these layers and losses and
+            changes no attribute or variable. Its other Python code, such as printing, then runs once per call instead
+            of once per step. torch.compile recognises classes only. Hooks, replaced methods, and dispatch or function
+            modes lead to plain PyTorch.
+        explain: print one line that says which of them serves and, for plain PyTorch, why. The logger "metakern" says
+            the same at level DEBUG. Compiled calls say nothing.
+        rule: update rule that replaces gradient descent (leave ``lr`` out): a :class:`metakern.rules.Rule`. It receives
+            the adapted parameters by name, [T, *shape] each, their gradients and the losses [T]. Meta-gradients flow
+            through every step, also to the rule's weights; with ``first_order`` the rule's gradients and losses are
+            constants. If the rule has an ``initialisation()``, the tasks start there.
 
     Raises:
-        TypeError, ValueError: for arguments that do not fit, by name; labels outside the model's outputs among them
+        TypeError, ValueError: for invalid arguments, including labels outside the model's outputs; names the argument
         RuntimeError: for a loss that depends on no adapted parameter, and inside ``torch.inference_mode()``.
 
     Example:
@@ -205,7 +205,7 @@ def adapt(
 
 
 def _pair(support_x: Any, support_y: Any) -> tuple[Any, Any]:
-    """(x, y) of the support sets, however :func:`adapt` was given them."""
+    """The support pair (x, y), from either calling form of :func:`adapt`."""
     if support_y is not _Default.LEFT_OUT:
         return support_x, support_y
     return support_x if isinstance(support_x, tuple) and len(support_x) == 2 else (support_x, None)
@@ -235,18 +235,18 @@ def meta_loss(
 ) -> Tensor:
     """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
 
-    ``meta_loss(...).mean().backward()`` leaves exact meta-gradients in ``model.parameters()``, and in ``lr`` where it
-    holds tensors that require them. Works in ``torch.compile(fullgraph=True)`` and the transforms of torch.func, but
-    there without ``vectorize=False``, and ``checkpoint_every`` alone where the fused inner loop serves; plain PyTorch
-    serves derivatives of derivatives, forward mode, and torch.func within torch.compile. Compiled, it does not look for
-    labels out of range.
+    ``meta_loss(...).mean().backward()`` gives exact meta-gradients of ``model.parameters()``, and of tensors in ``lr``
+    that require gradients. Works in ``torch.compile(fullgraph=True)`` and the transforms of torch.func, but there not
+    with ``vectorize=False``, and with ``checkpoint_every`` only where the fused inner loop serves. Plain PyTorch
+    serves higher derivatives, forward mode, and torch.func within torch.compile. Compiled calls do not check for labels
+    out of range.
 
     Args:
-        model: as for :func:`adapt`, but in ``train()`` mode, under ``torch.no_grad()`` too, the running statistics of
-            :class:`PerStepBatchNorm` move
-        support: (x, y), [T, S, ...] each, of the kinds that :func:`adapt` takes
+        model: as for :func:`adapt`, but in ``train()`` mode the call updates the running statistics of
+            :class:`PerStepBatchNorm`, also under ``torch.no_grad()``
+        support: (x, y), [T, S, ...] each, structured as for :func:`adapt`
         query: (x, y), [T, Q, ...] each
-        loss: as for :func:`adapt`, of support and query sets
+        loss: as for :func:`adapt`, for support and query sets
         steps: K
         lr: as for :func:`adapt`
         first_order: as for :func:`adapt`
@@ -268,7 +268,7 @@ def meta_loss(
         losses [T]
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`adapt`; RuntimeError also for running statistics that would move
+        TypeError, ValueError, RuntimeError: as :func:`adapt`; RuntimeError also if running statistics would change
             within a transform of torch.func.
 
     Example:
@@ -303,7 +303,7 @@ def query_losses(
     step_weights: Sequence[float] | Tensor | None = None,
     moves_statistics: bool = True,
 ) -> Tensor:
-    """:func:`meta_loss`, or with the model's running statistics left as they are."""
+    """:func:`meta_loss` for given options; ``moves_statistics=False`` leaves the model's running statistics alone."""
     call = Call("meta_loss", options.checked(), support, query, masks, step_weights, moves_statistics)
     return serve(call, lambda engine: engine.meta_loss(call))
 
@@ -316,30 +316,30 @@ def meta_backward(
     gradient: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
-    """Query losses [T] as :func:`meta_loss` gives them, and the meta-gradients of their mean added to ``grad``.
+    """Query losses [T] of :func:`meta_loss`; adds the meta-gradients of their mean to ``grad``.
 
-    What ``losses.mean().backward()`` does, in one call, under ``torch.no_grad()`` too, and faster for small tasks: the
-    fused inner loop computes meta-gradients without an autograd graph. It does so for an ``nn.Sequential`` of layers
-    with biases, all of whose parameters adapt and have neither hooks nor strides of their own, with a ``loss`` of
+    Replaces :func:`meta_loss` and ``losses.mean().backward()``, also under ``torch.no_grad()``, and is faster for small
+    tasks: the fused inner loop computes meta-gradients without an autograd graph. It does so for an ``nn.Sequential``
+    of layers with biases, whose parameters all adapt, are contiguous and have no hooks, with a ``loss`` of
     torch.nn.functional, a number as ``lr``, and no other options than ``steps``, ``first_order``, ``clip_norm``,
-    ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same result. Only those call the hooks of
-    gradient accumulators, which DistributedDataParallel sets. Threads may call it on one model, and no gradient is
-    lost; where plain PyTorch serves, they take turns.
+    ``checkpoint_every`` and ``backend``. Other calls use autograd, with the same result. Only these run the hooks of
+    gradient accumulators, which DistributedDataParallel sets. Several threads may call it on one model, and no gradient
+    is lost; where plain PyTorch serves, they take turns.
 
     Args:
         model: as for :func:`meta_loss`
         support: (x, y), [T, S, ...] each
         query: (x, y), [T, Q, ...] each
-        gradient: of what is minimised by the losses, [T], where that is not their mean: 1/N everywhere for one of
-            several parts of a meta-batch of N tasks
+        gradient: gradient of the objective by the losses, [T]; None: the objective is their mean. Pass 1/N everywhere
+            for one of several parts of a meta-batch of N tasks
         options: those of :func:`meta_loss`
 
     Returns:
         losses [T], detached
 
     Raises:
-        TypeError, ValueError, RuntimeError: as :func:`meta_loss`; also for a ``gradient`` that is no tensor like the
-            losses, and within torch.compile and the transforms of torch.func.
+        TypeError, ValueError, RuntimeError: as :func:`meta_loss`; also for a ``gradient`` without the losses' shape,
+            dtype and device, and within torch.compile and the transforms of torch.func.
 
     Example:
         >>> optimizer.zero_grad()
@@ -361,7 +361,7 @@ def meta_backward(
 
 
 def _backward(engine: Engine, call: Call, gradient: Tensor | None) -> Tensor:
-    """Query losses [T], after the backward: the engine's own, or autograd's."""
+    """Query losses [T]; adds meta-gradients to ``grad`` by the engine's own backward, else by autograd."""
     losses = engine.meta_backward(call, gradient)
     if losses is None:
         losses = engine.meta_loss(call)

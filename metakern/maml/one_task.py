@@ -1,4 +1,4 @@
-"""One learner for one task, as users of learn2learn write it: copied within the autograd graph, stepped by gradients.
+"""Per-task learners with learn2learn's API: clone a model within the autograd graph, then adapt the clone.
 
 MAML: Finn et al. 2017, arXiv 1703.03400. Meta-SGD: Li et al. 2017, arXiv 1707.09835.
 """
@@ -37,7 +37,7 @@ _WITHOUT_GRAD = (
 
 
 class Learner(nn.Module):
-    """A module that is called like the one it wraps, and that lends its attributes."""
+    """Base of the per-task learners: wraps a module and passes calls and attribute look-ups on to it."""
 
     module: nn.Module
     first_order: bool
@@ -49,9 +49,9 @@ class Learner(nn.Module):
         check_rate("lr", lr)
         self.module = model
         self._lineage = Lineage()
-        # Whether a backward calls the module again, which must then have the parameters of the forward.
+        # Whether a backward calls the module again, as checkpointing does: it must then hold the forward's parameters.
         self._recomputed = False
-        self._lost_grad = False  # whether parameters lost their graph, as clone or adapt ran without gradients
+        self._lost_grad = False  # whether clone or adapt ran without gradients, so parameters lost their graph
         if any(is_compiled(part) or part._compiled_call_impl is not None for part in model.modules()):
             warn_user(
                 f"clones of {type(self).__name__} run the model as it is written, without torch.compile: what that "
@@ -62,18 +62,18 @@ class Learner(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # Special methods are looked up by copy and pickle, which must not end up in the wrapped module.
+            # copy and pickle look up special methods; those of the wrapped module would be the wrong ones.
             if name.startswith("__") or "module" not in self.__dict__.get("_modules", {}):
                 raise
             return getattr(self.module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the wrapped module returns.
+        """Call the wrapped module.
 
-        Attention takes the implementation that can be differentiated twice, unless the learner is of first order.
+        Attention uses the implementation that can be differentiated twice, unless the learner is first-order.
 
         Raises:
-            RuntimeError: for a clone whose module computes with parameters of the model that it was cloned from
+            RuntimeError: for a clone whose module computes with the original model's parameters
         """
         with self._attention():
             output = self.module(*args, **kwargs)
@@ -87,17 +87,17 @@ class Learner(nn.Module):
         return math_attention()
 
     def _copy(self) -> Self:
-        """A learner of the same kind around a copy of the module, in the autograd graph of this one's parameters."""
+        """A learner around a copy of the module, whose parameters stay in the autograd graph of this learner's."""
         clone = shallow_copy(self)
         memo: Replaced = {id(self): (self, clone)}
         held = clone_parts(self.module, memo, also=clone)
-        # No parameters or modules, for which alone nn.Module looks when it sets an attribute.
+        # These are neither parameters nor modules, so nn.Module need not register them.
         clone.__dict__["_lineage"] = self._lineage.of_clone(self.module, memo, held)
         clone.__dict__["_lost_grad"] = self._lost_grad or not torch.is_grad_enabled()
         return clone
 
     def _check_own(self, output: Any, given: Any) -> None:
-        """Raise where what the module returned was not computed with the clone's own parameters; warn of strangers."""
+        """Raise if the output depends on the original's parameters; warn if on unregistered ones."""
         lineage = self._lineage
         found = lineage.reached(nodes_of(tensors_of(output)), given)
         if not found:
@@ -164,7 +164,7 @@ class Learner(nn.Module):
         return list(grads)
 
     def _check_unused(self, loss: Tensor, unused: Sequence[str]) -> None:
-        """Raise where the loss depends on the original's parameters in place of the clone's."""
+        """Raise if the loss depends on the original's parameters instead of the clone's."""
         found = {} if is_transformed_or_dual() else self._lineage.reached(nodes_of([loss]))
         stale = sorted(set(unused) & {name for node, name in found.items() if node in self._lineage.origins})
         if stale:
@@ -175,7 +175,7 @@ class Learner(nn.Module):
             )
 
     def _why(self, loss: Tensor) -> str:
-        """What is likely where no parameter receives a gradient."""
+        """The likely reason why no parameter receives a gradient."""
         lineage = self._lineage
         found = {} if is_transformed_or_dual() else lineage.reached(nodes_of([loss]))
         if any(node in lineage.origins for node in found):
@@ -207,20 +207,19 @@ class MAML(Learner):
     Args:
         model: any module; its parameters are the meta-parameters and it is the learner's ``module``
         lr: α, the learning rate of the inner steps, a number or a tensor of one element, which receives meta-gradients
-        first_order: FOMAML: take the inner gradients as constants
-        allow_unused: whether a loss may have no use for some parameters, which then stay as they are; None means
+        first_order: FOMAML: treat the inner gradients as constants
+        allow_unused: whether the loss may ignore some parameters, which then stay as they are; None means
             ``allow_nograd``
         allow_nograd: whether parameters with ``requires_grad=False`` are allowed, which then stay as they are
 
-    Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: running statistics
-    that a clone's batch norm gathers are the model's. A clone's module refers to its own parts wherever the model
-    refers to its own; see :func:`clone_module`. What torch.compile made of the model is not used: clones run it as it
-    is written.
+    Buffers that require no gradient are shared between a learner and its clones, as in learn2learn: a clone's batch
+    norm updates the model's running statistics. References within the model become references within the clone; see
+    :func:`clone_module`. Clones of a model that torch.compile has compiled run uncompiled.
 
     Raises:
         TypeError, ValueError: for a model that is no module, and an ``lr`` that is not finite or has more elements.
-        RuntimeError: from a call of a clone whose module computes with the model's parameters in place of its own, by a
-            reference that cloning does not see through
+        RuntimeError: when a clone is called whose module still computes with the model's parameters, through a
+            reference that cloning cannot replace
 
     Example:
         >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
@@ -246,7 +245,7 @@ class MAML(Learner):
     def clone(
         self, first_order: bool | None = None, allow_unused: bool | None = None, allow_nograd: bool | None = None
     ) -> Self:
-        """A learner for one task: its parameters are copies through which meta-gradients flow to this one's.
+        """A learner for one task; meta-gradients flow through its cloned parameters to this learner's.
 
         A clone can be cloned, adapted or not. Arguments replace those of the constructor; None keeps them.
         """
@@ -264,14 +263,14 @@ class MAML(Learner):
         allow_unused: bool | None = None,
         allow_nograd: bool | None = None,
     ) -> None:
-        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
+        """One inner step: gradient descent on ``loss`` [], which replaces the learner's parameters.
 
         Arguments replace those of the constructor for this step; None keeps them.
 
         Raises:
             TypeError, ValueError: for a loss that is no tensor or not one number.
             RuntimeError: for a loss that depends on no parameter of this learner, whatever is allowed; for parameters
-                that require no gradient or have no part in the loss, where they are not allowed; without gradients.
+                that require no gradient or do not affect the loss, unless allowed; without gradients.
         """
         first_order = self.first_order if first_order is None else first_order
         allow_unused = self.allow_unused if allow_unused is None else allow_unused
@@ -291,14 +290,14 @@ class MetaSGD(Learner):
     Args:
         model: any module, the learner's ``module``; parameters that require no gradient stay as they are
         lr: first value of all learning rates
-        first_order: take the inner gradients as constants
-        lrs: the learning rates, one tensor a parameter of the model and of its shape, instead of ``lr``
+        first_order: treat the inner gradients as constants
+        lrs: learning rates instead of ``lr``: one tensor per parameter of the model, of its shape
 
     Attributes:
-        lrs: ``nn.ParameterList``, one entry a parameter of the model; a list of tensors in a clone
+        lrs: ``nn.ParameterList``, one entry per parameter of the model; a list of tensors in a clone
 
     Raises:
-        TypeError, ValueError: for a model that is no module, and rates of another number or shape.
+        TypeError, ValueError: for a model that is no module, and for ``lrs`` of another number or shape.
     """
 
     lrs: Any
@@ -326,7 +325,7 @@ class MetaSGD(Learner):
         return clone
 
     def adapt(self, loss: Tensor, first_order: bool | None = None) -> None:
-        """One inner step along the gradient of ``loss`` [], in place of the learner's parameters.
+        """One inner step: gradient descent on ``loss`` [], which replaces the learner's parameters.
 
         ``first_order`` replaces that of the constructor for this step; None keeps it.
 

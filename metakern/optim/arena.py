@@ -1,4 +1,4 @@
-"""Memory of LearnedOptimizer for coordinatewise rules: many parameters in one piece, stepped by one launch.
+"""Contiguous memory for LearnedOptimizer with coordinatewise rules: one launch steps many parameters.
 
 Axis legend: U coordinates of one row of the rule's packed state.
 """
@@ -19,19 +19,19 @@ from metakern.rules.coordinatewise import CoordinatewiseRule
 
 @dataclass(eq=False, slots=True)
 class Slot:
-    """The place of one parameter in an arena: whole rows, so that its state is a contiguous slice of the arena's."""
+    """One parameter's rows in an arena; they are whole, so its state is a contiguous slice of the arena's."""
 
     arena: Arena
     param: Tensor
     first: int  # row
-    last: int  # row behind the last
-    params: Tensor  # view of the arena's in the shape of the parameter; likewise grads
+    last: int  # exclusive
+    params: Tensor  # view into the arena, in the parameter's shape; likewise grads
     grads: Tensor
     state: dict[str, Tensor]  # views [last - first, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
     def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Any, layout: Any) -> bool:
-        """Whether nothing changed since the slot was made: the parameter's kind and shape, its state, the rule's."""
+        """Whether the slot is still valid: same parameter (shape, dtype, device), state tensors, rule and layout."""
         for name, x in self.state.items():
             if self.entry.get(name) is not x:
                 return False
@@ -47,7 +47,7 @@ class Slot:
         )
 
     def adopt(self, entry: dict[str, Any]) -> None:
-        """Move the state of ``entry`` in, casting it, or start at zero; ``entry`` then shows this slot's memory."""
+        """Copy (and cast) the state of ``entry`` into this slot, or start at zero; ``entry`` then views the slot."""
         for name, x in self.state.items():
             if name in entry:
                 x.copy_(entry[name])
@@ -58,14 +58,14 @@ class Slot:
 
 
 class Arena:
-    """Flat parameters, flat gradients and packed state of parameters of one dtype and device, one slot after another.
+    """Flat parameters, gradients and packed state for parameters of one dtype and device, one slot after another.
 
-    Lanes between a parameter's last coordinate and the end of its last row compute on zeros and are never read.
+    Padding lanes at the end of a parameter's last row compute on zeros and are never read.
     """
 
     def __init__(self, rule: CoordinatewiseRule, members: Sequence[Tensor]) -> None:
         self.rule, self.count, self.unit, self.device = rule, len(members), rule.unit, members[0].device
-        with outside_modes():  # they are kept for later steps
+        with outside_modes():  # later steps reuse these tensors
             rows = sum(self._rows(p) for p in members)
             self.params = members[0].new_zeros(rows * self.unit, requires_grad=False)
             self.grads = torch.zeros_like(self.params)
@@ -74,7 +74,7 @@ class Arena:
         self._tensors = rule.packed(self.state)
 
     def slots(self, members: Iterable[Tensor]) -> Iterator[Slot]:
-        """One for each of the constructor's members, in order. The arena keeps none: a cycle would keep its memory."""
+        """One slot per constructor member, in order. The arena does not keep them: a cycle would hold its memory."""
         first = 0
         for p in members:
             last, start = first + self._rows(p), first * self.unit
@@ -84,7 +84,7 @@ class Arena:
             first = last
 
     def step_(self, slots: Sequence[Slot], lr: float, weight_decay: float, loss: Tensor | None) -> None:
-        """Update the parameters of ``slots``, which are in order: one launch for each run of neighbours."""
+        """Update the parameters of ``slots``, sorted by row: one launch per run of adjacent slots."""
         params = [slot.param for slot in slots]
         views = [slot.params for slot in slots]
         foreach_copy_(views, params)
@@ -108,7 +108,7 @@ class Arena:
 
 
 def check_state(rule: CoordinatewiseRule, entry: Mapping[str, Any], name: str) -> None:
-    """Raise ValueError where the state of a parameter is not one of this rule's."""
+    """Raise ValueError where a parameter's state does not fit this rule."""
     for key, like in rule.packed(rule.init_coordinates(0, torch.float32, None)).items():
         if key not in entry or entry[key].shape[1:] != like.shape[1:]:
             got = list(entry[key].shape[1:]) if key in entry else "none"
@@ -119,7 +119,7 @@ def check_state(rule: CoordinatewiseRule, entry: Mapping[str, Any], name: str) -
 
 
 def _runs(slots: Sequence[Slot]) -> Iterator[tuple[int, int]]:
-    """Ranges of rows that neighbouring slots cover."""
+    """Row ranges [first, last) covered by runs of adjacent slots."""
     first, last = slots[0].first, slots[0].last
     for slot in slots[1:]:
         if slot.first != last:

@@ -1,4 +1,4 @@
-"""Checkpoints of LearnedOptimizer: what state_dict holds, and what load_state_dict refuses."""
+"""Checkpoints of LearnedOptimizer: their format, and validation on loading."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from metakern.rules.protocol import check_saved
 if TYPE_CHECKING:
     from metakern.optim.learned_optimizer import LearnedOptimizer
 
-#: Version of the checkpoint that ``state_dict`` makes. Version 1, which had no weight decay, is read too.
+#: Format version written by ``state_dict``. Version 1, without weight decay, can also be loaded.
 FORMAT_VERSION = 2
 
-#: The key of a state_dict that tells a checkpoint of this optimizer from any other.
+#: Key in a state_dict that marks checkpoints of this optimizer.
 HEADER = "learned_optimizer"
 
-#: In the header: the tensors that the states of a group have in common, by the group's index.
+#: Header key: tensors shared by all states of a group, by group index.
 _SHARED = "shared"
 
 
 @dataclass(frozen=True)
 class Kept:
-    """A tensor on its way through load_state_dict of the base class, which would cast it to the parameter's dtype."""
+    """Wraps a tensor so that the base class's load_state_dict does not cast it to the parameter's dtype."""
 
     tensor: Tensor
 
@@ -36,11 +36,11 @@ class Kept:
 def to_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
     """Post-hook of state_dict: the state in its portable form, copied, and the header.
 
-    Tensors keep the dtype of the state: as float32, bfloat16 would resume to the same bits too, from twice the file.
+    Tensors keep the state's dtype: bfloat16 stored as float32 would resume to the same bits, but double the file.
     """
     optimizer, state = cast("LearnedOptimizer", optimizer), {}
     for key, entry in state_dict["state"].items():
-        if entry:  # looking at state[p] leaves an empty entry
+        if entry:  # reading state[p] creates an empty entry
             tensors = {name: x for name, x in entry.items() if isinstance(x, Tensor)}
             exported = optimizer.rule.export_state(tensors, entry["numel"])
             state[key] = {"step": entry["step"], **_copies(exported)}
@@ -80,7 +80,7 @@ def from_checkpoint(optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[st
 
 
 def _shared(optimizer: LearnedOptimizer, saved: Any) -> dict[int, dict[str, Tensor]]:
-    """What the states of each group have in common, checked."""
+    """The checked shared tensors of each group."""
     if not isinstance(saved, Mapping):
         raise ValueError(f"state_dict must have {_SHARED} by group, got {type(saved).__name__}")
     found: dict[int, dict[str, Tensor]] = {}
@@ -102,7 +102,7 @@ def _header(rule: Rule) -> dict[str, Any]:
 
 
 def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any], version: int) -> list[dict[str, Any]]:
-    """The saved groups, with the options of this version; ValueError where they do not match the optimizer's."""
+    """The saved groups, upgraded to this version's options; ValueError where they do not match the optimizer's."""
     groups = optimizer.param_groups
     keys = ("params", "lr") if version == 1 else ("params", "lr", "weight_decay")
     if len(saved) != len(groups):
@@ -125,7 +125,7 @@ def _match_groups(optimizer: LearnedOptimizer, saved: Sequence[Any], version: in
 
 
 def _names(optimizer: LearnedOptimizer, saved: Sequence[Mapping[str, Any]]) -> dict[Any, tuple[Tensor, str]]:
-    """The parameter and its name for each id that the saved groups hold."""
+    """Parameter and name by parameter id in the saved groups."""
     names: dict[Any, tuple[Tensor, str]] = {}
     for index, (group, other) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
         for position, (key, p) in enumerate(zip(other["params"], group["params"], strict=True)):

@@ -1,4 +1,4 @@
-"""What a parameter group of LearnedOptimizer may hold."""
+"""Options of LearnedOptimizer's parameter groups."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-#: What a step takes from a group, besides its parameters.
+#: A group's options, besides its parameters.
 OPTIONS = ("lr", "weight_decay")
 
-#: What torch's optimizers and schedulers keep in a group for themselves, and the name that users give one.
+#: Further allowed keys: bookkeeping of torch's optimizers and schedulers, and a user's name for the group.
 _OTHER_KEYS = frozenset({"params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "swa_lr"})
 
 
@@ -21,7 +21,7 @@ def check_group(group: Mapping[str, Any], name: str) -> tuple[float, float]:
 
     Raises:
         TypeError: for options that are no numbers
-        ValueError: for options that are negative or not finite, and for a key that LearnedOptimizer has no use for
+        ValueError: for options that are negative or not finite, and for unknown keys
     """
     unknown = [key for key in group if key not in OPTIONS and key not in _OTHER_KEYS and not _is_off(group, key)]
     if unknown:
@@ -33,12 +33,12 @@ def check_group(group: Mapping[str, Any], name: str) -> tuple[float, float]:
 
 
 def _is_off(group: Mapping[str, Any], key: str) -> bool:
-    """Whether it is what torch gives every group of an optimizer that was unpickled."""
+    """Whether it is ``differentiable=False``, which torch adds to every group of an unpickled optimizer."""
     return key == "differentiable" and group[key] is False
 
 
 def check_rate(rate: Any, name: str) -> float:
-    """``rate`` as a number; TypeError or ValueError if it is none, negative or not finite."""
+    """``rate`` as a float; TypeError if it is no number, ValueError if negative or not finite."""
     if not isinstance(rate, (Real, Tensor)) or (isinstance(rate, Tensor) and rate.numel() != 1):
         raise TypeError(f"{name} must be a number, got {rate!r}")
     value = float(rate)

@@ -25,53 +25,53 @@ from metakern.optim.groups import check_group, check_rate
 from metakern.rules import Rule
 from metakern.rules.coordinatewise import CoordinatewiseRule
 
-#: Of parameters; narrow ones are stepped in float32.
+#: Allowed parameter dtypes; half-precision parameters are stepped in float32.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-#: Parameters of one group that share memory or a call (Arena, Tensorwise), and the place of one of them.
+#: Arena or Tensorwise (parameters of one group stepped together), and the slot of one parameter in it.
 _Arena = Any
 _Slot = Any
 
 
 class LearnedOptimizer(Optimizer):
-    """Trains a model with an update rule, learned or not; the rule itself stays as it is.
+    """Trains a model with an update rule, learned or not; the rule itself does not change.
 
     θ' = (1 − lr · weight_decay) · θ + lr · rule(∇θ, state). A parameter whose ``grad`` is None is skipped: neither it
-    nor its state moves, nor does it decay. Coordinatewise rules, as :class:`metakern.rules.CoordinatewiseLSTM`, take
-    all coordinates of a parameter group in one launch, and a gradient that is not finite spoils its own coordinates
-    only. Other rules see the tensors of a group by name: those of ``named_parameters()`` if the group has them, else
-    their position among all parameters, "0", "1", ...
+    nor its state moves, nor does it decay. Coordinatewise rules, as :class:`metakern.rules.CoordinatewiseLSTM`, step
+    all coordinates of a parameter group in one launch, and a non-finite gradient affects only its own coordinates.
+    Other rules see the tensors of a group by name: those of ``named_parameters()`` if the group has them, else their
+    position among all parameters, "0", "1", ...
 
-    A learned rule serves networks like those that it was meta-trained on, for as many steps, the rule's ``horizon``;
-    one warning says when a parameter passes it. ``digits_lstm``, which ships, is for classifiers with one small hidden
-    layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and beyond them the loss may
-    rise. Other networks want an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, that a scheduler lets decay.
+    A learned rule works for networks like those it was meta-trained on, and for as many steps, the rule's ``horizon``;
+    one warning says when a parameter passes it. The shipped rule ``digits_lstm`` is for classifiers with one small
+    hidden layer of sigmoid units and for 100 steps: at ``lr=1`` other networks stall or diverge, and after 100 steps
+    the loss may rise. Other networks need an ``lr`` from 0.03 to 0.3, tuned as for any optimizer, with a decay.
 
     The state of a parameter, ``state[p]``, is its step count and the rule's tensors. For CoordinatewiseLSTM these are
-    (h, c) in tiles of 32 coordinates: float64 for float64 parameters; for all others float32, 8 · L · H bytes a
-    coordinate, or half of that in bfloat16 if the rule has ``bfloat16_state``. Memory is taken when a parameter first
+    (h, c) in tiles of 32 coordinates: float64 for float64 parameters; for all others float32, 8 · L · H bytes per
+    coordinate, or half of that in bfloat16 if the rule has ``bfloat16_state``. It is allocated when a parameter first
     has a gradient. If its number of coordinates changes later, ``step`` raises until ``state[p]`` is deleted.
 
-    ``state_dict`` holds, per parameter, ``step`` and what the rule's ``export_state`` gives, for CoordinatewiseLSTM
+    ``state_dict`` holds, per parameter, ``step`` and the tensors of the rule's ``export_state``, for CoordinatewiseLSTM
     ``h`` [L, numel, H] and ``c`` [L, numel, H]; and under ``"learned_optimizer"`` the format version and the rule's
-    ``state_header``, for CoordinatewiseLSTM H and L. It holds copies, resumes to the same bits, loads for parameters of
-    another dtype or device and for a rule with or without ``bfloat16_state``, and with
-    ``torch.load(weights_only=True)``. The rule's weights are not part of it: they have ``rule.save_pretrained``.
+    ``state_header``, for CoordinatewiseLSTM H and L. Its tensors are copies. It resumes to the same bits, and loads for
+    parameters of another dtype or device, for a rule with or without ``bfloat16_state``, and with
+    ``torch.load(weights_only=True)``. It does not contain the rule's weights; save those by ``rule.save_pretrained``.
 
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer; dense float32, bfloat16,
             float16 or float64, on the device of the rule.
         rule: the update rule; optimizers may share one.
-        lr: multiplier of the update, 1 for what the rule was trained to do; a group's ``"lr"`` replaces it, and torch's
-            schedulers drive it.
+        lr: multiplier of the rule's update; 1 is the update as trained. A group's ``"lr"`` overrides it, and torch's
+            schedulers can change it.
         weight_decay: decoupled weight decay, as in AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): before the
-            rule's update, a step takes lr · weight_decay of a parameter away. As ``lr`` is 1 where AdamW's is 0.001,
-            the same decay is a number 1000 times smaller. A group's ``"weight_decay"`` replaces it.
+            rule's update, a parameter is multiplied by 1 − lr · weight_decay. With ``lr`` 1 in place of AdamW's 0.001,
+            use a value 1000 times smaller for the same decay. A group's ``"weight_decay"`` overrides it.
 
     Raises:
         TypeError: for a rule, parameter, learning rate or decay of another type
-        ValueError: for a learning rate or decay that is negative or not finite, a parameter that is not on the rule's
-            device or that is given twice, and a group with another option than these two
+        ValueError: for a learning rate or decay that is negative or not finite, a parameter on another device than the
+            rule or given twice, and a group with any other option
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
@@ -82,20 +82,20 @@ class LearnedOptimizer(Optimizer):
         ...     optimizer.step()
     """
 
-    _past_horizon = False  # whether a step beyond the rule's horizon was warned of
+    _past_horizon = False  # whether the warning about the horizon was given
 
     def __init__(self, params: Iterable[Any], rule: Rule, lr: float = 1.0, weight_decay: float = 0.0) -> None:
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a metakern.rules.Rule, got {type(rule).__name__}")
         self.rule = rule
-        self.shared: dict[int, dict[str, Tensor]] = {}  # by group: what the states of its parameters have in common
+        self.shared: dict[int, dict[str, Tensor]] = {}  # by group: state tensors shared by its parameters
         self._slots: dict[int, list[_Slot | None]] = {}
         defaults = {"lr": check_rate(lr, "lr"), "weight_decay": check_rate(weight_decay, "weight_decay")}
         super().__init__(params, defaults)
         self.register_state_dict_post_hook(to_checkpoint, prepend=True)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; errors are those of the constructor and leave the optimizer as it was."""
+        """Add a group. Raises as the constructor does; the optimizer is then unchanged."""
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
@@ -108,24 +108,24 @@ class LearnedOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
-    @not_compiled  # nothing to fuse: a compiled training step calls it as it is
+    @not_compiled  # nothing to fuse here
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model again, calls ``backward`` and returns the loss; runs with gradients enabled.
+            closure: evaluates the model, calls ``backward`` and returns the loss; runs with gradients enabled.
 
         Returns:
             what the closure returned, or None
 
         Raises:
-            TypeError: for a closure that is no function, a gradient that is not dense or a parameter whose dtype became
-                one that no kernel serves
+            TypeError: for a closure that is not callable, a gradient that is not dense or a parameter whose dtype
+                changed to an unsupported one
             ValueError: for an option, device or number of coordinates that does not fit (any more), and for a rule that
                 needs the loss without a closure that returns it
 
-        Errors come before the first parameter moves.
+        Errors are raised before any parameter changes.
         """
         loss = None
         if closure is not None and not callable(closure):
@@ -151,15 +151,15 @@ class LearnedOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Load what :meth:`state_dict` made; the state takes the dtype and device that fit parameters and rule now.
+        """Load a checkpoint of :meth:`state_dict`, cast to the dtype and device of the current parameters and rule.
 
         Raises:
-            ValueError: for anything but a whole checkpoint of this optimizer, of this format version, for a rule of
-                this H and L and for parameters of these sizes; the optimizer is unchanged then.
+            ValueError: for anything but a complete checkpoint of this optimizer in a known format version, for a rule
+                of this H and L and for parameters of these sizes; the optimizer is then unchanged.
         """
         if not isinstance(state_dict, Mapping):
             raise ValueError(f"state_dict must be a dict as state_dict() makes it, got {type(state_dict).__name__}")
-        # Registered last, so that it sees what the caller's own hooks made of the checkpoint.
+        # Registered last, so that it runs after the caller's own hooks.
         handle = self.register_load_state_dict_pre_hook(from_checkpoint)
         try:
             super().load_state_dict(dict(state_dict))
@@ -167,24 +167,24 @@ class LearnedOptimizer(Optimizer):
             handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        # Clones, because pickle writes a view with all the memory that it views.
+        # Clones, because pickle writes a view's whole storage.
         state: defaultdict[Tensor, dict[str, Any]] = defaultdict(dict)
         for p, entry in self.state.items():
             state[p] = {key: x.clone() if isinstance(x, Tensor) else x for key, x in entry.items()}
         return {**super().__getstate__(), "state": state, "rule": self.rule, "shared": self.shared}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Take a state from unpickling, or from load_state_dict of the base class, then without a rule."""
-        self.__dict__.setdefault("shared", {})  # of what an earlier version pickled
+        """Restore from unpickling, or from the base class's load_state_dict (then ``state`` has no rule)."""
+        self.__dict__.setdefault("shared", {})  # missing in pickles of earlier versions
         super().__setstate__(state)
         self._slots = {}
         for entry in self.state.values():
             entry.update({key: x.tensor for key, x in entry.items() if isinstance(x, Kept)})
-        if "rule" in state:  # hooks are not part of what is pickled
+        if "rule" in state:  # hooks are not pickled
             self.register_state_dict_post_hook(to_checkpoint, prepend=True)
 
     def _check_horizon(self, horizon: int, steps: int) -> None:
-        """Warn once where a parameter has taken more steps than the rule was trained for."""
+        """Warn once when a parameter has taken more steps than the rule was trained for."""
         if steps > horizon:
             self._past_horizon = True
             trained_on = f", on {self.rule.trained_on}" if self.rule.trained_on else ""
@@ -196,7 +196,7 @@ class LearnedOptimizer(Optimizer):
     # -------------------------------------------------------------------------------------------- what a step moves
 
     def _plan(self, index: int) -> Iterator[tuple[_Arena, list[_Slot], float, float]]:
-        """The launches that group ``index`` needs: an arena, the slots in it that have a gradient, lr, weight decay."""
+        """The launches of group ``index``: each an arena, its slots with a gradient, lr and weight decay."""
         group = self.param_groups[index]
         lr, weight_decay = check_group(group, f"group {index}")
         params = group["params"]
@@ -226,7 +226,7 @@ class LearnedOptimizer(Optimizer):
             yield members, of_group, lr, weight_decay
 
     def _build(self, index: int) -> list[_Slot | None]:
-        """New arenas for the parameters of group ``index`` that have a gradient or a state; the state moves there."""
+        """Build arenas for the parameters of group ``index`` that have a gradient or a state, and move the state in."""
         params = self.param_groups[index]["params"]
         wide = isinstance(self.rule, CoordinatewiseRule)
         kinds: dict[Any, list[int]] = {}
@@ -253,7 +253,7 @@ class LearnedOptimizer(Optimizer):
         return slots
 
     def _check_state(self, entry: dict[str, Any], index: int, position: int) -> None:
-        """Raise ValueError where the state of a parameter is one of another rule or of another size."""
+        """Raise ValueError where a parameter's state belongs to another rule or has another size."""
         p, name = self.param_groups[index]["params"][position], self.name_of(index, position)
         if entry["numel"] != p.numel():
             raise ValueError(
@@ -278,7 +278,7 @@ class LearnedOptimizer(Optimizer):
             )
 
     def name_of(self, index: int, position: int) -> str:
-        """How messages call a parameter."""
+        """A parameter's name in messages."""
         group = self.param_groups[index]
         shape = list(group["params"][position].shape)
         if "param_names" in group:
@@ -286,7 +286,7 @@ class LearnedOptimizer(Optimizer):
         return f"parameter {position} of group {index} {shape}"
 
     def _rule_name(self, index: int, position: int) -> str:
-        """How the rule sees a parameter."""
+        """A parameter's name for the rule."""
         group = self.param_groups[index]
         if "param_names" in group:
             return str(group["param_names"][position])

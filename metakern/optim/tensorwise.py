@@ -1,4 +1,4 @@
-"""State of LearnedOptimizer for rules that go tensor by tensor: every parameter keeps its own tensors."""
+"""LearnedOptimizer's state for tensorwise rules: every parameter has its own tensors."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from metakern.rules.protocol import named_state
 
 @dataclass(eq=False, slots=True)
 class TensorSlot:
-    """One parameter, and the kind of its state."""
+    """One parameter, and the structure of its state."""
 
     arena: Tensorwise
     param: Tensor
     name: str
-    fresh: dict[str, Tensor]  # the state at the start; empty once the entry has one
+    fresh: dict[str, Tensor]  # initial state; empty once the entry has one
     structure: pytree.TreeSpec  # of the state
-    keys: tuple[str, ...]  # its tensors in the entry
+    keys: tuple[str, ...]  # names of the state's tensors in the entry
     kind: tuple[Any, ...]
     entry: dict[str, Any]  # state[param] of the optimizer
 
     def serves(self, p: Tensor, entry: dict[str, Any] | None, rule: Rule, layout: Any) -> bool:
-        """Whether nothing changed since the slot was made: the parameter's kind and shape, its state's dict, the rule.
+        """Whether the slot is still valid: same parameter (shape, dtype, device), state dict and rule.
 
-        Tensors in that dict may be replaced, as they are looked up in every step.
+        Tensors in that dict may be replaced: every step looks them up.
         """
-        del layout  # every tensor is looked at when the slot is made
+        del layout  # the state's tensors are checked when the slot is made
         return self.param is p and self.entry is entry and self.kind == _kind(p) and self.arena.rule is rule
 
     def adopt(self, entry: dict[str, Any]) -> None:
-        """Cast the state in ``entry`` to what the parameter needs now, or start it."""
+        """Cast the state in ``entry`` to the parameter's current dtype and device, or initialize it."""
         for name, x in self.fresh.items():
             entry[name] = entry[name].to(x) if name in entry else x
         entry.setdefault("step", 0)
@@ -45,15 +45,14 @@ class TensorSlot:
 
 
 class Tensorwise:
-    """The parameters of one group. All that have a gradient take their step in one call of the rule.
+    """The parameters of one group; one call of the rule steps all of them that have a gradient.
 
-    A state that is no RuleState belongs to all that it was made for: then each parameter has one of its own, and takes
-    its step alone.
+    A state that is no RuleState cannot be split by parameter; then each parameter has its own state and its own call.
 
     Args:
         rule: the rule
-        members: the parameters, by the names that the rule sees
-        shared: what the states of the group have in common; filled at the start
+        members: the parameters, by their names for the rule
+        shared: state tensors shared by the group; filled by :meth:`slots`
     """
 
     def __init__(self, rule: Rule, members: Mapping[str, Tensor], shared: dict[str, Tensor]) -> None:
@@ -62,7 +61,7 @@ class Tensorwise:
         self._joint = True
 
     def slots(self, members: Sequence[Tensor]) -> Iterator[TensorSlot]:
-        """One for each of the constructor's members, in order."""
+        """One slot per constructor member, in order."""
         for name, p in zip(self._names, members, strict=True):
             with outside_modes():
                 state = self.rule.init_state({name: p.detach()})
@@ -77,7 +76,7 @@ class Tensorwise:
     def step_(self, slots: Sequence[TensorSlot], lr: float, weight_decay: float, loss: Tensor | None) -> None:
         """Update the parameters of ``slots``."""
         params = {slot.name: slot.param.detach() for slot in slots}
-        if weight_decay:  # on copies, as the rule may still raise
+        if weight_decay:  # on copies, as the rule may raise
             params = {name: p * (1 - lr * weight_decay) for name, p in params.items()}
         grads = {slot.name: slot.param.grad.detach() for slot in slots if slot.param.grad is not None}
         if self._joint:
@@ -94,7 +93,7 @@ class Tensorwise:
 
 
 def check_state(rule: Rule, entry: Mapping[str, Any], p: Tensor, name: str) -> None:
-    """Raise ValueError where the state of a parameter is not one of this rule's."""
+    """Raise ValueError where a parameter's state does not fit this rule."""
     like = named_state(rule.init_state({"": p.detach()}))
     got = {key: list(entry[key].shape) for key in entry if isinstance(entry[key], Tensor)}
     wanted = {key: list(x.shape) for key, x in like.items()}

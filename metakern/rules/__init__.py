@@ -1,4 +1,4 @@
-"""Update rules: modules that turn parameters, gradients and a state into new parameters and a new state."""
+"""Update rules: modules that map parameters, gradients and a state to new parameters and a new state."""
 
 from metakern.rules.adam import Adam
 from metakern.rules.gradient_descent import GradientDescent

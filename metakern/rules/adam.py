@@ -1,4 +1,4 @@
-"""Adam: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1, with a derivative where the gradient is zero."""
+"""Adam: Kingma & Ba 2015, arXiv 1412.6980, algorithm 1, differentiable also at zero gradients."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from metakern.rules.elementwise import ElementwiseRule, per_task
 class Adam(ElementwiseRule):
     """m' = β₁m + (1−β₁)g, v' = β₂v + (1−β₂)g², θ' = θ − α · m'/c₁ / (√v'/√c₂ + ε), c = 1 − βᵗ. As ``torch.optim.Adam``.
 
-    Differentiable to any order. d√v/dv is infinite at v = 0, where the chain rule would give 0 · ∞ = NaN; there it is
-    taken as 0. That is exact: where v' is 0 all gradients have been 0, so m' is 0 too, and the derivative of the update
-    by g is that by m' alone, α(1−β₁)/(c₁ε).
+    Differentiable to any order. d√v/dv is infinite at v = 0, where the chain rule would give 0 · ∞ = NaN; it is set to
+    0 there. This is exact: v' is 0 only if all gradients have been 0, so m' is 0 too, and the update depends on g
+    through m' alone, with derivative α(1−β₁)/(c₁ε).
 
     Args:
         lr: α, a number or a tensor []; an ``nn.Parameter`` is learned
@@ -62,12 +62,12 @@ class Adam(ElementwiseRule):
         return (m / c1) / (_root(v) / c2.sqrt() + self.number("eps", grad)), {"m": m, "v": v}
 
     def described(self) -> str:
-        """What the rule is, for its model card."""
+        """Description for the model card."""
         return f"Adam (Kingma & Ba 2015, [arXiv 1412.6980](https://arxiv.org/abs/1412.6980)): `{self}`."
 
 
 def _correction(beta: float | Tensor, count: Tensor, like: Tensor) -> Tensor:
-    """1 − βᵗ, [T] or []; by expm1, since 1 − 0.999 has lost four digits in float32."""
+    """1 − βᵗ, [T] or []; by expm1, since float32 loses digits in 1 − 0.999."""
     log = beta.log() if isinstance(beta, Tensor) else (math.log(beta) if beta else -math.inf)
     return -torch.expm1(count.to(like.dtype) * log)
 

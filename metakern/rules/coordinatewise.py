@@ -1,4 +1,4 @@
-"""Base of rules that treat every coordinate alike, and take all of them through one kernel.
+"""Base class of coordinatewise rules: the same formula for every coordinate, all in one kernel call.
 
 Axis legend: N coordinates, U coordinates of one row of the packed state.
 """
@@ -28,11 +28,11 @@ from metakern.rules.protocol import (
 
 
 class CoordinatewiseRule(PretrainedRule):
-    """All coordinates of params in one tensor [N]; a rule says what a step of those is.
+    """Base class: flattens params to one tensor [N]; subclasses define :meth:`step_coordinates` on it.
 
     The state is packed: tensors [ceil(N/U), ..., U], whose first axis counts rows of U coordinates and whose last axis
-    goes through a row. So LearnedOptimizer can keep the states of many parameters in one piece of memory and step any
-    run of neighbours. What stands behind the N-th coordinate carries no meaning.
+    runs within a row. So LearnedOptimizer can keep the states of many parameters in one piece of memory and step any
+    run of adjacent ones. Lanes after the N-th coordinate carry no meaning.
 
     Attributes:
         unit: U
@@ -46,28 +46,28 @@ class CoordinatewiseRule(PretrainedRule):
 
         Args:
             number: N
-            dtype: float64 if a tensor of params is, else float32
-            device: of params; None without any
+            dtype: float64 if any tensor of params is, else float32
+            device: of params; None if there are none
         """
 
     @abstractmethod
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: State, loss: Tensor | None
     ) -> tuple[Tensor, State]:
-        """One step of params [N]; ``loss`` is [N], that of each coordinate's task, or None if the rule needs none."""
+        """One step of params [N]; ``loss`` [N] is that of each coordinate's task, or None if the rule needs none."""
 
     def packed(self, state: State) -> dict[str, Tensor]:
-        """The tensors of a state by name, in its memory. A state is their dict unless a rule says otherwise."""
+        """The tensors of a state by name, without copies. By default the state itself is this dict."""
         tensors: dict[str, Tensor] = state
         return tensors
 
     def from_packed(self, tensors: Mapping[str, Tensor], number: int) -> State:
-        """The state of N coordinates that the tensors are; the inverse of :meth:`packed`."""
+        """The state of N coordinates made of these tensors; the inverse of :meth:`packed`."""
         del number
         return dict(tensors)
 
     def init_state(self, params: Params, *, tasks: bool = False) -> State:
-        """The state before the first step, as :meth:`Rule.init_state`; coordinates of all tasks are alike."""
+        """The initial state; see :meth:`Rule.init_state`. Coordinates of all tasks are treated alike."""
         leaves = tensor_leaves(params, tasks=tasks)
         wide = any(leaf.dtype == torch.float64 for leaf in leaves)
         number = sum(leaf.numel() for leaf in leaves)
@@ -96,12 +96,12 @@ class CoordinatewiseRule(PretrainedRule):
         return self.from_packed(selected, len(places))
 
     def check_state(self, state: State) -> None:
-        """Raise for what is no state of this rule."""
+        """Raise TypeError unless ``state`` is a dict; rules with another kind of state override this."""
         if not isinstance(state, dict):
             raise TypeError(f"state must be a dict of tensors as init_state makes it, got {type(state).__name__}")
 
     def state_layout(self) -> Hashable:
-        """The options that decide shapes and dtypes of the packed state."""
+        """The options that determine shapes and dtypes of the packed state."""
         return None
 
     def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
@@ -115,7 +115,7 @@ class CoordinatewiseRule(PretrainedRule):
         return {key: self._rows(check_saved(saved, key, like, name).to(like)) for key, like in likes.items()}
 
     def _rows(self, lanes: Tensor) -> Tensor:
-        """[..., N] packed; zeros fill the last row."""
+        """Pack [..., N] into [rows, ..., U]; the last row is padded with zeros."""
         number = lanes.shape[-1]
         rows = -(-number // self.unit)
         padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
@@ -123,5 +123,5 @@ class CoordinatewiseRule(PretrainedRule):
 
 
 def _lanes(packed: Tensor) -> Tensor:
-    """[rows, ..., U] as [..., rows · U]."""
+    """Unpack [rows, ..., U] to [..., rows · U]."""
     return packed.movedim(0, -2).flatten(-2)

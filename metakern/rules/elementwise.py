@@ -1,4 +1,4 @@
-"""Base of rules whose formula is plain PyTorch, the same for every element, with a state of each tensor's shape.
+"""Base class of elementwise rules in plain PyTorch, whose state has the shape of each parameter tensor.
 
 Axis legend: T tasks, ``*shape`` the shape of one parameter tensor.
 """
@@ -20,13 +20,13 @@ from metakern.rules.protocol import Params, RuleState, matched_leaves, tensor_le
 
 
 class ElementwiseRule(PretrainedRule):
-    """θ' = θ − α · d, where d comes from the gradient and the state of the tensor; a rule says how.
+    """θ' = θ − α · d; a subclass computes the direction d from the tensor's gradient and state.
 
     The arithmetic and the state are float64 for float64 params and float32 for narrower ones. Real and imaginary parts
-    of complex params are elements of their own, [*shape, 2].
+    of complex params are separate elements, [*shape, 2].
 
     Attributes:
-        moments: names of the tensors of the state that have the shape of the parameter; all start at zero
+        moments: names of the state tensors of the parameter's shape; all start at zero
         counts: whether the state counts steps: ``count``, int64, [T] with tasks and [] without
     """
 
@@ -37,7 +37,7 @@ class ElementwiseRule(PretrainedRule):
 
     @abstractmethod
     def direction(self, grad: Tensor, state: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """d, and the new state of the tensor; ``count`` in the state is already that of this step."""
+        """d, and the new state of the tensor; ``count`` in ``state`` already includes this step."""
 
     def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
         """Zeros; see :meth:`metakern.rules.Rule.init_state`."""
@@ -83,12 +83,12 @@ class ElementwiseRule(PretrainedRule):
         return rebuild(new), RuleState(tuple(per_tensor), state.shared, state.tasks)
 
     def number(self, name: str, like: Tensor) -> float | Tensor:
-        """An option as arithmetic with ``like`` takes it."""
+        """An option's value; a tensor is cast to the dtype of ``like``."""
         value: float | Tensor = getattr(self, name)
         return value.to(like.dtype) if isinstance(value, Tensor) else value
 
     def set_number(self, name: str, value: Any, low: float, high: float) -> None:
-        """Make a number or a tensor [] an option; an ``nn.Parameter`` is learned, and nothing bounds it.
+        """Set an option to a number or a tensor []; an ``nn.Parameter`` is learned, without bounds.
 
         Raises:
             TypeError: for anything else
@@ -116,10 +116,10 @@ class ElementwiseRule(PretrainedRule):
 
 
 def per_task(values: Tensor, like: Tensor) -> Tensor:
-    """[T] or [] with as many trailing axes as ``like`` [T, *shape] needs to broadcast."""
+    """Append axes to ``values`` [T], so that it broadcasts against ``like`` [T, *shape]; [] stays."""
     return values.view(-1, *[1] * (like.dim() - 1)) if values.dim() else values
 
 
 def _real(x: Tensor) -> Tensor:
-    """Convert to the dtype of the arithmetic; complex tensors to real and imaginary parts, one more axis."""
+    """Cast to the dtype of the arithmetic; complex tensors become real, with one more axis of 2."""
     return torch.view_as_real(x) if x.is_complex() else x.to(torch.promote_types(x.dtype, torch.float32))

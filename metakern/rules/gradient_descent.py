@@ -22,19 +22,19 @@ from metakern.rules.rates import LearningRates, learning_rates, rates_by_name, r
 
 
 class GradientDescent(PretrainedRule):
-    """θ' = θ − α ⊙ g, as the inner loop of MAML takes it.
+    """θ' = θ − α ⊙ g, the inner step of MAML.
 
-    Where α is an ``nn.Parameter``, or holds some, it is learned; other tensors are buffers, through which gradients
-    flow to whatever they were computed from. A saved rule comes back with all its tensors learned.
+    Every ``nn.Parameter`` in α is learned; other tensors are buffers, through which gradients flow to their sources.
+    When a saved rule is loaded, all its tensors are learned.
 
     Args:
-        lr: α: a number, or a tensor of one element; or by name in a dict, or in the order of the parameters in a list,
-            one for every parameter tensor: a number or [], [*shape] (Meta-SGD), and with ``steps`` also [K] (LSLR) or
-            [K, *shape]. In a dict also by glob pattern; see :func:`metakern.adapt`.
-        steps: K, for rates by step; there is none for a step beyond the K-th. The tasks step together: all have taken
-            equally many.
-        clip_norm: largest norm of a task's gradient, over all its tensors; a longer one is scaled down to it. A norm
-            that is NaN makes all of that task NaN.
+        lr: α: a number or a tensor of one element; or one entry per parameter tensor, in a dict by name or a list in
+            order: a number or [], [*shape] (Meta-SGD), and with ``steps`` also [K] (LSLR) or [K, *shape]. Dict keys
+            may be glob patterns; see :func:`metakern.adapt`.
+        steps: K, for rates that differ by step; a rule with such rates takes at most K steps. All tasks must have
+            taken equally many steps.
+        clip_norm: largest norm of a task's gradient, over all its tensors; a longer one is scaled down to it. A NaN
+            norm makes the whole task NaN.
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -50,7 +50,7 @@ class GradientDescent(PretrainedRule):
         super().__init__()
         self.steps = None if steps is None else check_count("steps", steps)
         self.clip_norm = check_clip_norm(clip_norm)
-        self._names: list[str] = []  # in the order given: of glob patterns the first that matches counts
+        self._names: list[str] = []  # in the order given: the first matching glob pattern wins
         self._numbers: dict[str, float] = {}
         self._by_order = isinstance(lr, (list, tuple, nn.ParameterList))
         self.rates = nn.Module()
@@ -63,7 +63,7 @@ class GradientDescent(PretrainedRule):
                 if isinstance(rate, Tensor):
                     _register(self.rates, name.replace(".", "/"), rate)
                 else:
-                    learning_rates(rate, {}, 0)  # raises for what is no rate
+                    learning_rates(rate, {}, 0)  # raises for invalid rates
                     self._numbers[name] = float(rate)
         else:
             value = learning_rates(lr, {}, 0).values
@@ -77,28 +77,28 @@ class GradientDescent(PretrainedRule):
         """A learned rate for every parameter of a model.
 
         Args:
-            parameters: by name: a dict, or what ``named_parameters()`` gives; [*shape] each
-            lr: where all rates start
+            parameters: a dict by name, or ``named_parameters()``; [*shape] each
+            lr: initial value of all rates
             clip_norm: see the constructor
         """
         return cls({name: _rate(p, p.shape, lr) for name, p in dict(parameters).items()}, clip_norm=clip_norm)
 
     @classmethod
     def lslr(cls, parameters: Any, steps: int, lr: float = 0.01, *, clip_norm: float | None = None) -> Self:
-        """A learned rate for every parameter tensor and step; arguments as for :meth:`meta_sgd`, and ``steps``, K."""
+        """A learned rate per parameter tensor and step (K = ``steps``); other arguments as for :meth:`meta_sgd`."""
         steps = check_count("steps", steps)
         rates = {name: _rate(p, (steps,), lr) for name, p in dict(parameters).items()}
         return cls(rates, steps=steps, clip_norm=clip_norm)
 
     def learning_rates(self, params: Mapping[str, Tensor]) -> LearningRates:
-        """α for params of one task, [*shape] each by name: all that a step takes of the rule, but ``clip_norm``."""
+        """α for one task's params, [*shape] each by name. With ``clip_norm``, this is all that a step needs."""
         return self._learning_rates(params, False)
 
     def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
-        """The number of steps taken, where rates depend on it."""
+        """A step count if the rates depend on the step, else an empty state."""
         leaves = tensor_leaves(params, tasks=tasks)
         counts = self.steps is not None and self.lr is None
-        # On the CPU, whatever the device of params: Python reads it in every step.
+        # Always on the CPU: Python reads it in every step.
         shared = {"count": torch.zeros((), dtype=torch.int64)} if counts else {}
         return RuleState(({},) * len(leaves), shared, tasks)
 
@@ -129,8 +129,7 @@ class GradientDescent(PretrainedRule):
         values: Any = rates.values
         if factor != 1:
             values = [factor * rate for rate in values] if isinstance(values, list) else factor * values
-        # torch.compile fuses the formula with what stands around it, torch.func sees through it, and no kernel takes
-        # complex tensors.
+        # torch.compile can fuse the plain formula and torch.func transform it; no kernel takes complex tensors.
         plain = is_transformed_or_dual() or any(p.is_complex() for p in leaves)
         count, step = state.shared.get("count"), None
         if rates.per_step and count is not None:
@@ -139,7 +138,7 @@ class GradientDescent(PretrainedRule):
             else:
                 step = int(count)
         alone = self.clip_norm is not None and not state.tasks
-        if alone:  # the norm is that of each entry of the first axis
+        if alone:  # norms are taken per entry of the first axis
             leaves, grad_leaves = ([x.unsqueeze(0) for x in xs] for xs in (leaves, grad_leaves))
         update = reference.inner_update if plain else inner_update
         new: Sequence[Tensor] = update(leaves, grad_leaves, values, step=step, clip_norm=self.clip_norm)
@@ -162,18 +161,18 @@ class GradientDescent(PretrainedRule):
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
-        """What config.json holds; tensors are among the weights."""
+        """The options in config.json; tensors are saved as weights."""
         return {"lr": float | None, "steps": int | None, "clip_norm": float | None}
 
     def saved_options(self) -> dict[str, Any]:
-        """The options for config.json; ValueError for numbers by name, which it does not hold."""
+        """The options for config.json; ValueError for numbers by name, which cannot be saved."""
         if self._numbers:
             raise ValueError(f"lr must be a number or hold tensors to be saved, got numbers for {[*self._numbers]}")
         return super().saved_options()
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
-        """The rule with rates of the shapes that the weights have."""
+        """A rule whose rates have the shapes of the saved weights."""
         if options["lr"] is not None:
             return cls(**options)
         named = {name.partition("rates.")[2].replace("/", "."): nn.Parameter(w.clone()) for name, w in weights.items()}

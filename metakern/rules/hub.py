@@ -1,4 +1,4 @@
-"""The Hugging Face Hub: where rules are fetched from and uploaded to, if huggingface_hub is installed."""
+"""Download and upload of rules on the Hugging Face Hub; needs huggingface_hub."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ OPTIONS = ("revision", "cache_dir", "force_download", "local_files_only", "token
 
 
 def download(repo_id: str, files: list[str], options: dict[str, Any]) -> Path:
-    """The folder that holds ``files`` of a repository, from the cache or the network."""
+    """Download ``files`` of a repository (or find them in the cache) and return their folder."""
     with required():
         from huggingface_hub import snapshot_download
     return Path(snapshot_download(repo_id, allow_patterns=files, **options))
@@ -30,7 +30,7 @@ def upload(
     branch: str | None = None,
     **options: Any,
 ) -> str:
-    """Upload what ``save`` writes into a folder, in one commit; its URL. The repository is made if need be."""
+    """Upload the files that ``save`` writes, in one commit, and return its URL; creates the repository if needed."""
     with required():
         from huggingface_hub import HfApi
     api = HfApi(token=token)
@@ -44,7 +44,7 @@ def upload(
 
 
 def card(text: str) -> Any:
-    """A model card as huggingface_hub's own class."""
+    """The text as a ``huggingface_hub.ModelCard``."""
     with required():
         from huggingface_hub import ModelCard
     return ModelCard(text)

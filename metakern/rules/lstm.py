@@ -23,11 +23,11 @@ _SAVED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 class CoordinatewiseLSTM(LSTMRule):
-    """One small LSTM, its weights shared by all coordinates, that proposes every parameter's update.
+    """Coordinatewise LSTM optimizer: one small LSTM, shared by all coordinates, computes every parameter's update.
 
-    A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: state_dict names are those of such
-    submodules ``lstm`` and ``head``, and :meth:`from_modules` and :meth:`to_modules` convert. All coordinates of a
-    model take their step in one launch of :func:`metakern.ops.lstm_step`.
+    A drop-in for ``nn.LSTM`` (or a stack of ``nn.LSTMCell``) plus ``nn.Linear``: state_dict has the names of such
+    submodules, ``lstm`` and ``head``, and :meth:`from_modules` and :meth:`to_modules` convert. One launch of
+    :func:`metakern.ops.lstm_step` steps all coordinates of a model.
 
     Args:
         hidden_size: H, 1 to 64.
@@ -38,8 +38,8 @@ class CoordinatewiseLSTM(LSTMRule):
         backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
         precision: of the products, ``"highest"``, ``"high"`` or ``"medium"``, as in :func:`metakern.ops.lstm_step`.
         bfloat16_state: keep (h, c) in bfloat16, half the memory, on a GPU; the arithmetic stays float32.
-        horizon: steps that the rule was meta-trained for; it changes no step, but LearnedOptimizer warns beyond it.
-        trained_on: what the rule was meta-trained on, in words, for its model card and that warning.
+        horizon: steps that the rule was meta-trained for; only used by LearnedOptimizer, which warns beyond it.
+        trained_on: description of the meta-training tasks, for the model card and that warning.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -71,7 +71,7 @@ class CoordinatewiseLSTM(LSTMRule):
         return super().forward(params, grads, state, loss=loss)
 
     def _prepare(self) -> PreparedStep | None:
-        """What small steps are taken by; None where it cannot serve."""
+        """The :class:`PreparedStep` that serves small steps; None where it cannot."""
         if type(self) is not CoordinatewiseLSTM or not serves(self.backend):
             return None  # a subclass may take steps of its own
         options = self.preprocess, self.preprocess_scale, self.precision
@@ -81,7 +81,7 @@ class CoordinatewiseLSTM(LSTMRule):
         return self._prepared
 
     def _own_weights(self) -> list[Tensor]:
-        """As :meth:`weights`, past nn.Module.__getattr__, which takes a microsecond."""
+        """As :meth:`weights`, but without nn.Module.__getattr__, which takes a microsecond."""
         modules: Any = self._modules
         return [*modules["lstm"]._parameters.values(), *modules["head"]._parameters.values()]
 
@@ -109,7 +109,7 @@ class CoordinatewiseLSTM(LSTMRule):
         return {"lstm": state.data}
 
     def from_packed(self, tensors: Mapping[str, Tensor], number: int) -> LSTMState:
-        """The state that the tiles are."""
+        """The state made of these tiles."""
         return LSTMState(tensors["lstm"], number)
 
     def check_state(self, state: Any) -> None:

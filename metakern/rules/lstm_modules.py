@@ -1,4 +1,4 @@
-"""The weights of nn.LSTM as a module that torch.compile takes, and those of users' own modules."""
+"""LSTM weights: a torch.compile-compatible module, and extraction from users' nn.LSTM and nn.LSTMCell modules."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class LSTMWeights(nn.Module):
-    """The weights of an ``nn.LSTM``, names and initial values included; torch.compile refuses the module itself.
+    """The weights of an ``nn.LSTM``, with its names and initialization; torch.compile refuses ``nn.LSTM`` itself.
 
     Per layer k: weight_ih_lk [4H, F or H], weight_hh_lk [4H, H], bias_ih_lk [4H], bias_hh_lk [4H], U(±1/√H).
     """
@@ -31,7 +31,7 @@ class LSTMWeights(nn.Module):
 
 
 def lstm_weights(lstm: Any) -> tuple[list[nn.LSTM | nn.LSTMCell], dict[str, Tensor]]:
-    """The modules, and the weights by the names that nn.LSTM gives them."""
+    """The LSTM modules, and their weights under nn.LSTM's names."""
     if isinstance(lstm, nn.LSTM):
         for name in ("bidirectional", "proj_size", "dropout"):
             if value := getattr(lstm, name):

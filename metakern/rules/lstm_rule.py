@@ -1,4 +1,4 @@
-"""What update rules around the LSTM kernel share: weights, options, the step itself.
+"""Base class of update rules on the LSTM kernel: weights, options, the step itself.
 
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 """
@@ -24,12 +24,11 @@ from metakern.rules.plain_lstm import PlainLSTM
 class LSTMRule(CoordinatewiseRule):
     """Base of rules whose update comes from the LSTM of :func:`metakern.ops.lstm_step`.
 
-    The state is a dict of packed tensors: the LSTM's tiles, ``lstm``, and ``beside``. A rule says in
-    ``step_coordinates`` what it does around :meth:`step_lstm`; arguments are those of
-    :class:`metakern.rules.CoordinatewiseLSTM`.
+    The state is a dict of packed tensors: the LSTM's tiles, ``lstm``, and ``beside``. Subclasses implement
+    ``step_coordinates`` around :meth:`step_lstm`; arguments as for :class:`metakern.rules.CoordinatewiseLSTM`.
 
     Attributes:
-        beside: names of numbers that each coordinate keeps beside the LSTM's state, from zero on
+        beside: names of further state tensors, one number per coordinate, initially zero
     """
 
     beside: ClassVar[tuple[str, ...]] = ()
@@ -121,8 +120,8 @@ class LSTMRule(CoordinatewiseRule):
 
     @property
     def device(self) -> torch.device:
-        """Where its weights are."""
-        return self.head.weight.device  # the base class asks all modules, which takes as long as a small step
+        """Device of the weights."""
+        return self.head.weight.device  # the base class visits all modules, which takes as long as a small step
 
     def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
         """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
@@ -131,7 +130,7 @@ class LSTMRule(CoordinatewiseRule):
         return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
 
     def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:
-        """The zero state of N coordinates, in float64 for that dtype, else float32; the LSTM's may be bfloat16."""
+        """The zero state of N coordinates, in ``dtype``; with ``bfloat16_state`` float32 LSTM tiles become bfloat16."""
         tiles = LSTMState.zeros(
             number,
             hidden_size=self.hidden_size,
@@ -168,7 +167,7 @@ class LSTMRule(CoordinatewiseRule):
         }
 
     def state_layout(self) -> tuple[int, int, bool]:
-        """H, L, and whether in bfloat16."""
+        """H, L and ``bfloat16_state``."""
         return self.hidden_size, self.num_layers, self.bfloat16_state
 
     def plain(self) -> PlainLSTM:
@@ -176,7 +175,7 @@ class LSTMRule(CoordinatewiseRule):
         return PlainLSTM(self)
 
     def extra_repr(self) -> str:
-        """The options that the submodules do not show."""
+        """The options not shown by the submodules."""
         horizon = "" if self.horizon is None else f", horizon={self.horizon}"
         return (
             f"preprocess={self.preprocess!r}, preprocess_scale={self.preprocess_scale}, "
@@ -185,7 +184,7 @@ class LSTMRule(CoordinatewiseRule):
         )
 
     def described(self) -> str:
-        """What the rule is, for its model card."""
+        """Description for the model card."""
         layers = f"{self.num_layers} layer{'s' if self.num_layers > 1 else ''}"
         return (
             "A learned optimizer: one small LSTM, its weights shared by all coordinates, turns the gradient of every "

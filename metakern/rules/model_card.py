@@ -1,15 +1,15 @@
-"""Model cards of saved rules, the README.md of their folders."""
+"""Model cards (README.md) of saved rules."""
 
 from __future__ import annotations
 
 from metakern.rules.protocol import Rule
 
-#: Marks a card that save_pretrained wrote, and may replace.
+#: Marks cards written by save_pretrained, which it may overwrite.
 MARK = "<!-- written by save_pretrained of metakern, which replaces it -->"
 
 
 def model_card(rule: Rule) -> str:
-    """A card that says what the rule is, what it was trained on if that is known, and its limits."""
+    """A card with the rule's description, meta-training (if recorded) and limits."""
     name = type(rule).__name__
     trained = "It is not recorded what this rule was meta-trained on."
     limits = (

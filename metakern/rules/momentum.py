@@ -11,12 +11,12 @@ from metakern.rules.elementwise import ElementwiseRule
 
 
 class Momentum(ElementwiseRule):
-    """v' = μ v + g, θ' = θ − α v'; with ``nesterov`` θ' = θ − α (g + μ v'). What ``torch.optim.SGD`` computes.
+    """v' = μ v + g, θ' = θ − α v'; with ``nesterov`` θ' = θ − α (g + μ v'). As ``torch.optim.SGD``.
 
     Args:
         lr: α, a number or a tensor []; an ``nn.Parameter`` is learned
         momentum: μ, likewise, 0 to 1
-        nesterov: whether the step looks ahead
+        nesterov: whether to use Nesterov's form
 
     Raises:
         TypeError, ValueError: for arguments that do not fit.
@@ -46,5 +46,5 @@ class Momentum(ElementwiseRule):
         return (grad + momentum * velocity if self.nesterov else velocity), {"velocity": velocity}
 
     def described(self) -> str:
-        """What the rule is, for its model card."""
+        """Description for the model card."""
         return f"Gradient descent with momentum: `{self}`."

@@ -1,4 +1,4 @@
-"""The coordinatewise LSTM as it is written without fused kernels: the peer that every speed-up is measured against."""
+"""The coordinatewise LSTM without fused kernels: the baseline for speed-ups."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ PlainState = list[tuple[Tensor, Tensor]]
 
 
 class PlainLSTM(Rule):
-    """``nn.LSTMCell`` s and ``nn.Linear``, a launch for every operation; the calls of :class:`CoordinatewiseLSTM`.
+    """``nn.LSTMCell`` s and ``nn.Linear``, one launch per operation; called as :class:`CoordinatewiseLSTM`.
 
-    It takes the formulas as they stand: an infinite gradient saturates its gates here and is not marked by NaN.
+    Unlike there, an infinite gradient does not give NaN but saturates the gates.
 
     Args:
-        rule: gives the weights (copied) and the options
+        rule: source of the weights (copied) and the options
     """
 
     def __init__(self, rule: LSTMRule) -> None:

@@ -23,7 +23,7 @@ from metakern.rules.model_card import MARK, model_card
 from metakern.rules.protocol import Rule
 from metakern.rules.registry import get, name_of
 
-#: Names of the files in a folder of save_pretrained; the Hub expects them.
+#: File names in a folder of save_pretrained, as the Hub expects them.
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 
 #: Version of the saved format; a file of another version is refused.
@@ -35,28 +35,28 @@ _Saved = TypeVar("_Saved", bound="PretrainedRule")
 
 
 class PretrainedRule(Rule):
-    """Base of rules that are saved and shared: ``save_pretrained``, ``from_pretrained``, ``push_to_hub``.
+    """Base of rules with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
-    The arguments of the constructor are saved as ``config.json``, and must be attributes of the same names: numbers,
-    texts, and learned numbers, tensors [] that are weights too. The weights are saved by the names of ``state_dict``.
-    Files hold tensors and JSON alone: loading one runs no code. The Hub needs ``pip install 'metakern[hub]'``.
+    The constructor's arguments are saved in ``config.json``, and must be attributes of the same names: numbers, texts,
+    and learned numbers (tensors [], saved with the weights). The weights are saved under their ``state_dict`` names.
+    Files hold only tensors and JSON: loading one runs no code. The Hub needs ``pip install 'metakern[hub]'``.
 
     Attributes:
-        optional_options: arguments of the constructor that a saved rule need not have
+        optional_options: constructor arguments that may be missing from a saved rule
     """
 
     optional_options: ClassVar[tuple[str, ...]] = ("horizon", "trained_on")
 
     @classmethod
     def pretrained(cls, name: str) -> Self:
-        """A rule that ships with the package.
+        """Load a rule that ships with the package.
 
         ``digits_lstm`` was meta-trained on classifiers of 8×8 digits with one hidden layer of 20 sigmoid units, for 100
         steps. On other networks, and for more steps, it needs an ``lr`` of 0.03 to 0.3 that decays; see
         :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
 
         Raises:
-            ValueError: for a name that does not; the message lists those that do.
+            ValueError: for an unknown name; the message lists the shipped ones.
         """
         return cls._from_folder(shipped_folder(name))
 
@@ -64,21 +64,20 @@ class PretrainedRule(Rule):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **kwargs: Any
     ) -> Self:
-        """Load a rule from a folder of ``save_pretrained``, or by its name: what ships first, then the Hub.
+        """Load a rule from a folder of ``save_pretrained``, or by name: a shipped rule first, then the Hub.
 
         Args:
             pretrained_model_name_or_path: the folder, the name of a rule that ships with the package, or the rule's
                 name on the Hugging Face Hub, ``"owner/name"``
             map_location: device of the weights
-            kwargs: options that replace the saved ones; and for the Hub ``revision``, ``cache_dir``,
-                ``force_download``, ``local_files_only`` and ``token``, as ``huggingface_hub.snapshot_download`` has
-                them
+            kwargs: options that override the saved ones; and for the Hub ``revision``, ``cache_dir``,
+                ``force_download``, ``local_files_only`` and ``token``, as in ``huggingface_hub.snapshot_download``
 
         Raises:
-            ValueError: for files that are missing, damaged, of another version or at odds, and for a name that is none;
-                the message names them.
+            ValueError: for files that are missing, damaged, of another version or inconsistent, and for an unknown
+                name; the message names them.
             TypeError: for an option that the rule does not have
-            ModuleNotFoundError: for a name of the Hub where huggingface_hub is not installed
+            ModuleNotFoundError: for a Hub name without huggingface_hub installed
         """
         fetch = {key: kwargs.pop(key) for key in hub.OPTIONS if key in kwargs}
         return cls._from_folder(_find(pretrained_model_name_or_path, fetch), map_location, **kwargs)
@@ -99,18 +98,18 @@ class PretrainedRule(Rule):
 
     @classmethod
     def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
-        """A rule of saved options, whose weights are loaded next; null is a learned number among the weights."""
+        """A rule with the saved options; an option that is null is a learned number in ``weights``, loaded next."""
         learned = [name for name, value in options.items() if value is None and name in weights]
         return cls(**options | {name: nn.Parameter(weights[name].clone()) for name in learned})
 
     def saved_options(self) -> dict[str, Any]:
-        """The constructor's options as they are now, for config.json; null for learned numbers."""
+        """The current options for config.json; null for learned numbers."""
         options = {name: getattr(self, name) for name in self.option_types()}
         return {name: None if isinstance(value, Tensor) else value for name, value in options.items()}
 
     @classmethod
     def option_types(cls) -> dict[str, Any]:
-        """The constructor's options and their types; all are saved."""
+        """The constructor's options and their types, all of which are saved."""
         hints = typing.get_type_hints(cls.__init__)
         return {name: hints.get(name, Any) for name in inspect.signature(cls).parameters}
 
@@ -119,10 +118,10 @@ class PretrainedRule(Rule):
     ) -> str | None:
         """Write the options, the weights and a model card into a folder.
 
-        A card that is there and was not written by this method stays.
+        An existing card that this method did not write is kept.
 
         Args:
-            save_directory: the folder; it is made if need be
+            save_directory: the folder; created if needed
             push_to_hub: whether to upload the rule too
             repo_id: its name on the Hub; the folder's name by default
             kwargs: further arguments of :meth:`push_to_hub`
@@ -132,7 +131,7 @@ class PretrainedRule(Rule):
 
         Raises:
             ValueError: for weights that could not be loaded again: NaN, infinity, several dtypes
-            OSError: where a link or a folder has the name of a file to write
+            OSError: where one of the files to write is a link or a folder
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"{sorted(kwargs)} need push_to_hub=True")
@@ -165,7 +164,7 @@ class PretrainedRule(Rule):
 
         Args:
             repo_id: its name, ``"owner/name"``
-            kwargs: ``private`` and ``token``, and what ``huggingface_hub.HfApi.upload_folder`` takes:
+            kwargs: ``private``, ``token``, and arguments of ``huggingface_hub.HfApi.upload_folder``:
                 ``commit_message``, ``branch`` (its ``revision``), ``create_pr``, ``allow_patterns``,
                 ``ignore_patterns``, ``delete_patterns``
 
@@ -183,15 +182,15 @@ class PretrainedRule(Rule):
 
 
 def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", **options: Any) -> PretrainedRule:
-    """Load a saved rule of any registered class; its file says which.
+    """Load a saved rule; its file names the class, which must be registered.
 
     Args:
         name_or_path: as for :meth:`PretrainedRule.from_pretrained`, likewise all below
         map_location: device of the weights
-        options: options that replace the saved ones, and those of the Hub
+        options: options that override the saved ones, and options of the Hub
 
     Raises:
-        ValueError: for a rule whose class is not registered, and as from_pretrained
+        ValueError: for a rule of an unregistered class, and as from_pretrained
         TypeError, ModuleNotFoundError: as from_pretrained
 
     Example:
@@ -224,7 +223,7 @@ def _read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, 
 
 
 def _read_weights(path: Path, rule: str, map_location: str | torch.device) -> dict[str, Tensor]:
-    """The weights; ValueError names the file where it is damaged, of another version or of another rule."""
+    """The weights; ValueError for a file that is damaged, of another version or of another rule."""
     found, tensors = _read_file(path, map_location)
     for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", rule)):
         if found.get(key) != expected:
@@ -235,9 +234,9 @@ def _read_weights(path: Path, rule: str, map_location: str | torch.device) -> di
 
 
 def _with_weights(rule: _Saved, weights: Mapping[str, Tensor], path: Path, map_location: str | torch.device) -> _Saved:
-    """The rule with the weights, on their device; ValueError where they are those of other options."""
+    """Load weights into the rule and move it to ``map_location``; ValueError where they do not fit its options."""
     for tensor in weights.values():
-        rule.to(tensor.dtype)  # or loading would round
+        rule.to(tensor.dtype)  # otherwise loading would round
         break
     try:
         rule.load_state_dict(weights, strict=True)
@@ -247,7 +246,7 @@ def _with_weights(rule: _Saved, weights: Mapping[str, Tensor], path: Path, map_l
 
 
 def shipped_folder(name: str) -> Path:
-    """The folder of a rule that ships with the package; ValueError for a name that does not, with those that do."""
+    """The folder of a rule that ships with the package; ValueError for an unknown name."""
     shipped = _shipped()
     if name not in shipped:
         raise ValueError(f"pretrained rule must be one of {', '.join(shipped) or '(none installed)'}, got {name!r}")
@@ -261,7 +260,7 @@ def _shipped() -> dict[str, Path]:
 
 
 def _find(name_or_path: str | Path, fetch: dict[str, Any]) -> Path:
-    """The folder of a rule; one that does not ship, and is no folder here, is fetched from the Hub."""
+    """The folder of a rule: a local folder, a shipped rule, or a download from the Hub."""
     folder, name, shipped = Path(name_or_path).expanduser(), str(name_or_path), _shipped()
     if folder.is_dir() and (name not in shipped or (folder / CONFIG).exists()):
         return folder
@@ -284,7 +283,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _read_config(folder: Path, options: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:
-    """The options in config.json; ValueError where a file or an option is missing, or of another type."""
+    """The options in config.json; ValueError where a file or an option is missing, unknown or of a wrong type."""
     config = folder / CONFIG
     _check_files(folder)
     try:
@@ -307,7 +306,7 @@ def _read_config(folder: Path, options: dict[str, Any], optional: tuple[str, ...
 
 
 def _is_of(value: Any, kind: Any) -> bool:
-    """Whether a value of a JSON file is what an annotation says: a bool is no number, an integer is a float."""
+    """Whether a JSON value matches an annotation; a bool is no number, and an integer may stand for a float."""
     if kind is Any:
         return True
     kinds = typing.get_args(kind) or (kind,)
@@ -317,12 +316,12 @@ def _is_of(value: Any, kind: Any) -> bool:
 
 def _kind(kind: Any) -> str:
     words = {int: "an integer", float: "a number", bool: "true or false", str: "a text", type(None): "null"}
-    words[Tensor] = "null"  # learned, and among the weights
+    words[Tensor] = "null"  # learned, so saved with the weights
     return " or ".join(words[each] for each in typing.get_args(kind) or (kind,))
 
 
 def _check_weights(where: str, tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError unless all weights are finite and of one dtype that rules have."""
+    """Raise ValueError unless all weights are finite and of one supported dtype."""
     dtypes = {tensor.dtype for tensor in tensors.values()}
     for name, tensor in tensors.items():
         if tensor.dtype not in _WEIGHT_DTYPES:

@@ -1,7 +1,7 @@
-"""What an update rule is: a module that turns parameters, gradients and a state into new parameters and a new state.
+"""The update rule protocol: modules that map parameters, gradients and a state to new parameters and a new state.
 
-A rule is functional: it changes none of its arguments and keeps nothing between calls, so that a graph can run through
-any number of steps and one rule can serve many problems at once. Its own weights are what is meta-learned.
+A rule is functional: it changes none of its arguments and keeps nothing between calls, so autograd works through any
+number of steps and one rule can serve many problems at once. Its own weights are meta-learned.
 
 Axis legend: T tasks, N coordinates (scalar parameters of all tasks), ``*shape`` the shape of one parameter tensor.
 """
@@ -22,7 +22,7 @@ from metakern.core.torch_private import pytree
 #: A tensor, or a dict, list or tuple (nested at will) of tensors: parameters, or gradients of the same structure.
 Params = Any
 
-#: What a rule carries from step to step: any pytree whose leaves are tensors. Only its rule looks inside.
+#: A rule's state between steps: any pytree of tensors. Its structure is private to the rule.
 State = Any
 
 _Tree = TypeVar("_Tree")
@@ -31,10 +31,9 @@ _Tree = TypeVar("_Tree")
 class Rule(nn.Module):
     """Base class of update rules; a rule implements :meth:`init_state` and :meth:`forward`.
 
-    Params are named tensors in a dict, and any other pytree of tensors works too. They are [*shape] each, or, for T
-    tasks side by side, [T, *shape] each. Whether there is a task axis is said once, by ``init_state(params,
-    tasks=True)``, and the state keeps it for the steps that follow. Rules that treat every coordinate alike do not
-    depend on it.
+    Params are a dict of named tensors, or any other pytree of tensors, [*shape] each, or [T, *shape] each for T tasks.
+    ``init_state(params, tasks=True)`` declares the task axis, and the state records it for the following steps.
+    Coordinatewise rules do not depend on it.
 
     A rule that counts steps keeps the count in its state, as an integer tensor: [] or, where tasks may have taken
     different numbers of steps, [T].
@@ -42,10 +41,10 @@ class Rule(nn.Module):
     Attributes:
         needs_loss: whether ``forward`` needs the argument ``loss``
         horizon: steps that the rule was meta-trained for, or None
-        trained_on: what it was meta-trained on, in words, or None
-        title: how figures and tables call it
-        advice_for_other_networks: how to use it where it was not meta-trained, for its model card
-        advice_beyond_horizon: what LearnedOptimizer's warning says to do after ``horizon`` steps
+        trained_on: description of the meta-training tasks, or None
+        title: name in figures and tables
+        advice_for_other_networks: how to use the rule on other networks, for its model card
+        advice_beyond_horizon: advice in LearnedOptimizer's warning after ``horizon`` steps
     """
 
     needs_loss: ClassVar[bool] = False
@@ -74,8 +73,8 @@ class Rule(nn.Module):
             params: as for :meth:`init_state`
             grads: of the structure and shapes of ``params``
             state: from :meth:`init_state` or the step before
-            loss: the losses that ``grads`` are the gradients of, [T] with a task axis and [] without; None where the
-                caller has none, which a rule with ``needs_loss`` refuses with a ValueError
+            loss: the losses whose gradients ``grads`` are, [T] with a task axis and [] without; None raises a
+                ValueError if the rule ``needs_loss``
 
         Returns:
             new params in the structure of ``params``, new state
@@ -83,7 +82,7 @@ class Rule(nn.Module):
         raise NotImplementedError
 
     def initialisation(self) -> Mapping[str, Tensor] | None:
-        """The initial parameters that the rule learns, [*shape] each by name; None if it learns none."""
+        """The learned initial parameters, [*shape] each by name; None if the rule learns none."""
         return None
 
     @torch.no_grad()
@@ -97,7 +96,7 @@ class Rule(nn.Module):
             grads: of the structure and shapes of ``params``
             state: from :meth:`init_state` or the step before
             lr: factor of the update
-            loss: the losses that ``grads`` are the gradients of
+            loss: the losses whose gradients ``grads`` are
         """
         new, new_state = self(params, grads, state, loss=loss)
         for old, p in zip(pytree.tree_leaves(params), pytree.tree_leaves(new), strict=True):
@@ -106,47 +105,47 @@ class Rule(nn.Module):
             old.copy_(x)
 
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
-        """The state of some tasks: what the rule would carry if it had stepped those alone.
+        """The state of a subset of tasks, as if the rule had stepped those alone.
 
         Args:
             state: of T tasks
             index: integers [T'], or bool [T]
-            params: that the state belongs to, [T, *shape] each
+            params: the state's parameters, [T, *shape] each
         """
         del params  # rules that pack coordinates need it
         return pytree.tree_map_only(Tensor, lambda x: x[index] if x.dim() else x, state)
 
     @property
     def device(self) -> torch.device | None:
-        """Where its weights are; None for a rule without any, which serves params anywhere."""
+        """Device of the weights; None for a rule without weights, which works on any device."""
         weight = next(itertools.chain(self.parameters(), self.buffers()), None)
         return None if weight is None else weight.device
 
     def plain(self) -> Rule | None:
-        """The same rule without fused kernels, the peer of its speed-ups; None for a rule without a kernel."""
+        """The same rule without fused kernels, the baseline for speed-ups; None for a rule without a kernel."""
         return None
 
     def state_header(self) -> dict[str, Any]:
-        """What the rule of a checkpoint of states must agree in: plain data."""
+        """Plain data that must be equal for the rule that saved a checkpoint and the rule that loads it."""
         return {"rule": type(self).__name__}
 
     def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
-        """What a checkpoint holds of one parameter's state: tensors whose meaning no kernel's layout decides.
+        """One parameter's state for a checkpoint, independent of any kernel's memory layout.
 
         Args:
-            tensors: the state of the parameter, by name
-            number: its coordinates
+            tensors: the parameter's state, by name
+            number: its number of coordinates
         """
         del number
         return dict(tensors)
 
     def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
-        """The state of one parameter from what :meth:`export_state` gave, copied to the dtype and device of now.
+        """One parameter's state from the result of :meth:`export_state`, copied to the current dtype and device.
 
         Args:
             saved: the entry of a checkpoint
-            param: whose state it is
-            name: how messages call the parameter
+            param: the parameter
+            name: its name in messages
 
         Raises:
             ValueError: for an entry that does not fit.
@@ -155,19 +154,19 @@ class Rule(nn.Module):
         return {key: check_saved(saved, key, like[key], name).to(like[key], copy=True) for key in like}
 
     def described(self) -> str:
-        """What the rule is, for its model card."""
+        """Description for the model card."""
         return f"An update rule: {type(self).__name__}({self.extra_repr()})."
 
 
 @dataclass(frozen=True, eq=False)
 class RuleState:
-    """The state of a rule that goes tensor by tensor; a pytree.
+    """The state of a tensorwise rule; a pytree.
 
-    With tasks, each tensor in it leads with the task axis, or is [] and the same for all tasks.
+    With tasks, each tensor in it has the task axis first, or is [] and the same for all tasks.
 
     Attributes:
         per_tensor: a dict of named tensors for each tensor of params, in the order of the tree
-        shared: what belongs to no single tensor, by name
+        shared: tensors that belong to no single tensor of params, by name
         tasks: whether params have a task axis
     """
 
@@ -190,7 +189,7 @@ pytree.register_pytree_node(
 
 
 def named_state(state: State) -> dict[str, Tensor]:
-    """The tensors of one parameter's state by name; those of a state that is no RuleState are numbered."""
+    """The tensors of one parameter's state by name; numbered if the state is no RuleState."""
     if isinstance(state, RuleState):
         (tensors,) = state.per_tensor
         return tensors
@@ -198,13 +197,13 @@ def named_state(state: State) -> dict[str, Tensor]:
 
 
 def detached(tree: _Tree) -> _Tree:
-    """The same tree of params or state, cut off from the graph."""
+    """Detach every tensor of a tree of params or state."""
     cut: _Tree = pytree.tree_map_only(Tensor, Tensor.detach, tree)
     return cut
 
 
 def moved(tree: _Tree, *args: Any, **kwargs: Any) -> _Tree:
-    """The same tree with ``x.to(*args, **kwargs)`` of every floating tensor; of the others the dtype stays."""
+    """Apply ``x.to(*args, **kwargs)`` to every tensor of a tree; non-floating tensors keep their dtype."""
 
     def move(x: Tensor) -> Tensor:
         to = x.to(*args, **kwargs)
@@ -215,7 +214,7 @@ def moved(tree: _Tree, *args: Any, **kwargs: Any) -> _Tree:
 
 
 def named_leaves(params: Params) -> dict[str, Tensor]:
-    """The tensors of params by name: the keys on the way to each, joined by dots; "params" for a single tensor."""
+    """The tensors of params by name: their paths of keys, joined by dots; "params" for a single tensor."""
     if type(params) is dict and all(isinstance(p, Tensor) for p in params.values()):
         return params
     if isinstance(params, Tensor):
@@ -225,7 +224,7 @@ def named_leaves(params: Params) -> dict[str, Tensor]:
 
 
 def matched_leaves(params: Params, grads: Params) -> tuple[list[Tensor], list[Tensor], Rebuild]:
-    """The tensors of params and those of grads, and what makes a tree of this structure of other tensors.
+    """The tensors of params and of grads, and a function that rebuilds their tree from new tensors.
 
     Raises:
         ValueError: for structures, shapes or devices that differ
@@ -255,7 +254,7 @@ def matched_leaves(params: Params, grads: Params) -> tuple[list[Tensor], list[Te
 
 
 def tensor_leaves(params: Params, *, tasks: bool = False) -> list[Tensor]:
-    """The tensors of params; TypeError for leaves that are none, ValueError where they lack a common task axis."""
+    """The tensors of params; TypeError for other leaves, ValueError if ``tasks`` and they share no task axis."""
     leaves = pytree.tree_leaves(params)
     for index, leaf in enumerate(leaves):
         check_leaf(leaf, "params", index)
@@ -266,7 +265,7 @@ def tensor_leaves(params: Params, *, tasks: bool = False) -> list[Tensor]:
 
 
 def check_loss(rule: Rule, loss: Tensor | None) -> Tensor | None:
-    """The losses if the rule needs them; ValueError where it does and there are none."""
+    """``loss`` if the rule needs it, else None; ValueError if it is needed and missing."""
     if not rule.needs_loss:
         return None
     if loss is None:
@@ -275,7 +274,7 @@ def check_loss(rule: Rule, loss: Tensor | None) -> Tensor | None:
 
 
 def check_saved(saved: Mapping[str, Any], key: str, like: Tensor, name: str) -> Tensor:
-    """The tensor of a checkpoint's entry; ValueError unless it has the shape and kind of another."""
+    """The tensor ``key`` of a checkpoint's entry; ValueError unless it has the shape and kind of dtype of ``like``."""
     value = saved.get(key)
     kinds = (torch.float32, torch.float64, torch.bfloat16) if like.is_floating_point() else (like.dtype,)
     if not isinstance(value, Tensor) or value.dtype not in kinds or value.shape != like.shape or value.is_sparse:
@@ -286,29 +285,29 @@ def check_saved(saved: Mapping[str, Any], key: str, like: Tensor, name: str) -> 
 
 
 def check_leaf(leaf: Any, name: str, index: int) -> None:
-    """Raise TypeError unless a leaf of a tree is a tensor."""
+    """Raise TypeError unless a leaf is a tensor."""
     if not isinstance(leaf, Tensor):
         raise TypeError(f"{name} must hold tensors only, got {type(leaf).__name__} as leaf {index}")
 
 
 def flatten(leaves: Sequence[Tensor]) -> Tensor:
-    """All coordinates in one tensor [N]; mixed dtypes are promoted."""
+    """Flatten and concatenate to one tensor [N]; mixed dtypes are promoted."""
     return leaves[0].reshape(-1) if len(leaves) == 1 else torch.cat([leaf.reshape(-1) for leaf in leaves])
 
 
 def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """The tensors whose coordinates are [N], in the shapes and dtypes of others."""
+    """Split [N] into tensors of the shapes and dtypes of ``like``; the inverse of :func:`flatten`."""
     pieces = [flat] if len(like) == 1 else flat.split([leaf.numel() for leaf in like])
     return [piece.view(p.shape).to(p.dtype) for piece, p in zip(pieces, like, strict=True)]
 
 
 def loss_of_coordinates(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """The losses [T] or [] as [N], each at the coordinates of its task."""
+    """Expand losses [T] or [] to [N], each to the coordinates of its task."""
     return flatten([(loss.view(-1, *[1] * (p.dim() - 1)) if loss.dim() else loss).expand(p.shape) for p in leaves])
 
 
 def coordinates_of_tasks(index: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """Where the coordinates of some tasks stand among all N, as :func:`flatten` orders them: integers [N']."""
+    """Indices [N'] of the coordinates of some tasks among all N, in the order of :func:`flatten`."""
     places = torch.arange(sum(p.numel() for p in leaves), device=index.device)
     pieces = places.split([p.numel() for p in leaves])
     return flatten([piece.view(p.shape)[index] for piece, p in zip(pieces, leaves, strict=True)])

@@ -1,4 +1,4 @@
-"""Learning rates of the inner loop: checked, and brought into one form.
+"""Checks and normalization of the inner loop's learning rates.
 
 Axis legend: K inner steps, ``*shape`` the shape of one parameter tensor of the model.
 """
@@ -19,7 +19,7 @@ from metakern.core.checks import check_rate
 
 @dataclass(frozen=True)
 class LearningRates:
-    """α in the form that inner_update's reference takes: ``values``, selected by step or not."""
+    """α in the form of inner_update's reference; with ``per_step``, ``values`` have a leading axis [K]."""
 
     values: float | Tensor | list[Tensor]
     per_step: bool
@@ -30,11 +30,11 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int | None) -> 
 
     Args:
         lr: see :func:`metakern.adapt`; in a mapping, names or glob patterns
-        params: what is adapted, each [*shape]
-        steps: K; None where no rate goes by step
+        params: the adapted parameters, each [*shape]
+        steps: K; None if no rate differs by step
     """
-    # What most calls bring, before the kinds that cost to recognise. A rate that changes between calls is symbolic to
-    # torch.compile, which compares it, but cannot ask math.isfinite.
+    # The most frequent case first, as the others are slower to recognise. Comparisons in place of math.isfinite, which
+    # torch.compile does not trace for a symbolic float (a rate that changes between calls).
     if isinstance(lr, float) and -math.inf < lr < math.inf:
         return LearningRates(lr, False)
     if isinstance(lr, (Mapping, nn.ParameterDict)):
@@ -55,16 +55,16 @@ def learning_rates(lr: Any, params: Mapping[str, Tensor], steps: int | None) -> 
 
 
 def rates_by_name(lr: Any, names: Sequence[str], *, strict: bool = True) -> dict[str, Any]:
-    """The entry for each of ``names`` in a mapping by name or glob pattern: its own, else the first that matches.
+    """The entry for each of ``names`` in a mapping by name or glob pattern: the exact name, else the first match.
 
     Args:
         lr: the mapping
-        names: of parameters
-        strict: whether every entry must serve one of them
+        names: parameter names
+        strict: whether every entry must be used
 
     Raises:
-        ValueError: for a name without an entry, and for a pattern that matches none or comes after one that leaves it
-            nothing.
+        ValueError: for a name without an entry, and for a pattern that matches no name or none that earlier patterns
+            leave.
     """
     patterns = {key: matching(key) for key in lr if isinstance(key, str) and key not in names}
     matches = {key: [name for name in names if pattern.fullmatch(name)] for key, pattern in patterns.items()}
@@ -88,18 +88,18 @@ def rates_by_name(lr: Any, names: Sequence[str], *, strict: bool = True) -> dict
 
 
 def matching(pattern: str) -> re.Pattern[str]:
-    """The expression of a glob pattern, in which ``*`` stands for any characters and ``?`` for one."""
-    # fnmatch would be the same; torch.compile does not trace it.
+    """The regular expression of a glob pattern: ``*`` matches any characters, ``?`` one."""
+    # Not fnmatch, which torch.compile does not trace.
     return re.compile("".join({"*": ".*", "?": "."}.get(c) or re.escape(c) for c in pattern))
 
 
 def real_dtype(p: Tensor) -> torch.dtype:
-    """The dtype of a learning rate for the parameter: its own, or that of a complex parameter's parts."""
+    """The dtype of a parameter's learning rate: its own, or the real dtype of a complex parameter."""
     return p.dtype.to_real() if p.is_complex() else p.dtype
 
 
 def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], steps: int | None) -> LearningRates:
-    """α from one entry a parameter tensor."""
+    """α from one entry per parameter tensor."""
     values, layouts = {}, {}
     for name, rate in rates.items():
         p = params[name]
@@ -124,7 +124,7 @@ def _rates_of_tensors(rates: Mapping[str, Any], params: Mapping[str, Tensor], st
 
 
 def _layouts(name: str, value: Tensor, p: Tensor, steps: int | None) -> set[str]:
-    """What the shape of a learning rate may mean: "tensor" [], "parameter" [*shape], "step" [K] or [K, *shape]."""
+    """Possible meanings of a rate's shape: "tensor" [], "parameter" [*shape], "step" [K] or [K, *shape]."""
     if value.dim() == 0:
         return {"tensor"}
     if value.dtype != real_dtype(p):

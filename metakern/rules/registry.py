@@ -1,4 +1,4 @@
-"""Rules by name: what a saved rule's file says, and what loading one looks up."""
+"""Registry of rule classes by name, used to load saved rules."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ def register(rule: _R) -> _R: ...
 @overload
 def register(rule: None = None, *, name: str) -> Callable[[_R], _R]: ...
 def register(rule: _R | None = None, *, name: str | None = None) -> _R | Callable[[_R], _R]:
-    """Make a class of rules known by its name, so that :func:`metakern.rules.load` finds it; a decorator.
+    """Decorator: register a rule class by name, so that :func:`metakern.rules.load` finds it.
 
     Args:
         rule: a subclass of :class:`metakern.rules.Rule`
-        name: what saved files call it; default: the class's own name
+        name: its name in saved files; default: the class's own name
 
     Raises:
-        TypeError: for anything else than such a class
-        ValueError: for a name that another class has.
+        TypeError: for anything but such a class
+        ValueError: for a name taken by another class.
 
     Example:
         >>> @register
@@ -40,7 +40,7 @@ def register(rule: _R | None = None, *, name: str | None = None) -> _R | Callabl
             raise TypeError(f"rule must be a subclass of metakern.rules.Rule, got {got}")
         chosen = rule.__name__ if name is None else name
         known = _rules.get(chosen)
-        # A module that is loaded again, or a cell of a notebook that is run again, defines the same class anew.
+        # A reloaded module, or a notebook cell run again, redefines the same class.
         if known is not None and (known.__module__, known.__qualname__) != (rule.__module__, rule.__qualname__):
             raise ValueError(f"name {chosen!r} is that of {known.__module__}.{known.__qualname__}; choose another")
         _rules[chosen] = rule
@@ -50,10 +50,10 @@ def register(rule: _R | None = None, *, name: str | None = None) -> _R | Callabl
 
 
 def get(name: str) -> type[Rule]:
-    """The class of rules that is registered under a name.
+    """The rule class registered under a name.
 
     Raises:
-        ValueError: for a name that is not; the message lists those that are.
+        ValueError: for an unregistered name; the message lists the registered ones.
     """
     if name not in _rules:
         raise ValueError(
@@ -63,5 +63,5 @@ def get(name: str) -> type[Rule]:
 
 
 def name_of(rule: type[Rule]) -> str:
-    """The name that a class is registered under, or its own."""
+    """The registered name of a class, or else its own."""
     return next((name for name, known in _rules.items() if known is rule), rule.__name__)

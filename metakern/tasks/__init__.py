@@ -1,4 +1,4 @@
-"""Distributions of tasks. They know nothing of operators and rules."""
+"""Task distributions: episodes, regression, problems for learned optimizers. Independent of operators and rules."""
 
 from metakern.tasks.classic_functions import ClassicFunction
 from metakern.tasks.digit_networks import DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN

@@ -1,4 +1,4 @@
-"""Images on disk: decoded once, then read from one file beside them."""
+"""Image loading with a cache of decoded images on disk."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from metakern.core.files import write_whole
 from metakern.core.requirements import required
 from metakern.core.warn import warn_user
 
-#: The folder, within that of the data set, of decoded images.
+#: Cache folder of decoded images, within the data set's folder.
 CACHE = ".metakern-cache"
 
 _CHECKSUM_BYTES = 4
@@ -28,19 +28,19 @@ _CHECKSUM_BYTES = 4
 def load_images(root: Path, files: Sequence[Path], name: str, mode: str, size: int) -> Tensor:
     """Images of ``files`` as ``uint8`` [M, channels, size, size], in their order.
 
-    The first call decodes them and writes them to a file in ``root``; later calls map that file into memory, as long as
-    the paths, sizes and modification times of all files are the same, and its checksum is right. Where it cannot be
-    written, a warning says so.
+    The first call decodes them and writes a cache file in ``root``; later calls map that file into memory, as long as
+    the paths, sizes and modification times of all images are unchanged and the file's checksum is right. If the cache
+    cannot be written, the call warns.
 
     Args:
         root: the folder of the data set
         files: image files within it
-        name: tells the caches of one folder apart
-        mode: Pillow's: "L" for one grey channel, "RGB" for three
-        size: height and width that images are resized to, by Lanczos's filter
+        name: distinguishes several caches in one folder
+        mode: Pillow's image mode: "L" for one grey channel, "RGB" for three
+        size: height and width to which images are resized, by Lanczos's filter
 
     Raises:
-        FileNotFoundError: for a file that is not there.
+        FileNotFoundError: for a missing file.
         ValueError: for a file that is no image, or a damaged one.
     """
     shape = (len(files), len(mode), size, size)
@@ -54,17 +54,17 @@ def load_images(root: Path, files: Sequence[Path], name: str, mode: str, size: i
 
 
 def image_files(folder: Path, *suffixes: str) -> list[Path]:
-    """The files of a folder that end so, in upper or lower case, by name; hidden ones are left out."""
+    """The files of a folder with one of the suffixes, in any case, sorted by name; hidden files are left out."""
     return sorted(x for x in folder.iterdir() if x.suffix.lower() in suffixes and not x.name.startswith("."))
 
 
 def subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, by name; hidden ones are left out."""
+    """The subfolders of a folder, sorted by name; hidden ones are left out."""
     return sorted(x for x in folder.iterdir() if x.is_dir() and not x.name.startswith("."))
 
 
 def _fingerprint(root: Path, files: Sequence[Path], mode: str) -> str:
-    """Of all that the decoded images depend on, but for their size."""
+    """Hash of everything that the decoded images depend on, except their size."""
     digest = hashlib.sha256(mode.encode())
     for file in files:
         try:
@@ -76,9 +76,9 @@ def _fingerprint(root: Path, files: Sequence[Path], mode: str) -> str:
 
 
 def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | None:
-    """The images of a cache; None where there is none, or a damaged one, which is then written anew."""
+    """The images of a cache; None if it is missing or damaged, so that the caller writes it anew."""
     try:
-        # Copy-on-write: torch wants writable memory, the file stays as it is.
+        # Copy-on-write: torch wants writable memory, but the file must not change.
         images: np.ndarray[Any, Any] = np.load(cache, mmap_mode="c", allow_pickle=False)
         with open(cache, "rb") as file:
             file.seek(-_CHECKSUM_BYTES, os.SEEK_END)
@@ -89,12 +89,12 @@ def _read_cache(cache: Path, shape: tuple[int, ...]) -> np.ndarray[Any, Any] | N
 
 
 def _checksum(images: np.ndarray[Any, Any]) -> bytes:
-    """What follows the images in a cache: their CRC-32, a second for a gigabyte. Readers of .npy pass over it."""
+    """CRC-32 of the images, appended to the cache; takes a second per gigabyte. Readers of .npy ignore it."""
     return zlib.crc32(images.data).to_bytes(_CHECKSUM_BYTES, "big")
 
 
 def _write_cache(cache: Path, prefix: str, images: np.ndarray[Any, Any]) -> None:
-    """Write images; a cache is whole or not there. Others of the prefix go."""
+    """Write images atomically, and delete other caches of the same prefix."""
 
     def write(file: IO[bytes]) -> None:
         np.save(file, images, allow_pickle=False)
@@ -132,7 +132,7 @@ def _decode(files: Sequence[Path], mode: str, shape: tuple[int, ...], name: str)
 
 
 def _decode_one(file: Path, mode: str, size: int) -> np.ndarray[Any, Any]:
-    """One image [channels, size, size]."""
+    """Decode one image to [channels, size, size]."""
     with required():
         from PIL import Image
 

@@ -1,7 +1,7 @@
-"""The classic test functions of optimization, as problems for learned optimizers: same function, other starting points.
+"""Classic test functions of optimization, as problems for learned optimizers that differ in their starting points.
 
-Wichrowska et al. 2017, arXiv 1703.04813, trains on these. Each is shifted so that it is nowhere negative, and written
-so that rounding does not make it so; all but Michalewicz's are 0 at their minima.
+Wichrowska et al. 2017, arXiv 1703.04813, trains on these. Each is shifted to be nonnegative everywhere, and written
+to stay nonnegative under rounding; all but Michalewicz's are 0 at their minima.
 
 Axis legend: T problems, D coordinates (the parameters of a problem).
 """
@@ -24,11 +24,11 @@ class Function:
     """A test function.
 
     Attributes:
-        value: of points [T, D], [T]
-        box: (low, high) of every coordinate, where starting points are drawn
-        minima: known points of the least value in the box, in two dimensions
-        least: the value there
-        any_dim: whether it is one of any D; else D is 2
+        value: maps points [T, D] to values [T]
+        box: (low, high) of every coordinate; starting points are drawn from it
+        minima: known global minimizers in the box, in two dimensions
+        least: the value at the minima
+        any_dim: whether the function is defined for any D; else D is 2
     """
 
     value: Callable[[Tensor], Tensor]
@@ -70,7 +70,7 @@ def _branin(x: Tensor) -> Tensor:
 def _log_sum_exp(x: Tensor) -> Tensor:
     """log(e^(x+3y) + e^(x-3y) + e^-x), less its minimum 1.5·log 2 (Boyd & Vandenberghe 2004, equation 9.20)."""
     x, y = x.unbind(1)
-    return (torch.stack([x + 3 * y, x - 3 * y, -x]).logsumexp(0) - 1.5 * math.log(2)).clamp(min=0)  # of rounding
+    return (torch.stack([x + 3 * y, x - 3 * y, -x]).logsumexp(0) - 1.5 * math.log(2)).clamp(min=0)  # rounding
 
 
 def _matyas(x: Tensor) -> Tensor:
@@ -127,7 +127,7 @@ class ClassicFunction(EndlessProblems):
 
     Args:
         name: one of :data:`FUNCTIONS`
-        dim: D; other than 2 for ackley, michalewicz, rosenbrock and styblinski_tang only
+        dim: D; must be 2 except for ackley, michalewicz, rosenbrock and styblinski_tang
 
     Raises:
         ValueError: for an unknown name, and for a dimension that the function does not have.
@@ -148,7 +148,7 @@ class ClassicFunction(EndlessProblems):
 
 
 class FunctionBatch(ProblemBatch):
-    """T searches for the minimum of one function; every loss is on all there is."""
+    """T minimisations of one function from different starting points; there are no minibatches."""
 
     def __init__(self, problem: ClassicFunction, num_tasks: int, generator: torch.Generator) -> None:
         super().__init__(num_tasks, generator)

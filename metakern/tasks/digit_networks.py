@@ -1,8 +1,8 @@
 """Small networks that learn scikit-learn's handwritten digits, as problems for learned optimizers.
 
 The problem of Andrychowicz et al. 2016, arXiv 1606.04474, section 3.2, on 8×8 digits in place of MNIST, and the kinds
-of network that arXiv 2110.14459 trains: logistic regression, fully connected, convolutional and recurrent. A split has
-images of its own, so that a test network learns from images that no training network has seen.
+of network that arXiv 2110.14459 trains: logistic regression, fully connected, convolutional and recurrent. The splits
+share no images, so test networks learn from images that no training network has seen.
 
 Axis legend: T networks, B samples of a minibatch.
 """
@@ -21,7 +21,7 @@ from metakern.tasks.distribution import check_split
 from metakern.tasks.network_problems import NetworkProblem
 from metakern.tasks.optimizees import check_params
 
-#: Images of each split of scikit-learn's 1,797 handwritten digits.
+#: Ranges of image indices of each split of scikit-learn's 1,797 handwritten digits.
 DIGITS_SPLITS = {"train": (0, 1000), "valid": (1000, 1397), "test": (1397, 1797)}
 
 
@@ -37,7 +37,7 @@ def load_digits(split: str) -> tuple[Tensor, Tensor]:
     return images.flatten(1)[chosen], labels[chosen]
 
 
-#: Pixels of a side of an image, and classes.
+#: Side of an image in pixels, and number of classes.
 SIDE, CLASSES = 8, 10
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "tanh": nn.Tanh, "relu": nn.ReLU}
@@ -68,7 +68,7 @@ class DigitsMLP(NetworkProblem):
         return nn.Sequential(first, _ACTIVATIONS[self.activation](), second)
 
     def losses(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy [T] of params, without vmap, which takes longer than networks this small."""
+        """Cross entropy [T] of params, without vmap, whose overhead exceeds the work of networks this small."""
         params = check_params(params, self.shapes)
         w1, b1, w2, b2 = (params[name] for name in self.shapes)
         hidden = torch.baddbmm(b1.unsqueeze(1), inputs, w1.mT)
@@ -95,7 +95,7 @@ class DigitsCNN(NetworkProblem):
     """Classifiers with two 3×3 convolutions of stride 2 and ReLU, 8×8 → 4×4 → 2×2, and a linear layer.
 
     Args:
-        channels: of the first convolution; the second has twice as many
+        channels: output channels of the first convolution; the second has twice as many
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
     """
@@ -124,7 +124,7 @@ class DigitsRNN(NetworkProblem):
     """Classifiers that read an image row by row: 8 steps of a tanh RNN, and a linear layer on the last hidden state.
 
     Args:
-        hidden_size: units
+        hidden_size: units of the hidden state
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
     """
@@ -137,7 +137,7 @@ class DigitsRNN(NetworkProblem):
 
 
 class RowRNN(nn.Module):
-    """h' = tanh(U·row + V·h) over the rows of an image, then a linear layer; ``nn.RNN`` does not go through vmap."""
+    """h' = tanh(U·row + V·h) over the rows of an image, then a linear layer; vmap does not support ``nn.RNN``."""
 
     def __init__(self, hidden_size: int) -> None:
         super().__init__()

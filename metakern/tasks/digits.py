@@ -1,4 +1,4 @@
-"""Few-shot episodes of scikit-learn's 1,797 handwritten digits, 8×8: they come with the library, nothing is downloaded.
+"""Few-shot episodes of scikit-learn's 1,797 handwritten digits, 8×8, which come with that library (no download).
 
 Axis legend: T tasks, N ways, M images.
 """
@@ -17,28 +17,28 @@ from metakern.core.memo import outside_modes
 from metakern.core.requirements import required
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
-#: The digits of each split. A 6 that is turned looks like a 9, so one split has both; none of the others is a digit of
-#: another split when it is turned.
+#: The digits of each split. A rotated 6 looks like a 9, so one split has both; no other digit looks like one of another
+#: split when rotated.
 DIGITS = {"train": (0, 1, 5, 6, 8, 9), "valid": (2, 3), "test": (4, 7)}
 
 
 def invert(images: Tensor) -> Tensor:
-    """Ink and paper exchanged."""
+    """Images with ink and paper swapped."""
     return 1 - images
 
 
 def blur(images: Tensor) -> Tensor:
-    """Every pixel of images [M, 1, 8, 8] is the mean of the 3×3 around it; beyond the border there is nothing."""
+    """Box blur of images [M, 1, 8, 8]: means over 3×3 pixels, with zeros beyond the border."""
     return F.avg_pool2d(images, 3, stride=1, padding=1)
 
 
 def permute(images: Tensor) -> Tensor:
-    """The 64 pixels in another order, always the same."""
+    """Images with their 64 pixels in a fixed random order."""
     order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
     return images.flatten(1)[:, order].view_as(images)
 
 
-#: What a task may see its images through.
+#: Image transformations of the domains, by name.
 DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": torch.clone,
     "inverted": invert,
@@ -50,14 +50,14 @@ DOMAINS: dict[str, Callable[[Tensor], Tensor]] = {
 class Digits(FewShotEpisodes):
     """N-way episodes of digits; each digit under each of four rotations is a class.
 
-    24 classes are to train on, 8 to validate and 8 to test. A split has digits of its own, :data:`DIGITS`: no digit of
-    the test was ever seen. A 0, 1 or 8 that is turned by 180 degrees is hardly another class, nor is a 6 from a turned
-    9: the training split has these, so its accuracy stays below 1 (and that of validation too, for the turned 2).
+    There are 24 classes to train on, 8 to validate and 8 to test. The splits share no digits, :data:`DIGITS`. A 0, 1 or
+    8 rotated by 180 degrees hardly differs from the original, nor a 6 from a rotated 9: the training split has these,
+    so its accuracy stays below 1 (as does that of validation, because of the rotated 2).
 
     Args:
-        domains: names out of :data:`DOMAINS`; every task sees its images through one of them, and ``modes`` says
-            through which, counted as they are given here. Default: the images as they are, without ``modes``
-        flat: images as vectors [64], otherwise [1, 8, 8]; float32 from 0, paper, to 1
+        domains: names from :data:`DOMAINS`; the images of a task are transformed by one of them, and ``modes`` holds
+            its index in this list. Default: the images as they are, without ``modes``
+        flat: images as vectors [64], otherwise [1, 8, 8]; float32 from 0, paper, to 1, ink
         options: ``ways``, at most 8 for validation and test, ``support``, ``query`` and ``split`` of
             :class:`FewShotEpisodes`
 
@@ -81,7 +81,7 @@ class Digits(FewShotEpisodes):
 @functools.cache
 @outside_modes()
 def all_digits() -> tuple[Tensor, Tensor]:
-    """The images [1797, 8, 8] in [0, 1], float32, and the digits that they show, 64-bit integers; not to be changed."""
+    """All images [1797, 8, 8] in [0, 1], float32, and their labels, 64-bit integers; cached: do not change them."""
     with required():
         from sklearn.datasets import load_digits
 

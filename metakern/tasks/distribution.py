@@ -1,4 +1,4 @@
-"""What a distribution of tasks is: two methods draw batches of tasks, and a batch of few-shot tasks is five tensors.
+"""Interfaces of task distributions and task batches, and the batch of few-shot tasks.
 
 Axis legend: T tasks, S support and Q query samples of a task.
 """
@@ -15,12 +15,12 @@ from torch import Tensor
 from metakern.core.torch_private import parse_to
 from metakern.core.trees import Data, first_tensor, map_tensors, named_tensors
 
-#: The splits of every distribution: to meta-train on, to choose by, and to report.
+#: The splits of every distribution: for meta-training, for tuning, and for the final test.
 SPLITS = ("train", "valid", "test")
 
 
 class ShortRepr:
-    """A repr of the class's name and its settings: attributes that are numbers, strings, or others of this kind."""
+    """Mixin: a repr of the class name and its settings, the attributes that are numbers, strings or ShortRepr."""
 
     def __repr__(self) -> str:
         def is_short(value: Any) -> bool:
@@ -38,37 +38,37 @@ class TaskBatch(Protocol):
     num_tasks: int
 
     def select(self, tasks: slice) -> TaskBatch:
-        """Some of the tasks. They are the same, whatever else is in the batch: so processes share a batch."""
+        """Some of the tasks, independent of the rest of the batch, so that processes can share a batch."""
         ...
 
 
 @runtime_checkable
 class TaskDistribution(Protocol):
-    """A distribution of tasks. A user's own is a class with these two methods."""
+    """A distribution of tasks; any class with these two methods is one."""
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
-        """Draw a :class:`TaskBatch` of ``num_tasks`` tasks; ``generator`` decides them and all randomness in them."""
+        """Draw a :class:`TaskBatch` of ``num_tasks`` tasks; all randomness comes from ``generator``."""
         ...
 
     def split(self, name: str) -> TaskDistribution:
-        """The same kind of tasks, of which no two splits share one: "train", "valid" or "test"."""
+        """The distribution of one split, "train", "valid" or "test"; no two splits share a task."""
         ...
 
 
 @dataclass(frozen=True, repr=False)
 class Episodes:
-    """T few-shot tasks; every tensor has the task axis first.
+    """A batch of T few-shot tasks; every tensor has the task axis first.
 
-    Inputs of a model that takes several are a tuple of tensors, by position, or a dict of tensors, by keyword. Targets
-    may be several tensors too, or None where the loss takes none.
+    For a model with several inputs they are a tuple of tensors (positional arguments) or a dict of tensors (keyword
+    arguments). Targets may be several tensors too, or None if the loss takes none.
 
     Attributes:
-        support_x: what a task adapts to, [T, S, ...]
-        support_y: its targets, [T, S, ...]; classes [T, S], 64-bit integers
-        query_x: what the adapted model is judged by, [T, Q, ...]
-        query_y: its targets
-        modes: [T], 64-bit integers: the component of a mixture, or the domain, that a task comes from; for evaluation:
-            no learner sees it but the oracle, :class:`metakern.learners.ClusteredLearner` with ``assign="modes"``
+        support_x: inputs to adapt to, [T, S, ...]
+        support_y: their targets, [T, S, ...]; class labels [T, S], 64-bit integers
+        query_x: inputs to evaluate the adapted model on, [T, Q, ...]
+        query_y: their targets
+        modes: [T], 64-bit integers: index of the mixture component, or of the domain, of every task; for evaluation:
+            only the oracle, :class:`metakern.learners.ClusteredLearner` with ``assign="modes"``, learns from it
 
     Raises:
         TypeError: for anything but tensors, tuples and dicts of them.
@@ -118,7 +118,7 @@ class Episodes:
         return self._map(lambda tensor: tensor[tasks])
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Every tensor as ``Tensor.to`` makes it; integers keep their dtype, as ``nn.Module.to`` keeps them."""
+        """Apply ``Tensor.to`` to every tensor; integers keep their dtype, as in ``nn.Module.to``."""
         device, dtype, non_blocking, _ = parse_to(*args, **kwargs)
         return self._map(lambda x: x.to(device, dtype if x.is_floating_point() else None, non_blocking))
 
@@ -137,6 +137,6 @@ def check_num_tasks(num_tasks: int) -> None:
 
 
 def check_split(name: str) -> None:
-    """Raise ValueError unless it is one of :data:`SPLITS`."""
+    """Raise ValueError unless ``name`` is one of :data:`SPLITS`."""
     if name not in SPLITS:
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Few-shot episodes: of which of N classes is an image, told from S images of each.
+"""Few-shot episodes: N-way classification of images from S examples of each class.
 
 Vinyals et al. 2016, arXiv 1606.04080. Axis legend: T tasks, C classes of a split, N ways, S support and Q query images
 of each class of a task, M images of a split, D domains.
@@ -20,9 +20,8 @@ class ImageClasses:
     """Images of C classes, in one tensor.
 
     Args:
-        images: [M, ...], on the CPU, those of a class beside each other; floating point, or ``uint8`` for 0 to 1 in
-            steps of 1/255
-        counts: how many images each class has, C numbers
+        images: [M, ...], on the CPU, grouped by class; floating point, or ``uint8`` for 0 to 1 in steps of 1/255
+        counts: number of images of each class, C numbers
 
     Raises:
         ValueError: for no classes, and for counts that do not add up to M.
@@ -36,7 +35,7 @@ class ImageClasses:
 
     @classmethod
     def from_list(cls, images: Sequence[Tensor]) -> ImageClasses:
-        """From the images [n, ...] of each class, n as it may be.
+        """From the images [n, ...] of each class; n may differ between classes.
 
         Raises:
             ValueError: for no classes, and for images of different shapes or dtypes.
@@ -49,10 +48,10 @@ class ImageClasses:
 
     @classmethod
     def from_labels(cls, images: Tensor, labels: Tensor) -> ImageClasses:
-        """From images [M, ...] in any order, whose classes ``labels`` [M] names by any integers.
+        """From images [M, ...] in any order and their classes, ``labels`` [M], which may be any integers.
 
         Raises:
-            ValueError: where there is not one label for every image.
+            ValueError: unless there is one label for every image.
         """
         if labels.shape != images.shape[:1]:
             raise ValueError(f"labels must be [{len(images)}], one for every image, got {list(labels.shape)}")
@@ -66,9 +65,9 @@ class ImageClasses:
         return f"ImageClasses(classes={len(self)}, images={list(self.images.shape)})"
 
     def rotated(self) -> ImageClasses:
-        """4·C classes of images [..., H, W]: those here, then those turned by 90, 180 and 270 degrees.
+        """4·C classes of images [..., H, W]: these, then the same rotated by 90, 180 and 270 degrees.
 
-        So Santoro et al. 2016, arXiv 1605.06065, multiply the characters of Omniglot.
+        Santoro et al. 2016, arXiv 1605.06065, augment the characters of Omniglot this way.
         """
         turned = [self.images.rot90(turns, (-2, -1)) for turns in range(4)]
         return ImageClasses(torch.cat(turned), self.counts.tolist() * 4)
@@ -77,20 +76,20 @@ class ImageClasses:
 class FewShotEpisodes(ShortRepr):
     """N-way classification with S support and Q query images of each class.
 
-    Every task draws its classes, which of them has which label, and its images, all without replacement. Support and
-    query sets are ordered by label.
+    Every task draws its classes, their labels and its images, all without replacement. Support and query sets are
+    ordered by label.
 
     Args:
-        classes: for every split its classes: :class:`ImageClasses`, or the images [n, ...] of each; the splits should
-            have no class in common
+        classes: the classes of every split: :class:`ImageClasses`, or the images [n, ...] of each class; the splits
+            should have no class in common
         ways: N
         support: S
         query: Q
-        domains: functions of images [M, ...] as ``classes`` holds them; every task sees all its images through one of
-            them, drawn for each task, and ``modes`` of a batch says through which. The images are kept as each shows
-            them. Default: as they are
+        domains: transformations of images [M, ...] as stored in ``classes``; every task draws one and applies it to all
+            its images, and ``modes`` of a batch holds its index. A transformed copy of all images is kept for each.
+            Default: no transformation
         flat: images as vectors
-        split: whose classes are drawn
+        split: the split to draw classes from
 
     Raises:
         ValueError: for sizes below 1, a split that is not in ``classes``, one of fewer than ``ways`` classes, and one
@@ -136,7 +135,7 @@ class FewShotEpisodes(ShortRepr):
         return Episodes(support_x, support_y, query_x, query_y, modes)
 
     def split(self, name: str) -> Self:
-        """The same episodes of the classes of another split."""
+        """The same episodes with the classes of another split."""
         check_split(name)
         other = copy.copy(self)
         other._choose(name)
@@ -144,7 +143,7 @@ class FewShotEpisodes(ShortRepr):
 
     @property
     def mode_names(self) -> tuple[str, ...]:
-        """What the domains are called: the names of the functions; none where there are no domains."""
+        """Names of the domains, from the functions' names; empty without domains."""
         return tuple(getattr(domain, "__name__", str(domain)) for domain in self.domains)
 
     def _choose(self, split: str) -> None:

@@ -1,6 +1,6 @@
 """Few-shot episodes of miniImageNet: 100 classes of ImageNet with 600 images each (Vinyals et al. 2016).
 
-The images are not part of this package; whoever may use ImageNet makes them from it by the lists of Ravi & Larochelle,
+The images are not part of this package. With access to ImageNet, make them by the lists of Ravi & Larochelle,
 https://github.com/twitter-research/meta-learning-lstm, folder data/miniImagenet.
 """
 
@@ -104,7 +104,7 @@ def _from_list(root: Path, split: str) -> dict[str, list[Path]]:
 
 
 def _check(root: Path, found: Mapping[str, Mapping[str, list[Path]]]) -> None:
-    """Raise ValueError unless there are all classes, each in one split, and all images, each once."""
+    """Raise ValueError unless every class is in exactly one split and every image occurs exactly once."""
     for split, classes in found.items():
         if len(classes) != CLASSES[split]:
             raise ValueError(f"expected {CLASSES[split]} classes in {NAMES[split]} of {root}, found {len(classes)}")

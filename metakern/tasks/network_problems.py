@@ -1,4 +1,4 @@
-"""Any torch network and its data as a problem for learned optimizers, T networks side by side.
+"""Training any torch network on its data, as a problem for learned optimizers: T networks side by side.
 
 Axis legend: T networks, B samples of a minibatch.
 """
@@ -30,14 +30,13 @@ class NetworkProblem(ShortRepr):
 
     Args:
         make: makes the network, which maps inputs [B, ...] to outputs [B, ...] without randomness or running statistics
-        data: inputs [n, ...] and targets [n, ...] of a split, by its name
-        loss: mean loss of the outputs and targets of one network, as ``torch.nn.functional.cross_entropy``
+        data: maps the name of a split to its inputs [n, ...] and targets [n, ...]
+        loss: mean loss of the outputs and targets of one network, such as ``torch.nn.functional.cross_entropy``
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
 
     Raises:
-        ValueError: for a batch size below 1, for networks without parameters, and for parameters whose starting points
-            it cannot draw.
+        ValueError: for a batch size below 1, networks without parameters, and parameters that it cannot initialise.
 
     Example:
         >>> def data(split):
@@ -118,7 +117,7 @@ class NetworkBatch(ProblemBatch):
 
 
 def _start(network: nn.Module, name: str) -> tuple[float | None, float]:
-    """Where a parameter starts: (bound of a uniform draw or None, the constant otherwise)."""
+    """Initial distribution of a parameter: (bound of a uniform draw, or None; the constant used then)."""
     owner, parameter = network.get_submodule(name.rpartition(".")[0]), network.get_parameter(name)
     if isinstance(owner, (nn.Linear, ConvNd)):
         return owner.weight[0].numel() ** -0.5, 0.0

@@ -1,7 +1,7 @@
 """Few-shot episodes of Omniglot: 1,623 characters of 50 alphabets, each drawn by 20 people (Lake et al. 2015).
 
-The images are not part of this package: https://github.com/brendenlake/omniglot, images_background.zip and
-images_evaluation.zip of its folder python.
+The images are not part of this package: get images_background.zip and images_evaluation.zip from the folder python of
+https://github.com/brendenlake/omniglot.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from typing import Any
 from metakern.tasks._images import image_files, load_images, subfolders
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 
-#: The two folders of the data set, and how many characters each has.
+#: The two folders of the data set, and the number of characters in each.
 FOLDERS = {"images_background": 964, "images_evaluation": 659}
 
-#: Drawings of every character.
+#: Number of drawings of every character.
 DRAWINGS = 20
 
-#: Characters to train on and to validate, the first in order; the others are the test.
+#: Number of characters for training and validation, the first in order; the others are for the test.
 TRAINING = 1200
 
-#: Alphabets to validate.
+#: Alphabets for validation, among these characters.
 VALIDATION = ("Armenian", "Bengali", "Early_Aramaic", "Hebrew", "Mkhedruli_(Georgian)")
 
 SIZE = 28
@@ -30,18 +30,18 @@ SIZE = 28
 class Omniglot(FewShotEpisodes):
     """N-way episodes of Omniglot's characters, from ``root``/images_background/ALPHABET/CHARACTER/*.png.
 
-    The split is that of Vinyals et al. 2016, arXiv 1606.04080, as the code of prototypical networks (Snell et al. 2017,
-    arXiv 1703.05175) and torchmeta have it: of the 1,623 characters, those of images_background before those of
-    images_evaluation, each by name, the first 1,200 are for training and the last 423 are the test; of the 1,200 the
-    172 of five alphabets (:data:`VALIDATION`) are for validation. Finn et al. 2017 drew 1,200 at random, 100 of them
-    for validation.
+    The split is that of Vinyals et al. 2016, arXiv 1606.04080, as in the code of prototypical networks (Snell et al.
+    2017, arXiv 1703.05175) and in torchmeta. The 1,623 characters are ordered by name, images_background before
+    images_evaluation: the last 423 are for the test; of the first 1,200, the 172 of five alphabets
+    (:data:`VALIDATION`) are for validation and the others for training. Finn et al. 2017 drew 1,200 at random, 100 of
+    them for validation.
 
     Images are [1, 28, 28], float32, from 0, paper, to 1, ink. They are decoded once and kept in
     ``root``/.metakern-cache.
 
     Args:
-        root: the folder of images_background and images_evaluation
-        rotations: each character under four rotations is four classes, in every split: 4,112 to train on, 688 to
+        root: the folder that holds images_background and images_evaluation
+        rotations: make each character four classes, one per rotation, in every split: 4,112 to train on, 688 to
             validate, 1,692 to test
         options: those of :class:`FewShotEpisodes`; ``support + query`` is at most 20
 

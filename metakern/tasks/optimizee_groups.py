@@ -1,7 +1,7 @@
-"""Problems of several kinds in one batch: those of one kind, whose shapes are the same, are computed together.
+"""Problems of several kinds in one batch, grouped by kind: problems of one group have the same shapes.
 
 A coordinatewise rule takes all params of such a batch as one long vector, so that one launch serves problems of all
-shapes. Axis legend: T problems, G groups of them.
+shapes. Axis legend: T problems, G groups of problems.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class MixedOptimizees(ShortRepr):
 
     Args:
         distributions: the kinds
-        weights: how often each is drawn, to a factor; default: equally often
+        weights: their probabilities, up to a common factor; default: all the same
 
     Raises:
         ValueError: without distributions, and for weights of another number, negative, not finite, or all zero.
@@ -43,7 +43,7 @@ class MixedOptimizees(ShortRepr):
         return MixedOptimizees([distribution.split(name) for distribution in self.distributions], self.weights)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> MixedBatch:
-        """Draw the kind of every problem, then the problems; each kind has a generator of its own from then on."""
+        """Draw the kind of every problem, then the problems, each kind with a generator of its own."""
         check_num_tasks(num_tasks)
         weights = torch.tensor(self.weights, dtype=torch.float64)
         modes = torch.multinomial(weights, num_tasks, replacement=True, generator=generator)
@@ -58,10 +58,10 @@ class MixedOptimizees(ShortRepr):
 
 
 class MixedBatch:
-    """T problems in G groups, one a kind. Params are a tuple of the groups' params, in their order.
+    """T problems in G groups, one group per kind. Params are a tuple of the groups' params, in their order.
 
     Attributes:
-        groups: a batch of problems each; their problems, one group after the other, are the T problems
+        groups: one batch of problems per kind; the T problems are theirs, group after group
         modes: the kind of each problem, as its index in the mixture's distributions, [T], 64-bit integers, ascending
     """
 
@@ -107,5 +107,5 @@ class MixedBatch:
 
 
 def _slice(rows: Tensor, step: int | None) -> slice:
-    """Rows as a slice, which is all that a batch of problems must take."""
+    """Rows as a slice: batches of problems need not support other selections."""
     return slice(int(rows[0]), int(rows[-1]) + 1, step)

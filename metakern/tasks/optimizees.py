@@ -1,7 +1,7 @@
-"""Problems for learned optimizers to solve: T of one kind at once, their parameters in tensors [T, *shape].
+"""Problems for learned optimizers (optimizees): T of one kind side by side, with params [T, *shape].
 
-Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems; noisy gradients are those of Wichrowska
-et al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one problem.
+Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems; noisy gradients follow Wichrowska et
+al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one problem.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 class OptimizeeBatch(Protocol):
     """T problems, each with its data, solved side by side.
 
-    Params are a tree of tensors with the task axis first: those of metakern's problems are a dict that names the
-    tensors of a problem, ``{name: [T, *shape]}``; a user's may be a single tensor [T, P]. Problems that differ in
-    their tensors are groups: their params are a tuple of such trees, one a group, the T problems in the groups' order.
+    Params are a tree of tensors with the task axis first: a dict ``{name: [T, *shape]}`` for metakern's own problems;
+    user-defined problems may use a single tensor [T, P]. Problems of different shapes form groups: their params are a
+    tuple of such trees, one per group, and the T problems are in the groups' order.
     """
 
     num_tasks: int
 
     def init_params(self) -> Any:
-        """Fresh starting points; every call draws anew."""
+        """Draw starting points, new ones in every call."""
         ...
 
     def loss(self, params: Any) -> Tensor:
@@ -42,31 +42,31 @@ class OptimizeeBatch(Protocol):
         ...
 
     def select(self, tasks: slice) -> OptimizeeBatch:
-        """Some of the problems; they start and draw as they would in the whole batch."""
+        """Some of the problems, with the same starting points and minibatches as in the whole batch."""
         ...
 
 
 class Optimizees(Protocol):
-    """A distribution of problems. A user's own is a class with these two members."""
+    """A distribution of problems; any class with these two methods is one."""
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> OptimizeeBatch:
-        """Draw ``num_tasks`` problems; ``generator`` decides them and all randomness within them."""
+        """Draw ``num_tasks`` problems; all randomness comes from ``generator``."""
         ...
 
     def split(self, name: str) -> Optimizees:
-        """The same distribution over other data: "train", "valid" or "test"."""
+        """The same distribution on the data of one split, "train", "valid" or "test"."""
         ...
 
 
 class ProblemBatch(ShortRepr):
-    """What batches of problems share: selections, devices, and draws that do not depend on what is selected.
+    """Base of problem batches: selection, devices, and draws that do not depend on the selection.
 
-    Draws are made on the CPU for all problems that were sampled, and the selected ones take their rows: so processes
-    that select parts of one batch together do what a single one would. A batch draws from a stream of its own, which
-    begins where the generator stood; a selection draws from a copy of it. Whatever is done with them, the generator
-    that they were sampled with does not move.
+    Draws are made on the CPU for all sampled problems, and a selection takes its rows, so processes that select parts
+    of one batch get the numbers that a single process would. A batch draws from its own stream, which begins at the
+    generator's state; a selection draws from a copy of that stream. Neither moves the generator that the batch was
+    sampled with.
 
-    Subclasses name their tensors with the task axis first in ``per_task``, those of all tasks together in ``shared``.
+    Subclasses list their tensors with a task axis in ``per_task``, and tensors that all tasks share in ``shared``.
     """
 
     per_task: ClassVar[tuple[str, ...]] = ()
@@ -100,7 +100,7 @@ class ProblemBatch(ShortRepr):
         return moved
 
     def draw(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
-        """[T, *shape], drawn as by ``torch.randn``."""
+        """Random numbers [T, *shape] from ``function``, which is called like ``torch.randn``."""
         whole = function((self._sampled, *shape), generator=self._generator)
         return whole[self._rows].to(self._device)
 
@@ -113,11 +113,11 @@ class ProblemBatch(ShortRepr):
 
 
 def check_params(params: Any, names: Collection[str]) -> dict[str, Tensor]:
-    """The params, which must be a dict of these names.
+    """Check that params are a dict with exactly these names, and return them.
 
     Raises:
         TypeError: for params that are not a dict
-        ValueError: for a dict of other names
+        ValueError: for a dict with other names
     """
     expected = f"params must be a dict of {', '.join(names)}, as init_params returns it"
     if not isinstance(params, dict):
@@ -128,7 +128,7 @@ def check_params(params: Any, names: Collection[str]) -> dict[str, Tensor]:
 
 
 class EndlessProblems(ShortRepr):
-    """What distributions share whose problems are drawn without end: a split is a stream of its own."""
+    """Base of distributions over infinitely many problems: every split has a random stream of its own."""
 
     _split = "train"
 
@@ -140,7 +140,7 @@ class EndlessProblems(ShortRepr):
         return split
 
     def _stream(self, generator: torch.Generator) -> torch.Generator:
-        """Where a sample draws from: the generator itself to train, else one that a draw of it and the split decide."""
+        """Generator of a sample: ``generator`` itself for "train", else one seeded by a draw from it and the split."""
         if self._split == "train":
             return generator
         draw = int(torch.randint(2**63 - 1, (), generator=generator))
@@ -165,7 +165,7 @@ class Quadratics(EndlessProblems):
 
 
 class QuadraticBatch(ProblemBatch):
-    """T quadratics; every loss is on all data."""
+    """T quadratics; there are no minibatches."""
 
     per_task = ("weight", "target")
 
@@ -187,12 +187,12 @@ class QuadraticBatch(ProblemBatch):
 
 
 class GradientNoise(ShortRepr):
-    """Problems whose gradients are met with noise added: N(0, std²) for every parameter, drawn anew at every loss.
+    """Adds noise to the gradients of problems: N(0, std²) for every parameter, drawn anew at every loss.
 
-    Values of losses, and full losses with their gradients, stay clean.
+    The values of losses stay exact, and so do full losses and their gradients.
 
     Args:
-        problems: problems of one kind; mix noisy and clean ones by :class:`MixedOptimizees`
+        problems: problems of one kind; mix noisy and noiseless ones by :class:`MixedOptimizees`
         std: standard deviation of the noise
     """
 
@@ -211,7 +211,7 @@ class GradientNoise(ShortRepr):
 
 
 class NoisyBatch(ProblemBatch):
-    """T problems with noisy gradients; ``batch`` are the same ones without."""
+    """T problems with noisy gradients; ``batch`` holds the same problems without noise."""
 
     def __init__(self, batch: Any, std: float, generator: torch.Generator) -> None:
         super().__init__(batch.num_tasks, generator)
@@ -240,7 +240,7 @@ class NoisyBatch(ProblemBatch):
         return params
 
     def loss(self, params: Any) -> Tensor:
-        """Losses [T] of params on the next minibatches; their gradients have the noise."""
+        """Losses [T] of params on the next minibatches; only their gradients are noisy."""
         (tensors,) = task_groups(params)
         joined = join_tasks(tensors)
         noise = self.std * self.draw(torch.randn, joined.shape[1]).to(joined.dtype)

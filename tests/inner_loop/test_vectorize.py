@@ -106,7 +106,7 @@ def problem(make: Callable[[], nn.Module]) -> tuple[nn.Module, Episode]:
 
 
 def caught(call: Callable[[], Any]) -> tuple[Any, list[warnings.WarningMessage]]:
-    """What a call returns, and the warnings of the package."""
+    """A call's result, and the package's warnings."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         result = call()

@@ -382,7 +382,7 @@ def test_an_empty_cluster_starts_from_the_worst_served_tasks(offset: float) -> N
 
 @pytest.mark.parametrize("offset", [0.0, -1e3])
 def test_no_empty_cluster_starts_from_another(offset: float) -> None:
-    """Of losses below zero an empty cluster has the largest sum, which is zero."""
+    """With negative losses an empty cluster has the largest sum, zero."""
     learner = clustered(4)
     train(learner, 6)
     shift_losses(learner, offset)

@@ -19,7 +19,7 @@ SETTINGS = {"num_tasks": 8, "eval_tasks": 8}
 
 
 def facts(trainer):
-    """What a trainer would compare with other processes."""
+    """Settings that a trainer compares with other processes."""
     found = {}
     trainer.processes.world = 2
     trainer.processes.check_same = lambda given, when: found.update(given)

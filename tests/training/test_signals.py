@@ -16,7 +16,7 @@ ITERATIONS = 40
 
 
 def train(folder, pause, checkpoint_every):
-    """What the processes do: start a run in the folder, or go on with it."""
+    """Start or resume a run in the folder, in a separate process."""
     trainer = make_trainer(
         folder,
         iterations=ITERATIONS,

@@ -36,7 +36,7 @@ $(VENV)/built: $(VENV)/installed $(NATIVE)
 	@$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
 	@touch $@
 
-# The demo's functions to fit from ten points: sinusoids, lines and parabolas, for a minute.
+# The demo's MAML task: fit sinusoids, lines and parabolas from ten points, for about a minute.
 FIT := --tasks regression-3 --iterations 1500
 CLUSTERS := --clusters 12 --cluster-warmup 50 --cluster-begin 50 --cluster-eval-temperature 0.15
 
@@ -48,7 +48,7 @@ demo: $(VENV)/built
 	$(BIN)/metakern eval maml runs/fit/plain runs/fit/clusters --output runs/fit
 	@echo "look at curves.png in runs/demo, and at learning.png, adaptation.png and fits.png in runs/fit/figures"
 
-# Processes of the tests, a thread each.
+# Number of parallel processes, one thread each.
 WORKERS ?= $(shell nproc)
 
 test: $(VENV)/built
@@ -82,7 +82,7 @@ clusters: $(VENV)/built
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
 
-# Also builds the extension with them, for one architecture: the operators beside the kernels must compile and link.
+# Also builds the extension with CUDA for one architecture, to check that the operators compile and link.
 ptxas: $(VENV)/installed
 	$(BIN)/python -m bench.ptxas
 	METAKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(BIN)/python setup.py -q build_ext --build-lib build/with-cuda
@@ -97,8 +97,8 @@ sanitize: $(VENV)/built
 wheel: $(VENV)/built
 	$(BIN)/python -m build --no-isolation --outdir dist .
 
-# Source distribution, wheel from it, wheel into an empty folder, import from elsewhere. Without the CUDA kernels, which
-# `make ptxas` compiles.
+# Builds sdist and wheel, installs the wheel into an empty folder, imports it from elsewhere. Without the CUDA kernels,
+# which `make ptxas` compiles.
 check-wheel: $(VENV)/built
 	rm -rf build/check-wheel
 	METAKERN_CUDA=0 $(BIN)/python -m build --no-isolation --outdir build/check-wheel . > /dev/null

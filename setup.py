@@ -1,12 +1,12 @@
-"""Builds metakern._C from what stands in csrc: CPU kernels, once per instruction set, and CUDA kernels.
+"""Builds metakern._C from csrc: CPU kernels, once per instruction set, and CUDA kernels.
 
-The CUDA kernels take most of the time. They are compiled where nvcc is found and a GPU answers, and where
-TORCH_CUDA_ARCH_LIST is set: that is how one builds for another machine. METAKERN_CUDA=1 demands them wherever the build
-runs, METAKERN_CUDA=0 leaves them out.
+The CUDA kernels take most of the time. They are compiled if nvcc is found and a GPU responds, or if
+TORCH_CUDA_ARCH_LIST is set, as for a build for another machine. METAKERN_CUDA=1 always requires them, METAKERN_CUDA=0
+leaves them out.
 
-Environment: METAKERN_BUILD=0 installs the package without kernels, and needs no compiler; METAKERN_CUDA as above;
-CUDA_HOME says where CUDA is; TORCH_CUDA_ARCH_LIST which architectures ("8.0;9.0;10.0+PTX"); METAKERN_SANITIZE builds
-with sanitizers. Everything else about the package stands in pyproject.toml.
+Environment: METAKERN_BUILD=0 installs the package without kernels and needs no compiler; METAKERN_CUDA as above;
+CUDA_HOME is the CUDA toolkit; TORCH_CUDA_ARCH_LIST lists the architectures ("8.0;9.0;10.0+PTX"); METAKERN_SANITIZE
+builds with sanitizers. Everything else about the package is in pyproject.toml.
 
 A rebuild compiles the files that changed: see :class:`Job`.
 """
@@ -37,17 +37,17 @@ IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
-# The oldest torch whose stable interface is used: a build against a newer torch still runs on this one.
+# The oldest supported torch: a build against a newer one uses only the stable interface of this version.
 OLDEST_TORCH = "0x020b000000000000"
 
-# Object files outlive a build, also that of an editable install, whose own folder is a temporary one.
+# Object files are kept between builds; the build folder of an editable install is temporary.
 OBJECTS = Path("build", "objects", str(sys.implementation.cache_tag))
 
 WITHOUT_KERNELS = "METAKERN_BUILD=0 installs metakern without its kernels, as plain PyTorch"
 
 
 def wants_kernels(system: str) -> bool:
-    """Whether METAKERN_BUILD and the platform, as sys.platform names it, let the kernels be built."""
+    """Whether METAKERN_BUILD and the platform (sys.platform) allow building the kernels."""
     wanted = os.environ.get("METAKERN_BUILD", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"METAKERN_BUILD must be 0, 1 or unset, got {wanted!r}")
@@ -63,7 +63,7 @@ def wants_kernels(system: str) -> bool:
 
 
 def needed(name: str) -> ModuleType:
-    """A module that the build uses; one line says where its package is missing."""
+    """Import a module that the build needs; exits with one line if its package is missing."""
     try:
         return importlib.import_module(name)
     except (ImportError, OSError) as error:
@@ -75,7 +75,7 @@ def needed(name: str) -> ModuleType:
 
 
 def compiler_version(compiler: list[str]) -> str:
-    """The line of a compiler's version report that names the version."""
+    """The line with the version in a compiler's version report."""
     try:
         result = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError) as error:
@@ -88,9 +88,9 @@ def compiler_version(compiler: list[str]) -> str:
 
 
 def instruction_sets(table: Path = ROOT / "csrc" / "core" / "instruction_sets.h") -> dict[str, list[str]]:
-    """The instruction sets that CPU kernels are compiled for, with the compiler's options for each.
+    """Instruction sets of the CPU kernels, with the compiler options for each.
 
-    They stand in a C++ header, which says what a row holds. The compiled library reads the same rows to pick one.
+    They are read from a C++ header, which documents the columns. The compiled library picks one from the same rows.
     """
     text = re.sub(r"\\?\n\s*", "", table.read_text(encoding="utf-8"))
     found = {}
@@ -102,16 +102,16 @@ def instruction_sets(table: Path = ROOT / "csrc" / "core" / "instruction_sets.h"
 
 
 class Sources(NamedTuple):
-    """The files to compile, as paths below ROOT: every one in the folders of csrc, told apart by its name."""
+    """Source files as paths below ROOT: all in the folders of csrc, classified by name."""
 
     cpu_kernels: list[str]  # <folder>/cpu_kernel*.cpp, once per instruction set
     once: list[str]  # every other <folder>/*.cpp
     cuda_kernels: list[str]  # <folder>/*.cu
-    cuda: list[str]  # <folder>/cuda*.cpp, where there is CUDA
+    cuda: list[str]  # <folder>/cuda*.cpp, only with CUDA
 
     @classmethod
     def find(cls, root: Path = ROOT) -> Sources:
-        """Those of the csrc beside setup.py, or of another root."""
+        """Find the sources in csrc beside setup.py, or below another root."""
         cpp = sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cpp"))
         kernels = [name for name in cpp if Path(name).name.startswith("cpu_kernel")]
         cuda = [name for name in cpp if Path(name).name.startswith("cuda")]
@@ -120,14 +120,14 @@ class Sources(NamedTuple):
 
 
 def own_options(source: Path) -> list[str]:
-    """The compiler's options that a C++ file's first line asks for: ``// compile with: -ffp-contract=off``."""
+    """Compiler options in the first line of a C++ file: ``// compile with: -ffp-contract=off``."""
     with source.open(encoding="utf-8") as file:
         match = re.match(r"// compile with: (.+)", file.readline())
     return match[1].split() if match else []
 
 
 def gpu_answers() -> bool:
-    """Whether the driver lists a GPU. A tool is asked: CUDA does not start in this process."""
+    """Whether nvidia-smi lists a GPU; CUDA is not initialised in this process."""
     try:
         report = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False)
     except OSError:  # some containers with a GPU lack the tool
@@ -146,9 +146,9 @@ class Cuda(NamedTuple):
 
     @classmethod
     def find(cls) -> Cuda | None:
-        """The toolkit of CUDA_HOME or of the nvcc on PATH; None where the CUDA kernels are left out.
+        """Find the toolkit of CUDA_HOME or of the nvcc on PATH; None if the CUDA kernels are left out.
 
-        Says so in one line where nvcc is found but no GPU.
+        Prints a line if nvcc is found but no GPU.
         """
         wanted = os.environ.get("METAKERN_CUDA", "")
         if wanted not in ("", "0", "1"):
@@ -163,7 +163,7 @@ class Cuda(NamedTuple):
         if wanted != "1" and not listed and not gpu_answers():
             print("no GPU answers here: metakern is built without its CUDA kernels (METAKERN_CUDA=1 compiles them)")
             return None
-        # Where nvcc itself thinks that it lives: the one on PATH may be a script or a link.
+        # Ask nvcc for its location: the one on PATH may be a script or a link.
         architectures = cls.served(listed or DEFAULT_CUDA_ARCHITECTURES)
         report = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
         top = re.search(r"^#\$ TOP=(.*)$", report.stderr, re.MULTILINE)
@@ -173,7 +173,7 @@ class Cuda(NamedTuple):
 
     @staticmethod
     def served(architectures: str) -> str:
-        """The entries of a TORCH_CUDA_ARCH_LIST that the kernels are written for: 8.0 and newer."""
+        """The entries of a TORCH_CUDA_ARCH_LIST that the kernels support: 8.0 and newer."""
         kept = []
         for name in architectures.replace(";", " ").split():
             match = ARCHITECTURE.fullmatch(name)
@@ -200,13 +200,13 @@ class Cuda(NamedTuple):
         return flags
 
     def command(self, kernel: str) -> list[str]:
-        """The compiler's call for one .cu file."""
+        """The command line that compiles one .cu file."""
         host = "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra"
         return [self.nvcc, "-std=c++17", "-O3", host, *self.targets(), "-c", kernel]
 
 
 def build_facts(compiler: str, torch: str, cuda: Cuda | None) -> dict[str, str]:
-    """What metakern.build_info() tells of the build, as the macros of csrc/core/module.cpp."""
+    """Build facts for metakern.build_info(), as macros for csrc/core/module.cpp."""
     facts = {"METAKERN_COMPILER": compiler, "METAKERN_TORCH_VERSION": torch}
     if cuda:
         facts["METAKERN_CUDA_ARCHITECTURES"] = cuda.architectures
@@ -222,16 +222,16 @@ class Flags(NamedTuple):
 
     @classmethod
     def of(cls, system: str, sanitizers: str) -> Flags:
-        """For a platform, as sys.platform names it, and a list of sanitizers like "address,undefined"."""
+        """Options for a platform (sys.platform) and sanitizers like "address,undefined"."""
         compile_ = ["-std=c++17", "-fvisibility=hidden", "-Wall", "-Wextra"]
         is_mac = system == "darwin"
-        # A torch with CUDA brings its CUDA library in as a need of libtorch, which GNU ld must not drop as unused.
-        # Apple's linker has no such options, and drops no library that it is told.
+        # GNU ld must not drop libtorch as unused: in a torch with CUDA it pulls in torch's CUDA library.
+        # Apple's linker lacks these options, and drops no library.
         link = ["-ltorch"] if is_mac else ["-Wl,--push-state,--no-as-needed", "-ltorch", "-Wl,--pop-state"]
         if sanitizers:  # their reports need the symbols
             sanitize = f"-fsanitize={sanitizers}"
             return cls([*compile_, "-O0", "-g", "-fno-omit-frame-pointer", sanitize], [*link, sanitize])
-        # Python's own options may ask for debug information; the last option counts.
+        # Overrides debug information in Python's own options: the last option wins.
         strip = ["-Wl,-S", "-Wl,-x"] if is_mac else ["-Wl,-s"]
         return cls([*compile_, "-O3", "-g0"], [*link, *strip])
 
@@ -243,10 +243,10 @@ def read_dependencies(report: Path) -> list[str]:
 
 
 class Job(NamedTuple):
-    """One run of a compiler, left out where its object file is current.
+    """One compiler run, skipped if its object file is current.
 
-    It is current if it was made by the same command and versions, and no file that it was made from has been modified
-    since. A .json file beside it records all three.
+    An object file is current if command and versions are the same and no source or header has been modified since. A
+    .json file beside it records all three.
     """
 
     command: list[str]  # compiler, options and source
@@ -254,7 +254,7 @@ class Job(NamedTuple):
     versions: dict[str, str]  # of the compiler and of the packages whose headers are used
 
     def run(self) -> bool:
-        """Compile unless the object file is current; whether it was compiled."""
+        """Compile unless the object file is current; returns whether it compiled."""
         if self.is_current():
             return False
         stamp, report = self.output.with_suffix(".json"), self.output.with_suffix(".d")
@@ -275,7 +275,7 @@ class Job(NamedTuple):
         return True
 
     def is_current(self) -> bool:
-        """Whether the object file is the one that a run would write."""
+        """Whether the object file is up to date."""
         try:
             made = json.loads(self.output.with_suffix(".json").read_text())
             now = {name: Path(name).stat().st_mtime_ns for name in made["times"]}
@@ -284,7 +284,7 @@ class Job(NamedTuple):
         return self.output.exists() and bool(made == self.record() | {"times": now})
 
     def record(self) -> dict[str, Any]:
-        """What is compared, but for the files' times."""
+        """The recorded facts to compare, without file times."""
         return {"command": self.command, "versions": self.versions}
 
 
@@ -292,8 +292,8 @@ class BuildExtension(build_ext):
     """Compiles the kernels once per instruction set and links everything into one library."""
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile side by side, then let setuptools link."""
-        self.force = True  # it sees neither options nor object files change
+        """Compile in parallel, then let setuptools link."""
+        self.force = True  # setuptools notices no changed options or object files
         cpp_extension = needed("torch.utils.cpp_extension")
         flags = Flags.of(sys.platform, os.environ.get("METAKERN_SANITIZE", ""))
         cuda = Cuda.find()
@@ -302,14 +302,14 @@ class BuildExtension(build_ext):
             runs = [pool.submit(job.run) for job in jobs]
             try:
                 compiled = sum(run.result() for run in runs)
-            finally:  # after an error, what has not begun
+            finally:  # after an error: cancel jobs not yet started
                 pool.shutdown(wait=False, cancel_futures=True)
         logging.info(f"{compiled} of {len(jobs)} files compiled, the others are current")
         ext.extra_objects = [str(job.output) for job in jobs]
         ext.extra_link_args = flags.link
         ext.library_dirs = cpp_extension.library_paths()
         ext.libraries = ["torch_cpu", "c10"]
-        if cuda:  # the static runtime: the library loads where there is no CUDA
+        if cuda:  # static runtime, so that the library loads without CUDA
             ext.library_dirs += [str(cuda.home / "lib64"), str(cuda.home / "lib")]
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
         super().build_extension(ext)
@@ -335,7 +335,7 @@ class BuildExtension(build_ext):
         facts = build_facts(version, torch.__version__, cuda)
         versions = {"compiler": version, "torch": torch.__version__, "pybind11": pybind11.__version__}
         for source in sources.once:
-            # Of the facts only those that the file names: others are no reason to compile it again.
+            # Only the facts that the file mentions, so that others cause no recompilation.
             text = (ROOT / source).read_text(encoding="utf-8")
             own = [f'-D{name}="{value}"' for name, value in facts.items() if name in text]
             own += own_options(ROOT / source)
@@ -348,10 +348,10 @@ class BuildExtension(build_ext):
         return jobs
 
 
-if __name__ == "__main__":  # so it is in every build; the tests import what stands above
+if __name__ == "__main__":  # true in every build; tests import the code above
     extensions = []
     if wants_kernels(sys.platform):
-        if sys.platform == "darwin":  # an interpreter may ask for two processors' code; the kernels are for one
+        if sys.platform == "darwin":  # universal interpreters request two architectures; build for one
             os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
         headers = [str(path) for path in ROOT.glob("csrc/**/*")]
         extensions.append(Extension("metakern._C", sources=[], language="c++", depends=headers))

@@ -1,1 +1,1 @@
-"""Speed and memory, measured against what a PyTorch user would write without this package."""
+"""Benchmarks of speed and memory against the PyTorch code that a user would write without this package."""

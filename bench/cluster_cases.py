@@ -1,4 +1,4 @@
-"""What training in clusters is measured on: problems, and ways to train on them.
+"""Cases of the cluster benchmark: problems, and ways to train on them.
 
 Axis legend: T tasks, C clusters, K inner steps.
 """
@@ -19,13 +19,13 @@ from metakern.models import mlp
 from metakern.rules import CoordinatewiseLSTM
 from metakern.tasks import ClassicFunction, Digits, MixedOptimizees, Quadratics, TaskDistribution, mixture
 
-#: Domains that the digits are seen through.
+#: Domains of the digits.
 DOMAINS = ("identity", "inverted", "blurred", "permuted")
 
 #: Kinds of problems to optimise, the 10-dimensional quadratics first.
 FUNCTIONS = ("rosenbrock", "ackley", "styblinski_tang")
 
-#: MAML as published, which everything is compared with, and the single learners that clusters are held against.
+#: Plain MAML, the baseline of every comparison, and the single learners that clusters are compared with.
 PLAIN, SETTLED, WIDE = "plain", "plain-settled", "wide"
 PEERS = (PLAIN, SETTLED, WIDE)
 
@@ -36,13 +36,13 @@ class Way:
 
     Attributes:
         title: in words
-        options: of :class:`metakern.learners.ClusteredLearner`; None: one learner. Those that count iterations are
+        options: of :class:`metakern.learners.ClusteredLearner`; None: one learner. Numbers of iterations are given as
             shares of the run.
         clusters: C; None: as many as there are true modes
         settled: whether the learning rate falls to zero in the end and weights are averaged
         batches: of :class:`metakern.learners.clustering.ClusterSampler`
-        by_loss: whether evaluation assigns tasks by support losses, whatever training assigns them by
-        wide: one model of as many parameters as all clusters have together
+        by_loss: whether evaluation assigns tasks by support losses, even if training does not
+        wide: one model with as many parameters as all clusters together
     """
 
     title: str
@@ -55,7 +55,7 @@ class Way:
 
     @property
     def proposed(self) -> bool:
-        """Whether it has clusters that it finds itself: it also runs for an equal time."""
+        """Whether it finds clusters itself; such a way is also run for equal time."""
         return self.options is not None and not self.by_loss and self.options.get("assign") != "modes"
 
 
@@ -69,7 +69,7 @@ class Problem:
         tasks: the distribution
         fresh: a learner, or a wide one
         modes: true modes of the tasks
-        measure: what is reported: "loss", "accuracy", or "log_loss", the mean of log10 of losses of many scales
+        measure: reported measure: "loss", "accuracy", or "log_loss", the mean log10 loss
         iterations: of training
         outer_lr: Adam's
         ways: by name, the first of them :data:`PLAIN`
@@ -91,7 +91,7 @@ class Problem:
         return {name: getattr(self, name) for name in names} | dict(self.settings)
 
     def learner(self, way: Way, seed: int, iterations: int) -> nn.Module:
-        """A fresh one; the same weights for the same seed. Options that are iterations are shares of the whole run."""
+        """A fresh learner; the same seed gives the same weights. Numbers of iterations are shares of the run."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             learner = self.fresh(way.wide)
@@ -104,7 +104,7 @@ class Problem:
 def _maml(
     title: str, tasks: Callable[[], TaskDistribution], widths: tuple[int, ...], wide: tuple[int, ...], **rest: Any
 ) -> Problem:
-    """Of tasks with support sets, for an MLP of ``widths``, the inputs first, or of ``wide``."""
+    """MAML learner on an MLP of ``widths``, the inputs first, or of ``wide``."""
     loss: Callable[..., Tensor] = F.mse_loss if rest["measure"] == "loss" else F.cross_entropy
     lr, steps = rest.pop("lr"), 5
     settings = {"widths": widths, "wide": wide, "steps": steps, "lr": lr}
@@ -115,7 +115,7 @@ def _maml(
     return Problem(title, settings, tasks, fresh, outer_lr=1e-3, **rest)
 
 
-#: Stages of clusters by loss, as shares of the run.
+#: Stages of clustering by loss, as shares of the run.
 STAGES = {"warmup": 0.02, "begin": 0.02}
 
 _PLAIN = {PLAIN: Way("MAML, uniform sampler"), SETTLED: Way("MAML, decay and averaging", settled=True)}
@@ -127,18 +127,18 @@ _SINGLE = _PLAIN | _WIDE | _ORACLE
 
 
 def noise(batch: Any) -> Tensor:
-    """A description [T, 1] that says nothing of a task, but is always the same."""
+    """A task embedding [T, 1] that is uninformative but deterministic."""
     sums: Tensor = batch.support_x.flatten(1).sum(1, keepdim=True)
     return (1e4 * sums).frac()
 
 
-#: The control of clusters: as many learners, whose tasks have nothing in common.
+#: Control experiment: as many learners, with randomly assigned tasks.
 _RANDOM = {"assign": "embedding", "embedding": noise}
 
-#: Clusters by where a task's support gradient lies, and no more: what KMeans alone brings.
+#: Clusters by KMeans on support gradients alone.
 _BY_EMBEDDING = {"assign": "embedding"}
 
-#: Clusters of regressions: one mode is several. The temperature of soft assignment is a guess, and was not tuned.
+#: Clusters for regressions: several per mode. The temperature of soft assignment was not tuned.
 MANY = 12
 CLUSTERED = {
     "few": Way("as many clusters as modes, by least loss", STAGES, settled=True),
@@ -150,12 +150,12 @@ OTHERS = {
     "random": Way("12 learners of tasks at random", {**STAGES, **_RANDOM}, MANY, settled=True, by_loss=True),
 }
 
-#: Clusters that share one learner, and shape its batches alone.
+#: One learner for all clusters, which only shape its batches.
 _BATCHES = {"assign": "embedding", "per_cluster": False}
 
 
 def _shared(learner: str, number: int, options: Mapping[str, Any], clusters: int | None = None) -> dict[str, Way]:
-    """One learner, whose batches are shaped by so many clusters."""
+    """One learner whose batches are shaped by this many clusters."""
     words = {"balanced": "balanced over", "one": "of one of"}
     return {
         batches: Way(
@@ -174,14 +174,14 @@ DIGITS_WAYS = _SINGLE | {
     "random": Way("8 learners of tasks at random", {**DIGITS_STAGES, **_RANDOM}, 8, settled=True, by_loss=True),
 }
 
-#: Steps by which a problem to optimise is described, and their length.
+#: Probe steps that describe a problem to optimise, and their length.
 PROBES, PROBE_LENGTH = 3, 0.1
 
 
 def first_steps(batch: Any) -> Tensor:
-    """What problems look like at their start: log10 of losses and gradient norms at a few points, [T, 2 * PROBES].
+    """Problem embeddings [T, 2 * PROBES]: log10 of losses and gradient norms at a few points.
 
-    The points lie on the way down from the starting point that the problem will be solved from.
+    The points follow gradient descent from the problem's own starting point.
     """
     described = []
     for group in batch.select(slice(None)).groups:
@@ -198,7 +198,7 @@ def first_steps(batch: Any) -> Tensor:
     return torch.cat(described)
 
 
-#: Clusters of problems that are found, with as many as was best of 4, 6 and 8 at telling kinds of train tasks apart.
+#: Clusters found among problems; of 4, 6 and 8 this number best separated the kinds of train tasks.
 _FOUND = {"assign": "embedding", "embedding": first_steps, "dim": 2 * PROBES}
 PROBLEM_CLUSTERS = 6
 

@@ -1,15 +1,14 @@
-"""Whether training tasks in clusters shortens training and raises accuracy: seeds, intervals, oracles, equal time.
+"""Benchmark: does training in clusters shorten training and raise accuracy? Seeds, intervals, oracles, equal time.
 
-python -m bench.clusters                       everything (hours); what is done already is not done again
-python -m bench.clusters --problem digits      one problem's runs alone; nothing is written
-python -m bench.clusters --quick               a few iterations, nothing kept: that everything runs
+python -m bench.clusters                       everything (hours); finished runs are not repeated
+python -m bench.clusters --problem digits      only one problem's runs; nothing is written
+python -m bench.clusters --quick               smoke test: a few iterations, nothing kept
 
 Every way of training (bench/cluster_cases.py) starts from the same weights for the same seed and trains on the same
-number of tasks; clusters also look at the support sets of a pool of tasks now and then. Ways with clusters run once
-more, for the processor time that plain MAML took: each run has one thread, never idle, and --workers runs that many
-side by side. Each run is kept in build/clusters as one file, so that the command goes on where it was stopped.
-Temperatures are chosen on validation tasks, curves are of validation tasks; test tasks are looked at once, by what a
-run ends with.
+number of tasks; clusters also look at the support sets of a pool of tasks now and then. Ways with clusters run again
+with the processor time that plain MAML took: each run has one thread, never idle, and --workers sets the number of
+parallel runs. Each run is saved as a file in build/clusters, so that an interrupted command continues. Temperatures
+are chosen on validation tasks, and curves show validation tasks; test tasks are used once, for a run's final learner.
 """
 
 from __future__ import annotations
@@ -44,32 +43,32 @@ from metakern.learners.clustering import ClusterSampler
 from metakern.runs.figures import COLOURS
 from metakern.training.averaging import MovingAverage, start_anew
 
-#: Where runs are kept.
+#: Folder of saved runs.
 PARTS = Path(__file__).parent.parent / "build" / "clusters"
 
-#: Where training is settled: the last part of the iterations, in which the learning rate falls to zero along a cosine,
-#: and the decay of the moving average of weights.
+#: For "settled" training: the final share of iterations, in which the learning rate falls to zero along a cosine, and
+#: the decay of the moving average of weights.
 DECAY, AVERAGING = 0.3, 0.998
 
 #: Seeds of the generators of validation and test tasks.
 HELD_OUT_SEEDS = {"valid": 10**6, "test": 2 * 10**6}
 
-#: Ways that the figure leaves to the table.
+#: Ways shown in the table but not in the figure.
 UNDRAWN = ("random", "balanced", "one")
 
-#: Of averaged predictions; 0 takes the best learner alone.
+#: Temperatures of averaged predictions; 0: the best learner alone.
 TEMPERATURES = (0.0, 0.03, 0.06, 0.1, 0.15, 0.25, 0.4, 0.7)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How much a run trains."""
+    """Size of a run."""
 
     seeds: int
     share: float  # of a problem's iterations
     tasks: int  # of an iteration
-    points: int  # of a learning curve, evenly spaced
-    held_out: int  # tasks to validate and to test
+    points: int  # on a learning curve, evenly spaced
+    held_out: int  # validation tasks, and test tasks
 
 
 FULL = Plan(seeds=5, share=1.0, tasks=32, points=45, held_out=2000)
@@ -77,7 +76,7 @@ QUICK = Plan(seeds=2, share=0.002, tasks=8, points=2, held_out=20)
 
 
 def rate(iteration: int, iterations: int) -> float:
-    """Of the learning rate, where training is settled: all of it, then a cosine to zero."""
+    """Learning-rate factor of settled training: 1, then a cosine to zero."""
     share = max(0.0, iteration / iterations - (1 - DECAY)) / DECAY
     return (1 + math.cos(math.pi * share)) / 2
 
@@ -86,8 +85,8 @@ class Run:
     """One training run under way.
 
     Attributes:
-        seconds: processor time of the meta-iterations so far, evaluation excluded: with one thread, never idle, what
-            they take on a processor of their own
+        seconds: processor time of the meta-iterations so far, without evaluation; with one busy thread this is the
+            wall time on a free processor
     """
 
     def __init__(self, problem: Problem, way: Way, seed: int, plan: Plan) -> None:
@@ -106,7 +105,7 @@ class Run:
 
     @contextmanager
     def result(self) -> Iterator[Any]:
-        """The learner to evaluate: of averaged weights, where they are averaged."""
+        """The learner to evaluate, with averaged weights if there are any."""
         with self.average.in_place() if self.average else nullcontext():
             yield self.learner
 
@@ -135,7 +134,7 @@ class Run:
 
 
 def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, by: str | None = None) -> float:
-    """Mean measure of tasks, each assigned as the learner does it, or in another way."""
+    """Mean measure over tasks, assigned by the learner's method or another."""
     if isinstance(learner, ClusteredLearner):
         before = learner.eval_temperature, learner.assign_by
         learner.eval_temperature, learner.assign_by = temperature, by or learner.assign_by
@@ -151,7 +150,7 @@ def evaluated(learner: Any, batch: Any, measure: str, temperature: float = 0.0, 
 
 
 def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:
-    """A whole run: its learning curve on validation tasks, what it ends with on test tasks, and its seconds."""
+    """Train one run: its learning curve on validation tasks, final test measures, and seconds."""
     problem, way = PROBLEMS[problem_name], PROBLEMS[problem_name].ways[way_name]
     run, measure, by = Run(problem, way, seed, plan), problem.measure, "losses" if way.by_loss else None
     curve = []
@@ -167,7 +166,7 @@ def train(problem_name: str, way_name: str, seed: int, plan: Plan, advance: Adva
 
 
 def tested(learner: Any, problem: Problem, plan: Plan, by: str | None) -> dict[str, Any]:
-    """What a run ends with on test tasks; the temperature is chosen on validation tasks."""
+    """Final test measures of a run; the temperature is chosen on validation tasks."""
     measure = problem.measure
     averages = isinstance(learner, ClusteredLearner) and "losses" in (by, learner.assign_by)
     valid, test = (partial(held_out, problem, split, plan) for split in ("valid", "test"))
@@ -187,7 +186,7 @@ def tested(learner: Any, problem: Problem, plan: Plan, by: str | None) -> dict[s
 
 
 def held_out(problem: Problem, split: str, plan: Plan) -> Any:
-    """Validation or test tasks, drawn anew: batches of problems to optimise draw as they are solved."""
+    """Validation or test tasks, sampled again each time, as solving problems to optimise advances their generator."""
     generator = torch.Generator().manual_seed(HELD_OUT_SEEDS[split])
     return problem.tasks().split(split).sample(plan.held_out, generator)
 
@@ -203,7 +202,7 @@ def _table(labels: Tensor, modes: Tensor) -> list[list[int]]:
 
 
 def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, advance: Advance) -> dict[str, Any]:
-    """A run, from its file where it was made with the same settings."""
+    """A run, loaded from its file if made with the same settings."""
     path = None if folder is None else folder / f"{problem}-{way}-{plan.share:.4f}-{seed}.json"
     settings = described(problem, way, plan)
     if path is not None and path.exists():
@@ -219,7 +218,7 @@ def part(problem: str, way: str, seed: int, plan: Plan, folder: Path | None, adv
 
 
 def described(problem: str, way: str, plan: Plan) -> str:
-    """All that decides a run but the seed, the same in every process."""
+    """Settings that determine a run, without the seed; the same text in every process."""
     of = PROBLEMS[problem]
     settings = [of.described(), asdict(of.ways[way]), asdict(replace(plan, seeds=0))]
     constants = [DECAY, AVERAGING, TEMPERATURES, HELD_OUT_SEEDS, str(inspect.signature(ClusteredLearner))]
@@ -227,7 +226,7 @@ def described(problem: str, way: str, plan: Plan) -> str:
 
 
 def equal_time(runs: dict[str, list[dict[str, Any]]], way: str, plan: Plan) -> Plan:
-    """So much of a run as takes the processor time of plain MAML, by the medians of all seeds, in whole percents."""
+    """Share of a run that takes plain MAML's processor time, by medians over seeds, in whole percents."""
     plain, ours = (torch.tensor([run["seconds"] for run in runs[name]]).median() for name in (PLAIN, way))
     return replace(plan, share=plan.share * max(0.01, min(1.0, math.floor(100 * float(plain / ours)) / 100)))
 
@@ -258,7 +257,7 @@ def measure(
 def _runs(
     problem: str, plans: dict[str, Plan], plan: Plan, folder: Path | None, console: Console, workers: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """The runs of every way, of all seeds; one seed after the other."""
+    """Runs of every way and seed, one seed after the other."""
     jobs: dict[str, Job] = {
         f"{problem}, seed {seed}, {way}": partial(part, problem, way, seed, of, folder)
         for seed in range(plan.seeds)
@@ -270,7 +269,7 @@ def _runs(
 
 
 def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[str, Any]:
-    """Every way's figures over the seeds, and its differences from plain MAML and from the best single learner."""
+    """Results of every way over the seeds, with differences from plain MAML and the best single learner."""
     ways = {}
     higher = PROBLEMS[problem].measure == "accuracy"
     means = {peer: sum(run["valid"] for run in runs[peer]) for peer in PEERS if peer in runs}
@@ -308,7 +307,7 @@ def gathered(problem: str, runs: dict[str, Any], timed: dict[str, Any]) -> dict[
 
 
 def reached(run: dict[str, Any], plain: dict[str, Any], higher: bool) -> dict[str, float] | None:
-    """Where a run is first as good on validation tasks as plain MAML at its end: shares of its iterations and time."""
+    """When a run first reaches plain MAML's final validation measure: shares of plain MAML's iterations and time."""
     last = plain["curve"][-1]
     for point in run["curve"]:
         if point["valid"] >= last["valid"] if higher else point["valid"] <= last["valid"]:
@@ -326,7 +325,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     """Learning curves of every problem by tasks seen, above, and by processor time, below."""
     problems = results["problems"]
     names = dict.fromkeys(name for found in problems.values() for name in found["ways"] if name not in UNDRAWN)
-    styles = dict(zip(names, itertools.product(("-", "--"), COLOURS), strict=False))  # a way's in every column
+    styles = dict(zip(names, itertools.product(("-", "--"), COLOURS), strict=False))  # the same style in every column
     figure, rows = plt.subplots(2, len(problems), figsize=(5.2 * len(problems), 8), layout="constrained", squeeze=False)
     for column, found in enumerate(problems.values()):
         measure = MEASURES[found["settings"]["measure"]]

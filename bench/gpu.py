@@ -1,10 +1,10 @@
-"""All operators on a GPU against their peers, in one process and one run; results go to bench/results/<device>.json.
+"""GPU benchmark of all operators against their peers, in one process; results go to bench/results/<device>.json.
 
 python -m bench.gpu [--seconds 200]     minutes; `make gpu-check` calls it last, on an idle device
 python -m bench.gpu --dry --output F    the same logic on the CPU, with tiny sizes: its figures mean nothing
 
-The inner loop and inner_update come first, with a share of the time; the gpu modules of the operators' folders say
-against what. Only the standard library, torch and metakern are needed.
+The inner loop and inner_update come first, with a share of the time; their peers are listed in the gpu modules of the
+operators' folders. Only the standard library, torch and metakern are needed.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ RESULTS = Path(__file__).parent / "results"
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures."""
+    """Cases and budget of a run."""
 
     lstm_step: lstm_step.Plan
     loops: LoopPlan  # the inner loop and inner_update
@@ -46,9 +46,9 @@ DRY = Plan(lstm_step.DRY, gpu_budget.DRY, 120.0)
 
 
 def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Everything that fits the budget; ``write`` gets the results after every cell, so that none is lost."""
+    """Measure what fits the budget; ``write`` gets the results after every cell, so that none is lost."""
     start = time.monotonic()
-    torch.backends.cudnn.allow_tf32 = False  # float32 means float32; one peer turns it on for its calls
+    torch.backends.cudnn.allow_tf32 = False  # true float32; one peer enables TF32 for its own calls
     found: dict[str, Any] = {
         "benchmark": "gpu",
         "machine": machine.describe_gpu(device.name),
@@ -88,7 +88,7 @@ def measure(device: Device, plan: Plan, write: Callable[[dict[str, Any]], None])
 
 
 def verdicts(found: dict[str, Any]) -> str:
-    """Ceilings, host times and the targets, a line each."""
+    """Lines for ceilings, host times and targets."""
     host = found["host"]["microseconds"]
     lines = [
         f"copy {found['copy_gigabytes_per_second']:.0f} GB/s, float32 product {found['sgemm_teraflops']:.1f} TFLOP/s",
@@ -104,7 +104,7 @@ def verdicts(found: dict[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, write, print a table; 1 where one of our own contenders fails."""
+    """Measure, write, print a table; returns 1 if one of our own contenders fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--dry", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--seconds", type=float, default=None, help=f"budget, by default {FULL.seconds:.0f}")
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     torch.manual_seed(0)
     if options.dry:
-        torch.set_num_threads(1)  # other stages run beside it
+        torch.set_num_threads(1)  # other stages run at the same time
     found = measure(device, plan, write)
     failed = [f"{cell['op']}, N = {cell['n']:,}: {name}" for cell in found["cells"] for name in cell["failed"]]
     failed += gpu_budget.failures(found["loops"])

@@ -1,4 +1,4 @@
-"""The cases of the inner loop and of inner_update on a GPU that fit a budget; bench.gpu writes what they give."""
+"""Inner-loop and inner_update cases on a GPU within a time budget; bench.gpu writes the results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from bench.mlp_inner_loop.gpu import loop_cell
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """What a run measures, the most wanted cases first."""
+    """Cases of a run, the most important first."""
 
     loops: tuple[Case, ...]
     updates: tuple[UpdateCase, ...]
@@ -34,7 +34,7 @@ DRY = LoopPlan(mlp_inner_loop.DRY, inner_update.DRY, Limits(0.05, 20.0, 2), shar
 
 
 def measure(device: Device, plan: LoopPlan, seconds: float, write: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """All cases that fit ``seconds``; the compiled peer where its time is left over. ``write`` gets every state."""
+    """Measure the cases that fit ``seconds``, with the compiled peer if time is left; ``write`` gets every update."""
     start = time.monotonic()
     found: dict[str, Any] = {"inner_loop": [], "inner_update": [], "skipped": {}}
     jobs: list[tuple[str, str, Callable[..., Cell]]] = [
@@ -51,7 +51,7 @@ def measure(device: Device, plan: LoopPlan, seconds: float, write: Callable[[dic
         compiled = left >= needed * (len(jobs) - index) + plan.limits.compile_seconds
         if not compiled:
             found["skipped"][f"compiled, {title}"] = f"{left:.0f} s of {seconds:.0f} were left"
-        torch._dynamo.reset()  # every case is compiled for itself
+        torch._dynamo.reset()  # every case is compiled separately
         try:
             found[key].append(make(device, plan.limits, compiled=compiled).measure())
         except torch.OutOfMemoryError as error:
@@ -62,7 +62,7 @@ def measure(device: Device, plan: LoopPlan, seconds: float, write: Callable[[dic
 
 
 def table(found: dict[str, Any]) -> str:
-    """A line a contender: microseconds, and how many times as long the fastest peer takes."""
+    """One line per contender: microseconds, and speed-up over the fastest peer."""
     lines = []
     for key in ("inner_loop", "inner_update"):
         for cell in found[key]:
@@ -76,6 +76,6 @@ def table(found: dict[str, Any]) -> str:
 
 
 def failures(found: dict[str, Any]) -> list[str]:
-    """Our own contenders that failed; a backend that is absent has not."""
+    """Our own contenders that failed; a missing backend is no failure."""
     cells = [*found["inner_loop"], *found["inner_update"]]
     return [f"{cell['title']}: {name}" for cell in cells for name in cell["failed"]]

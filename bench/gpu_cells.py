@@ -1,4 +1,4 @@
-"""One case on a GPU: an operator and its peers, after a check that they compute the same."""
+"""Timing of one GPU case: an operator and its peers, after a check that their results agree."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from bench.gpu_device import Device, reason, time_limit
 from bench.peers import largest_difference
 from bench.timing import Calls, alternate
 
-#: Largest relative difference to the first peer, in float32: sums over tasks and samples in another order.
+#: Largest relative difference to the first peer, in float32; sums over tasks and samples differ in order.
 AGREEMENT = 1e-3
 
-#: How the public functions say that a backend has no kernels for the call.
+#: Message of the public functions if a backend has no kernels for the call.
 ABSENT = "cannot run"
 
-#: Makes a contender's calls on several inputs, and one that returns fresh results on the first of them.
+#: Builds a contender's calls on several inputs, and a call that returns new results on the first input.
 Make = Callable[[], tuple[Calls, Callable[[], list[Tensor]]]]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a cell may take."""
+    """Time limits of a cell."""
 
     cell_seconds: float  # of timing
-    compile_seconds: float  # at most, a contender
+    compile_seconds: float  # at most, per contender
     min_rounds: int
 
 
@@ -45,7 +45,7 @@ class Cell:
         self._expected: list[Tensor] = []
 
     def admit(self, name: str, make: Make, *, ours: bool) -> None:
-        """Let a contender take part, unless it fails or computes something else than the first one."""
+        """Admit a contender unless it fails or its results differ from the first one's."""
         try:
             with time_limit(self.limits.compile_seconds, "the first call"):
                 calls, first = make()
@@ -54,7 +54,7 @@ class Cell:
             self.differences[name] = largest_difference(got, self._expected, AGREEMENT)
             self.calls[name] = calls
             self._ours |= {name} if ours else set()
-        except Exception as error:  # one contender less; the others are measured
+        except Exception as error:  # skip this contender, measure the others
             self.unavailable[name] = reason(error)
             print(f"  {name} is not measured: {reason(error)}", flush=True)
             absent = isinstance(error, RuntimeError) and ABSENT in str(error)

@@ -1,19 +1,19 @@
-"""Everything that needs a GPU, in one command: build, tests, compute-sanitizer, benchmarks. Status 1 if a stage fails.
+"""GPU check in one command: build, tests, compute-sanitizer, benchmarks. Exits with status 1 if a stage fails.
 
 make gpu-check                       offline, by the machine's own python3, under 8 minutes on 16 cores and one H200
 make gpu-check ARGS="--only build,tests"
-make gpu-check ARGS=--dry            no GPU, no build: every stage's own logic on the CPU, and what it would run
+make gpu-check ARGS=--dry            no GPU, no build: tests each stage's logic on the CPU, and shows its command
 
-Nothing is installed. Needed are torch with CUDA, Triton, nvcc, setuptools, pybind11, and what metakern itself needs;
-pytest for the tests (with pytest-xdist they run side by side; torch's opcheck needs expecttest). What is missing and
-pure Python can come in a folder of wheels, made on any machine:
+Nothing is installed. Requires torch with CUDA, Triton, nvcc, setuptools, pybind11 and metakern's dependencies; for the
+tests also pytest (with pytest-xdist they run in parallel; torch's opcheck needs expecttest). Missing pure-Python
+packages can be added from a folder of wheels, made on any machine:
 
     pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels expecttest==0.3.0
     python3 -m pip install --no-index --no-deps --target /tmp/site wheels/*.whl
     make gpu-check SITE=/tmp/site
 
-SITE goes to the front of PYTHONPATH. Stages of one group run side by side; the benchmarks have the device for
-themselves. Each stage's output goes to build/gpu-check/<stage>.log, its end is shown where it fails.
+SITE goes to the front of PYTHONPATH. Stages of one group run in parallel; the benchmarks have the device for
+themselves. Each stage's output goes to build/gpu-check/<stage>.log; its end is shown if the stage fails.
 """
 
 from __future__ import annotations
@@ -34,50 +34,50 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 LOGS = ROOT / "build" / "gpu-check"
 
-#: The budget: stage, group, seconds that it may take. Groups follow one another.
+#: Time budget: stage, group, limit in seconds. Groups run one after another.
 BUDGET = (
     ("build", 0, 150),
     ("tests", 1, 170),  # those marked gpu
     ("suite", 1, 170),  # all other tests
     ("memcheck", 1, 170),
     ("racecheck", 1, 170),
-    ("benchmarks", 2, 150),  # at least; what the stages before it left over comes on top
+    ("benchmarks", 2, 150),  # at least; plus time left over by earlier stages
 )
 
-#: Seconds of the whole: groups, and a few for starting and stopping.
+#: Total seconds: all groups, and a few for starting and stopping.
 TOTAL = 475
 
-#: The benchmarks stop to begin new cells so long before their limit.
+#: Seconds before their limit at which the benchmarks begin no new cells.
 GRACE = 20
 
-#: Libraries probe the driver for functions that it lacks, which is no error of ours: our launches are checked by the
-#: operators themselves. How long Python takes to come to its first CUDA call is for the stage's limit to judge.
+#: API errors are not reported, as libraries probe the driver for missing functions; the operators check their own
+#: launches. No launch timeout, as the stage's limit bounds the time until Python's first CUDA call.
 SANITIZER = ("--error-exitcode=9", "--report-api-errors=no", "--launch-timeout=0")
 
-#: What compute-sanitizer says of a machine where it cannot work.
+#: Message of compute-sanitizer on an unsupported machine.
 UNSUPPORTED = re.compile(r"Device not supported|not supported on this|Unable to find injection library", re.IGNORECASE)
 
-#: Lines of a log that are shown: of a stage that failed, of the benchmarks that did not.
+#: Log lines shown of a failed stage, and of successful benchmarks.
 SHOWN_FAILED, SHOWN_BENCHMARKS = 25, 60
 
 
 @dataclass
 class Stage:
-    """One command with its time limit, and what a dry run does in its place."""
+    """One command with its time limit, and its replacement in a dry run."""
 
     name: str
     group: int
     seconds: float
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    missing: str = ""  # why it cannot run; it is skipped then
+    missing: str = ""  # why it cannot run; then it is skipped
     dry: list[str] | None = None  # None: the command is only shown
     unsupported: re.Pattern[str] | None = None  # a failed stage whose log matches is skipped
 
 
 @dataclass
 class Outcome:
-    """What became of a stage."""
+    """Result of a stage."""
 
     stage: Stage
     status: str  # passed, failed, timed out, skipped
@@ -87,7 +87,7 @@ class Outcome:
 
     @property
     def failed(self) -> bool:
-        """Whether the check must not pass."""
+        """Whether it fails the check."""
         return self.status in ("failed", "timed out")
 
 
@@ -95,12 +95,12 @@ class Outcome:
 
 
 def has(module: str) -> bool:
-    """Whether a Python package is there."""
+    """Whether a Python package is installed."""
     return importlib.util.find_spec(module) is not None
 
 
 def compute_capability() -> str:
-    """Of the first GPU, like "9.0"; empty where nvidia-smi does not tell."""
+    """Compute capability of the first GPU, like "9.0"; empty if nvidia-smi does not report it."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return ""
@@ -111,7 +111,7 @@ def compute_capability() -> str:
 
 
 def cuda_homes() -> list[Path]:
-    """Where a CUDA toolkit may live: CUDA_HOME, where nvcc on PATH points, the usual folder."""
+    """Candidate folders of a CUDA toolkit: CUDA_HOME, that of nvcc on PATH, the usual one."""
     homes = [Path(home) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     if nvcc := shutil.which("nvcc"):
         homes.append(Path(nvcc).resolve().parent.parent)
@@ -125,7 +125,7 @@ def find_sanitizer() -> str:
 
 
 def build_environment() -> dict[str, str]:
-    """CUDA demanded, for the architecture of this device alone."""
+    """Environment that requires CUDA kernels, for this device's architecture alone."""
     environment = {"METAKERN_CUDA": "1"}
     if capability := compute_capability():
         environment["TORCH_CUDA_ARCH_LIST"] = capability
@@ -143,7 +143,7 @@ def sanitizer_stage(tool: str, group: int, seconds: float, dry: list[str] | None
         group,
         seconds,
         [program or "compute-sanitizer", "--tool", tool, *SANITIZER, *python("-m", "tests.gpu.cases")],
-        # Without torch's cache every tensor is an allocation of its own, and a step beyond it is seen.
+        # Without torch's cache every tensor is a separate allocation, so out-of-bounds accesses are found.
         {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         missing="" if program else "compute-sanitizer is not there",
         dry=dry,
@@ -152,7 +152,7 @@ def sanitizer_stage(tool: str, group: int, seconds: float, dry: list[str] | None
 
 
 def python(*arguments: str) -> list[str]:
-    """A command of this interpreter."""
+    """Command line of this Python interpreter."""
     return [sys.executable, *arguments]
 
 
@@ -195,7 +195,7 @@ def make_stages(logs: Path) -> list[Stage]:
 
 
 class Run:
-    """A stage under way: its process, in a group of its own, and its log."""
+    """A running stage: its process, in a separate process group, and its log."""
 
     def __init__(self, stage: Stage, logs: Path) -> None:
         self.stage, self.log, self.start = stage, logs / f"{stage.name}.log", time.monotonic()
@@ -209,7 +209,7 @@ class Run:
             )
 
     def stop(self) -> None:
-        """End the process and its children, politely at first."""
+        """End the process and its children: SIGTERM first, then SIGKILL."""
         for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
             try:
                 os.killpg(self.process.pid, number)
@@ -234,12 +234,12 @@ class Run:
 
 
 def shown(stage: Stage) -> str:
-    """The command as one would type it."""
+    """The command as typed in a shell."""
     return " ".join([*(f"{name}={value}" for name, value in stage.environment.items()), *stage.command])
 
 
 def run_group(stages: Sequence[Stage], logs: Path) -> list[Outcome]:
-    """Run stages side by side until each has ended or its time is up."""
+    """Run stages in parallel until each has ended or timed out."""
     done, running = [], []
     for stage in stages:
         if stage.missing:
@@ -262,7 +262,7 @@ def run_group(stages: Sequence[Stage], logs: Path) -> list[Outcome]:
 
 
 def dry_run(stages: Iterable[Stage]) -> list[Stage]:
-    """What a dry run does in place of the stages; it shows their commands."""
+    """Run the stages' dry replacements and show their real commands."""
     replaced = []
     for stage in stages:
         print(f"{stage.name} would run{f' ({stage.missing})' if stage.missing else ''}: {shown(stage)}")
@@ -274,7 +274,7 @@ def dry_run(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def run_all(stages: Sequence[Stage], logs: Path, clock: Callable[[], float] = time.monotonic) -> list[Outcome]:
-    """Group after group; the last gets what the others left of :data:`TOTAL`."""
+    """Run the groups in order; the last gets the rest of :data:`TOTAL`."""
     start, outcomes = clock(), []
     groups = sorted({stage.group for stage in stages})
     for group in groups:
@@ -297,7 +297,7 @@ def tail(log: Path, lines: int) -> str:
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """The ends of the logs that matter, then a line a stage."""
+    """Print the ends of relevant logs, then one line per stage."""
     parts = []
     for outcome in outcomes:
         lines = SHOWN_FAILED if outcome.failed else 0

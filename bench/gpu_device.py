@@ -1,6 +1,6 @@
-"""The device that bench.gpu measures on: its clock, its graphs and its ceilings, or a stand-in on the CPU.
+"""Device interface of bench.gpu: timing, graphs and measured peak rates, or a CPU stand-in.
 
-:class:`CpuStandIn` lets everything around the measurement run where there is no GPU; its figures mean nothing.
+:class:`CpuStandIn` lets the benchmark's logic run without a GPU; its figures mean nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from bench.timing import wall_seconds
 
 Call = Callable[[], Any]
 
-#: Bytes of the buffer whose copy gives the device's rate, and edge of the matrices whose product gives its FLOP/s.
+#: Buffer size in bytes for measuring the copy rate, and matrix size for measuring FLOP/s.
 COPY_BYTES = 2**32
 SGEMM_SIZE = 8192
 
@@ -41,16 +41,16 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Why a contender is not measured: the first line of what it raised."""
+    """Why a contender is not measured: the first line of its exception."""
     return f"{type(error).__name__}: {error}".splitlines()[0]
 
 
 class Device(Protocol):
-    """What a measurement asks of a device."""
+    """Interface of a device to measure on."""
 
     name: str
     torch_device: torch.device
-    backends: tuple[str, ...]  # of metakern, the one that the targets judge first
+    backends: tuple[str, ...]  # metakern's, the one judged by the targets first
     state_dtypes: tuple[torch.dtype, ...]  # that those backends keep
     compile_options: dict[str, Any]  # of torch.compile, for the compiled peer of one large step
     graph_options: dict[str, Any]  # the same for a peer of many small steps
@@ -63,16 +63,16 @@ class Device(Protocol):
         """Wait until the device is idle."""
 
     def capture(self, call: Call) -> Call:
-        """A function that repeats what ``call`` launches, without its host code."""
+        """A function that replays the launches of ``call``, without its host code."""
 
     def launches(self, call: Call) -> int:
-        """Kernels that ``call`` launches."""
+        """Number of kernels launched by ``call``."""
 
     def release(self) -> None:
-        """Give back the memory that nothing refers to."""
+        """Free unreferenced memory."""
 
     def copy_rate(self) -> float:
-        """Bytes a second that a large copy reads and writes, measured."""
+        """Measured bytes per second read and written by a large copy."""
 
     def flop_rate(self) -> float:
         """Float32 FLOP/s of a large matrix product, measured."""
@@ -95,7 +95,7 @@ class CudaDevice:
         self.graph_options: dict[str, Any] = {"mode": "reduce-overhead"}
 
     def seconds(self, work: Call) -> float:
-        """Between two events around the work."""
+        """Time between two events around the work."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         work()
@@ -108,7 +108,7 @@ class CudaDevice:
         torch.cuda.synchronize()
 
     def capture(self, call: Call) -> Call:
-        """A CUDA graph of the call, after three calls on a side stream as torch asks for."""
+        """A CUDA graph of the call, after three warm-up calls on a side stream, as torch requires."""
         side, current = torch.cuda.Stream(), torch.cuda.current_stream()
         side.wait_stream(current)
         with torch.cuda.stream(side):
@@ -136,14 +136,14 @@ class CudaDevice:
         torch.cuda.empty_cache()
 
     def copy_rate(self) -> float:
-        """Of random data, far larger than the L2 cache; median of 20 copies."""
+        """Median of 20 copies of random data, far larger than the L2 cache."""
         source = torch.randn(COPY_BYTES // 4, device=self.torch_device)
         target = torch.empty_like(source)
         seconds = self._median(lambda: target.copy_(source))
         return 2 * COPY_BYTES / seconds
 
     def flop_rate(self) -> float:
-        """Of random matrices, TF32 off; median of 20 products."""
+        """Median of 20 products of random matrices, TF32 off."""
         a, b = (torch.randn(SGEMM_SIZE, SGEMM_SIZE, device=self.torch_device) for _ in range(2))
         out = torch.empty_like(a)
         seconds = self._median(lambda: torch.mm(a, b, out=out))
@@ -170,18 +170,18 @@ class CpuStandIn:
         self.cache_bytes = machine.last_level_cache_bytes()
 
     def seconds(self, work: Call) -> float:
-        """By the wall clock."""
+        """Wall-clock time."""
         return wall_seconds(work)
 
     def synchronize(self) -> None:
-        """Nothing runs behind the caller's back."""
+        """Nothing to wait for: calls are synchronous."""
 
     def capture(self, call: Call) -> Call:
         """The call itself."""
         return call
 
     def launches(self, call: Call) -> int:
-        """The call runs; nothing is counted."""
+        """Run the call; nothing is counted."""
         call()
         return 1
 
@@ -190,11 +190,11 @@ class CpuStandIn:
         gc.collect()
 
     def copy_rate(self) -> float:
-        """Of 4 MiB."""
+        """Copy rate of 4 MiB."""
         source = torch.randn(2**20)
         target = torch.empty_like(source)
         return 2 * 2**22 / self.seconds(lambda: target.copy_(source))
 
     def flop_rate(self) -> float:
-        """Of a small product."""
+        """FLOP/s of a small product."""
         return machine.sgemm_gflops(256) * 1e9

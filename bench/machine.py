@@ -1,4 +1,4 @@
-"""What a figure was measured on: processor, caches, versions, and the speed of a large matrix product."""
+"""Machine facts for results: processor, caches, versions, and the speed of a large matrix product."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from metakern.core.machine import cpu_model
 
 
 def slug(text: str) -> str:
-    """A file name of a text: its letters and digits, lower case, with dashes between."""
+    """Convert text to a file name: letters and digits in lower case, joined by dashes."""
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def capability() -> str:
-    """The instruction set of the compiled kernels in use, which METAKERN_CPU_CAPABILITY may have chosen."""
+    """Instruction set of the kernels in use; METAKERN_CPU_CAPABILITY may override it."""
     return str(metakern.build_info().get("cpu_capability", "none"))
 
 
@@ -34,7 +34,7 @@ def device_name() -> str:
 
 
 def last_level_cache_bytes() -> int:
-    """Size of the largest cache of the first core; 32 MiB where the system does not tell."""
+    """Size of the first core's largest cache; 32 MiB if unknown."""
     files = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     matches = [re.fullmatch(r"(\d+)([KM]?)\s*", path.read_text()) for path in files]
     sizes = [int(match[1]) * {"": 1, "K": 2**10, "M": 2**20}[match[2]] for match in matches if match]
@@ -62,7 +62,7 @@ def describe() -> dict[str, Any]:
     }
 
 
-#: What is asked of nvidia-smi before and after a measurement; a clock is in MHz.
+#: nvidia-smi queries before and after a measurement; clocks are in MHz.
 _GPU_STATE = (
     "clocks.sm",
     "clocks.mem",
@@ -76,7 +76,7 @@ _GPU_STATE = (
 
 
 def ask_gpu(*fields: str) -> dict[str, str]:
-    """What nvidia-smi says of the first GPU; nothing where it is missing or refuses. It changes no setting."""
+    """Query nvidia-smi about the first GPU; empty if it is missing or fails. Changes no setting."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
@@ -87,7 +87,7 @@ def ask_gpu(*fields: str) -> dict[str, str]:
 
 
 def gpu_state() -> dict[str, str]:
-    """Clocks, temperature, power and load of the GPU at this moment."""
+    """Current clocks, temperature, power and load of the GPU."""
     return ask_gpu(*_GPU_STATE)
 
 
@@ -118,7 +118,7 @@ def _now() -> str:
 
 
 def sgemm_gflops(size: int = 2048, rounds: int = 5) -> float:
-    """GFLOP/s of the best of several float32 products of two random [size, size] matrices: this machine's FMA rate."""
+    """FMA rate of this machine: best GFLOP/s of several float32 products of two random [size, size] matrices."""
     a, b = torch.randn(size, size), torch.randn(size, size)
     out = a @ b
     best = float("inf")

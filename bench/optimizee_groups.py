@@ -1,11 +1,11 @@
-"""What grouping brings: meta-iterations over problems one by one, grouped by shape, and grouped with one launch.
+"""Speed-up by grouping: meta-iterations over problems one by one, grouped by shape, and grouped with one launch.
 
-python -m bench.optimizee_groups            the measurement that the README shows (minutes)
-python -m bench.optimizee_groups --quick    small mixtures, nothing written: that everything runs (seconds)
+python -m bench.optimizee_groups            the README's measurement (minutes)
+python -m bench.optimizee_groups --quick    smoke test: small mixtures, nothing written (seconds)
 
-The same problems of several kinds are solved by one CoordinatewiseLSTM in three ways, each with the backward of the
-unroll. Their meta-gradients are compared before they are timed. This is about speed alone; what the choice of problems
-does to accuracy is measured elsewhere. Results go to bench/results/<device>-optimizee-groups.json.
+One CoordinatewiseLSTM solves the same problems of several kinds in three ways, each with the backward of the unroll.
+Their meta-gradients are compared before timing. This measures speed alone; the effect of the problems on accuracy is
+measured elsewhere. Results go to bench/results/<device>-optimizee-groups.json.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from metakern.tasks import (
 )
 from metakern.tasks.classic_functions import FUNCTIONS
 
-#: Samples of a minibatch of the networks.
+#: Minibatch size of the networks.
 BATCH_SIZE = 64
 
 FUNCTION_KINDS = ("quadratics", *FUNCTIONS)
@@ -50,19 +50,18 @@ MIXTURES = {
     "both": (*FUNCTION_KINDS, *NETWORK_KINDS),
 }
 
-#: Largest distance between the meta-gradients of two ways, relative to their norm: rounding in float32, grown along an
-#: unroll.
+#: Largest relative difference between the meta-gradients of two ways: float32 rounding that grows along the unroll.
 TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures."""
+    """Cells of a run."""
 
     mixtures: tuple[str, ...]
     tasks: tuple[int, ...]
     steps: int  # of the one unroll of a meta-iteration
-    seconds: float  # a cell
+    seconds: float  # per cell
     min_rounds: int
 
 
@@ -71,7 +70,7 @@ QUICK = Plan(("both",), (6,), 3, 0.1, 2)
 
 
 def kind(name: str) -> Any:
-    """A distribution by its name."""
+    """A distribution of problems, by name."""
     networks = {"regression": DigitsRegression, "mlp": DigitsMLP, "cnn": DigitsCNN, "rnn": DigitsRNN}
     if name in networks:
         return networks[name](batch_size=BATCH_SIZE)
@@ -79,12 +78,12 @@ def kind(name: str) -> Any:
 
 
 def mixture(name: str) -> MixedOptimizees:
-    """All kinds of a mixture, equally often."""
+    """A mixture of kinds in equal shares."""
     return MixedOptimizees([kind(each) for each in MIXTURES[name]])
 
 
 def meta_iteration(learner: RuleLearner, batches: Sequence[Any]) -> None:
-    """The gradient of the mean over all problems of all batches, one batch after the other, left in the weights."""
+    """Compute the gradient of the mean loss over all problems, batch by batch, into the weights' ``grad``."""
     learner.zero_grad()
     total = sum(batch.num_tasks for batch in batches)
     for batch in batches:
@@ -93,13 +92,13 @@ def meta_iteration(learner: RuleLearner, batches: Sequence[Any]) -> None:
 
 
 def meta_gradient(learner: RuleLearner, batches: Sequence[Any]) -> Tensor:
-    """The same as a vector."""
+    """The meta-gradient as a vector."""
     meta_iteration(learner, batches)
     return torch.cat([weight.grad.flatten() for weight in learner.parameters() if weight.grad is not None])
 
 
 def ways(problems: MixedOptimizees, tasks: int) -> dict[str, list[Any]]:
-    """The batches of each way, of problems of the same kinds; none draws for more problems than it solves."""
+    """Batches of each way, with the same kinds of problems; none samples more problems than it solves."""
     whole = problems.sample(tasks, torch.Generator().manual_seed(0))
     alone = [
         problems.distributions[mode].sample(1, torch.Generator().manual_seed(seed))
@@ -109,7 +108,7 @@ def ways(problems: MixedOptimizees, tasks: int) -> dict[str, list[Any]]:
 
 
 def difference(learner: RuleLearner, problems: MixedOptimizees, tasks: int) -> float:
-    """Largest distance of the meta-gradients of the other ways from that of one launch, on the same draws."""
+    """Largest relative difference of the other ways' meta-gradients from one launch's, on the same draws."""
 
     def sample() -> Any:
         return problems.sample(tasks, torch.Generator().manual_seed(0))
@@ -121,9 +120,9 @@ def difference(learner: RuleLearner, problems: MixedOptimizees, tasks: int) -> f
 
 
 def measure_cell(name: str, tasks: int, plan: Plan, advance: Advance) -> dict[str, Any]:
-    """One mixture and number of problems: agreement first, then times and ratios."""
+    """Measure one mixture and number of problems: check agreement, then times and ratios."""
     torch.manual_seed(0)
-    # The functions' gradients span ten orders of magnitude, for which the features are logarithms.
+    # Logarithmic features, as the functions' gradients span ten orders of magnitude.
     learner = RuleLearner(CoordinatewiseLSTM(), steps=plan.steps, unroll=plan.steps)
     problems = mixture(name)
     error = difference(learner, problems, tasks)
@@ -149,7 +148,7 @@ def measure_cell(name: str, tasks: int, plan: Plan, advance: Advance) -> dict[st
 
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
-    """All cells."""
+    """Measure all cells."""
     jobs: dict[str, Job] = {
         f"{name}, {tasks} problems": partial(measure_cell, name, tasks, plan)
         for name in plan.mixtures

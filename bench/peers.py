@@ -1,4 +1,4 @@
-"""Libraries that metakern is measured against, and whether contenders compute the same."""
+"""Peer libraries, and the check that contenders compute the same."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import ModuleType
 
 from torch import Tensor
 
-#: Libraries that take one task after another.
+#: Libraries that process one task at a time.
 LIBRARIES = ("learn2learn", "higher", "torchopt")
 
 
 def find_libraries() -> tuple[dict[str, ModuleType], dict[str, str]]:
-    """The peers' libraries that can be imported here; and of each, its version or why it cannot be."""
+    """The peer libraries that can be imported; and for each its version, or why it cannot be imported."""
     modules, notes = {}, {}
     for name in LIBRARIES:
         if importlib.util.find_spec(name) is None:
@@ -23,7 +23,7 @@ def find_libraries() -> tuple[dict[str, ModuleType], dict[str, str]]:
             continue
         try:
             modules[name] = importlib.import_module(name)
-        except Exception as error:  # whatever an old library stumbles over is the reason that is recorded
+        except Exception as error:  # an old library may raise anything; it is recorded as the reason
             notes[name] = f"not importable: {type(error).__name__}: {error}"
             continue
         notes[name] = _version(modules[name])
@@ -31,14 +31,14 @@ def find_libraries() -> tuple[dict[str, ModuleType], dict[str, str]]:
 
 
 def _version(module: ModuleType) -> str:
-    """As the module says it, else as its installed metadata do."""
+    """Version from the module, else from its installed metadata."""
     return str(getattr(module, "__version__", None) or importlib.metadata.version(module.__name__))
 
 
 def largest_error(results: Mapping[str, Sequence[Tensor]], tolerance: float = 1e-4) -> float:
-    """The largest relative error of any contender's results against the first one's; AssertionError above a tolerance.
+    """Largest relative error of any contender's results against the first one's; AssertionError above a tolerance.
 
-    Relative to the largest magnitude of each tensor: float32 sums in another order differ.
+    Relative to each tensor's largest magnitude, as float32 sums in another order differ.
     """
     worst = 0.0
     (first, expected), *others = results.items()
@@ -51,10 +51,10 @@ def largest_error(results: Mapping[str, Sequence[Tensor]], tolerance: float = 1e
 
 
 def largest_difference(actual: Sequence[Tensor], expected: Sequence[Tensor], allowed: float) -> float:
-    """Relative to the largest magnitude of each expected tensor.
+    """Largest difference relative to each expected tensor's largest magnitude.
 
     Raises:
-        ArithmeticError: above what is allowed, and for NaN
+        ArithmeticError: above the allowed difference, and for NaN
     """
     worst = 0.0
     for index, (got, want) in enumerate(zip(actual, expected, strict=True)):

@@ -1,4 +1,4 @@
-"""Measurements that need a process of their own: peak memory, and a fresh interpreter to take it in."""
+"""Peak-memory measurement, and running a module in a fresh Python process."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ Result = TypeVar("Result")
 
 
 def _status(key: str) -> int:
-    """A memory figure of this process in bytes: VmRSS, the memory it holds now, or VmHWM, the most it ever held."""
+    """A memory figure of this process in bytes: VmRSS, current, or VmHWM, peak."""
     match = re.search(rf"^{key}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert match is not None
     return int(match[1]) * 1024
 
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[int, Result]:
-    """Peak resident memory of ``work`` above what the process held before it, and what it returns."""
+    """Additional peak resident memory of ``work``, and its return value."""
     baseline = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     result = work()
     return _status("VmHWM") - baseline, result
 
 
 def in_subprocess(module: str, *arguments: object) -> dict[str, Any]:
-    """The JSON that ``python -m module arguments threads`` prints last, with as many threads as this process.
+    """Run ``python -m module arguments threads`` with this process's thread count; returns its last line of JSON.
 
     Raises:
-        RuntimeError: with what it wrote on stderr, where it fails
+        RuntimeError: if it fails; with its stderr
     """
     words = [*map(str, arguments), str(torch.get_num_threads())]
     run = subprocess.run(

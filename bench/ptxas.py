@@ -1,9 +1,9 @@
-"""Compiles every CUDA kernel and keeps what the compiler says of it: registers, shared memory, stack frame, spills.
+"""Compiles every CUDA kernel and records its resources: registers, shared memory, stack frame, spills.
 
 python -m bench.ptxas [--output bench/results/ptxas.json]
 
-No GPU is needed. Ends with status 1 where a kernel spills registers or has a stack frame, unless it is one of those
-that serve any number of hidden units.
+No GPU is needed. Exits with status 1 if a kernel spills registers or has a stack frame; general kernels, which serve
+any number of hidden units, are exempt.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Kernel:
 
     @property
     def is_general(self) -> bool:
-        """Whether it serves any number of hidden units: its last template argument is then 0."""
+        """Whether it serves any number of hidden units; its last template argument is then 0."""
         return re.search(r", 0>+$", self.name) is not None
 
     @property
     def leaves_registers(self) -> bool:
-        """Whether it keeps values in memory that should be in registers."""
+        """Whether it spills registers or has a stack frame."""
         return bool(self.stack_bytes or self.spill_store_bytes or self.spill_load_bytes)
 
 
@@ -54,7 +54,7 @@ def parse(report: str) -> list[Kernel]:
     """The kernels of a report of ``nvcc -Xptxas -v``, mangled or demangled.
 
     Raises:
-        ValueError: for a kernel whose report is not complete
+        ValueError: for a kernel with an incomplete report
     """
     kernels = []
     for block in report.split("Compiling entry function '")[1:]:
@@ -79,7 +79,7 @@ def find_nvcc() -> str:
     """The compiler of CUDA_HOME or the one on PATH.
 
     Raises:
-        FileNotFoundError: where there is none
+        FileNotFoundError: if there is none
     """
     home = os.environ.get("CUDA_HOME")
     nvcc = shutil.which("nvcc", path=f"{home}/bin" if home else None)
@@ -89,10 +89,10 @@ def find_nvcc() -> str:
 
 
 def demangle(text: str) -> str:
-    """Every mangled name in a text replaced.
+    """Demangle every C++ name in a text.
 
     Raises:
-        FileNotFoundError: where the tool that does so is missing
+        FileNotFoundError: if the demangling tool is missing
     """
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None:
@@ -101,10 +101,10 @@ def demangle(text: str) -> str:
 
 
 def compile_kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
-    """What the compiler reports of one source file on one architecture.
+    """The compiler's report for one source file on one architecture.
 
     Raises:
-        RuntimeError: where it does not compile
+        RuntimeError: if it does not compile
     """
     with tempfile.TemporaryDirectory() as folder:
         output = str(Path(folder, "kernels.cubin"))
@@ -116,13 +116,13 @@ def compile_kernels(nvcc: str, source: Path, architecture: str) -> list[Kernel]:
 
 
 def nvcc_version(nvcc: str) -> str:
-    """The line of its report that names the version."""
+    """The line with the version in nvcc's version report."""
     report = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     return next(line for line in report.splitlines() if "release" in line)
 
 
 def table(kernels: list[Kernel]) -> str:
-    """For the terminal: a line a kernel, with one column an architecture."""
+    """Table for the terminal: one line per kernel, one column per architecture."""
     names = list(dict.fromkeys(kernel.name for kernel in kernels))
     architectures = list(dict.fromkeys(kernel.architecture for kernel in kernels))
     found = {(kernel.name, kernel.architecture): kernel for kernel in kernels}
@@ -140,7 +140,7 @@ def table(kernels: list[Kernel]) -> str:
 
 
 def faults(kernels: list[Kernel]) -> list[str]:
-    """A line for each kernel that does not keep to its registers, but for the general ones."""
+    """One line for each kernel with spills or a stack frame, except general ones."""
     return [
         f"{k.name} on {k.architecture}: {k.stack_bytes} bytes of stack frame, {k.spill_store_bytes} of spill stores, "
         f"{k.spill_load_bytes} of spill loads"

@@ -1,4 +1,4 @@
-"""Puts the measured tables into the README, between their markers; one for each instruction set that was measured.
+"""Inserts the measured tables into the README, between their markers; one per measured instruction set.
 
 python -m bench.report [RESULTS.json ...]
 """
@@ -20,30 +20,30 @@ ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "bench" / "results"
 END = "<!-- /bench -->"
 
-#: What `metakern eval optimizer digits_lstm --speed` wrote.
+#: Results of `metakern eval optimizer digits_lstm --speed`.
 DIGITS = FOLDER / "digits_lstm" / "results.json"
 
 
 def benchmark_of(path: Path) -> str:
-    """Which benchmark a file of results is of; those of lstm_step did not always say so."""
+    """The benchmark of a results file; older files of lstm_step do not name it."""
     return str(json.loads(path.read_text()).get("benchmark", "lstm_step"))
 
 
-#: How a table says which instruction set it was measured with, in the order of the tables.
+#: Names of the instruction sets in tables, in the order of the tables.
 CAPABILITIES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2, the baseline of x86-64"}
 
 
 def capability_of(path: Path) -> str:
-    """The instruction set that a file of results was measured with; empty on a GPU, and where it does not say so."""
+    """The instruction set of a results file; empty on a GPU or if not recorded."""
     results = json.loads(path.read_text())
     described = results.get("machine", {}) | results.get("environment", {})
     return str(described.get("cpu_capability", ""))
 
 
 def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> dict[str, Path]:
-    """By instruction set, the file with the latest date inside among those of one benchmark on its kind of device.
+    """The newest results file (by the date inside) per instruction set, for one benchmark and its kind of device.
 
-    Measurements of some cases alone (``--cases``) do not count.
+    Partial measurements (``--cases``) do not count.
     """
     kind = "gpu" if benchmark == "gpu" else "cpu"
     newest: dict[str, tuple[str, Path]] = {}
@@ -58,7 +58,7 @@ def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> dict[
 
 
 def render(results: dict[str, Any], source: str) -> str:
-    """The table in markdown, with what it was measured on and the targets that were missed."""
+    """The table in markdown, with its provenance and missed targets."""
     peers = list(results["cells"][0]["speedup"])
     header = ["operation", "coordinates", "metakern", *peers, *(f"against {peer}" for peer in peers), "of FMA floor"]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * 2}{'--:|' * (len(header) - 2)}"]
@@ -94,7 +94,7 @@ def _provenance(results: dict[str, Any], source: str) -> str:
 
 
 def _missed(results: dict[str, Any]) -> list[str]:
-    """A paragraph with the targets that were missed, if there are any."""
+    """A paragraph with the missed targets, if any."""
     missed = [
         f"{t['name']}: {t['kind']} {t['relation']} {t['required']:g}, measured {measured(t, 1)}"
         for t in results["targets"]
@@ -131,7 +131,7 @@ def render_inner_loop(results: dict[str, Any], source: str) -> str:
 
 
 def _first_results(cells: list[dict[str, Any]]) -> list[str]:
-    """What torch.compile takes to its first result, where it was measured."""
+    """A sentence with the time to torch.compile's first result, if measured."""
     pairs = [cell["first_result_s"] for cell in cells if "compiled" in cell["first_result_s"]]
     if not pairs:
         return []
@@ -143,7 +143,7 @@ def _first_results(cells: list[dict[str, Any]]) -> list[str]:
 
 
 def _adapt_sentence(adapt: dict[str, Any]) -> str:
-    """One task, with learn2learn's calls."""
+    """A sentence on one task, with learn2learn's calls."""
     times = {name: f"{time['median_s'] * 1e6:.0f} µs" for name, time in adapt["contenders"].items()}
     ours = times.pop("metakern.MAML")
     peers = ", ".join(f"{name} {time}" for name, time in times.items())
@@ -151,13 +151,13 @@ def _adapt_sentence(adapt: dict[str, Any]) -> str:
 
 
 def _memory_sentence(memory: dict[str, Any]) -> str:
-    """Peak memory of every contender."""
+    """A sentence on every contender's peak memory."""
     peaks = (f"{name} {run['peak_bytes'] / 2**20:.0f} MiB" for name, run in memory["contenders"].items())
     return f"Peak memory, {memory['title']}: {'; '.join(peaks)}."
 
 
 def render_sinusoid(results: dict[str, Any], source: str) -> str:
-    """Test losses of both ways of training, their paired difference and the seconds that they took."""
+    """Test losses of both ways of training, their paired difference and their seconds."""
     ways, case = results["ways"], results["training"]
     lines = [f"| steps at test | {' | '.join(ways)} | difference |", f"|--:|{'--:|' * (len(ways) + 1)}"]
 
@@ -228,7 +228,7 @@ def render_optimizers(results: dict[str, Any], source: str) -> str:
     return "\n".join(lines)
 
 
-#: What a clustered problem's tasks are measured by, and the columns of its table.
+#: Measures of clustered problems, and the columns of their tables.
 MEASURES = {"loss": "MSE", "accuracy": "accuracy", "log_loss": "log₁₀ loss"}
 CLUSTERED_COLUMNS = (
     "way",
@@ -242,7 +242,7 @@ CLUSTERED_COLUMNS = (
 
 
 def render_clusters(results: dict[str, Any], source: str) -> str:
-    """Every way of training beside the uniform sampler, on equal tasks and on equal time, problem by problem."""
+    """Every way of training against the uniform sampler, for equal tasks and equal time, by problem."""
     lines: list[str] = []
     for found in results["problems"].values():
         settings = found["settings"]
@@ -272,7 +272,7 @@ def render_clusters(results: dict[str, Any], source: str) -> str:
 
 
 def way_cells(way: dict[str, Any], seeds: int) -> list[str]:
-    """A way's figures under :data:`CLUSTERED_COLUMNS`."""
+    """A way's cells for :data:`CLUSTERED_COLUMNS`."""
 
     def interval(entry: dict[str, Any]) -> str:
         return f"{entry['mean']:.3f} ({entry['low']:.3f} to {entry['high']:.3f})"
@@ -290,7 +290,7 @@ NOT_MEASURED = "not measured yet"
 
 
 def render_gpu(results: dict[str, Any], source: str) -> str:
-    """What a GPU gave: a meta-iteration of the inner loop and an update of a list, by both backends."""
+    """GPU results: a meta-iteration of the inner loop and an update of a list, by both backends."""
     lines = [
         "| operation | case | CUDA C++ | Triton | against the best peer |",
         "|---|---|--:|--:|--:|",
@@ -311,7 +311,7 @@ def render_gpu(results: dict[str, Any], source: str) -> str:
 
 
 def _gpu_figures(cell: dict[str, Any] | None) -> list[str]:
-    """Microseconds of both backends, and how many times as long the fastest peer takes as the faster of them."""
+    """Microseconds of both backends, and the speed-up of the faster one over the fastest peer."""
     ours = {} if cell is None else {n: cell["contenders"][n] for n in ("cuda", "triton") if n in cell["contenders"]}
     times = [f"{ours[n]['median_s'] * 1e6:.0f} µs" if n in ours else NOT_MEASURED for n in ("cuda", "triton")]
     ratios = [ratio for entry in ours.values() if (ratio := entry["speedup_over_fastest_peer"]) is not None]
@@ -324,7 +324,7 @@ def insert(text: str, name: str, table: str) -> str:
     """``text`` with ``table`` between the markers of ``name``.
 
     Raises:
-        ValueError: where the markers are not there exactly once, in order
+        ValueError: unless both markers are there exactly once, in order
     """
     begin = f"<!-- bench:{name} -->"
     pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(END)}", re.DOTALL)
@@ -333,7 +333,7 @@ def insert(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text)
 
 
-#: Every table's name in the README, and what renders it.
+#: Renderers by a table's name in the README.
 TABLES = {
     "lstm_step": render,
     "digits_lstm": render_optimizers,
@@ -344,7 +344,7 @@ TABLES = {
     "gpu": render_gpu,
 }
 
-#: Rows of the GPU's table, measured or not.
+#: Rows of the GPU table, measured or not.
 GPU_CASES = {
     "inner_loop": [case.title for case in gpu_budget.FULL.loops],
     "inner_update": [case.title for case in gpu_budget.FULL.updates],
@@ -352,10 +352,10 @@ GPU_CASES = {
 
 
 def sources(files: Sequence[Path]) -> dict[str, list[Path]]:
-    """The files of each table, one an instruction set: those that are given, else the newest; none without any.
+    """Results files per table, one per instruction set: the given ones, else the newest, if any.
 
     Raises:
-        ValueError: for a file of a benchmark that has no table
+        ValueError: for a file of a benchmark without a table
     """
     given: dict[str, dict[str, Path]] = {}
     for path in files:
@@ -377,7 +377,7 @@ def _title(file: Path) -> str:
 
 
 def tables(name: str, files: Sequence[Path]) -> str:
-    """The tables of a benchmark, one for each file, under its instruction set where there are several."""
+    """The tables of a benchmark, one per file; with the instruction set as heading if there are several."""
     parts = []
     for file in files:
         source = str(file.relative_to(ROOT)) if file.is_relative_to(ROOT) else file.name

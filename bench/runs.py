@@ -1,4 +1,4 @@
-"""What every comparison does around its measurements: a progress bar, the targets as a table, the results as a file."""
+"""Shared by all comparisons: a progress bar, the table of targets, the results file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from bench.targets import measured
 
 RESULTS = Path(__file__).parent / "results"
 
-#: Is told the share of a job that is done.
+#: Progress callback with the finished share of a job.
 Advance = Callable[[float], None]
 Job = Callable[[Advance], Any]
 
 
 def run_jobs(jobs: Mapping[str, Job], console: Console, workers: int = 1) -> list[Any]:
-    """What the jobs return, in their order, under a progress bar that shows their descriptions.
+    """Run jobs under a progress bar with their descriptions; returns their results in order.
 
-    More than one worker are processes, which take the jobs up in their order, with as many threads each as this one.
+    Several workers are processes that take the jobs in order, each with as many threads as this process.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -44,7 +44,7 @@ def run_jobs(jobs: Mapping[str, Job], console: Console, workers: int = 1) -> lis
 
 
 def _in_processes(jobs: Mapping[str, Job], workers: int, advance: Callable[[int, str], None]) -> list[Any]:
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may never return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads may deadlock
     threads = (torch.get_num_threads(),)
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=threads) as pool:
         names = {pool.submit(job, _unseen): name for name, job in jobs.items()}
@@ -59,11 +59,11 @@ def _in_processes(jobs: Mapping[str, Job], workers: int, advance: Callable[[int,
 
 
 def _unseen(_: float) -> None:
-    """The share that is done of one job among several."""
+    """Ignore the progress of a single job among several."""
 
 
 def describe_run(benchmark: str, module: str) -> dict[str, Any]:
-    """What heads the results: which benchmark, by which command, on what machine."""
+    """Header of the results: benchmark, command, machine."""
     command = f"python -m {module} {shlex.join(sys.argv[1:])}".strip()
     return {"benchmark": benchmark, "command": command, "machine": machine.describe()}
 
@@ -81,7 +81,7 @@ def show_targets(targets: list[dict[str, Any]], console: Console) -> None:
 
 
 def write(results: dict[str, Any], output: Path | None, console: Console) -> None:
-    """The results as JSON, where a file is named."""
+    """Write the results as JSON, if a file is named."""
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(json.dumps(results, indent=2, ensure_ascii=False) + "\n")

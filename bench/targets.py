@@ -1,14 +1,14 @@
-"""How a target of a benchmark is judged, and the targets of training."""
+"""Judging benchmark targets, and the targets of training."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any
 
-#: Of the meta-loss in the first iterations of training through metakern and through plain PyTorch, in float64.
+#: Tolerance of the meta-loss in float64 between metakern and plain PyTorch, in the first training iterations.
 SINUSOID_DIFFERENCE = 1e-12
 
-#: Problem, then kind and ratio of the MSE to plain MAML's; kind and share of its iterations until its MSE is reached.
+#: Problem; kind and ratio of the MSE to plain MAML's; kind and share of plain MAML's iterations to reach its MSE.
 CLUSTERED_RATIOS = {"regression-3": (("must", 0.75), ("aim", 0.5))}
 CLUSTERED_SHARES = (("must", 0.5), ("aim", 1 / 3))
 
@@ -18,22 +18,22 @@ _RELATIONS = {">": operator.gt, "≥": operator.ge, "≤": operator.le, "<": ope
 def judged(
     kind: str, name: str, relation: str, required: float, measured: float | None, unit: str = ""
 ) -> dict[str, Any]:
-    """A target with its measurement; one that was not measured is not met."""
+    """A target with its measurement; an unmeasured target is not met."""
     met = measured is not None and bool(_RELATIONS[relation](measured, required))
     target = {"kind": kind, "name": name, "relation": relation, "required": required, "unit": unit}
     return target | {"measured": measured, "met": met}
 
 
 def measured(target: dict[str, Any], digits: int) -> str:
-    """A target's measurement in words."""
+    """A target's measurement as text."""
     return "never" if target["measured"] is None else f"{target['measured']:.{digits}f}"
 
 
 def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Whether training through metakern and through plain PyTorch leads to the same.
+    """Whether training through metakern and through plain PyTorch agrees.
 
-    In float64 the meta-losses agree to rounding; in float32, in the long run, the intervals of the paired differences
-    cover zero.
+    In float64 the meta-losses must agree to rounding; in float32, after full training, the intervals of the paired
+    differences must cover zero.
     """
     first = results["first_iterations"]
     name = f"relative difference of the meta-loss in float64, first {first['iterations']} iterations"
@@ -46,7 +46,7 @@ def judge_sinusoid(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judge_clusters(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target of training in clusters for the problems that ``results`` has, by its way "clusters"."""
+    """Targets of training in clusters for the problems in ``results``, judged by the way "clusters"."""
     targets: list[dict[str, Any]] = []
     for name, found in results["problems"].items():
         title, ways = found["settings"]["title"], found["ways"]

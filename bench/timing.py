@@ -1,4 +1,4 @@
-"""Timing in one process and one run: contenders alternate, samples are long enough, quantiles are kept."""
+"""Timing in one process: alternating contenders, samples of sufficient length, quantiles."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-#: A sample of a short call repeats it until it lasts this long, in seconds.
+#: Minimum length of a timing sample in seconds; short calls are repeated.
 SAMPLE_SECONDS = 2e-3
 
 Calls = Sequence[Callable[[], Any]]
 
 
 def wall_seconds(work: Callable[[], Any]) -> float:
-    """Seconds that a function takes."""
+    """Seconds of a function call."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
@@ -42,17 +42,17 @@ def alternate(
     """Time every contender in turn, round after round, for about ``seconds`` in all.
 
     Args:
-        contenders: for each name the same call on several inputs; consecutive calls take consecutive inputs.
+        contenders: for each name, the same call on several inputs, which are used in turn.
         seconds: budget; at least ``min_rounds`` and at most ``max_rounds`` rounds are measured.
         min_rounds: see above
         max_rounds: see above
-        sample_seconds: a sample repeats a shorter call until it lasts this long. The first calls of a sample find the
-            caches and the branch predictors as another contender left them; a long sample is a loop's steady state.
-        progress: is told the share that is done.
-        clock: seconds that a function keeps the device busy.
+        sample_seconds: minimum length of a sample; shorter calls are repeated. The first calls of a sample see caches
+            and branch predictors as another contender left them; a long sample measures a loop's steady state.
+        progress: called with the finished share.
+        clock: measures the seconds that a function keeps the device busy.
 
     Returns:
-        :func:`quantiles` of the seconds a call, by name
+        :func:`quantiles` of the seconds per call, by name
     """
     position = dict.fromkeys(contenders, 0)
 
@@ -68,7 +68,7 @@ def alternate(
 
     repeats = {}
     for name, calls in contenders.items():
-        sample(name, len(calls))  # warm-up: every input is touched, code is loaded
+        sample(name, len(calls))  # warm-up: touches every input, loads code
         repeats[name] = max(1, round(sample_seconds / max(sample(name, 2), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()

@@ -1,11 +1,11 @@
-"""Whether MAML trained through metakern learns what plain PyTorch learns: the 5-shot sinusoid of Finn et al. 2017.
+"""Checks that MAML training through metakern equals plain PyTorch's, on the 5-shot sinusoid of Finn et al. 2017.
 
-python -m bench.train_sinusoid            the runs that the README shows (minutes)
-python -m bench.train_sinusoid --quick    a few iterations, nothing written: that everything runs
+python -m bench.train_sinusoid            the README's runs (minutes)
+python -m bench.train_sinusoid --quick    smoke test: a few iterations, nothing written
 
-For every seed one MLP 1-40-40-1 is trained twice from the same weights on the same tasks: by metakern.meta_loss, and by
-torch.func.grad and torch.func.vmap alone. Both are evaluated, each by its own way, on the same held-out tasks. Results
-go to bench/results/<device>-sinusoid.json, the figure to bench/results/sinusoid.png.
+For every seed an MLP 1-40-40-1 is trained twice from the same weights on the same tasks: by metakern.meta_loss, and by
+torch.func.grad and torch.func.vmap alone. Each is evaluated by its own implementation on the same held-out tasks.
+Results go to bench/results/<device>-sinusoid.json, the figure to bench/results/sinusoid.png.
 
 Finn et al. 2017, arXiv 1703.03400, section 5.1: amplitude 0.1 to 5, phase 0 to π, x from −5 to 5, 5 support and 5
 query samples, 25 tasks a meta-iteration, one inner step of α = 0.01, second order, Adam with 10⁻³.
@@ -44,14 +44,14 @@ TEST_STEPS = (1, 5, 10)
 #: Adam's learning rate.
 OUTER_LR = 1e-3
 
-#: Meta-iterations over which both ways are also compared in float64, where rounding has no time to grow. In float32
-#: one sample on the other side of a ReLU's kink is enough for two runs to part.
+#: Meta-iterations compared in float64, too few for rounding to grow. In float32, one sample rounded across a ReLU's
+#: kink makes two runs diverge.
 SAME = 100
 
-#: Of the held-out tasks: behind the seeds of all training tasks. A generator uses 32 bits of its seed.
+#: Seed of the held-out tasks, larger than all training seeds. A generator uses 32 bits of its seed.
 HELD_OUT_SEED = 2**31
 
-#: x of the fits that the figure shows.
+#: Inputs x of the fits in the figure.
 GRID = 61
 
 TRAINING = replace(sinusoid(tasks=25, steps=1), support=5, query=5)
@@ -59,11 +59,11 @@ TRAINING = replace(sinusoid(tasks=25, steps=1), support=5, query=5)
 
 @dataclass(frozen=True)
 class Plan:
-    """How much a run trains."""
+    """Size of a run."""
 
     seeds: int
     iterations: int
-    every: int  # iterations between two points of the learning curve
+    every: int  # iterations between points of the learning curve
     held_out: Case
 
 
@@ -76,20 +76,20 @@ class Trained:
     """One training run."""
 
     model: nn.Module
-    losses: list[float]  # of the first iterations: mean query loss
+    losses: list[float]  # mean query loss of the first iterations
     exact_losses: list[float]  # the same in float64
     curve: list[float]  # mean test loss after one step
     seconds: float  # wall clock of all meta-iterations: tasks, meta-gradient, Adam
-    cpu_seconds: float  # the same of all threads, whatever else the machine does
+    cpu_seconds: float  # the same summed over threads, unaffected by other load
 
 
 def training_seed(seed: int, iteration: int) -> int:
-    """Of the tasks of an iteration; no two iterations of any two runs share theirs."""
+    """Seed of an iteration's tasks, unique over all iterations and runs."""
     return seed * 10**6 + iteration
 
 
 def at_test(way: str, model: nn.Module, case: Case) -> Batched:
-    """The trained model for another number of inner steps or tasks."""
+    """The trained model, with another number of inner steps or tasks."""
     contender = WAYS[way](case)
     contender.model.load_state_dict(model.state_dict())
     return contender
@@ -102,7 +102,7 @@ def test_losses(way: str, model: nn.Module, case: Case, batch: Any) -> Tensor:
 
 
 class Run:
-    """One way's training under way, from the weights and on the tasks of a seed."""
+    """Training of one way, with weights and tasks from a seed."""
 
     def __init__(self, way: str, seed: int, dtype: torch.dtype = torch.float32) -> None:
         self.contender, self.seed, self.dtype = WAYS[way](TRAINING), seed, dtype
@@ -113,7 +113,7 @@ class Run:
         self.optimizer = torch.optim.Adam(self.contender.model.parameters(), OUTER_LR)
 
     def iterate(self, iterations: range) -> list[float]:
-        """Mean query loss before each of these meta-iterations."""
+        """Run these meta-iterations; returns the mean query loss before each."""
         losses = []
         for iteration in iterations:
             (x, y), (query_x, query_y) = TRAINING.batch(training_seed(self.seed, iteration))
@@ -124,7 +124,7 @@ class Run:
 
 
 def train(way: str, seed: int, plan: Plan, advance: Advance) -> Trained:
-    """A whole run, and the first iterations of another one in float64."""
+    """Train a whole run, and the first iterations of another one in float64."""
     exact = Run(way, seed, torch.float64).iterate(range(min(SAME, plan.iterations)))
     run, held_out = Run(way, seed), plan.held_out.batch(HELD_OUT_SEED)
     model, seconds, cpu_seconds = run.contender.model, 0.0, 0.0
@@ -141,7 +141,7 @@ def train(way: str, seed: int, plan: Plan, advance: Advance) -> Trained:
 
 
 def largest_difference(a: Sequence[float], b: Sequence[float]) -> float:
-    """Relative, over pairs."""
+    """Largest relative difference of pairs."""
     return max(abs(x / y - 1) for x, y in zip(a, b, strict=True))
 
 
@@ -152,7 +152,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def fits(models: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
-    """The adapted models of the first seed on the held-out task with the largest values."""
+    """Fits of the first seed's models to the held-out task with the largest values."""
     case = plan.held_out
     (x, y), (query_x, query_y) = case.batch(HELD_OUT_SEED)
     task = int(query_y.abs().amax((1, 2)).argmax())
@@ -173,7 +173,7 @@ def fits(models: dict[str, nn.Module], plan: Plan) -> dict[str, Any]:
 
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
-    """Train all runs, the two ways in turn, and evaluate them."""
+    """Train all runs, alternating the two ways, and evaluate them."""
     jobs: dict[str, Job] = {
         f"seed {seed}, {way}": partial(train, way, seed, plan) for seed in range(plan.seeds) for way in WAYS
     }

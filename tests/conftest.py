@@ -1,4 +1,4 @@
-"""Devices, backends, instruction sets, and the one table of tolerances that every implementation is held to."""
+"""Fixtures for devices, backends and instruction sets, and the single table of tolerances."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tests.interpreter import interpreter_like_a_gpu, quick_interpreter
 
 __all__ = ["interpreter_like_a_gpu", "quick_interpreter"]  # fixtures
 
-#: Backends that serve tensors on the CPU; where there is a GPU, Triton's kernels are compiled for it (marked gpu).
+#: Backends for CPU tensors; with a GPU, Triton's kernels are compiled for it (marked gpu).
 BACKENDS = ("cpp", "reference") if torch.cuda.is_available() else ("cpp", "triton", "reference")
 
 #: Instruction sets that the CPU kernels are compiled for, slowest first.
 CAPABILITIES = tuple(_backend._C.compiled_cpu_capabilities()) if _backend.is_compiled() else ("baseline",)
 
-#: Largest error relative to the largest magnitude of the expected tensor, for a tensor stored in this dtype. The
-#: arithmetic of bfloat16 and float16 params is float32: what their tensors add is the unit roundoff of the storage.
+#: Largest error relative to the largest magnitude of the expected tensor, by storage dtype. For bfloat16 and float16
+#: params the arithmetic is float32; their tensors add the unit roundoff of the storage.
 FORWARD_TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 2e-6,
@@ -42,7 +42,7 @@ GRADIENT_TOLERANCE = {
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float) -> None:
     """Fail unless ``actual`` is ``expected`` up to ``tolerance`` times the largest magnitude of ``expected``.
 
-    An element that is not finite must be so in both tensors, and be the same.
+    Non-finite elements must be the same in both tensors.
     """
     assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
     got, want = actual.detach().to(torch.float64), expected.detach().to(torch.float64)
@@ -79,19 +79,19 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def device() -> torch.device:
-    """Where Triton's kernels run: on a GPU, or interpreted on the CPU."""
+    """The device of Triton's kernels: a GPU, or the CPU with the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """Every backend, for what all of them must keep."""
+    """Every backend."""
     return str(request.param)
 
 
 @pytest.fixture(params=CAPABILITIES)
 def capability(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every instruction set that this machine runs, in use during the test."""
+    """Every supported instruction set, active during the test."""
     if not _backend.is_compiled():
         pytest.fail("the compiled kernels are missing; the tests need them: pip install -e .")
     available = _backend._C.available_cpu_capabilities()
@@ -105,7 +105,7 @@ def capability(request: pytest.FixtureRequest) -> Iterator[str]:
 
 @pytest.fixture
 def threads() -> Iterator[None]:
-    """Lets a test set the number of threads and puts the old one back."""
+    """Lets a test set the number of threads, and restores it."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
@@ -113,7 +113,7 @@ def threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """For tests of tensors so small that they gain nothing from more."""
+    """One thread, for tests with tensors too small to gain from more."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

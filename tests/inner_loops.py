@@ -1,4 +1,4 @@
-"""MAML as one writes it by hand, a task and a step at a time: what the batched inner loop is held to."""
+"""Handwritten MAML, one task and one step at a time: the reference for the batched inner loop."""
 
 from __future__ import annotations
 

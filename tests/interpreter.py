@@ -1,4 +1,4 @@
-"""Triton's interpreter, which runs its kernels on the CPU where there is no GPU, made like a GPU and made quick."""
+"""Fixtures that make Triton's CPU interpreter behave like a GPU, and make it faster."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def _from_bfloat16(bits: np.ndarray) -> np.ndarray:
 
 @pytest.fixture
 def interpreter_like_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where the interpreter differs: it cuts float32 to bfloat16, and it multiplies the bits of bfloat16 as integers.
+    """Fix two differences: the interpreter truncates float32 to bfloat16, and multiplies bfloat16 bits as integers.
 
-    It also pays for every program, so the last sum gets few.
+    Every program is slow to interpret, so the last sum gets few.
     """
     pytest.importorskip("triton", reason="needs the package triton")
     from metakern.ops.core.registry import operators

@@ -13,7 +13,7 @@ from tests.conftest import assert_close
 
 F64 = torch.float64
 
-#: Pairs of neighbours of a kind that needs z, one that needs h alone, and one without curvature.
+#: Adjacent pairs of activations: one kind needs z, one needs only h, one has no curvature.
 MIXED = (
     ["leaky_relu:0.2", "leaky_relu:0.7"],
     ["relu", "leaky_relu:1.5"],
@@ -83,7 +83,7 @@ class Case:
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
-    """One scale for all: the gradient of one bias may be a sum that cancels."""
+    """Compare all on one scale, as the gradient of a single bias may cancel."""
     for index, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == b.shape, f"result {index} has shape {list(a.shape)}, expected {list(b.shape)}"
     assert_close("results", *(torch.cat([r.flatten() for r in results]) for results in (actual, expected)), tolerance)

@@ -1,4 +1,4 @@
-"""What the tests of LearnedOptimizer share: parameters and gradients, the hand-written loop, comparisons, fixtures."""
+"""Shared by the tests of LearnedOptimizer: parameters and gradients, a handwritten loop, comparisons, fixtures."""
 
 from __future__ import annotations
 

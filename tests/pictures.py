@@ -1,4 +1,4 @@
-"""What a PNG shows."""
+"""Content of PNG files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two families of tasks that no single learner serves: lines that rise steeply and lines that fall steeply."""
+"""Two task families that no single learner can serve: steeply rising and steeply falling lines."""
 
 from __future__ import annotations
 
@@ -39,6 +39,6 @@ def linear_learner(steps: int = 1, lr: float = 0.1, seed: int = 0) -> MAMLLearne
 
 
 def agreement(labels: torch.Tensor, modes: torch.Tensor) -> float:
-    """Share of the tasks whose label names their family, by the better of the two ways to number two families."""
+    """Share of tasks whose label matches their family, under the better of the two label assignments."""
     same = float((labels == modes).float().mean())
     return max(same, 1 - same)

@@ -1,4 +1,4 @@
-"""Every Python example of the README runs as it stands; the commands that it names exist."""
+"""Every Python example in the README runs unchanged; the commands that it names exist."""
 
 import re
 import shutil

@@ -1,4 +1,4 @@
-"""The rooms of the package: who may import what, and what stays private."""
+"""The rooms of the package: allowed imports, and private names."""
 
 import ast
 import logging

@@ -14,7 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.inner_update.contenders import Update, foreach, fused, loop, make_tensors
 
 THREADS = 2
-#: T tasks, hidden units and layers of the perceptron that adapts: two tensors a layer.
+#: T tasks, hidden units and layers of the adapted MLP: two tensors per layer.
 PROBLEMS = ((1, 40, 2), (1, 40, 5), (25, 40, 3), (32, 256, 4))
 
 PROVIDERS: dict[str, Update] = {
@@ -29,7 +29,7 @@ PROVIDERS: dict[str, Update] = {
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    torch._dynamo.reset()  # a compiled update of another list would count against the limit of recompilations
+    torch._dynamo.reset()  # else other lists count against torch.compile's recompilation limit
     yield
     torch.set_num_threads(before)
 

@@ -1,4 +1,4 @@
-"""The contenders for one update of a list of tensors: inner_update and what users write today."""
+"""Contenders for one update of a list of tensors: inner_update and plain PyTorch."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from metakern.ops import inner_update
 from metakern.ops.inner_update import reference
 
-#: α, one number.
+#: Inner learning rate α.
 LR = 0.01
 
-#: Takes params, grads and the largest norm of a task's gradient, if there is one, to new params.
+#: Maps params, grads and the largest gradient norm of a task, or None, to new params.
 Update = Callable[[list[Tensor], list[Tensor], float | None], list[Tensor]]
 
 
@@ -28,7 +28,7 @@ def loop(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> 
 
 
 def foreach(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) -> list[Tensor]:
-    """Two of PyTorch's operators for lists; clipping by task has none."""
+    """Two of PyTorch's list operators (torch._foreach); none exists for clipping by task."""
     if clip_norm is not None:
         factors = reference.clip_coefficients(grads, clip_norm)
         grads = list(torch._foreach_mul(grads, [factors.view(-1, *[1] * (g.dim() - 1)) for g in grads]))
@@ -36,7 +36,7 @@ def foreach(params: list[Tensor], grads: list[Tensor], clip_norm: float | None) 
 
 
 def make_tensors(tasks: int, hidden: int, layers: int, seed: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Weights and biases of a perceptron for each of T tasks, [T, *shape] each."""
+    """Weights and biases of an MLP for each of T tasks, [T, *shape] each."""
     generator = torch.Generator(device).manual_seed(seed)
     shapes = [shape for _ in range(layers) for shape in ((hidden, hidden), (hidden,))]
     return [torch.randn(tasks, *shape, generator=generator, device=device) for shape in shapes]

@@ -18,7 +18,7 @@ from bench.timing import Calls
 
 @dataclass(frozen=True)
 class UpdateCase:
-    """A list of tensors: weights and biases of a perceptron for T tasks."""
+    """A list of tensors: weights and biases of an MLP for T tasks."""
 
     tasks: int
     hidden: int
@@ -46,7 +46,7 @@ DRY = (UpdateCase(2, 4, 2), UpdateCase(3, 4, 1, clip_norm=1.0, backward=True))
 
 
 def update_cell(case: UpdateCase, device: Device, limits: Limits, *, compiled: bool) -> Cell:
-    """Who takes part in an update of a list of tensors."""
+    """The cell of a list update, with its contenders."""
     cell = Cell(case.title, device, limits)
     size = case.tasks, case.hidden, case.layers
     params, grads, cotangents = (make_tensors(*size, seed, device.torch_device) for seed in range(3))

@@ -23,7 +23,7 @@ PROVIDERS: dict[str, Callable[..., Contender]] = {"metakern": Fused, "eager": Ea
 def _threads() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(THREADS)
-    torch._dynamo.reset()  # a compiled step of another size would count against the limit of recompilations
+    torch._dynamo.reset()  # else other sizes count against torch.compile's recompilation limit
     yield
     torch.set_num_threads(before)
 

@@ -1,7 +1,7 @@
-"""The fused step against its peers, in one process and one run; results go to bench/results/<device>.json.
+"""Benchmark of the fused step against its peers, in one process; results go to bench/results/<device>.json.
 
-python -m bench.lstm_step.compare            the measurement that the README shows (minutes)
-python -m bench.lstm_step.compare --quick    small sizes, no compiled peer, nothing written: that everything runs
+python -m bench.lstm_step.compare            the README's measurement (minutes)
+python -m bench.lstm_step.compare --quick    smoke test: small sizes, no compiled peer, nothing written
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from metakern.optim import LearnedOptimizer
 
 OPS = {"forward": False, "forward_backward": True}
 
-#: Inputs of a cell rotate through at most so many sets.
+#: Maximum number of input sets that a cell rotates through.
 MAX_SETS = 16
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures."""
+    """Cells and budgets of a run."""
 
     sizes: tuple[int, ...]
-    seconds: float  # a cell
+    seconds: float  # per cell
     min_rounds: int
     compiled: bool
     sgemm_size: int
@@ -55,8 +55,8 @@ QUICK = Plan((100, 2000), 0.1, 2, False, 256, 2000, 5, 1, 1)
 
 
 def measure_cell(op: str, n: int, plan: Plan, gflops: float, advance: Advance) -> dict[str, Any]:
-    """One operation at one size: agreement first, then times, ratios and shares of the floors."""
-    torch._dynamo.reset()  # every size is compiled for itself
+    """Measure one operation at one size: check agreement, then times, ratios and shares of the floors."""
+    torch._dynamo.reset()  # every size is compiled separately
     rule, backward = make_rule(HIDDEN, LAYERS), OPS[op]
     sets = min(MAX_SETS, math.ceil(2 * machine.last_level_cache_bytes() / (n * bytes_per_coordinate() / 2)))
     problems = {
@@ -87,7 +87,7 @@ def measure_cell(op: str, n: int, plan: Plan, gflops: float, advance: Advance) -
 
 
 def measure_unroll(plan: Plan, advance: Advance) -> dict[str, Any]:
-    """A whole unroll, forward and backward, in fresh processes that take turns."""
+    """Measure a whole unroll, forward and backward, in alternating fresh processes."""
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for index in range(plan.unroll_processes):
         for kind in KINDS:
@@ -123,7 +123,7 @@ def measure_overhead(plan: Plan, advance: Advance) -> dict[str, Any]:
     data, options = problem.state.data, (PREPROCESS.index(rule.preprocess), rule.preprocess_scale, rule.output_scale, 0)
 
     def operator() -> None:
-        with torch._C._AutoDispatchBelowAutograd():  # what the dispatcher adds for autograd counts as overhead
+        with torch._C._AutoDispatchBelowAutograd():  # the dispatcher's autograd cost counts as overhead
             torch.ops.metakern.lstm_step.default(problem.params, problem.grads, data, fused.weights, *options)
 
     def with_graph() -> None:
@@ -141,7 +141,7 @@ def measure_overhead(plan: Plan, advance: Advance) -> dict[str, Any]:
 
 
 def measure_optimizer(plan: Plan, advance: Advance) -> dict[str, Any]:
-    """A step of a whole optimizer on an MLP 64-20-10 of four tensors, gradients given."""
+    """Time a step of a whole optimizer on an MLP 64-20-10 of four tensors, with given gradients."""
     rule = make_rule(HIDDEN, LAYERS)
     models = [nn.Sequential(nn.Linear(64, 20), nn.Sigmoid(), nn.Linear(20, 10)) for _ in range(3)]
     for model in models:
@@ -174,7 +174,7 @@ def measure_optimizer(plan: Plan, advance: Advance) -> dict[str, Any]:
 
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
-    """Everything that a run measures, with a progress bar."""
+    """Measure all cells, with a progress bar."""
     gflops = machine.sgemm_gflops(plan.sgemm_size)
     sizes = [(op, n) for n in plan.sizes for op in OPS]
     jobs: dict[str, Job] = {

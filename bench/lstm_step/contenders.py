@@ -1,4 +1,4 @@
-"""The contenders for one coordinatewise-LSTM step, behind one interface: the kernel and what it replaces.
+"""Contenders for one coordinatewise-LSTM step, behind one interface: the kernel, eager and compiled PyTorch.
 
 Axis legend: N coordinates, F features, H hidden units, L layers.
 """
@@ -25,7 +25,7 @@ class Contender(Protocol):
     weights: list[Tensor]
 
     def pack(self, h: Tensor, c: Tensor) -> Any:
-        """A state of its own from h and c, each [L, N, H]."""
+        """Build the contender's state from h and c, each [L, N, H]."""
 
     def tensors(self, state: Any) -> list[Tensor]:
         """The tensors that a state consists of."""
@@ -100,14 +100,14 @@ class Compiled(Eager):
         self.compiled = torch.compile(self.module, fullgraph=True, dynamic=False)
 
     def step(self, params: Tensor, grads: Tensor, state: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
-        """What inductor makes of it."""
+        """Step compiled by inductor."""
         result: tuple[Tensor, Any] = self.compiled(params, grads, state)
         return result
 
 
 @dataclass
 class Problem:
-    """One set of inputs of one contender; cotangents only where a backward is measured."""
+    """One set of inputs of one contender; cotangents only if a backward is measured."""
 
     contender: Contender
     params: Tensor
@@ -160,7 +160,7 @@ def make_problem(
 
 
 def check_agreement(problems: Sequence[Problem], *, backward: bool = False) -> float:
-    """:func:`largest_error` of one step of every contender, of its gradients with ``backward``."""
+    """:func:`largest_error` over one step of every contender, or over its gradients with ``backward``."""
     return largest_error({problem.contender.name: _results(problem, backward) for problem in problems})
 
 
@@ -176,7 +176,7 @@ def _results(problem: Problem, backward: bool) -> list[Tensor]:
 
 
 def _rebuild(contender: Contender, state: Any, tensors: Sequence[Tensor]) -> Any:
-    """A state of the kind of ``state`` that consists of ``tensors``."""
+    """A state of the same type as ``state``, made of ``tensors``."""
     if isinstance(state, LSTMState):
         return LSTMState(tensors[0], state.num_coordinates)
     return [(tensors[i], tensors[i + 1]) for i in range(0, len(tensors), 2)]

@@ -1,4 +1,4 @@
-"""lstm_step on a GPU against its peers; bench.gpu runs it and writes what it finds.
+"""lstm_step on a GPU against its peers; bench.gpu runs it and writes the results.
 
 Peers: eager PyTorch, nn.LSTM (cuDNN, in float32 and with its default, TF32) and torch.compile(mode="max-autotune") of
 the eager step, after a check that all compute the same; all but the compiled step, which captures graphs of its own,
@@ -34,23 +34,23 @@ from bench.timing import Calls, alternate, quantiles
 
 OPS = {"forward": False, "forward_backward": True}
 
-#: Sets of inputs of a cell; four of N = 1e5 exceed an L2 cache of 60 MB.
+#: Maximum number of input sets of a cell; four at N = 1e5 exceed an L2 cache of 60 MB.
 MIN_SETS, MAX_SETS = 2, 4
 
-#: Seconds that a cell without a compiled peer takes beyond its timing: inputs, agreement, graphs.
+#: Overhead of a cell in seconds, without a compiled peer: inputs, agreement, graphs.
 RESERVE = 5.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures, the most wanted cells first."""
+    """Cells of a run, the most important first."""
 
     cells: tuple[tuple[str, int], ...]
-    compiled: tuple[tuple[str, int], ...]  # cells with the compiled peer, where its minute of compilation is left over
-    compile_seconds: float  # at most, a cell
+    compiled: tuple[tuple[str, int], ...]  # cells with the compiled peer, if time remains for its minute of compilation
+    compile_seconds: float  # at most, per cell
     cell_seconds: float  # of timing; a third of it again for the graphs
     min_rounds: int
-    largest_graph: int  # N above which launches cost nothing
+    largest_graph: int  # N above which launch costs are negligible
     host_n: int
     host_rounds: int
 
@@ -88,20 +88,20 @@ DRY = Plan(
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What the device was measured to do at most: bytes and float32 FLOPs a second."""
+    """Measured peak rates of the device: bytes and float32 FLOPs per second."""
 
     bytes_per_second: float
     flops_per_second: float
 
 
 def bytes_of(op: str, state_bytes: int) -> int:
-    """That a coordinate's step must move."""
+    """Bytes that one coordinate's step must move."""
     forward = bytes_per_coordinate(state_bytes)
     return forward + backward_bytes_per_coordinate(state_bytes) * OPS[op]
 
 
 def count_sets(n: int, device: Device) -> int:
-    """Sets of inputs, so that the float32 states exceed the cache twice where :data:`MAX_SETS` allow."""
+    """Number of input sets, so that float32 states exceed twice the cache if :data:`MAX_SETS` allows."""
     return min(MAX_SETS, max(MIN_SETS, math.ceil(2 * device.cache_bytes / (n * bytes_per_coordinate() / 2))))
 
 
@@ -122,7 +122,7 @@ class Cell:
         for contender in make_contenders(rule, device, compiled=compiled):
             try:
                 self._admit(contender, inputs)
-            except Exception as error:  # one contender less; the others are measured
+            except Exception as error:  # skip this contender, measure the others
                 self._refuse(contender, error)
         self._expected = []
         device.release()
@@ -166,7 +166,7 @@ class Cell:
 
             try:
                 graphs[name] = [self.device.capture(all_sets)]
-            except Exception as error:  # a peer that cannot be captured is one figure less
+            except Exception as error:  # a peer that cannot be captured has no graph figure
                 self.unavailable[f"{name} graph"] = reason(error)
                 if self.contenders[name].ours:
                     self.failed.append(f"{name} graph")
@@ -181,7 +181,7 @@ class Cell:
 
 
 def measure_cell(cell: Cell, ceilings: Ceilings) -> dict[str, Any]:
-    """Times, ratios and shares of the memory floor of one cell."""
+    """Measure times, ratios and shares of the memory floor of one cell."""
     op, n = cell.op, cell.n
     calls, graphs = cell.time_calls(), cell.time_graphs()
     peers = {name: time["median_s"] for name, time in calls.items() if not cell.contenders[name].ours}
@@ -224,7 +224,7 @@ def measure_cell(cell: Cell, ceilings: Ceilings) -> dict[str, Any]:
 
 
 def measure_host(device: Device, plan: Plan) -> dict[str, Any]:
-    """Microseconds that the host spends in a forward call, and the kernels that it launches."""
+    """Host microseconds per forward call, and the number of kernels it launches."""
     rule = make_rule(HIDDEN, LAYERS).to(device.torch_device)
     inputs = Inputs(rule, plan.host_n, 0, device.torch_device, backward=False)
     microseconds, launches, unavailable = {}, {}, {}
@@ -236,12 +236,12 @@ def measure_host(device: Device, plan: Plan) -> dict[str, Any]:
             for _ in range(plan.host_rounds):
                 device.synchronize()
                 start = time.perf_counter()
-                for _ in range(20):  # few enough for the queue of launches
+                for _ in range(20):  # few enough for the launch queue
                     call()
                 samples.append((time.perf_counter() - start) / 20)
             device.synchronize()
             microseconds[contender.name] = quantiles(samples)["median_s"] * 1e6
-        except Exception as error:  # the cells say what fails
+        except Exception as error:  # the cells report failures
             unavailable[contender.name] = reason(error)
     return {"n": plan.host_n, "microseconds": microseconds, "launches": launches, "unavailable": unavailable}
 
@@ -254,7 +254,7 @@ def measure(
     seconds: float,
     write: Callable[[dict[str, Any]], None],
 ) -> None:
-    """Add the cells that fit ``seconds`` to ``found``; ``write`` gets it after every cell, so that none is lost."""
+    """Measure cells that fit ``seconds`` into ``found``; calls ``write`` after every cell so that none is lost."""
     start = time.monotonic()
     for index, (op, n) in enumerate(plan.cells):
         name, left = f"{op}, N = {n:,}", seconds - (time.monotonic() - start)
@@ -267,7 +267,7 @@ def measure(
         if compiled and left < needed * (len(plan.cells) - index) + plan.compile_seconds:
             found["skipped"][f"compiled, {name}"] = f"{left:.0f} s of {seconds:.0f} were left"
             compiled = False
-        torch._dynamo.reset()  # every size is compiled for itself
+        torch._dynamo.reset()  # every size is compiled separately
         try:
             found["cells"].append(measure_cell(Cell(op, n, device, plan, compiled=compiled), ceilings))
         except torch.OutOfMemoryError as error:
@@ -277,7 +277,7 @@ def measure(
 
 
 def table(found: dict[str, Any]) -> str:
-    """Contenders by cells: nanoseconds a coordinate and, in brackets, multiples of the memory floor."""
+    """Table of contenders by cells: nanoseconds per coordinate and, in brackets, multiples of the memory floor."""
     forms = {"": "contenders", " graph": "graphs"}
     names = list(dict.fromkeys(n + form for form, key in forms.items() for cell in found["cells"] for n in cell[key]))
     short = {"forward": "fwd", "forward_backward": "fwd+bwd"}

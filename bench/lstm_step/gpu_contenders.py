@@ -1,4 +1,4 @@
-"""The contenders on a GPU and their inputs: every variant of the kernels, and the peers that they must beat.
+"""GPU contenders and their inputs: every variant of the kernels, and their peers.
 
 All read the same random numbers, made on the device and packed once for each layout of the state.
 
@@ -22,24 +22,24 @@ from metakern.ops.lstm_step.reference import gradient_features
 from metakern.rules import CoordinatewiseLSTM
 
 #: Largest relative difference to eager float32, by precision of the products: forward, and forward and backward. In
-#: float32 the latter is that of sums over N coordinates in another order.
+#: float32 the latter comes from sums over N coordinates in another order.
 AGREEMENT = {"highest": (1e-4, 1e-3), "high": (5e-3, 2e-2), "medium": (5e-2, 5e-2)}
 
-#: The same of a state in bfloat16.
+#: The same for a state in bfloat16.
 BFLOAT16_AGREEMENT = (5e-2, 1e-1)
 
 
 class GpuContender(Contender, Protocol):
-    """One implementation, its coarseness and what its state weighs."""
+    """One implementation, its tolerance and the size of its state."""
 
     ours: bool
-    layout: str  # contenders of one layout share packed states
-    state_bytes: int  # of one number of the state
+    layout: str  # contenders with the same layout share packed states
+    state_bytes: int  # per number of the state
     agreement: tuple[float, float]
     problem_type: type[Problem]
 
     def rebuild(self, state: Any, tensors: Sequence[Tensor]) -> Any:
-        """A state of the sizes of ``state`` that consists of ``tensors``."""
+        """A state with the sizes of ``state``, made of ``tensors``."""
 
 
 class Variant(Fused):
@@ -84,7 +84,7 @@ class PlainPeer(Eager):
         self.module.to(rule.head.weight.device)
 
     def rebuild(self, state: Any, tensors: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-        """Pairs, a layer each."""
+        """(h, c) pairs, one per layer."""
         return [(tensors[i], tensors[i + 1]) for i in range(0, len(tensors), 2)]
 
 
@@ -98,13 +98,13 @@ class CompiledPeer(PlainPeer):
         self.compiled = torch.compile(self.module, fullgraph=True, dynamic=False, **options)
 
     def step(self, params: Tensor, grads: Tensor, state: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
-        """What the compiler makes of it."""
+        """The compiled step."""
         result: tuple[Tensor, Any] = self.compiled(params, grads, state)
         return result
 
 
 class CudnnPeer:
-    """nn.LSTM, which is cuDNN's on a GPU, for a sequence of length 1 and a batch of N; the rest in plain operations."""
+    """nn.LSTM (cuDNN on a GPU) with sequence length 1 and batch size N; the rest in plain operations."""
 
     ours = False
     layout = "stacked"
@@ -137,7 +137,7 @@ class CudnnPeer:
 
     def step(self, params: Tensor, grads: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
         """Preprocessing, cuDNN, head, update."""
-        self.lstm.training = torch.is_grad_enabled()  # without a backward, cuDNN keeps nothing for it
+        self.lstm.training = torch.is_grad_enabled()  # cuDNN saves nothing for a backward in eval mode
         x = gradient_features(grads, self.preprocess, self.scale)
         y, new_state = self.lstm(x.unsqueeze(0), state)
         return params + self.output_scale * self.head(y.squeeze(0)).squeeze(-1), new_state
@@ -145,11 +145,11 @@ class CudnnPeer:
 
 @contextmanager
 def cudnn_tf32() -> Iterator[None]:
-    """TF32 products in cuDNN, torch's default, which :mod:`bench.gpu` turns off for all else."""
+    """Enable TF32 products in cuDNN, torch's default; :mod:`bench.gpu` disables them otherwise."""
     torch.backends.cudnn.allow_tf32 = True
     try:
         yield
-    finally:  # at once: torch.compile guards on it and would compile the compiled peer anew
+    finally:  # reset at once: torch.compile guards on it and would recompile its peer
         torch.backends.cudnn.allow_tf32 = False
 
 
@@ -168,7 +168,7 @@ class Tf32Problem(Problem):
 
 
 def make_contenders(rule: CoordinatewiseLSTM, device: Device, *, compiled: bool) -> list[GpuContender]:
-    """Eager first, which all others are compared with; then the other peers and the variants of the kernels."""
+    """Eager PyTorch first, the reference for all others; then the other peers and the kernel variants."""
     contenders: list[GpuContender] = [PlainPeer(rule), CudnnPeer(rule, tf32=False), CudnnPeer(rule, tf32=True)]
     if compiled:
         contenders.append(CompiledPeer(rule, device.compile_options))
@@ -180,7 +180,7 @@ def make_contenders(rule: CoordinatewiseLSTM, device: Device, *, compiled: bool)
 
 
 class Inputs:
-    """One set of random inputs: gradients of 1e-6 to 1e1, a state as a run leaves it, cotangents for a backward."""
+    """One set of random inputs: gradients of 1e-6 to 1e1, a realistic state, cotangents for a backward."""
 
     def __init__(self, rule: CoordinatewiseLSTM, n: int, seed: int, device: torch.device, *, backward: bool) -> None:
         generator = torch.Generator(device).manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What the project promises about the speed and memory of lstm_step, and whether a run kept it."""
+"""Speed and memory targets of lstm_step, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from bench.targets import judged
 
-#: kind, operation, sizes, peer, speed-up that is required
+#: kind, operation, sizes, peer, required speed-up
 SPEEDUPS = (
     ("must", "forward", (10**5, 10**6), "compiled", 4.0),
     ("must", "forward", (10**3, 10**5, 10**6), "eager", 8.0),
@@ -17,7 +17,7 @@ SPEEDUPS = (
 #: Sizes at which the forward step should stay within this multiple of the FMA floor.
 FLOOR_SIZES, FLOOR_MULTIPLE = (10**4, 10**5, 10**6), 2.0
 
-#: The same on a GPU, against the fastest of all peers, and multiples of the floor that the device's memory sets.
+#: GPU targets: speed-up over the fastest of all peers, and multiples of the memory floor.
 GPU_SIZES = (10**6, 10**7)
 GPU_SPEEDUPS = (
     ("must", "forward", 3.0),
@@ -33,7 +33,7 @@ PYTHON_US = 15.0
 
 
 def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target that ``results`` has a measurement for, with the measurement and whether it was met."""
+    """Targets with a measurement in ``results``, the measurement and whether it was met."""
     targets: list[dict[str, Any]] = []
 
     def add(*args: Any) -> None:
@@ -58,7 +58,7 @@ def judge(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judge_gpu(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target of a GPU for the contender ``results["subject"]``; one that was not measured is missed."""
+    """All GPU targets for the contender ``results["subject"]``; unmeasured ones count as missed."""
     subject = results["subject"]
     cells = {(cell["op"], cell["n"]): cell for cell in results["cells"]}
 

@@ -1,4 +1,4 @@
-"""One unroll, forward and backward, in a process of its own: its time and its peak memory, as JSON on stdout.
+"""Time and peak memory of one unroll, forward and backward, in a separate process; prints JSON.
 
 python -m bench.lstm_step.unroll metakern|eager N STEPS REPEATS THREADS
 """
@@ -41,7 +41,7 @@ def unroll(contender: Contender, n: int, steps: int, seed: int) -> tuple[float, 
 
 
 def measure(kind: str, n: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Peak resident memory of the first unroll above what the process held before it; seconds of the others."""
+    """Additional peak resident memory of the first unroll; seconds of the others."""
     contender = KINDS[kind](make_rule())
     unroll(contender, 1000, 3, seed=0)  # loads code, starts threads
     peak, (loss, gradients) = peak_bytes(lambda: unroll(contender, n, steps, seed=1))

@@ -1,4 +1,4 @@
-"""What the inner loop is measured on: models, tasks, and the FLOPs of a meta-iteration.
+"""Cases of the inner-loop benchmark: models, tasks, and the FLOPs of a meta-iteration.
 
 Axis legend: T tasks, S support and Q query samples of a task, K inner steps.
 """
@@ -22,12 +22,12 @@ Set = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the tasks that it adapts to.
+    """A model and its tasks.
 
     Attributes:
         name: of the model
         shape: of one input; an MLP has [inputs], conv4 has [channels, height, width]
-        widths: of the layers behind it, the outputs last; conv4 has [filters, outputs]
+        widths: of the following layers, the outputs last; conv4 has [filters, outputs]
         tasks: T
         support: S
         query: Q
@@ -54,17 +54,17 @@ class Case:
 
     @property
     def is_classification(self) -> bool:
-        """Several outputs are classes under cross entropy; one is regressed under the mean squared error."""
+        """Several outputs mean classes with cross entropy; one output means regression with the mean squared error."""
         return self.widths[-1] > 1
 
     @property
     def loss(self) -> Callable[[Tensor, Tensor], Tensor]:
-        """Of one task."""
+        """Loss of one task."""
         return F.cross_entropy if self.is_classification else F.mse_loss
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keywords of metakern's calls."""
+        """Keyword arguments of metakern's calls."""
         return {"loss": self.loss, "steps": self.steps, "lr": self.lr, "first_order": self.first_order}
 
     def model(self) -> nn.Module:
@@ -81,14 +81,14 @@ class Case:
         return self._classes(self.support, generator), self._classes(self.query, generator)
 
     def flops(self) -> int:
-        """Of a meta-iteration: the products of its forward and backward passes."""
+        """FLOPs of a meta-iteration: products of its forward and backward passes."""
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             self.model()(torch.zeros(1, *self.shape))
         forwards = inner_loop_forwards(self.support, self.query, self.steps, self.first_order)
         return int(counter.get_total_flops()) * self.tasks * forwards
 
     def describe(self) -> dict[str, Any]:
-        """The case as it stands in the results."""
+        """The case's entry in the results."""
         keys = ("name", "shape", "widths", "tasks", "support", "query", "steps", "lr", "first_order")
         return {"title": self.title, **{key: getattr(self, key) for key in keys}}
 
@@ -126,10 +126,10 @@ MINI_IMAGENET_CONV4 = Case("conv4 84x84, 32 filters", (3, 84, 84), (32, 5), 2, 5
 
 
 def inner_loop_forwards(support: int, query: int, steps: int, first_order: bool) -> int:
-    """Forward passes of one sample to whose products those of a task's meta-iteration amount.
+    """Products of a task's meta-iteration, in multiples of one sample's forward pass.
 
-    A backward has two products for each one of the forward. An inner step is a forward and a backward, 3; of second
-    order the outer backward goes back through both, twice 3 more, 9. The query set takes 3. What the first layer saves,
-    whose input needs no gradient, is counted as if it were done.
+    A backward has two products for each one of the forward. An inner step is a forward and a backward, 3; for second
+    order the outer backward goes through both, twice 3 more, 9. The query set takes 3. The first layer's input needs no
+    gradient; this saving is not subtracted.
     """
     return support * steps * (3 if first_order else 9) + 3 * query

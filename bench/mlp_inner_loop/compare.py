@@ -1,12 +1,12 @@
-"""The batched inner loop of MAML against its peers, in one process and one run.
+"""Benchmark of MAML's batched inner loop against its peers, in one process.
 
-python -m bench.mlp_inner_loop.compare            the measurement that the README shows (tens of minutes)
-python -m bench.mlp_inner_loop.compare --quick    small cases, no compiled peer, nothing written: that everything runs
+python -m bench.mlp_inner_loop.compare            the README's measurement (tens of minutes)
+python -m bench.mlp_inner_loop.compare --quick    smoke test: small cases, no compiled peer, nothing written
 python -m bench.mlp_inner_loop.compare --cases TEXT --output FILE    only cases with TEXT in their title, and MAML.adapt
 
-Results go to bench/results/<device>-inner-loop.json. learn2learn, higher and torchopt take part where they can be
-imported (``pip install --target FOLDER --no-deps``, FOLDER in PYTHONPATH); the results say which could not, and why.
-learn2learn 0.2.0 no longer builds as it was released; what is measured is its source under a current Cython.
+Results go to bench/results/<device>-inner-loop.json. learn2learn, higher and torchopt take part if they can be imported
+(``pip install --target FOLDER --no-deps``, FOLDER in PYTHONPATH); the results say which could not, and why. learn2learn
+0.2.0 no longer builds as released; its source is measured, built by a current Cython.
 """
 
 from __future__ import annotations
@@ -39,23 +39,23 @@ BATCHED = ("metakern", "metakern, autograd", "vmap", "compiled")
 LOOPS = ("loop", *LIBRARIES)
 EVERYONE = (*BATCHED, *LOOPS)
 
-#: learn2learn's calls, one task at a time.
+#: The case with learn2learn's calls, one task at a time.
 LEARNERS = ("metakern.MAML", "learn2learn", "loop")
 
-#: The meta-batches that a case rotates through.
+#: Number of meta-batches that a case rotates through.
 BATCHES = 3
 
-#: A sample is a stretch of a training loop: meta-iterations of one contender follow one another for this long.
+#: Seconds of a timing sample: consecutive meta-iterations of one contender, as in a training loop.
 SAMPLE_SECONDS = 20e-3
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run measures: cases with the contenders of each, the first of which is compared with the others."""
+    """Cases of a run, each with its contenders; the first contender is compared with the others."""
 
     cells: tuple[tuple[Case, Sequence[str]], ...]
     adapt: Case
-    seconds: float  # a case
+    seconds: float  # per case
     min_rounds: int
     compiled: bool
     sgemm_size: int
@@ -111,10 +111,10 @@ QUICK = Plan(
 
 
 def with_cases(plan: Plan, text: str) -> Plan:
-    """The plan with those cases alone whose titles hold ``text``, and without memory; MAML.adapt is always measured.
+    """The plan with only the cases whose titles contain ``text``, without memory; MAML.adapt is always measured.
 
     Raises:
-        typer.BadParameter: where no case's title does
+        typer.BadParameter: if no title contains it
     """
     cells = tuple(cell for cell in plan.cells if text in cell[0].title)
     if not cells:
@@ -126,12 +126,12 @@ def with_cases(plan: Plan, text: str) -> Plan:
 def measure_cell(
     case: Case, names: Sequence[str], plan: Plan, libraries: dict[str, ModuleType], gflops: float, advance: Advance
 ) -> dict[str, Any]:
-    """One case: first results, agreement, then times, ratios and the share of the machine's matrix product."""
-    torch._dynamo.reset()  # every case is compiled for itself
+    """Measure one case: first results, agreement, times, ratios and the share of the peak matrix-product rate."""
+    torch._dynamo.reset()  # every case is compiled separately
     batches = [case.batch(seed) for seed in range(BATCHES)]
     made = {n: make_contender(n, case, libraries) for n in names if plan.compiled or n != "compiled"}
     contenders = {name: contender for name, contender in made.items() if contender is not None}
-    # Kernels that an earlier run has compiled are on disk; a user's first result has none.
+    # Ignore kernels on disk from an earlier run: a user's first result has none.
     with fresh_cache():
         first = {n: wall_seconds(partial(iterate, c, batches[0])) for n, c in contenders.items() if n in BATCHED}
     error = check_agreement(contenders, batches)
@@ -155,7 +155,7 @@ def measure_cell(
 
 
 def measure_memory(plan: Plan, libraries: dict[str, ModuleType], tasks: int, advance: Advance) -> dict[str, Any]:
-    """A meta-iteration of many inner steps, each contender in a fresh process."""
+    """Measure memory of a meta-iteration with many inner steps, each contender in a fresh process."""
     names = [name for name in plan.memory_names if name not in LIBRARIES or name in libraries]
     runs: dict[str, dict[str, Any]] = {}
     for index, name in enumerate(names):
@@ -178,7 +178,7 @@ def measure_memory(plan: Plan, libraries: dict[str, ModuleType], tasks: int, adv
 
 
 def measure(plan: Plan, console: Console) -> dict[str, Any]:
-    """Everything that a run measures, with a progress bar."""
+    """Measure all cases, with a progress bar."""
     libraries, notes = find_libraries()
     gflops = machine.sgemm_gflops(plan.sgemm_size)
     adapt = {"MAML.adapt": partial(measure_cell, plan.adapt, LEARNERS, plan, libraries, gflops)}

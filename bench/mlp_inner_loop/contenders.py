@@ -1,4 +1,4 @@
-"""The contenders for a meta-iteration of MAML, behind one interface: what users write today, and metakern's calls.
+"""Contenders for a meta-iteration of MAML, behind one interface: metakern, plain PyTorch and other libraries.
 
 A meta-iteration is: all query losses, their mean, backward to the meta-parameters.
 """
@@ -22,7 +22,7 @@ AGREEMENT = 1e-9
 
 
 class Contender(Protocol):
-    """One way to a meta-gradient; its model's parameters are the meta-parameters."""
+    """One way to compute a meta-gradient; its model's parameters are the meta-parameters."""
 
     model: nn.Module
 
@@ -47,7 +47,7 @@ class Batched:
         raise NotImplementedError
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
-        """Of every task's adapted model, for its own ``x`` [T, Q, ...]."""
+        """Predictions of every task's adapted model on its ``x`` [T, Q, ...]."""
         raise NotImplementedError
 
 
@@ -64,7 +64,7 @@ class Fused(Batched):
         return metakern.meta_loss(self.model, support, query, **options)
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
-        """metakern.adapt, and the result called."""
+        """metakern.adapt, then a call of the result."""
         predictions: Tensor = metakern.adapt(self.model, *support, **self.case.options)(x)
         return predictions
 
@@ -110,7 +110,7 @@ class Vmap(Batched):
         return self.batched(self.params, *support, *query)
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
-        """The same loop without a loss behind it."""
+        """The same loop without a query loss."""
         predict: Callable[..., Tensor] = vmap(self._prediction, in_dims=(None, 0, 0, 0))
         return predict(self.params, *support, x)
 
@@ -118,7 +118,7 @@ class Vmap(Batched):
 class Compiled(Vmap):
     """torch.compile of a whole meta-iteration, specialised to its sizes.
 
-    Its backward is torch.func.grad's, inside: compiling the losses alone and calling ``backward`` on them was slower.
+    torch.func.grad computes the backward inside: compiling only the losses and calling ``backward`` was slower.
     """
 
     def __init__(self, case: Case, **options: Any) -> None:
@@ -130,7 +130,7 @@ class Compiled(Vmap):
         return losses.mean(), losses
 
     def losses(self, support: Set, query: Set) -> Tensor:
-        """What inductor makes of it."""
+        """Meta-iteration compiled by inductor."""
         point = {name: p.detach() for name, p in self.params.items()}
         grads, losses = self.whole(point, *support, *query)
         for name, p in self.params.items():
@@ -140,13 +140,13 @@ class Compiled(Vmap):
 
 
 class Looped:
-    """One task after another, each with a backward of its own, so that only one task's graph is held."""
+    """One task after another, each with a separate backward, so that only one task's graph is held."""
 
     def __init__(self, case: Case) -> None:
         self.case, self.model = case, case.model()
 
     def losses(self, support: Set, query: Set) -> Tensor:
-        """Query losses [T], after the backward of each one's share of their mean."""
+        """Query losses [T], after the backward of each task's share of their mean."""
         losses = []
         for loss in self.task_losses(zip(*support, *query, strict=True)):
             (loss / self.case.tasks).backward()
@@ -208,7 +208,7 @@ class Higher(Looped):
 
 
 class TorchOpt(Looped):
-    """torchopt.MetaSGD, which steps the model in place; it has no switch for first order."""
+    """torchopt.MetaSGD, which steps the model in place; it has no first-order option."""
 
     def __init__(self, case: Case, library: ModuleType) -> None:
         super().__init__(case)
@@ -217,7 +217,7 @@ class TorchOpt(Looped):
         self.parameters = list(self.model.parameters())
 
     def task_losses(self, tasks: Iterator[tuple[Tensor, ...]]) -> Iterator[Tensor]:
-        """As in its examples: the initial parameters are put back behind every task."""
+        """As in its examples: the initial parameters are restored after every task."""
         library = self.library
         initial = [library.extract_state_dict(part, by="reference") for part in (self.model, self.optimizer)]
         for x, y, query_x, query_y in tasks:
@@ -230,7 +230,7 @@ class TorchOpt(Looped):
 
 
 def make_contender(name: str, case: Case, libraries: Mapping[str, ModuleType]) -> Contender | None:
-    """The contender of that name; None where its library is missing or has no call for the case."""
+    """The contender of that name; None if its library is missing or does not support the case."""
     plain: dict[str, Callable[[], Contender]] = {
         "metakern": lambda: OneCall(case),
         "metakern, autograd": lambda: Fused(case),
@@ -266,7 +266,7 @@ def results(contender: Contender, batch: tuple[Set, Set]) -> list[Tensor]:
 def check_agreement(contenders: Mapping[str, Contender], batches: Sequence[tuple[Set, Set]]) -> float:
     """:func:`largest_error` of the query losses and meta-gradients, over all batches, in float64.
 
-    In float32 one unit on the other side of a ReLU's kink is enough for correct gradients to differ by some percent.
+    In float32, rounding one unit across a ReLU's kink can change correct gradients by some percent.
     """
     for contender in contenders.values():
         contender.model.double()

@@ -21,12 +21,12 @@ from bench.timing import Calls
 FULL = (sinusoid(32), sinusoid(1024))
 DRY = (sinusoid(2, 2),)
 
-#: Meta-batches that a case rotates through.
+#: Number of meta-batches that a case rotates through.
 BATCHES = 3
 
 
 def on_device(batch: tuple[Set, Set], device: torch.device) -> tuple[Set, Set]:
-    """Support and query sets there."""
+    """Support and query sets on the device."""
     (x, y), (query_x, query_y) = batch
     return (x.to(device), y.to(device)), (query_x.to(device), query_y.to(device))
 
@@ -39,7 +39,7 @@ def make_loop(contender: Callable[[], Contender], batches: Sequence[tuple[Set, S
 
 
 def loop_cell(case: Case, device: Device, limits: Limits, *, compiled: bool) -> Cell:
-    """Who takes part in a meta-iteration; the first says what is right."""
+    """The cell of a meta-iteration with its contenders; the first is the reference."""
     cell = Cell(case.title, device, limits)
     batches = [on_device(case.batch(seed), device.torch_device) for seed in range(BATCHES)]
     cell.admit("vmap", partial(make_loop, partial(Vmap, case), batches), ours=False)

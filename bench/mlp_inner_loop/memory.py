@@ -1,4 +1,4 @@
-"""A meta-iteration of many inner steps in a process of its own: its time and its peak memory, as JSON on stdout.
+"""Time and peak memory of a meta-iteration with many inner steps, in a separate process; prints JSON.
 
 python -m bench.mlp_inner_loop.memory CONTENDER TASKS STEPS REPEATS THREADS
 """
@@ -20,15 +20,15 @@ from bench.timing import wall_seconds
 
 
 def memory_case(tasks: int, steps: int) -> Case:
-    """MLP 64-64-64-5, whose parameters and activations weigh about the same."""
+    """MLP 64-64-64-5, whose parameters and activations have about the same size."""
     return embedding(tasks, steps)
 
 
 def measure(name: str, tasks: int, steps: int, repeats: int) -> dict[str, Any]:
-    """Peak resident memory of the first meta-iteration above what the process held before it; seconds of the others.
+    """Additional peak resident memory of the first meta-iteration; seconds of the others.
 
     Raises:
-        LookupError: for a contender that is not here
+        LookupError: for a contender that is not available
     """
     case, libraries = memory_case(tasks, steps), find_libraries()[0]
     small = memory_case(1, 2)

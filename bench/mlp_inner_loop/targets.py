@@ -1,4 +1,4 @@
-"""What the project promises about the speed of the inner loop, and whether a run kept it."""
+"""Speed targets of the inner loop, and whether a run met them."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 from bench.targets import judged
 
-#: kind, speed-up of a meta-iteration on a GPU that is required against each peer
+#: kind, required speed-up of a meta-iteration on a GPU over each peer
 GPU_INNER_LOOP_SPEEDUPS = (("must", 3.0), ("aim", 10.0))
 GPU_INNER_LOOP_TITLES = tuple(f"sinusoid 1-40-40-1, T = {tasks:,}, K = 5, second order" for tasks in (32, 1024))
 GPU_INNER_LOOP_PEERS = ("vmap", "compiled")
 
-#: kind, title of the case, peer, speed-up of a meta-iteration that is required
+#: kind, title of the case, peer, required speed-up of a meta-iteration
 INNER_LOOP_SPEEDUPS = (
     ("must", "sinusoid 1-40-40-1, T = 32, K = 5, second order", "compiled", 2.0),
     ("must", "sinusoid 1-40-40-1, T = 32, K = 5, second order", "loop", 60.0),
@@ -25,9 +25,9 @@ INNER_LOOP_SPEEDUPS = (
 
 
 def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target of the inner loop that ``results`` has a measurement for.
+    """Inner-loop targets with a measurement in ``results``.
 
-    One task's adaptation is held against learn2learn, or against the plain loop where learn2learn is not here.
+    One task's adaptation is compared with learn2learn, or with the plain loop if learn2learn is not available.
     """
     speedups = {cell["title"]: cell["speedup"] for cell in results["cells"]}
     targets = [
@@ -41,7 +41,7 @@ def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def judge_gpu_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every target of the inner loop on a GPU, for its first backend; one that was not measured is missed."""
+    """All inner-loop targets on a GPU, for its first backend; unmeasured ones count as missed."""
     subject = results["backends"][0]
     cells = {cell["title"]: cell["contenders"].get(subject, {}) for cell in results["loops"]["inner_loop"]}
     return [

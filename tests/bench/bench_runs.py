@@ -1,4 +1,4 @@
-"""A quick run of a comparison, as a user starts it."""
+"""Helper: a ``--quick`` run of a benchmark, from the command line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmarks run, compare like with like and report what they measured. No test here looks at a time."""
+"""The benchmarks run, compare equal work and report their measurements. No test here depends on timings."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -
     readme = tmp_path / "README.md"
     inner_loop = tmp_path / "inner-loop.json"
     inner_loop.write_text(json.dumps(INNER_LOOP))
-    measured = {*report.sources([quick, inner_loop]), "gpu"}  # the others' places stay as they are
+    measured = {*report.sources([quick, inner_loop]), "gpu"}  # other tables stay unchanged
     places = "".join(
         f"<!-- bench:{name} -->\nold figures\n{report.END}\n" for name in report.TABLES if name in measured
     )
@@ -113,7 +113,7 @@ INNER_LOOP: dict[str, Any] = {
 
 
 def test_the_table_of_the_inner_loop() -> None:
-    """A peer that was not in a case leaves its place empty; what was missed or could not be measured is said."""
+    """Missing peers leave empty cells; missed and unmeasured targets are listed."""
     assert report.render_inner_loop(INNER_LOOP, "file.json").splitlines() == [
         "| case | metakern | compiled | loop | of sgemm |",
         "|---|--:|--:|--:|--:|",
@@ -184,7 +184,7 @@ def test_every_instruction_set_has_a_table_that_names_it(tmp_path: Path) -> None
     assert ", avx512, torch" in first
     assert "4000.00 ms" in second
     assert ", avx2, torch" in second
-    assert report.tables("mlp_inner_loop", ordered[:1]).startswith("| case |")  # one alone is named by its last line
+    assert report.tables("mlp_inner_loop", ordered[:1]).startswith("| case |")  # a single table has no heading
 
 
 def test_files_of_results_are_named_by_processor_threads_and_instruction_set() -> None:
@@ -200,7 +200,7 @@ def test_report_refuses_results_that_have_no_table(tmp_path: Path) -> None:
 
 
 def test_work_of_one_coordinate() -> None:
-    """10.1 kFLOP and 652 bytes, counted from the tensors themselves."""
+    """10.1 kFLOP and 652 bytes, counted from actual tensors."""
     rule = make_rule()
     products = sum(w.numel() for w in rule.parameters() if w.dim() == 2)
     bias = sum(w.numel() for name, w in rule.named_parameters() if name.startswith("lstm.bias_ih"))
@@ -258,7 +258,7 @@ def test_targets_are_judged_as_met_or_missed() -> None:
     assert verdicts == {
         "forward against compiled, N = 100,000": False,
         "forward against eager, N = 100,000": True,
-        "forward + backward against eager, N = 100,000": False,  # the aim, 8x; the must, 4x, stands before it
+        "forward + backward against eager, N = 100,000": False,  # the aim, 8x; the required 4x comes before it
         "forward against the FMA floor, N = 100,000": False,
         "peak memory of a 20-step unroll against eager, N = 100,000": False,
         "Python around the operator, no graph": True,
@@ -270,7 +270,7 @@ def test_targets_are_judged_as_met_or_missed() -> None:
 
 @needs_kernels
 def test_a_twenty_step_unroll_takes_at_most_half_the_memory_of_eager() -> None:
-    """Memory, unlike time, can be tested: the peak of each is that of a process of its own."""
+    """Memory, unlike time, can be tested: each peak is measured in a separate process."""
     ours, eager = (in_subprocess(kind, 20_000, 20, 1)["peak_bytes"] for kind in ("metakern", "eager"))
     assert ours <= eager / 2
 

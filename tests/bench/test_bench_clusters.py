@@ -1,4 +1,4 @@
-"""The runs of bench.clusters: the same start and tasks for every way, pieces kept, verdicts, figure."""
+"""bench.clusters: the same start and tasks for every way, saved runs, verdicts, figure."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ignore(_: float) -> None:
-    """Of a progress bar that nobody sees."""
+    """Progress callback that does nothing."""
 
 
 TINY = replace(QUICK, share=0.001, tasks=4, points=1, held_out=10)
@@ -34,7 +34,7 @@ CASES = [(problem, way) for problem, of in PROBLEMS.items() for way in of.ways i
 
 @pytest.fixture(scope="module")
 def quick() -> dict[str, Any]:
-    """What two seeds of the digits give."""
+    """Results of two seeds on digits."""
     found = describe_run("clusters", "bench.clusters") | clusters.measure(["digits"], TINY, None, Console(quiet=True))
     results: dict[str, Any] = json.loads(json.dumps(found))
     return results
@@ -94,7 +94,7 @@ def test_the_same_seed_gives_the_same_run() -> None:
 
 
 def test_test_tasks_decide_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves and temperatures are the same, whatever the test tasks are."""
+    """Curves and temperatures do not depend on the test tasks."""
     found = train("regression-3", "clusters", 1, QUICK, ignore)
     monkeypatch.setitem(clusters.HELD_OUT_SEEDS, "test", 5)
     other = train("regression-3", "clusters", 1, QUICK, ignore)
@@ -126,7 +126,7 @@ def test_a_run_is_made_once_and_again_for_other_settings(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize(("problem", "way"), CASES)
 def test_a_run_of_another_process_is_known_again(problem: str, way: str) -> None:
-    """Functions among the settings go by name: their addresses would say that nothing is done yet."""
+    """Functions in the settings are compared by name, as their addresses differ between processes."""
     assert " at 0x" not in described(problem, way, QUICK)
     assert described(problem, way, QUICK) == described(problem, way, replace(QUICK, seeds=5))
     assert described(problem, way, QUICK) != described(problem, way, FULL)
@@ -141,7 +141,7 @@ def test_equal_time_is_a_share_of_the_run() -> None:
 
 
 def job(number: int, advance: Advance) -> tuple[int, int, int]:
-    """A run of another process."""
+    """A run in another process."""
     advance(0.5)
     if number < 0:
         raise ValueError(f"number must not be negative, got {number}")
@@ -161,7 +161,7 @@ def test_problems_are_described_where_they_start() -> None:
     batch, again = (tasks.sample(40, torch.Generator().manual_seed(3)) for _ in range(2))
     described = first_steps(batch)
     assert described.shape == (40, 2 * PROBES)
-    starts = batch.init_params()  # not moved by the description
+    starts = batch.init_params()  # the embedding does not change them
     assert all(torch.equal(a["x"], b["x"]) for a, b in zip(starts, again.init_params(), strict=True))
     torch.testing.assert_close(described[:, 0], batch.loss(starts).log10())
 

@@ -1,4 +1,4 @@
-"""The inner loop and inner_update in `make gpu-check`, with the CPU in the device's place."""
+"""Inner-loop and inner_update benchmarks of `make gpu-check`, with the CPU in place of a GPU."""
 
 from __future__ import annotations
 
@@ -85,10 +85,10 @@ def test_the_dry_run_measures_everything_and_says_what_it_skips() -> None:
     for cell in (*found["inner_loop"], *found["inner_update"]):
         assert list(cell["contenders"])[1:] == ["cpp", "compiled"]
         assert cell["unavailable"] == {}
-    assert written == [1, 1, 1]  # the results so far, behind every case
+    assert written == [1, 1, 1]  # the results so far, after every case
     assert table(found).count("x the fastest peer") == 3
     hurried = measure(device("cpp"), DRY, 0.0, lambda _: None)
-    assert len(hurried["inner_loop"]) == 1  # the first case is always measured, without the peer that compiles
+    assert len(hurried["inner_loop"]) == 1  # the first case is always measured, without the compiled peer
     assert hurried["inner_update"] == []
     assert len(hurried["skipped"]) == 1 + len(DRY.updates)
 

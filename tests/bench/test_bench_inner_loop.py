@@ -1,4 +1,4 @@
-"""The benchmark of the inner loop runs, compares like with like, reports what it measured. No test looks at a time."""
+"""The inner-loop benchmark runs, compares equal work, reports its measurements. No test depends on timings."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_disagreement_is_noticed() -> None:
 
 
 def test_a_meta_iteration_leaves_its_own_gradients_alone() -> None:
-    """A second one does not add to those of the first."""
+    """A second one does not accumulate onto the first's gradients."""
     for name in PLAIN:
         contender = make_contender(name, SMALL, {})
         assert contender is not None
@@ -127,7 +127,7 @@ def test_a_meta_iteration_leaves_its_own_gradients_alone() -> None:
 
 @pytest.mark.parametrize("first_order", [False, True])
 def test_the_flops_are_those_of_the_products(first_order: bool) -> None:
-    """By hand for the MLP; what PyTorch counts is less by what the first layer saves, whose input has no gradient."""
+    """Counted by hand for the MLP; PyTorch counts less, as the first layer's input has no gradient."""
     case = sinusoid(2, 3, first_order=first_order)
     forwards = 10 * 3 * (3 if first_order else 9) + 3 * 10
     assert case.flops() == 2 * forwards * 2 * (40 + 40 * 40 + 40)
@@ -140,7 +140,7 @@ def test_the_flops_are_those_of_the_products(first_order: bool) -> None:
 
 
 def test_the_models_are_those_of_the_papers() -> None:
-    """Parameters: conv4's four norms have two vectors each, its convolutions no bias."""
+    """Parameter counts: conv4's four norms have two vectors each, its convolutions no bias."""
     assert sum(p.numel() for p in sinusoid().model().parameters()) == 80 + 1640 + 41
     omniglot, mini = OMNIGLOT_CONV4.model(), MINI_IMAGENET_CONV4.model()
     assert sum(p.numel() for p in omniglot.parameters()) == 9 * 64 + 3 * 9 * 64 * 64 + 4 * 128 + 64 * 5 + 5
@@ -149,7 +149,7 @@ def test_the_models_are_those_of_the_papers() -> None:
 
 @pytest.fixture
 def two_libraries(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """learn2learn of version 7.8 and a higher that does not load; no torchopt."""
+    """A fake learn2learn 7.8, a higher that fails to import, no torchopt."""
     (tmp_path / "learn2learn.py").write_text("__version__ = '7.8'\n")
     (tmp_path / "higher.py").write_text("raise OSError('built for another torch')\n")
     for name in LIBRARIES:
@@ -175,7 +175,7 @@ def test_a_library_that_is_not_there_is_named_with_the_reason() -> None:
 
 
 def test_checkpoints_halve_the_memory_of_a_long_inner_loop() -> None:
-    """Memory, unlike time, can be tested: the peak of each is that of a process of its own."""
+    """Memory, unlike time, can be tested: each peak is measured in a separate process."""
     names = ("metakern, checkpoints", "metakern")
     few, all_steps = (in_subprocess("bench.mlp_inner_loop.memory", name, 8, 40, 0)["peak_bytes"] for name in names)
     assert few <= all_steps / 2

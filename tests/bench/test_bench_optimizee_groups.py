@@ -1,4 +1,4 @@
-"""The timings of bench.optimizee_groups: the three ways solve equally many problems and have one meta-gradient."""
+"""bench.optimizee_groups: the three ways solve equally many problems and have the same meta-gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The training runs of bench.train_sinusoid: same tasks and weights for both ways, intervals, verdicts, the README."""
+"""bench.train_sinusoid: same tasks and weights for both ways, intervals, verdicts, the README."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_quick_run_writes_everything(quick: dict[str, Any]) -> None:
 
 
 def test_the_two_ways_train_the_same_model() -> None:
-    """Twenty iterations are too few for rounding to grow."""
+    """Within twenty iterations rounding does not grow."""
     ours, plain = (train(way, 3, QUICK, lambda _: None) for way in WAYS)
     assert ours.losses == pytest.approx(plain.losses, rel=1e-5)
     assert ours.exact_losses == pytest.approx(plain.exact_losses, rel=1e-12)
@@ -63,7 +63,7 @@ def test_the_two_ways_train_the_same_model() -> None:
 
 
 def test_training_through_metakern_is_fused(caplog: pytest.LogCaptureFixture) -> None:
-    """Else both ways would be plain PyTorch."""
+    """Otherwise both ways would be plain PyTorch."""
     with caplog.at_level("DEBUG", "metakern"):
         run = train("metakern", 0, replace(QUICK, iterations=1, every=1), lambda _: None)
         at_test("metakern", run.model, train_sinusoid.FULL.held_out).query_losses(*QUICK.held_out.batch(0))
@@ -100,7 +100,7 @@ def test_no_tasks_are_seen_twice() -> None:
     full = train_sinusoid.FULL
     seeds = {training_seed(seed, iteration) for seed in range(full.seeds) for iteration in range(full.iterations)}
     assert len(seeds) == full.seeds * full.iterations
-    assert len({seed % 2**32 for seed in (*seeds, HELD_OUT_SEED)}) == len(seeds) + 1  # what a generator uses
+    assert len({seed % 2**32 for seed in (*seeds, HELD_OUT_SEED)}) == len(seeds) + 1  # a generator uses 32 bits
 
 
 def test_the_interval_is_students() -> None:

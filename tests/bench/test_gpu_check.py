@@ -1,4 +1,4 @@
-"""The logic of `make gpu-check` where there is no GPU: its stages, their limits, and the measurement's bookkeeping."""
+"""Logic of `make gpu-check` without a GPU: its stages, their limits, and the benchmark's bookkeeping."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ needs_kernels = pytest.mark.skipif(not _backend.is_compiled(), reason="the compi
 
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """What a dry run prints, and the folder of its logs."""
+    """Output of a dry run, and its log folder."""
     logs = tmp_path_factory.mktemp("gpu-check")
     command = [sys.executable, "-m", "bench.gpu_check", "--dry", "--logs", str(logs)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -126,7 +126,7 @@ def test_a_failed_stage_does_not_stop_the_others(tmp_path: Path, capsys: pytest.
     assert outcomes[5].note == "the tool says: Device not supported"
     printed = gpu_check.report(outcomes)
     assert "it broke here" in printed
-    assert "all is well" not in printed.split("\nstage ")[0]  # only the ends of failed logs are shown
+    assert "all is well" not in printed.split("\nstage ")[0]  # logs are shown only for failed stages
     assert re.search(r"^absent +skipped +0\.0 +30  the tool is not there$", printed, re.MULTILINE)
 
 
@@ -138,7 +138,7 @@ def test_a_stage_that_is_stopped_leaves_no_child_behind(tmp_path: Path) -> None:
     (outcome,) = gpu_check.run_group([stage("parent", code, seconds=2.0)], tmp_path)
     assert outcome.status == "timed out"
     child = int(outcome.log.read_text().split()[-1])
-    for _ in range(100):  # a signal takes its time
+    for _ in range(100):  # signals take time
         stat = Path(f"/proc/{child}/stat")
         if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] in "ZX":
             return
@@ -181,7 +181,7 @@ def test_the_build_is_for_the_device_that_is_there(monkeypatch: pytest.MonkeyPat
 
 
 class Broken(Variant):
-    """A kernel whose result is off."""
+    """A kernel with a wrong result."""
 
     def step(self, params: torch.Tensor, grads: torch.Tensor, state: Any) -> Any:
         new, state = super().step(params, grads, state)
@@ -208,7 +208,7 @@ def test_a_first_call_that_takes_too_long_is_given_up() -> None:
         time.sleep(5)
     with time_limit(5, "nothing"):
         pass
-    time.sleep(0.1)  # no alarm is left over
+    time.sleep(0.1)  # no alarm is pending
 
 
 def test_nan_is_a_difference() -> None:

@@ -1,4 +1,4 @@
-"""The commands that there are, and what every one of them shares."""
+"""The list of commands, and their common behaviour."""
 
 import warnings
 
@@ -35,7 +35,7 @@ def test_an_unknown_option_is_a_usage_error():
 
 
 def test_a_warning_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # put back afterwards
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)  # restored afterwards
     monkeypatch.setattr(cli, "app", lambda: warnings.warn("the rule was\n  trained for 4 steps", stacklevel=1))
     with warnings.catch_warnings():
         warnings.simplefilter("always")

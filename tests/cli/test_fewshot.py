@@ -1,4 +1,4 @@
-"""Settings of train maml: what is left open follows from the tasks, and learners are what settings describe."""
+"""Settings of train maml: defaults depend on the tasks, and learners match the settings."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def test_nothing_but_what_may_be_absent_is_left_open(tasks):
     resolved = settings(tasks=tasks)
     absent = {name for name in resolved.__dataclass_fields__ if getattr(resolved, name) is None}
     assert absent == {"data", "parameters", "mixed_precision"}
-    assert resolved.resolved() == resolved  # as a configuration that is read again
+    assert resolved.resolved() == resolved  # as when a configuration is read again
 
 
 def test_what_is_given_stays():

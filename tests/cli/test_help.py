@@ -19,7 +19,7 @@ def help_of(command: str, columns: str = "80") -> str:
 
 
 def described(text: str, option: str) -> str:
-    """What the help says of an option, as one line."""
+    """The help text of an option, as one line."""
     found = re.search(rf"│ {option} .*?(?=│ --|╰)", text, re.DOTALL)
     assert found, option
     return " ".join(re.sub(r"[│\n]|^ *--\S+", " ", found[0]).split())

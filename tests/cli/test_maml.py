@@ -1,4 +1,4 @@
-"""train maml and eval maml: the folder that a run leaves, runs that repeat and go on, errors in one line."""
+"""train maml and eval maml: a run's folder, repeated and resumed runs, one-line errors."""
 
 import json
 import math
@@ -18,13 +18,13 @@ from tests.pictures import coloured_share
 
 
 def measures(folder) -> list:
-    """Of every run in results.json."""
+    """Measures of every run in results.json."""
     return [run["measures"] for run in json.loads((folder / "results.json").read_text())["runs"]]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A short run on digits and what it printed."""
+    """A short run on digits and its output."""
     folder = tmp_path_factory.mktemp("maml") / "run"
     return folder, succeed(f"{DIGITS} --output {folder}")
 
@@ -154,7 +154,7 @@ def test_two_processes_of_torchrun_train_one_run(tmp_path):
 def test_evaluation_measures_test_tasks_after_every_number_of_steps(run, tmp_path):
     folder, _ = run
     printed = succeed(f"eval maml {folder} --num-tasks 6 --output {tmp_path}/eval")
-    assert measures(tmp_path / "eval") == measures(folder)  # the weights in the file are those that training ended with
+    assert measures(tmp_path / "eval") == measures(folder)  # the saved weights are those at the end of training
     (found,) = measures(folder)
     assert [row["steps"] for row in found["loss"]] == [0, 1, 2]
     accuracy = found["accuracy"][2]
@@ -267,7 +267,7 @@ def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_pa
     assert result.exit_code == 1
     assert message in result.stderr
     assert len(result.stderr.splitlines()) == 1
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing was begun
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no run was started
 
 
 def test_settings_that_there_are_not_are_named(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""train maml that is interrupted, goes on, is started anew by torchrun, or would replace a run."""
+"""train maml interrupted, resumed, restarted by torchrun, or about to overwrite a run."""
 
 import os
 import re
@@ -58,7 +58,7 @@ def test_a_finished_run_resumes_to_its_end(tmp_path):
 
 @pytest.mark.parametrize("job", ["digits-7", "none"])
 def test_a_process_that_torchrun_starts_anew_goes_on(job, tmp_path, monkeypatch):
-    """Where another one died, or a machine was replaced: the command is the same, and the run is this launch's."""
+    """After a process died or a machine was replaced: the command is the same, and the run belongs to this launch."""
     command = f"{SINUSOID} --iterations 4 --output {tmp_path}/run"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
     succeed(command)  # it died before it wrote anything
@@ -169,7 +169,7 @@ def test_too_many_steps_that_are_not_finite_end_a_run_that_can_go_on(tmp_path):
 
 
 def test_a_full_disk_ends_a_run_with_its_reason_and_destroys_nothing(tmp_path):
-    """A limit on the size of files stands for the disk: figures do not fit either, and do not hide the checkpoint."""
+    """A file-size limit simulates the disk; figures fail too, without hiding the checkpoint's error."""
     folder = tmp_path / "run"
     succeed(f"{SINUSOID} --iterations 2 --output {folder} --quiet")
     kept = [*(folder / "checkpoints").iterdir(), *(folder / "figures").iterdir(), folder / "model.safetensors"]

@@ -1,4 +1,4 @@
-"""Options that another choice leaves without meaning: errors on the command line, none in a configuration."""
+"""Options without effect given another choice: errors on the command line, allowed in a configuration."""
 
 import pytest
 import yaml

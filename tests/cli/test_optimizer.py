@@ -1,4 +1,4 @@
-"""train optimizer and eval optimizer: what they write, and errors in one line."""
+"""train optimizer and eval optimizer: written files, and one-line errors."""
 
 import io
 import json
@@ -20,7 +20,7 @@ RUN = "--episodes 2 --networks 2 --steps 4 --unroll 2 --hidden-size 6 --seed 5 -
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A short training run and what it printed, from the real entry point."""
+    """A short training run and its output, from the real entry point."""
     folder = tmp_path_factory.mktemp("run")
     result = metakern(*f"train optimizer --output out {RUN}".split(), cwd=folder)
     assert result.returncode == 0, result.stderr
@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
 def test_training_writes_weights_history_and_a_figure(trained):
     folder, printed = trained
     assert "best validation loss" in printed
-    assert "episode 2/2: loss" in printed  # without a terminal, lines take the place of the progress bar
+    assert "episode 2/2: loss" in printed  # without a terminal, lines replace the progress bar
     rule = CoordinatewiseLSTM.from_pretrained(str(folder))
     assert rule.hidden_size == 6
     history = json.loads((folder / "training.json").read_text())
@@ -44,7 +44,7 @@ def test_training_writes_weights_history_and_a_figure(trained):
 
 
 def test_the_best_weights_by_validation_are_kept(trained, tmp_path):
-    """Each evaluation is of weights that a run which stops there would keep."""
+    """Each evaluation measures the weights that a run stopped there would keep."""
     folder, _ = trained
     evaluations = json.loads((folder / "training.json").read_text())["evaluations"]
     best = min(evaluations, key=lambda pair: pair[1])[0]
@@ -80,7 +80,7 @@ def test_the_outer_loop_is_set_as_for_maml(tmp_path):
     checkpoint = torch.load(newest, weights_only=True)
     assert checkpoint["average"] is not None
     assert checkpoint["optimizer"]["state"] == {} or "exp_avg" not in checkpoint["optimizer"]["state"][0]  # SGD's
-    assert checkpoint["iteration"] < 9 or checkpoint["worse"] <= 1  # it stops after the first that is no better
+    assert checkpoint["iteration"] < 9 or checkpoint["worse"] <= 1  # stops at the first without improvement
 
 
 def test_a_commands_own_settings_come_first(tmp_path):
@@ -161,7 +161,7 @@ def test_a_damaged_rule_is_named(trained, tmp_path):
 
 
 def curves(*losses: float) -> list[Curve]:
-    """The learned optimizer's curve and baselines' A, B, ..., each of two problems that end at a loss."""
+    """Curves of the learned optimizer and of baselines A, B, ..., two problems each, with a given final loss."""
     return [Curve(name, torch.full((1, 2), loss)) for name, loss in zip(("Learned", *"ABC"), losses, strict=False)]
 
 
@@ -213,7 +213,7 @@ def test_functions_are_called_functions_and_a_pipe_has_lines(tmp_path):
 
 
 def test_the_rule_in_the_package_beats_every_tuned_baseline():
-    """The claim of the README, on fewer networks and other draws than its table."""
+    """The README's claim, on fewer networks and with other seeds than its table."""
     from metakern.evaluation import compare_optimizers
     from metakern.tasks import DigitsMLP
 

@@ -1,4 +1,4 @@
-"""Settings of a run that goes on, repeats another or is evaluated; and the folder that it goes to."""
+"""Settings of a run that is resumed, repeated or evaluated; and the choice of its folder."""
 
 import json
 import math
@@ -21,7 +21,7 @@ def rates(folder):
 
 
 def cosine(iteration, iterations, lr=0.01):
-    """The rate in an iteration, from 0."""
+    """The learning rate at an iteration, counted from 0."""
     return lr * (0.03 + 0.97 * (1 + math.cos(math.pi * min(1, iteration / iterations))) / 2)
 
 
@@ -59,7 +59,7 @@ def test_the_schedule_of_a_run_that_goes_on_cannot_be_changed(tmp_path):
 
 
 def test_a_configuration_without_the_schedules_length_goes_on_with_that_of_its_run(tmp_path):
-    """As versions before it wrote them."""
+    """Earlier versions wrote such configurations."""
     folder = tmp_path / "run"
     succeed(f"{COSINE} --iterations 4 --output {folder} --quiet")
     config = folder / "config.yaml"
@@ -96,7 +96,7 @@ def test_a_schedule_that_is_none_has_no_length(tmp_path):
 
 
 def config_of(tmp_path, options):
-    """The configuration of a run that repeats another with options beside its configuration."""
+    """The configuration of a run that repeats another one with overriding options."""
     command = f"train maml --config {tmp_path}/first/config.yaml --output {tmp_path}/second --quiet"
     succeed(f"{command} {options}")
     return yaml.safe_load((tmp_path / "second" / "config.yaml").read_text())

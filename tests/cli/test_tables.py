@@ -1,4 +1,4 @@
-"""Tables of results are whole at any width."""
+"""Tables of results are not truncated at any width."""
 
 import io
 
@@ -12,7 +12,7 @@ from tests.cli.commands import SINUSOID, invoke, metakern, succeed
 
 
 def runs(count: int, prefix: str = "run") -> list[Adaptation]:
-    """Measures whose means after each step are known: 100 + run + step / 8, and the share of 0.5."""
+    """Runs with known means after each step: loss 100 + run + step / 8, accuracy 0.5."""
     steps = torch.arange(3.0).unsqueeze(1).expand(3, 10) / 8
     return [
         Adaptation(f"{prefix}-{k}", {"loss": 100 + k + steps, "accuracy": torch.full((3, 10), 0.5)}, 0.2)
@@ -64,7 +64,7 @@ def test_the_width_of_the_console_stays():
 
 
 def test_four_runs_in_a_pipe_of_80_columns(tmp_path):
-    """The command as it is piped: its own process, no terminal, the usual width."""
+    """The command in a pipe: a separate process, no terminal, the usual width."""
     for k in range(2):
         succeed(f"{SINUSOID} --iterations 2 --seed {k} --output {tmp_path}/run-{k} --quiet")
     runs = [f"{tmp_path}/run-{k % 2}" for k in range(4)]

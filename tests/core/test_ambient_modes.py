@@ -1,4 +1,4 @@
-"""What one call remembers does not depend on the device, mode or transform that was at work around it."""
+"""Caches do not depend on the device, mode or transform that surrounded the call that filled them."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def forget() -> None:
-    """All that calls have remembered so far."""
+    """Clear all caches."""
     _memo._constant.cache_clear()
     _fused_inner_loop.served_before.clear()
     for cached in (digits.all_digits, digits._classes, digit_networks.load_digits):
@@ -55,7 +55,7 @@ def forget() -> None:
 
 
 class Functions(TorchFunctionMode):
-    """Turns every new constant into another one."""
+    """Function mode that changes every new constant."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -63,7 +63,7 @@ class Functions(TorchFunctionMode):
 
 
 class Dispatched(TorchDispatchMode):
-    """Turns every new constant into another one, at the dispatcher."""
+    """Dispatch mode that changes every new constant."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -126,7 +126,7 @@ def sets() -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     return episode.support, episode.query
 
 
-#: Made here, outside of every context.
+#: Created here, outside all contexts.
 SETS, NET = sets(), mlp(2, 4, 1)
 PARAMS = [drawn(3, 4, 2), drawn(3, 4, seed=1), drawn(3, 1, 4, seed=2), drawn(3, 1, seed=3)]
 RATES = [torch.full((3,), 0.1, dtype=torch.float64)] * 4
@@ -186,7 +186,7 @@ OPTIMIZED: dict[str, Any] = {}
 
 
 def by_optimizer(backend: str) -> list[Tensor]:
-    """The state is made in the first step and kept; so is the optimizer."""
+    """State and optimizer are created in the first step and kept."""
     net, optimizer = OPTIMIZED[backend]
     with torch.no_grad():
         for p in net.parameters():
@@ -241,7 +241,7 @@ def test_a_call_after_one_in_a_context(name: str, context: str) -> None:
 
 
 def by_short_operator(backend: str) -> list[Tensor]:
-    """Triton's interpreter takes its time."""
+    """Short, as Triton's interpreter is slow."""
     params, (x, y) = [PARAMS[0][0, :1], PARAMS[1][0, :1]], SETS[0]
     return mlp_inner_loop(params, x[:1], y[:1], lr=0.1, steps=1, backend=backend)
 

@@ -1,4 +1,4 @@
-"""Which implementation serves a call: auto, by name, by environment variable, and without the compiled library."""
+"""Choice of the backend: auto, by name, by environment variable, and without the compiled library."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter, because the package reads its environment when it is imported."""
+    """Run a fresh interpreter, as the package reads its environment on import."""
     inherited = {
         name: value for name, value in os.environ.items() if not name.startswith(("METAKERN_", "TRITON_INTERPRET"))
     }
@@ -39,13 +39,13 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 
 
 def output_of(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints; its traceback is shown if it fails."""
+    """Output of a fresh interpreter; shows its traceback if it fails."""
     result = run_python(code, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()
 
 
-# A call and the name of the backend that served it, told by whether the operator ran.
+# A call and the backend that served it, determined by whether the operator ran.
 SERVED = """
 import torch, metakern
 from metakern.core import backend as _backend
@@ -198,7 +198,7 @@ def test_triton_asked_for_where_it_is_missing_says_how_to_get_it(monkeypatch: py
 
 
 def test_environment_variable_replaces_auto() -> None:
-    # backend="auto" spelled out is auto too; a backend that is asked for by name is not replaced.
+    # An explicit backend="auto" is replaced too; a backend requested by name is not.
     asked = (
         SERVED + "\nprint(metakern.build_info()['backend'], *(served(b) for b in (None, 'auto', 'cpp', 'reference')))"
     )
@@ -237,7 +237,7 @@ def test_the_best_instruction_set_is_used_unless_another_is_forced() -> None:
 
 
 def test_an_unknown_instruction_set_in_the_environment_fails_the_import() -> None:
-    # It was asked for by name: falling back to the slow reference would hide that it cannot be had.
+    # Requested by name: falling back to the slow reference would hide that it is unavailable.
     available = ", ".join(_backend._C.available_cpu_capabilities())
     result = run_python("import metakern", METAKERN_CPU_CAPABILITY="AVX2")
     expected = f"ValueError: METAKERN_CPU_CAPABILITY must be one of those available here ({available}), got 'AVX2'"

@@ -1,4 +1,4 @@
-"""Files are written whole, never through a link, and a name that is taken is told before the work."""
+"""Files are written atomically, never through a link, and name conflicts are reported before the work."""
 
 import os
 import stat
@@ -33,7 +33,7 @@ def precious(tmp_path):
 
 
 def taken(path, precious, kind):
-    """Take the name by a link or a directory."""
+    """Occupy the name by a link or a directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if kind == "link":
         path.symlink_to(precious)
@@ -101,7 +101,7 @@ def test_a_file_where_a_folder_is_to_be_is_named(name, tmp_path):
 
 
 def test_temporary_files_of_guessed_names_are_not_written_through(tmp_path, precious):
-    """Names that temporary files once had are links to something precious."""
+    """Former names of temporary files are links to a valuable file."""
     folder = tmp_path / "run" / "checkpoints"
     folder.mkdir(parents=True)
     names = ["probe.tmp", "00000002.pt.tmp", "00000002.sha256.tmp", f"../.config.yaml.{os.getpid()}"]

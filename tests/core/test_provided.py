@@ -1,4 +1,4 @@
-"""What a room takes from one above it."""
+"""Objects that a lower room gets from a higher one."""
 
 import json
 import subprocess

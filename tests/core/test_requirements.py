@@ -1,4 +1,4 @@
-"""A missing library is named as missing, with the command that installs it."""
+"""Errors for a missing library name it and the command that installs it."""
 
 import ast
 import os
@@ -20,7 +20,7 @@ from metakern.tasks import Sinusoid
 from metakern.training import Trainer, TrainerConfig
 from tests.cli.commands import SINUSOID, invoke
 
-#: Runs code in a process that lacks some libraries.
+#: Program that runs code without some libraries.
 WITHOUT = """
 import importlib.abc, sys
 library, code, *arguments = sys.argv[1:]
@@ -35,7 +35,7 @@ exec(code)
 
 
 def install(library: str) -> str:
-    """The command that an error should give for a library, read from the project's metadata."""
+    """The expected install command for a library, from the project's metadata."""
     distribution = _requirements.DISTRIBUTIONS.get(library, library)
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     if any(re.split("[<>=]", line)[0] == distribution for line in project["dependencies"]):
@@ -75,7 +75,7 @@ def test_an_import_names_what_is_missing(library, module, distribution):
     assert "circular" not in last
 
 
-#: What works without a library, and a call for each that does not, run in one process that has none of them.
+#: Code that works without the libraries, and a failing call for each, run in one process that lacks them all.
 CALLS = {
     "safetensors": "CoordinatewiseLSTM.pretrained('digits_lstm')",
     "huggingface_hub": "CoordinatewiseLSTM.from_pretrained('someone/rule')",
@@ -109,7 +109,7 @@ def test_rules_are_saved_and_loaded_without_the_hub():
     assert (result.stdout, result.stderr) == ("True\n", "")
 
 
-#: What `import metakern` loads beyond torch and numpy, and the processor time that it takes beside theirs.
+#: Modules that `import metakern` loads beyond torch and numpy, and its additional processor time.
 FOREIGN = """
 import sys, time
 start = time.process_time()
@@ -134,7 +134,7 @@ def test_the_package_imports_torch_and_numpy_alone():
 
 
 def test_what_the_package_imports_is_declared():
-    """In the dependencies, or in the extra that the error for its absence names."""
+    """Declared in the dependencies, or in the extra that the error message names."""
     used = set()
     for path in Path(metakern.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

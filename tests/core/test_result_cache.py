@@ -1,4 +1,4 @@
-"""The memory of large results: reused once it is free, never while it is in use, bounded, and given back when asked."""
+"""Cache of large results' memory: reused once free, never while in use, bounded, and freed on request."""
 
 import os
 import subprocess
@@ -59,7 +59,7 @@ def test_a_block_serves_only_results_of_about_its_size():
     step(20_000)
     kept = _backend._C.cached_bytes()
     _, small = step(10_000)
-    assert _backend._C.cached_bytes() == kept  # the large block was not taken for the small result
+    assert _backend._C.cached_bytes() == kept  # the small result did not take the large block
     del small
     assert _backend._C.cached_bytes() > kept
 
@@ -108,7 +108,7 @@ def test_a_limit_that_is_no_number_is_named(limit):
     assert f"METAKERN_CPU_CACHE_MB must be a number of mebibytes of at least 0, got '{limit}'" in result.stderr
 
 
-# Threads take blocks all the time, while the process forks; a child that waits for a lock is killed.
+# Threads take blocks while the process forks; a child that deadlocks is killed.
 FORKS = """
 import os, signal, sys, threading, time
 import torch

@@ -1,4 +1,4 @@
-"""Trees of parameters of many tasks: which tensors belong together, and as one tensor."""
+"""Parameter trees with a task axis: matching of tensors, and packing into one tensor."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts as errors quote them."""
+"""Quoting of text in error messages."""
 
 import time
 

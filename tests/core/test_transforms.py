@@ -1,4 +1,4 @@
-"""What the package asks of torch about the transforms around a call."""
+"""Detection of torch transforms around a call."""
 
 import torch
 from torch import Tensor

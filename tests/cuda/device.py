@@ -1,4 +1,4 @@
-"""What the emulated CUDA kernels share: builds of tests/cuda/emulation, the device, guarded memory, calls by ctypes."""
+"""Shared by all emulated CUDA kernels: building tests/cuda/emulation, the device, guarded memory, ctypes calls."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def build(name: str, sources: Iterable[str], depends: Iterable[Path] = ()) -> Pa
     """Compile sources of tests/cuda/emulation into a shared library; kept under build/ until a source changes."""
     compiler = os.environ.get("CXX", "g++")
     command = [compiler, "-std=c++17", "-O2", "-g", "-fPIC", "-shared", "-Wall", "-Wextra", "-Wno-unknown-pragmas"]
-    command += ["-U_FORTIFY_SOURCE"]  # its longjmp takes a jump to another stack for an error
+    command += ["-U_FORTIFY_SOURCE"]  # its longjmp check rejects jumps to another stack
     command += [f"-I{EMULATION}", *(str(EMULATION / source) for source in sources)]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted([*EMULATION.iterdir(), *depends]):
@@ -66,7 +66,7 @@ def build(name: str, sources: Iterable[str], depends: Iterable[Path] = ()) -> Pa
 
 @dataclass(frozen=True)
 class Device:
-    """What the emulated device offers. Ordinals from 64 on are never cached by the launchers."""
+    """Properties of the emulated device. Launchers never cache ordinals from 64 on."""
 
     multiprocessors: int = 3
     shared_kilobytes: int = 227
@@ -78,7 +78,7 @@ class Device:
     ordinal: int = 64
 
     def structure(self) -> _Device:
-        """As the emulation wants it."""
+        """The ctypes structure for the emulation."""
         order, shared = ORDERS.index(self.order), self.shared_kilobytes * 1024
         fields = (self.ordinal, self.multiprocessors, shared, order, self.seed, self.eager_copies)
         return _Device(*fields, self.fail_call, self.failure)
@@ -88,7 +88,7 @@ DEVICE = Device()
 
 
 class Guarded:
-    """Copies of tensors, and new ones, between NaNs: reads beside them show in results, writes are found."""
+    """Tensors surrounded by NaN: out-of-bounds reads show in results, out-of-bounds writes are found."""
 
     def __init__(self, margin: int = 256) -> None:
         """``margin``: bytes on either side; with a multiple of 16, tensors are aligned as torch's are."""
@@ -107,7 +107,7 @@ class Guarded:
         return buffer[margin : margin + size].view(tensor.dtype).view(tensor.shape)
 
     def check(self) -> None:
-        """Raise where something was written beside a tensor."""
+        """Raise if something was written outside a tensor."""
         for buffer, size in self._buffers:
             margin = self._margin
             if bool((buffer[:margin] != 0xFF).any() | (buffer[margin + size :] != 0xFF).any()):
@@ -124,7 +124,7 @@ class Library:
         self.functions.emulation_report.restype = ctypes.c_char_p
 
     def call(self, name: str, device: Device, *arguments: object) -> None:
-        """Run a launcher on ``device``; raise what it or the device reports."""
+        """Run a launcher on ``device``; raises on errors of the launcher or the device."""
         structure, call = device.structure(), ctypes.c_char_p()
         self.functions.emulation_configure(ctypes.byref(structure))
         error = getattr(self.functions, name)(*arguments, ctypes.byref(call))

@@ -1,4 +1,4 @@
-"""The emulated device itself: right kernels run as on a GPU, wrong ones are found out."""
+"""The emulated device itself: correct kernels run as on a GPU, wrong ones are detected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def library() -> ctypes.CDLL:
 def run(
     kernel: str, data: Tensor, outputs: int, *, blocks: int = 1, threads: int = 64, device: Device | None = None
 ) -> tuple[int, str, Tensor]:
-    """Error, report and what the kernel wrote."""
+    """Error, report and the kernel's output."""
     out = torch.full((outputs,), -1.0)
     structure = (device or Device()).structure()
     library().emulation_configure(ctypes.byref(structure))
@@ -109,7 +109,7 @@ def test_limits_of_a_launch() -> None:
 
 @pytest.mark.parametrize(("kernel", "depth", "unit"), [("TF32", 8, 2**-11), ("bfloat16", 16, 2**-8)])
 def test_products_of_tensor_cores(kernel: str, depth: int, unit: float) -> None:
-    # Integers are exact in either format, so that a wrong place of an operand shows; random numbers are rounded.
+    # Integers are exact in either format and reveal misplaced operands; random numbers are rounded.
     for numbers in (torch.randint(-8, 9, (24 * depth,)).float(), torch.rand(24 * depth)):
         error, report, out = run(f"product in {kernel}", numbers, 128, threads=32)
         assert (error, report) == (0, "")

@@ -1,4 +1,4 @@
-"""Adaptation to unseen tasks: measures after every number of steps, of the test split, with their interval."""
+"""Adaptation to test tasks: measures after every number of steps, with their interval."""
 
 import pytest
 import torch
@@ -99,7 +99,7 @@ def test_learned_rates_by_step_are_used_up_to_each_step():
     learner = MAMLLearner(mlp(1, 4, 1), steps=3, rates="lslr", inner_lr=0.1)
     with torch.no_grad():
         for rate in learner.rates.values():
-            rate.copy_(torch.tensor([0.1, 0.0, 0.0]))  # the later steps stand still
+            rate.copy_(torch.tensor([0.1, 0.0, 0.0]))  # later steps change nothing
     losses = measure_adaptation(learner, Sinusoid(5, 5), num_tasks=3).measures["loss"]
     assert not torch.allclose(losses[0], losses[1])
     torch.testing.assert_close(losses[1], losses[2])

@@ -1,4 +1,4 @@
-"""Evaluation: every optimizer meets the same networks, baselines are tuned on other data, speeds compare equal work."""
+"""Evaluation: all optimizers train the same networks, baselines are tuned on other data, speeds compare equal work."""
 
 import math
 

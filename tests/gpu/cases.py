@@ -3,8 +3,8 @@
 compute-sanitizer --tool memcheck python -m tests.gpu.cases [cuda] [triton]
 python -m tests.gpu.cases --dry     by the reference on the CPU
 
-Inputs are made on the CPU, so that few kernels but ours run. Status 1 where a result is NaN or a call raises;
-what the results are is for the tests.
+Inputs are made on the CPU, so that few other kernels run. Exits with status 1 if a result is NaN or a call raises;
+the tests check the values.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Case:
     preprocess: str = "log_sign"
 
     def run(self, backend: str, device: str) -> None:
-        """Raise unless forward, backward and the step in place give numbers."""
+        """Raise if forward, backward or the step in place gives NaN."""
         problem = make_problem(self.n, self.hidden, self.layers, self.dtype, preprocess=self.preprocess)
         problem = with_bfloat16_state(problem) if self.bfloat16_state else problem
         p, h, c = problem.cotangents
@@ -71,7 +71,7 @@ class UpdateCase:
     resting: bool = False
 
     def run(self, backend: str, device: str) -> None:
-        """Raise unless the tasks that step get numbers."""
+        """Raise if an active task gets NaN."""
         resting = (1,) if self.resting else None
         problem = make_update(3, self.rates, self.dtype, clip_norm=self.clip_norm, resting=resting).to(device)
         updated = problem.expected() if backend == "reference" else problem.run(backend)
@@ -105,7 +105,7 @@ class MlpCase:
                     raise ArithmeticError(f"{call.__name__}: result {index} holds NaN")
 
 
-#: Sizes with kernels of their own in every precision and storage; those of the general kernel; every dtype; several
+#: Sizes with specialised kernels in every precision and storage; sizes for the general kernel; every dtype; several
 #: blocks and chunks.
 CUDA_CASES = [
     *(
@@ -122,7 +122,7 @@ CUDA_CASES = [
     Case(n=4500, hidden=3, layers=1),
 ]
 
-#: Fewer, because each takes seconds to compile.
+#: Fewer cases, as each takes seconds to compile.
 TRITON_CASES = [
     Case(),
     Case(n=1000, precision="medium", bfloat16_state=True),
@@ -136,7 +136,7 @@ UPDATE_CASES = [
     UpdateCase("per tensor", resting=True),
 ]
 
-#: The last one's steps do not fit the shared memory that any device has.
+#: The last case's steps do not fit any device's shared memory.
 MLP_CASES = [
     *(MlpCase(activation=activation) for activation in ("relu", "tanh", "sigmoid", "gelu")),
     *(MlpCase(loss=loss) for loss in ("cross_entropy", "binary_cross_entropy_with_logits")),
@@ -154,7 +154,7 @@ CASES: dict[str, list[Case | UpdateCase | MlpCase]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the cases of each backend, all of them also where one fails."""
+    """Run all cases of each backend, even if one fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("backends", nargs="*", help=f"{' and '.join(BACKENDS)}, by default both")
     parser.add_argument("--dry", action="store_true", help="by the reference on the CPU")

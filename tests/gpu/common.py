@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: backends, problems with a bfloat16 state, named results, odd layouts, graphs."""
+"""Shared by the GPU tests: backends, problems with a bfloat16 state, named results, unusual layouts, graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_st
 from tests.conftest import assert_same_bits
 from tests.problems import Problem
 
-#: Every module of this folder has it as its `pytestmark`.
+#: The `pytestmark` of every module in this folder.
 needs_cuda = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
@@ -51,7 +51,7 @@ class Arguments:
         self.tensors = [x.detach().clone().requires_grad_(requires_grad) for x in tensors]
 
     def copy_(self, other: Arguments) -> None:
-        """Take the numbers of another problem of the same sizes."""
+        """Copy the values of another problem of the same sizes."""
         with torch.no_grad():
             for x, y in zip([*self.tensors, *self.cotangents], [*other.tensors, *other.cotangents], strict=True):
                 x.copy_(y)
@@ -87,7 +87,7 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def captured(call: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-    """The call as a graph, and where its results come to lie."""
+    """The call captured as a graph, and its result tensors."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

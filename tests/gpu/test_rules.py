@@ -1,4 +1,4 @@
-"""What is built on lstm_step, on a GPU: the rule with its options, the optimizer, the outer loop."""
+"""Users of lstm_step on a GPU: the rule with its options, the optimizer, the outer loop."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_learned_optimizer_as_on_the_cpu(options: dict[str, Any], backend: str) 
 
 
 def meta_gradient(learner: RuleLearner, device: str) -> list[Tensor]:
-    """Of one unroll on four quadratics, by weight; the draws are those of the CPU."""
+    """Meta-gradients of one unroll on four quadratics, by weight; random numbers are drawn on the CPU."""
     batch = Quadratics(10).sample(4, torch.Generator().manual_seed(0)).to(device)
     losses = next(learner.meta_losses(batch))
     return list(torch.autograd.grad(losses.mean(), list(learner.parameters())))

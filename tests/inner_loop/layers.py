@@ -1,4 +1,4 @@
-"""Layers, functions and losses of torch.nn, small: what the batched inner loop is compared with a plain loop on.
+"""Small layers, functions and losses of torch.nn, for comparing the batched inner loop with a plain loop.
 
 Axis legend: S samples of a task.
 """
@@ -17,7 +17,7 @@ Layer = Callable[[], nn.Module]
 
 
 class Probe(nn.Module):
-    """A layer behind learned weights of its input, so that layers without parameters adapt too."""
+    """A layer after learned input weights, so that layers without parameters adapt too."""
 
     def __init__(self, layer: nn.Module, shape: tuple[int, ...]) -> None:
         super().__init__()
@@ -313,7 +313,7 @@ REFERENCES = torch.randn(4, 3, generator=torch.Generator().manual_seed(5), dtype
 
 
 def _beside(loss: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    """A loss of pairs: of each sample and a fixed one."""
+    """A pairwise loss: each sample with a fixed one."""
     return lambda prediction, y: loss(prediction, REFERENCES[:1].expand_as(prediction), y)
 
 

@@ -1,4 +1,4 @@
-"""Batch norm with running statistics for every inner step, held to one plain batch norm a step."""
+"""Batch norm with running statistics per inner step, against one plain batch norm per step."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def episode() -> Episode:
 
 @pytest.fixture
 def net() -> nn.Module:
-    """With statistics that differ from step to step."""
+    """A network whose statistics differ by step."""
     made = per_step_batch_norm(plain(), STEPS)
     made[1].running_mean.copy_(torch.randn(STEPS + 1, 4, dtype=F64))
     made[1].running_var.copy_(torch.rand(STEPS + 1, 4, dtype=F64) + 0.5)
@@ -105,7 +105,7 @@ def test_equals_one_batch_norm_a_step(
 
 
 def test_fewer_steps_move_their_rows_alone(net: nn.Module, episode: Episode) -> None:
-    """To the bit, though the mean over three tasks of the same number may be another."""
+    """Unused rows stay bitwise the same, although the mean of three equal numbers may round differently."""
     before = copy.deepcopy(net[1].state_dict())
     _, statistics = by_hand(net, episode, 1)
     meta_loss(net, episode.support, episode.query, steps=1, lr=0.1)

@@ -1,4 +1,4 @@
-"""Models that use torch.utils.checkpoint: what the backward computes again has the parameters of the forward."""
+"""Models that use torch.utils.checkpoint: recomputation in the backward uses the forward's parameters."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Net(nn.Module):
 
 
 class ByTensors(Net):
-    """No module is called in the backward: the checkpointed function refers to parameters alone."""
+    """The checkpointed function uses parameters directly, so the backward calls no module."""
 
     def forward(self, x: Tensor) -> Tensor:
         def block(x: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ both_ways = pytest.mark.parametrize("vectorize", [True, False])
 
 @dataclass
 class ModelOutput(OrderedDict):  # type: ignore[type-arg]
-    """As libraries of pretrained models have them: entries by key, attribute and position; none for what is None."""
+    """Output like those of pretrained-model libraries: entries by key, attribute and position; None is omitted."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -142,7 +142,7 @@ def test_outputs_of_every_kind(kind: Any, vectorize: bool) -> None:
 
 @pytest.mark.parametrize("kind", [tuple, dict, Named, ModelOutput])
 def test_outputs_of_every_kind_with_masks(kind: Any) -> None:
-    """The loss sees the real samples of every part of the output."""
+    """The loss gets the unmasked samples of every part of the output."""
     model, seen = Model(kind), []
 
     def loss(output: Any, y: Tensor) -> Tensor:
@@ -173,7 +173,7 @@ def test_outputs_that_are_refused() -> None:
 
 
 class Told(nn.Module):
-    """Returns a number beside its output: the same for all tasks, or one that depends on the data."""
+    """Returns a number besides its output: the same for all tasks, or dependent on the data."""
 
     def __init__(self, of_data: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Errors of a model name the argument that does not fit it, what was expected, what came, and a way out."""
+"""Errors for a model name the mismatched argument, what was expected, what came, and a way out."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_errors_of_a_model_stay_what_they_are(vectorize: bool | str) -> None:
 
 
 def test_devices() -> None:
-    """The device that is always there besides the CPU holds no data."""
+    """Uses "meta", the only device always available besides the CPU; it holds no data."""
     data = {"support_x": torch.zeros(3, 4, 2), "support_y": torch.zeros(3, 4, 2, device="meta")}
     model, error, tried = net().to("meta"), RuntimeError("it failed"), []
     better = explained(error, model, data, lambda instead: not tried.append(instead))

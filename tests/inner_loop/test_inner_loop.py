@@ -87,7 +87,7 @@ def test_frozen_and_unused_parameters() -> None:
 
 
 class Counting(nn.Module):
-    """Writes into a buffer, which the output depends on: a number, or a mean over the data."""
+    """Updates a buffer that the output depends on: by a constant, or by a mean over the data."""
 
     def __init__(self, of_data: bool) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ def test_buffers_written_in_place(of_data: bool, vectorize: bool) -> None:
 
 @pytest.mark.parametrize(("training", "vectorize"), [(True, True), (True, False), (False, True), (False, False)])
 def test_attention_to_second_order(training: bool, vectorize: bool) -> None:
-    """Fused attention has no second derivative; the inner loop does without it."""
+    """Fused attention has no second derivative, so the inner loop avoids it."""
     torch.manual_seed(0)
     model = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).double().train(training)
     x, y = torch.randn(2, 2, 2, 3, 4, dtype=F64), torch.randn(2, 2, 2, 3, 4, dtype=F64)

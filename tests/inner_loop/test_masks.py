@@ -1,4 +1,4 @@
-"""Masks change nothing but which samples count: losses and meta-gradients are those of the unpadded sets."""
+"""Masks select samples: losses and meta-gradients equal those of the unpadded sets."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def sets(kind: str) -> Episode:
 
 
 class Weighted(nn.CrossEntropyLoss):
-    """A loss module that computes something else than the one it derives from."""
+    """A loss module that computes something other than its base class."""
 
     def forward(self, prediction: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(prediction, y, weight=WEIGHT, reduction=self.reduction)
@@ -156,7 +156,7 @@ def test_the_value_of_weighted_labels() -> None:
 
 @pytest.mark.parametrize("loss", [lambda p, y: F.cross_entropy(p, y, WEIGHT), weighted, Weighted()])
 def test_losses_whose_mean_is_not_known(loss: Any) -> None:
-    """All at once they are refused; one after another they get the samples in the mask alone."""
+    """Batched they are refused; looped over tasks, they get only the unmasked samples."""
     episode, net = sets("labels"), mlp(2, 4, 3)
     options: dict[str, Any] = {"steps": 2, "lr": 0.1, "loss": loss, "support_mask": MASKS[0], "query_mask": MASKS[1]}
     with pytest.raises(TypeError, match=r"loss must be a function of torch.nn.functional, .*: pass vectorize=False"):

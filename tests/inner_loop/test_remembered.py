@@ -1,4 +1,4 @@
-"""What calls remember of a model goes with the model, and does not grow."""
+"""Per-model caches are freed with the model, and do not grow."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_calls_of_many_models_and_sizes_leave_little() -> None:
 
 
 def test_another_thread_finds_whole_entries() -> None:
-    """What is put replaces the entries of a model at once."""
+    """A put replaces all entries of a model atomically."""
     remembered, model = Remembered[int](most=3), nn.Linear(1, 1)
     remembered.put(model, 0, 0)
     before = remembered._of(model)

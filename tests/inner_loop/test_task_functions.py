@@ -1,4 +1,4 @@
-"""Functions whose derivative under torch.vmap, or second derivative, PyTorch has wrong: embeddings above all."""
+"""Functions whose derivative under torch.vmap, or second derivative, is wrong in PyTorch, mainly embeddings."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_functional_embedding(look_up: Callable[..., Tensor], vectorize: bool) -
 
 
 def test_frozen_and_shared_tables() -> None:
-    """Those that are not adapted are the same for all tasks: other batching rules."""
+    """Tables that are not adapted are shared by all tasks and use other batching rules."""
     for names in (["3.weight"], ["0.weight"]):
         net = classifier(nn.Embedding(5, 3, padding_idx=1), 6)
         check(net, episode(2), 2, 0.7, loss=F.cross_entropy, parameters=names, names=names)
@@ -304,7 +304,7 @@ def test_one_hot(vectorize: bool | str) -> None:
 
 
 def test_a_model_sees_whether_its_input_requires_a_gradient() -> None:
-    """torch.vmap hides it: a model that looks would take another branch than in a loop."""
+    """torch.vmap hides it, so that a model that checks would take another branch than in a loop."""
 
     class Looking(nn.Module):
         def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""vectorize="auto": what torch.vmap cannot run is looped over, with one warning and the same values."""
+"""vectorize="auto": models that torch.vmap cannot run are looped over, with one warning and the same values."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def problem(make: Callable[[], nn.Module]) -> tuple[nn.Module, Episode]:
 
 
 def caught(call: Callable[[], Any]) -> tuple[Any, list[warnings.WarningMessage]]:
-    """What a call returns, and the warnings of the package."""
+    """A call's result, and the package's warnings."""
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         result = call()
@@ -170,7 +170,7 @@ def test_the_warning_is_of_the_line_that_calls() -> None:
 
 
 def test_predictions_fall_back_by_themselves() -> None:
-    """The mode, and so what torch.vmap can run, may be another than in adaptation."""
+    """The mode may differ from adaptation's, and with it whether torch.vmap can run the model."""
 
     class OnlyInTraining(nn.Module):
         def __init__(self) -> None:
@@ -249,7 +249,7 @@ class Plain(nn.Module):
 
 
 def test_errors_of_the_model_are_its_own() -> None:
-    """What fails in a loop too is raised as it is: no fault of torch.vmap, no warning, one try of each way."""
+    """Errors that also occur in a loop are raised unchanged: no warning, one try with and without torch.vmap."""
 
     class Failing(nn.Linear):
         calls = 0
@@ -293,7 +293,7 @@ class Cyclic(nn.Module):
 
 
 def test_no_model_is_kept_alive() -> None:
-    """By a memory of those that torch.vmap could not run, or of what a failed try has left."""
+    """Neither by the cache of models that torch.vmap cannot run, nor by leftovers of a failed try."""
 
     for function in (torch.tanh, lambda h: h if h.sum() > 0 else 2 * h.tanh()):
         for vectorize in ("auto", False):

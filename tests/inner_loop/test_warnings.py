@@ -1,4 +1,4 @@
-"""Warnings of the inner loop point at the line of the user's that made the call, whatever call it was."""
+"""Warnings of the inner loop point at the user's line, for every kind of call."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def learner(model: nn.Module, **options: Any) -> MAMLLearner:
     return MAMLLearner(model, **options)
 
 
-#: Each stands on one line, which its warning must name.
+#: One call per line; its warning must name that line.
 CALLS: dict[str, Callable[[nn.Module], Any]] = {
     "adapt": lambda model: adapt(model, *EPISODE.support),
     "adapt, a pair": lambda model: adapt(model, EPISODE.support),

@@ -1,4 +1,4 @@
-"""A learner for every cluster: stages, assignment from the support set alone, empty clusters, shares, state."""
+"""ClusteredLearner: stages, assignment from the support set alone, empty clusters, shares, state."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_averaged_predictions_of_numbers(trained: ClusteredLearner) -> None:
 
 
 def classes(num_tasks: int = 12) -> Episodes:
-    """Three classes; half of the tasks have their labels turned."""
+    """Three classes; half of the tasks have permuted labels."""
     y = torch.arange(6).remainder(3).expand(num_tasks, 6) + torch.arange(num_tasks).remainder(2).unsqueeze(1)
     x = F.one_hot(torch.arange(6).remainder(3), 3).float() + 0.1 * torch.randn(num_tasks, 6, 3, generator=generator())
     return Episodes(x, y % 3, x + 0.05, y % 3)
@@ -239,7 +239,7 @@ def test_tasks_whose_embeddings_are_not_finite_do_not_decide_the_clusters() -> N
 
 
 class Elsewhere(Episodes):
-    """Tasks on another device: learners can make nothing of them until they are moved."""
+    """Tasks on another device, unusable for learners until they are moved."""
 
     moves: ClassVar[list[tuple[int, torch.device]]] = []
 
@@ -338,7 +338,7 @@ def test_one_learner_for_all_clusters_is_what_it_is_by_itself() -> None:
 
 
 def serve(learner: ClusteredLearner, weights: tuple[float, ...]) -> None:
-    """Make each learner one that starts from a line of this slope."""
+    """Initialise each learner to a line of this slope."""
     with torch.no_grad():
         for one, weight in zip(learner.learners, weights, strict=True):
             one.model[0].weight.fill_(weight)
@@ -346,7 +346,7 @@ def serve(learner: ClusteredLearner, weights: tuple[float, ...]) -> None:
 
 
 def shift_losses(learner: ClusteredLearner, offset: float) -> None:
-    """Make losses smaller by a constant, as logarithms of densities may be."""
+    """Subtract a constant from losses, which may then be negative like log densities."""
     for one in learner.learners:
         one.loss = lambda prediction, target: F.mse_loss(prediction, target) + offset
 
@@ -382,7 +382,7 @@ def test_an_empty_cluster_starts_from_the_worst_served_tasks(offset: float) -> N
 
 @pytest.mark.parametrize("offset", [0.0, -1e3])
 def test_no_empty_cluster_starts_from_another(offset: float) -> None:
-    """Of losses below zero an empty cluster has the largest sum, which is zero."""
+    """With negative losses an empty cluster has the largest sum, zero."""
     learner = clustered(4)
     train(learner, 6)
     shift_losses(learner, offset)
@@ -482,7 +482,7 @@ def test_what_it_refuses() -> None:
 def test_a_learner_without_what_it_will_be_asked_for_is_refused_at_once(
     options: dict[str, Any], missing: str, use: str
 ) -> None:
-    """Not when clusters begin, hours later."""
+    """The error comes at once, not hours later when clusters begin."""
     has = ["support_losses", "approach", "support_gradients", "displacements", "predict", "measure"]
 
     def make(names: list[str]) -> ClusteredLearner:

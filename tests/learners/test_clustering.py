@@ -1,4 +1,4 @@
-"""Tasks in clusters: what describes a task, clusters of descriptions, shares of a task, and batches by cluster."""
+"""Clustering of tasks: embeddings, clusters of embeddings, soft assignment, and batches by cluster."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_projection_keeps_distances_and_is_the_same_at_every_call() -> None:
 
 @pytest.mark.parametrize("method", METHODS)
 def test_descriptions_of_a_planted_problem_separate_its_families(method: str) -> None:
-    """Steep lines pull the weight one way or the other, whatever their offset."""
+    """Steep lines push the weight up or down, whatever their offset."""
     learner, batch = linear_learner(), TwoFamilies().sample(200, generator())
     labels = Clusters(2, method=method).fit(Embedding("gradient")(learner, [learner], batch))
     assert agreement(labels, batch.modes) > 0.97

@@ -1,4 +1,4 @@
-"""MAMLLearner, and clusters of it: looking leaves every buffer; inputs and outputs of any structure; learned rates."""
+"""MAMLLearner, also clustered: evaluation changes no buffer; inputs and outputs of any structure; learned rates."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def test_losses_on_the_support_sets_do_not_depend_on_who_looked_before() -> None
 @pytest.mark.parametrize("vectorize", [True, False])
 @pytest.mark.parametrize("kind", [Tensor, tuple, dict, OrderedDict, Frozen, ModelOutput])
 def test_outputs_of_every_kind(kind: Any, vectorize: bool) -> None:
-    """Of two tasks, too, which a tuple of two could be mistaken for."""
+    """Also for two tasks, which could be confused with a tuple of two outputs."""
     batch = episodes(tasks=2)
     learner = MAMLLearner(Model(kind), loss=loss_of, steps=2, inner_lr=0.1, vectorize=vectorize)
     plain = MAMLLearner(Model(), steps=2, inner_lr=0.1, vectorize=vectorize)

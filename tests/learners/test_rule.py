@@ -1,4 +1,4 @@
-"""RuleLearner: the meta-gradient is that of the definition, for problems of one kind and of several."""
+"""RuleLearner: the meta-gradient follows the definition, for problems of one kind and of several."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def weights_of(module: nn.Module) -> Tensor:
 
 
 def meta_gradients(learner: RuleLearner, batch: Any) -> list[Tensor]:
-    """Of every unroll, one vector each; weights stay."""
+    """Meta-gradients of every unroll, one vector each; weights do not change."""
     weights = list(learner.parameters())
     return [
         torch.cat([grad.flatten() for grad in torch.autograd.grad(losses.mean(), weights)])
@@ -139,7 +139,7 @@ def test_fused_and_plain_rules_have_the_same_meta_gradients(second_order, proble
 
 @every_kind
 def test_state_and_parameters_are_carried_over_unrolls(problems):
-    """Cutting an episode into unrolls changes where gradients stop, not where the problems go."""
+    """Splitting an episode into unrolls changes where gradients stop, not the trajectory."""
     learners = [RuleLearner(make_rule(), steps=12, unroll=unroll) for unroll in (4, 12)]
     values = [torch.stack(list(learner.meta_losses(draw(problems)))) for learner in learners]
     assert [len(value) for value in values] == [3, 1]

@@ -1,4 +1,4 @@
-"""clone_module, update_module, detach_module and maml_update: learn2learn's calls, and what they promise."""
+"""clone_module, update_module, detach_module and maml_update: learn2learn's calls and their contracts."""
 
 from __future__ import annotations
 

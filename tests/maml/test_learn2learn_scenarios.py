@@ -1,4 +1,4 @@
-"""What scripts for learn2learn rely on: its learners' promises, and the loops of its examples on tiny made-up data."""
+"""Compatibility with learn2learn scripts: its learners' behaviour, and its examples' loops on tiny synthetic data."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_meta_sgd_has_a_rate_for_every_number() -> None:
 
 
 def train(iterate: Callable[[], Tensor | float], iterations: int) -> list[float]:
-    """Losses of some iterations; the last ones must be well below the first ones."""
+    """Train for some iterations; the last losses must be well below the first."""
     losses = [float(torch.as_tensor(iterate()).detach()) for _ in range(iterations)]
     quarter = iterations // 4
     first, last = sum(losses[:quarter]) / quarter, sum(losses[-quarter:]) / quarter
@@ -242,7 +242,7 @@ def test_sinusoids_with_losses_summed_over_tasks() -> None:
 
 
 def test_distributions_whose_adaptation_is_evaluated_by_what_came_before() -> None:
-    """The proposal of before the step still belongs to the graph: its loss passes gradients to the model."""
+    """The pre-step proposal is still part of the graph: its loss passes gradients to the model."""
 
     class Normal(nn.Module):
         def __init__(self) -> None:

@@ -264,7 +264,7 @@ def test_reptile() -> None:
 
 
 def test_reptile_equals_a_hand_written_loop() -> None:
-    """Of the head alone, with Meta-SGD's rates."""
+    """Adapts only the head, with Meta-SGD's rates."""
     episode, net = regression(3, 4, 4, 2, 1), mlp(2, 5, 1)
     lr = {"2.weight": torch.rand(1, 5, dtype=F64) / 5, "2.bias": torch.rand(1, dtype=F64) / 5}
     names = list(lr)

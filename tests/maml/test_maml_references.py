@@ -1,4 +1,4 @@
-"""Models that refer to their own parts outside the registered submodules: a clone computes with its own, or says so."""
+"""Models that refer to their parts outside the registered submodules: a clone uses its own parts, or raises."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One-task learners that cannot adapt: each says why, and what the caller may do keeps working; memory of clones."""
+"""One-task learners that cannot adapt: each raises with the reason; permitted uses keep working; memory of clones."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from tests.maml.test_maml_references import doubles as doubles  # a fixture
 
 
 class Helper:
-    """No module, list or function: cloning does not look into it."""
+    """Not a module, list or function, so cloning does not inspect it."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -43,7 +43,7 @@ class ByHelper(Net):
 
 
 class ByHelperToo(ByHelper):
-    """Every parameter receives a gradient from the clone, and the body another one that passes it by."""
+    """Every parameter receives a gradient through the clone, and the body another one that bypasses it."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head((self.body(x) + self.helper(x)).tanh())
@@ -83,7 +83,7 @@ def test_a_clone_that_computes_with_the_original_says_so(make: type[Net], where:
 
 @pytest.mark.parametrize("allow_unused", [False, True])
 def test_a_loss_that_passes_the_clone_by_is_refused(allow_unused: bool) -> None:
-    """By a method of the module, whose result the learner does not see."""
+    """The loss uses a method of the module, whose result the learner does not see."""
     net = ByHelper()
     net.features = None
     learner = MAML(net, 0.1, allow_unused=allow_unused).clone()

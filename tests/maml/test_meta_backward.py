@@ -1,4 +1,4 @@
-"""meta_backward: what losses.mean().backward() leaves, by autograd at first, then without it."""
+"""meta_backward equals losses.mean().backward(), at first by autograd, then without it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(autouse=True)
 def _forget() -> None:
-    """Calls of other tests."""
+    """Clear the cache of calls from other tests."""
     _fused_inner_loop.served_before.clear()
 
 
@@ -58,7 +58,7 @@ def grads(net: nn.Module) -> list[Tensor]:
 
 @pytest.fixture
 def no_autograd(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """A function from whose call on losses with a graph fail: what is called then must do without autograd."""
+    """A function that, once called, makes losses with a graph fail: later calls must do without autograd."""
 
     def fail(*_: Any) -> Tensor:
         pytest.fail("an engine was asked for losses with a graph")

@@ -32,7 +32,7 @@ SETS = regression(1, 1, 1, 2, 1)
 
 @pytest.fixture
 def switches() -> Iterator[None]:
-    """Threads take turns as often as they can."""
+    """Make threads switch as often as possible."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     yield
@@ -110,7 +110,7 @@ def test_one_thread_and_several_give_the_same(monkeypatch: pytest.MonkeyPatch) -
 
 
 class Recorded(nn.Module):
-    """Served by the fused inner loop, which calls it once."""
+    """A model that the fused inner loop serves after calling it once."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""adapt and meta_loss with one tensor on "meta": an error that names it, and no results that nobody wrote."""
+"""adapt and meta_loss with one tensor on "meta": an error that names it, and no uninitialised results."""
 
 from __future__ import annotations
 

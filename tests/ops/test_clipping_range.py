@@ -1,7 +1,7 @@
-"""Norms that gradients are clipped by, far from 1: against a plain loop in float64, in every backend and transform.
+"""Clipping by norms far from 1: against a plain loop in float64, in every backend and transform.
 
-The squares of such gradients are no numbers of the gradients' own dtype: 60,000 squared is infinite in float16, and
-1e-30 squared is zero in float32.
+The squares of such gradients overflow or underflow their dtype: 60,000 squared is infinite in float16, and 1e-30
+squared is zero in float32.
 """
 
 from __future__ import annotations

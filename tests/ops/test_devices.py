@@ -1,4 +1,4 @@
-"""Tensors on several devices are refused: one on "meta" would lead to results that nobody wrote."""
+"""Tensors on several devices are refused: one on "meta" would lead to uninitialised results."""
 
 from __future__ import annotations
 

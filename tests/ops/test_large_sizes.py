@@ -1,4 +1,4 @@
-"""Sizes that 32 bits do not count: indices in the loss of the compiled kernels, and what the operators refuse."""
+"""Sizes beyond 32 bits: indices in the loss of the compiled kernels, and sizes that the operators refuse."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Masks of the operators: a task none of whose samples count, and masks whose bytes are not 0 and 1.
+"""Masks of the operators: a task with all samples masked, and masks whose bytes are not 0 and 1.
 
-What is checked stands in functions, which test_masks_triton.py calls for Triton's kernels.
+The checks are functions, which test_masks_triton.py calls for Triton's kernels.
 """
 
 from __future__ import annotations

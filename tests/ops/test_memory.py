@@ -1,4 +1,4 @@
-"""Memory of the compiled operators: flat over many steps, none for what is not written, and errors that say so."""
+"""Memory of the compiled operators: constant over many steps, none for unused outputs, clear errors."""
 
 from __future__ import annotations
 

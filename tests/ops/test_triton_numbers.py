@@ -1,4 +1,4 @@
-"""Numbers of the host in float64 arithmetic by Triton's kernels: as they are, whatever their size."""
+"""Scalars from the host keep their full float64 value in Triton's kernels, whatever their size."""
 
 from __future__ import annotations
 

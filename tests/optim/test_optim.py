@@ -1,4 +1,4 @@
-"""LearnedOptimizer against a hand-written loop around the rule, and against plain nn.LSTM and nn.Linear."""
+"""LearnedOptimizer against a handwritten loop around the rule, and against plain nn.LSTM and nn.Linear."""
 
 from __future__ import annotations
 

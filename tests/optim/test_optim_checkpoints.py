@@ -1,4 +1,4 @@
-"""What becomes of LearnedOptimizer's state: its memory, checkpoints, copies, parameters and rules that change."""
+"""LearnedOptimizer's state: memory, checkpoints, copies, changing parameters and rules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LearnedOptimizer's parameter groups: weight decay, unknown options; and what it says of a rule's horizon."""
+"""LearnedOptimizer's parameter groups: weight decay, unknown options; and warnings about a rule's horizon."""
 
 from __future__ import annotations
 
@@ -334,7 +334,7 @@ def test_the_rule_that_ships_knows_its_horizon() -> None:
 
 
 def test_other_networks_want_a_smaller_lr() -> None:
-    """What the documentation says of digits_lstm, on a network unlike those that it was trained on."""
+    """Checks the advice for digits_lstm in the documentation, on a network unlike its training networks."""
     images, labels = load_digits("train")
     rule = CoordinatewiseLSTM.pretrained("digits_lstm")
     start = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))

@@ -1,6 +1,6 @@
-"""What setup.py builds: with which options, which CUDA toolkit, for which architectures, and what a build leaves out.
+"""setup.py: compiler options, CUDA toolkit, architectures, and parts that a build leaves out.
 
-What is compiled again stands in test_setup_incremental.py.
+Incremental builds are tested in test_setup_incremental.py.
 """
 
 from __future__ import annotations

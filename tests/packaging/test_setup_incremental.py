@@ -1,4 +1,4 @@
-"""Which files setup.py compiles again: those whose sources, headers, options or compiler changed, and no others."""
+"""Incremental builds of setup.py: only files whose sources, headers, options or compiler changed are recompiled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The plain peer computes what the fused rule computes; otherwise no speed-up over it would mean anything."""
+"""The plain peer computes the same as the fused rule, as a speed-up over it requires."""
 
 import pytest
 import torch

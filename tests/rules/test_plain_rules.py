@@ -1,4 +1,4 @@
-"""What is particular to gradient descent, momentum and Adam: forms of rates, arguments, saving."""
+"""Specifics of gradient descent, momentum and Adam: forms of rates, arguments, saving."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What from_pretrained refuses of weights and options, where it looks for names, and what a model card says."""
+"""from_pretrained: invalid weights and options, lookup of names, and model cards."""
 
 from __future__ import annotations
 

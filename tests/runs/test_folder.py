@@ -1,4 +1,4 @@
-"""A run's folder: opened before the work, whole files, a configuration that comes back as it was."""
+"""A run's folder: checked before the work, files written atomically, configuration round trips."""
 
 import json
 import math

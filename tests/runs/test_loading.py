@@ -1,4 +1,4 @@
-"""A run comes back into Python with its best weights, tasks and settings."""
+"""Loading a run into Python with its best weights, tasks and settings."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_measures_as_it_did_when_it_ended(kind, tmp_path):
-    """On the test tasks of the run's own results."""
+    """Measured on the test tasks of the run's results."""
     command, learner = KINDS[kind]
     succeed(f"{command} --output {tmp_path}/run --quiet")
     run = runs.load(tmp_path / "run")

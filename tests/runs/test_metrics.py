@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: one line for what happened, none twice, whatever ended the process before."""
+"""metrics.jsonl and TensorBoard: every event exactly once, even after a killed process."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""What Trainer(folder=...) leaves and shows from Python: the same as the command line."""
+"""Files and output of Trainer(folder=...) from Python, the same as from the command line."""
 
 import json
 import sys

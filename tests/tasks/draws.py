@@ -1,4 +1,4 @@
-"""What the tests of task distributions share."""
+"""Helpers for the tests of task distributions."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class _Count(TorchDispatchMode):
 
 
 def count_calls(function: Callable[[], Any]) -> int:
-    """How many operators of torch ``function`` calls."""
+    """Number of torch operators that ``function`` calls."""
     with _Count() as count:
         function()
     return count.calls

@@ -1,4 +1,4 @@
-"""Regression families and their mixtures: each is the function that it says it is, over the ranges that it says."""
+"""Regression families and their mixtures: documented functions over documented ranges."""
 
 import math
 
@@ -129,7 +129,7 @@ def test_mixtures_are_those_of_mmaml(num_modes, families):
 
 
 def test_modes_say_which_function_a_task_is():
-    """Whatever else is in the batch: only the lines fit as lines, and only the quadratics as quadratics."""
+    """In any batch only the lines fit as lines, and only the quadratics as quadratics."""
     batch = mixture(5, 10, 10, noise=0).sample(300, generator())
     lines = fitted([torch.clone, torch.ones_like], batch)[1].abs().amax(1) < 1e-4
     parabolas = fitted([torch.square, torch.clone, torch.ones_like], batch)[1].abs().amax(1) < 1e-4

@@ -1,4 +1,4 @@
-"""A small learner with everything that a resumed training must bring back, and its tasks."""
+"""A small learner with every kind of state that resuming must restore, and its tasks."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class Learner(nn.Module):
 
 
 class Events(Callback):
-    """Remembers what a trainer told it, and may act on an iteration."""
+    """Records a trainer's events, and may act at an iteration."""
 
     def __init__(self, act: Callable[[Trainer, Record], Any] | None = None) -> None:
         self.events: list[Any] = []
@@ -125,7 +125,7 @@ class Events(Callback):
         self.events.append(type(error).__name__)
 
 
-#: Everything on that a resumed training must bring back.
+#: Settings that enable every kind of state that resuming must restore.
 FULL: dict[str, Any] = {
     "iterations": 6,
     "num_tasks": 5,
@@ -148,9 +148,9 @@ def make_trainer(
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.AdamW,
     **settings: Any,
 ) -> Trainer:
-    """A trainer of :class:`Learner` with :data:`FULL` settings but for those that are given.
+    """A trainer of :class:`Learner` with :data:`FULL` settings, except given ones.
 
-    Of what a run leaves in its folder only the checkpoints: figures and events would take most of the time.
+    It writes only checkpoints: figures and events would take most of the time.
     """
     learner = learner or Learner()
     steps = optimizer(learner.parameters(), lr=0.05)
@@ -162,7 +162,7 @@ def make_trainer(
 
 
 def assert_same_state(actual: Any, expected: Any, name: str = "state") -> None:
-    """Fail unless both trees hold the same bits; how fast they came about may differ."""
+    """Fail unless both trees hold the same bits; timings may differ."""
     if isinstance(expected, Tensor):
         assert_same_bits(name, actual, expected)
     elif isinstance(expected, dict):
@@ -178,7 +178,7 @@ def assert_same_state(actual: Any, expected: Any, name: str = "state") -> None:
 
 
 def meta_gradient(trainer: Trainer, batch: Episodes) -> list[Tensor | None]:
-    """The gradient that the first outer step of a batch takes its step along, before clipping, by parameter."""
+    """The gradient of a batch's first outer step, before clipping, by parameter."""
     taken: list[list[Tensor | None]] = []
     handle = trainer.optimizer.register_step_pre_hook(
         lambda *_: taken.append([None if p.grad is None else p.grad.clone() for p in trainer.learner.parameters()])

@@ -1,4 +1,4 @@
-"""Tests in processes of their own, forked from one that has imported torch already: that takes seconds."""
+"""Helpers to run tests in separate processes, forked from one that has imported torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def ended(process: Any) -> int:
 
 
 def wait_for(condition: Callable[[], Any], what: str) -> None:
-    """Return when it holds."""
+    """Wait until a condition holds."""
     end = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen within {PATIENCE} s"

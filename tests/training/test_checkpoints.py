@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there: damage is found, strangers' code does not run, a full disk destroys nothing."""
+"""Checkpoints are written atomically: damage is detected, pickled code does not run, a full disk destroys nothing."""
 
 import errno
 import hashlib

@@ -49,7 +49,7 @@ def make(folder, *, stop=0, seed=0):
 
 @pytest.fixture(scope="module")
 def whole():
-    """Of the training that nothing interrupts: its state, that of its best weights, its stage in every iteration."""
+    """The uninterrupted training: its state, its best weights' state, its stage in every iteration."""
     stages = []
     trainer = make(None)
     trainer.callbacks = (Events(lambda t, _: stages.append((t.learner.num_active > 0, t.learner._begins()))),)
@@ -77,7 +77,7 @@ def test_a_resumed_training_of_clusters_has_the_bits_of_a_whole_one(whole, tmp_p
 
 
 def test_averages_of_the_learners_begin_with_the_shared_weights_when_clusters_do():
-    """Not with the random ones that they were made with, of which a long memory would keep a part for long."""
+    """Not with their random initial weights, of which a slow average would keep a part for long."""
     seen = {}
 
     def act(trainer, record):

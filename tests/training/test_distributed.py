@@ -1,4 +1,4 @@
-"""Many processes train as one does: the same meta-gradient, the same steps, one that writes; what ends one ends all."""
+"""Distributed training equals a single process: meta-gradient and steps; one process writes; a failure ends all."""
 
 import os
 import re

@@ -1,4 +1,4 @@
-"""One process at a time trains in a folder; the second is told who does, and a killed one blocks nobody."""
+"""Folder lock: one training per folder; the error names the holder, and a killed holder blocks nobody."""
 
 import json
 import os

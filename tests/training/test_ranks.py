@@ -1,4 +1,4 @@
-"""Processes of one run must have the same settings and weights; where one fails, all say why, and it says so last."""
+"""Processes of a run must have the same settings and weights; if one fails, all report why, the failed one last."""
 
 import os
 import re
@@ -19,7 +19,7 @@ SETTINGS = {"num_tasks": 8, "eval_tasks": 8}
 
 
 def facts(trainer):
-    """What a trainer would compare with other processes."""
+    """Settings that a trainer compares with other processes."""
     found = {}
     trainer.processes.world = 2
     trainer.processes.check_same = lambda given, when: found.update(given)

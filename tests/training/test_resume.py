@@ -1,4 +1,4 @@
-"""A resumed training has the bits of one that nothing interrupted."""
+"""A resumed training is bitwise equal to an uninterrupted one."""
 
 import pytest
 import torch

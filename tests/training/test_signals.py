@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C leave a checkpoint; SIGKILL loses what came after the last one, whenever it comes."""
+"""SIGTERM and Ctrl-C leave a checkpoint; SIGKILL at any time loses only the work since the last one."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ ITERATIONS = 40
 
 
 def train(folder, pause, checkpoint_every):
-    """What the processes do: start a run in the folder, or go on with it."""
+    """Start or resume a run in the folder, in a separate process."""
     trainer = make_trainer(
         folder,
         iterations=ITERATIONS,
@@ -53,7 +53,7 @@ def test_a_stop_signal_ends_the_iteration_writes_a_checkpoint_and_says_so(tmp_pa
 
 
 def test_sigkill_loses_no_more_than_the_work_since_the_last_checkpoint(tmp_path):
-    """Killed again and again at any moment, writing checkpoints most of the time, a run comes to the same end."""
+    """A run killed repeatedly at random moments, mostly while writing checkpoints, ends with the same result."""
     kills = 0
     while not iterations(tmp_path) or max(iterations(tmp_path)) < ITERATIONS:
         before = max(iterations(tmp_path), default=0)

@@ -1,4 +1,4 @@
-"""The outer loop does what its settings say: steps, evaluations, best weights, averages, skipped steps, errors."""
+"""Trainer settings: steps, evaluations, best weights, averages, skipped steps, errors."""
 
 import itertools
 import math
@@ -16,7 +16,7 @@ from tests.training.problems import FULL, Events, Learner, Lines, assert_same_st
 
 
 def plain(**settings):
-    """A trainer of one outer step a batch with nothing switched on, by gradient descent of rate 0.05."""
+    """A trainer with one outer step per batch, no options, and SGD with learning rate 0.05."""
     learner = settings.pop("learner", None) or Learner(outer_steps=1, dropout=0.0)
     off = {"accumulate": 1, "max_grad_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
     return make_trainer(learner=learner, **{**off, **settings})
@@ -162,7 +162,7 @@ def test_an_evaluation_is_the_mean_over_tasks_however_they_are_parted():
 
 
 def evaluated_as(values, **settings):
-    """A trained trainer whose learner's loss and accuracy are a script."""
+    """A trained trainer whose learner reports scripted losses and accuracies."""
     learner = Learner(outer_steps=1)
     script = iter(values)
     learner.evaluate = lambda batch: dict.fromkeys(("loss", "accuracy"), torch.full((batch.num_tasks,), next(script)))
@@ -206,7 +206,7 @@ def test_the_schedule_goes_by_iterations():
 
 
 class Spoiled(Learner):
-    """Its loss, or only its gradient, is not finite in the iterations that are named."""
+    """Its loss, or only its gradient, is not finite in given iterations."""
 
     def __init__(self, bad, gradient_only=False):
         super().__init__(outer_steps=1)
@@ -271,7 +271,7 @@ def test_callbacks_hear_of_everything_in_its_order(tmp_path):
 
 
 class Failing(Events):
-    """Its last word is an error."""
+    """A callback whose on_end raises."""
 
     def on_end(self, trainer, history, error):
         super().on_end(trainer, history, error)
@@ -386,7 +386,7 @@ def test_what_a_learner_must_give(learner, error, message):
 
 
 class Uneven(Learner):
-    """Takes as many outer steps as it was called before."""
+    """Takes as many outer steps as its number of earlier calls."""
 
     calls = 0
 

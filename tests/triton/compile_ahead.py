@@ -1,4 +1,4 @@
-"""Compile the kernels for GPUs that need not be there; prints one JSON object a kernel, with what the cubin holds.
+"""Compile the kernels for GPUs that need not be present; prints one JSON object per kernel, with facts of the cubin.
 
 Run as ``python -m tests.triton.compile_ahead ARCH ...`` with 80, 90 or 100: a process of its own, because the tests'
 process may interpret the kernels.

@@ -29,7 +29,7 @@ from tests.update_problems import make_update
 
 
 class Driver:
-    """What a launch asks of a GPU."""
+    """GPU driver interface that a launch needs."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch

@@ -1,4 +1,4 @@
-"""What the threads of a program may do with global memory between two barriers, watched in Triton's interpreter.
+"""Race detector for global memory between two barriers of a program, in Triton's interpreter.
 
 The interpreter runs a block's operations one after another, so it hides a missing barrier. On a GPU another thread may
 already store, or not yet have stored, what an operation loads. :class:`Watch` fails where the order would matter.

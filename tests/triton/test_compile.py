@@ -1,4 +1,4 @@
-"""The kernels launched on and compiled for GPUs that are not there: a cubin comes out, with its values in registers."""
+"""Kernels launched on and compiled for absent GPUs: compilation gives a cubin that keeps its values in registers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ LOOP_STACK, LONGEST_LOOP = 256, ("mlp_adaptation: inner_loop_kernel", 288)
 
 
 def run_ahead(module: str, arch: int) -> list[dict[str, Any]]:
-    """What a module of tests.triton prints for an architecture, in a process that does not interpret kernels."""
+    """Output of a module of tests.triton for an architecture, in a process without interpreted kernels."""
     command = [sys.executable, "-m", f"tests.triton.{module}", str(arch)]
     environment = os.environ | {"TRITON_INTERPRET": "0"}
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)

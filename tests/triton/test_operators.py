@@ -1,4 +1,4 @@
-"""The operators around the kernels: schemas, fake kernels, what torch.compile sees, and a missing Triton."""
+"""Operators around the kernels: schemas, fake kernels, torch.compile, and a missing Triton."""
 
 from __future__ import annotations
 

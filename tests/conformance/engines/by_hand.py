@@ -1,4 +1,4 @@
-"""The inner loop as one writes it by hand, a task and a step at a time: what every engine is held to."""
+"""Handwritten inner loop, one task and one step at a time: the reference for every engine."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from metakern.rules.rates import learning_rates
 
 
 def by_hand(call: Call) -> tuple[dict[str, Tensor], Tensor | None]:
-    """Adapted parameters, [T, *shape] each, and query losses [T] if there are query sets."""
+    """Adapted parameters, [T, *shape] each, and query losses [T], if there are query sets."""
     tasks = [_task(call, task) for task in range(len(call.support[0]))]
     params = {name: torch.stack([adapted[name] for adapted, _ in tasks]) for name in tasks[0][0]}
     return params, None if call.query is None else torch.stack([loss for _, loss in tasks])
@@ -81,7 +81,7 @@ def _query_loss(call: Call, params: dict[str, Tensor], task: int) -> Tensor:
 
 
 def _loss(call: Call, params: dict[str, Tensor], x: Tensor, y: Tensor, mask: Tensor | None) -> Tensor:
-    """The loss of one task, of its samples without padding."""
+    """The loss of one task's samples without padding."""
     if mask is not None:
         x, y = x[mask], y[mask]
     model: nn.Module = call.options.model

@@ -48,7 +48,7 @@ def mlp() -> nn.Module:
 
 
 class Residual(nn.Module):
-    """A model of the user's, with a parameter that the tasks share and normalisation."""
+    """A user's model with a shared parameter and normalisation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Residual(nn.Module):
 
 
 class Inertia(nn.Module):
-    """A rule with a state, a weight for every tensor's update and a use for the loss; it learns where to start."""
+    """A rule with a state, a weight per tensor, a dependence on the loss, and learned initial parameters."""
 
     def __init__(self, start: nn.Module | None = None) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def lstm() -> nn.Module:
     return CoordinatewiseLSTM(hidden_size=4, output_scale=0.5).double()
 
 
-#: What each case says besides sets of numbers, K steps and rates of 0.1; a function is called with the model.
+#: Options of each case besides data, K steps and rates of 0.1; a function is called with the model.
 CASES: dict[str, dict[str, Any]] = {
     "one step": {"steps": 1},
     "steps": {},
@@ -166,7 +166,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """An engine, a model that it is for, and why it does not serve some of the cases."""
+    """An engine, a model for it, and why it does not serve some cases."""
 
     engine: Engine
     model: Callable[[], nn.Module]
@@ -208,7 +208,7 @@ def trained(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 
 def make_call(case: dict[str, Any], model: nn.Module, name: str = "meta_loss") -> Call:
-    """The call of a case, its options checked."""
+    """The call of a case, with checked options."""
     given = dict(case)
     if given.pop("frozen", False):
         next(model.parameters()).requires_grad_(False)
@@ -228,7 +228,7 @@ def make_call(case: dict[str, Any], model: nn.Module, name: str = "meta_loss") -
             given[option] = given[option](model)
     if callable(step_weights):
         step_weights = step_weights(model)
-    if isinstance(given.get("parameters"), list):  # patterns of the models of all rows
+    if isinstance(given.get("parameters"), list):  # name patterns for the models of all rows
         names = [n for n, _ in model.named_parameters()]
         given["parameters"] = [p for p in given["parameters"] if any(n.startswith(p[:-1]) for n in names)]
     if "rule" not in given and "lr" not in given:
@@ -239,7 +239,7 @@ def make_call(case: dict[str, Any], model: nn.Module, name: str = "meta_loss") -
 
 
 def leaves_of(call: Call) -> dict[str, Tensor]:
-    """Whatever may receive a meta-gradient."""
+    """All tensors that may receive a meta-gradient."""
     found = {f"model.{name}": p for name, p in trained(call.options.model)}
     if isinstance(call.options.rule, nn.Module):
         found |= {f"rule.{name}": p for name, p in call.options.rule.named_parameters()}
@@ -265,7 +265,7 @@ def assert_same_gradients(got: dict[str, Tensor], expected: dict[str, Tensor]) -
 
 
 def is_served(row: Row, name: str, call: Call) -> bool:
-    """Whether the engine serves the call; that it says why it does not, where the row tells so."""
+    """Whether the engine serves the call; if not, checks that its reason is the row's."""
     reason = row.engine.serves(call)
     if name in row.refuses:
         assert reason is not None
@@ -327,7 +327,7 @@ def test_its_own_way_back_is_that_of_autograd(row: Row, name: str, weighted: boo
     gradient = drawn(T, seed=7) if weighted else None
     leaves = {n: leaf for n, leaf in leaves_of(call).items() if n.startswith("model.")}
     losses = row.engine.meta_backward(call, gradient)
-    if losses is None:  # the caller takes autograd, and nothing has moved
+    if losses is None:  # the caller falls back to autograd; no state has changed
         assert all(leaf.grad is None for leaf in leaves.values())
         return
     assert not losses.requires_grad
@@ -342,7 +342,7 @@ def test_its_own_way_back_is_that_of_autograd(row: Row, name: str, weighted: boo
 @every_row
 def test_the_same_call_has_the_same_bits(row: Row) -> None:
     losses, grads = [], []
-    for _ in range(3):  # what engines remember of a call changes nothing
+    for _ in range(3):  # engines' caches change nothing
         call = make_call(CASES["steps"], row.model())
         assert row.engine.serves(call) is None
         losses.append(row.engine.meta_loss(call))
@@ -362,7 +362,7 @@ def test_an_engine_leaves_what_it_is_given(row: Row) -> None:
 
 
 def test_every_option_is_in_a_case() -> None:
-    """But those that change no value: explain and the model itself."""
+    """Except those that change no value: explain and the model itself."""
     options = {option for case in CASES.values() for option in case} - {"masks", "step_weights", "frozen"}
     assert options == set(LoopOptions._fields) - {"model", "explain"}
 

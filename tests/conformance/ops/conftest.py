@@ -1,4 +1,4 @@
-"""The implementation that a test of the suite runs, in use."""
+"""Fixture that activates the implementation under test."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.conformance.ops.implementations import Implementation
 
 @pytest.fixture
 def by(request: pytest.FixtureRequest) -> Iterator[Implementation]:
-    """The implementation of an indirect parameter; skips where this machine has not what it takes."""
+    """The implementation of an indirect parameter; skips if this machine cannot run it."""
     implementation: Implementation = request.param
     with implementation.in_use():
         if implementation.kind == "interpreted":

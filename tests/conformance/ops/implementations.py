@@ -1,4 +1,4 @@
-"""The implementations of an operator, and results and gradients by each of them and by the reference in float64."""
+"""Implementations of an operator, with results and gradients by each and by the float64 reference."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Implementation:
 
     @property
     def backend(self) -> str:
-        """As the public functions name it."""
+        """The ``backend`` argument of the public functions."""
         return {"interpreted": "triton", "emulated": "cuda"}.get(self.kind, self.kind)
 
     @property
     def device(self) -> str:
-        """Where its tensors are."""
+        """The device of its tensors."""
         return "cuda" if self.kind in ("cuda", "triton") else "cpu"
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class Implementation:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """With its instruction set; skips the test where this machine has not what it takes."""
+        """Context with its instruction set active; skips the test if this machine cannot run it."""
         if self.device == "cuda" and not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
         if self.kind == "interpreted" and torch.cuda.is_available():
@@ -69,7 +69,7 @@ REFERENCE, CPP, INTERPRETED, EMULATED, CUDA, TRITON = map(
 )
 CPP_EACH = tuple(Implementation("cpp", name) for name in CAPABILITIES)
 
-#: Every backend that the public functions can be asked for, and every instruction set.
+#: Every backend of the public functions, and every instruction set.
 PUBLIC = (REFERENCE, CPP, INTERPRETED, CUDA, TRITON)
 ALL = (REFERENCE, *CPP_EACH, INTERPRETED, EMULATED, CUDA, TRITON)
 KERNELS = (CPP, INTERPRETED, CUDA, TRITON)
@@ -79,7 +79,7 @@ KERNELS = (CPP, INTERPRETED, CUDA, TRITON)
 
 
 def with_marks(by: Implementation, *values: Any, sanitize: bool = False) -> Any:
-    """A parameter of a test; GPUs' ones carry the mark ``gpu``, by which bench.gpu_check picks them."""
+    """A test parameter; GPU implementations carry the mark ``gpu``, which bench.gpu_check selects."""
     marks = [pytest.mark.gpu] if by.device == "cuda" else []
     if sanitize and by.kind == "cpp":
         marks.append(pytest.mark.sanitize)
@@ -87,9 +87,9 @@ def with_marks(by: Implementation, *values: Any, sanitize: bool = False) -> Any:
 
 
 def rows(implementations: Sequence[Implementation], sanitize: bool = False, **wanted: Any) -> Any:
-    """A mark that gives a test every operator and implementation as ``op`` and ``by``.
+    """A mark that parametrizes a test by every operator ``op`` and implementation ``by``.
 
-    ``wanted`` are attributes that the operator must have.
+    ``wanted``: attributes that the operator must have.
     """
     pairs = [
         with_marks(by, op, by, sanitize=sanitize)
@@ -102,7 +102,7 @@ def rows(implementations: Sequence[Implementation], sanitize: bool = False, **wa
 
 
 def examples(implementations: Sequence[Implementation] = ALL) -> Any:
-    """A mark that gives a test every operator, example, dtype and implementation that runs it."""
+    """A mark that parametrizes a test by operator, example, dtype and implementation."""
     found = [
         with_marks(by, op, spec, dtype, by, sanitize=spec.sanitize)
         for op in ROWS
@@ -115,7 +115,7 @@ def examples(implementations: Sequence[Implementation] = ALL) -> Any:
 
 
 def identify(value: Any) -> str:
-    """The name of a parameter in the name of a test."""
+    """The test id of a parameter."""
     return value.name if isinstance(value, (Operator, Spec)) else str(value).removeprefix("torch.")
 
 
@@ -123,7 +123,7 @@ def identify(value: Any) -> str:
 
 
 def seeds(results: Tensors) -> Tensors:
-    """Gradients of the results that backward starts from: positive, so that sums of them do not cancel."""
+    """Cotangents of the results for backward: positive, so that sums of them do not cancel."""
     generator = torch.Generator().manual_seed(7)
     return {
         name: (torch.randn(x.shape, generator=generator, dtype=torch.float64).abs() + 0.1).to(x.device, x.dtype)
@@ -138,7 +138,7 @@ def with_gradients(
     start: Callable[[Tensors], Tensors] = seeds,
     names: Iterable[str] | None = None,
 ) -> tuple[Tensors, Tensors]:
-    """Named results of a call, and gradients of the tensors ``names``, by default of all that have one."""
+    """Named results of a call, and gradients of the tensors ``names``; default: all differentiable ones."""
     names = op.leaves(example) if names is None else list(names)
     leaves = example.map(lambda name, x: x.detach().requires_grad_(name in names))
     results = call(leaves)
@@ -160,12 +160,12 @@ def evaluate(op: Operator, example: Example, by: Implementation, device: Device 
     return with_gradients(op, example, lambda leaves: op.call(leaves, by.backend), names=names)
 
 
-#: The last example and what the reference makes of it: implementations follow one another.
+#: Cache of the last example's reference results, as implementations are tested one after another.
 _last: list[Any] = []
 
 
 def expected(op: Operator, example: Example, like: Tensors) -> tuple[Tensors, Tensors]:
-    """The same by the reference in float64, for results of the dtypes of ``like``."""
+    """Results and gradients by the float64 reference, for results of the dtypes of ``like``."""
 
     def start(_: Tensors) -> Tensors:
         return {name: x.double() for name, x in seeds(like).items()}
@@ -179,20 +179,20 @@ def expected(op: Operator, example: Example, like: Tensors) -> tuple[Tensors, Te
 def tolerance(
     op: Operator, table: dict[torch.dtype, float], name: str, dtype: torch.dtype, call: Tensors, kind: str
 ) -> float:
-    """A tensor is as exact as the dtype that stores it, and as the arithmetic, which is float32 for 16-bit results."""
+    """Tolerance from the storage dtype and the arithmetic, which is float32 for 16-bit results."""
     arithmetic = max(table[torch.promote_types(x.dtype, torch.float32)] for x in call.values())
     return max(table[dtype], arithmetic) * op.slack(name, dtype, kind)
 
 
 def joined(op: Operator, named: Tensors, keep: Iterable[str]) -> Tensors:
-    """All as one vector where one scale counts."""
+    """All tensors as one vector if they are compared on one scale."""
     return {"gradients": torch.cat([named[name].double().flatten() for name in keep])} if op.one_scale else named
 
 
 def assert_conforms(
     op: Operator, example: Example, by: Implementation, device: Device | None = None, gradients: bool = True
 ) -> None:
-    """Hold results and gradients to the reference in float64 by the table in tests/conftest.py."""
+    """Compare results and gradients with the float64 reference, by the tolerances in tests/conftest.py."""
     results, found = evaluate(op, example, by, device)
     want, want_gradients = expected(op, example, results)
     assert list(results) == list(want)
@@ -232,7 +232,7 @@ def assert_all_same_bits(got: Tensors, want: Tensors, what: str) -> None:
 
 
 def total(results: Tensors) -> Tensor:
-    """A number that depends on every result, differently on each of its elements."""
+    """A scalar that depends on every element of every result, with different weights."""
     parts = []
     for x in results.values():
         weights = torch.linspace(1, 2, x.numel(), dtype=x.dtype, device=x.device).view(x.shape)

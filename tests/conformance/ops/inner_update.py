@@ -26,7 +26,7 @@ F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 SMALL = ((3, 2), (), (5,))
 
-#: Clipping and resting tasks, by what the tests call them.
+#: Clipping and resting tasks, by test name.
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"clip_norm": 2.0},
@@ -36,7 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def specs() -> Iterable[Spec]:
-    """Every layout of α with every option; tails of the vectors, blocks and tiles; lists longer than a launch."""
+    """Every layout of α with every option; remainders of vectors, blocks and tiles; lists longer than a launch."""
     for (name, options), rates in itertools.product(OPTIONS.items(), LAYOUTS):
         yield Spec(f"{name}, {rates}", {"rates": rates, **options})
     tails = {
@@ -64,7 +64,7 @@ def specs() -> Iterable[Spec]:
             f"large, {rates}, clipped", {"shapes": large, "rates": rates, **OPTIONS["clipped, some rest"]}, on=CPP
         )
     for tensors, clip_norm in itertools.product((53, 54, 55, 108, 120, 121, 250), (None, 1.0)):
-        # Empty tensors, at the end and at the border of two launches too, take no place.
+        # Empty tensors, also at the end and between two launches, need no slot.
         shapes = [(0,) if i in (7, 54, tensors - 1) else (1 + i % 5, 3) for i in range(tensors)]
         size = {"tasks": 2, "rates": "per tensor", "shapes": shapes, "clip_norm": clip_norm}
         name = f"{tensors} tensors" + (", clipped" if clip_norm else "")
@@ -140,7 +140,7 @@ class InnerUpdate(Operator):
         update = make_update(1 if tasks is None else tasks, dtype=dtype, **sizes)
         if tasks is None:
             update.params[:], update.grads[:] = ([x[0] for x in xs] for xs in (update.params, update.grads))
-        if update.active is not None:  # of a task that rests the gradient is NaN, and that shows nowhere
+        if update.active is not None:  # a resting task's NaN gradient must not show
             assert all(g[~update.active].isnan().all() for g in update.grads)
         rates = update.lr
         if lr is not None:
@@ -155,7 +155,7 @@ class InnerUpdate(Operator):
 
     @staticmethod
     def _split(example: Example) -> tuple[list[Tensor], list[Tensor], Any, dict[str, Any]]:
-        """params, grads, α and the rest as the public function takes them."""
+        """params, grads, α and the other arguments of the public function."""
         tensors, options = example.tensors, dict(example.options)
         shared, rate = options.pop("shared"), options.pop("rate")
         rates = gather(tensors, "lr")
@@ -184,13 +184,13 @@ class InnerUpdate(Operator):
         return None if name.startswith("lr") else 0
 
     def differentiates_reference(self, dtype: torch.dtype) -> bool:
-        """In 16 bits autograd sums the gradients of α in them."""
+        """Not in 16 bits, where autograd sums the gradients of α in that precision."""
         return dtype not in HALVES
 
     def slack(self, name: str, dtype: torch.dtype, kind: str) -> float:
-        """The reference rounds every intermediate of 16 bits, the norm too, where kernels round the result alone.
+        """The reference rounds every 16-bit intermediate, the norm too; kernels round only the result.
 
-        A gradient of α sums as many products as its α has elements to serve, whose signs differ.
+        A gradient of α sums one product per element that shares the α, with different signs.
         """
         if kind == "reference" and dtype in HALVES:
             return 8

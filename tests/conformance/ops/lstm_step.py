@@ -27,7 +27,7 @@ SLOW = ("interpreted", "emulated", "cuda", "triton")
 
 
 def tails() -> list[Spec]:
-    """Numbers of coordinates that fill no tile, and no vector of any instruction set."""
+    """Numbers of coordinates that leave remainders in tiles and in every instruction set's vectors."""
     common = [Spec(f"N={n}", {"n": n}, sanitize=True) for n in (0, 1, 31, 33)]
     few = [Spec(f"N={n}", {"n": n}, on=("cpp", "reference"), sanitize=True) for n in (15, 16, 17, 1025)]
     long = [
@@ -46,7 +46,7 @@ def tails() -> list[Spec]:
 
 
 def sizes() -> list[Spec]:
-    """Hidden units and layers; the units that the compiled kernels have code of their own for, and remainders."""
+    """Hidden units and layers; sizes with specialised kernels, and remainders."""
     found = []
     for hidden, layers in itertools.product((1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 20, 31, 32, 33, 63, 64), (1, 2, 3)):
         on = ["cpp", "cuda"]
@@ -60,7 +60,7 @@ def sizes() -> list[Spec]:
         sanitize = hidden in (1, 7, 17, 64)
         found.append(Spec(name, size, (F32,), tuple(on), sanitize))
         if hidden == 64 and layers > 1:
-            on.remove("interpreted")  # it takes its time
+            on.remove("interpreted")  # it is slow
         found.append(Spec(f"{name} none", size | {"preprocess": "none"}, (F64,), tuple(on), sanitize))
     for hidden in (20, 32, 7):
         size = {"n": 45, "hidden": hidden, "layers": 3}
@@ -69,7 +69,7 @@ def sizes() -> list[Spec]:
 
 
 def preprocessings() -> list[Spec]:
-    """Preprocessings, their scale, and the output's."""
+    """Preprocessings, their scale, and the output scale."""
     found = []
     for name, scale, output in itertools.product(reference.PREPROCESS, (0.5, 5.0, 10.0, 30.0), (0.1, 1.0, -3.0, 0.0)):
         size = {"n": 70, "preprocess": name, "preprocess_scale": scale, "output_scale": output}
@@ -87,7 +87,7 @@ def preprocessings() -> list[Spec]:
 
 
 class LstmStep(Operator):
-    """One step of the coordinatewise LSTM; its state is the packed one."""
+    """One step of the coordinatewise LSTM with packed state."""
 
     name = "lstm_step"
     specs = (*tails(), *sizes(), *preprocessings())
@@ -106,7 +106,7 @@ class LstmStep(Operator):
     varied = tuple({"n": n, "hidden": 5} for n in (33, 70, 129, 300))
     draws = st.fixed_dictionaries(
         {
-            "n": st.just(0) | st.integers(9, 300),  # an error is relative to the largest of some numbers
+            "n": st.just(0) | st.integers(9, 300),  # errors are relative to the largest of several numbers
             "hidden": st.integers(1, 64),
             "layers": st.integers(1, 3),
             "preprocess": st.sampled_from(reference.PREPROCESS),
@@ -117,7 +117,7 @@ class LstmStep(Operator):
     batches = (("params", "grads", "state"), ("grads", "weights"))
     exact_batches = True
     operators = ("lstm_step", "lstm_step_", "lstm_step_backward")
-    batched_operators = ("lstm_step_backward",)  # of lstm_step itself the lanes behind the last coordinate differ
+    batched_operators = ("lstm_step_backward",)  # lstm_step's unused lanes differ
 
     def make(
         self,
@@ -130,7 +130,7 @@ class LstmStep(Operator):
         grads: tuple[float, ...] | None = None,
         **options: Any,
     ) -> Example:
-        """``grads`` are given where the preprocessing's kinks matter."""
+        """``grads`` are given if the preprocessing's kinks matter."""
         problem = make_problem(n, hidden, layers, dtype, seed=seed, **options)
         if grads is not None:
             problem.grads = torch.tensor(grads, dtype=dtype)

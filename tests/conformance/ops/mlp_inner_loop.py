@@ -26,22 +26,22 @@ F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 ORDERS = {"second": False, "first": True, "mixed": (False, True)}
 
-#: Layouts of α, and the shape that each has: of a step, of a parameter tensor, or of both.
+#: Layouts of α and their shapes: by step, by parameter tensor, or both.
 RATES = ("number", "shared", "shared and step", "tensor", "parameter", "tensor and step", "parameter and step")
 
-#: Of gradients: below all of these problems', between them, above them.
+#: Clipping norms: below all gradients of these problems, between them, above them.
 NORMS = (0.05, 2.0, 1e3)
 
 LAST = (0.3, 0.0, 0.2, 0.5)
 
 
 def named(values: dict[str, Any]) -> str:
-    """A name of the values that differ from example to example."""
+    """An example's name, from the values that vary between examples."""
     return " ".join(f"{key}={value}" for key, value in values.items()).replace("'", "")
 
 
 def specs() -> Iterable[Spec]:
-    """Sizes are small where kernels are interpreted or emulated."""
+    """Examples, small for interpreted and emulated kernels."""
     wide = {"widths": [3, 40, 17, 5], "tasks": 17, "samples": 10, "queries": 10, "steps": 5, "rate": 0.05}
     small = {"widths": [3, 7, 3], "tasks": 2, "samples": 4, "queries": 3, "steps": 2}
     middle = {"widths": [3, 9, 4, 5], "tasks": 3, "samples": 5, "queries": 7, "steps": 2}
@@ -78,7 +78,7 @@ def specs() -> Iterable[Spec]:
 
 
 def sized() -> Iterable[Spec]:
-    """Groups of tasks that are not full, tails of blocks, models too large for lanes, many layers."""
+    """Partial groups of tasks, remainders of blocks, models too large for lanes, many layers."""
     for tasks, own in itertools.product((1, 15, 16, 17, 33), (False, True)):
         size = {"widths": [3, 7, 5, 1], "tasks": tasks, "samples": 17, "queries": 3, "steps": 5, "own": own}
         size |= {
@@ -125,7 +125,7 @@ def sized() -> Iterable[Spec]:
 
 
 def rated() -> Iterable[Spec]:
-    """Layouts of α, orders, parameters that do not adapt, masks, weights of steps and checkpoints."""
+    """Layouts of α, first and second order, frozen parameters, masks, step weights and checkpoints."""
     for rates, first in itertools.product(RATES[1:], (False, True, (False, True, False))):
         size = {"widths": [2, 9, 3], "tasks": 11, "samples": 5, "queries": 4, "steps": 3, "activation": "tanh"}
         yield Spec(
@@ -195,7 +195,7 @@ def clipped() -> Iterable[Spec]:
 
 
 def halves() -> Iterable[Spec]:
-    """16-bit storage, whose arithmetic is float32."""
+    """16-bit storage with float32 arithmetic."""
     size = {"tasks": 3, "samples": 5, "queries": 4, "steps": 2, "activation": "tanh", "own": True}
     for rates in ("number", "parameter"):
         yield Spec(
@@ -207,7 +207,7 @@ def halves() -> Iterable[Spec]:
 
 
 class MlpOperator(Operator):
-    """What both have in common."""
+    """Shared by both operators."""
 
     dtypes = (F32, F64, *HALVES)
     small = {"widths": [2, 4, 1], "tasks": 3, "rates": "tensor and step", "masked": True, "activation": "gelu"}
@@ -258,12 +258,12 @@ class MlpOperator(Operator):
     query = False
 
     def fewer(self, sizes: Mapping[str, Any], units: tuple[int, ...]) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-        # A program's next task gets the scratch that the first one leaves.
+        # A program reuses the first task's scratch memory for the next.
         return {**sizes, "tasks": 3, "steps": 1}, (0,)
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        """The CPU's kernels know no storage of 16 bits, and the reference would compute in them."""
-        if kind == "triton":  # a GPU has the CUDA kernels, which are faster; these take minutes to compile
+        """CPU kernels do not support 16-bit storage, and the reference would compute in 16 bits."""
+        if kind == "triton":  # GPUs use the faster CUDA kernels; these take minutes to compile
             return False
         return dtype in (F32, F64) or kind not in ("cpp", "reference")
 
@@ -286,7 +286,7 @@ class MlpOperator(Operator):
         activation: str | list[str] = "relu",
         **options: Any,
     ) -> Example:
-        """``own`` are the parameters of which every task has its own; ``gain`` is a factor of the second layer."""
+        """``own``: parameters that differ by task; ``gain``: a factor of the second layer."""
         case = Case(list(widths), tasks, samples, queries, loss, bool(own), seed)
         params = [p if own is True or not own or i in own else p[0] for i, p in enumerate(case.params)]
         if gain != 1:
@@ -314,7 +314,7 @@ class MlpOperator(Operator):
         return Example(tensors, options | {"rate": rate, "shared": rates.startswith("shared")})
 
     def _split(self, example: Example) -> tuple[list[Tensor], Any, dict[str, Any]]:
-        """params, α and the options as the public function takes them."""
+        """params, α and the options of the public function."""
         tensors, options = example.tensors, dict(example.options)
         rates, rate, shared = gather(tensors, "lr"), options.pop("rate"), options.pop("shared")
         for name in ("support_mask", "query_mask"):
@@ -342,7 +342,7 @@ class MlpOperator(Operator):
         return trajectory, options
 
     def _arguments(self, example: Example) -> Arguments:
-        """As the emulated device takes them."""
+        """Arguments of the emulated device."""
         tensors, (params, _, options) = example.tensors, self._split(example)
         rates = gather(tensors, "lr")
         sets = []
@@ -362,7 +362,7 @@ class MlpOperator(Operator):
         return None if name.startswith("lr") else 0
 
     def slack(self, name: str, dtype: torch.dtype, kind: str) -> float:
-        """Of 16 bits, a rate's gradient is a sum over tasks of rounded numbers."""
+        """With 16 bits, a rate's gradient is a sum over tasks of rounded numbers."""
         return 4 if dtype in HALVES and name.startswith("gradient") else 1
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
@@ -373,7 +373,7 @@ class MlpOperator(Operator):
         lr = [torch.full(p.shape[-2 + i % 2 :], 0.1) for i, p in enumerate(params)]
         options = [lr, 0.0, steps, False, -1, 1, loss, 1]
         second_order, weights = torch.tensor([True, False]), torch.tensor([0.5, 1.0])
-        # Of the activations, and of clipping; every third case does without.
+        # Options of activations and of clipping; every third case has none.
         last: list[Any] = [[], None] if seed % 3 == 0 else [[0.1], 0.5]
         options[5] = 1 if seed % 3 == 0 else [4]  # a leaky ReLU has the slope
         forward = getattr(torch.ops.metakern, f"{self.name}{suffix}")

@@ -1,9 +1,9 @@
-"""What the suite asks of an operator: example calls, the reference, and which derivatives, batches and units it has.
+"""Interface of an operator in the suite: example calls, the reference, derivatives, batching and units.
 
 A new operator joins by one subclass of :class:`Operator`, a row, in a module of its own, and one line in rows.py.
 
-A call is a dict of named tensors and a dict of options. A list of tensors takes the names ``lr[0]``, ``lr[1]``, ...;
-what stands before the bracket, ``lr``, is the name of the argument.
+A call is a dict of named tensors and a dict of options. Tensors of a list are named ``lr[0]``, ``lr[1]``, ...; the part
+before the bracket, ``lr``, is the argument.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Example:
     options: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: str) -> Example:
-        """The same on a device."""
+        """The example on a device."""
         return self.map(lambda _, x: x.to(device))
 
     def map(self, change: Callable[[str, Tensor], Tensor]) -> Example:
-        """With every tensor changed, by its name."""
+        """Apply a function of name and tensor to every tensor."""
         return replace(self, tensors={name: change(name, x) for name, x in self.tensors.items()})
 
     def double(self) -> Example:
@@ -48,14 +48,14 @@ class Example:
 
 @dataclass(frozen=True, eq=False)
 class Spec:
-    """An example by its sizes and options, the arguments of :meth:`Operator.make`.
+    """Description of an example: the arguments of :meth:`Operator.make`.
 
     Attributes:
         name: names the test
         sizes: arguments of :meth:`Operator.make`
-        dtypes: of the call; None for those of the operator
+        dtypes: of the call; None: all dtypes of the operator
         on: kinds of implementations that run it
-        sanitize: whether the sanitizers run it too, where a test takes twenty times as long
+        sanitize: whether the sanitizers run it too, which takes twenty times as long
         gradients: False where they overflow the dtype
     """
 
@@ -73,12 +73,12 @@ def argument(name: str) -> str:
 
 
 def gather(tensors: Mapping[str, Tensor], name: str) -> list[Tensor]:
-    """The list of tensors that is one argument, in its order."""
+    """Collect the named tensors of one list argument, in order."""
     return [x for key, x in tensors.items() if argument(key) == name]
 
 
 def listed(name: str, xs: Iterable[Tensor]) -> Tensors:
-    """A list of tensors as named ones."""
+    """Name the tensors of a list argument."""
     return {f"{name}[{index}]": x for index, x in enumerate(xs)}
 
 
@@ -88,31 +88,31 @@ class Operator:
     Attributes:
         name: of the public function
         dtypes: of the public function on the CPU, by any backend
-        specs: examples that results and gradients are checked on
+        specs: examples for checking results and gradients
         small: an example of some dozen numbers, for transforms, numerical derivatives and the compiler
         tiny: a smaller one, for second numerical derivatives of the reference
         spread: an example of several blocks, for threads
-        scheduled: one that an emulated device runs in a second, for schedules
-        viewed: one of a few tiles, for views
+        scheduled: an example that an emulated device runs in a second, for thread schedules
+        viewed: an example of a few tiles, for views
         batched: an example with every tensor argument, for vmap
-        batched_otherwise: what else differs between calls that vmap takes
+        batched_otherwise: further variations of calls under vmap
         isolated: examples whose units must not see each other's NaN, and units in them
         varied: sizes of one axis that a graph compiled for any size must take
         draws: a hypothesis strategy of arguments of :meth:`make`
         differentiable: arguments that have a derivative
         twice: whether the kernels have a second derivative
-        own_way_to_record: whether some calls of which a graph is recorded do not run the kernel
-        inductor: whether inductor compiles it too, for what it fuses around the operator; aot_eager always does
-        batches: sets of arguments that carry vmap's axis, beside each argument alone and all of them
+        own_way_to_record: whether some calls that record a graph do not run the kernel
+        inductor: whether to test with inductor, which fuses around the operator, as well as with aot_eager
+        batches: sets of arguments that carry vmap's axis, besides each argument alone and all of them
         exact_batches: whether vmap gives the bits of a loop
         hides_infinity: tensors whose infinity may leave results finite
-        one_scale: whether all gradients are compared with the largest of them: one alone may be a sum that cancels
+        one_scale: whether gradients are compared relative to the largest of all, as a single one may cancel
         operators: the raw operators torch.ops.metakern.* of the compiled library; Triton's insert ``_triton``
-        batched_operators: those of them that vmap takes without the public function
+        batched_operators: raw operators that support vmap directly
         faulted: an example with every tensor argument, one of which is spoiled at a time
-        tolerates: pairs of a fault (test_arguments.py) and an argument that are none
-        unchecked: pairs of a kind of implementation and a fault of which torch's own errors tell
-        spoken: how messages name an argument, where not by its name alone: a regular expression
+        tolerates: pairs of a fault (test_arguments.py) and an argument that raise no error
+        unchecked: pairs of a kind of implementation and a fault that torch itself reports
+        spoken: regular expression for an argument in messages, if not just its name
     """
 
     name: str
@@ -152,11 +152,11 @@ class Operator:
         raise NotImplementedError
 
     def reference(self, example: Example) -> Tensors:
-        """The same by the operator's reference.py, in the dtype of the tensors."""
+        """Named results by the operator's reference.py, in the dtype of the tensors."""
         raise NotImplementedError
 
     def emulate(self, example: Example, device: Device, seeds: Callable[[Tensors], Tensors]) -> tuple[Tensors, Tensors]:
-        """Named results and gradients by the CUDA kernels on the emulated device, gradients from ``seeds(results)``."""
+        """Named results and gradients, from ``seeds(results)``, by the CUDA kernels on the emulated device."""
         raise NotImplementedError
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
@@ -164,7 +164,7 @@ class Operator:
         return dtype in self.dtypes
 
     def dtype_of(self, result: str, example: Example) -> torch.dtype:
-        """Of a result: that of the first tensor."""
+        """The dtype of a result: that of the first tensor."""
         return next(iter(example.tensors.values())).dtype
 
     def differentiates_reference(self, dtype: torch.dtype) -> bool:
@@ -172,15 +172,15 @@ class Operator:
         return True
 
     def visible(self, name: str, x: Tensor, example: Example) -> Tensor:
-        """What carries meaning in a tensor: without the padding of a layout."""
+        """The meaningful part of a tensor, without layout padding."""
         return x
 
     def unit_axis(self, name: str, example: Example) -> int | None:
-        """The axis of :meth:`visible` along which units do not see each other; None of a tensor that they share."""
+        """The axis of :meth:`visible` for independent units; None for a tensor that they share."""
         return None
 
     def spoil(self, name: str, x: Tensor, unit: int, value: float, example: Example) -> Tensor:
-        """A copy with one number of a unit replaced."""
+        """A copy with one number of a unit replaced by a bad value."""
         axis = self.unit_axis(name, example)
         assert axis is not None
         spoiled = x.clone()
@@ -188,19 +188,19 @@ class Operator:
         return spoiled
 
     def fewer(self, sizes: Mapping[str, Any], units: tuple[int, ...]) -> tuple[Mapping[str, Any], tuple[int, ...]]:
-        """Of :attr:`isolated`, what an interpreter or emulator runs."""
+        """The part of :attr:`isolated` for interpreters and emulators."""
         return sizes, units[:1]
 
     def slack(self, name: str, dtype: torch.dtype, kind: str) -> float:
-        """What the tolerance of the table is multiplied by, with the reason where it is not 1."""
+        """Factor on the table's tolerance; overrides document why it is not 1."""
         return 1.0
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
-        """Arguments of a raw operator in the order of its schema; ``suffix`` is ``_triton`` for that backend's."""
+        """Arguments of a raw operator in schema order; ``suffix`` is ``_triton`` for Triton's."""
         raise NotImplementedError
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
-        """Names, operators and arguments for torch.library.opcheck, with what requires a gradient."""
+        """Names, operators and arguments for torch.library.opcheck, some of which require gradients."""
         raise NotImplementedError
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""Calls of every raw operator torch.ops.metakern.*, past the Python functions that check their arguments first."""
+"""Direct calls of every raw operator torch.ops.metakern.*, bypassing Python's argument checks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ TRITON = tuple(
 
 
 def operator(name: str) -> Callable[..., Any]:
-    """torch.ops.metakern.``name``; Triton's are registered when they are first asked for."""
+    """torch.ops.metakern.``name``; Triton's are registered on first use."""
     if "_triton" in name:
         for found in operators().values():
             found.prepare("triton")
@@ -33,14 +33,14 @@ def operator(name: str) -> Callable[..., Any]:
 
 
 def arguments(name: str, seed: int = 0, tasks: int = 3, loss: int = 0) -> list[Any]:
-    """What a call of an operator takes, in its order."""
+    """Arguments of an operator call, in order."""
     kind = name.replace("_triton", "")
     row = next(op for op in ROWS if kind in op.operators)
     return row.raw(kind, seed, tasks, loss, "_triton" if kind != name else "")
 
 
 def places(args: list[Any]) -> Iterator[tuple[int, int | None]]:
-    """Where tensors stand: index of the argument, and index in it where that is a list."""
+    """Positions of tensors: index of the argument, and index within a list."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor):
             yield index, None
@@ -55,7 +55,7 @@ def tensor_at(args: list[Any], place: tuple[int, int | None]) -> Tensor:
 
 
 def replaced(args: list[Any], place: tuple[int, int | None], value: Any) -> list[Any]:
-    """The arguments with another tensor at a place."""
+    """The arguments with the tensor at one position replaced."""
     index, inner = place
     new = list(args)
     if inner is None:

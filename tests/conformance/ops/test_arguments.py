@@ -1,8 +1,8 @@
-"""Bad arguments: one type of exception for one kind of fault, and a message that names argument, expected and got.
+"""Bad arguments: one exception type per kind of fault, and a message that names argument, expected and got.
 
-Of every tensor of a call, the dtype, layout, device, shape and type are changed in turn. By every backend the exception
-is the same, a shape's a ValueError, a dtype's, layout's or type's a TypeError and a device's a RuntimeError.
-What else an operator refuses, options above all, is in its own tests.
+The dtype, layout, device, shape and type of every tensor of a call are changed in turn. All backends raise the same:
+ValueError for a shape, TypeError for a dtype, layout or type, RuntimeError for a device. Other errors of an operator,
+above all of its options, are in its own tests.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ F32 = torch.float32
 
 @dataclass(frozen=True)
 class Fault:
-    """A change of one tensor, the exception, and what its message says came."""
+    """A change of one tensor, the exception, and what its message reports as received."""
 
     name: str
     change: Callable[[Tensor], Any]
@@ -53,7 +53,7 @@ FAULTS = (
 
 
 def asked(op: Operator, example: Example, fault: Fault) -> list[str]:
-    """The tensors that the fault is tried on: one of each argument, and the last of a list."""
+    """Tensors to apply the fault to: one per argument, the last of a list."""
     found = {argument(name): name for name, x in example.tensors.items() if fault.name != "shape" or x.dim()}
     return [name for name in found.values() if (fault.name, argument(name)) not in op.tolerates]
 
@@ -72,7 +72,7 @@ def test_a_fault_is_named_and_leaves_the_callers_tensors_alone(op: Operator, by:
         said = f"{name}: {caught.type.__name__}: {caught.value}"
         assert caught.type is fault.error, said
         words = op.spoken.get(argument(name), argument(name))
-        if fault.name == "shape":  # of two that do not fit each other, either may be named
+        if fault.name == "shape":  # either of two mismatched tensors may be named
             words = "|".join(argument(other) for other in example.tensors)
         assert re.search(words, str(caught.value)), said
     for name, x in example.tensors.items():

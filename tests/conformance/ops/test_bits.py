@@ -1,4 +1,4 @@
-"""Bits: for any number of threads, from run to run, in every schedule, for views, beside units that are not finite."""
+"""Bitwise reproducibility: across thread counts, runs, schedules and views, and next to non-finite units."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_two_runs_give_the_same_bits(op: Operator, by: Implementation) -> None:
 )
 @rows([EMULATED])
 def test_schedules_change_no_bit(op: Operator, by: Implementation, device: Device) -> None:
-    # A missing barrier shows here: one thread then reads before another has written, or after it has written anew.
+    # Detects a missing barrier: a thread then reads before another has written, or after it has overwritten.
     example = op.make(F32, **op.scheduled)
     assert_all_same_bits(bits(op, example, by, device), bits(op, example, by), f"on {device}")
 
@@ -80,18 +80,18 @@ def shifted(x: Tensor) -> Tensor:
 
 
 def strided(x: Tensor) -> Tensor:
-    """The same numbers with others between them."""
+    """The same numbers with gaps between them."""
     return torch.stack([x, x.flip(0) if x.dim() else x + 1], -1)[..., 0]
 
 
 def turned(x: Tensor) -> Tensor:
-    """The same numbers with the axes in the other order in memory."""
+    """The same numbers with reversed axis order in memory."""
     axes = tuple(reversed(range(x.dim())))
     return x.permute(axes).contiguous().permute(axes)
 
 
 @pytest.mark.parametrize("change", [shifted, strided, turned], ids=lambda change: change.__name__)
-@rows(KERNELS, sanitize=True)  # the reference's matrix products are PyTorch's, by a loop for each layout
+@rows(KERNELS, sanitize=True)  # not the reference: PyTorch's matrix products depend on the layout
 def test_views_give_the_same_bits(op: Operator, by: Implementation, change: Callable[[Tensor], Tensor]) -> None:
     if by.kind == "interpreted" and change is not strided:
         pytest.skip("Triton's kernels get contiguous copies; the interpreter takes its time")
@@ -140,7 +140,7 @@ def test_what_is_not_finite_stays_with_its_unit(op: Operator, by: Implementation
 def assert_contained(
     op: Operator, example: Example, clean: dict[str, Tensor], dirty: dict[str, Tensor], unit: int, what: str
 ) -> bool:
-    """Fail where others' bits differ; returns whether a result of the unit shows it."""
+    """Fail if other units' bits differ; returns whether the spoiled unit's result is not finite."""
     seen = False
     for name, x in dirty.items():
         axis = op.unit_axis(name.removeprefix("gradient of "), example)

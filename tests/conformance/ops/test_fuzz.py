@@ -1,9 +1,8 @@
-"""Malformed calls of the raw operators: each raises or computes, and none crashes or hands out memory by chance.
+"""Fuzzing the raw operators: malformed calls raise or compute; none crashes or returns uninitialised memory.
 
-A call starts from a valid one, of which one to three things are changed: shapes, dtypes, devices, strides, memory that
-arguments share, empty tensors, numbers out of range, lists of other lengths. A call that computes is made twice, and
-must give the same bits: results that depend on memory that nobody wrote would differ. tests/sanitizers/run.sh runs the
-same under AddressSanitizer.
+Each call is a valid one with one to three changes: shapes, dtypes, devices, strides, shared memory, empty tensors,
+numbers out of range, lists of other lengths. A call that computes is made twice and must give the same bits, as results
+from uninitialised memory would differ. tests/sanitizers/run.sh runs the same under AddressSanitizer.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from torch import Tensor
 
 from tests.conformance.ops.raw_calls import COMPILED, arguments, operator, places, replaced, tensor_at
 
-CALLS = 60  # of one test
+CALLS = 60  # per test
 
 # Under the sanitizers a test takes twenty times as long.
 SEEDS = [pytest.param(seed, marks=pytest.mark.sanitize if seed < 3 else ()) for seed in range(8)]
@@ -56,7 +55,7 @@ def other_rank(rng: random.Random, x: Tensor) -> Tensor:
 
 
 def other_strides(rng: random.Random, x: Tensor) -> Tensor:
-    """The same numbers, in memory that has gaps, is turned around, or starts in the middle."""
+    """The same numbers, in memory with gaps, transposed, or at an offset."""
     kind = rng.randrange(4)
     if kind == 0 and x.dim() > 1:
         return x.transpose(0, -1).contiguous().transpose(0, -1)
@@ -116,12 +115,12 @@ def change_tensor(rng: random.Random, args: list[Any]) -> list[Any]:
     place = rng.choice(list(places(args)))
     try:
         return replaced(args, place, rng.choice(CHANGES)(rng, tensor_at(args, place)))
-    except RuntimeError:  # of torch: a change before leaves a tensor that it cannot change so
+    except RuntimeError:  # from torch: an earlier change made this one impossible
         return args
 
 
 def share_memory(rng: random.Random, args: list[Any]) -> list[Any]:
-    """One tensor is another, or lies in its memory."""
+    """Replace one tensor by another one or a view of it."""
     place, source = rng.choice(list(places(args))), rng.choice(list(places(args)))
     x, other = tensor_at(args, place), tensor_at(args, source)
     if x.dtype == other.dtype and 0 < x.numel() < other.numel() and other.is_contiguous() and not other.is_sparse:
@@ -175,7 +174,7 @@ def is_plain(x: Tensor) -> bool:
 
 
 def bits(tensors: list[Tensor]) -> list[Tensor]:
-    """Copies as bytes; of what is not in this machine's memory, the tensor."""
+    """Copies as bytes; tensors off the CPU as they are."""
     copies = [
         torch.empty(x.numel(), dtype=x.dtype).copy_(x.detach().reshape(-1)) if is_plain(x) else x for x in tensors
     ]

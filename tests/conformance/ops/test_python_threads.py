@@ -1,4 +1,4 @@
-"""Calls from several threads of Python at once: the bits of calls one after another."""
+"""Concurrent calls from several Python threads give the bits of sequential calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ THREADS, ROUNDS = 6, 30
 
 
 def call(name: str, seed: int) -> Callable[[], list[Tensor]]:
-    """A call of an operator; one that works in place gets copies."""
-    tasks = 3 + seed * 7  # some in lanes of vectors
+    """Call an operator; in-place ones get copies."""
+    tasks = 3 + seed * 7  # some in vector lanes
 
     def run() -> list[Tensor]:
         args: list[Any] = arguments(name, seed, tasks=tasks)

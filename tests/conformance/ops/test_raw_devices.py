@@ -1,4 +1,4 @@
-"""Raw operators with tensors of several devices: an error, never a result that nobody wrote."""
+"""Raw operators with tensors on several devices raise; they never return uninitialised memory."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def test_all_tensors_but_one_on_meta_are_refused(name: str) -> None:
     on_meta = args
     for place in places(args):
         on_meta = replaced(on_meta, place, tensor_at(args, place).to("meta"))
-    operator(name)(*on_meta)  # all of them are fine
+    operator(name)(*on_meta)  # all on meta is allowed
     for place in places(args):
-        constants = ("second_order", "step_weights")  # which the operators read on the CPU
+        constants = ("second_order", "step_weights")  # read on the CPU by the operators
         schema = operator(name).default._schema.arguments  # type: ignore[attr-defined]
         if schema[place[0]].name in constants:
             continue

@@ -1,4 +1,4 @@
-"""Results and gradients of every operator by every implementation, held to its reference in float64."""
+"""Results and gradients of every operator by every implementation, against the float64 reference."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conformance.ops.operators import Example, Operator, Spec
 
 @functools.lru_cache(maxsize=1)
 def made(op: Operator, spec: Spec, dtype: torch.dtype, device: str) -> Example:
-    """An example that the implementations which follow one another share."""
+    """An example, cached for consecutive implementations."""
     return op.make(dtype, **spec.sizes).to(device)
 
 

@@ -1,4 +1,4 @@
-"""Operators among torch's machinery: opcheck, torch.compile, torch.func, and derivatives that are not provided."""
+"""Operators under opcheck, torch.compile and torch.func, and derivatives that are not provided."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def assert_all_close(got: Any, expected: Any, tolerance: float) -> None:
-    """Every tensor of two trees; two that are to be the same have the bits."""
+    """Compare every tensor of two trees, bitwise if they must be the same."""
     pairs = zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(expected), strict=True)
     for index, (a, b) in enumerate(pairs):
         if tolerance:
@@ -100,13 +100,13 @@ def small(op: Operator, by: Implementation) -> Example:
 
 def compiled(function: Callable[..., Any], by: Implementation, **options: Any) -> Callable[..., Any]:
     torch._dynamo.reset()
-    # The compiler would look into Triton's kernels, and the interpreter has none to show.
+    # The compiler inspects Triton kernels, which the interpreter does not have.
     mode = {"cpp": "aot_eager", "interpreted": "eager"}.get(by.kind, "inductor")
     return torch.compile(function, fullgraph=True, **({"backend": mode} | options))
 
 
 def twice(op: Operator, example: Example, by: Implementation, tensors: Tensors) -> Tensors:
-    """A call, and another of its results where one tensor of them has the shape of an argument."""
+    """The results of a call, and the first one doubled by torch, so that the graph holds more than the call."""
     first = op.call(Example(tensors, example.options), by.backend)
     name = next(iter(first))
     return first | {f"{name} by itself": first[name] * 2}
@@ -170,13 +170,13 @@ BATCH = 3
 
 
 def stacked(x: Tensor, dim: int) -> Tensor:
-    """Some tensors like this one along a new axis."""
+    """Stack several tensors like this one along a new axis."""
     rows = [x * (1 - 0.2 * i) if x.is_floating_point() else x.roll(i, 0) for i in range(BATCH)]
     return torch.stack(rows, dim)
 
 
 def loss_of(op: Operator, example: Example, by: Implementation) -> Callable[[Tensors, Tensors], Tensor]:
-    """A number of the tensors that have a derivative, and of the others."""
+    """A scalar function of the differentiable tensors and the others."""
 
     def loss(leaves: Tensors, rest: Tensors) -> Tensor:
         return total(op.call(Example({n: (leaves | rest)[n] for n in example.tensors}, example.options), by.backend))
@@ -185,7 +185,7 @@ def loss_of(op: Operator, example: Example, by: Implementation) -> Callable[[Ten
 
 
 def parts(op: Operator, example: Example) -> tuple[Tensors, Tensors]:
-    """Tensors that have a derivative, and the others."""
+    """Split into differentiable tensors and the others."""
     names = op.leaves(example)
     leaves = {name: example.tensors[name] for name in names}
     return leaves, {name: x for name, x in example.tensors.items() if name not in names}
@@ -224,7 +224,7 @@ def test_jacrev_equals_the_references(op: Operator, by: Implementation) -> None:
 
 
 def mapped_arguments(op: Operator) -> Iterator[tuple[str, ...]]:
-    """Arguments that carry the axis: each alone, what belongs together, and all."""
+    """Sets of arguments that carry vmap's axis: each alone, the operator's groups, and all."""
     names = dict.fromkeys(argument(name) for name in op.make(F64, **op.batched).tensors)
     yield from dict.fromkeys([*((name,) for name in names), *op.batches, tuple(names)])
 
@@ -240,7 +240,7 @@ MAPPED = [
 
 @pytest.mark.parametrize(("op", "which", "dim", "options"), MAPPED)
 def test_vmap_equals_a_loop(op: Operator, which: tuple[str, ...], dim: int, options: dict[str, Any]) -> None:
-    """Results, gradients of every element's own, and gradients of what the elements share."""
+    """Results, gradients of per-element arguments, and gradients of shared arguments."""
     by = CPP
     example = op.make(F64, **{**op.batched, **options})
     in_dims = {name: dim if name in which or argument(name) in which else None for name in example.tensors}
@@ -366,7 +366,7 @@ def test_central_differences(op: Operator, by: Implementation) -> None:
 
 @rows([REFERENCE])
 def test_the_reference_has_second_and_forward_derivatives(op: Operator, by: Implementation) -> None:
-    """Where the errors of the kernels send their users."""
+    """The kernels' error messages recommend it for these."""
     example = op.make(F64, **op.tiny)
     names = op.leaves(example)
 
@@ -450,7 +450,7 @@ def test_a_second_derivative_is_refused(op: Operator, by: Implementation) -> Non
 
 
 def argument_alone(op: Operator, example: Example, by: Implementation, name: str) -> Callable[[Tensor], Tensor]:
-    """A number of one tensor of a call."""
+    """A scalar function of one tensor of a call."""
 
     def call(x: Tensor) -> Tensor:
         return total(op.call(Example(example.tensors | {name: x}, example.options), by.backend))

@@ -1,4 +1,4 @@
-"""A rule that reuses the LSTM, as a user adds one: this file, and a row in the suite."""
+"""Example of a user's rule around the LSTM: this file, and a row in the suite."""
 
 from __future__ import annotations
 

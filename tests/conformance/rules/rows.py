@@ -1,4 +1,4 @@
-"""Every rule, a row each, with the formula that it is held to.
+"""All rules, one row each, with the formula to test them against.
 
 Axis legend: T tasks, ``*shape`` the shape of one parameter tensor.
 """
@@ -27,13 +27,13 @@ class Row:
     """A rule.
 
     Attributes:
-        name: what the tests call it
-        make: the rule for parameters of one task, its weights drawn from torch's generator
+        name: its test name
+        make: builds the rule for parameters of one task, with weights from torch's generator
         formula: one step in plain PyTorch: (rule, its weights by name, params, grads, memory, step, tasks) gives new
             params; ``memory`` is a dict that starts empty
-        optimizer: torch's own, which it equals, if there is one
-        spreads: how far a gradient that is not finite reaches: "coordinate" or "task"
-        compiled: whether it is compiled too, which takes a second: once for a code path
+        optimizer: the equal optimizer of torch, if there is one
+        spreads: how far a non-finite gradient spreads: "coordinate" or "task"
+        compiled: whether to test it compiled, which takes a second: once per code path
     """
 
     name: str
@@ -90,7 +90,7 @@ def adam(
         m, v = memory.get(name, (0, 0))
         m, v = b1 * m + (1 - b1) * grads[name], b2 * v + (1 - b2) * grads[name] ** 2
         memory[name] = m, v
-        # The smallest number that keeps the derivative of the root finite changes nothing else.
+        # The smallest number keeps the root's derivative finite and changes nothing else.
         root = ((v + 1e-300) / (1 - b2 ** (step + 1))).sqrt()
         new[name] = p - lr * m / (1 - b1 ** (step + 1)) / (root + eps)
     return new
@@ -99,7 +99,7 @@ def adam(
 def lstm(
     rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
 ) -> Tensors:
-    """The cells that a user would write."""
+    """The LSTM cells as a user would write them."""
     plain = rule.plain().double()
     cells = {}
     for name, weight in w.items():
@@ -175,7 +175,7 @@ ROWS = [
 
 
 def has_rates(rule: Any) -> bool:
-    """Whether it has learned rates by name or step, which have the dtype of their parameters."""
+    """Whether it has learned rates by name or step, which have their parameters' dtype."""
     return hasattr(rule, "rates") and bool(list(rule.rates.parameters()))
 
 
@@ -196,7 +196,7 @@ def make_rule(row: Row, dtype: torch.dtype = torch.float32) -> Any:
 
 
 def run(rule: Any, params: Any, steps: int, *, tasks: bool, state: Any = None, first: int = 0) -> tuple[Any, Any]:
-    """Some steps along gradients that depend on the step alone: params, state."""
+    """Several steps along gradients that depend only on the step; returns params and state."""
     state = rule.init_state(params, tasks=tasks) if state is None else state
     for step in range(first, first + steps):
         params, state = rule(params, grads_at(params, step), state)
@@ -204,5 +204,5 @@ def run(rule: Any, params: Any, steps: int, *, tasks: bool, state: Any = None, f
 
 
 def grads_at(params: Any, step: int) -> Any:
-    """A gradient for every parameter; those of a task do not depend on which others there are."""
+    """A gradient for every parameter; a task's gradients do not depend on the other tasks."""
     return {name: torch.sin(3 * p.detach() + step) for name, p in params.items()}

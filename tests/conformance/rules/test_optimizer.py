@@ -1,4 +1,4 @@
-"""Every rule as a torch.optim.Optimizer: LearnedOptimizer against the loop by hand, checkpoints, warnings."""
+"""Every rule as a torch.optim.Optimizer: LearnedOptimizer against a handwritten loop, checkpoints, warnings."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def train(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool]], first
 def by_hand(
     rule: Any, params: dict[str, Tensor], patterns: Sequence[Sequence[bool]], lr: float = 1.0, decay: float = 0.0
 ) -> dict[str, Tensor]:
-    """Each parameter through the rule by itself; rules that count calls or look at all tensors take them together."""
+    """Apply the rule to each parameter separately, or to all if it counts calls or combines tensors."""
     params = {name: p.detach().clone() for name, p in params.items()}
     states = {name: rule.init_state({name: p}) for name, p in params.items()}
     shared = next((s.shared for s in states.values() if getattr(s, "shared", None)), None)
@@ -71,7 +71,7 @@ def assert_close(params: dict[str, nn.Parameter], expected: dict[str, Tensor], t
 
 
 def assert_same_content(got: dict[str, Any], expected: dict[str, Any]) -> None:
-    """Of two state_dicts, tensors to the bit."""
+    """Compare two state_dicts, tensors bitwise."""
     assert got["param_groups"] == expected["param_groups"]
     assert pytree.tree_structure(got[HEADER]) == pytree.tree_structure(expected[HEADER])
     assert got["state"].keys() == expected["state"].keys()
@@ -97,7 +97,7 @@ def resaved(state_dict: dict[str, Any]) -> Any:
 def test_the_optimizer_takes_the_rules_steps(row: Row, lr: float, decay: float) -> None:
     rule, params = make_rule(row), named()
     patterns = [(True,) * 3] * 3 if row.spreads == "task" else PATTERNS
-    if row.spreads == "task":  # what is clipped is the gradient of all parameters together
+    if row.spreads == "task":  # clipping uses the gradient of all parameters together
         expected = {name: p.detach().clone() for name, p in params.items()}
         state = rule.init_state(expected)
         for step in range(3):
@@ -150,7 +150,7 @@ def test_it_resumes_to_the_same_bits(row: Row, copied: str) -> None:
         assert_same_bits(name, twins[name].detach(), p.detach())
     assert_same_content(twin.state_dict(), optimizer.state_dict())
     if copied == "state_dict":
-        assert_same_content(saved, kept)  # no step changes the checkpoint that was loaded
+        assert_same_content(saved, kept)  # steps do not change the loaded checkpoint
 
 
 @every_rule
@@ -271,7 +271,7 @@ def test_the_warning_beyond_the_horizon_points_at_the_users_line(row: Row) -> No
 
 @every_rule
 def test_unnamed_parameters_in_two_groups(row: Row) -> None:
-    """The rule sees them by their position."""
+    """The rule sees them named by position."""
     if has_rates(make_rule(row)):
         shapes = {str(index): torch.zeros(shape) for index, shape in enumerate(SHAPES.values())}
         rule: Any = row.make(shapes)

@@ -1,4 +1,4 @@
-"""What rules carry and keep: states that are detached, moved, copied and cut; weights that are saved and loaded."""
+"""States of rules detached, moved, copied and selected; weights saved and loaded."""
 
 from __future__ import annotations
 

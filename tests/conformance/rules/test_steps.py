@@ -1,4 +1,4 @@
-"""What a step of every rule computes: the formula, torch's optimizers, trees of tensors, tasks, broken gradients."""
+"""Steps of every rule: against its formula and torch's optimizers, on trees of tensors, tasks, broken gradients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ with_and_without_tasks = pytest.mark.parametrize("num_tasks", [None, 4], ids=["a
 
 
 def loss_of(params: Any) -> Tensor:
-    """Of one task or of several, summed; its gradient is 0 exactly at one coordinate of ``bias``, wherever that is."""
+    """Loss of one task, or summed over several; its gradient is always exactly 0 at one coordinate of ``bias``."""
     kept = torch.tensor([0.0, 1.0, 1.0], dtype=torch.float64)
     curved = (params["bias"] * kept).sin() * params["bias"]
     return curved.sum() + (0.3 * params["weight"] ** 3 - params["weight"]).sum() + params["scale"].cosh().sum()
 
 
 def unrolled(step: Any, params: Any, steps: int = 3) -> Any:
-    """Some steps along the gradients of :func:`loss_of`, in one graph."""
+    """Several steps along the gradients of :func:`loss_of`, in one graph."""
     for index in range(steps):
         grads = torch.autograd.grad(loss_of(params), list(params.values()), create_graph=True)
         params = step(params, dict(zip(params, grads, strict=True)), index)
@@ -39,7 +39,7 @@ def unrolled(step: Any, params: Any, steps: int = 3) -> Any:
 @every_rule
 @with_and_without_tasks
 def test_values_and_second_order_are_those_of_the_formula(row: Row, num_tasks: int | None) -> None:
-    """K steps, differentiated by the start and by the rule's weights through the gradients that the rule was given."""
+    """K steps, differentiated by initial params and rule weights, through the gradients given to the rule."""
     rule = make_rule(row, torch.float64)
     weights = {name: w.detach().clone().requires_grad_() for name, w in rule.named_parameters()}
     start = [{n: p.requires_grad_() for n, p in make_params(num_tasks, torch.float64).items()} for _ in range(2)]
@@ -186,7 +186,7 @@ def test_a_broken_gradient_stays_where_it_is(row: Row, bad: float) -> None:
 
 @every_rule
 def test_a_step_in_place_is_a_step(row: Row) -> None:
-    """What LearnedOptimizer calls: of a coordinatewise rule with one tensor [N]."""
+    """LearnedOptimizer's call of a coordinatewise rule, on one tensor [N]."""
     rule = make_rule(row)
     flat = isinstance(rule, CoordinatewiseRule)
     num_tasks = None if flat else 4
@@ -209,7 +209,7 @@ def test_a_step_in_place_is_a_step(row: Row) -> None:
 
 @every_rule
 def test_torch_func_sees_through_a_step(row: Row) -> None:
-    """The gradient by the rule's weights, and vmap over tasks that the rule is not told of."""
+    """The gradient by the rule's weights, and vmap over tasks without a task axis for the rule."""
     rule, params = make_rule(row, torch.float64), make_params(3, torch.float64)
     weights = {name: w.detach() for name, w in rule.named_parameters()}
 

@@ -1,4 +1,4 @@
-"""The distribution that a test of the suite is about."""
+"""Fixture with the task distribution under test."""
 
 from __future__ import annotations
 

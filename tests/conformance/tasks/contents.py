@@ -1,4 +1,4 @@
-"""What a batch of tasks holds, as numbers that tests compare."""
+"""Contents of a batch of tasks as numbers, for comparison in tests."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def rows_of(params: Any) -> list[Tensor]:
 
 
 def contents(batch: Any, steps: int = 2) -> Tensor:
-    """Numbers [T, n] that tell tasks apart.
+    """Numbers [T, n] that distinguish tasks.
 
-    Of episodes all that they hold; of problems to optimise what ``steps`` steps of gradient descent meet: losses and
-    norms of gradients.
+    For episodes all their data; for problems to optimise the losses and gradient norms along ``steps`` steps of
+    gradient descent.
     """
     if isinstance(batch, Episodes):
         tensors = (batch.support_x, batch.support_y, batch.query_x, batch.query_y, batch.modes)

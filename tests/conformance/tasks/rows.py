@@ -1,4 +1,4 @@
-"""Every distribution of tasks, a row each: small enough that a test takes milliseconds."""
+"""All task distributions, one row each, small enough for tests of milliseconds."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Row:
     """A distribution of tasks.
 
     Attributes:
-        name: what the tests call it
-        make: the distribution; given an empty folder and a monkeypatch, for those that read files
-        material: of a batch, rows [n, ...] of what no two splits may share: a task's own numbers, or its data
-        own: a user's class, which promises no more than the protocols
+        name: its test name
+        make: builds the distribution from an empty folder and a monkeypatch, for those that read files
+        material: rows [n, ...] of a batch that no two splits may share: a task's parameters, or its data
+        own: whether it is a user's class, which only follows the protocols
     """
 
     name: str
@@ -59,7 +59,7 @@ class Row:
 
 
 def plain(make: Callable[[], Any]) -> Callable[[Path, pytest.MonkeyPatch], Any]:
-    """For distributions that read no files."""
+    """Builder for distributions that read no files."""
     return lambda _, __: make()
 
 
@@ -123,7 +123,7 @@ def sines(split: str) -> tuple[Tensor, Tensor]:
 
 
 def small_network() -> nn.Module:
-    """Of parameters that are drawn, and those of a normalisation."""
+    """A network with random parameters and normalisation parameters."""
     return nn.Sequential(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1, bias=False))
 
 

@@ -1,4 +1,4 @@
-"""What every distribution of tasks promises: seeds, splits, selections, copies, devices, and what it refuses."""
+"""Contract of every task distribution: seeds, splits, selections, copies, devices, errors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_generator_decides_everything(tasks: Any) -> None:
 
 @every_row
 def test_the_generator_moves_with_samples_alone(tasks: Any) -> None:
-    """So processes that do different things with their shares of a batch go on to the same tasks."""
+    """Processes that use their shares of a batch differently still draw the same next tasks."""
     left, right = generator(), generator()
     contents(tasks.sample(6, left))
     tasks.sample(6, right)
@@ -63,19 +63,19 @@ def test_the_global_generator_is_left_alone(row: Row, tasks: Any) -> None:
     ids=["first", "last", "odd", "indices", "mask"],
 )
 def test_selected_tasks_are_those_of_the_whole_batch(tasks: Any, chosen: slice | torch.Tensor) -> None:
-    """So that processes share a batch: each takes a slice of what all of them draw."""
+    """Processes share a batch this way: all draw it, and each takes a slice."""
     batch = tasks.sample(6, generator())
     whole = contents(batch)
     selected = tasks.sample(6, generator()).select(chosen)
     assert selected.num_tasks == len(whole[chosen])
-    exact = isinstance(batch, Episodes)  # products of matrices of several problems may round otherwise
+    exact = isinstance(batch, Episodes)  # batched matrix products may round differently
     tolerance = {"rtol": 0.0, "atol": 0.0} if exact else {"rtol": 1e-5, "atol": 1e-6}
     torch.testing.assert_close(contents(selected), whole[chosen], **tolerance)
 
 
 @every_row
 def test_selections_of_one_batch_do_not_disturb_each_other(tasks: Any) -> None:
-    """So a process may split its share further."""
+    """A process may therefore split its share further."""
     whole = contents(tasks.sample(6, generator()))
     batch = tasks.sample(6, generator())
     parts = [batch.select(slice(0, 2)), batch.select(slice(2, 6)).select(slice(1, 3)), batch.select(slice(None))]
@@ -85,7 +85,7 @@ def test_selections_of_one_batch_do_not_disturb_each_other(tasks: Any) -> None:
 
 @every_row
 def test_splits_share_nothing_even_from_one_seed(row: Row, tasks: Any) -> None:
-    """Nor does a split of a split, and the distribution that they are made of stays as it is."""
+    """Splits of splits share nothing either, and splitting does not change the distribution."""
     splits = [tasks.split(name) for name in SPLITS]
     drawn = [row.material(split.sample(20, generator())).flatten(1).unique(dim=0) for split in splits]
     for name, rows in zip(SPLITS, drawn, strict=True):
@@ -99,7 +99,7 @@ def test_splits_share_nothing_even_from_one_seed(row: Row, tasks: Any) -> None:
 
 @every_own_row
 def test_batches_move_between_devices(row: Row, tasks: Any) -> None:
-    """The meta device computes no values: a tensor that stays behind raises, or is found."""
+    """The meta device computes no values: a tensor that was not moved raises, or is found."""
     batch = tasks.sample(4, generator()).to("meta").select(slice(0, 3))
     if isinstance(batch, Episodes):
         held = [x for x in vars(batch).values() if x is not None]

@@ -1,4 +1,4 @@
-"""What problems to optimise promise beyond that: named tensors, losses that belong together, and gradients."""
+"""Further contract of problems to optimise: named tensors, consistent losses, gradients."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.conformance.tasks.contents import gradients, rows_of
 from tests.conformance.tasks.rows import PROBLEMS
 from tests.tasks.draws import generator
 
-#: One that takes all coordinates in one launch, and one that goes tensor by tensor.
+#: One rule with a single launch for all coordinates, one that works tensor by tensor.
 RULES: dict[str, Callable[[], Rule]] = {
     "lstm": lambda: CoordinatewiseLSTM(4),
     "adam": lambda: Adam(nn.Parameter(torch.tensor(0.01))),
@@ -28,7 +28,7 @@ every_own_row = pytest.mark.parametrize("row", [row for row in PROBLEMS if not r
 
 
 def groups_with_params(batch: Any, params: Any) -> list[tuple[Any, Any]]:
-    """The groups of a mixture, of the mixtures in it too, with their params; otherwise the batch with its own."""
+    """Groups of a mixture, nested ones included, with their params; otherwise the batch and its params."""
     if not hasattr(batch, "groups"):
         return [(batch, params)]
     return [pair for part in zip(batch.groups, params, strict=True) for pair in groups_with_params(*part)]
@@ -64,7 +64,7 @@ def test_every_start_is_drawn_anew(tasks: Any) -> None:
 
 @every_row
 def test_losses_of_minibatches_average_to_the_full_loss(tasks: Any) -> None:
-    """To five standard errors. Where every loss is on all data they are equal."""
+    """To within five standard errors; equal if every loss is on all data."""
     batch = tasks.sample(4, generator())
     params = batch.init_params()
     drawn = torch.stack([batch.loss(params) for _ in range(100)]).double()
@@ -88,7 +88,7 @@ def test_gradients_are_finite_and_shaped_as_params(tasks: Any, loss: str) -> Non
 
 @every_row
 def test_full_gradients_are_those_of_finite_differences(tasks: Any) -> None:
-    """Along the gradient itself, in the step that float32 allows."""
+    """Along the gradient, with a step suited to float32."""
     batch = tasks.sample(4, generator())
     params = batch.init_params()
     losses, grads = gradients(batch, params, "full_loss")
@@ -127,7 +127,7 @@ def test_second_derivatives_go_through(tasks: Any) -> None:
 
     grads, points = gradient(0.0)
     second = torch.autograd.grad(grads.square().sum(), points)
-    ends = [gradient(sign * 1e-7)[0].detach().square().sum() for sign in (1, -1)]  # steps over no kink of a ReLU
+    ends = [gradient(sign * 1e-7)[0].detach().square().sum() for sign in (1, -1)]  # steps cross no ReLU kink
     slope = (ends[0] - ends[1]) / 2e-7
     assert sum(s.sum() for s in second).item() == pytest.approx(slope.item(), rel=1e-3, abs=1e-6)
 

@@ -1,4 +1,4 @@
-"""Networks that the fused inner loop serves, and whether it did."""
+"""Networks for the fused inner loop, and a check that it served a call."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Forward = Callable[[Any, Tensor], Tensor]
 
 
 class Net(nn.Module):
-    """Two layers with a forward of the test's; the last is made first, so that their order is not that of their use."""
+    """Two layers with a custom forward; created in reverse order, so that registration order differs from use."""
 
     def __init__(self, forward: Forward, outputs: int = 1) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ EPISODE = regression(3, 4, 5, 2, 1)
 
 
 def served(model: nn.Module, capsys: pytest.CaptureFixture[str], episode: Episode = EPISODE, **options: Any) -> bool:
-    """Whether a call is fused; its losses and gradients are those of a loop in plain PyTorch."""
+    """Whether a call is fused; checks its losses and gradients against a plain PyTorch loop."""
     results, options = [], {"steps": 3, "lr": 0.1, **options}
     capsys.readouterr()
     for backend in (None, "reference"):

@@ -1,4 +1,4 @@
-"""Changes of a model, its loss or PyTorch itself after a call: the fused inner loop sees them or does not serve."""
+"""Changes of a model, its loss or PyTorch itself between calls: the fused inner loop detects them or declines."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def test_layers_that_do_nothing_in_eval_mode(capsys: pytest.CaptureFixture[str])
 
 
 def wrapped(model: nn.Module, before: Callable[[Any], Any], after: Callable[[Any], Any]) -> None:
-    """As accelerate's add_hook_to_module: the old forward is kept beside the new one, modules keep their class."""
+    """Like accelerate's add_hook_to_module: the old forward is kept beside the new one, modules keep their class."""
     old = model.forward
     model._old_forward = old
 
@@ -227,7 +227,7 @@ def wrapped(model: nn.Module, before: Callable[[Any], Any], after: Callable[[Any
 
 
 def prepared(model: nn.Module, dtype: torch.dtype) -> None:
-    """As accelerate's prepare with mixed precision: autocast around the forward, outputs in float32."""
+    """Like accelerate's prepare with mixed precision: autocast around the forward, outputs in float32."""
     forward = torch.autocast("cpu", dtype)(model.forward)
     model.forward = lambda *a: forward(*a).float()  # type: ignore[method-assign]
 

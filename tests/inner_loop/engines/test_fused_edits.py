@@ -1,4 +1,4 @@
-"""Models that are edited between calls: the fused inner loop sees every edit, or leaves the call to plain PyTorch."""
+"""Random edits of models between calls: the fused inner loop detects every edit, or declines the call."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from tests.conftest import assert_close
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-#: Sequences of edits in all, in parts that pytest can show apart.
+#: Total number of edit sequences, split into separate tests.
 SEQUENCES, PARTS = 500, 10
 
 WIDTHS = (2, 3, 2)
 
 
 class Net(nn.Module):
-    """The same layers with a forward of its own."""
+    """The same layers with a custom forward."""
 
     def __init__(self, layers: nn.Sequential) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class Derived(nn.Sequential):
 
 
 class Walk:
-    """One model on its way through edits."""
+    """A model undergoing a sequence of edits."""
 
     def __init__(self, seed: int, stack: contextlib.ExitStack) -> None:
         self.random, self.stack = random.Random(seed), stack
@@ -310,7 +310,7 @@ def compare(walk: Walk, trace: list[str]) -> None:
 
 @contextlib.contextmanager
 def paths() -> Iterator[list[bool]]:
-    """Whether the calls within were fused, one after another."""
+    """Context that records for each call whether it was fused."""
     taken: list[bool] = []
 
     class Collect(logging.Handler):
@@ -341,7 +341,7 @@ def test_edits_between_calls(part: int) -> None:
                     trace.append(edit.__name__)
                     edit(walk)
                 if walk.random.random() < 0.2:
-                    with paths() as taken:  # meta_backward takes another way where nobody listens
+                    with paths() as taken:  # meta_backward takes another path if nobody listens
                         compare(walk, [str(seed), type(walk.net).__name__, *trace])
                     fused, all_calls = fused + sum(taken), all_calls + len(taken)
                 else:

@@ -55,7 +55,7 @@ def assert_all_close(got: Any, expected: Any, tolerance: float = 1e-12) -> None:
 
 Losses = Callable[..., Tensor]
 
-#: Of a function of parameters and support_x, and those two.
+#: Transforms of f(parameters, support_x), given parameters, stacked parameters and x.
 SERVED: dict[str, Callable[[Losses, Any, Any, Tensor], Any]] = {
     "grad": lambda f, p, ps, x: grad(lambda p: f(p, x).square().sum())(p),
     "jacrev": lambda f, p, ps, x: jacrev(f)(p, x),
@@ -82,7 +82,7 @@ REFUSED: dict[str, tuple[str, Callable[[Losses, Any, Any, Tensor], Any]]] = {
 
 
 def transformed(transform: Callable[[Losses, Any, Any, Tensor], Any], call: str, **options: Any) -> Any:
-    """What a transform makes of the query losses of functional parameters."""
+    """Apply a transform to the query losses as a function of the parameters."""
     model, (x, *data) = Objective(mlp(2, 5, 1), call, **options), episode()
     params = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     batch = {name: torch.stack([p.detach() * (1 - 0.2 * i) for i in range(B)]) for name, p in params.items()}
@@ -109,7 +109,7 @@ def test_derivatives_that_plain_pytorch_serves(name: str, caplog: pytest.LogCapt
 
 
 def test_vmap_over_learned_rates() -> None:
-    """The elements have rates of their own, each with its gradient."""
+    """Every element has its own rates and their gradients."""
     model, data, results = mlp(2, 5, 1), episode(), []
     rates = {name: torch.full((B, *p.shape), 0.1, dtype=F64) for name, p in model.named_parameters()}
     rates = {
@@ -126,7 +126,7 @@ def test_vmap_over_learned_rates() -> None:
 
 
 def test_weights_of_steps_in_transforms() -> None:
-    """Known ones are read, those that a transform looks at go to plain PyTorch."""
+    """Concrete step weights are read; traced ones fall back to plain PyTorch."""
     model, data, weights = mlp(2, 5, 1), episode(), torch.tensor([0.25, 0.75], dtype=F64)
 
     def losses(lr: Tensor, weights: Tensor, backend: str | None = "cpp") -> Tensor:

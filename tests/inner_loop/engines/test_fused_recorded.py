@@ -1,4 +1,4 @@
-"""Models and losses that the fused inner loop serves by what they compute, and those that it leaves alone."""
+"""Models and losses that the fused inner loop recognises from their recorded computation, and those it declines."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def hooked(x: Tensor) -> Tensor:
 def caught(x: Tensor) -> Tensor:
     try:
         return x.sin()
-    except Exception:  # a recording ends by no exception that this catches
+    except Exception:  # recording must not end by an exception caught here
         return x
 
 
@@ -134,7 +134,7 @@ def test_layers_in_a_module_of_ones_own(name: str, capsys: pytest.CaptureFixture
     assert_close("losses", losses, hand_written(net, EPISODE, 3, lambda name, step: 0.1), 1e-11)
 
 
-#: Of these plain PyTorch raises, or vmap.
+#: Plain PyTorch, or vmap, raises for these.
 FAILING = ("raises", "unseen write", "data", "on values", "own way to a weight")
 
 
@@ -210,7 +210,7 @@ def test_a_recording_is_made_at_every_call(capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("where", ["attribute", "list", "closure", "loss"])
 def test_calls_that_are_counted(where: str) -> None:
-    """The next may compute something else: here the third, and those after it."""
+    """A later call may compute something else: here from the third on."""
     counts, net = [0], nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)).double()
 
     class Counting(nn.Module):
@@ -237,7 +237,7 @@ def test_calls_that_are_counted(where: str) -> None:
 
 
 def test_random_numbers_and_buffers_stay_as_they_were() -> None:
-    """Models that draw or count in PyTorch are not run before it is known that they do."""
+    """Models that draw random numbers or write buffers are recognised without running them."""
     net = Net(lambda net, x: net.last(F.dropout(net.first(x), 0.5, net.training).relu()))
     drawn = []
     for backend in (None, "reference"):

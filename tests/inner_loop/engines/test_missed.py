@@ -1,4 +1,4 @@
-"""The warning that plain PyTorch serves a small MLP: once for a reason, and for nothing else."""
+"""The warning that plain PyTorch serves a small MLP: once per reason, and in no other case."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def softplus() -> nn.Sequential:
 
 
 def heard(model: nn.Module, episode: Episode = EPISODE, **options: Any) -> list[str]:
-    """Messages of one call."""
+    """Warning messages of one call."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         meta_loss(model, episode.support, episode.query, **options)
@@ -84,7 +84,7 @@ SERVED_OR_CHOSEN: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 class Sine(nn.Module):
-    """An activation that is no module."""
+    """An activation that is not a module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class Sine(nn.Module):
 
 
 class Branches(nn.Module):
-    """Linear layers that are no chain."""
+    """Linear layers that do not form a chain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ def test_convolutions_are_not_bothered() -> None:
 
 
 def test_a_package_without_kernels_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And not for each kind of call."""
+    """Once overall, not once per kind of call."""
     monkeypatch.setattr(_backend, "_C", None)
     monkeypatch.setattr(_backend, "_missing", "there are none")
     monkeypatch.setattr(_backend, "_warned", set())

@@ -1,4 +1,4 @@
-"""define_op by an operator that this file defines: what follows from a schema, shapes, a formula and a kernel."""
+"""define_op, tested on an operator with a schema, shapes, a gradient formula and a kernel from this file."""
 
 from __future__ import annotations
 

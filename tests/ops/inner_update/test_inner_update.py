@@ -26,7 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(params=["cpp", "reference"])
 def backend(request: pytest.FixtureRequest) -> str:
-    """What serves every dtype on the CPU; Triton, whose interpreter cuts bfloat16, has its tests in test_triton.py."""
+    """Backends for every dtype on the CPU; Triton's interpreter truncates bfloat16, see test_triton.py."""
     return str(request.param)
 
 

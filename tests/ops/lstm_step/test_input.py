@@ -1,4 +1,4 @@
-"""What lstm_step refuses: the type of the error, and a message with the argument, what was expected and what came."""
+"""Invalid input of lstm_step: error types, and messages with the argument, what was expected and what came."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small steps of a rule without a graph, whose weights stay packed."""
+"""Small graph-free steps of a rule with cached packed weights."""
 
 import copy
 import pickle
@@ -30,7 +30,7 @@ def problem(n, **settings):
 
 
 def expected(rule, params, grads, state):
-    """The operator's step, which packs the weights anew at every call."""
+    """The operator's step, which packs the weights at every call."""
     options = {name: getattr(rule, name) for name in ("preprocess", "preprocess_scale", "output_scale", "precision")}
     with torch.no_grad():
         return lstm_step(params, grads, state, [w.detach().clone() for w in rule.weights()], **options)
@@ -138,7 +138,7 @@ def test_padding_is_zero_as_the_operator_leaves_it():
 
 
 def edits():
-    """Ways to change a rule's weights, seen by version counters or not."""
+    """Ways to change a rule's weights, with and without changing version counters."""
 
     def swap(rule):
         rule.lstm.weight_hh_l0 = nn.Parameter(torch.randn_like(rule.lstm.weight_hh_l0))

@@ -52,7 +52,7 @@ def test_gradient_of_the_preprocessing_is_finite_everywhere(preprocess: str) -> 
 
 
 def plain_step(problem, lstm: nn.LSTM, head: nn.Linear) -> tuple[Tensor, Tensor, Tensor]:
-    """What a user without metakern writes."""
+    """The step as written without metakern."""
     scale, options = problem.options["preprocess_scale"], problem.options
     features = reference.preprocess_gradient(problem.grads, options["preprocess"], scale)
     out, (h, c) = lstm(features.unsqueeze(0), (problem.h, problem.c))  # sequence length 1, batch N

@@ -73,7 +73,7 @@ class _Call(ctypes.Structure):
 
 
 class Plan(ctypes.Structure):
-    """What a call takes of the device."""
+    """A call's use of device resources."""
 
     _fields_ = (
         ("blocks", ctypes.c_int64),
@@ -111,7 +111,7 @@ Samples = tuple[Tensor, Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What the operators of a problem have in common."""
+    """Arguments shared by the operators of a problem."""
 
     problem: Problem
     params: Sequence[Tensor]
@@ -121,12 +121,12 @@ class Arguments:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of all that is not private."""
+        """Dtype of arguments and results."""
         return self.params[0].dtype
 
     @property
     def arithmetic(self) -> torch.dtype:
-        """Of all that is private."""
+        """Dtype of internal buffers."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -164,7 +164,7 @@ class Arguments:
         return out
 
     def call(self, mode: int, memory: Guarded) -> _Call:
-        """What every mode takes; inputs are copied to ``memory``."""
+        """Arguments of every mode; inputs are copied to ``memory``."""
         out = _Call(mode, DTYPES.index(self.dtype), _Pointers(*(memory.copy(q).data_ptr() for q in self.params)))
         for name, samples in (("support", self.support), ("query", self.query)):
             if samples is not None:
@@ -188,11 +188,11 @@ class MlpEmulator:
         self._library.functions.shared_bytes.restype = ctypes.c_int64
 
     def shared_bytes(self, arguments: Arguments, placement: int) -> int:
-        """Of a block."""
+        """Shared memory of a block."""
         return int(self._library.functions.shared_bytes(ctypes.byref(arguments.structure(Guarded())), placement))
 
     def plan(self, arguments: Arguments, mode: int, with_grads: bool, device: Device = DEVICE) -> Plan:
-        """What a call takes of ``device``."""
+        """A call's use of resources of ``device``."""
         plan, problem = Plan(), arguments.structure(Guarded())
         flag = ctypes.c_bool(with_grads)
         self._library.call("plan", device, ctypes.byref(problem), mode, flag, ctypes.byref(plan))

@@ -1,4 +1,4 @@
-"""Which backend ``auto`` takes on a GPU, by tensors that torch makes without one."""
+"""The backend that ``auto`` takes on a GPU, tested without one by fake tensors."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MODULE = importlib.import_module("metakern.ops.mlp_inner_loop")
 
 
 class Served(Exception):
-    """By whom; nothing can be computed with these tensors."""
+    """Raised with the serving backend's name, as these tensors cannot be computed with."""
 
 
 @pytest.fixture
 def triton_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU for which Triton's kernels are there and the CUDA kernels are not."""
+    """A GPU with Triton kernels but without CUDA kernels."""
     monkeypatch.setattr(_backend, "_warned", set())
     monkeypatch.setattr(_backend, "missing", lambda name, device: "" if name == "triton" else "no kernels for it")
     properties = SimpleNamespace(shared_memory_per_block_optin=2**17)

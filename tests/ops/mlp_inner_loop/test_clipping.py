@@ -21,7 +21,7 @@ NORMS = (0.05, 2.7, 1e3)  # below all gradients of these problems, between them,
 
 
 def largest_norms(case: Case) -> Tensor:
-    """Of every task's gradient by all parameters, at the start."""
+    """Norm of every task's initial gradient by all parameters."""
     steps = mlp_inner_loop(case.params, *case.support, lr=1.0, steps=1, loss=case.loss, backend="reference")
     return torch.cat([(p - s).flatten(1) for p, s in zip(case.params, steps, strict=True)], 1).norm(dim=1)
 
@@ -83,7 +83,7 @@ def test_squares_that_overflow_float32_are_clipped(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_an_infinite_gradient_of_one_parameter_takes_no_step_elsewhere(backend: str) -> None:
-    """Of an infinite norm the factor is zero: what is finite stays, what is infinite becomes NaN, as in PyTorch."""
+    """With an infinite norm the factor is zero: finite gradients give no step, infinite ones NaN, as in PyTorch."""
     x, y = torch.tensor([[[1e200]], [[1.0]]], dtype=F64), torch.tensor([[[-1e200]], [[-1.0]]], dtype=F64)
     params = [torch.zeros(1, 1, dtype=F64), torch.zeros(1, dtype=F64)]
     weight, bias = mlp_inner_loop(params, x, y, lr=0.1, steps=1, clip_norm=1.0, backend=backend)

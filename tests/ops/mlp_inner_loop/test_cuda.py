@@ -43,7 +43,7 @@ def arguments(case: Case, dtype: torch.dtype, lr: Any, steps: int, masks: Any = 
 def meta(
     mlp: MlpEmulator, case: Case, dtype: torch.dtype = F64, lr: Any = 0.1, device: Device = DEVICE, **options: Any
 ) -> list[Tensor]:
-    """What Case.meta gives, by the emulated operators."""
+    """Results of Case.meta, by the emulated operators."""
     steps = options.pop("steps")
     step_weights = options.pop("step_weights", None) or [0.0] * (steps - 1) + [1.0]
     masks = options.pop("support_mask", None), options.pop("query_mask", None)
@@ -57,7 +57,7 @@ def meta(
 def adapt(
     mlp: MlpEmulator, case: Case, dtype: torch.dtype = F64, lr: Any = 0.1, device: Device = DEVICE, **options: Any
 ) -> list[Tensor]:
-    """What Case.adapt gives, by the emulated operators."""
+    """Results of Case.adapt, by the emulated operators."""
     a = arguments(case, dtype, lr, options.pop("steps"), **options)
     a = Arguments(a.problem, a.params, a.lr, a.support)
     results, trajectory = mlp.mlp_inner_loop(a, device=device)

@@ -22,7 +22,7 @@ STEPS = 50_000
 
 @pytest.fixture
 def one_gigabyte() -> Iterator[None]:
-    """As much address space as there is in use, and a gigabyte."""
+    """Limit the address space to the current use plus a gigabyte."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     before = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + 2**30, before[1]))

@@ -172,7 +172,7 @@ def test_tasks_of_own_parameters_must_be_as_many() -> None:
 
 
 def backward_arguments(name: str) -> list[Any]:
-    """Of the backward operator, for 3 tasks, 2 steps and 17 parameters a task."""
+    """Arguments of the backward operator, for 3 tasks, 2 steps and 17 parameters per task."""
     case, steps = Case([2, 4, 1], 3), 2
     params, x, y, mask, lr, rate, *scalars = arguments(case, steps)
     params = [p.detach() for p in params]

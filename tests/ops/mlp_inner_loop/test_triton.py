@@ -167,7 +167,7 @@ NAMES = ("mlp_inner_loop", "mlp_inner_loop_backward", "mlp_meta_loss", "mlp_meta
 
 
 def arguments(name: str, device: torch.device) -> tuple[Any, ...]:
-    """Of the operator ``name``, with every kind of optional tensor."""
+    """Arguments of the operator ``name``, with every kind of optional tensor."""
     case = make_case(device, [2, 4, 1])
     rates = [torch.full((2,), 0.1, dtype=F64, device=device) for _ in case.params]
     masks = [torch.ones(y.shape[:2], dtype=torch.bool, device=device) for _, y in (case.support, case.query)]

@@ -42,6 +42,8 @@ def plain_optimizer(
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @pytest.mark.parametrize("preprocess", reference.PREPROCESS)
 def test_from_nn_lstm_reproduces_the_plain_computation(preprocess: str, layers: int, backend: str) -> None:
+    if backend == "triton" and (preprocess, layers) != ("log_sign", 2):
+        pytest.skip("the interpreter takes 10 s for it; the operator's own suite holds it to every size")
     lstm, head = modules(6, layers, reference.num_features(preprocess))
     rule = CoordinatewiseLSTM.from_modules(lstm, head, preprocess=preprocess, backend=backend)
     params, grads = torch.randn(37), torch.randn(37)

@@ -84,10 +84,11 @@ def test_opcheck_on_a_gpu(name: str) -> None:
 
 
 def test_every_registered_operator_has_a_row() -> None:
-    assert set(operators()) == set(raw_calls.COMPILED)
     raw_calls.operator("lstm_step_triton")
     registered = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("metakern::")}
-    assert {n.partition(".")[0] for n in registered} == {*raw_calls.COMPILED, *raw_calls.TRITON}
+    for names, rows in ((set(operators()), raw_calls.COMPILED), (registered, {*raw_calls.COMPILED, *raw_calls.TRITON})):
+        # tests/ops/core defines toys, in the same process if it comes to that.
+        assert {n.partition(".")[0] for n in names if not n.startswith("toy")} == set(rows)
 
 
 def small(op: Operator, by: Implementation) -> Example:

@@ -86,9 +86,12 @@ def test_opcheck_on_a_gpu(name: str) -> None:
 def test_every_registered_operator_has_a_row() -> None:
     raw_calls.operator("lstm_step_triton")
     registered = {n.partition("::")[2] for n in torch._C._dispatch_get_all_op_names() if n.startswith("metakern::")}
-    for names, rows in ((set(operators()), raw_calls.COMPILED), (registered, {*raw_calls.COMPILED, *raw_calls.TRITON})):
+    for names, expected in (
+        (set(operators()), raw_calls.COMPILED),
+        (registered, {*raw_calls.COMPILED, *raw_calls.TRITON}),
+    ):
         # tests/ops/core defines toys, in the same process if it comes to that.
-        assert {n.partition(".")[0] for n in names if not n.startswith("toy")} == set(rows)
+        assert {n.partition(".")[0] for n in names if not n.startswith("toy")} == set(expected)
 
 
 def small(op: Operator, by: Implementation) -> Example:

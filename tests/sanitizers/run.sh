@@ -20,7 +20,7 @@ library() {
 preload="$(library libasan.so):$(library libubsan.so):$(library libstdc++.so.6)"
 
 mkdir "$work/tree"
-cp -rL metakern csrc tests setup.py pyproject.toml README.md LICENSE "$work/tree"
+cp -rL metakern csrc tests bench setup.py pyproject.toml README.md LICENSE "$work/tree"
 rm -f "$work"/tree/metakern/_C*.so
 cd "$work/tree"
 METAKERN_CUDA=0 METAKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$work/lib"

@@ -73,7 +73,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m pytest bench/*/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name
 
 bench-avx2:
-	METAKERN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 $(MAKE) bench
+	METAKERN_CPU_CAPABILITY=avx2 $(MAKE) bench
 
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)

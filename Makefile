@@ -14,7 +14,7 @@ help:
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
-	@echo "make bench-avx2  the same as on a machine without AVX-512, for metakern and PyTorch alike"
+	@echo "make bench-avx2  the same with the kernels for AVX2"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"

@@ -67,6 +67,25 @@ def _with_graph(model: torch.nn.Module, support: Any, query: Any, options: dict[
     metakern.meta_loss(model, support, query, **{"loss": F.mse_loss, **options}).mean().backward()
 
 
+class _Empty(torch.autograd.Function):
+    """Nothing, in the form of a call that is differentiated by six parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, *params: torch.Tensor) -> torch.Tensor:
+        ctx.params = params
+        return params[0].new_zeros(4)
+
+    @staticmethod
+    def backward(ctx: Any, _: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(p) for p in ctx.params)
+
+
+def empty_graph() -> float:
+    """A call of an autograd.Function of the sinusoid's six parameters that computes nothing, its mean and backward."""
+    params = list(sinusoid().model().parameters())
+    return least(lambda: _Empty.apply(*params).mean().backward())
+
+
 def import_seconds() -> dict[str, float]:
     """Processor time of ``import torch, numpy`` and of ``import metakern`` after them: the least of 5 processes."""
     code = "import time, torch, numpy; a = time.process_time(); import metakern; print(a, time.process_time() - a)"
@@ -87,6 +106,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
         "seconds": steps,
         "rule() at N = 16 against a + a": steps["rule(), N = 16"] / steps["a + a"],
         "meta-iterations": iterations,
+        "an empty autograd.Function, mean and backward": empty_graph(),
         "import": import_seconds(),
     }
     output.write_text(json.dumps(results, indent=1) + "\n")

@@ -55,18 +55,11 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
   return grad_weights;
 }
 
-std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
-                                     const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
-                                     double output_scale, int64_t precision) {
-  check_like(grads_, "grads", params_, "params");
-  const LstmStepProblem p = cpu_problem(params_, state_, weights,
-                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
-  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
-  const Tensor state = as_contiguous(state_);
+// A step of the plain stages, from contiguous tensors; the new ones may be the old ones.
+void step_into(const LstmStepProblem& p, const std::vector<Tensor>& weights, const Tensor& params, const Tensor& grads,
+               const Tensor& state, Tensor& new_params, Tensor& new_state) {
   const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
-  Tensor new_params = torch::stable::new_empty(params, params.sizes());
-  Tensor new_state = empty_result(state);
   LstmStepForward args{};
   args.packed = packed.get();
   args.params = params.const_data_ptr();
@@ -75,6 +68,19 @@ std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_
   args.new_params = new_params.mutable_data_ptr();
   args.new_state = new_state.mutable_data_ptr();
   run_forward(k, p, args);
+}
+
+std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
+                                     const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
+                                     double output_scale, int64_t precision) {
+  check_like(grads_, "grads", params_, "params");
+  const LstmStepProblem p = cpu_problem(params_, state_, weights,
+                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
+  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
+  const Tensor state = as_contiguous(state_);
+  Tensor new_params = torch::stable::new_empty(params, params.sizes());
+  Tensor new_state = empty_result(state);
+  step_into(p, weights, params, grads, state, new_params, new_state);
   return {new_params, new_state};
 }
 
@@ -85,16 +91,7 @@ void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::ve
                                         plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
-  const LstmStepKernels& k = kernels_for(p);
-  const Buffer packed = pack(k, p, weights, false);
-  LstmStepForward args{};
-  args.packed = packed.get();
-  args.params = params.const_data_ptr();
-  args.grads = grads.const_data_ptr();
-  args.state = state.const_data_ptr();
-  args.new_params = params.mutable_data_ptr();
-  args.new_state = state.mutable_data_ptr();
-  run_forward(k, p, args);
+  step_into(p, weights, params, grads, state, params, state);
 }
 
 std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor& grad_new_params_,

@@ -1,4 +1,4 @@
-"""mlp_update_step: one step of a per-parameter MLP optimizer, for all coordinates of all tensors of all tasks in one call.
+"""mlp_update_step: one step of a per-parameter MLP optimizer, for all tensors of all tasks in one call.
 
 Metz et al. 2022, arXiv 2203.11860 ("small_fc_lopt"), µLO (arXiv 2406.00153) and ELO. The definition is
 :mod:`metakern.ops.mlp_update_step.reference`.

@@ -1,6 +1,6 @@
 """Which axes of a tensor Adafactor's moving means of squared gradients run over, and their shapes.
 
-Axis legend: ``*shape`` the shape of one parameter tensor of one task; rows and columns as in Adafactor (arXiv 1804.04235).
+Axis legend: ``*shape`` the shape of one parameter tensor of one task; rows and columns as in arXiv 1804.04235.
 """
 
 from __future__ import annotations

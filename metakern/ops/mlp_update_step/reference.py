@@ -1,4 +1,4 @@
-"""Definition of mlp_update_step in plain PyTorch, differentiable to any order; every implementation is tested against it.
+"""Definition of mlp_update_step in plain PyTorch, differentiable to any order; the oracle of every implementation.
 
 Metz et al. 2022, arXiv 2203.11860 ("small_fc_lopt"); µLO (arXiv 2406.00153) and ELO share its features.
 

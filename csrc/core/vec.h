@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -76,6 +76,36 @@ MK_INLINE FloatVec at_most<FloatVec>(FloatVec x, float bound) {
 template <>
 MK_INLINE FloatVec at_least<FloatVec>(FloatVec x, float bound) {
   return FloatVec(_mm256_max_ps(_mm256_set1_ps(bound), __m256(x)));
+}
+#endif
+
+// The compiler does not join the square roots of lanes.
+#if defined(__AVX512F__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm512_sqrt_ps(__m512(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm512_sqrt_pd(__m512d(x)));
+}
+#elif defined(__AVX2__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm256_sqrt_ps(__m256(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm256_sqrt_pd(__m256d(x)));
+}
+#elif defined(__SSE2__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm_sqrt_ps(__m128(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm_sqrt_pd(__m128d(x)));
 }
 #endif
 

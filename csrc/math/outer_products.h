@@ -56,7 +56,8 @@ MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_row
     outer_product<V, RA, RB, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
   for (; vector_bytes == 32 && b + 2 <= b_rows; b += 2)
     outer_product<V, RA, 2, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; b < b_rows; ++b) outer_product<V, RA, 1, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; b < b_rows; ++b)
+    outer_product<V, RA, 1, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
 }
 
 template <class V, int Lanes = tile_lanes>

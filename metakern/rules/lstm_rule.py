@@ -19,6 +19,7 @@ from metakern.ops.lstm_step.state import TILE_LANES, check_sizes
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
 from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules.protocol import check_training
 
 
 class LSTMRule(CoordinatewiseRule):
@@ -69,7 +70,7 @@ class LSTMRule(CoordinatewiseRule):
         prepare(backend)
         if not isinstance(bfloat16_state, bool):
             raise TypeError(f"bfloat16_state must be a bool, got {bfloat16_state!r}")
-        _check_training(horizon, trained_on)
+        check_training(horizon, trained_on)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
         self.output_scale, self.backend = output_scale, backend
@@ -194,12 +195,3 @@ class LSTMRule(CoordinatewiseRule):
             f"`preprocess={self.preprocess!r}` (p = {self.preprocess_scale}), and its output is scaled by "
             f"{self.output_scale}."
         )
-
-
-def _check_training(horizon: Any, trained_on: Any) -> None:
-    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
-        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"horizon must be at least 1, got {horizon}")
-    if trained_on is not None and not isinstance(trained_on, str):
-        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")

@@ -3,22 +3,28 @@
 from metakern.rules.adam import Adam
 from metakern.rules.gradient_descent import GradientDescent
 from metakern.rules.lstm import CoordinatewiseLSTM
+from metakern.rules.meta_lstm import MetaLSTM
 from metakern.rules.momentum import Momentum
 from metakern.rules.pretrained import PretrainedRule, load
 from metakern.rules.protocol import Rule, RuleState
 from metakern.rules.registry import get, register
+from metakern.rules.rnnprop import RNNProp
 
 register(Adam)
 register(CoordinatewiseLSTM)
 register(GradientDescent)
+register(MetaLSTM)
 register(Momentum)
+register(RNNProp)
 
 __all__ = [
     "Adam",
     "CoordinatewiseLSTM",
     "GradientDescent",
+    "MetaLSTM",
     "Momentum",
     "PretrainedRule",
+    "RNNProp",
     "Rule",
     "RuleState",
     "get",

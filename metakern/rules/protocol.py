@@ -270,6 +270,8 @@ def check_loss(rule: Rule, loss: Tensor | None) -> Tensor | None:
         return None
     if loss is None:
         raise ValueError(f"loss must be given to {type(rule).__name__}: a tensor [T] with a task axis, [] without")
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor [T] with a task axis, [] without, got {type(loss).__name__}")
     return loss
 
 
@@ -302,7 +304,13 @@ def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def loss_of_coordinates(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """Expand losses [T] or [] to [N], each to the coordinates of its task."""
+    """Expand losses [T] or [] to [N], each to the coordinates of its task; ValueError for another number of them."""
+    for p in leaves:
+        if loss.dim() and (loss.dim() > 1 or not p.dim() or p.shape[0] != loss.shape[0]):
+            raise ValueError(
+                f"loss must be [] or have one entry per task, the first axis of params, whose shape is "
+                f"{list(p.shape)}, got {list(loss.shape)}"
+            )
     return flatten([(loss.view(-1, *[1] * (p.dim() - 1)) if loss.dim() else loss).expand(p.shape) for p in leaves])
 
 

@@ -43,7 +43,16 @@ def train(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool]], first
     for step, pattern in enumerate(patterns, first):
         for name, p, active in zip(group["param_names"], group["params"], pattern, strict=True):
             p.grad = grad_of(p, name, step) if active else None
-        optimizer.step()
+        take_step(optimizer, step)
+
+
+def take_step(optimizer: LearnedOptimizer, step: int = 0) -> None:
+    """A step, with a loss from a closure for rules that need one."""
+    optimizer.step((lambda: loss_at(step)) if optimizer.rule.needs_loss else None)
+
+
+def loss_at(step: int) -> Tensor:
+    return torch.tensor(1.5 - 0.3 * step)
 
 
 def by_hand(
@@ -60,7 +69,7 @@ def by_hand(
                 states[name].shared.update({"count": torch.tensor(step)})
             p, grad = params[name] * (1 - lr * decay), grad_of(params[name], name, step)
             with torch.no_grad():
-                new, states[name] = rule({name: p}, {name: grad}, states[name])
+                new, states[name] = rule({name: p}, {name: grad}, states[name], loss=loss_at(step))
             params[name] = p + lr * (new[name] - p)
     return params
 
@@ -193,7 +202,7 @@ def test_module_to_in_mid_run_keeps_the_state(row: Row) -> None:
             model.double()
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.1 * (step + 1))
-        optimizer.step()
+        take_step(optimizer, step)
     assert [entry["step"] for entry in optimizer.state.values()] == [4, 4]
     assert all(p.dtype == torch.float64 for p in model.parameters())
 
@@ -262,8 +271,9 @@ def test_the_warning_beyond_the_horizon_points_at_the_users_line(row: Row) -> No
     (group,) = optimizer.param_groups
     for p in group["params"]:
         p.grad = torch.zeros_like(p)
+    closure = (lambda: loss_at(2)) if rule.needs_loss else None
     with pytest.warns(UserWarning, match=rf"meta-trained for 2 steps; .* {rule.advice_beyond_horizon}") as seen:
-        optimizer.step()  # the line
+        optimizer.step(closure)  # the line
     assert len(seen) == 1
     assert Path(seen[0].filename) == Path(__file__)
     assert Path(__file__).read_text().splitlines()[seen[0].lineno - 1].endswith("# the line")
@@ -282,7 +292,7 @@ def test_unnamed_parameters_in_two_groups(row: Row) -> None:
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    take_step(optimizer)
     assert not torch.equal(params[0], before[0])
     for p, old in zip(params[1:], before[1:], strict=True):
         assert_same_bits("lr 0", p.detach(), old)

@@ -7,7 +7,7 @@ from metakern.rules.meta_lstm import MetaLSTM
 from metakern.rules.momentum import Momentum
 from metakern.rules.pretrained import PretrainedRule, load
 from metakern.rules.protocol import Rule, RuleState
-from metakern.rules.registry import get, register
+from metakern.rules.registry import add_variant, get, make, names, register
 from metakern.rules.rnnprop import RNNProp
 
 register(Adam)
@@ -16,6 +16,11 @@ register(GradientDescent)
 register(MetaLSTM)
 register(Momentum)
 register(RNNProp)
+
+add_variant("sgd", GradientDescent)
+add_variant("meta-sgd", GradientDescent.meta_sgd, needs_params=True)
+add_variant("lslr", GradientDescent.lslr, needs_params=True)
+add_variant("meta-lstm-with-start", MetaLSTM, needs_params=True)
 
 __all__ = [
     "Adam",
@@ -29,5 +34,7 @@ __all__ = [
     "RuleState",
     "get",
     "load",
+    "make",
+    "names",
     "register",
 ]

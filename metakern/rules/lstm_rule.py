@@ -53,8 +53,8 @@ class LSTMRule(LSTMCells):
     ) -> None:
         if preprocess not in PREPROCESS:
             raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
-        sizes = {"inputs": num_features(preprocess), "head": (hidden_size, 1)}
-        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, **sizes)
+        inputs, head = num_features(preprocess), (hidden_size, 1)
+        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, inputs=inputs, head=head)
         check_scales(preprocess_scale, output_scale)
         if not isinstance(bfloat16_state, bool):
             raise TypeError(f"bfloat16_state must be a bool, got {bfloat16_state!r}")

@@ -31,6 +31,7 @@ class MetaLSTM(StagedRule):
     ``LearnedOptimizer``, load them: ``model.load_state_dict(rule.initialisation(), strict=False)``.
 
     Args:
+        initial: parameters [*shape] by name to learn as the tasks' start; None learns no start.
         hidden_size: H, 1 to 64.
         num_layers: L, 1 to 3.
         preprocess_scale: p of the preprocessing.
@@ -40,7 +41,6 @@ class MetaLSTM(StagedRule):
         precision: of the products, as for :class:`metakern.rules.CoordinatewiseLSTM`.
         horizon: steps that the rule was meta-trained for, or None.
         trained_on: description of the meta-training tasks, or None.
-        initial: parameters [*shape] by name to learn as the tasks' start; None learns no start.
 
     Raises:
         ValueError, TypeError: for arguments out of range.
@@ -58,6 +58,7 @@ class MetaLSTM(StagedRule):
 
     def __init__(
         self,
+        initial: Mapping[str, Tensor] | None = None,
         hidden_size: int = 20,
         num_layers: int = 1,
         preprocess_scale: float = 10.0,
@@ -67,10 +68,9 @@ class MetaLSTM(StagedRule):
         precision: str = "highest",
         horizon: int | None = None,
         trained_on: str | None = None,
-        initial: Mapping[str, Tensor] | None = None,
     ) -> None:
-        sizes = {"inputs": 4, "head": (hidden_size + 2, 2)}
-        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, **sizes)
+        head = (hidden_size + 2, 2)
+        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, inputs=4, head=head)
         check_scales(preprocess_scale, 1.0)
         if not is_number(gradient_divisor):
             raise TypeError(f"gradient_divisor must be a number, got {gradient_divisor!r}")
@@ -87,7 +87,7 @@ class MetaLSTM(StagedRule):
     @classmethod
     def for_model(cls, model: nn.Module, **options: Any) -> Self:
         """A rule that learns the start of a model's parameters, from copies of those that require a gradient."""
-        return cls(**options, initial={name: p for name, p in model.named_parameters() if p.requires_grad})
+        return cls({name: p for name, p in model.named_parameters() if p.requires_grad}, **options)
 
     def initialisation(self) -> dict[str, Tensor] | None:
         """The learned initial parameters, [*shape] each by name; None if the rule learns none."""
@@ -115,7 +115,7 @@ class MetaLSTM(StagedRule):
     def from_saved(cls, options: dict[str, Any], weights: Mapping[str, Tensor]) -> Self:
         """A rule whose initial parameters have the names and shapes of the saved ones."""
         start = {n.removeprefix("initial."): w for n, w in weights.items() if n.startswith("initial.")}
-        return cls(**options, initial={name.replace("/", "."): w for name, w in start.items()})
+        return cls({name.replace("/", "."): w for name, w in start.items()}, **options)
 
     def described(self) -> str:
         """Description for the model card."""
@@ -131,6 +131,8 @@ class _Start(nn.Module):
 
     def __init__(self, initial: Mapping[str, Tensor]) -> None:
         super().__init__()
+        if not isinstance(initial, Mapping):
+            raise TypeError(f"initial must be a dict of tensors by name, got {type(initial).__name__}")
         for name, p in initial.items():
             if not isinstance(p, Tensor) or not p.is_floating_point():
                 got = f"{p.dtype}" if isinstance(p, Tensor) else type(p).__name__

@@ -65,8 +65,10 @@ class RNNProp(StagedRule):
         horizon: int | None = None,
         trained_on: str | None = None,
     ) -> None:
-        sizes = {"inputs": MOMENTS_WIDTH, "head": (hidden_size, 1)}
-        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, **sizes)
+        head = (hidden_size, 1)
+        super().__init__(
+            hidden_size, num_layers, backend, precision, horizon, trained_on, inputs=MOMENTS_WIDTH, head=head
+        )
         check_decays(beta1, beta2)
         check_scales(1.0, output_scale)
         if not isinstance(moment_first, bool):

@@ -234,8 +234,8 @@ ROWS = [
         rnnprop,
         compiled=False,
     ),
-    Row("Meta-LSTM", lambda _: large(MetaLSTM(6)), meta_lstm),
-    Row("Meta-LSTM, with a start", lambda p: MetaLSTM(5, 2, 7.0, 3.0, initial=p), meta_lstm, compiled=False),
+    Row("Meta-LSTM", lambda _: large(MetaLSTM(hidden_size=6)), meta_lstm),
+    Row("Meta-LSTM, with a start", lambda p: MetaLSTM(p, 5, 2, 7.0, 3.0), meta_lstm, compiled=False),
     Row("normalised LSTM", lambda _: NormalisedLSTM(5, 2, "none"), normalised_lstm),
 ]
 

@@ -2,7 +2,7 @@
 
 from metakern.ops.inner_update import inner_update
 from metakern.ops.lstm_step import lstm_step, lstm_step_
-from metakern.ops.lstm_step.staged import lstm_step_staged
+from metakern.ops.lstm_step.staged import lstm_step_staged, lstm_step_staged_
 from metakern.ops.lstm_step.state import LSTMState, pack_state, unpack_state
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 
@@ -12,6 +12,7 @@ __all__ = [
     "lstm_step",
     "lstm_step_",
     "lstm_step_staged",
+    "lstm_step_staged_",
     "mlp_inner_loop",
     "mlp_meta_loss",
     "pack_state",

@@ -83,6 +83,15 @@ class MixedBatch:
         """Losses [T] on all data of each problem."""
         return torch.cat([group.full_loss(piece) for group, piece in zip(self.groups, params, strict=True)])
 
+    def held_out_loss(self, params: tuple[Any, ...]) -> Tensor:
+        """Losses [T] on held-out samples of each problem."""
+        return torch.cat([group.held_out_loss(piece) for group, piece in zip(self.groups, params, strict=True)])
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether every group has held-out samples."""
+        return all(getattr(group, "has_held_out", False) for group in self.groups)
+
     def select(self, tasks: slice | Tensor) -> MixedBatch:
         """Some of the problems, in their order: a slice, ascending indices, or a mask [T].
 

@@ -1,8 +1,9 @@
-"""An update rule as a meta-learner for the trainer, trained by truncated backpropagation through time.
+"""An update rule as a meta-learner for the trainer.
 
-Andrychowicz et al. 2016, arXiv 1606.04474, section 3: T problems are solved side by side for some steps; after every
-``unroll`` steps the rule's weights take an outer step on the losses of these steps, and parameters and state are
-carried on, detached.
+By truncated backpropagation through time (Andrychowicz et al. 2016, arXiv 1606.04474, section 3): T problems are solved
+side by side for some steps; after every ``unroll`` steps the rule's weights take an outer step on the losses of these
+steps, and parameters and state are carried on, detached. Or by evolution strategies, which need no derivatives of the
+rule and can be unbiased over unrolls of any length; see ``estimators``.
 
 Axis legend: T problems; a coordinatewise rule takes the step of all coordinates of all problems in one launch.
 """
@@ -18,6 +19,9 @@ from torch import Tensor, nn
 from metakern.core.checks import check_count
 from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.updates import RuleUpdate
+from metakern.learners.estimators import STRATEGIES, check_estimator
+from metakern.learners.estimators.copies import flat_weights, learned_weights
+from metakern.learners.estimators.pairs import Pairs
 from metakern.learners.objectives import LOSS_DATA, check_objective
 from metakern.learners.starts import starting_params
 from metakern.learners.unroll import Optimized, Unrolled, check_held_out
@@ -37,6 +41,13 @@ class RuleLearner(nn.Module):
         second_order: also differentiate through the gradients that the rule receives
         loss_on: "train": the objective is taken on the minibatches that the rule sees next; "held-out": on samples
             that it never sees, which the problems must have (:meth:`NetworkProblem.hold_out`)
+        estimator: "tbptt" backpropagates through each unroll; "es", "pes" and "noise-reuse" are evolution strategies,
+            which take one outer step per meta-batch, a truncation of ``unroll`` steps; ``steps`` is then the longest
+            life of a problem, and each meta-batch holds the problems that replace those that end. Their problems must
+            derive from :class:`metakern.tasks.ProblemBatch`. They count the losses before each update
+        sigma: standard deviation of their perturbations of the weights; default 0.01
+        min_steps: shortest life of their problems; lengths are log-uniform; default: ``unroll``
+        max_difference: their largest difference between the losses of a pair, in size; default: no limit
 
     Raises:
         TypeError, ValueError: for settings out of range.
@@ -59,10 +70,14 @@ class RuleLearner(nn.Module):
         objective: str = "log",
         second_order: bool = False,
         loss_on: str = "train",
+        estimator: str = "tbptt",
+        sigma: float | None = None,
+        min_steps: int | None = None,
+        max_difference: float | None = None,
     ) -> None:
         super().__init__()
         steps, unroll = check_count("steps", steps), check_count("unroll", unroll)
-        if steps % unroll:
+        if estimator == "tbptt" and steps % unroll:
             raise ValueError(f"unroll must divide steps, {steps}, got {unroll}")
         if loss_on not in LOSS_DATA:
             raise ValueError(f"loss_on must be one of {', '.join(LOSS_DATA)}, got {loss_on!r}")
@@ -70,19 +85,62 @@ class RuleLearner(nn.Module):
         self.rule: Any = rule
         self.loss_on = loss_on
         self.steps, self.unroll, self.objective, self.second_order = steps, unroll, objective, second_order
+        self.estimator = estimator
+        options = check_estimator(
+            estimator,
+            second_order=second_order,
+            unroll=unroll,
+            steps=steps,
+            sigma=sigma,
+            min_steps=min_steps,
+            max_difference=max_difference,
+        )
+        self.pairs: Pairs | None = None
+        if options is not None:
+            learned_weights(rule)  # raises for a rule without any
+            shared = {"unroll": unroll, "steps": steps, "objective": self._objective}
+            self.pairs = Pairs(STRATEGIES[estimator], held_out=loss_on == "held-out", **shared, **options)
+        self._tasks: Any = None
+        self._calls: int | None = None  # of meta_losses since on_iteration, None before it
 
     def __repr__(self) -> str:
         settings = f"steps={self.steps}, unroll={self.unroll}, objective={self.objective!r}"
-        return f"RuleLearner({type(self.rule).__name__}, {settings})"
+        return f"RuleLearner({type(self.rule).__name__}, {settings}, estimator={self.estimator!r})"
+
+    def on_iteration(self, iteration: int, tasks: Any, generator: torch.Generator) -> None:
+        """Called by the trainer before each meta-batch: remembers the distribution of the problems in flight."""
+        del iteration, generator
+        self._tasks, self._calls = tasks, 0
 
     def meta_losses(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
-        """Solve the problems once; yields losses [T] after every unroll, averaged over its steps.
+        """Yields losses [T], averaged over the steps of an unroll.
 
-        For every objective the values are those of f; the gradient of their mean is that of the objective's mean over
-        problems and steps. The caller may change the weights between tensors.
+        "tbptt" solves the problems once, and yields after every unroll; the others yield once. For every objective the
+        values are those of f; the gradient of their mean is that of the objective's mean over problems and steps. The
+        caller may change the weights between tensors.
+
+        Raises:
+            ValueError: for problems without the held-out samples asked for; for evolution strategies also for another
+                number of problems than before, and if the trainer computes a meta-batch in parts (``accumulate``)
+            TypeError: for problems that evolution strategies cannot keep
         """
         if self.loss_on == "held-out":
             check_held_out(batch)
+        yield from self._backpropagated(batch) if self.pairs is None else self._estimated(self.pairs, batch)
+
+    def _estimated(self, pairs: Pairs, batch: OptimizeeBatch) -> Iterator[Tensor]:
+        if self._calls is not None:
+            self._calls += 1
+            if self._calls > 1:
+                raise ValueError(
+                    f"accumulate must be 1 with estimator {self.estimator!r}, which keeps a problem for every task of "
+                    "a meta-batch, got more parts"
+                )
+        losses, gradients = pairs.estimate(self.rule, batch, self._tasks)
+        surrogate = (gradients * flat_weights(self.rule)).sum(1)
+        yield losses + (surrogate - surrogate.detach())
+
+    def _backpropagated(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
         update = RuleUpdate(self.rule)
         loop = InnerLoop(update, [not self.second_order] * self.unroll)
         # The objective "last" counts the loss before the last update. For the others θ_0 does not count: what the rule
@@ -106,3 +164,19 @@ class RuleLearner(nn.Module):
         loop = InnerLoop(update, [True] * self.steps)
         params, _, _ = loop.run(Optimized(batch), params, update.init_state(params))
         return {"loss": batch.full_loss(params)}
+
+    # ------------------------------------------------------------------------------ problems in flight, by process
+
+    def set_process(self, rank: int, world: int) -> None:
+        """Called by the trainer: this process and their number. Each keeps the problems of its share of the tasks."""
+        if self.pairs is not None:
+            self.pairs.set_process(rank, world)
+
+    def process_state(self) -> dict[str, Any] | None:
+        """What only this process knows, as plain data; the trainer collects it for checkpoints."""
+        return None if self.pairs is None else self.pairs.process_state()
+
+    def set_process_states(self, states: list[Any]) -> None:
+        """What all processes know."""
+        if self.pairs is not None:
+            self.pairs.set_process_states(states)

@@ -8,7 +8,7 @@ from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 from metakern.tasks.mini_imagenet import MiniImageNet
 from metakern.tasks.network_problems import NetworkProblem
 from metakern.tasks.omniglot import Omniglot
-from metakern.tasks.optimizee_groups import MixedOptimizees
+from metakern.tasks.optimizee_groups import MixedBatch, MixedOptimizees
 from metakern.tasks.optimizees import OptimizeeBatch, Optimizees, ProblemBatch, Quadratics
 from metakern.tasks.regression import Abs, Family, Linear, Mixture, Quadratic, Sinusoid, Tanh, mixture
 from metakern.tasks.toys import Bowls, ClippedBowls, Norms, SoftmaxRegressions, toy_problems
@@ -33,6 +33,7 @@ __all__ = [
     "Linear",
     "LogObjective",
     "MiniImageNet",
+    "MixedBatch",
     "MixedOptimizees",
     "Mixture",
     "NetworkProblem",

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.protocol import named_leaves
-from tests.conformance.rules.rows import ROWS, SHAPES, Row, grads_at, has_rates, make_params, make_rule, run
+from tests.conformance.rules.rows import ROWS, SHAPES, Row, given, grads_at, has_rates, make_params, make_rule, run
 from tests.conftest import assert_close, assert_same_bits
 
 every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -48,7 +48,7 @@ def test_values_and_second_order_are_those_of_the_formula(row: Row, num_tasks: i
 
     def by_rule(params: Any, grads: Any, index: int) -> Any:
         nonlocal state
-        new, state = rule(params, grads, state)
+        new, state = rule(params, grads, state, **given(rule, params, num_tasks is not None))
         return new
 
     def by_formula(params: Any, grads: Any, index: int) -> Any:
@@ -106,7 +106,7 @@ def test_a_step_changes_none_of_its_arguments(row: Row, num_tasks: int | None) -
     params, state = pytree.tree_map(Tensor.detach, (params, state))
     grads = grads_at(params, 1)
     before = copy.deepcopy((params, grads, state))
-    new, new_state = rule(params, grads, state)
+    new, new_state = rule(params, grads, state, **given(rule, params, num_tasks is not None))
     for got, kept in zip(pytree.tree_leaves((params, grads, state)), pytree.tree_leaves(before), strict=True):
         assert_same_bits("arguments", got, kept)
     assert pytree.tree_structure(new) == pytree.tree_structure(params)
@@ -133,17 +133,17 @@ TREES: dict[str, Any] = {
 def test_any_tree_of_tensors(row: Row, kind: str) -> None:
     params = TREES[kind]
     rule = row.make(named_leaves(params))
-    grads = pytree.tree_map(torch.sin, params)
-    new, state = rule(params, grads, rule.init_state(params))
-    new, state = rule(new, grads, state)
+    grads, loss = pytree.tree_map(torch.sin, params), torch.tensor(0.7)
+    new, state = rule(params, grads, rule.init_state(params), loss=loss)
+    new, state = rule(new, grads, state, loss=loss)
     assert pytree.tree_structure(new) == pytree.tree_structure(params)
     for (name, got), p in zip(named_leaves(new).items(), pytree.tree_leaves(params), strict=True):
         assert got.shape == p.shape, name
         if row.spreads == "coordinate":  # each tensor alone takes the same steps
             one = {name: p}
             alone = row.make(named_leaves(params)) if not list(rule.parameters()) else rule
-            other, own = alone(one, pytree.tree_map(torch.sin, one), alone.init_state(one))
-            other, _ = alone(other, pytree.tree_map(torch.sin, one), own)
+            other, own = alone(one, pytree.tree_map(torch.sin, one), alone.init_state(one), loss=loss)
+            other, _ = alone(other, pytree.tree_map(torch.sin, one), own, loss=loss)
             assert_close(name, got.detach(), other[name].detach(), 1e-6)
 
 
@@ -154,8 +154,8 @@ def test_narrow_params_keep_their_dtype_and_a_float32_state(row: Row, dtype: tor
     if has_rates(rule):
         rule.rates.to(dtype)
     exact = {name: p.float() for name, p in params.items()}
-    new, state = rule(params, grads_at(params, 0), rule.init_state(params, tasks=True))
-    expected, _ = make_rule(row)(exact, grads_at(exact, 0), make_rule(row).init_state(exact, tasks=True))
+    new, state = run(rule, params, 1, tasks=True)
+    expected, _ = run(make_rule(row), exact, 1, tasks=True)
     for name, p in new.items():
         assert p.dtype == dtype
         torch.testing.assert_close(p.float(), expected[name], rtol=0.02, atol=0.02)
@@ -167,13 +167,13 @@ def test_narrow_params_keep_their_dtype_and_a_float32_state(row: Row, dtype: tor
 def test_a_broken_gradient_stays_where_it_is(row: Row, bad: float) -> None:
     rule, params = make_rule(row), make_params(4)
     params, state = run(rule, params, 2, tasks=True)
-    grads = grads_at(params, 2)
-    expected, after = rule(params, grads, state)
-    expected, _ = rule(expected, grads, after)
+    grads, loss = grads_at(params, 2), torch.arange(1.0, 5.0)
+    expected, after = rule(params, grads, state, loss=loss)
+    expected, _ = rule(expected, grads, after, loss=loss)
     broken = {name: g.clone() for name, g in grads.items()}
     broken["weight"][2, 1, 0] = bad
-    got, after = rule(params, broken, state)
-    got, _ = rule(got, grads, after)
+    got, after = rule(params, broken, state, loss=loss)
+    got, _ = rule(got, grads, after, loss=loss)
     touched = {name: torch.zeros_like(p, dtype=torch.bool) for name, p in params.items()}
     if row.spreads == "task":
         for mask in touched.values():
@@ -192,12 +192,14 @@ def test_a_step_in_place_is_a_step(row: Row) -> None:
     num_tasks = None if flat else 4
     params: Any = torch.randn(37) if flat else make_params(num_tasks)
     grads = pytree.tree_map(torch.sin, params)
-    states = [rule.init_state(params, tasks=num_tasks is not None) for _ in range(3)]
-    expected, expected_state = rule(params, grads, states[0])
+    with torch.no_grad():  # a learned initial state has a graph of its own
+        states = [rule.init_state(params, tasks=num_tasks is not None) for _ in range(3)]
+    loss = given(rule, params, num_tasks is not None)
+    expected, expected_state = rule(params, grads, states[0], **loss)
     got = pytree.tree_map(Tensor.clone, params)
-    rule.step_(got, grads, states[1])
+    rule.step_(got, grads, states[1], **loss)
     half = pytree.tree_map(Tensor.clone, params)
-    rule.step_(half, grads, states[2], lr=0.5)
+    rule.step_(half, grads, states[2], lr=0.5, **loss)
     trees = ((got, expected), (states[1], expected_state))
     for ours, theirs in trees:
         for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
@@ -216,14 +218,17 @@ def test_torch_func_sees_through_a_step(row: Row) -> None:
     def loss(weights: Any, params: Any) -> Tensor:
         state = rule.init_state(params)
         for step in range(2):
-            params, state = functional_call(rule, weights, (params, grads_at(params, step), state))
+            loss = given(rule, params, False)
+            params, state = functional_call(rule, weights, (params, grads_at(params, step), state), loss)
         return sum(p.square().sum() for p in params.values())  # type: ignore[return-value]
 
     by_weights, by_params = vmap(grad(loss, (0, 1)), in_dims=(None, 0))(weights, params)
     for task in range(3):
         own = {name: p[task].clone().requires_grad_() for name, p in params.items()}
         at = {name: w.clone().requires_grad_() for name, w in weights.items()}
-        expected = torch.autograd.grad(loss(at, own), [*at.values(), *own.values()])
+        # A learned initial state is no input of functional_call: its gradient is zero in both.
+        leaves = [*at.values(), *own.values()]
+        expected = torch.autograd.grad(loss(at, own), leaves, allow_unused=True, materialize_grads=True)
         for name, a, b in zip([*at, *own], [*by_weights.values(), *by_params.values()], expected, strict=True):
             torch.testing.assert_close(a[task], b, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -255,4 +260,4 @@ def test_a_compiled_step_is_a_step(row: Row) -> None:
 def test_gradients_that_do_not_fit(row: Row, grads: Any, error: type[Exception], message: str) -> None:
     rule, params = make_rule(row), make_params(None)
     with pytest.raises(error, match=message):
-        rule(params, grads, rule.init_state(params))
+        rule(params, grads, rule.init_state(params), **given(rule, params, False))

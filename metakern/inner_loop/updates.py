@@ -175,7 +175,7 @@ class RuleUpdate:
         return exclusive(self.rule)
 
 
-def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> Mapping[str, Tensor] | None:
+def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> dict[str, Tensor] | None:
     """The initial parameters that a rule learns, [*shape] each by name; None if it learns none.
 
     Args:
@@ -186,7 +186,7 @@ def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> Mapp
     Raises:
         ValueError: for a rule that learns a start for other parameters
     """
-    start: Mapping[str, Tensor] | None = rule.initialisation() if hasattr(rule, "initialisation") else None
+    start = rule.initialisation() if hasattr(rule, "initialisation") else None
     if start is None:
         return None
     shapes = {name: list(p.shape) for name, p in params.items()}
@@ -196,7 +196,7 @@ def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> Mapp
             f"rule must learn initial values for the adapted parameters, {shapes}, but its initialisation() has {got}: "
             f"{way_out}"
         )
-    return start
+    return {name: start[name] for name in params}
 
 
 def clipped(grads: Any, clip_norm: float) -> Any:

@@ -37,6 +37,10 @@ class Update(Protocol):
         """The state before the first step, a pytree of tensors."""
         ...
 
+    def points(self, params: Any, state: Any) -> Any:
+        """Where the next losses and gradients are to be taken, structured like ``params``."""
+        ...
+
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """New params and state after inner step ``step``, with ``weights`` in place of its own unless they are None."""
         ...
@@ -69,6 +73,10 @@ class Descent:
     def init_state(self, params: Any) -> Any:
         """Gradient descent has no state."""
         return ()
+
+    def points(self, params: Any, state: Any) -> Any:
+        """The params themselves."""
+        return params
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """See :func:`metakern.ops.inner_update`."""
@@ -115,6 +123,7 @@ class RuleUpdate:
         self.clip_norm = clip_norm
         self._tells_tasks = _takes(protocol.init_state, "tasks")
         self._tells_loss = _takes(protocol.forward, "loss")
+        self._moves_gradients = isinstance(rule, Rule) and rule.moves_gradients
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -131,6 +140,14 @@ class RuleUpdate:
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+
+    def points(self, params: Any, state: Any) -> Any:
+        """The params themselves, unless the rule chooses other points."""
+        if not self._moves_gradients:
+            return params
+        if self._goes_by_group(params):
+            return tuple(self.rule.gradient_points(*of_group) for of_group in zip(params, state, strict=True))
+        return self.rule.gradient_points(params, state)
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """One step of the rule; ``step`` is unused, as rules count steps themselves."""

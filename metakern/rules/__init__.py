@@ -2,6 +2,7 @@
 
 from metakern.rules.adam import Adam
 from metakern.rules.gradient_descent import GradientDescent
+from metakern.rules.hierarchical_rnn import HierarchicalRNN
 from metakern.rules.lstm import CoordinatewiseLSTM
 from metakern.rules.meta_lstm import MetaLSTM
 from metakern.rules.momentum import Momentum
@@ -14,6 +15,7 @@ register(Adam)
 register(CoordinatewiseLSTM)
 register(GradientDescent)
 register(MetaLSTM)
+register(HierarchicalRNN)
 register(Momentum)
 register(RNNProp)
 
@@ -26,6 +28,7 @@ __all__ = [
     "Adam",
     "CoordinatewiseLSTM",
     "GradientDescent",
+    "HierarchicalRNN",
     "MetaLSTM",
     "Momentum",
     "PretrainedRule",

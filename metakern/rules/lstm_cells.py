@@ -13,6 +13,7 @@ from metakern.ops.lstm_step import check_precision, prepare
 from metakern.ops.lstm_step.state import TILE_LANES, check_sizes
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.lstm_modules import LSTMWeights
+from metakern.rules.protocol import check_training
 
 
 class LSTMCells(CoordinatewiseRule):
@@ -49,7 +50,7 @@ class LSTMCells(CoordinatewiseRule):
         check_precision(precision)
         check_backend(backend)
         prepare(backend)
-        _check_training(horizon, trained_on)
+        check_training(horizon, trained_on)
         self.hidden_size, self.num_layers = hidden_size, num_layers
         self.backend, self.precision = backend, precision
         self.horizon, self.trained_on = horizon, trained_on
@@ -76,12 +77,3 @@ class LSTMCells(CoordinatewiseRule):
         """The zero (h, c) of N coordinates."""
         sizes = {"hidden_size": self.hidden_size, "num_layers": self.num_layers}
         return LSTMState.zeros(number, **sizes, dtype=dtype, device=device)
-
-
-def _check_training(horizon: Any, trained_on: Any) -> None:
-    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
-        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"horizon must be at least 1, got {horizon}")
-    if trained_on is not None and not isinstance(trained_on, str):
-        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")

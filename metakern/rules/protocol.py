@@ -85,6 +85,26 @@ class Rule(nn.Module):
         """The learned initial parameters, [*shape] each by name; None if the rule learns none."""
         return None
 
+    def gradient_points(self, params: Params, state: State) -> Params:
+        """Where the gradients of the next step are to be taken; by default at the params themselves.
+
+        A rule that overrides it sets ``moves_gradients``.
+
+        Args:
+            params: as for :meth:`forward`
+            state: the state before that step
+
+        Returns:
+            points in the structure and shapes of ``params``
+        """
+        del state
+        return params
+
+    @property
+    def moves_gradients(self) -> bool:
+        """Whether :meth:`gradient_points` may differ from the params."""
+        return False
+
     @torch.no_grad()
     def step_(
         self, params: Params, grads: Params, state: State, lr: float = 1.0, *, loss: Tensor | None = None
@@ -284,6 +304,16 @@ def check_saved(saved: Mapping[str, Any], key: str, like: Tensor, name: str) -> 
         wanted = ", ".join(str(kind) for kind in kinds)
         raise ValueError(f"{key} of {name} must be dense, {wanted}, {list(like.shape)}, got {got}")
     return value.detach()
+
+
+def check_training(horizon: Any, trained_on: Any) -> None:
+    """Raise TypeError or ValueError for invalid ``horizon`` and ``trained_on`` of a rule."""
+    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
+        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
 
 
 def check_leaf(leaf: Any, name: str, index: int) -> None:

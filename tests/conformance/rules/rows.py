@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, MetaLSTM, Momentum, RNNProp, Rule
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, HierarchicalRNN, MetaLSTM, Momentum, RNNProp, Rule
 from tests.conformance.rules.added_rule import NormalisedLSTM
+from tests.rules import hrnn_formula
 
 Tensors = dict[str, Tensor]
 
@@ -179,6 +180,21 @@ def meta_lstm(
     return new
 
 
+def hierarchical_rnn(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[Any, Any], step: int, tasks: bool
+) -> Tensors:
+    shapes = {name: p.shape[1:] if tasks else p.shape for name, p in params.items()}
+    rates = hrnn_formula.log_rates(rule, shapes)
+    new = []
+    for task in range(len(next(iter(params.values()))) if tasks else 1):
+        own = [{n: (x[task] if tasks else x).reshape(-1) for n, x in xs.items()} for xs in (params, grads)]
+        sizes = {name: p.numel() for name, p in own[0].items()}
+        before = memory.get(task) or hrnn_formula.fresh(w, sizes, rates)
+        flat, memory[task] = hrnn_formula.step(w, *own, before)
+        new.append({name: p.view(shapes[name]) for name, p in flat.items()})
+    return {name: torch.stack([each[name] for each in new]) if tasks else new[0][name] for name in params}
+
+
 ROWS = [
     Row(
         "SGD",
@@ -236,6 +252,14 @@ ROWS = [
     ),
     Row("Meta-LSTM", lambda _: large(MetaLSTM(hidden_size=6)), meta_lstm),
     Row("Meta-LSTM, with a start", lambda p: MetaLSTM(p, 5, 2, 7.0, 3.0), meta_lstm, compiled=False),
+    Row("hierarchical RNN", lambda _: HierarchicalRNN(backend="reference"), hierarchical_rnn, spreads="task"),
+    Row(
+        "hierarchical RNN with attention",
+        lambda _: HierarchicalRNN(7, 5, 3, attention=True, backend="reference"),
+        hierarchical_rnn,
+        spreads="task",
+        compiled=False,
+    ),
     Row("normalised LSTM", lambda _: NormalisedLSTM(5, 2, "none"), normalised_lstm),
 ]
 

@@ -38,6 +38,11 @@ def grad_of(p: Tensor, name: str, step: int) -> Tensor:
     return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
+def closure_of(optimizer: LearnedOptimizer, step: int = 0) -> Any:
+    """A closure for rules that need one; it leaves the gradients as they are."""
+    return (lambda: loss_at(step)) if optimizer.rule.needs_loss or optimizer.rule.moves_gradients else None
+
+
 def train(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool]], first: int = 0) -> None:
     (group,) = optimizer.param_groups
     for step, pattern in enumerate(patterns, first):
@@ -47,8 +52,7 @@ def train(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool]], first
 
 
 def take_step(optimizer: LearnedOptimizer, step: int = 0) -> None:
-    """A step, with a loss from a closure for rules that need one."""
-    optimizer.step((lambda: loss_at(step)) if optimizer.rule.needs_loss else None)
+    optimizer.step(closure_of(optimizer, step))
 
 
 def loss_at(step: int) -> Tensor:
@@ -271,9 +275,8 @@ def test_the_warning_beyond_the_horizon_points_at_the_users_line(row: Row) -> No
     (group,) = optimizer.param_groups
     for p in group["params"]:
         p.grad = torch.zeros_like(p)
-    closure = (lambda: loss_at(2)) if rule.needs_loss else None
     with pytest.warns(UserWarning, match=rf"meta-trained for 2 steps; .* {rule.advice_beyond_horizon}") as seen:
-        optimizer.step(closure)  # the line
+        optimizer.step(closure_of(optimizer, 2))  # the line
     assert len(seen) == 1
     assert Path(seen[0].filename) == Path(__file__)
     assert Path(__file__).read_text().splitlines()[seen[0].lineno - 1].endswith("# the line")

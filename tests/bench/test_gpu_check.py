@@ -65,9 +65,9 @@ def test_dry_run_writes_results(dry: tuple[str, Path]) -> None:
     assert set(found) >= {"state_before", "state_after", "copy_gigabytes_per_second", "sgemm_teraflops", "host"}
     assert set(found["machine"]["versions"]) >= {"torch", "triton", "driver", "nvcc", "metakern"}
     assert found["benchmark"] == "gpu"
-    assert [cell["title"] for cell in found["loops"]["inner_loop"]] == [case.title for case in gpu.DRY.loops.loops]
-    assert len(found["loops"]["inner_update"]) == len(gpu.DRY.loops.updates)
-    assert set(found["loops"]["inner_loop"][0]["contenders"]) == {"vmap", "cpp", "reference", "compiled"}
+    for name, cases_of in gpu.DRY.loops.cases.items():
+        assert [cell["title"] for cell in found["loops"][name]] == [case.title for case in cases_of]
+    assert set(found["loops"]["mlp_inner_loop"][0]["contenders"]) == {"vmap", "cpp", "reference", "compiled"}
     assert sum("sinusoid" in target["name"] for target in found["targets"]) == 8
     assert [(cell["op"], cell["n"]) for cell in found["cells"]] == list(gpu.DRY.lstm_step.cells)
     for cell in found["cells"]:

@@ -6,6 +6,14 @@ from tests.conformance.ops.inner_update import InnerUpdate
 from tests.conformance.ops.lstm_step import LstmStep
 from tests.conformance.ops.lstm_step_staged import LstmStepStaged
 from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
+from tests.conformance.ops.mlp_update_step import MlpUpdateStep
 from tests.conformance.ops.operators import Operator
 
-ROWS: tuple[Operator, ...] = (LstmStep(), LstmStepStaged(), InnerUpdate(), MlpInnerLoop(), MlpMetaLoss())
+ROWS: tuple[Operator, ...] = (
+    LstmStep(),
+    LstmStepStaged(),
+    InnerUpdate(),
+    MlpInnerLoop(),
+    MlpMetaLoss(),
+    MlpUpdateStep(),
+)

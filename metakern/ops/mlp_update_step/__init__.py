@@ -173,7 +173,7 @@ def _check(
         check_type(ok, name, " must be ", kinds, " for ", dtype, " decays, got ", p.dtype)
         check_dtype(p, name, params[0].dtype)
         check_same_device(p, name, decays, "decays")
-        check_like(grads[index], f"grads[{index}]", p, name)
+        check_like(grads[index], f"grads[{index}]", p, "its params")
         _check_moments(index, [xs[index] for xs in moments], p.shape, decays)
 
 

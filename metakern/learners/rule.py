@@ -156,7 +156,7 @@ class RuleLearner(nn.Module):
             unrolled = Unrolled(batch, self._objective, points, held_out=self.loss_on == "held-out", first=first)
             params, state, _ = loop.run(unrolled, params, state)
             if self.unroll in points:
-                unrolled.gradients(params, self.unroll, not self.second_order)
+                unrolled.gradients(update.points(params, state), self.unroll, not self.second_order)
             first = unrolled.first
             yield unrolled.losses()
             params, state = detached(params), detached(state)

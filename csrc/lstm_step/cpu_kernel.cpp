@@ -11,12 +11,6 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-template <class S>
-void clear_padding(S* rows, int64_t count, int used_lanes) {
-  for (int64_t row = 0; row < count; ++row)
-    for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
-}
-
 // Prefetches the next tile's memory into the second-level cache.
 MK_INLINE void prefetch(const void* p, int64_t bytes) {
   constexpr int64_t cache_line = 64;
@@ -50,7 +44,7 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
     apply_head<V>(stages, inputs, packed, x, H, new_states);
     write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, inputs.params);
-    write_rows(p, args.new_stage_state, Stages::states, tile, used, new_states.data);
+    write_states<Stages::states>(args.new_stage_state, tile, used, new_states.data);
   }
 }
 
@@ -70,7 +64,7 @@ struct Scratch {
   int feature_rows, outputs, own_weights;
   S* features;    // [block_tiles, feature_rows, tile_lanes]
   S* grad_out;    // [block_tiles, R, tile_lanes]
-  S* grad_own;    // [block_tiles, own_weights, tile_lanes]: each coordinate's share of the stages' own weights
+  S* grad_own;    // [own_weights, tile_lanes]: the stages' own weights, summed over the tiles
   S* tanh_c;      // [L, H, tile_lanes]
   S* grad_x;      // [max(H, feature_rows), tile_lanes]
   S* last_state;  // [L, 2, H, tile_lanes]; last tile, zero after the last coordinate
@@ -80,8 +74,8 @@ struct Scratch {
   }
   static int64_t elements(const LstmStepProblem& p) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
-    const int64_t tile_rows = 5 * rows + p.feature_rows() + p.stages.outputs + p.stages.own_weights();
-    return tile_lanes * (block_tiles * tile_rows + 3 * rows + grad_x_rows(p));
+    const int64_t tile_rows = 5 * rows + p.feature_rows() + p.stages.outputs;
+    return tile_lanes * (block_tiles * tile_rows + 3 * rows + p.stages.own_weights() + grad_x_rows(p));
   }
   Scratch(const LstmStepProblem& p, S* memory) {
     const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
@@ -95,13 +89,12 @@ struct Scratch {
     features = hidden + block_tiles * hidden_stride;
     grad_out = features + block_tiles * feature_rows * tile_lanes;
     grad_own = grad_out + block_tiles * outputs * tile_lanes;
-    tanh_c = grad_own + block_tiles * own_weights * tile_lanes;
+    tanh_c = grad_own + own_weights * tile_lanes;
     grad_x = tanh_c + rows * tile_lanes;
     last_state = grad_x + grad_x_rows(p) * tile_lanes;
   }
   S* features_of(int in_block) const { return features + in_block * feature_rows * tile_lanes; }
   S* grad_out_of(int in_block) const { return grad_out + in_block * outputs * tile_lanes; }
-  S* grad_own_of(int in_block) const { return grad_own + in_block * own_weights * tile_lanes; }
 };
 
 // out[k] = sum over the 4H gate rows of w[row][k] * rows[row], for K inputs k at once.
@@ -225,12 +218,10 @@ void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratc
     row_sums<V>(gates, 4 * H, tiles, partial + at.bias);
   }
   const Rows<S> grad_out{scratch.grad_out_of(first), scratch.outputs * tile_lanes};
-  const Rows<S> grad_own{scratch.grad_own_of(first), scratch.own_weights * tile_lanes};
   const Rows<S> top{scratch.hidden + first * scratch.hidden_stride + (p.num_layers - 1) * rows, scratch.hidden_stride};
   double* head = partial + p.flat_weights() - p.flat_head();
   outer_products<V>(grad_out, scratch.outputs, top, H, tiles, head);
   row_sums<V>(grad_out, scratch.outputs, tiles, head + scratch.outputs * H);
-  row_sums<V>(grad_own, scratch.own_weights, tiles, head + scratch.outputs * (H + 1));
 }
 
 template <class S, class Stages>
@@ -243,6 +234,7 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
   StateRows<S, Stages> dropped;
   TileGradients<S, Stages> gradients;
   int partial_tile = 0;
+  for (int i = 0; i < scratch.own_weights * tile_lanes; ++i) scratch.grad_own[i] = S(0);
   for (int i = 0; i < tiles; ++i) {
     const int64_t tile = first_tile + i;
     const int used = lanes_in_tile(p, tile);
@@ -264,16 +256,17 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     recompute_tile(p, packed, tile_state, scratch, i);
     const S* top = scratch.hidden + i * scratch.hidden_stride + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
     head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out_of(i),
-                     scratch.grad_own_of(i) + Stages::Features::weights * tile_lanes);
+                     scratch.grad_own + Stages::Features::weights * tile_lanes);
     backward_tile<Stages::Head::outputs>(p, packed, tile_state,
                                          static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
                                          static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
     features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
-                         scratch.grad_own_of(i));
+                         scratch.grad_own);
     gradients.write(p, args, tile, used);
   }
   add_weight_gradients(p, state, scratch, 0, tiles - partial_tile, partial);
   if (partial_tile) add_weight_gradients<S>(p, scratch.last_state, scratch, tiles - 1, 1, partial);
+  row_sums<V>({scratch.grad_own, 0}, scratch.own_weights, 1, partial + p.flat_weights() - scratch.own_weights);
 }
 
 template <class S, class Stages>

@@ -6,7 +6,7 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// A [tiles, rows, tile_lanes] array with its stride between tiles.
+// A [tiles, rows, Lanes] array with its stride between tiles.
 template <class S>
 struct Rows {
   const S* data;
@@ -14,7 +14,7 @@ struct Rows {
 };
 
 // out[a][b] += sum over all lanes of A[a] * B[b], for RA x RB rows at once.
-template <class V, int RA, int RB>
+template <class V, int RA, int RB, int Lanes>
 MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, double* out, int64_t out_stride) {
   V acc[RA][RB];
   for (int a = 0; a < RA; ++a)
@@ -22,13 +22,13 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
   for (int tile = 0; tile < tiles; ++tile) {
     const lane_t<V>* pa = A.data + tile * A.tile_stride;
     const lane_t<V>* pb = B.data + tile * B.tile_stride;
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
+    for (int lane = 0; lane < Lanes; lane += lanes<V>) {
       V xb[RB];
 #pragma GCC unroll 4
-      for (int b = 0; b < RB; ++b) xb[b] = load<V>(pb + b * tile_lanes + lane);
+      for (int b = 0; b < RB; ++b) xb[b] = load<V>(pb + b * Lanes + lane);
 #pragma GCC unroll 4
       for (int a = 0; a < RA; ++a) {
-        const V xa = load<V>(pa + a * tile_lanes + lane);
+        const V xa = load<V>(pa + a * Lanes + lane);
 #pragma GCC unroll 4
         for (int b = 0; b < RB; ++b) acc[a][b] += xa * xb[b];
       }
@@ -48,33 +48,35 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
   }
 }
 
-template <class V, int RA>
+template <class V, int RA, int Lanes>
 MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
   constexpr int RB = vector_bytes == 64 ? 4 : vector_bytes == 32 ? 3 : 2;
-  int b = 0;
-  for (; b + RB <= b_rows; b += RB)
-    outer_product<V, RA, RB>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; vector_bytes == 32 && b + 2 <= b_rows; b += 2)
-    outer_product<V, RA, 2>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; b < b_rows; ++b) outer_product<V, RA, 1>(A, {B.data + b * tile_lanes, B.tile_stride}, tiles, out + b, b_rows);
+  // Bounds that a compiler sees through, for numbers of rows that it knows.
+  const int blocks = b_rows / RB * RB, pairs = vector_bytes == 32 ? blocks + (b_rows - blocks) / 2 * 2 : blocks;
+  for (int b = 0; b < blocks; b += RB)
+    outer_product<V, RA, RB, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (int b = blocks; b < pairs; b += 2)
+    outer_product<V, RA, 2, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (int b = pairs; b < b_rows; ++b)
+    outer_product<V, RA, 1, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
 }
 
-template <class V>
+template <class V, int Lanes = tile_lanes>
 void outer_products(Rows<lane_t<V>> A, int a_rows, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
-  int a = 0;
-  for (; a + 4 <= a_rows; a += 4)
-    outer_product_row<V, 4>({A.data + a * tile_lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
-  for (; a < a_rows; ++a)
-    outer_product_row<V, 1>({A.data + a * tile_lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
+  const int blocks = a_rows / 4 * 4;
+  for (int a = 0; a < blocks; a += 4)
+    outer_product_row<V, 4, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
+  for (int a = blocks; a < a_rows; ++a)
+    outer_product_row<V, 1, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
 }
 
-template <class V>
+template <class V, int Lanes = tile_lanes>
 void row_sums(Rows<lane_t<V>> A, int a_rows, int tiles, double* out) {
   for (int a = 0; a < a_rows; ++a) {
     V acc = broadcast<V>(0);
     for (int tile = 0; tile < tiles; ++tile)
-      for (int lane = 0; lane < tile_lanes; lane += lanes<V>)
-        acc += load<V>(A.data + tile * A.tile_stride + a * tile_lanes + lane);
+      for (int lane = 0; lane < Lanes; lane += lanes<V>)
+        acc += load<V>(A.data + tile * A.tile_stride + a * Lanes + lane);
     out[a] += double(sum_lanes(acc));
   }
 }

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -126,7 +127,9 @@ class LearnedOptimizer(Optimizer):
         """One step of every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model, calls ``backward`` and returns the loss; runs with gradients enabled.
+            closure: evaluates the model, calls ``backward`` and returns the loss; runs with gradients enabled. A rule
+                that chooses where gradients are taken, as HierarchicalRNN with attention, needs it: while it runs, the
+                parameters are at these points.
 
         Returns:
             what the closure returned, or None
@@ -135,7 +138,7 @@ class LearnedOptimizer(Optimizer):
             TypeError: for a closure that is not callable, a gradient that is not dense or a parameter whose dtype
                 changed to an unsupported one
             ValueError: for an option, device or number of coordinates that does not fit (any more), and for a rule that
-                needs the loss without a closure that returns it
+                needs the loss, or chooses its points, without a closure
 
         Errors are raised before any parameter changes.
         """
@@ -146,8 +149,13 @@ class LearnedOptimizer(Optimizer):
                 f"{type(closure).__name__}: for a loss call loss.backward() and then step() without it"
             )
         if closure is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._at_gradient_points():
                 loss = closure()
+        elif self.rule.moves_gradients:
+            raise ValueError(
+                f"closure must be given, as {type(self.rule).__name__} with attention chooses where the gradient is "
+                "taken: a function that evaluates the model, calls backward and returns the loss"
+            )
         value = loss.detach() if isinstance(loss, Tensor) and self.rule.needs_loss else None
         if self.rule.needs_loss and value is None:
             raise ValueError(
@@ -209,6 +217,33 @@ class LearnedOptimizer(Optimizer):
                 f"the rule was meta-trained for {horizon} steps{trained_on}; this is step {steps}, and beyond its "
                 f"horizon the loss may rise: {self.rule.advice_beyond_horizon}"
             )
+
+    @contextmanager
+    def _at_gradient_points(self) -> Iterator[None]:
+        """Context with the parameters at the points where the rule wants the next gradients, and back afterwards."""
+        moved: list[tuple[Tensor, Tensor]] = []
+        if self.rule.moves_gradients:
+            for index, group in enumerate(self.param_groups):
+                slots = self._slots.get(index)
+                pairs = zip(group["params"], slots or (), strict=False)
+                if not slots or any(s and not s.serves(p, self.state.get(p), self.rule, None) for p, s in pairs):
+                    slots = self._build(index)
+                by_arena: dict[_Arena, list[_Slot]] = {}
+                for slot in slots:
+                    if slot is not None:
+                        by_arena.setdefault(slot.arena, []).append(slot)
+                for arena_, members in by_arena.items():
+                    moved += zip([slot.param for slot in members], arena_.points(members), strict=True)
+        kept = [p.detach().clone() for p, _ in moved]
+        try:
+            with torch.no_grad():
+                for p, point in moved:
+                    p.copy_(point)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(moved, kept, strict=True):
+                    p.copy_(old)
 
     # -------------------------------------------------------------------------------------------- what a step moves
 

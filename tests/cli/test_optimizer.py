@@ -129,7 +129,7 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
         ("train optimizer --outer-lr inf", "outer_lr must be positive and finite, got inf"),
         ("train optimizer --problem mnist", "problem must be one of digits, digits-regression, digits-cnn, digits-rnn"),
-        ("train optimizer --objective mean", "objective must be one of sum, log, got 'mean'"),
+        ("train optimizer --objective mean", "objective must be one of sum, log, relative-log, last, got 'mean'"),
     ],
 )
 def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path, monkeypatch):

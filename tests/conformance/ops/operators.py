@@ -111,7 +111,6 @@ class Operator:
         batched_operators: raw operators that support vmap directly
         faulted: an example with every tensor argument, one of which is spoiled at a time
         tolerates: pairs of a fault (test_arguments.py) and an argument that raise no error
-        unchecked: pairs of a kind of implementation and a fault that torch itself reports
         spoken: regular expression for an argument in messages, if not just its name
     """
 
@@ -140,7 +139,6 @@ class Operator:
     batched_operators: tuple[str, ...] = ()
     faulted: Mapping[str, Any]
     tolerates: tuple[tuple[str, str], ...] = ()
-    unchecked: tuple[tuple[str, str], ...] = ()
     spoken: Mapping[str, str] = {}
 
     def make(self, dtype: torch.dtype, **sizes: Any) -> Example:

@@ -38,6 +38,7 @@ class OuterSettings:
     count: ClassVar[str] = "iterations"  # the setting for a run's length
     old_names: ClassVar[Mapping[str, str]] = {
         "lr": "outer_lr", "clip_norm": "max_grad_norm", "precision": "mixed_precision",
+        "accumulate": "batch_parts",
     }  # fmt: skip
 
     optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
@@ -47,7 +48,7 @@ class OuterSettings:
         int | None, OUTER(min=1, help="Iterations in which the cosine falls; default: all of the run's.")
     ] = None
     max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
-    accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    batch_parts: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
     mixed_precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
     max_skipped: Annotated[
@@ -102,7 +103,7 @@ class OuterSettings:
             num_tasks=num_tasks,
             seed=self.seed,
             max_grad_norm=self.max_grad_norm or None,
-            accumulate=self.accumulate,
+            batch_parts=self.batch_parts,
             eval_every=self.eval_every,
             eval_tasks=self.eval_tasks,
             patience=self.patience or None,

@@ -17,7 +17,7 @@ PRECISIONS = ("bf16", "fp16")
 _COUNTS = (
     "iterations",
     "num_tasks",
-    "accumulate",
+    "batch_parts",
     "eval_every",
     "eval_tasks",
     "checkpoint_every",
@@ -26,7 +26,7 @@ _COUNTS = (
 )
 
 
-@renamed(clip_norm="max_grad_norm", precision="mixed_precision")
+@renamed(clip_norm="max_grad_norm", precision="mixed_precision", accumulate="batch_parts")
 @dataclass(frozen=True)
 class TrainerConfig:
     """Configuration of a :class:`Trainer`.
@@ -36,7 +36,7 @@ class TrainerConfig:
         num_tasks: tasks of a meta-batch, over all processes
         seed: decides every draw
         max_grad_norm: largest 2-norm of the meta-gradient; None: no clipping
-        accumulate: chunks in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
+        batch_parts: parts in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
             still that of the whole meta-batch
         eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
         eval_tasks: tasks of an evaluation, over all processes
@@ -58,7 +58,7 @@ class TrainerConfig:
     num_tasks: int = 32
     seed: int = 0
     max_grad_norm: float | None = None
-    accumulate: int = 1
+    batch_parts: int = 1
     eval_every: int = 100
     eval_tasks: int = 256
     patience: int | None = None

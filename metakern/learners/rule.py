@@ -125,7 +125,7 @@ class RuleLearner(nn.Module):
 
         Raises:
             ValueError: for problems without the held-out samples asked for; for evolution strategies also for another
-                number of problems than before, and if the trainer computes a meta-batch in parts (``accumulate``)
+                number of problems than before, and if the trainer computes a meta-batch in parts (``batch_parts``)
             TypeError: for problems that evolution strategies cannot keep
         """
         if self.loss_on == "held-out":
@@ -137,7 +137,7 @@ class RuleLearner(nn.Module):
             self._calls += 1
             if self._calls > 1:
                 raise ValueError(
-                    f"accumulate must be 1 with estimator {self.estimator!r}, which keeps a problem for every task of "
+                    f"batch_parts must be 1 with estimator {self.estimator!r}, which keeps a problem for every task of "
                     "a meta-batch, got more parts"
                 )
         losses, gradients = pairs.estimate(self.rule, batch, self._tasks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tests.conformance.ops.hrnn_step import HrnnStep
 from tests.conformance.ops.inner_update import InnerUpdate
 from tests.conformance.ops.lstm_step import LstmStep
 from tests.conformance.ops.lstm_step_staged import LstmStepStaged
@@ -16,4 +17,8 @@ ROWS: tuple[Operator, ...] = (
     MlpInnerLoop(),
     MlpMetaLoss(),
     MlpUpdateStep(),
+    HrnnStep(),
+    InnerUpdate(),
+    MlpInnerLoop(),
+    MlpMetaLoss(),
 )

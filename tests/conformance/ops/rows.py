@@ -13,12 +13,9 @@ from tests.conformance.ops.operators import Operator
 ROWS: tuple[Operator, ...] = (
     LstmStep(),
     LstmStepStaged(),
-    InnerUpdate(),
-    MlpInnerLoop(),
-    MlpMetaLoss(),
-    MlpUpdateStep(),
     HrnnStep(),
     InnerUpdate(),
     MlpInnerLoop(),
     MlpMetaLoss(),
+    MlpUpdateStep(),
 )

@@ -1,7 +1,7 @@
 """hrnn_step by Triton kernels: launch configurations, launches, and the operators.
 
-Triton rather than CUDA C++: the step is bound by bytes on a GPU, its products are 16 wide, and one source serves float32
-and float64, forward and backward. Triton kernels take no list of pointers, so every tensor has launches of its own,
+Triton rather than CUDA C++: the step is bound by bytes on a GPU, its products are 16 wide, and one source serves
+float32 and float64, forward and backward. Triton kernels take no list of pointers, so every tensor has launches of its own,
 three forward (step, sums, update) and four backward; nothing is concatenated. Results do not depend on the order of the
 programs.
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.ops.core.triton_arithmetic import log, sigmoid, tanh, to_arithmetic
+from metakern.ops.core.triton_arithmetic import log, sigmoid, tanh
 
 # Keep in step with metakern/ops/hrnn_step/reference.py.
 _SQUARE_EPSILON = tl.constexpr(1e-12)

@@ -7,6 +7,7 @@ from tests.conformance.ops.inner_update import InnerUpdate
 from tests.conformance.ops.lstm_step import LstmStep
 from tests.conformance.ops.lstm_step_staged import LstmStepStaged
 from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
+from tests.conformance.ops.mlp_update_step import MlpUpdateStep
 from tests.conformance.ops.operators import Operator
 
 ROWS: tuple[Operator, ...] = (
@@ -16,4 +17,5 @@ ROWS: tuple[Operator, ...] = (
     InnerUpdate(),
     MlpInnerLoop(),
     MlpMetaLoss(),
+    MlpUpdateStep(),
 )

@@ -19,8 +19,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from metakern.core import backend as _backend
+from metakern.ops.hrnn_step import triton_kernels as hrnn_step_kernels
 from metakern.ops.lstm_step import prepare
 from metakern.ops.mlp_inner_loop import triton_kernels as mlp_inner_loop_kernels
+from tests.conformance.ops.hrnn_step import HrnnStep
+from tests.conformance.ops.implementations import with_gradients
 from tests.mlp_problems import Case
 from tests.ops.lstm_step.triton_evaluation import backward, forward
 from tests.problems import make_problem
@@ -50,6 +53,12 @@ def lstm_step() -> None:
     backward(problem)
 
 
+def hrnn_step() -> None:
+    row = HrnnStep()
+    example = row.make(torch.float32, tasks=2, shapes=((70,),), attention=True)
+    with_gradients(row, example, lambda leaves: row.call(leaves, "triton"))
+
+
 def inner_update() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         make_update(2, "per parameter", dtype, clip_norm=1.0, resting=(1,)).run("triton")
@@ -77,8 +86,9 @@ def mlp_adaptation() -> None:
 
 #: By the architecture that they are launched for; those of mlp_inner_loop are compiled as well.
 LAUNCHES: dict[int, tuple[Callable[[], None], ...]] = {
-    90: (lstm_step, inner_update, mlp_regression, mlp_classification, mlp_adaptation),
-    100: (mlp_regression,),
+    80: (hrnn_step,),
+    90: (lstm_step, hrnn_step, inner_update, mlp_regression, mlp_classification, mlp_adaptation),
+    100: (hrnn_step, mlp_regression),
 }
 
 
@@ -93,7 +103,7 @@ def main() -> None:
             return
         seen.add(key)
         row: dict[str, Any] = {"name": f"{launch.__name__}: {kernel.__name__}"}
-        if kernel.__module__ == mlp_inner_loop_kernels.__name__:
+        if kernel.__module__ in (mlp_inner_loop_kernels.__name__, hrnn_step_kernels.__name__):
             row |= cubin_facts(compile_kernel(kernel, key, *args, **options).asm)
         print(json.dumps(row), flush=True)
 

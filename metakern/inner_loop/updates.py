@@ -6,7 +6,7 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -190,6 +190,30 @@ class RuleUpdate:
     def lock(self) -> AbstractContextManager[Any]:
         """The rule's lock, as the backward replaces its parameters while it recomputes steps."""
         return exclusive(self.rule)
+
+
+def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> dict[str, Tensor] | None:
+    """The initial parameters that a rule learns, [*shape] each by name; None if it learns none.
+
+    Args:
+        rule: the rule
+        params: the parameters that it adapts, [*shape] each
+        way_out: advice at the end of the message
+
+    Raises:
+        ValueError: for a rule that learns a start for other parameters
+    """
+    start = rule.initialisation() if hasattr(rule, "initialisation") else None
+    if start is None:
+        return None
+    shapes = {name: list(p.shape) for name, p in params.items()}
+    got = {name: list(p.shape) for name, p in start.items()}
+    if got != shapes:
+        raise ValueError(
+            f"rule must learn initial values for the adapted parameters, {shapes}, but its initialisation() has {got}: "
+            f"{way_out}"
+        )
+    return {name: start[name] for name in params}
 
 
 def clipped(grads: Any, clip_norm: float) -> Any:

@@ -24,7 +24,17 @@ from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
 from metakern.rules.bias_gru import Affine, BiasGRU, drawn
 from metakern.rules.pretrained import PretrainedRule
-from metakern.rules.protocol import Params, RuleState, check_training, matched_leaves, named_leaves, tensor_leaves
+from metakern.rules.protocol import (
+    Params,
+    RuleState,
+    arithmetic_dtype,
+    check_entry,
+    check_integer,
+    check_training,
+    matched_leaves,
+    named_leaves,
+    tensor_leaves,
+)
 
 #: Largest hidden size of the tensor's and of the global GRU.
 MAX_UPPER_HIDDEN = 512
@@ -109,8 +119,8 @@ class HierarchicalRNN(PretrainedRule):
         super().__init__()
         sizes = (("hidden_size", hidden_size, MAX_HIDDEN), ("tensor_hidden_size", tensor_hidden_size, MAX_UPPER_HIDDEN))
         for name, value, most in (*sizes, ("global_hidden_size", global_hidden_size, MAX_UPPER_HIDDEN)):
-            _check_integer(name, value, 1, most)
-        _check_integer("seed", seed, 0, 2**63 - 1)
+            check_integer(name, value, 1, most)
+        check_integer("seed", seed, 0, 2**63 - 1)
         if not isinstance(attention, bool):
             raise TypeError(f"attention must be a bool, got {attention!r}")
         check_backend(backend)
@@ -146,7 +156,7 @@ class HierarchicalRNN(PretrainedRule):
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
         lead = first.shape[:1] if tasks else ()
-        dtype = _arithmetic(leaves)
+        dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
             coordinates, mean_rate = self._init_coordinates(name, math.prod(p.shape[len(lead) :]), dtype, p.device)
@@ -200,7 +210,7 @@ class HierarchicalRNN(PretrainedRule):
             )
         lead = leaves[0].shape[:1] if state.tasks and leaves else torch.Size()
         shapes = {"global": (*lead, self.global_hidden_size)}
-        self._check_shapes("state", state.shared, shapes)
+        check_entry("state", type(self).__name__, state.shared, shapes)
         rows = num_rows(self.hidden_size)
         for index, (entry, p) in enumerate(zip(state.per_tensor, leaves, strict=True)):
             if state.tasks and p.shape[:1] != lead:
@@ -210,15 +220,12 @@ class HierarchicalRNN(PretrainedRule):
                 "tensor": (*lead, self.tensor_hidden_size),
                 "mean_rate": tuple(lead),
             }
-            self._check_shapes(
-                f"state of tensor {index}", entry, shapes | ({"attended": tuple(p.shape)} if self.attention else {})
+            check_entry(
+                f"state of tensor {index}",
+                type(self).__name__,
+                entry,
+                shapes | ({"attended": tuple(p.shape)} if self.attention else {}),
             )
-
-    def _check_shapes(self, name: str, entry: Any, shapes: dict[str, tuple[int, ...]]) -> None:
-        if entry.keys() != shapes.keys() or any(entry[key].shape != shape for key, shape in shapes.items()):
-            got = {key: list(x.shape) for key, x in entry.items()}
-            wanted = {key: list(shape) for key, shape in shapes.items()}
-            raise ValueError(f"{name} must be of {type(self).__name__} for these params, with {wanted}, got {got}")
 
     # ---------------------------------------------------------------------------------------------------------- step
 
@@ -261,7 +268,7 @@ class HierarchicalRNN(PretrainedRule):
         if not state.tasks:
             params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
             entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
-        dtype = _arithmetic(params)
+        dtype = arithmetic_dtype(params)
         if any(p.dtype != params[0].dtype for p in params):
             params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
         of_all = state.shared["global"].to(dtype)
@@ -323,11 +330,6 @@ class HierarchicalRNN(PretrainedRule):
         )
 
 
-def _arithmetic(leaves: Sequence[Tensor]) -> torch.dtype:
-    """The dtype of state and arithmetic: float64 if any tensor is, else float32."""
-    return torch.float64 if any(p.dtype == torch.float64 for p in leaves) else torch.float32
-
-
 def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:
     """A copy with the task axis ``lead`` in front, if there is one."""
     return x.expand((*lead, *x.shape)).clone()
@@ -338,10 +340,3 @@ def _mean_rate(params: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
     sizes = [math.prod(p.shape[1:]) for p in params]
     parts = [x * (size / sum(sizes)) for x, size in zip(means, sizes, strict=True)]
     return torch.stack(parts).sum(0) if len(parts) > 1 else means[0]
-
-
-def _check_integer(name: str, value: Any, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be {least} to {most}, got {value}")

@@ -316,6 +316,27 @@ def check_training(horizon: Any, trained_on: Any) -> None:
         raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
 
 
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise TypeError or ValueError unless an option is an integer in [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least} to {most}, got {value}")
+
+
+def check_entry(name: str, rule: str, entry: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless tensors of a state have these names and shapes."""
+    if entry.keys() != shapes.keys() or any(entry[key].shape != shape for key, shape in shapes.items()):
+        got = {key: list(x.shape) for key, x in entry.items()}
+        wanted = {key: list(shape) for key, shape in shapes.items()}
+        raise ValueError(f"{name} must be of {rule} for these params, with {wanted}, got {got}")
+
+
+def arithmetic_dtype(leaves: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of state and arithmetic: float64 if any tensor is, else float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in leaves) else torch.float32
+
+
 def check_leaf(leaf: Any, name: str, index: int) -> None:
     """Raise TypeError unless a leaf is a tensor."""
     if not isinstance(leaf, Tensor):

@@ -63,6 +63,7 @@ class StagedRule(LSTMCells):
         self, params: Tensor, grads: Tensor, state: dict[str, Any], lr: float = 1.0, *, loss: Tensor | None = None
     ) -> None:
         """One step in place, without a graph: ``params`` [N] and ``state`` are overwritten, the update times ``lr``."""
+        self.check_state(state)
         losses = check_loss(self, loss)
         arguments, options = self._call(params, grads, state, None if losses is None else losses.expand(params.shape))
         before = None

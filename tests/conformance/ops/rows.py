@@ -7,13 +7,23 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from tests.conformance.ops.hrnn_step import HrnnStep
 from tests.conformance.ops.inner_update import InnerUpdate
 from tests.conformance.ops.lstm_step import LstmStep
 from tests.conformance.ops.lstm_step_staged import LstmStepStaged
 from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
+from tests.conformance.ops.mlp_update_step import MlpUpdateStep
 from tests.conformance.ops.operators import Operator
 
-ROWS: tuple[Operator, ...] = (LstmStep(), LstmStepStaged(), InnerUpdate(), MlpInnerLoop(), MlpMetaLoss())
+ROWS: tuple[Operator, ...] = (
+    LstmStep(),
+    LstmStepStaged(),
+    HrnnStep(),
+    InnerUpdate(),
+    MlpInnerLoop(),
+    MlpMetaLoss(),
+    MlpUpdateStep(),
+)
 
 
 def with_modules(name: str) -> Iterator[tuple[Operator, Any]]:

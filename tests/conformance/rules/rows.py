@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,14 +16,27 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, HierarchicalRNN, MetaLSTM, Momentum, RNNProp, Rule
+from metakern.rules import (
+    Adam,
+    CoordinatewiseLSTM,
+    GradientDescent,
+    HierarchicalRNN,
+    MetaLSTM,
+    Momentum,
+    PerParameterMLP,
+    RNNProp,
+    Rule,
+)
 from tests.conformance.rules.added_rule import NormalisedLSTM
-from tests.rules import hrnn_formula
+from tests.rules import hrnn_formula, mlp_formula
 
 Tensors = dict[str, Tensor]
 
 #: Parameters of one task.
 SHAPES = {"weight": (3, 2), "bias": (3,), "scale": ()}
+
+#: The same without a number, for rules that need an axis.
+RANKED = {"weight": (3, 2), "bias": (3,), "scale": (1,)}
 
 
 @dataclass(frozen=True)
@@ -37,6 +50,7 @@ class Row:
             params; ``memory`` is a dict that starts empty
         optimizer: the equal optimizer of torch, if there is one
         spreads: how far a non-finite gradient spreads: "coordinate" or "task"
+        shapes: of the parameters of one task
         compiled: whether to test it compiled, which takes a second: once per code path
     """
 
@@ -46,6 +60,7 @@ class Row:
     optimizer: Callable[[Any], torch.optim.Optimizer] | None = None
     spreads: str = "coordinate"
     compiled: bool = True
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=lambda: SHAPES)
 
     def __str__(self) -> str:
         return self.name
@@ -195,6 +210,20 @@ def hierarchical_rnn(
     return {name: torch.stack([each[name] for each in new]) if tasks else new[0][name] for name in params}
 
 
+def per_parameter_mlp(
+    rule: Any, w: Tensors, params: Tensors, grads: Tensors, memory: dict[str, Any], step: int, tasks: bool
+) -> Tensors:
+    new = {}
+    for name, p in params.items():
+        of_tasks = zip(p, grads[name], strict=True) if tasks else [(p, grads[name])]
+        moved = []
+        for task, (theta, g) in enumerate(of_tasks):
+            at, memory[name, task] = mlp_formula.step(rule, w, theta, g, memory.get((name, task)), step)
+            moved.append(at)
+        new[name] = torch.stack(moved) if tasks else moved[0]
+    return new
+
+
 ROWS = [
     Row(
         "SGD",
@@ -260,6 +289,21 @@ ROWS = [
         spreads="task",
         compiled=False,
     ),
+    Row(
+        "per-parameter MLP",
+        lambda _: PerParameterMLP.mulo(5, weight_decay=0.1, width_multiplier=2.0, step_mult=0.3, backend="reference"),
+        per_parameter_mlp,
+        spreads="task",
+        shapes=RANKED,
+    ),
+    Row(
+        "per-parameter MLP with learned decays",
+        lambda _: PerParameterMLP.elo(4, 1, learned_decays=True, weight_decay=0.1, backend="reference"),
+        per_parameter_mlp,
+        spreads="task",
+        compiled=False,
+        shapes=RANKED,
+    ),
     Row("normalised LSTM", lambda _: NormalisedLSTM(5, 2, "none"), normalised_lstm),
 ]
 
@@ -277,19 +321,19 @@ def has_rates(rule: Any) -> bool:
     return hasattr(rule, "rates") and bool(list(rule.rates.parameters()))
 
 
-def make_params(num_tasks: int | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
+def make_params(row: Row, num_tasks: int | None, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensors:
     """Params by name, [T, *shape] each, or [*shape] without tasks."""
     generator = torch.Generator().manual_seed(seed)
     lead = () if num_tasks is None else (num_tasks,)
-    draws = {n: torch.randn((*lead, *shape), generator=generator, dtype=torch.float64) for n, shape in SHAPES.items()}
-    return {name: x.to(dtype) for name, x in draws.items()}
+    options: dict[str, Any] = {"generator": generator, "dtype": torch.float64}
+    return {name: torch.randn((*lead, *shape), **options).to(dtype) for name, shape in row.shapes.items()}
 
 
 def make_rule(row: Row, dtype: torch.dtype = torch.float32) -> Any:
-    """The rule for :data:`SHAPES`; the same weights every time."""
+    """The rule for the row's shapes; the same weights every time."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        rule = row.make({name: torch.zeros(shape) for name, shape in SHAPES.items()})
+        rule = row.make({name: torch.zeros(shape) for name, shape in row.shapes.items()})
     return rule.to(dtype)
 
 

@@ -200,7 +200,7 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     "options",
     [
         "--rates lslr", "--rates meta-sgd", "--first-order", "--anil", "--parameters 0.*", "--optimizer sgd",
-        "--ema 0.9 --max-grad-norm 1 --accumulate 2",
+        "--ema 0.9 --max-grad-norm 1 --batch-parts 2",
         "--tasks regression-3 --shots 4", "--tasks digits-domains --queries 2",
     ],
 )  # fmt: skip
@@ -252,7 +252,7 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--monitor accuracy", "monitor must be one of loss, got 'accuracy'"),
         ("--mixed-precision fp8", "mixed_precision must be None or one of bf16, fp16, got 'fp8'"),
         ("--ema 1", "ema must be above 0 and below 1.0, got 1.0"),
-        ("--accumulate 40", "num_tasks must be at least 40, one for each process and part, got 32"),
+        ("--batch-parts 40", "num_tasks must be at least 40, one for each process and part, got 32"),
         ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
         ("--tasks omniglot", "data must name the folder of omniglot, got none: --data FOLDER"),
         ("--tasks omniglot --data nowhere", "nowhere"),

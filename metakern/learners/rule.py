@@ -10,6 +10,7 @@ Axis legend: T problems; a coordinatewise rule takes the step of all coordinates
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,9 @@ from metakern.learners.unroll import Optimized, Unrolled, check_held_out
 from metakern.rules.protocol import detached
 from metakern.rules.registry import make
 from metakern.tasks import OptimizeeBatch
+
+#: log 1e6, the largest "relative" measure.
+_WORST = math.log(1e6)
 
 
 class RuleLearner(nn.Module):
@@ -156,18 +160,26 @@ class RuleLearner(nn.Module):
             unrolled = Unrolled(batch, self._objective, points, held_out=self.loss_on == "held-out", first=first)
             params, state, _ = loop.run(unrolled, params, state)
             if self.unroll in points:
-                unrolled.gradients(params, self.unroll, not self.second_order)
+                unrolled.gradients(update.points(params, state), self.unroll, not self.second_order)
             first = unrolled.first
             yield unrolled.losses()
             params, state = detached(params), detached(state)
 
     @torch.no_grad()
     def evaluate(self, batch: OptimizeeBatch) -> dict[str, Tensor]:
-        """Losses [T] of the problems on all their data after ``steps`` steps of the rule, as "loss"."""
+        """Losses [T] of the problems on all their data after ``steps`` steps of the rule, as "loss".
+
+        With the objective "relative-log" also "relative", log(f/(f_0 + 1e-6) + 1e-6), at most log 1e6, also for
+        problems that diverge: a measure for mixtures, whose mean loss is that of their largest problems.
+        """
         params, update = starting_params(self.rule, batch), RuleUpdate(self.rule)
+        first = batch.full_loss(params) if self._objective.relative else None
         loop = InnerLoop(update, [True] * self.steps)
         params, _, _ = loop.run(Optimized(batch), params, update.init_state(params))
-        return {"loss": batch.full_loss(params)}
+        losses = batch.full_loss(params)
+        if first is None:
+            return {"loss": losses}
+        return {"loss": losses, "relative": self._objective.value(losses, first).nan_to_num(_WORST).clamp(max=_WORST)}
 
     # ------------------------------------------------------------------------------ problems in flight, by process
 
@@ -184,3 +196,7 @@ class RuleLearner(nn.Module):
         """What all processes know."""
         if self.pairs is not None:
             self.pairs.set_process_states(states)
+
+    def without_process_states(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A ``state_dict()`` of this learner without problems in flight."""
+        return state if self.pairs is None else {**state, "pairs._extra_state": {"shares": []}}

@@ -105,6 +105,20 @@ class PairUpdate:
         rest = iter(self.updates)
         return tuple([next(rest).init_state(one) for one in rows_of(tree)] for tree in params)
 
+    def points(self, params: Any, state: Any) -> Any:
+        """Where the next losses and gradients are to be taken."""
+        rest, found = iter(self.updates), []
+        for tree, states in zip(params, state, strict=True):
+            own = [next(rest) for _ in states]
+            rows = rows_of(tree)
+            points = [own[0].points(rows[0], states[0])]
+            if points[0] is rows[0]:
+                found.append(tree)
+                continue
+            others = zip(own[1:], rows[1:], states[1:], strict=True)
+            found.append(join_rows(points + [update.points(row, state) for update, row, state in others]))
+        return tuple(found)
+
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """A step of every problem's own rule."""
         del weights

@@ -26,6 +26,7 @@ from metakern.learners.estimators.flight import Flight, in_pairs
 from metakern.learners.estimators.noise import Noise
 from metakern.learners.objectives import Objective
 from metakern.learners.unroll import Optimized
+from metakern.tasks import MixedBatch
 
 
 class Pairs(nn.Module):
@@ -96,7 +97,8 @@ class Pairs(nn.Module):
         if self._flight is None:
             # The first problems are as if they had been under way: they end after a random part of their lives.
             left = [max(1, math.ceil(part * self._length(share))) for _, share, part in uniform]
-            self._flight = Flight.begin(fresh, copies, left)
+            self._flight = Flight.begin(in_pairs(batch), copies, left)
+            fresh.init_params()  # those that end in this truncation begin again elsewhere, on the same problem
         return self._truncation(rule, copies, self._flight, fresh, lengths)
 
     def _length(self, share: float) -> int:
@@ -257,7 +259,7 @@ class _Scored(Optimized):
 
 def check_batch(batch: Any) -> None:
     """Raise TypeError for a batch whose problems cannot be kept, replaced and solved twice."""
-    for group in getattr(batch, "groups", (batch,)):
+    for group in [each for _, each in batch.kinds()] if isinstance(batch, MixedBatch) else [batch]:
         if not all(hasattr(group, name) for name in ("draw", "replaced", "export_state", "import_state")):
             raise TypeError(
                 "batch must be of problems derived from metakern.tasks.ProblemBatch, which evolution strategies keep, "

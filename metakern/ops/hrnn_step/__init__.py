@@ -82,7 +82,7 @@ def hrnn_step(
     """
     _check_lists(params, grads, states, weights)
     check_dense(biases, "biases")
-    kernel = step.choose(backend, biases.device, _unserved(biases))
+    kernel = step.choose(backend, params[0].device if params else biases.device, _unserved(biases))
     if not _checks_itself(kernel):
         _check(params, grads, states, biases, mean_rate, weights)
     if kernel is None:

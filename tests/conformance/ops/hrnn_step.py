@@ -173,7 +173,8 @@ class HrnnStep(Operator):
 
         steps = [torch.rand(tasks, 2, x.shape[2], generator=generator) for x in states]
         rms = torch.rand(2, tasks, 2, generator=generator) + 0.5
-        cotangents = [[like(p) for p in params], [like(x) for x in states], torch.randn(2, tasks, HIDDEN + 13)]
+        of_means = torch.randn(2, tasks, HIDDEN + 13, generator=generator)
+        cotangents = [[like(p) for p in params], [like(x) for x in states], of_means]
         attended = [like(p) for p in params]
         return [*cotangents, attended, grads, states, steps, rms, biases, mean_rate, weights]
 

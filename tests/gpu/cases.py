@@ -3,7 +3,7 @@
 compute-sanitizer --tool memcheck python -m tests.gpu.cases [cuda] [triton]
 python -m tests.gpu.cases --dry     by the reference on the CPU
 
-Every operator of the conformance suite takes part: by ``CASES`` in tests/ops/<operator>/gpu_cases.py, which map a
+Every operator of the conformance suite takes part: by ``CASES`` in tests/ops/<folder>/gpu_cases.py, which map a
 backend to cases with a method ``run``, or else by examples of its row. Inputs are made on the CPU, so that few other
 kernels run. Exits with status 1 if a result is NaN or a call raises; the tests check the values.
 """
@@ -11,18 +11,16 @@ kernels run. Exits with status 1 if a result is NaN or a call raises; the tests 
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from tests.conformance.ops.implementations import with_gradients
 from tests.conformance.ops.operators import Operator
-from tests.conformance.ops.rows import ROWS
+from tests.conformance.ops.rows import with_modules
 from tests.gpu.common import BACKENDS
 
 F32 = torch.float32
@@ -71,14 +69,8 @@ def row_cases(op: Operator, backend: str) -> Iterator[RowCase]:
 def cases(backend: str) -> list[Case]:
     """All cases by a backend, or by the reference."""
     found: list[Case] = []
-    for op in ROWS:
-        module = f"tests.ops.{op.name}.gpu_cases"
-        folder = importlib.util.find_spec(f"tests.ops.{op.name}")
-        if folder is not None and importlib.util.find_spec(module) is not None:
-            own: dict[str, list[Any]] = importlib.import_module(module).CASES
-            found += own[backend]
-        else:
-            found += row_cases(op, backend)
+    for op, module in with_modules("gpu_cases"):
+        found += row_cases(op, backend) if module is None else module.CASES[backend]
     return found
 
 

@@ -1,81 +1,16 @@
-// The CPU operators: check the arguments, allocate the results, run the passes with the loops of the instruction set in
-// use.
+// The forward CPU operator: check the arguments, allocate the results, run the passes with the loops of the instruction
+// set in use.
 #include "cpu.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-#include <cstring>
 #include <tuple>
 
-#include "../core/capability.h"
-#include "../core/parallel.h"
-#include "arguments.h"
-#include "cpu_plan.h"
+#include "cpu_run.h"
 
 namespace metakern {
 namespace {
-
-// Contiguous copies of lists, whose memory a problem points to.
-class Contiguous {
- public:
-  const void* add(const Tensor& t) {
-    kept_.push_back(as_contiguous(t));
-    return kept_.back().const_data_ptr();
-  }
-
- private:
-  Tensors kept_;
-};
-
-// Results like the tensors of a list.
-class Results {
- public:
-  explicit Results(const Tensors& like) {
-    for (const Tensor& t : like) tensors_.push_back(t.numel() > 0 && t.is_contiguous() ? empty_result(t) : empty(t));
-  }
-  void* data(size_t i) { return tensors_[i].mutable_data_ptr(); }
-  Tensors take() { return std::move(tensors_); }
-
- private:
-  static Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
-  Tensors tensors_;
-};
-
-// Tables of the time features, [T, 11].
-std::vector<double> time_of(const MlpUpdateProblem& p) {
-  std::vector<double> time;
-  for (int64_t task = 0; task < p.num_tasks; ++task)
-    for (double scale : time_scales) time.push_back(std::tanh(double(p.steps[task]) / scale - 1));
-  return time;
-}
-
-void set_shared(MlpUpdateProblem* p, Contiguous* kept, const Tensors& weights, const Tensor& decays,
-                const Tensor& rates, const Tensor& keep, const Tensor& steps) {
-  for (size_t i = 0; i < weights.size(); ++i) p->weights[i] = kept->add(weights[i]);
-  p->decays = kept->add(decays);
-  p->rates = kept->add(rates);
-  p->keep = kept->add(keep);
-  p->steps = static_cast<const int64_t*>(kept->add(steps));
-}
-
-MlpUpdateTensor old_tensor(Contiguous* kept, const MlpUpdateLists& lists, size_t i) {
-  MlpUpdateTensor t{};
-  t.shape = factored_shape_of(lists.params[i]);
-  t.params = kept->add(lists.params[i]);
-  t.grads = kept->add(lists.grads[i]);
-  t.m = kept->add(lists.m[i]);
-  t.v = kept->add(lists.v[i]);
-  t.r = kept->add(lists.r[i]);
-  t.c = kept->add(lists.c[i]);
-  return t;
-}
-
-// The factors of a tensor without coordinates stay as they are.
-void copy_factor(const Tensor& old, const void* from, void* to) {
-  if (old.numel() > 0) std::memcpy(to, from, size_t(old.numel()) * old.element_size());
-}
 
 // Segments of one block run all passes at once, neighbouring ones together up to so many coordinates.
 constexpr int64_t job_target = 8192;
@@ -109,14 +44,6 @@ Schedule schedule_of(const MlpPlan& plan, const MlpUpdateProblem& p) {
     size += p.tensors[s.tensor].shape.numel();
   }
   return schedule;
-}
-
-// f(item) for all items, in parallel.
-template <class F>
-void each(const std::vector<int64_t>& items, const F& f) {
-  parallel_for(0, int64_t(items.size()), 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(items[i]);
-  });
 }
 
 void run_forward(const MlpUpdateKernels& k, const MlpPlan& plan, const MlpUpdateCall& call) {
@@ -166,22 +93,15 @@ Step mlp_update_step(const Tensors& params, const Tensors& grads, const Tensors&
   p.tensors = tensors.data();
   Tensor norms = torch::stable::new_zeros(decays, {p.num_tensors, p.num_tasks, tensor_features});
   p.norms = norms.mutable_data_ptr();
-  const MlpPlan plan(p, 1);
+  const MlpPlan plan(p, forward_sums);
   const int64_t element = p.dtype == DType::float64 ? 8 : 4;
-  const MlpWorkspace workspace(plan, 1, element);
+  const MlpWorkspace workspace(plan, forward_sums, element);
   const CachedMemory biases(p.num_tasks * p.width * element);
   const std::vector<double> time = time_of(p);
-  MlpUpdateCall call{};
-  call.problem = &p;
-  call.segments = plan.segments().data();
-  call.blocks = plan.blocks().data();
-  call.num_segments = int64_t(plan.segments().size());
-  call.num_blocks = int64_t(plan.blocks().size());
+  MlpUpdateCall call = call_of(p, plan);
   call.biases = biases.data();
   workspace.set(&call);
-  const MlpUpdateKernels& k = with_cpu_capability([&](auto capability) -> const MlpUpdateKernels& {
-    return mlp_update_kernels<capability.value>(p.dtype == DType::float64);
-  });
+  const MlpUpdateKernels& k = kernels_for(p);
   k.biases(p, time.data(), biases.data());
   run_forward(k, plan, call);
   return {new_params.take(), new_m.take(), new_v.take(), new_r.take(), new_c.take(), norms};

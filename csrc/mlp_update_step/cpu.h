@@ -29,15 +29,17 @@ struct MlpBlock {
 struct MlpSegment {
   int64_t tensor, task;
   int64_t first_block, num_blocks;
-  int64_t tables;  // the segment's part of the tables, in entries of r and c
+  int64_t tables;       // entries of r and c of the segments before it
+  int64_t coordinates;  // of the segments before it
 };
 
 // The tables hold, for entries of r and then of c, rows of: ^-1/2 of them + 1e-8 (3), the factors R or C (3).
 constexpr int table_rows = 6;
-// Sums over rows and columns that backward keeps: of the gradients of factors (3) and of r or c themselves (3).
-constexpr int gradient_sums = 6;
-// Sums of a block in backward's second pass: gradients of the decays.
-constexpr int block_numbers = tensor_features + 2;
+// Sums over rows and columns: of g^2 in forward; in backward of the gradients of the factors (3) and of r or c through
+// features of their own (3), and of g^2.
+constexpr int forward_sums = 1, backward_sums = 7;
+// Sums of a block: one a feature; in backward then the gradients of the rate and of `keep`.
+constexpr int block_numbers = tensor_features + 2, block_rate = tensor_features, block_keep = tensor_features + 1;
 
 struct MlpUpdateCall {
   const MlpUpdateProblem* problem;
@@ -48,13 +50,14 @@ struct MlpUpdateCall {
   void* sums;             // per block: sums over its rows and columns
   double* entry_sums;     // per segment [K, x_size], then [K, y_size]
   double* block_sums;     // [blocks, block_numbers]
-  double* segment_sums;   // [segments, tensor_features]
+  double* segment_sums;   // [segments, tensor_features]: forward: mean squares of r, c; backward: as `means` says
+  int64_t num_blocks, num_segments;
   // of backward alone
   const double* time;     // [T, 11]
-  void* kept_grads;       // per coordinate, gradients of grads and of params between two passes; null: in the results
-  void* slopes;           // per segment: of g^2 by rows and columns, [x_size], then [y_size]
+  void* kept_grads;       // between two passes, of all coordinates: gradients of grads, then of params; null for
+  int64_t coordinates;    // params of the arithmetic's dtype, where the results hold them
+  void* slopes;           // per segment: factors of g in its gradient, by rows and columns: [x_size], then [y_size]
   double* decay_sums;     // [blocks + segments, num_decays]
-  int64_t num_blocks, num_segments;
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.

@@ -30,7 +30,7 @@ void squares(const MlpUpdateCall& call, int64_t index) {
   const MlpBlock& b = call.blocks[index];
   const Segment<S> s(call, b.segment);
   if (!s.shape.is_factored) return;
-  S *x = s.block_sums_x(b), *y = s.block_sums_y(b, 1);
+  S *x = s.block_sums_x(b), *y = s.block_sums_y(b, forward_sums);
   for (int64_t i = 0; i < b.x_size(s.shape); ++i) x[i] = S(0);
   for (int64_t i = 0; i < b.y_size(s.shape); ++i) y[i] = S(0);
   alignas(64) S g[tile_size];
@@ -65,7 +65,7 @@ template <class S>
 void factors(const MlpUpdateCall& call, int64_t index) {
   const Segment<S> s(call, index);
   if (!s.shape.is_factored) return;
-  const double* sums = add_blocks(s, 1);
+  const double* sums = add_blocks(s, forward_sums);
   const Table<S> rows = s.rows(), columns = s.columns();
   const bool is_x = s.shape.rows_are_x;
   const int64_t x_size = s.shape.x_size();

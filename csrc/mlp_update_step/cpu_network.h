@@ -31,13 +31,14 @@ struct StoreRows {
   MK_INLINE void operator()(int m, int n, V value) const { out[m * tile_vectors<V> + n] = value; }
 };
 
-// Gradient of a ReLU's input: overwrites its output.
+// Gradient of a ReLU's input, from that of its output and from the output.
 template <class V>
 struct MaskRows {
-  V* hidden;
+  V* out;
+  const V* hidden;
   MK_INLINE void operator()(int m, int n, V value) const {
-    V& h = hidden[m * tile_vectors<V> + n];
-    h = h > broadcast<V>(0) ? value : broadcast<V>(0);
+    const int64_t at = m * tile_vectors<V> + n;
+    out[at] = hidden[at] > broadcast<V>(0) ? value : broadcast<V>(0);
   }
 };
 
@@ -59,7 +60,10 @@ struct Network {
   MK_INLINE const S* bias(int layer) const {
     return layer == 0 ? first_bias : static_cast<const S*>(problem.weights[2 * layer + 1]);
   }
-  MK_INLINE V* layer(V* hidden, int l) const { return hidden + int64_t(l) * problem.width * tile_vectors<V>; }
+  template <class Pointer>
+  MK_INLINE Pointer layer(Pointer hidden, int l) const {
+    return hidden + int64_t(l) * problem.width * tile_vectors<V>;
+  }
 
   // x [28], hidden [L, W], out [2]: direction and magnitude.
   void forward(const V* x, V* hidden, V* out, int vectors) const {
@@ -72,14 +76,14 @@ struct Network {
     }
   }
 
-  // From the gradients of `out`: overwrites `hidden` by the gradients of the layers' sums, writes those of x.
-  void backward(const V* grad_out, V* hidden, V* grad_x, int vectors) const {
+  // From the gradients of `out`: writes those of the hidden layers' sums and of x.
+  void backward(const V* grad_out, const V* hidden, V* grad_hidden, V* grad_x, int vectors) const {
     const V* from = grad_out;
     for (int l = problem.hidden_layers; l >= 0; --l) {
       const LaneTerm<V, S> terms[1] = {{weight(l).transposed(), tile_rows(from), problem.outputs(l)}};
       if (l == 0) return product(terms, problem.inputs(0), vectors, StoreRows<V>{grad_x});
-      V* to = layer(hidden, l - 1);
-      product(terms, problem.width, vectors, MaskRows<V>{to});
+      V* to = layer(grad_hidden, l - 1);
+      product(terms, problem.width, vectors, MaskRows<V>{to, layer(hidden, l - 1)});
       from = to;
     }
   }

@@ -25,6 +25,7 @@ class MlpPlan {
   const std::vector<MlpBlock>& blocks() const { return blocks_; }
   int64_t entries() const { return entries_; }  // of r and c together
   int64_t sums() const { return sums_; }
+  int64_t coordinates() const { return coordinates_; }
 
  private:
   void add(const FactoredShape& s, int64_t tensor, int64_t task) {
@@ -47,14 +48,15 @@ class MlpPlan {
             if (s.is_factored) sums_ += sum_rows_ * (b.x_size(s) + b.y_size(s));
             blocks_.push_back(b);
           }
-    segments_.push_back({tensor, task, first_block, int64_t(blocks_.size()) - first_block, entries_});
+    segments_.push_back({tensor, task, first_block, int64_t(blocks_.size()) - first_block, entries_, coordinates_});
+    coordinates_ += s.numel();
     if (s.is_factored) entries_ += s.x_size() + s.y_size();
   }
 
   int sum_rows_;
   std::vector<MlpSegment> segments_;
   std::vector<MlpBlock> blocks_;
-  int64_t entries_ = 0, sums_ = 0;
+  int64_t entries_ = 0, sums_ = 0, coordinates_ = 0;
 };
 
 // Working memory of a call, kept from call to call as results are.

@@ -41,6 +41,7 @@ class OuterSettings:
     count: ClassVar[str] = "iterations"  # the setting for a run's length
     old_names: ClassVar[Mapping[str, str]] = {
         "lr": "outer_lr", "clip_norm": "max_grad_norm", "precision": "mixed_precision",
+        "accumulate": "batch_parts",
     }  # fmt: skip
 
     optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
@@ -56,7 +57,7 @@ class OuterSettings:
     non_finite: Annotated[
         str, OUTER(help="Meta-gradients that are not finite: skip the outer step, or take such elements as zero.")
     ] = "skip"
-    accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    batch_parts: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
     mixed_precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
     max_skipped: Annotated[
@@ -114,7 +115,7 @@ class OuterSettings:
             max_grad_norm=self.max_grad_norm or None,
             max_grad_element=self.max_grad_element or None,
             non_finite=self.non_finite,
-            accumulate=self.accumulate,
+            batch_parts=self.batch_parts,
             eval_every=self.eval_every,
             eval_tasks=self.eval_tasks,
             patience=self.patience or None,

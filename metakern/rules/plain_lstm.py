@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -72,6 +73,10 @@ class PlainStages(Rule):
     def __init__(self, rule: StagedRule) -> None:
         super().__init__()
         self.rule = copy.deepcopy(rule)
+
+    def initialisation(self) -> Mapping[str, Tensor] | None:
+        """Those of the rule."""
+        return self.rule.initialisation()
 
     def init_state(self, params: Params, *, tasks: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Zero h and c, [L, N, H] each, and the stages' state [E, N]."""

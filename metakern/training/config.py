@@ -20,7 +20,7 @@ PRECISIONS = ("bf16", "fp16")
 _COUNTS = (
     "iterations",
     "num_tasks",
-    "accumulate",
+    "batch_parts",
     "eval_every",
     "eval_tasks",
     "checkpoint_every",
@@ -29,7 +29,7 @@ _COUNTS = (
 )
 
 
-@renamed(clip_norm="max_grad_norm", precision="mixed_precision")
+@renamed(clip_norm="max_grad_norm", precision="mixed_precision", accumulate="batch_parts")
 @dataclass(frozen=True)
 class TrainerConfig:
     """Configuration of a :class:`Trainer`.
@@ -42,7 +42,7 @@ class TrainerConfig:
         max_grad_element: largest element of the meta-gradient in size, limited before its norm; None: no clipping
         non_finite: what becomes of a meta-gradient that is not finite: "skip" skips the outer step, "zero" takes its
             non-finite elements as 0
-        accumulate: chunks in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
+        batch_parts: parts in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
             still that of the whole meta-batch
         eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
         eval_tasks: tasks of an evaluation, over all processes
@@ -66,7 +66,7 @@ class TrainerConfig:
     max_grad_norm: float | None = None
     max_grad_element: float | None = None
     non_finite: str = "skip"
-    accumulate: int = 1
+    batch_parts: int = 1
     eval_every: int = 100
     eval_tasks: int = 256
     patience: int | None = None

@@ -67,7 +67,7 @@ class OuterLoop:
             RuntimeError: after ``max_skipped`` consecutive skipped steps, and for a learner whose number of outer steps
                 depends on the tasks.
         """
-        parts = list(own_parts(batch, self.processes, self.config.accumulate))
+        parts = list(own_parts(batch, self.processes, self.config.batch_parts))
         losses, sizes = [iter(self.learner.meta_losses(part)) for part in parts], [part.num_tasks for part in parts]
         results: list[BatchResult] = []
         while True:

@@ -83,7 +83,7 @@ class Trainer:
     Raises:
         TypeError: for a learner, tasks or optimizer of the wrong type
         ValueError: for optimizer parameters that are not the learner's, and for fewer tasks than processes and
-            ``accumulate`` need
+            ``batch_parts`` need
         RuntimeError: for an unavailable mixed precision or device
 
     Example:
@@ -111,7 +111,7 @@ class Trainer:
         with self.processes.telling():
             check_parts(learner, tasks, optimizer)
             world = self.processes.world
-            for name, least in (("num_tasks", world * self.config.accumulate), ("eval_tasks", world)):
+            for name, least in (("num_tasks", world * self.config.batch_parts), ("eval_tasks", world)):
                 number = getattr(self.config, name)
                 if number < least:
                     raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")

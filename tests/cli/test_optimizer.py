@@ -71,10 +71,10 @@ def test_the_learning_rate_falls_along_a_cosine_to_three_percent(tmp_path):
 
 
 def test_the_outer_loop_is_set_as_for_maml(tmp_path):
-    options = "--optimizer sgd --scheduler none --max-grad-norm 0 --ema 0.9 --patience 1 --accumulate 2 --outer-lr 0.5"
+    options = "--optimizer sgd --scheduler none --max-grad-norm 0 --ema 0.9 --patience 1 --batch-parts 2 --outer-lr 0.5"
     succeed(f"train optimizer {RUN} --episodes 9 --problem quadratics {options} --output {tmp_path}/q")
     config = yaml.safe_load((tmp_path / "q" / "config.yaml").read_text())
-    assert (config["optimizer"], config["scheduler"], config["accumulate"]) == ("sgd", "none", 2)
+    assert (config["optimizer"], config["scheduler"], config["batch_parts"]) == ("sgd", "none", 2)
     assert {line["lr"] for line in metrics(tmp_path / "q") if "lr" in line} == {0.5}
     newest = max((tmp_path / "q" / "checkpoints").glob("*.pt"))
     checkpoint = torch.load(newest, weights_only=True)

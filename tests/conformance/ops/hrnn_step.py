@@ -6,7 +6,7 @@ Axis legend: M tensors, T tasks, n coordinates of a segment, H = 10 hidden units
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,9 @@ from tests.conformance.ops.operators import CPP, Example, Operator, Spec, Tensor
 F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 HIDDEN = 10
+
+#: Where an example is quick.
+COMPILED = ("reference", "cpp", "triton")
 
 #: Arguments and results by the axis of their tasks.
 TASK_AXES = {
@@ -49,11 +52,14 @@ class HrnnStep(Operator):
 
     name = "hrnn_step"
     specs = (
-        Spec("three tensors", {"tasks": 3, "shapes": ((5, 3), (), (7,))}),
-        Spec("attention", {"tasks": 2, "shapes": ((9,), (2, 2)), "attention": True}),
-        Spec("fresh state", {"tasks": 2, "shapes": ((9,), (2, 2)), "fresh": True}, (F32, F64)),
-        Spec("no coordinates", {"tasks": 2, "shapes": ((0,), (3,), (2, 0))}, (F32,)),
+        Spec("three tensors", {"tasks": 3, "shapes": ((5, 3), (), (7,))}, on=COMPILED),
+        Spec("attention", {"tasks": 2, "shapes": ((9,), (2, 2)), "attention": True}, on=COMPILED),
+        Spec("several blocks", {"tasks": 1, "shapes": ((70,), (0,))}, (F32,), ("interpreted", "triton")),
+        Spec("attention of one", {"tasks": 2, "shapes": ((1,),), "attention": True}, HALVES, ("interpreted",)),
+        Spec("fresh state", {"tasks": 1, "shapes": ((3,),), "fresh": True}, (F32, F64)),
+        Spec("no coordinates", {"tasks": 2, "shapes": ((0,), (3,), (2, 0))}, (F32,), COMPILED),
         Spec("no tasks", {"tasks": 0, "shapes": ((3,), ())}, (F32,)),
+        Spec("several programs", {"tasks": 600, "shapes": ((3,), (20_001,))}, (F32,), ("triton",)),
         *(
             Spec(f"n={','.join(map(str, sizes))}", {"tasks": 2, "shapes": tuple((n,) for n in sizes)}, (F32, F64), CPP)
             for sizes in ((1, 7, 8, 9), (15, 16, 17, 31), (32, 33, 63, 65), (1, 1000, 4097))
@@ -64,7 +70,7 @@ class HrnnStep(Operator):
     tiny = {"tasks": 1, "shapes": ((2,),)}
     spread = {"tasks": 3, "shapes": ((7001,), (2, 300), ())}
     scheduled = small
-    viewed = {"tasks": 3, "shapes": ((5, 9), (4,)), "attention": True}
+    viewed = {"tasks": 2, "shapes": ((5, 9),), "attention": True}
     batched = {"tasks": 2, "shapes": ((3,), (2, 2)), "attention": True}
     faulted = {"tasks": 3, "shapes": ((5, 2), (3,)), "attention": True}
     isolated = (({"tasks": 3, "shapes": ((37,), (2,))}, (0, 2)),)
@@ -81,7 +87,7 @@ class HrnnStep(Operator):
     operators = ("hrnn_step", "hrnn_step_backward")
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        return kind in ("cpp", "reference")
+        return kind not in ("emulated", "cuda")
 
     def make(
         self,
@@ -152,6 +158,9 @@ class HrnnStep(Operator):
         spoiled[0, unit, 0] = value
         return spoiled
 
+    def fewer(self, sizes: Mapping[str, Any], units: tuple[int, ...]) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        return {"tasks": 2, "shapes": ((2,),)}, (1,)
+
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         example = self.make(F32, tasks=tasks, shapes=((5, 2), (3,)), attention=True, seed=seed)
         params, grads, states, biases, mean_rate, weights = self._arguments(example.tensors)
@@ -164,7 +173,8 @@ class HrnnStep(Operator):
 
         steps = [torch.rand(tasks, 2, x.shape[2], generator=generator) for x in states]
         rms = torch.rand(2, tasks, 2, generator=generator) + 0.5
-        cotangents = [[like(p) for p in params], [like(x) for x in states], torch.randn(2, tasks, HIDDEN + 13)]
+        of_means = torch.randn(2, tasks, HIDDEN + 13, generator=generator)
+        cotangents = [[like(p) for p in params], [like(x) for x in states], of_means]
         attended = [like(p) for p in params]
         return [*cotangents, attended, grads, states, steps, rms, biases, mean_rate, weights]
 

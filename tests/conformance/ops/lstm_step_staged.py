@@ -28,7 +28,7 @@ KINDS = ("cpp", "reference", "emulated", "cuda")
 class LstmStepStaged(Operator):
     """One step with features and a head of any kind; Triton has no kernels for it."""
 
-    name = "lstm_step_staged"
+    name, folder = "lstm_step_staged", "lstm_step"
     specs = (
         *(Spec(f"{features} {head}", {"n": 111, "features": features, "head": head}) for features, head in PAIRS),
         *(

@@ -436,7 +436,7 @@ class MlpInnerLoop(MlpOperator):
 class MlpMetaLoss(MlpOperator):
     """Query losses of T MLPs after K steps."""
 
-    name = "mlp_meta_loss"
+    name, folder = "mlp_meta_loss", "mlp_inner_loop"
     operators = batched_operators = ("mlp_meta_loss", "mlp_meta_loss_backward")
     query = True
     specs = tuple(specs())

@@ -87,6 +87,7 @@ class Operator:
 
     Attributes:
         name: of the public function
+        folder: of tests/ops, if not ``name``
         dtypes: of the public function on the CPU, by any backend
         specs: examples for checking results and gradients
         small: an example of some dozen numbers, for transforms, numerical derivatives and the compiler
@@ -115,6 +116,7 @@ class Operator:
     """
 
     name: str
+    folder: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     specs: tuple[Spec, ...] = ()
     small: Mapping[str, Any]

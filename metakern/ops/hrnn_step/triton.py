@@ -1,9 +1,8 @@
 """hrnn_step by Triton kernels: launch configurations, launches, and the operators.
 
 Triton rather than CUDA C++: the step is bound by bytes on a GPU, its products are 16 wide, and one source serves
-float32 and float64, forward and backward. Triton kernels take no list of pointers, so every tensor has launches of its own,
-three forward (step, sums, update) and four backward; nothing is concatenated. Results do not depend on the order of the
-programs.
+float32 and float64. Triton kernels take no list of pointers, so every tensor has launches of its own, three forward
+(step, sums, update) and five backward; nothing is concatenated. Results do not depend on the order of the programs.
 
 Axis legend: M tensors, T tasks, n coordinates of a segment (one tensor of one task), H hidden units, R = H + 11 rows of
 the state, A = 1 with attention, else 0. Needs the package triton, 3.6 or newer.
@@ -222,7 +221,7 @@ def _by_weight(sums: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
     """The weights' gradients from a row of sums, whose layout :func:`backward_kernel` describes."""
     if sums is None:
         return [torch.zeros_like(w) for w in weights]
-    hidden, dtype = weights[1].shape[0], weights[0].dtype
+    hidden = weights[1].shape[0]
     padded = _padded_hidden(hidden)
     by_x, by_h, by_readout, by_number = sums.split([48 * padded, 3 * padded * padded, 16 * padded, 16])
     by_x = by_x.view(3, padded, 16)[:, :hidden, :FEATURES]
@@ -237,4 +236,4 @@ def _by_weight(sums: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
         by_number[5 : 5 + SCALES],
         scalars,
     )
-    return [x.to(dtype).contiguous() for x in found]
+    return [torch.empty_like(w).copy_(x) for w, x in zip(weights, found, strict=True)]

@@ -20,8 +20,6 @@ from metakern.ops.core.triton_arithmetic import log, sigmoid, tanh
 _SQUARE_EPSILON = tl.constexpr(1e-12)
 _ROOT_EPSILON = tl.constexpr(1e-16)
 _MAX_LOG_RATE = tl.constexpr(33.0)
-_FEATURES = tl.constexpr(12)
-_COLUMNS = tl.constexpr(16)
 
 
 # ------------------------------------------------------------------------------------------------------ memory access
@@ -63,34 +61,37 @@ def load_vector(base, H: tl.constexpr, HP: tl.constexpr):
 
 
 @triton.jit
-def load_weight(base, first, start, WIDTH: tl.constexpr, PADDED: tl.constexpr, H: tl.constexpr, HP: tl.constexpr):
-    """Rows first to first + H and columns start to start + WIDTH of a weight [., 12 + H], as [HP, PADDED]."""
+def load_weight(
+    base, ROW: tl.constexpr, START: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+    H: tl.constexpr, HP: tl.constexpr,
+):  # fmt: skip
+    """Rows ROW to ROW + H and columns START to START + WIDTH of a weight [., 12 + H], as [HP, PADDED]."""
     units, columns = tl.arange(0, HP), tl.arange(0, PADDED)
-    offsets = (first + units)[:, None] * (_FEATURES + H) + (start + columns)[None, :]
+    offsets = units[:, None] * (12 + H) + columns[None, :] + (ROW * (12 + H) + START)
     return tl.load(base + offsets, mask=(units < H)[:, None] & (columns < WIDTH)[None, :], other=0.0)
 
 
 @triton.jit
 def column(x, index: tl.constexpr):
     """One column of [B, 16], [B]."""
-    columns = tl.arange(0, _COLUMNS)
+    columns = tl.arange(0, 16)
     return tl.sum(tl.where((columns == index)[None, :], x, 0.0), axis=1)
 
 
 @triton.jit
 def with_column(x, index: tl.constexpr, values):
     """Replace one column of [B, 16]."""
-    columns = tl.arange(0, _COLUMNS)
+    columns = tl.arange(0, 16)
     return tl.where((columns == index)[None, :], values[:, None], x)
 
 
 @triton.jit
 def product(a, b):
-    """A @ b in the arithmetic dtype."""
+    """A @ b in the arithmetic dtype; float32 by three TF32 products, as FMA products take all registers."""
     if a.dtype == tl.float64:
         result = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
     else:
-        result = tl.dot(a, b, input_precision="ieee")
+        result = tl.dot(a, b, input_precision="tf32x3")
     return result
 
 
@@ -143,7 +144,7 @@ def features(base, g, lanes, valid, n, mean_rate, H: tl.constexpr, BLOCK: tl.con
         g, load_row(base, H + 3, lanes, valid, n), load_row(base, H + 7, lanes, valid, n), s, root(d2)
     )
     mean = (l0 + l1 + l2 + l3) * 0.25
-    x = tl.zeros([BLOCK, _COLUMNS], rate.dtype)
+    x = tl.zeros([BLOCK, 16], rate.dtype)
     x = with_column(with_column(x, 0, g0), 1, g1)
     x = with_column(with_column(x, 2, g2), 3, g3)
     x = with_column(with_column(with_column(x, 4, g0 * g1), 5, g1 * g2), 6, g2 * g3)
@@ -159,14 +160,14 @@ def features(base, g, lanes, valid, n, mean_rate, H: tl.constexpr, BLOCK: tl.con
 @triton.jit
 def gru(x, h, bias, gates, candidate, H: tl.constexpr, HP: tl.constexpr):
     """The gates r and u, the candidate c and h', each [B, HP]."""
-    r = product(x, tl.trans(load_weight(gates, 0, 0, _FEATURES, _COLUMNS, H, HP)))
-    r += product(h, tl.trans(load_weight(gates, 0, _FEATURES, H, HP, H, HP)))
+    r = product(x, tl.trans(load_weight(gates, 0, 0, 12, 16, H, HP)))
+    r += product(h, tl.trans(load_weight(gates, 0, 12, H, HP, H, HP)))
     r = sigmoid(r + load_vector(bias, H, HP)[None, :])
-    u = product(x, tl.trans(load_weight(gates, H, 0, _FEATURES, _COLUMNS, H, HP)))
-    u += product(h, tl.trans(load_weight(gates, H, _FEATURES, H, HP, H, HP)))
+    u = product(x, tl.trans(load_weight(gates, H, 0, 12, 16, H, HP)))
+    u += product(h, tl.trans(load_weight(gates, H, 12, H, HP, H, HP)))
     u = sigmoid(u + load_vector(bias + H, H, HP)[None, :])
-    c = product(x, tl.trans(load_weight(candidate, 0, 0, _FEATURES, _COLUMNS, H, HP)))
-    c += product(r * h, tl.trans(load_weight(candidate, 0, _FEATURES, H, HP, H, HP)))
+    c = product(x, tl.trans(load_weight(candidate, 0, 0, 12, 16, H, HP)))
+    c += product(r * h, tl.trans(load_weight(candidate, 0, 12, H, HP, H, HP)))
     c = tanh(c + load_vector(bias + 2 * H, H, HP)[None, :])
     return r, u, c, u * h + (1 - u) * c
 
@@ -180,7 +181,7 @@ def readout(readouts, row: tl.constexpr, h, H: tl.constexpr, HP: tl.constexpr):
 @triton.jit
 def direction(x, scales):
     """ĝ · w_s, [B]."""
-    columns = tl.arange(0, _COLUMNS)
+    columns = tl.arange(0, 16)
     weight = tl.load(scales + columns, mask=columns < 4, other=0.0)
     return tl.sum(x * weight[None, :], axis=1)
 

@@ -21,6 +21,9 @@ F32, F64 = torch.float32, torch.float64
 HALVES = (torch.bfloat16, torch.float16)
 HIDDEN = 10
 
+#: Where an example is quick.
+COMPILED = ("reference", "cpp", "triton")
+
 #: Arguments and results by the axis of their tasks.
 TASK_AXES = {
     **dict.fromkeys(("params", "grads", "states", "mean_rate", "new params", "new states", "attended"), 0),
@@ -49,11 +52,14 @@ class HrnnStep(Operator):
 
     name = "hrnn_step"
     specs = (
-        Spec("three tensors", {"tasks": 3, "shapes": ((5, 3), (), (7,))}),
-        Spec("attention", {"tasks": 2, "shapes": ((9,), (2, 2)), "attention": True}),
-        Spec("fresh state", {"tasks": 2, "shapes": ((9,), (2, 2)), "fresh": True}, (F32, F64)),
-        Spec("no coordinates", {"tasks": 2, "shapes": ((0,), (3,), (2, 0))}, (F32,)),
+        Spec("three tensors", {"tasks": 3, "shapes": ((5, 3), (), (7,))}, on=COMPILED),
+        Spec("attention", {"tasks": 2, "shapes": ((9,), (2, 2)), "attention": True}, on=COMPILED),
+        Spec("several blocks", {"tasks": 1, "shapes": ((70,), (0,))}, (F32,), ("interpreted", "triton")),
+        Spec("attention of one", {"tasks": 2, "shapes": ((1,),), "attention": True}, HALVES, ("interpreted",)),
+        Spec("fresh state", {"tasks": 1, "shapes": ((3,),), "fresh": True}, (F32, F64)),
+        Spec("no coordinates", {"tasks": 2, "shapes": ((0,), (3,), (2, 0))}, (F32,), COMPILED),
         Spec("no tasks", {"tasks": 0, "shapes": ((3,), ())}, (F32,)),
+        Spec("several programs", {"tasks": 600, "shapes": ((3,), (20_001,))}, (F32,), ("triton",)),
         *(
             Spec(f"n={','.join(map(str, sizes))}", {"tasks": 2, "shapes": tuple((n,) for n in sizes)}, (F32, F64), CPP)
             for sizes in ((1, 7, 8, 9), (15, 16, 17, 31), (32, 33, 63, 65), (1, 1000, 4097))
@@ -81,7 +87,7 @@ class HrnnStep(Operator):
     operators = ("hrnn_step", "hrnn_step_backward")
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        return kind in ("cpp", "reference")
+        return kind not in ("emulated", "cuda")
 
     def make(
         self,
@@ -164,7 +170,8 @@ class HrnnStep(Operator):
 
         steps = [torch.rand(tasks, 2, x.shape[2], generator=generator) for x in states]
         rms = torch.rand(2, tasks, 2, generator=generator) + 0.5
-        cotangents = [[like(p) for p in params], [like(x) for x in states], torch.randn(2, tasks, HIDDEN + 13)]
+        of_means = torch.randn(2, tasks, HIDDEN + 13, generator=generator)
+        cotangents = [[like(p) for p in params], [like(x) for x in states], of_means]
         attended = [like(p) for p in params]
         return [*cotangents, attended, grads, states, steps, rms, biases, mean_rate, weights]
 

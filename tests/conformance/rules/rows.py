@@ -281,7 +281,7 @@ ROWS = [
     ),
     Row("Meta-LSTM", lambda _: large(MetaLSTM(hidden_size=6)), meta_lstm),
     Row("Meta-LSTM, with a start", lambda p: MetaLSTM(p, 5, 2, 7.0, 3.0), meta_lstm, compiled=False),
-    Row("hierarchical RNN", lambda _: HierarchicalRNN(backend="reference"), hierarchical_rnn, spreads="task"),
+    Row("hierarchical RNN", lambda _: HierarchicalRNN(), hierarchical_rnn, spreads="task"),
     Row(
         "hierarchical RNN with attention",
         lambda _: HierarchicalRNN(7, 5, 3, attention=True, backend="reference"),

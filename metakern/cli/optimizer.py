@@ -122,10 +122,10 @@ class OptimizerSettings(OuterSettings):
         choose("estimator", self.estimator, ESTIMATORS)
         choose("augment", self.augment, ("none", *SCALE_SHARES))
         self.check_outer("loss", *(("relative",) if self.objective == "relative-log" else ()))
-        if self.estimator != "tbptt" and self.accumulate != 1:
+        if self.estimator != "tbptt" and self.batch_parts != 1:
             raise ValueError(
-                f"accumulate must be 1 with estimator {self.estimator}, which keeps a problem for every task of a "
-                f"meta-batch, got {self.accumulate}; estimator tbptt takes more"
+                f"batch_parts must be 1 with estimator {self.estimator}, which keeps a problem for every task of a "
+                f"meta-batch, got {self.batch_parts}; estimator tbptt takes more"
             )
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess

@@ -27,6 +27,7 @@ from metakern.learners.objectives import LOSS_DATA, check_objective
 from metakern.learners.starts import starting_params
 from metakern.learners.unroll import Optimized, Unrolled, check_held_out
 from metakern.rules.protocol import detached
+from metakern.rules.registry import make
 from metakern.tasks import OptimizeeBatch
 
 #: log 1e6, the largest "relative" measure.
@@ -38,7 +39,9 @@ class RuleLearner(nn.Module):
 
     Args:
         rule: an update rule: ``init_state(params)`` and ``forward(params, grads, state)``, where params are a tree of
-            tensors [T, *shape] or, for a mixture, a tuple of such trees; see :class:`metakern.tasks.OptimizeeBatch`
+            tensors [T, *shape] or, for a mixture, a tuple of such trees; see :class:`metakern.tasks.OptimizeeBatch`. Or
+            the name of a new one with its default options, as for :func:`metakern.rules.make`, which learns ``lr`` if
+            the rule has no weights
         steps: inner steps of an episode
         unroll: inner steps between two outer steps; divides ``steps``
         objective: one of :data:`metakern.learners.objectives.OBJECTIVES`
@@ -67,7 +70,7 @@ class RuleLearner(nn.Module):
 
     def __init__(
         self,
-        rule: nn.Module,
+        rule: nn.Module | str,
         *,
         steps: int = 100,
         unroll: int = 20,
@@ -86,6 +89,7 @@ class RuleLearner(nn.Module):
         if loss_on not in LOSS_DATA:
             raise ValueError(f"loss_on must be one of {', '.join(LOSS_DATA)}, got {loss_on!r}")
         self._objective = check_objective(objective, unroll)
+        rule = make(rule, learned=True) if isinstance(rule, str) else rule
         self.rule: Any = rule
         self.loss_on = loss_on
         self.steps, self.unroll, self.objective, self.second_order = steps, unroll, objective, second_order

@@ -95,7 +95,7 @@ def test_held_out_samples_and_scales_are_those_of_the_problems():
             "--estimator pes --second-order",
             "second_order differentiates through gradients, which estimator 'pes' never",
         ),
-        ("--estimator pes --accumulate 2 --networks 4", "accumulate must be 1 with estimator pes, which keeps"),
+        ("--estimator pes --batch-parts 2 --networks 4", "batch_parts must be 1 with estimator pes, which keeps"),
         ("--estimator pes --min-steps 200", "min_steps must be from unroll, 20, to steps, 100, got 200"),
         ("--estimator es --sigma 0", "sigma must be positive and finite, got 0.0"),
         ("--sigma 0.1", "--sigma has no meaning with --estimator tbptt; es, pes, noise-reuse perturb weights"),

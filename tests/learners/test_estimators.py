@@ -337,7 +337,7 @@ def parts(learner: RuleLearner) -> None:
         (lambda learner: next(learner.meta_losses(Plain())), TypeError, "batch must be of problems derived from metak"),
         (fixed_rule, ValueError, "rule must have weights to learn, got a Adam without any"),
         (fewer_problems, ValueError, "batch must have a problem for each of 3 slots, got 2"),
-        (parts, ValueError, "accumulate must be 1 with estimator 'pes', which keeps a problem for every task"),
+        (parts, ValueError, "batch_parts must be 1 with estimator 'pes', which keeps a problem for every task"),
     ],
 )
 def test_what_cannot_be_kept_is_refused(act, error, message):

@@ -82,6 +82,19 @@ def unroll_by_definition(
     return torch.stack(visited)
 
 
+@pytest.mark.parametrize(("name", "learned"), [("adam", ["lr"]), ("meta-sgd", None)])
+def test_rules_may_be_named(name, learned):
+    if learned is None:
+        with pytest.raises(ValueError, match="params must be given for rule 'meta-sgd'"):
+            RuleLearner(name)
+        return
+    learner = RuleLearner(name, steps=4, unroll=2)
+    assert [n for n, _ in learner.rule.named_parameters()] == learned
+    batch = Quadratics(2).sample(3, torch.Generator().manual_seed(0))
+    next(iter(learner.meta_losses(batch))).mean().backward()
+    assert learner.rule.lr.grad.abs() > 0
+
+
 def test_it_is_a_meta_learner():
     learner = RuleLearner(make_rule())
     assert isinstance(learner, MetaLearner)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import metakern
@@ -47,6 +47,13 @@ def test_the_other_public_code_swaps_the_inputs_and_has_another_scale() -> None:
     torch.testing.assert_close(first - params, -10 * (second - params), rtol=1e-3, atol=1e-5)
 
 
+def test_its_name_is_one_word() -> None:
+    assert "rnnprop" in metakern.rules.names()
+    assert "rnn-prop" not in metakern.rules.names()
+    for name in ("rnnprop", "rnn-prop", "RNNProp"):
+        assert type(metakern.rules.make(name, {"hidden_size": 4})) is RNNProp
+
+
 def test_coordinates_of_different_ages_have_their_own_corrections() -> None:
     """As parameters of a LearnedOptimizer that had no gradient for some steps."""
     rule, params, states = make_rule(), [torch.randn(32), torch.randn(64)], []
@@ -66,14 +73,15 @@ def test_coordinates_of_different_ages_have_their_own_corrections() -> None:
 
 
 class Launches(TorchDispatchMode):
-    """Counts the operators of metakern, and those that compute anything else."""
+    """Records the operators on tensors of at least 100 numbers."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
+        if any(isinstance(x, Tensor) and x.numel() >= 100 for x in args):
+            self.names.append(func.name())
         return func(*args, **kwargs or {})
 
 

@@ -75,7 +75,7 @@ def step_with(gradient, **settings):
     ],
 )
 def test_elements_are_limited_and_those_that_are_not_finite_count_as_zero(gradient, settings, expected):
-    assert step_with(gradient, **{"accumulate": 1, **settings}) == pytest.approx(expected)
+    assert step_with(gradient, **{"batch_parts": 1, **settings}) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
 """Launch the operators' kernels on a GPU that need not be there, up to the point where the compiled kernel would start.
 
 What Triton does with a launch is run: it binds the arguments, takes their types and values, and compiles. Run as
-``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 80, 90 or 100; prints one JSON object for each kind of
-launch: its name, and what the cubin holds where it is compiled.
+``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 80, 90 or 100; prints one JSON object for each kind
+of launch: its name, and what the cubin holds where it is compiled.
 
 Every operator of the conformance suite with Triton kernels takes part: by ``LAUNCHES`` in
 tests/ops/<folder>/triton_launches.py, which map an architecture to calls, or else by an example of its row, forward

@@ -29,7 +29,7 @@ LOOP_STACK, LONGEST_LOOP = 256, ("mlp_inner_loop, mlp_adaptation: inner_loop_ker
 
 
 #: The same of hrnn_step's backward, which holds features, gates and their gradients at once; 504 bytes on sm_90.
-WIDEST_STEP = ("hrnn_step: backward_kernel", 704)
+WIDEST_STEP = ("hrnn_step, hrnn_step: backward_kernel", 704)
 
 
 def run_ahead(module: str, arch: int) -> list[dict[str, Any]]:
@@ -57,10 +57,14 @@ def test_every_kernel_compiles_without_a_gpu(arch: int) -> None:
 
 
 #: Kernels that the operators of tests/ops/*/triton_launches.py launch, by architecture; others follow from the suite.
-LAUNCHED = {90: {"lstm_step": 6, "inner_update": 3, "mlp_inner_loop": 8}, 100: {"mlp_inner_loop": 2}}
+LAUNCHED = {
+    80: {"hrnn_step": 5},
+    90: {"lstm_step": 6, "hrnn_step": 5, "inner_update": 3, "mlp_inner_loop": 8},
+    100: {"hrnn_step": 5, "mlp_inner_loop": 2},
+}
 
 
-@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("arch", LAUNCHED)
 def test_every_operator_launches_without_a_gpu(arch: int) -> None:
     # Triton takes a kernel's arguments by code that it writes around their names: "params" is none that they may have.
     rows = run_ahead("launch_ahead", arch)

@@ -79,6 +79,27 @@ MK_INLINE FloatVec at_least<FloatVec>(FloatVec x, float bound) {
 }
 #endif
 
+// The compiler keeps the portable form's lanes apart, as a root of a negative number must set errno.
+#if defined(__AVX512F__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm512_sqrt_ps(__m512(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm512_sqrt_pd(__m512d(x)));
+}
+#elif defined(__AVX2__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm256_sqrt_ps(__m256(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm256_sqrt_pd(__m256d(x)));
+}
+#endif
+
 template <class V>
 constexpr int lanes = int(sizeof(V) / sizeof(lane_t<V>));
 

@@ -1,7 +1,7 @@
 // lstm_step on the CPU: coordinates in SIMD lanes, weights broadcast, gates in registers; the state of a tile is read
 // once and written once. Compiled once per instruction set; problem.h has the axis legend.
 #include "../core/vec.h"
-#include "../math/outer_products.h"
+#include "../math/tile_outer_products.h"
 #include "cpu.h"
 #include "cpu_cell.h"
 #include "cpu_stages.h"
@@ -10,18 +10,6 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
-
-template <class S>
-void clear_padding(S* rows, int64_t count, int used_lanes) {
-  for (int64_t row = 0; row < count; ++row)
-    for (int lane = used_lanes; lane < tile_lanes; ++lane) rows[row * tile_lanes + lane] = S(0);
-}
-
-// Prefetches the next tile's memory into the second-level cache.
-MK_INLINE void prefetch(const void* p, int64_t bytes) {
-  constexpr int64_t cache_line = 64;
-  for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
-}
 
 template <class S, class Stages>
 void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmStepForward& args, int64_t first_tile,
@@ -39,18 +27,21 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     const S* state = static_cast<const S*>(args.state) + tile * p.tile_state();
     S* new_state = static_cast<S*>(args.new_state) + tile * p.tile_state();
     const S* x = features;
+    NextTile next{{tile + 1 < last_tile ? state + p.tile_state() : nullptr, nullptr},
+                  int64_t(sizeof(S)) * p.tile_state()};
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
-      __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      if (tile + 1 < last_tile) prefetch(state + p.tile_state() + h_at, sizeof(S) * 2 * H * tile_lanes);
-      forward_layer<V>({x, old_h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
-                       packed.forward(layer), p.inputs(layer), H, used);  // clear_padding writes the rest
+      const S* h = state + h_at;
+      if (args.new_state == args.state)
+        h = static_cast<const S*>(__builtin_memcpy(old_h, h, sizeof(S) * H * tile_lanes));
+      forward_layer<V>({x, h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
+                       packed.forward(layer), p.inputs(layer), H, used, &next);  // clear_padding writes the rest
       x = new_state + h_at;
     }
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
     apply_head<V>(stages, inputs, packed, x, H, new_states);
     write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, inputs.params);
-    write_rows(p, args.new_stage_state, Stages::states, tile, used, new_states.data);
+    write_states<Stages::states>(args.new_stage_state, tile, used, new_states.data);
   }
 }
 
@@ -70,14 +61,13 @@ struct Scratch {
   S* tanh_c;         // [L, H, tile_lanes]
   S* features;       // [feature_rows, tile_lanes]
   S* grad_out;       // [R, tile_lanes]
-  S* grad_own;       // [own_weights, tile_lanes]: each coordinate's share of the stages' own weights
   S* grad_x;         // [max(H, feature_rows), tile_lanes]
   S* last_state;     // [L, 2, H, tile_lanes]; last tile, zero after the last coordinate
   S* transposed;     // [tile_lanes, columns of a layer]: a layer's x and h
   S* sums;           // gradients of weight_ih and weight_hh: per layer [4H, columns]
   S* bias_sums;      // [L, 4H, lanes]
   S* head_sums;      // [R, H + 1, lanes]: weights and bias of every output
-  S* own_sums;       // [own_weights, lanes]
+  S* own_sums;       // [own_weights, tile_lanes]: gradients of the stages' own weights
   int64_t num_sums;  // elements from `sums` on
 
   // Columns in memory of a layer's weight gradients: its inputs, then its h.
@@ -99,7 +89,6 @@ struct Scratch {
     tanh_c = take(rows * tile_lanes);
     features = take(int64_t(p.feature_rows()) * tile_lanes);
     grad_out = take(int64_t(p.stages.outputs) * tile_lanes);
-    grad_own = take(int64_t(p.stages.own_weights()) * tile_lanes);
     grad_x = take((H < p.feature_rows() ? p.feature_rows() : H) * tile_lanes);
     last_state = take(p.tile_state());
     int most = 0;
@@ -109,7 +98,7 @@ struct Scratch {
     for (int l = 0; l < p.num_layers; ++l) take(4 * H * columns(p, l));
     bias_sums = take(4 * rows * width);
     head_sums = take(p.stages.outputs * (H + 1) * width);
-    own_sums = take(int64_t(p.stages.own_weights()) * width);
+    own_sums = take(int64_t(p.stages.own_weights()) * tile_lanes);
     num_sums = at - sums;
     return at - memory;
   }
@@ -165,8 +154,8 @@ void transposed_products(const lane_t<V>* w, const lane_t<V>* rows, int count, l
 
 // Recompute one tile's gates and hidden states into the scratch memory.
 template <class S>
-void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state,
-                    const Scratch<S>& scratch) {
+void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const Scratch<S>& scratch,
+                    NextTile* next) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
@@ -176,7 +165,7 @@ void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, co
     S* hidden = scratch.hidden + layer * rows;
     const S* h = state + layer * 2 * rows;
     forward_layer<V>({x, h, h + rows, hidden, nullptr, gates, scratch.tanh_c + layer * rows}, packed.forward(layer),
-                     p.inputs(layer), H, tile_lanes);
+                     p.inputs(layer), H, tile_lanes, next);
     x = hidden;
   }
 }
@@ -196,7 +185,7 @@ void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratc
   add_row_sums<V>(gates, 4 * H, scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>);
 }
 
-// The same for the head and the stages' own weights.
+// The same for the head.
 template <class S>
 void add_head_gradients(const LstmStepProblem& p, const Scratch<S>& scratch) {
   using V = vec_t<S>;
@@ -208,7 +197,6 @@ void add_head_gradients(const LstmStepProblem& p, const Scratch<S>& scratch) {
     add_row_products<V>(grad_out, top, H, sums);
     add_row_sums<V>(grad_out, 1, sums + H * lanes<V>);
   }
-  add_row_sums<V>(scratch.grad_own, p.stages.own_weights(), scratch.own_sums);
 }
 
 // Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says.
@@ -236,7 +224,8 @@ void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* part
     add_lanes(sums, H, head + r * H);
     add_lanes(sums + H * lanes<V>, 1, head + outputs * H + r);
   }
-  add_lanes(scratch.own_sums, p.stages.own_weights(), head + outputs * (H + 1));
+  for (int i = 0; i < p.stages.own_weights(); ++i)
+    head[outputs * (H + 1) + i] += double(row_sum<V>(scratch.own_sums + i * tile_lanes));
 }
 
 // Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state, adds the
@@ -299,23 +288,22 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features, dropped);
     const S* state = static_cast<const S*>(args.state) + at;
     const S* grad_new_state = static_cast<const S*>(args.grad_new_state) + at;
-    if (tile + 1 < first_tile + tiles) {
-      prefetch(state + p.tile_state(), sizeof(S) * p.tile_state());
-      prefetch(grad_new_state + p.tile_state(), sizeof(S) * p.tile_state());
-    }
+    const bool last = tile + 1 == first_tile + tiles;
+    NextTile next{{last ? nullptr : state + p.tile_state(), last ? nullptr : grad_new_state + p.tile_state()},
+                  int64_t(sizeof(S)) * p.tile_state()};
     if (used < tile_lanes) {  // values after the last coordinate, NaN included, must not reach the weights
       __builtin_memcpy(scratch.last_state, state, sizeof(S) * p.tile_state());
       clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
       state = scratch.last_state;
     }
-    recompute_tile(p, packed, state, scratch);
+    recompute_tile(p, packed, state, scratch, &next);
     const S* top = scratch.hidden + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
     head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out,
-                     scratch.grad_own + Stages::Features::weights * tile_lanes);
+                     scratch.own_sums + Stages::Features::weights * tile_lanes);
     backward_tile<Stages::Head::outputs>(p, packed, state, grad_new_state, static_cast<S*>(args.grad_state) + at,
                                          scratch, used);
     features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
-                         scratch.grad_own);
+                         scratch.own_sums);
     add_head_gradients(p, scratch);
     gradients.write(p, args, tile, used);
   }

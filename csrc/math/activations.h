@@ -90,6 +90,16 @@ MK_INLINE V sigmoid_tanh(V x, V y) {
   return numerator / (sigmoid_denominator(x) * (numerator + lane_t<V>(2)));
 }
 
+// x above 0, e^x - 1 below; and its derivative.
+template <class V>
+MK_INLINE V elu(V x) {
+  return x > broadcast<V>(0) ? x : tanh_numerator(x * lane_t<V>(0.5));
+}
+template <class V>
+MK_INLINE V elu_slope(V x) {
+  return x > broadcast<V>(0) ? broadcast<V>(1) : tanh_numerator(x * lane_t<V>(0.5)) + lane_t<V>(1);
+}
+
 // 2 * atanh(s) / s as a polynomial in z = s^2, for |s| <= 0.172.
 template <class V>
 MK_INLINE V log_series(V z, float) {

@@ -1,168 +1,81 @@
-// Weight gradients: sums over a tile's coordinates of products of two arrays' rows, in a fixed order.
-//
-// The factor with more columns is transposed first, so that vectors run over the columns of the result: then a tile's
-// products need no sums over lanes, and a tile stays in the first-level cache until its products are done.
+// Weight gradients: sums over coordinates of products of two arrays' rows, in a fixed order.
 #pragma once
-#include <type_traits>
-
 #include "../core/vec.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
-
-// Vectors of half the width, for the last columns. With AVX-512 a full one would waste up to a third of the work.
-#if defined(__AVX512F__)
-typedef float HalfFloatVec __attribute__((vector_size(vector_bytes / 2)));
-typedef double HalfDoubleVec __attribute__((vector_size(vector_bytes / 2)));
-template <>
-struct lane_of<HalfFloatVec> {
-  using type = float;
-};
-template <>
-struct lane_of<HalfDoubleVec> {
-  using type = double;
-};
-template <class V>
-using half_t = std::conditional_t<sizeof(lane_t<V>) == 4, HalfFloatVec, HalfDoubleVec>;
-#else
-template <class V>
-using half_t = V;
-#endif
-
 namespace {
 
-// Columns of a result row in memory for `count` columns in use: whole vectors.
-template <class V>
-MK_INLINE constexpr int padded_columns(int count) {
-  return (count + lanes<V> - 1) / lanes<V> * lanes<V>;
-}
+// A [tiles, rows, Lanes] array with its stride between tiles.
+template <class S>
+struct Rows {
+  const S* data;
+  int64_t tile_stride;
+};
 
-// Swaps the off-diagonal blocks of `Block` elements between a and b.
-template <int Block, class V, int... I>
-MK_INLINE void swap_blocks(V& a, V& b, std::integer_sequence<int, I...>) {
-  constexpr int n = lanes<V>;
-  const V low = __builtin_shufflevector(a, b, (I / Block % 2 ? n + I - Block : I)...);
-  b = __builtin_shufflevector(a, b, (I / Block % 2 ? n + I : I + Block)...);
-  a = low;
-}
-template <int Block, class V>
-MK_INLINE void transpose_in_place(V* v) {
-#pragma GCC unroll 16
-  for (int i = 0; i < lanes<V>; ++i)
-    if (!(i & Block)) swap_blocks<Block>(v[i], v[i | Block], std::make_integer_sequence<int, lanes<V>>());
-  if constexpr (Block * 2 < lanes<V>) transpose_in_place<Block * 2>(v);
-}
-
-// out [tile_lanes, stride] = the transposed rows row(0), ..., row(count - 1), each [tile_lanes]; columns from `count`
-// on are zero.
-template <class V, class Row>
-MK_INLINE void transpose_rows(const Row& row, int count, int stride, lane_t<V>* out) {
-  for (int first = 0; first < stride; first += lanes<V>)
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-      V v[lanes<V>];
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes<V>; ++i) v[i] = first + i < count ? load<V>(row(first + i) + lane) : broadcast<V>(0);
-      transpose_in_place<1>(v);
-#pragma GCC unroll 16
-      for (int i = 0; i < lanes<V>; ++i) store(out + (lane + i) * stride + first, v[i]);
-    }
-}
-
-// sums[a][b] += sum over lanes of A[a][lane] * B[lane][b], for Rows rows of A [tile_lanes] and Full vectors of columns,
-// and half a vector more with Half.
-template <class V, int Rows, int Full, bool Half>
-MK_INLINE void outer_product(const lane_t<V>* A, const lane_t<V>* B, int stride, lane_t<V>* sums) {
-  using W = half_t<V>;
-  constexpr int full = Full ? Full : 1;
-  V acc[Rows][full];
-  W half[Rows];
-#pragma GCC unroll 8
-  for (int a = 0; a < Rows; ++a) {
+// out[a][b] += sum over all lanes of A[a] * B[b], for RA x RB rows at once.
+template <class V, int RA, int RB, int Lanes>
+MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, double* out, int64_t out_stride) {
+  V acc[RA][RB];
+  for (int a = 0; a < RA; ++a)
+    for (int b = 0; b < RB; ++b) acc[a][b] = broadcast<V>(0);
+  for (int tile = 0; tile < tiles; ++tile) {
+    const lane_t<V>* pa = A.data + tile * A.tile_stride;
+    const lane_t<V>* pb = B.data + tile * B.tile_stride;
+    for (int lane = 0; lane < Lanes; lane += lanes<V>) {
+      V xb[RB];
 #pragma GCC unroll 4
-    for (int b = 0; b < Full; ++b) acc[a][b] = load<V>(sums + a * stride + b * lanes<V>);
-    if constexpr (Half) half[a] = load<W>(sums + a * stride + Full * lanes<V>);
-  }
-  for (int lane = 0; lane < tile_lanes; ++lane, B += stride) {
-    V y[full];
-    W y_half;
+      for (int b = 0; b < RB; ++b) xb[b] = load<V>(pb + b * Lanes + lane);
 #pragma GCC unroll 4
-    for (int b = 0; b < Full; ++b) y[b] = load<V>(B + b * lanes<V>);
-    if constexpr (Half) y_half = load<W>(B + Full * lanes<V>);
-#pragma GCC unroll 8
-    for (int a = 0; a < Rows; ++a) {
-      const lane_t<V> x = A[a * tile_lanes + lane];
+      for (int a = 0; a < RA; ++a) {
+        const V xa = load<V>(pa + a * Lanes + lane);
 #pragma GCC unroll 4
-      for (int b = 0; b < Full; ++b) acc[a][b] += x * y[b];
-      if constexpr (Half) half[a] += x * y_half;
+        for (int b = 0; b < RB; ++b) acc[a][b] += xa * xb[b];
+      }
     }
   }
-#pragma GCC unroll 8
-  for (int a = 0; a < Rows; ++a) {
-#pragma GCC unroll 4
-    for (int b = 0; b < Full; ++b) store(sums + a * stride + b * lanes<V>, acc[a][b]);
-    if constexpr (Half) store(sums + a * stride + Full * lanes<V>, half[a]);
+  constexpr int count = RA * RB, padded = (count + lanes<V> - 1) / lanes<V> * lanes<V>;
+  if constexpr (count == padded || vector_bytes == 32) {
+    V all[padded];
+    for (int i = 0; i < padded; ++i) all[i] = i < count ? acc[i / RB][i % RB] : broadcast<V>(0);
+    lane_t<V> sums[padded];
+    for (int i = 0; i < padded; i += lanes<V>) store(sums + i, sum_lanes_of_each<V>(all + i));
+    for (int a = 0; a < RA; ++a)
+      for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sums[a * RB + b]);
+  } else {
+    for (int a = 0; a < RA; ++a)
+      for (int b = 0; b < RB; ++b) out[a * out_stride + b] += double(sum_lanes(acc[a][b]));
   }
 }
 
-template <class V, int Block, int Full, bool Half>
-MK_INLINE int outer_product_rows(const lane_t<V>* A, int rows, const lane_t<V>* B, int stride, lane_t<V>* sums) {
+template <class V, int RA, int Lanes>
+MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
+  constexpr int RB = vector_bytes == 64 ? 4 : vector_bytes == 32 ? 3 : 2;
+  int b = 0;
+  for (; b + RB <= b_rows; b += RB)
+    outer_product<V, RA, RB, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; vector_bytes == 32 && b + 2 <= b_rows; b += 2)
+    outer_product<V, RA, 2, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+  for (; b < b_rows; ++b) outer_product<V, RA, 1, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
+}
+
+template <class V, int Lanes = tile_lanes>
+void outer_products(Rows<lane_t<V>> A, int a_rows, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
   int a = 0;
-  for (; a + Block <= rows; a += Block)
-    outer_product<V, Block, Full, Half>(A + a * tile_lanes, B, stride, sums + a * stride);
-  return a;
+  for (; a + 4 <= a_rows; a += 4)
+    outer_product_row<V, 4, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
+  for (; a < a_rows; ++a)
+    outer_product_row<V, 1, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
 }
 
-// As many rows at once as accumulators fit the registers.
-template <class V, int Full, bool Half>
-void outer_product_columns(const lane_t<V>* A, int rows, const lane_t<V>* B, int stride, lane_t<V>* sums) {
-  constexpr int vectors = Full + Half, most = vector_bytes == 64 ? 8 : vectors > 2 ? 4 : vectors == 2 ? 6 : 8;
-  int a = outer_product_rows<V, most, Full, Half>(A, rows, B, stride, sums);
-  a += outer_product_rows<V, 4, Full, Half>(A + a * tile_lanes, rows - a, B, stride, sums + a * stride);
-  outer_product_rows<V, 1, Full, Half>(A + a * tile_lanes, rows - a, B, stride, sums + a * stride);
-}
-
-// sums [rows, stride] += A [rows, tile_lanes] times B [tile_lanes, stride], for the first `columns` columns and some of
-// the padding; stride is padded_columns(columns).
-template <class V>
-void add_outer_products(const lane_t<V>* A, int rows, const lane_t<V>* B, int columns, lane_t<V>* sums) {
-  constexpr int halves = lanes<V> / lanes<half_t<V>>;
-  const int stride = padded_columns<V>(columns);
-  int left = (columns + lanes<half_t<V>> - 1) / lanes<half_t<V>>;  // in vectors of half_t
-  for (int b = 0; left > 0;) {
-    const lane_t<V>* from = B + b;
-    lane_t<V>* to = sums + b;
-    const int full = left / halves < 3 ? left / halves : left / halves == 4 ? 2 : 3;  // 4 = 2 + 2
-    const bool half = halves == 2 && left % 2 && left / halves == full && full < 3;
-    switch (full * 2 + half) {
-      case 1: outer_product_columns<V, 0, true>(A, rows, from, stride, to); break;
-      case 2: outer_product_columns<V, 1, false>(A, rows, from, stride, to); break;
-      case 3: outer_product_columns<V, 1, true>(A, rows, from, stride, to); break;
-      case 4: outer_product_columns<V, 2, false>(A, rows, from, stride, to); break;
-      case 5: outer_product_columns<V, 2, true>(A, rows, from, stride, to); break;
-      default: outer_product_columns<V, 3, false>(A, rows, from, stride, to); break;
-    }
-    left -= full * halves + half;
-    b += full * lanes<V> + half * lanes<half_t<V>>;
-  }
-}
-
-// sums [count, lanes] += rows [count, tile_lanes], each folded to one vector.
-template <class V>
-void add_row_sums(const lane_t<V>* rows, int count, lane_t<V>* sums) {
-  for (int row = 0; row < count; ++row, rows += tile_lanes, sums += lanes<V>) {
-    V sum = load<V>(sums);
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) sum += load<V>(rows + lane);
-    store(sums, sum);
-  }
-}
-
-// The same of the products of every row with `factor` [tile_lanes].
-template <class V>
-void add_row_products(const lane_t<V>* factor, const lane_t<V>* rows, int count, lane_t<V>* sums) {
-  for (int row = 0; row < count; ++row, rows += tile_lanes, sums += lanes<V>) {
-    V sum = load<V>(sums);
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) sum += load<V>(factor + lane) * load<V>(rows + lane);
-    store(sums, sum);
+template <class V, int Lanes = tile_lanes>
+void row_sums(Rows<lane_t<V>> A, int a_rows, int tiles, double* out) {
+  for (int a = 0; a < a_rows; ++a) {
+    V acc = broadcast<V>(0);
+    for (int tile = 0; tile < tiles; ++tile)
+      for (int lane = 0; lane < Lanes; lane += lanes<V>)
+        acc += load<V>(A.data + tile * A.tile_stride + a * Lanes + lane);
+    out[a] += double(sum_lanes(acc));
   }
 }
 

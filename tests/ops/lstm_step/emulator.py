@@ -23,7 +23,7 @@ MAX_WEIGHTS = 16
 class _StageSizes(ctypes.Structure):
     _fields_ = tuple(
         (name, ctypes.c_int)
-        for name in ("inputs", "outputs", "states", "task_inputs", "features_weights", "head_weights")
+        for name in ("inputs", "outputs", "states", "coordinate_inputs", "features_weights", "head_weights")
     )
 
 
@@ -35,8 +35,9 @@ class _Problem(ctypes.Structure):
         ("features", ctypes.c_int),
         ("head", ctypes.c_int),
         ("stages", _StageSizes),
-        ("num_tasks", ctypes.c_int64),
         ("preprocess_scale", ctypes.c_double),
+        ("beta1", ctypes.c_double),
+        ("beta2", ctypes.c_double),
         ("output_scale", ctypes.c_double),
         ("precision", ctypes.c_int),
         ("dtype", ctypes.c_int),
@@ -89,8 +90,8 @@ class Emulator:
             reference.PREPROCESS.index(preprocess),
             0,
             _StageSizes(reference.num_features(preprocess), 1, 0, 0, 0, 0),
-            1,
             options["preprocess_scale"],
+            *(0.0, 0.0),  # betas
             options["output_scale"],
             PRECISIONS.index(precision),
             DTYPES.index(grads.dtype),

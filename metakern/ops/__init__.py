@@ -1,5 +1,6 @@
 """The operators, one package each: public function, shapes for tracing, autograd formula, backends."""
 
+from metakern.ops.hrnn_step import hrnn_step
 from metakern.ops.inner_update import inner_update
 from metakern.ops.lstm_step import lstm_step, lstm_step_
 from metakern.ops.lstm_step.staged import lstm_step_staged, lstm_step_staged_
@@ -9,6 +10,7 @@ from metakern.ops.mlp_update_step import mlp_update_step
 
 __all__ = [
     "LSTMState",
+    "hrnn_step",
     "inner_update",
     "lstm_step",
     "lstm_step_",

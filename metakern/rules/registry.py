@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from metakern.rules.protocol import Params, Rule, named_leaves
 
@@ -144,9 +144,9 @@ def make(name: str, options: Mapping[str, Any] | None = None, *, params: Params 
         if option not in given:
             raise ValueError(f"options of rule {name!r} must hold {option!r}, got {list(given) or 'none'}")
     rule = variant.make(named_leaves(params), **given) if variant.needs_params else variant.make(**given)
-    rate = getattr(rule, "lr", None)
-    if learned and isinstance(rate, (float, int)) and next(rule.parameters(), None) is None:
-        rule = variant.make(**{**given, "lr": nn.Parameter(_number(rate))})
+    rate = getattr(rule, "lr", None) if learned and "lr" in known else None
+    if isinstance(rate, (float, int)) and next(rule.parameters(), None) is None:
+        rule = variant.make(**{**given, "lr": nn.Parameter(torch.tensor(float(rate)))})
     return rule
 
 
@@ -208,7 +208,3 @@ def _kebab(name: str) -> str:
 
 def _plain(name: str) -> str:
     return name.replace("-", "").replace("_", "").lower()
-
-
-def _number(value: float) -> Tensor:
-    return torch.tensor(float(value))

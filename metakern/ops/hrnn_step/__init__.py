@@ -81,8 +81,10 @@ def hrnn_step(
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
     """
     _check_lists(params, grads, states, weights)
-    check_dense(biases, "biases")
-    kernel = step.choose(backend, biases.device, _unserved(biases))
+    for name, x in (("biases", biases), ("mean_rate", mean_rate)):
+        check_dense(x, name)
+    device = params[0].device if len(params) else biases.device
+    kernel = step.choose(backend, device, _unserved(biases))
     if not _checks_itself(kernel):
         _check(params, grads, states, biases, mean_rate, weights)
     if kernel is None:
@@ -150,8 +152,6 @@ def _check(
     weights: Sequence[Tensor],
 ) -> None:
     """Check the tensors as csrc/hrnn_step/arguments.h does."""
-    for name, x in (("biases", biases), ("mean_rate", mean_rate)):
-        check_dense(x, name)
     count = len(params)
     for name, xs in (("grads", grads), ("states", states)):
         check_value(len(xs) == count, name, " must hold a tensor for each of params, ", count, ", got ", len(xs))

@@ -12,7 +12,7 @@ from metakern.ops.core.define_op import Gradient, define_op
 from metakern.ops.core.functions import Backward
 from metakern.ops.hrnn_step import reference
 
-_BACKENDS: dict[str, Any] = {"backends": ("cpp",)}
+_BACKENDS: dict[str, Any] = {"backends": ("cpp", "triton"), "triton": "metakern.ops.hrnn_step.triton"}
 
 _SEGMENTS = "Tensor biases, Tensor mean_rate, Tensor[] weights"
 

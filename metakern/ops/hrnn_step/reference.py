@@ -206,7 +206,7 @@ def clip_straight_through(rate: Tensor) -> Tensor:
 def _root(x: Tensor) -> Tensor:
     """√x whose derivative at zero is zero."""
     positive = x > 0
-    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), x)
+    return torch.where(positive, torch.where(positive, x, torch.ones_like(x)).sqrt(), x.detach())
 
 
 def _product(weight: Tensor, rows: Tensor) -> Tensor:

@@ -61,6 +61,10 @@ COMPILED = frozenset(
     {*((name, "add") for name in reference.PREPROCESS), ("moments", "tanh"), ("log_sign_with_loss", "gates")}
 )
 
+#: On a GPU the CUDA kernels of lstm_step take the stages, as the structs of csrc/math that the CPU kernels take too. In
+#: Triton every stage would be written again, in Python.
+BACKENDS = ("cpp", "cuda")
+
 
 def _gradients(backward: Backward) -> dict[str, Any]:
     a, grads = backward.arguments, backward.grads
@@ -83,6 +87,7 @@ step_backward = define_op(
         [w.new_empty(w.shape) for w in a.weights],
     ),
     family="lstm_step_staged",
+    backends=BACKENDS,
 )
 
 step = define_op(
@@ -95,6 +100,7 @@ step = define_op(
         saves=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
     ),
     reference=reference.staged_step,
+    backends=BACKENDS,
 )
 
 step_ = define_op(
@@ -102,6 +108,7 @@ step_ = define_op(
     f"{_INPUTS}, {_OPTIONS}) -> ()",
     shapes=lambda a: None,
     family="lstm_step_staged",
+    backends=BACKENDS,
 )
 
 
@@ -124,6 +131,9 @@ def lstm_step_staged(
 ) -> tuple[Tensor, LSTMState, Tensor]:
     """One step of a learned optimizer with LSTM cells and the given stages. Differentiable once.
 
+    The kernels, for CPUs and in CUDA C++ for GPUs, are those of :func:`metakern.ops.lstm_step`, compiled with the
+    stages of RNNProp and of Meta-LSTM; other pairs run by the reference.
+
     Args:
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
         grads: gradients of the shape and dtype of ``params``.
@@ -143,8 +153,8 @@ def lstm_step_staged(
         beta1: decay of the gradient's moving mean in ``"moments"``, at least 0 and less than 1.
         beta2: decay of the moving mean of its square, likewise.
         head_scale: factor of the update of ``"add"`` and ``"tanh"``.
-        precision: as for :func:`metakern.ops.lstm_step`.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+        precision: as for :func:`metakern.ops.lstm_step`, for the head ``"add"``; other heads have float32 products.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
         The new parameters, like ``params``, the new state, and the new stage state.
@@ -248,7 +258,8 @@ class _Call:
         unserved = None
         if self.names not in COMPILED:
             features, head = self.names
-            unserved = {"cpp": f"the kernels are not compiled for features {features!r} with head {head!r}"}
+            reason = f"the kernels are not compiled for features {features!r} with head {head!r}"
+            unserved = dict.fromkeys(BACKENDS, reason)
         kernel = operator.choose(backend, self.params.device, unserved)
         if plain and not checks_itself(kernel):
             self._check()

@@ -102,10 +102,12 @@ def mlp_update_step(
         TypeError: for dtypes or types that do not fit.
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
     """
-    _check_lists(params, grads, moments, weights)
-    kernel = step.choose(backend, decays.device) if isinstance(decays, Tensor) else None
+    numbers = (decays, rates, keep, steps)
+    _check_types(params, grads, moments, weights, numbers)
+    first = params[0] if params else decays
+    kernel = step.choose(backend, first.device) if isinstance(first, Tensor) else None
     if not _checks_itself(kernel):
-        _check(params, grads, moments, weights, (decays, rates, keep, steps), exp_mult)
+        _check(params, grads, moments, weights, numbers, exp_mult)
     if kernel is None:
         device = decays.device.type
         # The reference ignores autocast, as the kernels do.
@@ -125,7 +127,7 @@ def _checks_itself(kernel: Kernel | None) -> bool:
 # ------------------------------------------------------------------------------------------------ argument checks
 
 
-def _check_lists(params: Any, grads: Any, moments: Any, weights: Any) -> None:
+def _check_types(params: Any, grads: Any, moments: Any, weights: Any, numbers: Any) -> None:
     """Check what the operators' schema would report by itself."""
     check_type(isinstance(moments, Moments), "moments must be Moments, got ", type(moments).__name__)
     named = {"params": params, "grads": grads, **moments._asdict(), "weights": weights}
@@ -134,6 +136,8 @@ def _check_lists(params: Any, grads: Any, moments: Any, weights: Any) -> None:
         check_type(not isinstance(xs, Tensor), name, " must be a sequence of tensors, got a tensor")
         for index, x in enumerate(xs):
             check_dense(x, f"{name}[{index}]")
+    for name, x in zip(("decays", "rates", "keep", "steps"), numbers, strict=True):
+        check_dense(x, name)
 
 
 def _check(
@@ -146,8 +150,6 @@ def _check(
 ) -> None:
     """Check the arguments as csrc/mlp_update_step/arguments.h does; ``numbers`` are decays, rates, keep and steps."""
     decays, rates, keep, steps = numbers
-    for name, x in zip(("decays", "rates", "keep", "steps"), numbers, strict=True):
-        check_dense(x, name)
     check_value(math.isfinite(exp_mult), "exp_mult must be finite, got ", exp_mult)
     double = decays.dtype == torch.float64
     dtype, count = torch.float64 if double else torch.float32, len(params)
@@ -173,7 +175,7 @@ def _check(
         check_type(ok, name, " must be ", kinds, " for ", dtype, " decays, got ", p.dtype)
         check_dtype(p, name, params[0].dtype)
         check_same_device(p, name, decays, "decays")
-        check_like(grads[index], f"grads[{index}]", p, name)
+        check_like(grads[index], f"grads[{index}]", p, "its params")
         _check_moments(index, [xs[index] for xs in moments], p.shape, decays)
 
 

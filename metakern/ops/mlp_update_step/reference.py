@@ -82,8 +82,6 @@ def _step_of_tensor(
     exp_mult: float,
 ) -> tuple[Tensor, ...]:
     """One tensor [T, *shape]; ``factors`` are those of the update and of the old params, [T] each."""
-    if param.numel() == 0:
-        return param.clone(), *(x.clone() for x in moments)
     p, g = param.to(decays.dtype), grad.to(decays.dtype)
     new = _new_moments(g, moments, decays)
     x = _features(p, g, *new)  # [T, 28, *shape]
@@ -101,13 +99,15 @@ def _new_moments(g: Tensor, moments: tuple[Tensor, ...], decays: Tensor) -> tupl
     of_m, of_v, of_factors = decays.split(DECAYS)
     squares = g.square() + 1e-30
     axes = factored_axes(g.shape[1:])
-    rows, columns = (squares, None) if axes is None else (squares.mean(axis + 1) for axis in axes)
-    return (
-        _averaged(m, g, of_m),
-        of_v * v + (1 - of_v) * g.square(),
-        _averaged(r, rows, of_factors),
-        c.clone() if columns is None else _averaged(c, columns, of_factors),
-    )
+    if g.numel() == 0:
+        new_r, new_c = r.clone(), c.clone()
+    elif axes is None:
+        new_r, new_c = _averaged(r, squares, of_factors), c.clone()
+    else:
+        new_r, new_c = (
+            _averaged(old, squares.mean(axis + 1), of_factors) for old, axis in zip((r, c), axes, strict=True)
+        )
+    return _averaged(m, g, of_m), of_v * v + (1 - of_v) * g.square(), new_r, new_c
 
 
 def _averaged(old: Tensor, new: Tensor, decays: Tensor) -> Tensor:

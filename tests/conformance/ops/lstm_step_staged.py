@@ -15,23 +15,22 @@ from torch import Tensor
 
 from metakern.ops import LSTMState, lstm_step_staged, pack_state, unpack_state
 from metakern.ops.lstm_step import reference
-from metakern.ops.lstm_step.state import pack_rows, unpack_rows
+from metakern.ops.lstm_step.state import pack_rows, tiles, unpack_rows
 from tests.conformance.ops.operators import Example, Operator, Spec, Tensors, gather, listed
+from tests.cuda.device import Device
+from tests.ops.lstm_step.emulator import kernels
 from tests.ops.lstm_step.test_stages import OWN_PAIRS, PAIRS, SCALARS, make_staged, raw_inputs
 
 F32, F64 = torch.float32, torch.float64
-CPU = ("cpp", "reference")
+KINDS = ("cpp", "reference", "emulated", "cuda")
 
 
 class LstmStepStaged(Operator):
-    """One step with features and a head of any kind; results by the C++ kernels and the reference alone."""
+    """One step with features and a head of any kind; Triton has no kernels for it."""
 
-    name = "lstm_step_staged"
+    name, folder = "lstm_step_staged", "lstm_step"
     specs = (
-        *(
-            Spec(f"{features} {head}", {"n": 111, "features": features, "head": head}, on=CPU)
-            for features, head in PAIRS
-        ),
+        *(Spec(f"{features} {head}", {"n": 111, "features": features, "head": head}) for features, head in PAIRS),
         *(
             Spec(f"{features} {head} N={n} H={hidden} L={layers}", {"n": n, "features": features, "head": head, **size})
             for (features, head), (n, hidden, layers) in itertools.product(
@@ -63,7 +62,7 @@ class LstmStepStaged(Operator):
     operators = ("lstm_step_staged", "lstm_step_staged_", "lstm_step_staged_backward")
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        return kind in CPU
+        return kind in KINDS
 
     def make(
         self, dtype: torch.dtype, *, n: int, features: str = "none", head: str = "add", pair: Any = None, **sizes: Any
@@ -107,6 +106,28 @@ class LstmStepStaged(Operator):
             params, tensors["grads"], *unpack_state(self._state(example)), *inputs, *stages, SCALARS
         )
         return self._named(*found)
+
+    def emulate(self, example: Example, device: Device, seeds: Callable[[Tensors], Tensors]) -> tuple[Tensors, Tensors]:
+        tensors, weights = example.tensors, gather(example.tensors, "weights")
+        n, dtype = tensors["params"].numel(), tensors["state"].dtype
+        features, head = example.options["features"], example.options["head"]
+        rows = tensors.get("stage_state", torch.zeros(tiles(n), 0, 32, dtype=dtype))
+        inputs = tensors.get("coordinate_inputs", torch.zeros(0, n, dtype=dtype))
+        arguments = [tensors["params"], tensors["grads"], tensors["state"], rows, inputs, weights]
+        arguments += [list(reference.FEATURES).index(features), list(reference.HEADS).index(head), *SCALARS, 0]
+        new, state, new_rows = kernels().lstm_step_staged(*arguments, device=device)
+        results = self._named(new, *unpack_state(LSTMState(state, n)), unpack_rows(new_rows, n))
+        start = seeds(results)
+        grad_rows = pack_rows(start["new stage state"]) if "new stage state" in start else new_rows
+        grad_state = pack_state(start["new h"], start["new c"]).data
+        *found, of_weights = kernels().lstm_step_staged_backward(
+            start["new params"], grad_state, grad_rows, *arguments, device=device
+        )
+        for x in (state, found[2], new_rows, found[3]):
+            assert not x.movedim(-1, 1).flatten(0, 1)[n:].any(), "what lies behind the last coordinate is not zero"
+        names = ("params", "grads", "state", "stage_state", "coordinate_inputs")
+        named = {name: x for name, x in zip(names, found, strict=True) if name in tensors}
+        return results, named | listed("weights", of_weights)
 
     def dtype_of(self, result: str, example: Example) -> torch.dtype:
         return example.tensors["params" if result == "new params" else "state"].dtype

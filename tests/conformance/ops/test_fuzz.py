@@ -141,6 +141,8 @@ def change_list(rng: random.Random, args: list[Any]) -> list[Any]:
 
 def change_number(rng: random.Random, args: list[Any]) -> list[Any]:
     numbers = [i for i, value in enumerate(args) if value is None or isinstance(value, (int, float))]
+    if not numbers:
+        return change_tensor(rng, args)
     index = rng.choice(numbers)
     value = args[index]
     if isinstance(value, bool):

@@ -113,19 +113,20 @@ def raw_inputs(staged: Staged) -> list[Any]:
     return [staged.params, staged.grads, state, *own]
 
 
-def by_operators(staged: Staged, tail: float = 0.0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The same by the compiled operators; ``tail`` stands behind the last coordinate of the states."""
+def by_operators(
+    staged: Staged, tail: float = 0.0, operators: Any = torch.ops.metakern, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The same by the compiled operators, or others; ``tail`` stands behind the last coordinate of the states."""
     n = staged.params.numel()
     inputs, grad_state = raw_inputs(staged), pack_state(*staged.cotangents[1:3]).data
     grad_stage_state = pack_rows(staged.cotangents[3])
     for data in (inputs[2], inputs[3], grad_state, grad_stage_state):
         data[-1:, ..., (n - 1) % 32 + 1 :] = tail
-    operators = torch.ops.metakern
-    params, new_state, stage_state = operators.lstm_step_staged(*inputs, *staged.options())
+    params, new_state, stage_state = operators.lstm_step_staged(*inputs, *staged.options(), **options)
     assert not stage_state[-1:, :, (n - 1) % 32 + 1 :].any()
     h, c = unpack_state(LSTMState(new_state, n))
     *gradients, grad_weights = operators.lstm_step_staged_backward(
-        *(staged.cotangents[0], grad_state, grad_stage_state, *inputs, *staged.options())
+        *(staged.cotangents[0], grad_state, grad_stage_state, *inputs, *staged.options()), **options
     )
     grad_params, grad_grads, grad_state, grad_stage_state, grad_inputs = gradients
     grad_h, grad_c = unpack_state(LSTMState(grad_state, n))

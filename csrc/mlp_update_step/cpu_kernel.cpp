@@ -1,0 +1,217 @@
+// mlp_update_step on the CPU. Compiled once per instruction set; problem.h has the axis legend.
+//
+// Three passes over a segment: g alone (sums of its squares, for the factors), all of the state (sums of squares of
+// the features, for their norms), and all of it again (the network and the update). Within a block they read the cache.
+#include "cpu_factors.h"
+#include "cpu_network.h"
+#include "cpu_segment.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+namespace {
+
+// First-layer biases of every task: the time features are the same for all of its coordinates.
+template <class S>
+void biases(const MlpUpdateProblem& p, const double* time, void* out_) {
+  const S *weight = static_cast<const S*>(p.weights[0]), *bias = static_cast<const S*>(p.weights[1]);
+  S* out = static_cast<S*>(out_);
+  for (int64_t task = 0; task < p.num_tasks; ++task)
+    for (int unit = 0; unit < p.width; ++unit) {
+      double sum = double(bias[unit]);
+      for (int j = 0; j < time_features; ++j)
+        sum += double(weight[unit * mlp_inputs + tensor_features + j]) * time[task * time_features + j];
+      out[task * p.width + unit] = S(sum);
+    }
+}
+
+template <class S>
+void squares(const MlpUpdateCall& call, int64_t index) {
+  using V = vec_t<S>;
+  const MlpBlock& b = call.blocks[index];
+  const Segment<S> s(call, b.segment);
+  if (!s.shape.is_factored) return;
+  S *x = s.block_sums_x(b), *y = s.block_sums_y(b, forward_sums);
+  for (int64_t i = 0; i < b.x_size(s.shape); ++i) x[i] = S(0);
+  for (int64_t i = 0; i < b.y_size(s.shape); ++i) y[i] = S(0);
+  alignas(64) S g[tile_size];
+  for_tiles(s.shape, b, [&](const TilePlace& tile) {
+    read_tile(s.tensor.grads, s.problem.dtype, s.start + tile.start, tile.count, g);
+    for (int i = 0; i < tile_size; i += lanes<V>) store(g + i, load<V>(g + i) * load<V>(g + i));
+    add_to_x(tile, g, s.shape.inner, x);
+    add_to_y(tile, g, y);
+  });
+}
+
+// Moving means of an axis's means, and (r + 1e-8)^-1/2; adds up the squares of both over the entries.
+template <class S>
+void average(const Segment<S>& s, const Table<S>& t, const double* sums, int64_t count, double* totals) {
+  for (int k = 0; k < 3; ++k) {
+    const S keep = s.decays.keep[decay_factors + k], add = s.decays.add[decay_factors + k];
+    const S* old = t.old + k * t.entries;
+    S *now = t.now + k * t.entries, *root = t.root + k * t.entries;
+    double squares = 0, root_squares = 0;
+    for (int64_t i = 0; i < t.entries; ++i) {
+      now[i] = keep * old[i] + add * S(sums[i] / double(count) + 1e-30);
+      root[i] = inverse_root(S(now[i] + S(1e-8)));
+      squares += double(now[i]) * double(now[i]);
+      root_squares += double(root[i]) * double(root[i]);
+    }
+    totals[k] = squares;
+    totals[3 + k] = root_squares;
+  }
+}
+
+template <class S>
+void factors(const MlpUpdateCall& call, int64_t index) {
+  const Segment<S> s(call, index);
+  if (!s.shape.is_factored) return;
+  const double* sums = add_blocks(s, forward_sums);
+  const Table<S> rows = s.rows(), columns = s.columns();
+  const bool is_x = s.shape.rows_are_x;
+  const int64_t x_size = s.shape.x_size();
+  double totals[12];
+  average(s, rows, is_x ? sums : sums + x_size, is_x ? s.shape.x_count() : s.shape.y_count(), totals);
+  average(s, columns, is_x ? sums + x_size : sums, is_x ? s.shape.y_count() : s.shape.x_count(), totals + 6);
+  row_factors(s, rows);
+  column_factors(columns);
+  double* out = call.segment_sums + index * tensor_features;
+  for (int k = 0; k < 3; ++k) {
+    out[feature_r + k] = totals[k] / double(rows.entries);
+    out[feature_r_root + k] = totals[3 + k] / double(rows.entries);
+    out[feature_c + k] = totals[6 + k] / double(columns.entries);
+    out[feature_c_root + k] = totals[9 + k] / double(columns.entries);
+  }
+}
+
+// Sums of squares over a block of the features that are no table's; with one axis of all.
+template <class S, bool IsFactored>
+void feature_squares_of(const Segment<S>& s, const MlpBlock& b, double* out) {
+  using V = vec_t<S>;
+  TileInputs<S> inputs;
+  V sums[tensor_features];
+  for (V& sum : sums) sum = broadcast<V>(0);
+  const auto add_up = [&] {
+    for (int f = 0; f < tensor_features; ++f) {
+      out[f] += double(sum_lanes(sums[f]));
+      sums[f] = broadcast<V>(0);
+    }
+  };
+  int tiles = 0;
+  for_tiles(s.shape, b, [&](const TilePlace& tile) {
+    inputs.read(s, tile);
+    if (IsFactored) inputs.read_factors(s, tile);
+    for (int lane = 0; lane < tile.count; lane += lanes<V>) {
+      const NewMoments<V> now = inputs.moments(lane, s.decays);
+      V x[tensor_features];
+      V of_g[3], of_m[3];
+      if constexpr (IsFactored) {
+        for (int k = 0; k < 3; ++k)
+          of_g[k] = of_m[k] = load<V>(inputs.row_factor[k] + lane) * load<V>(inputs.column_factor[k] + lane);
+      } else {
+        const Factors<V> f = inputs.template factors<false>(lane, s.decays);
+        table_features(f, x);
+        for (int k = 0; k < 3; ++k) {
+          of_g[k] = f.of_g[k];
+          of_m[k] = f.of_m[k];
+        }
+      }
+      own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, of_g, of_m, x);
+      V used = broadcast<V>(1);  // lanes after the last coordinate have features too
+      if (lane + lanes<V> > tile.count)
+        for (int i = tile.count - lane; i < lanes<V>; ++i) used[i] = S(0);
+#pragma GCC unroll 28
+      for (int f = 0; f < tensor_features; ++f)
+        if (!IsFactored || f < feature_r || f >= feature_m_factor) sums[f] += x[f] * x[f] * used;
+    }
+    if (++tiles % 16 == 0) add_up();
+  });
+  add_up();
+}
+
+template <class S>
+void feature_squares(const MlpUpdateCall& call, int64_t index) {
+  const MlpBlock& b = call.blocks[index];
+  const Segment<S> s(call, b.segment);
+  double* out = call.block_sums + index * block_numbers;
+  for (int f = 0; f < tensor_features; ++f) out[f] = 0;
+  s.shape.is_factored ? feature_squares_of<S, true>(s, b, out) : feature_squares_of<S, false>(s, b, out);
+}
+
+template <class S>
+void norms(const MlpUpdateCall& call, int64_t index) {
+  const Segment<S> s(call, index);
+  const double* of_tables = call.segment_sums + index * tensor_features;
+  for (int f = 0; f < tensor_features; ++f) {
+    const bool is_table = s.shape.is_factored && f >= feature_r && f < feature_m_factor;
+    const double mean = is_table ? of_tables[f] : sum_of_blocks(s, f) / double(s.n);
+    s.norms()[f] = S(1 / square_root(1e-5 + mean));
+  }
+}
+
+template <class S, bool IsFactored>
+void update_block(const Segment<S>& s, const MlpBlock& b) {
+  using V = vec_t<S>;
+  const Network<S> network(s.call, s.place.task);
+  const S rate = static_cast<const S*>(s.problem.rates)[s.number()];
+  const S keep = static_cast<const S*>(s.problem.keep)[s.number()];
+  const S* norms = s.norms();
+  TileInputs<S> inputs;
+  constexpr int C = tile_vectors<V>;
+  V x[tensor_features * C], hidden[most_hidden_layers * largest_width * C], out[network_outputs * C];
+  S* new_m = offset<S>(s.tensor.new_m, 3 * s.start);
+  S* new_full = offset<S>(s.tensor.new_r, 3 * s.start);
+  for_tiles(s.shape, b, [&](const TilePlace& tile) {
+    inputs.read(s, tile);
+    if (IsFactored) {
+      inputs.read_factors(s, tile);
+      inputs.read_tables(s, tile);
+    }
+    const int vectors = (tile.count + lanes<V> - 1) / lanes<V>;
+    for (int j = 0; j < vectors; ++j) {
+      const int lane = j * lanes<V>;
+      const NewMoments<V> now = inputs.moments(lane, s.decays);
+      const Factors<V> f = inputs.template factors<IsFactored>(lane, s.decays);
+      V features[tensor_features];
+      own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, f.of_g, f.of_m, features);
+      table_features(f, features);
+#pragma GCC unroll 28
+      for (int i = 0; i < tensor_features; ++i) x[i * C + j] = features[i] * norms[i];
+      for (int k = 0; k < 3; ++k) {
+        store(inputs.m[k] + lane, now.m[k]);
+        if (!IsFactored) store(inputs.r[k] + lane, f.r[k]);
+      }
+      store(inputs.v + lane, now.v);
+    }
+    network.forward(x, hidden, out, vectors);
+    for (int j = 0; j < vectors; ++j) {
+      S* p = inputs.p + j * lanes<V>;
+      store(p, load<V>(p) * keep - out[j] * rate * exponential<V>(out[C + j] * network.exp_mult));
+    }
+    write_tile(s.tensor.new_params, s.problem.dtype, s.start + tile.start, tile.count, inputs.p);
+    for (int k = 0; k < 3; ++k) {
+      store_tile(new_m + k * s.n + tile.start, tile.count, inputs.m[k]);
+      if (!IsFactored) store_tile(new_full + k * s.n + tile.start, tile.count, inputs.r[k]);
+    }
+    store_tile(offset<S>(s.tensor.new_v, s.start + tile.start), tile.count, inputs.v);
+  });
+}
+
+template <class S>
+void update(const MlpUpdateCall& call, int64_t index) {
+  const MlpBlock& b = call.blocks[index];
+  const Segment<S> s(call, b.segment);
+  s.shape.is_factored ? update_block<S, true>(s, b) : update_block<S, false>(s, b);
+}
+
+template <class S>
+constexpr MlpUpdateKernels kernels{biases<S>, squares<S>, factors<S>, feature_squares<S>, norms<S>, update<S>};
+
+}  // namespace
+}  // namespace MK_CAPABILITY
+
+template <>
+const MlpUpdateKernels& mlp_update_kernels<CpuCapability::MK_CAPABILITY>(bool is_double) {
+  return is_double ? kernels<double> : kernels<float>;
+}
+
+}  // namespace metakern

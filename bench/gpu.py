@@ -3,8 +3,9 @@
 python -m bench.gpu [--seconds 200]     minutes; `make gpu-check` calls it last, on an idle device
 python -m bench.gpu --dry --output F    the same logic on the CPU, with tiny sizes: its figures mean nothing
 
-The inner loop and inner_update come first, with a share of the time; their peers are listed in the gpu modules of the
-operators' folders. Only the standard library, torch and metakern are needed.
+The cells of all operators come first, with a share of the time (bench.gpu_budget); their peers are listed in the gpu
+modules of the operators' folders. lstm_step follows in more detail. Only the standard library, torch and metakern are
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import gpu_budget, machine
-from bench.gpu_budget import LoopPlan
+from bench.gpu_budget import CellPlan
 from bench.gpu_device import CpuStandIn, CudaDevice, Device
 from bench.lstm_step import gpu as lstm_step
 from bench.lstm_step.targets import judge_gpu
@@ -37,7 +38,7 @@ class Plan:
     """Cases and budget of a run."""
 
     lstm_step: lstm_step.Plan
-    loops: LoopPlan  # the inner loop and inner_update
+    loops: CellPlan  # of all operators
     seconds: float  # budget of the run
 
 

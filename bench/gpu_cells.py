@@ -1,10 +1,15 @@
-"""Timing of one GPU case: an operator and its peers, after a check that their results agree."""
+"""Timing of one GPU case: an operator and its peers, after a check that their results agree.
+
+An operator takes part in the GPU benchmark by ``CELLS`` in its module bench/<op>/gpu.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,6 +35,14 @@ class Limits:
     cell_seconds: float  # of timing
     compile_seconds: float  # at most, per contender
     min_rounds: int
+
+
+class Case(Protocol):
+    """What :attr:`Cells.make` makes a cell of."""
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
 
 
 class Cell:
@@ -85,3 +98,25 @@ class Cell:
             "unavailable": self.unavailable,
             "failed": self.failed,
         }
+
+
+@dataclass(frozen=True)
+class Cells:
+    """An operator's part of the GPU benchmark.
+
+    Attributes:
+        full: the cases, the most important first
+        dry: tiny ones, for the CPU
+        make: ``make(case, device, limits, compiled=...)`` is the cell of a case, with or without the compiled peer
+    """
+
+    full: Sequence[Any]
+    dry: Sequence[Any]
+    make: Callable[..., Cell]
+
+
+def find_cells() -> dict[str, Cells]:
+    """:class:`Cells` of every operator that has them, by the name of its folder."""
+    folders = sorted(path.parent.name for path in Path(__file__).parent.glob("*/gpu.py"))
+    modules = {name: importlib.import_module(f"bench.{name}.gpu") for name in folders}
+    return {name: module.CELLS for name, module in modules.items() if hasattr(module, "CELLS")}

@@ -296,7 +296,7 @@ def render_gpu(results: dict[str, Any], source: str) -> str:
         "|---|---|--:|--:|--:|",
     ]
     loops = results.get("loops", {})
-    for key, operation in (("inner_loop", "meta-iteration"), ("inner_update", "`inner_update`")):
+    for key, operation in (("mlp_inner_loop", "meta-iteration"), ("inner_update", "`inner_update`")):
         cells = {cell["title"]: cell for cell in loops.get(key, [])}
         rows = ((title, " | ".join(_gpu_figures(cells.get(title)))) for title in GPU_CASES[key])
         lines += [f"| {operation} | {title} | {figures} |" for title, figures in rows]
@@ -345,10 +345,7 @@ TABLES = {
 }
 
 #: Rows of the GPU table, measured or not.
-GPU_CASES = {
-    "inner_loop": [case.title for case in gpu_budget.FULL.loops],
-    "inner_update": [case.title for case in gpu_budget.FULL.updates],
-}
+GPU_CASES = {name: [case.title for case in gpu_budget.FULL.cases[name]] for name in ("mlp_inner_loop", "inner_update")}
 
 
 def sources(files: Sequence[Path]) -> dict[str, list[Path]]:

@@ -80,10 +80,31 @@ class _Empty(torch.autograd.Function):
         return tuple(torch.empty_like(p) for p in ctx.params)
 
 
-def empty_graph() -> float:
-    """A call of an autograd.Function of the sinusoid's six parameters that computes nothing, its mean and backward."""
+def graphs() -> dict[str, float]:
+    """Seconds of graphs that compute nothing: torch's share of what meta_loss costs beyond meta_backward.
+
+    The least is one parameter's mean and backward. Then come six parameters in a node of C++ (``torch.stack``), and in
+    a node of Python, as every autograd.Function is.
+    """
     params = list(sinusoid().model().parameters())
-    return least(lambda: _Empty.apply(*params).mean().backward())
+    alike: list[torch.Tensor] = [torch.nn.Parameter(torch.zeros(40)) for _ in params]
+
+    def cleared(call: Callable[[], Any]) -> float:
+        def once() -> None:
+            for p in (*params, *alike):
+                p.grad = None
+            call()
+
+        return least(once)
+
+    return {
+        "one parameter, mean, backward": cleared(lambda: alike[0].mean().backward()),
+        "six parameters, a node of C++, mean, backward": cleared(lambda: torch.stack(alike).mean().backward()),
+        "six parameters, an autograd.Function, mean, backward": cleared(
+            lambda: _Empty.apply(*params).mean().backward()
+        ),
+        "six parameters, an autograd.Function, forward alone": least(lambda: _Empty.apply(*params)),
+    }
 
 
 def import_seconds() -> dict[str, float]:
@@ -106,7 +127,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
         "seconds": steps,
         "rule() at N = 16 against a + a": steps["rule(), N = 16"] / steps["a + a"],
         "meta-iterations": iterations,
-        "an empty autograd.Function, mean and backward": empty_graph(),
+        "graphs that compute nothing": graphs(),
         "import": import_seconds(),
     }
     output.write_text(json.dumps(results, indent=1) + "\n")

@@ -22,11 +22,17 @@ def wall_seconds(work: Callable[[], Any]) -> float:
 
 
 def quantiles(samples: Sequence[float]) -> dict[str, float]:
-    """Median, 20% and 80% quantile of seconds, and their count."""
+    """Median, 20% and 80% quantile and minimum of seconds, and their count."""
     q20, median, q80 = torch.tensor(samples, dtype=torch.float64).quantile(
         torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     )
-    return {"median_s": float(median), "q20_s": float(q20), "q80_s": float(q80), "samples": len(samples)}
+    return {
+        "median_s": float(median),
+        "q20_s": float(q20),
+        "q80_s": float(q80),
+        "min_s": min(samples),
+        "samples": len(samples),
+    }
 
 
 def alternate(

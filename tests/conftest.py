@@ -66,7 +66,7 @@ def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
     """Fail unless both tensors hold the same bits; NaN equals NaN of the same payload, -0 is not 0."""
     assert actual.dtype == expected.dtype, f"{name} is {actual.dtype}, expected {expected.dtype}"
     assert actual.shape == expected.shape, f"{name} has shape {list(actual.shape)}, expected {list(expected.shape)}"
-    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[actual.element_size()]
     bits = [x.detach().contiguous().view(-1).view(integer) for x in (actual, expected)]
     different = int((bits[0] != bits[1]).sum())
     assert different == 0, f"{name} differs in the bits of {different} of {actual.numel()} elements"

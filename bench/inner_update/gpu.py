@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_cells import Cell, Limits
+from bench.gpu_cells import Cell, Cells, Limits
 from bench.gpu_device import Device
 from bench.inner_update.contenders import foreach, fused, loop, make_tensors
 from bench.timing import Calls
@@ -66,3 +66,6 @@ def update_cell(case: UpdateCase, device: Device, limits: Limits, *, compiled: b
         peer = torch.compile(loop, fullgraph=True, dynamic=False, **device.graph_options)
         cell.admit("compiled", partial(make, peer), ours=False)
     return cell
+
+
+CELLS = Cells(FULL, DRY, update_cell)

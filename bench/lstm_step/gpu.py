@@ -21,6 +21,7 @@ import torch
 from bench.gpu_device import Device, reason, time_limit
 from bench.lstm_step.contenders import Problem, make_rule
 from bench.lstm_step.gpu_contenders import GpuContender, Inputs, make_contenders, results
+from bench.lstm_step.gpu_stages import CELLS as CELLS  # bench.gpu_cells finds them here
 from bench.lstm_step.work import (
     BACKWARD_FORWARDS,
     HIDDEN,

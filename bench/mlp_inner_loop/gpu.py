@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from bench.gpu_cells import Cell, Limits
+from bench.gpu_cells import Cell, Cells, Limits
 from bench.gpu_device import Device
 from bench.mlp_inner_loop.cases import Case, Set, sinusoid
 from bench.mlp_inner_loop.contenders import Compiled, Contender, Fused, Vmap, iterate, results
@@ -49,3 +49,6 @@ def loop_cell(case: Case, device: Device, limits: Limits, *, compiled: bool) -> 
         peer = partial(Compiled, case, **device.graph_options)
         cell.admit("compiled", partial(make_loop, peer, batches), ours=False)
     return cell
+
+
+CELLS = Cells(FULL, DRY, loop_cell)

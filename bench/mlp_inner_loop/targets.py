@@ -43,7 +43,7 @@ def judge_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
 def judge_gpu_inner_loop(results: dict[str, Any]) -> list[dict[str, Any]]:
     """All inner-loop targets on a GPU, for its first backend; unmeasured ones count as missed."""
     subject = results["backends"][0]
-    cells = {cell["title"]: cell["contenders"].get(subject, {}) for cell in results["loops"]["inner_loop"]}
+    cells = {cell["title"]: cell["contenders"].get(subject, {}) for cell in results["loops"]["mlp_inner_loop"]}
     return [
         judged(
             kind,

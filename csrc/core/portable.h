@@ -91,6 +91,7 @@ struct constants<float> {
   static constexpr bits exponent_bias = 127;
   static constexpr float exp_bound = 87.0f;
   static constexpr float tanh_bound = 30.0f;  // tanh(15) is 1
+  static constexpr float asinh_bound = 1e9f;  // 1 + x^2 is x^2 long before
   static constexpr float smallest_normal = 1.17549435e-38f;
   static constexpr float denormal_scale = 33554432.0f;  // 2^25
   static constexpr float denormal_shift = 25.0f;
@@ -103,6 +104,7 @@ struct constants<double> {
   static constexpr bits exponent_bias = 1023;
   static constexpr double exp_bound = 708.0;
   static constexpr double tanh_bound = 80.0;  // tanh(40) is 1
+  static constexpr double asinh_bound = 1e150;
   static constexpr double smallest_normal = 2.2250738585072014e-308;
   static constexpr double denormal_scale = 18014398509481984.0;  // 2^54
   static constexpr double denormal_shift = 54.0;

@@ -79,7 +79,7 @@ MK_INLINE FloatVec at_least<FloatVec>(FloatVec x, float bound) {
 }
 #endif
 
-// The compiler does not join the square roots of lanes.
+// The compiler keeps the portable form's lanes apart, as a root of a negative number must set errno.
 #if defined(__AVX512F__)
 template <>
 MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {

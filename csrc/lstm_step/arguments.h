@@ -51,7 +51,7 @@ inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& w
 // The non-tensor arguments of a call.
 struct LstmStepOptions {
   int64_t features, head;
-  double preprocess_scale, output_scale;
+  double preprocess_scale, beta1, beta2, output_scale;
   int64_t precision;
 };
 
@@ -59,7 +59,7 @@ struct LstmStepOptions {
 inline LstmStepOptions plain_options(int64_t preprocess, double preprocess_scale, double output_scale,
                                      int64_t precision) {
   check_value(preprocess >= 0 && preprocess <= 2, "preprocess must be 0, 1 or 2, got ", preprocess);
-  return {preprocess, 0, preprocess_scale, output_scale, precision};
+  return {preprocess, 0, preprocess_scale, 0, 0, output_scale, precision};
 }
 
 // Checks the packed state of p.num_coordinates coordinates, and sets the problem's sizes from its shape.
@@ -77,6 +77,8 @@ inline void check_state(LstmStepProblem& p, const Tensor& state) {
 inline void check_options(const LstmStepOptions& options) {
   check_value(options.preprocess_scale > 0 && std::isfinite(options.preprocess_scale),
               "preprocess_scale must be positive and finite, got ", options.preprocess_scale);
+  for (const auto& [beta, name] : {std::pair(options.beta1, "beta1"), std::pair(options.beta2, "beta2")})
+    check_value(beta >= 0 && beta < 1, name, " must be at least 0 and less than 1, got ", beta);
   check_value(std::isfinite(options.output_scale), "output_scale must be finite, got ", options.output_scale);
   check_value(options.precision >= 0 && options.precision <= 2, "precision must be 0, 1 or 2, got ", options.precision);
 }
@@ -90,8 +92,9 @@ inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state
   p.num_coordinates = params.numel();
   p.features = int(options.features);
   p.head = int(options.head);
-  p.num_tasks = 1;
   p.preprocess_scale = options.preprocess_scale;
+  p.beta1 = options.beta1;
+  p.beta2 = options.beta2;
   p.output_scale = options.output_scale;
   p.precision = Precision(options.precision);
   if (options.features < 0 || options.head < 0 ||
@@ -114,19 +117,14 @@ inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state
   return p;
 }
 
-// The tensors of the stages, for a problem whose other arguments are checked; sets the number of tasks.
-inline void check_stage_tensors(LstmStepProblem& p, const Tensor& params, const Tensor& stage_state,
-                                const Tensor& task_inputs) {
+// The tensors of the stages, for a problem whose other arguments are checked.
+inline void check_stage_tensors(const LstmStepProblem& p, const Tensor& params, const Tensor& stage_state,
+                                const Tensor& coordinate_inputs) {
   const ScalarType dtype = p.dtype == DType::float64 ? ScalarType::Double : ScalarType::Float;
-  check_shape(stage_state, "stage_state", {p.stages.states, p.num_coordinates});
-  if (task_inputs.dim() != 2 || task_inputs.size(1) != p.stages.task_inputs)
-    fail_value("task_inputs must have shape [tasks, ", p.stages.task_inputs, "], got ",
-               shape_string(task_inputs.sizes()));
-  p.num_tasks = task_inputs.size(0);
-  const bool divides = p.num_tasks > 0 ? p.num_coordinates % p.num_tasks == 0 : p.num_coordinates == 0;
-  check_value(divides, "task_inputs must have a row for each task, and as many coordinates in every task: got ",
-              p.num_tasks, " rows for ", p.num_coordinates, " coordinates");
-  for (const auto& [t, name] : {std::pair(stage_state, "stage_state"), std::pair(task_inputs, "task_inputs")}) {
+  check_shape(stage_state, "stage_state", {p.num_tiles(), p.stages.states, tile_lanes});
+  check_shape(coordinate_inputs, "coordinate_inputs", {p.stages.coordinate_inputs, p.num_coordinates});
+  for (const auto& [t, name] :
+       {std::pair(stage_state, "stage_state"), std::pair(coordinate_inputs, "coordinate_inputs")}) {
     check_dtype(t, name, dtype);
     check_same_device(t, name, params, "params");
   }
@@ -139,6 +137,18 @@ inline void check_in_place(const Tensor& params, const Tensor& grads, const Tens
   check(!overlap(params, state) && !overlap(grads, state), "params, grads and state must not share memory");
   check(!overlap(params, grads) || params.const_data_ptr() == grads.const_data_ptr(),
         "grads must not share a part of params' memory");
+}
+
+// The same for the stages' tensors.
+inline void check_stages_in_place(const Tensor& params, const Tensor& grads, const Tensor& state,
+                                  const Tensor& stage_state, const Tensor& coordinate_inputs) {
+  check_in_place(params, grads, state);
+  check_contiguous_in_place(stage_state, "stage_state");
+  for (const Tensor* other : {&params, &grads, &state, &coordinate_inputs})
+    check(!overlap(stage_state, *other),
+          "stage_state must share no memory with params, grads, state and coordinate_inputs");
+  check(!overlap(coordinate_inputs, params) && !overlap(coordinate_inputs, state),
+        "coordinate_inputs must share no memory with params and state");
 }
 
 }  // namespace metakern

@@ -55,12 +55,11 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
   return grad_weights;
 }
 
-// A step of the plain stages, from contiguous tensors; the new ones may be the old ones.
+// Completes `args` with the contiguous tensors that every step has, and takes it; the new ones may be the old ones.
 void step_into(const LstmStepProblem& p, const std::vector<Tensor>& weights, const Tensor& params, const Tensor& grads,
-               const Tensor& state, Tensor& new_params, Tensor& new_state) {
+               const Tensor& state, Tensor& new_params, Tensor& new_state, LstmStepForward args = {}) {
   const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
   const Buffer packed = pack(k, p, weights, false);
-  LstmStepForward args{};
   args.packed = packed.get();
   args.params = params.const_data_ptr();
   args.grads = grads.const_data_ptr();
@@ -123,48 +122,65 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
 // ------------------------------------------------------------------------------------------------ with any stages
 
 std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
-                                                    const Tensor& stage_state_, const Tensor& task_inputs_,
+                                                    const Tensor& stage_state_, const Tensor& coordinate_inputs_,
                                                     const std::vector<Tensor>& weights, int64_t features, int64_t head,
-                                                    double preprocess_scale, double output_scale, int64_t precision) {
+                                                    double features_scale, double beta1, double beta2,
+                                                    double head_scale, int64_t precision) {
   check_like(grads_, "grads", params_, "params");
-  LstmStepProblem p =
-      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
-  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  const LstmStepProblem p = cpu_problem(
+      params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
-  const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
-  const LstmStepKernels& k = kernels_for(p);
-  const Buffer packed = pack(k, p, weights, false);
+  const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
   Tensor new_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
-  run_forward(k, p,
-              {packed.get(), params.const_data_ptr(), grads.const_data_ptr(), state.const_data_ptr(),
-               new_params.mutable_data_ptr(), new_state.mutable_data_ptr(), stage_state.const_data_ptr(),
-               task_inputs.const_data_ptr(), new_stage_state.mutable_data_ptr()});
+  LstmStepForward args{};
+  args.stage_state = stage_state.const_data_ptr();
+  args.coordinate_inputs = coordinate_inputs.const_data_ptr();
+  args.new_stage_state = new_stage_state.mutable_data_ptr();
+  step_into(p, weights, params, grads, state, new_params, new_state, args);
   return {new_params, new_state, new_stage_state};
+}
+
+void lstm_step_staged_(Tensor params, const Tensor& grads_, Tensor state, Tensor stage_state,
+                       const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights, int64_t features,
+                       int64_t head, double features_scale, double beta1, double beta2, double head_scale,
+                       int64_t precision) {
+  check_like(grads_, "grads", params, "params");
+  const LstmStepProblem p = cpu_problem(
+      params, state, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
+  check_stage_tensors(p, params, stage_state, coordinate_inputs_);
+  const Tensor grads = as_contiguous(grads_), coordinate_inputs = as_contiguous(coordinate_inputs_);
+  check_stages_in_place(params, grads, state, stage_state, coordinate_inputs);
+  LstmStepForward args{};
+  args.stage_state = stage_state.const_data_ptr();
+  args.coordinate_inputs = coordinate_inputs.const_data_ptr();
+  args.new_stage_state = stage_state.mutable_data_ptr();
+  step_into(p, weights, params, grads, state, params, state, args);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_step_staged_backward(
     const Tensor& grad_new_params_, const Tensor& grad_new_state_, const Tensor& grad_new_stage_state_,
     const Tensor& params_, const Tensor& grads_, const Tensor& state_, const Tensor& stage_state_,
-    const Tensor& task_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
-    double preprocess_scale, double output_scale, int64_t precision) {
+    const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
+    double features_scale, double beta1, double beta2, double head_scale, int64_t precision) {
   check_like(grads_, "grads", params_, "params");
-  LstmStepProblem p =
-      cpu_problem(params_, state_, weights, {features, head, preprocess_scale, output_scale, precision}, "params");
-  check_stage_tensors(p, params_, stage_state_, task_inputs_);
+  const LstmStepProblem p = cpu_problem(
+      params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
+  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
   check_like(grad_new_params_, "grad_new_params", params_, "params");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   check_like(grad_new_stage_state_, "grad_new_stage_state", stage_state_, "stage_state");
   const Tensor grad_new_params = as_contiguous(grad_new_params_), grad_new_state = as_contiguous(grad_new_state_);
   const Tensor grad_new_stage_state = as_contiguous(grad_new_stage_state_), params = as_contiguous(params_);
   const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
-  const Tensor stage_state = as_contiguous(stage_state_), task_inputs = as_contiguous(task_inputs_);
+  const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
   Tensor grad_params = torch::stable::new_empty(params, params.sizes());
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = empty_result(state);
   Tensor grad_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
-  Tensor grad_task_inputs = torch::stable::new_empty(task_inputs, {p.stages.task_inputs, p.num_coordinates});
+  Tensor grad_coordinate_inputs = torch::stable::new_empty(coordinate_inputs, coordinate_inputs.sizes());
   LstmStepBackward args{};
   args.grads = grads.const_data_ptr();
   args.state = state.const_data_ptr();
@@ -174,13 +190,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_ste
   args.grad_state = grad_state.mutable_data_ptr();
   args.params = params.const_data_ptr();
   args.stage_state = stage_state.const_data_ptr();
-  args.task_inputs = task_inputs.const_data_ptr();
+  args.coordinate_inputs = coordinate_inputs.const_data_ptr();
   args.grad_new_stage_state = grad_new_stage_state.const_data_ptr();
   args.grad_params = grad_params.mutable_data_ptr();
   args.grad_stage_state = grad_stage_state.mutable_data_ptr();
-  args.grad_task_inputs = grad_task_inputs.mutable_data_ptr();
+  args.grad_coordinate_inputs = grad_coordinate_inputs.mutable_data_ptr();
   const auto grad_weights = run_backward(p, weights, args);
-  return {grad_params, grad_grads, grad_state, grad_stage_state, grad_task_inputs, grad_weights};
+  return {grad_params, grad_grads, grad_state, grad_stage_state, grad_coordinate_inputs, grad_weights};
 }
 
 }  // namespace
@@ -190,6 +206,7 @@ STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("lstm_step_", TORCH_BOX(&lstm_step_));
   m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward));
   m.impl("lstm_step_staged", TORCH_BOX(&lstm_step_staged));
+  m.impl("lstm_step_staged_", TORCH_BOX(&lstm_step_staged_));
   m.impl("lstm_step_staged_backward", TORCH_BOX(&lstm_step_staged_backward));
 }
 

@@ -18,11 +18,11 @@ struct LstmStepForward {
   const void* params;  // [N]
   const void* grads;   // [N]
   const void* state;
-  void* new_params;         // [N], may be params
-  void* new_state;          // may be state
-  const void* stage_state;  // [E, N]
-  const void* task_inputs;  // [T, K]
-  void* new_stage_state;    // [E, N], may be stage_state
+  void* new_params;  // [N], may be params
+  void* new_state;   // may be state
+  const void* stage_state;
+  const void* coordinate_inputs;  // [K, N]
+  void* new_stage_state;          // may be stage_state
 };
 
 struct LstmStepBackward {
@@ -33,14 +33,14 @@ struct LstmStepBackward {
   const void* grad_new_state;
   void* grad_grads;  // [N]
   void* grad_state;
-  double* partials;                  // [num_groups, flat_weights]
-  const void* params;                // [N]; it and its gradient are not touched where the head is additive
-  const void* stage_state;           // [E, N]
-  const void* task_inputs;           // [T, K]
-  const void* grad_new_stage_state;  // [E, N]
-  void* grad_params;                 // [N]
-  void* grad_stage_state;            // [E, N]
-  void* grad_task_inputs;            // [K, N], of every coordinate
+  double* partials;    // [num_groups, flat_weights]
+  const void* params;  // [N]; it and its gradient may be null where the head is additive
+  const void* stage_state;
+  const void* coordinate_inputs;  // [K, N]
+  const void* grad_new_stage_state;
+  void* grad_params;  // [N]
+  void* grad_stage_state;
+  void* grad_coordinate_inputs;  // [K, N]
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.

@@ -25,10 +25,10 @@ class PreparedLstmStep {
     problem_.num_layers = num_layers;
     problem_.features = preprocess;
     problem_.head = 0;  // adds, and has no weights of its own; nor have these features
-    problem_.num_tasks = 1;
     if (!with_stages<float>(problem_, [&](const auto& stages) { problem_.stages = stages.sizes(preprocess); }))
       throw pybind11::value_error("preprocess must be 0, 1 or 2, got " + std::to_string(preprocess));
     problem_.preprocess_scale = preprocess_scale;
+    problem_.beta1 = problem_.beta2 = 0;
     problem_.output_scale = 0;  // a run says it
     problem_.precision = Precision::highest;
     problem_.dtype = problem_.state_dtype = DType::float32;

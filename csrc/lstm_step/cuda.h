@@ -9,10 +9,15 @@
 
 namespace metakern {
 
-// In the order of the operator's list: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H];
-// then the head's weight [1, H] and bias [1]. float64 for float64 params, float32 otherwise.
+// In the order of the operator's list (problem.h). float64 for float64 params, float32 otherwise.
 struct CudaWeights {
   const void* tensor[max_weights];
+};
+
+// The stages' state and inputs; not read where the stages have none.
+struct CudaStages {
+  const void* state;   // [ceil(N / tile_lanes), E, tile_lanes]
+  const void* inputs;  // [K, N]
 };
 
 struct CudaLstmStepForward {
@@ -22,6 +27,8 @@ struct CudaLstmStepForward {
   const void* state;
   void* new_params;  // [N], may be params
   void* new_state;   // may be state
+  CudaStages stages;
+  void* new_stage_state;  // may be stages.state
 };
 
 struct CudaLstmStepBackward {
@@ -34,13 +41,19 @@ struct CudaLstmStepBackward {
   void* grad_state;             // dtype and shape of state
   void* grad_weights[max_weights];
   void* workspace;  // cuda_lstm_step_workspace_bytes(problem), aligned to 16 bytes
+  CudaStages stages;
+  const void* params;                // [N]
+  const void* grad_new_stage_state;  // dtype and shape of the stages' state
+  void* grad_params;                 // [N]; not written for an additive head, whose gradient is that of the new params
+  void* grad_stage_state;            // dtype and shape of the stages' state
+  void* grad_inputs;                 // [K, N]
 };
 
 // Workspace of backward; depends on the problem alone. Never 0.
 int64_t cuda_lstm_step_workspace_bytes(const LstmStepProblem& p);
 
-// The products honour problem.precision for float32 arithmetic and 20 or 32 hidden units; others are computed in
-// float32 or, for float64 params, float64.
+// The products of the plain stages honour problem.precision for float32 arithmetic and 20 or 32 hidden units; others
+// are computed in float32 or, for float64 params, float64.
 CudaResult cuda_lstm_step_forward(const LstmStepProblem& p, const CudaLstmStepForward& args, cudaStream_t stream);
 
 // Products are float32 (or float64); problem.precision is ignored. The same bits in every run on a device.

@@ -1,17 +1,17 @@
 // lstm_step's backward kernels.
 //
-// A warp takes a tile: it recomputes the hidden states of all layers but the top one, then goes down from there. A
-// layer's activations are recomputed in registers and become the gradients of its pre-activations, which go to shared
-// memory; transposed products make of them the gradients of the layer's inputs and of the old h. Then all threads of
-// the block add up the outer products over the block's tiles: those are the weight gradients.
+// A warp takes a tile: it recomputes the hidden states of all layers but the top one (that one too if the head's
+// backward reads the cells' outputs), then goes down from there. A layer's activations are recomputed in registers and
+// become the gradients of its pre-activations, which go to shared memory; transposed products make of them the
+// gradients of the layer's inputs and of the old h. Then all threads of the block add up the outer products over the
+// block's tiles: those are the weight gradients.
 //
 // These sums have a fixed order. The tiles are split into chunks, whose number depends on the problem alone; a block
 // sums one chunk after another in double precision in the chunk's own memory, and a second kernel sums the chunks. The
 // number of tiles added before a sum is converted to double depends on the device's shared memory.
 #pragma once
-#include "../math/activations.cuh"
-#include "../math/preprocess.h"
-#include "cuda_weights.cuh"
+#include "cuda_reduce.cuh"
+#include "cuda_stages.cuh"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
@@ -34,65 +34,63 @@ inline int64_t chunk_tiles(const LstmStepProblem& p) {
 }
 inline int64_t num_chunks(const LstmStepProblem& p) { return (p.num_tiles() + chunk_tiles(p) - 1) / chunk_tiles(p); }
 
-template <class S>
+template <class Stages>
 struct BackwardArguments {
   LstmStepProblem problem;
   CudaLstmStepBackward pointers;
-  PreprocessScale<S> scale;
+  Stages stages;
   int64_t chunk_tiles, chunks;
   bool pack_weights;
 };
 
-// Partial sums of a layer's weight gradients, [4H][columns]: a column for each input, each hidden unit and the bias.
-// The head's [H] and its bias come last.
-struct PartialLayer {
-  int columns;
-  int64_t offset;
-  MK_INLINE PartialLayer(const LstmStepProblem& p, int layer)
-      : columns(p.inputs(layer) + p.hidden_size + 1), offset(0) {
-    for (int l = 0; l < layer; ++l) offset += int64_t(4) * p.hidden_size * (p.inputs(l) + p.hidden_size + 1);
-  }
-};
-
 // Shared memory of one warp, in rows of 32 coordinates. 16 bytes of padding spread the rows over the banks.
-template <class S>
+template <class Stages>
 struct TileMemory {
+  using S = stage_scalar<Stages>;
   static constexpr int stride = tile_lanes + 16 / int(sizeof(S));
+  static constexpr int feature_rows = Sizes<Stages, 0>::feature_rows, outputs = Stages::Head::outputs;
+  static constexpr int grad_rows = Stages::Head::additive ? 0 : 1, own_weights = Stages::weights;
+  static constexpr int stage_rows = feature_rows + outputs + grad_rows + own_weights;
 
   S* base;
   int hidden_size, layers;
 
   static MK_INLINE int input_rows(int hidden) { return hidden < feature_rows ? feature_rows : hidden; }
   static MK_INLINE int rows(int hidden, int layers) {
-    return feature_rows + 1 + layers * hidden + hidden + input_rows(hidden) + 4 * hidden;
+    return stage_rows + layers * hidden + hidden + input_rows(hidden) + 4 * hidden;
   }
   static MK_INLINE int bytes(int hidden, int layers) { return rows(hidden, layers) * stride * int(sizeof(S)); }
   MK_INLINE int elements() const { return rows(hidden_size, layers) * stride; }
 
   MK_INLINE S* row(int i) const { return base + i * stride; }
   MK_INLINE S* features() const { return base; }
-  MK_INLINE S* grad_out() const { return row(feature_rows); }                                   // times output_scale
-  MK_INLINE S* hidden(int layer) const { return row(feature_rows + 1 + layer * hidden_size); }  // [H], h'
-  MK_INLINE S* old_h() const { return hidden(layers); }                                         // [H], of one layer
-  MK_INLINE S* grad_x() const { return old_h() + hidden_size * stride; }                        // [H or features]
-  MK_INLINE S* grad_gates() const { return grad_x() + input_rows(hidden_size) * stride; }       // [4][H]
+  MK_INLINE S* grad_out() const { return row(feature_rows); }             // [R], of the head's outputs
+  MK_INLINE S* grad_grad() const { return row(feature_rows + outputs); }  // a head's gradient of g, unless additive
+  MK_INLINE S* grad_own(int weight) const { return row(stage_rows - own_weights + weight); }  // a coordinate's share
+  MK_INLINE S* hidden(int layer) const { return row(stage_rows + layer * hidden_size); }      // [H], h'
+  MK_INLINE S* old_h() const { return hidden(layers); }                                       // [H], of one layer
+  MK_INLINE S* grad_x() const { return old_h() + hidden_size * stride; }                      // [H or features]
+  MK_INLINE S* grad_gates() const { return grad_x() + input_rows(hidden_size) * stride; }     // [4][H]
   MK_INLINE S* input(int layer) const { return layer == 0 ? features() : hidden(layer - 1); }
 };
 
 // One tile, by one warp.
-template <class S, class Store, int FixedH>
+template <class Stages, class Store, int FixedH>
 struct TileBackward {
-  using Size = Sizes<FixedH>;
-  using Memory = TileMemory<S>;
+  using S = stage_scalar<Stages>;
+  using Size = Sizes<Stages, FixedH>;
+  using Memory = TileMemory<Stages>;
+  using Features = typename Stages::Features;
+  using Head = typename Stages::Head;
   static constexpr int J = Size::J, stride = Memory::stride;
 
-  const BackwardArguments<S>& a;
-  const Weights<S, FixedH>& weights;
+  const BackwardArguments<Stages>& a;
+  const Weights<S, Size>& weights;
   Memory memory;
   int64_t tile;
   int lane, first, used;  // first: this thread's first coordinate of four
 
-  __device__ __forceinline__ TileBackward(const BackwardArguments<S>& args, const Weights<S, FixedH>& w,
+  __device__ __forceinline__ TileBackward(const BackwardArguments<Stages>& args, const Weights<S, Size>& w,
                                           const Memory& m, int64_t t)
       : a(args), weights(w), memory(m), tile(t), lane(threadIdx.x % warp_lanes), first(lane % 8 * 4) {
     const int64_t left = args.problem.num_coordinates - t * tile_lanes;
@@ -126,20 +124,54 @@ struct TileBackward {
     }
   }
 
-  // Features, the gradient that reaches the head, and h' of all layers but the top one.
+  // The features and h' of all layers below the top one, or of all; then the gradients of the head.
   __device__ void recompute() const {
-    const LstmStepProblem& p = a.problem;
-    const int64_t i = tile * tile_lanes + lane;
-    const bool real = lane < used;
-    const auto features = preprocess<S>(Preprocess(p.features), a.scale, grad());
-    memory.features()[lane] = features.x[0];
-    memory.features()[stride + lane] = features.x[1];
-    memory.grad_out()[lane] = real ? read_lane<S>(a.pointers.grad_new_params, p.dtype, i) * S(p.output_scale) : S(0);
+    features_forward();
+    if constexpr (!Head::reads_outputs) head_backward();
 #pragma unroll 1
-    for (int l = 0; l + 1 < weights.layers; ++l) {
+    for (int l = 0; l + (Head::reads_outputs ? 0 : 1) < weights.layers; ++l) {
       stage_old_h(l);
       each_unit(weights.layer(l), l, [&](const S(&acc)[4][4], int unit) { recompute_unit(acc, l, unit); });
       __syncwarp();
+    }
+    if constexpr (Head::reads_outputs) head_backward();
+  }
+  __device__ void features_forward() const {
+    using Part = FeaturesPart<Stages>;
+    const Part part(StageLane(a.problem, tile), a.pointers.stages, weights);
+    S x[Features::max_inputs], new_state[at_least_one(Part::states)];
+    a.stages.features.template forward<S>(grad(), part.state, part.input, part.weights, x, new_state);
+#pragma unroll
+    for (int k = 0; k < Features::max_inputs; ++k) memory.features()[k * stride + lane] = x[k];
+  }
+  // The head's outputs for this thread's coordinate, from the top layer's h'.
+  __device__ __forceinline__ void head_outputs(S (&o)[Head::outputs]) const {
+    const S* h = memory.hidden(weights.layers - 1) + lane;
+    for (int r = 0; r < Head::outputs; ++r) o[r] = weights.head_bias(r);
+    for (int j = 0; j < H(); ++j)
+      for (int r = 0; r < Head::outputs; ++r) o[r] += h[j * stride] * weights.head(r, j);
+  }
+  __device__ void head_backward() const {
+    using Part = HeadPart<Stages>;
+    const StageLane at(a.problem, tile);
+    const Part part(at, a.pointers.stages, weights);
+    S o[Head::outputs] = {}, grad_new_state[at_least_one(Part::states)];
+    if constexpr (Head::reads_outputs) head_outputs(o);
+    at.template read_states<Part::states, Stages::states>(a.pointers.grad_new_stage_state, Part::first_state,
+                                                          grad_new_state);
+    const S param = Head::additive ? S(0) : value(a.pointers.params), grad_g = Head::additive ? S(0) : grad();
+    HeadGradient<S, Head> out;
+    a.stages.head.template backward<S>(o, param, grad_g, part.state, part.input, part.weights,
+                                       value(a.pointers.grad_new_params), grad_new_state, &out);
+#pragma unroll
+    for (int r = 0; r < Head::outputs; ++r) memory.grad_out()[r * stride + lane] = out.outputs[r];
+#pragma unroll
+    for (int i = 0; i < Head::weights; ++i) memory.grad_own(Features::weights + i)[lane] = out.weights[i];
+    Part::write_states(at, out.states, a.pointers.grad_stage_state);
+    Part::write_inputs(at, out.coordinate_inputs, a.pointers.grad_inputs);
+    if constexpr (!Head::additive) {
+      memory.grad_grad()[lane] = out.grad;
+      if (lane < used) write_lane<S>(a.pointers.grad_params, a.problem.dtype, tile * tile_lanes + lane, out.param);
     }
   }
   // use(pre-activations [gate][coordinate], unit) for this thread's units of a layer whose old h is staged.
@@ -153,9 +185,11 @@ struct TileBackward {
         if (Size::exact || unit + j * unit_groups < H()) use(acc[j], unit + j * unit_groups);
     }
   }
-  __device__ __forceinline__ S grad() const {
-    return lane < used ? read_lane<S>(a.pointers.grads, a.problem.dtype, tile * tile_lanes + lane) : S(0);
+  // This thread's coordinate of an array [N]; zero after the last one.
+  __device__ __forceinline__ S value(const void* data) const {
+    return lane < used ? read_lane<S>(data, a.problem.dtype, tile * tile_lanes + lane) : S(0);
   }
+  __device__ __forceinline__ S grad() const { return value(a.pointers.grads); }
   __device__ __forceinline__ void recompute_unit(const S (&acc)[4][4], int layer, int unit) const {
     const Vec4<S> c = read(a.pointers.state, at(layer, 1, unit));
     Vec4<S> h;
@@ -189,12 +223,23 @@ struct TileBackward {
     const Vec4<S> c = read(a.pointers.state, at(l, 1, unit));
     const Vec4<S> grad_h = grad_new_state(l, 0, unit), grad_c = grad_new_state(l, 1, unit);
     const Vec4<S> above = load4((top ? memory.grad_out() : memory.grad_x() + unit * stride) + first);
-    const S factor = top ? weights.head(unit) : S(1);
+    const S factor = top ? weights.head(0, unit) : S(1);
+    Vec4<S> reaching;
+#pragma unroll
+    for (int q = 0; q < 4; ++q) reaching[q] = grad_h[q] + above[q] * factor;
+#pragma unroll
+    for (int r = 1; r < Head::outputs; ++r) {
+      if (!top) continue;
+      const Vec4<S> grad_out = load4(memory.grad_out() + r * stride + first);
+      const S head = weights.head(r, unit);
+#pragma unroll
+      for (int q = 0; q < 4; ++q) reaching[q] += grad_out[q] * head;
+    }
     Vec4<S> d[4], new_h, grad_old_c;
 #pragma unroll
     for (int q = 0; q < 4; ++q) {
       const auto u = lstm_unit_activations<S>({acc[0][q], acc[1][q], acc[2][q], acc[3][q]}, c[q]);
-      const auto g = lstm_unit_backward<S>(u.gates, u.tanh_c, c[q], grad_h[q] + above[q] * factor, grad_c[q]);
+      const auto g = lstm_unit_backward<S>(u.gates, u.tanh_c, c[q], reaching[q], grad_c[q]);
       const bool real = first + q < used;
       new_h[q] = u.h;
       d[0][q] = real ? g.preactivation.i : S(0);
@@ -204,14 +249,14 @@ struct TileBackward {
       grad_old_c[q] = real ? g.c : S(0);
     }
     store4_global(static_cast<Store*>(a.pointers.grad_state) + at(l, 1, unit), grad_old_c);
-    if (top) store4(memory.hidden(l) + unit * stride + first, new_h);
+    if (top && !Head::reads_outputs) store4(memory.hidden(l) + unit * stride + first, new_h);
 #pragma unroll
     for (int gate = 0; gate < 4; ++gate) store4(memory.grad_gates() + (gate * H() + unit) * stride + first, d[gate]);
   }
 
   // Gradients of old h and, if WithInputs, of the layer's inputs, for the units of one pass.
   template <bool WithInputs>
-  __device__ __forceinline__ void transposed_products(const LayerWeights<S, FixedH>& w, int first_unit, int l) const {
+  __device__ __forceinline__ void transposed_products(const LayerWeights<S, Size>& w, int first_unit, int l) const {
     S grad_h[J][4] = {}, grad_x[J][4] = {};
     const S* d_row = memory.grad_gates() + first;
 #pragma unroll 1
@@ -245,34 +290,56 @@ struct TileBackward {
       for (int q = 0; q < 4; ++q) sum[q] += w[gate] * d[gate][q];
   }
 
-  __device__ void feature_gradients(const LayerWeights<S, FixedH>& w) const {
-    const int k = lane / 8;
-    if (k < feature_rows) {
-      S sum[4] = {};
-      for (int unit = 0; unit < H(); ++unit) {
-        Vec4<S> d[4];
-        for (int gate = 0; gate < 4; ++gate)
-          d[gate] = load4(memory.grad_gates() + (gate * H() + unit) * stride + first);
-        add_gates(sum, w.at(1 + k, unit), d);
-      }
-      store4(memory.grad_x() + k * stride + first, Vec4<S>{{sum[0], sum[1], sum[2], sum[3]}});
-    }
+  __device__ void feature_gradients(const LayerWeights<S, Size>& w) const {
+    feature_products(w);
     __syncwarp();
-    const Features<S> gradient{{memory.grad_x()[lane], memory.grad_x()[stride + lane]}};
-    const S out = preprocess_backward<S>(Preprocess(a.problem.features), a.scale, grad(), gradient);
-    if (lane < used) write_lane<S>(a.pointers.grad_grads, a.problem.dtype, tile * tile_lanes + lane, out);
+    using Part = FeaturesPart<Stages>;
+    const StageLane at(a.problem, tile);
+    const Part part(at, a.pointers.stages, weights);
+    S grad_x[Features::max_inputs], grad_new_state[at_least_one(Part::states)];
+#pragma unroll
+    for (int k = 0; k < Features::max_inputs; ++k) grad_x[k] = memory.grad_x()[k * stride + lane];
+    at.template read_states<Part::states, Stages::states>(a.pointers.grad_new_stage_state, Part::first_state,
+                                                          grad_new_state);
+    FeaturesGradient<S, Features> out;
+    a.stages.features.template backward<S>(grad(), part.state, part.input, part.weights, grad_x, grad_new_state, &out);
+#pragma unroll
+    for (int i = 0; i < Features::weights; ++i) memory.grad_own(i)[lane] = out.weights[i];
+    Part::write_states(at, out.states, a.pointers.grad_stage_state);
+    Part::write_inputs(at, out.coordinate_inputs, a.pointers.grad_inputs);
+    if constexpr (!Head::additive) out.grad += memory.grad_grad()[lane];
+    if (lane < used) write_lane<S>(a.pointers.grad_grads, a.problem.dtype, tile * tile_lanes + lane, out.grad);
+  }
+  // The gradients of the features' rows, into grad_x.
+  __device__ __forceinline__ void feature_products(const LayerWeights<S, Size>& w) const {
+    constexpr int rows = Size::feature_rows, M = (rows + unit_groups - 1) / unit_groups;
+    const int k = lane / 8;
+    if (M == 1 && k >= rows) return;
+    // Threads beyond the last row compute the last one again.
+    const auto row = [&](int m) { return M == 1 || k + m * unit_groups < rows ? k + m * unit_groups : rows - 1; };
+    S sum[M][4] = {};
+    for (int unit = 0; unit < H(); ++unit) {
+      Vec4<S> d[4];
+      for (int gate = 0; gate < 4; ++gate) d[gate] = load4(memory.grad_gates() + (gate * H() + unit) * stride + first);
+#pragma unroll
+      for (int m = 0; m < M; ++m) add_gates(sum[m], w.at(1 + row(m), unit), d);
+    }
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+      store4(memory.grad_x() + row(m) * stride + first, Vec4<S>{{sum[m][0], sum[m][1], sum[m][2], sum[m][3]}});
   }
 };
 
 // Adds a layer's weight gradients over the block's first `tiles` tiles to `partial`, or sets it. A thread owns patches
 // of one unit's four gates and four columns.
-template <class S, int FixedH>
+template <class Stages, int FixedH>
 struct OuterProducts {
-  static constexpr int stride = TileMemory<S>::stride, patch_columns = 4;
+  using S = stage_scalar<Stages>;
+  static constexpr int stride = TileMemory<Stages>::stride, patch_columns = 4, R = Stages::Head::outputs;
 
   const LstmStepProblem& p;
-  TileMemory<S> memory;  // of the first warp
-  const S* ones;         // a row
+  TileMemory<Stages> memory;  // of the first warp
+  const S* ones;              // a row
   double* partial;
   int tiles;
   bool set;
@@ -280,12 +347,15 @@ struct OuterProducts {
   __device__ __forceinline__ int H() const { return FixedH > 0 ? FixedH : p.hidden_size; }
   __device__ void layer(int l) const {
     const int groups = (p.inputs(l) + H() + patch_columns) / patch_columns;
-    const int patches = groups * H(), head = l + 1 == p.num_layers ? H() + 1 : 0;
-    for (int i = threadIdx.x; i < patches + head; i += blockDim.x) {
+    const int patches = groups * H(), head = l + 1 == p.num_layers ? R * (H() + 1) : 0;
+    const int own = l == 0 ? Stages::weights : 0;
+    for (int i = threadIdx.x; i < patches + head + own; i += blockDim.x) {
       if (i < patches)
         add_patch(l, i % H(), i / H() * patch_columns);
-      else
+      else if (own == 0 || i < patches + head)
         add_head(i - patches);
+      else
+        add_own(i - patches - head);
     }
   }
   __device__ __forceinline__ void write(int64_t i, S sum) const {
@@ -334,9 +404,11 @@ struct OuterProducts {
           write(layout.offset + (column + i) * 4 * H() + gate * H() + unit, sum[gate][i]);
   }
 
-  __device__ __forceinline__ void add_head(int unit) const {
-    const bool bias = unit == H();
-    const S* d = memory.grad_out();
+  // An element of the head's weight [R, H] or, after those, of its bias [R].
+  __device__ __forceinline__ void add_head(int i) const {
+    const bool bias = i >= R * H();
+    const int output = R == 1 ? 0 : bias ? i - R * H() : i / H(), unit = i - output * H();
+    const S* d = memory.grad_out() + output * stride;
     const S* x = bias ? ones : memory.hidden(p.num_layers - 1) + unit * stride;
     S sum = 0;
     for (int t = 0; t < tiles; ++t) {
@@ -344,23 +416,35 @@ struct OuterProducts {
       d += memory.elements();
       x += bias ? 0 : memory.elements();
     }
-    write(p.flat_weights() - H() - 1 + unit, sum);
+    write(p.flat_weights() - p.flat_head() + i, sum);
+  }
+
+  // One of the stages' own weights.
+  __device__ __forceinline__ void add_own(int i) const {
+    const S* d = memory.grad_own(i);
+    S sum = 0;
+    for (int t = 0; t < tiles; ++t, d += memory.elements())
+      for (int n = 0; n < tile_lanes; ++n) sum += d[n];
+    write(p.flat_weights() - Stages::weights + i, sum);
   }
 };
 
-template <class S, class Store, int FixedH>
+template <class Stages, class Store, int FixedH>
 __global__ void __launch_bounds__(max_backward_warps* warp_lanes, 1)
-    backward_kernel(const __grid_constant__ BackwardArguments<S> a) {
+    backward_kernel(const __grid_constant__ BackwardArguments<Stages> a) {
+  using S = stage_scalar<Stages>;
+  using Size = Sizes<Stages, FixedH>;
+  using Memory = TileMemory<Stages>;
   const LstmStepProblem& p = a.problem;
   const int H = FixedH > 0 ? FixedH : p.hidden_size, L = p.num_layers;
   const int warp = threadIdx.x / warp_lanes, warps = blockDim.x / warp_lanes;
   const bool packs = FixedH > 0 || a.pack_weights;
   S* ones = reinterpret_cast<S*>(dynamic_shared());
-  S* packed = ones + TileMemory<S>::stride;
-  S* tiles = packed + (packs ? Sizes<FixedH>{H}.packed_elements(L) : 0);
-  const Weights<S, FixedH> weights{{H}, packs ? packed : nullptr, a.pointers.weights, L, p.stages.inputs};
-  const TileMemory<S> first_memory{tiles, H, L};
-  const TileMemory<S> memory{tiles + warp * first_memory.elements(), H, L};
+  S* packed = ones + Memory::stride;
+  S* tiles = packed + (packs ? Size{H}.packed_elements(L) : 0);
+  const Weights<S, Size> weights{{H}, packs ? packed : nullptr, a.pointers.weights, L, p.stages.inputs};
+  const Memory first_memory{tiles, H, L};
+  const Memory memory{tiles + warp * first_memory.elements(), H, L};
   for (int i = threadIdx.x; i < tile_lanes; i += blockDim.x) ones[i] = S(1);
   if (packs) weights.pack(packed);
   __syncthreads();
@@ -371,8 +455,8 @@ __global__ void __launch_bounds__(max_backward_warps* warp_lanes, 1)
     const int64_t last = first + a.chunk_tiles < all ? first + a.chunk_tiles : all;
     for (int64_t base = first; base < last; base += warps) {
       const int active = last - base < warps ? int(last - base) : warps;
-      const TileBackward<S, Store, FixedH> tile(a, weights, memory, base + warp);
-      const OuterProducts<S, FixedH> outer{p, first_memory, ones, partial, active, base == first};
+      const TileBackward<Stages, Store, FixedH> tile(a, weights, memory, base + warp);
+      const OuterProducts<Stages, FixedH> outer{p, first_memory, ones, partial, active, base == first};
       if (base + warps + warp < last) tile.prefetch(base + warps + warp);
       if (warp < active) tile.recompute();
 #pragma unroll 1
@@ -384,62 +468,6 @@ __global__ void __launch_bounds__(max_backward_warps* warp_lanes, 1)
       }
     }
   }
-}
-
-// Sums the chunks' partial sums in a fixed order, and writes every weight's gradient.
-constexpr int reduce_outputs = 32, reduce_groups = 8;
-
-template <class S>
-struct ReduceArguments {
-  LstmStepProblem problem;
-  const double* partials;  // [chunks][flat_weights]
-  int64_t chunks;
-  void* grad_weights[max_weights];
-};
-
-template <class S>
-__device__ __forceinline__ void write_weight_gradient(const ReduceArguments<S>& a, int64_t i, S value) {
-  const LstmStepProblem& p = a.problem;
-  const int H = p.hidden_size, L = p.num_layers;
-  const auto out = [&](int tensor) { return static_cast<S*>(a.grad_weights[tensor]); };
-  const int64_t head = p.flat_weights() - H - 1;
-  if (i >= head + H) {
-    out(4 * L + 1)[0] = value;
-  } else if (i >= head) {
-    out(4 * L)[i - head] = value;
-  } else {
-    int l = L - 1;
-    while (i < PartialLayer(p, l).offset) --l;
-    const PartialLayer layer(p, l);
-    const int inputs = p.inputs(l);
-    const int64_t row = (i - layer.offset) % (4 * H), column = (i - layer.offset) / (4 * H);
-    if (column < inputs) {
-      out(4 * l)[row * inputs + column] = value;
-    } else if (column < inputs + H) {
-      out(4 * l + 1)[row * H + column - inputs] = value;
-    } else {
-      out(4 * l + 2)[row] = value;
-      out(4 * l + 3)[row] = value;
-    }
-  }
-}
-
-template <class S>
-__global__ void __launch_bounds__(reduce_outputs* reduce_groups)
-    reduce_kernel(const __grid_constant__ ReduceArguments<S> a) {
-  double* sums = reinterpret_cast<double*>(dynamic_shared());  // [reduce_groups][reduce_outputs]
-  const int output = threadIdx.x % reduce_outputs, group = threadIdx.x / reduce_outputs;
-  const int64_t flat = a.problem.flat_weights(), i = int64_t(blockIdx.x) * reduce_outputs + output;
-  double sum = 0;
-  if (i < flat) {
-#pragma unroll 8
-    for (int64_t chunk = group; chunk < a.chunks; chunk += reduce_groups) sum += a.partials[chunk * flat + i];
-  }
-  sums[threadIdx.x] = sum;
-  __syncthreads();
-  if (group != 0 || i >= flat) return;
-  for (int g = 1; g < reduce_groups; ++g) sum += sums[g * reduce_outputs + output];
-  write_weight_gradient<S>(a, i, S(sum));
 }
 
 }  // namespace MK_CAPABILITY

@@ -4,18 +4,16 @@
 // before is computed: it is read once and, from registers, written once. How a layer's products are computed is the
 // `Units` parameter: FmaUnits here, MmaUnits (tensor cores) in cuda_forward_mma.cuh.
 #pragma once
-#include "../math/activations.cuh"
-#include "../math/preprocess.h"
-#include "cuda_weights.cuh"
+#include "cuda_stages.cuh"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-template <class S>
+template <class Stages>
 struct ForwardArguments {
   LstmStepProblem problem;
   CudaLstmStepForward pointers;
-  PreprocessScale<S> scale;
+  Stages stages;
   bool pack_weights;  // else they are read from the tensors
 };
 
@@ -31,23 +29,26 @@ struct LayerIO {
 };
 
 // Products by fused multiply-adds: a thread has J units of 4 coordinates.
-template <class S, class StoreType, int FixedH>
+template <class StagesType, class StoreType, int FixedH>
 struct FmaUnits {
-  using Scalar = S;
+  using Stages = StagesType;
+  using Scalar = stage_scalar<Stages>;
+  using S = Scalar;
   using Store = StoreType;
+  using Size = Sizes<Stages, FixedH>;
   static constexpr int fixed_hidden = FixedH;
   static constexpr int max_warps = sizeof(S) == 8 ? 8
                                    : FixedH == 32 ? 8
                                                   : 12;  // limited by registers and shared memory
   static constexpr int x_stride = tile_lanes;
   static constexpr int state_stride = tile_lanes;
-  static constexpr bool single_pass = Sizes<FixedH>::single_pass;
+  static constexpr bool single_pass = Size::single_pass;
 
-  Weights<S, FixedH> weights;
+  Weights<S, Size> weights;
   static MK_INLINE int packed_bytes(int hidden, int layers) {
-    return Sizes<FixedH>{hidden}.packed_elements(layers) * int(sizeof(S));
+    return Size{hidden}.packed_elements(layers) * int(sizeof(S));
   }
-  __device__ __forceinline__ FmaUnits(const ForwardArguments<S>& a, char* memory)
+  __device__ __forceinline__ FmaUnits(const ForwardArguments<Stages>& a, char* memory)
       : weights{{a.problem.hidden_size},
                 FixedH > 0 || a.pack_weights ? reinterpret_cast<S*>(memory) : nullptr,
                 a.pointers.weights,
@@ -56,20 +57,21 @@ struct FmaUnits {
   __device__ __forceinline__ void pack() {
     if (weights.packed != nullptr) weights.pack(const_cast<S*>(weights.packed));
   }
-  __device__ __forceinline__ S head(int unit) const { return weights.head(unit); }
-  __device__ __forceinline__ S head_bias() const { return weights.head_bias(); }
+  __device__ __forceinline__ const Weights<S, Size>& tensors() const { return weights; }
+  __device__ __forceinline__ S head(int output, int unit) const { return weights.head(output, unit); }
+  __device__ __forceinline__ S head_bias(int output) const { return weights.head_bias(output); }
 
   __device__ __forceinline__ void layer(int l, const LayerIO<FmaUnits>& io) const {
-    constexpr int J = Sizes<FixedH>::J;
+    constexpr int J = Size::J;
     const auto w = weights.layer(l);
     const int lane = threadIdx.x % warp_lanes, first = lane % 8 * 4;
-    for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Sizes<FixedH>::pass_units) {
+    for (int unit = lane / 8; unit < weights.sizes.padded(); unit += Size::pass_units) {
       S acc[J][4][4];
       preactivations(acc, w, unit, io.x + first, x_stride, io.h + first, state_stride);
       if (single_pass) __syncwarp();  // new_x may be x
 #pragma unroll
       for (int j = 0; j < J; ++j)
-        if (Sizes<FixedH>::exact || unit + j * unit_groups < weights.sizes.hidden())
+        if (Size::exact || unit + j * unit_groups < weights.sizes.hidden())
           finish_unit(acc[j], io, unit + j * unit_groups, first);
     }
   }
@@ -101,7 +103,9 @@ struct WarpMemory {
   S* x;          // [x_buffers][max(H, feature_rows)][x_stride]
   int hidden, x_rows;
 
-  static MK_INLINE int rows_of_x(int hidden) { return hidden < feature_rows ? feature_rows : hidden; }
+  static MK_INLINE int rows_of_x(int hidden) {
+    return hidden < Units::Size::feature_rows ? Units::Size::feature_rows : hidden;
+  }
   static MK_INLINE int bytes(int hidden) {
     return 4 * hidden * Units::state_stride * int(sizeof(Store)) +
            x_buffers * rows_of_x(hidden) * Units::x_stride * int(sizeof(S));
@@ -134,7 +138,8 @@ template <class S>
 struct Coordinate {
   S param, grad;
 
-  __device__ __forceinline__ static Coordinate read(const ForwardArguments<S>& a, int64_t tile) {
+  template <class Stages>
+  __device__ __forceinline__ static Coordinate read(const ForwardArguments<Stages>& a, int64_t tile) {
     const int64_t i = tile * tile_lanes + threadIdx.x % warp_lanes;
     if (i >= a.problem.num_coordinates) return {S(0), S(0)};
     return {read_lane<S>(a.pointers.params, a.problem.dtype, i), read_lane<S>(a.pointers.grads, a.problem.dtype, i)};
@@ -147,9 +152,41 @@ __device__ __forceinline__ void clear_lane(Store* rows, int count) {
   for (int i = 0; i < count; ++i) rows[i * tile_lanes] = Store{};
 }
 
+// The features of this thread's coordinate, as a column of x; writes their new state.
+template <class Units, class S>
+__device__ __forceinline__ void write_features(const ForwardArguments<typename Units::Stages>& a, const Units& units,
+                                               const StageLane& at, S grad, S* x) {
+  using Part = FeaturesPart<typename Units::Stages>;
+  const Part part(at, a.pointers.stages, units.tensors());
+  S rows[Part::Features::max_inputs], new_state[at_least_one(Part::states)];
+  a.stages.features.template forward<S>(grad, part.state, part.input, part.weights, rows, new_state);
+#pragma unroll
+  for (int k = 0; k < Part::Features::max_inputs; ++k) x[k * Units::x_stride] = rows[k];
+  Part::write_states(at, new_state, a.pointers.new_stage_state);
+}
+
+// The new parameter of this thread's coordinate, from its column of the top layer's h; writes the head's new state.
+template <class Units, class S>
+__device__ __forceinline__ S apply_head(const ForwardArguments<typename Units::Stages>& a, const Units& units,
+                                        const StageLane& at, const Coordinate<S>& now, int H, const S* h) {
+  using Part = HeadPart<typename Units::Stages>;
+  constexpr int R = Part::Head::outputs;
+  S o[R], new_state[at_least_one(Part::states)];
+#pragma unroll
+  for (int r = 0; r < R; ++r) o[r] = units.head_bias(r);
+  for (int j = 0; j < H; ++j)
+#pragma unroll
+    for (int r = 0; r < R; ++r) o[r] += h[j * Units::x_stride] * units.head(r, j);
+  const Part part(at, a.pointers.stages, units.tensors());
+  const S param =
+      a.stages.head.template forward<S>(o, now.param, now.grad, part.state, part.input, part.weights, new_state);
+  Part::write_states(at, new_state, a.pointers.new_stage_state);
+  return param;
+}
+
 template <class Units>
 __global__ void __launch_bounds__(Units::max_warps* warp_lanes, 1)
-    forward_kernel(const __grid_constant__ ForwardArguments<typename Units::Scalar> a) {
+    forward_kernel(const __grid_constant__ ForwardArguments<typename Units::Stages> a) {
   using S = typename Units::Scalar;
   using Store = typename Units::Store;
   const LstmStepProblem& p = a.problem;
@@ -174,9 +211,8 @@ __global__ void __launch_bounds__(Units::max_warps* warp_lanes, 1)
   for (int state_buffer = 0; tile < tiles; tile += step) {
     const auto now = next;
     next = Coordinate<S>::read(a, tile + step);
-    const auto features = preprocess<S>(Preprocess(p.features), a.scale, now.grad);
-    memory.x_buffer(0)[lane] = features.x[0];
-    memory.x_buffer(0)[Units::x_stride + lane] = features.x[1];
+    const StageLane at(p, tile);
+    write_features(a, units, at, now.grad, memory.x_buffer(0) + lane);
     const int64_t left = p.num_coordinates - tile * tile_lanes;
 #pragma unroll 1
     for (int l = 0; l < L; ++l, state_buffer ^= 1) {
@@ -193,12 +229,11 @@ __global__ void __launch_bounds__(Units::max_warps* warp_lanes, 1)
       __syncwarp();  // x is complete, the state's buffer may be filled again
     }
     const S* x = memory.x_buffer(L & 1) + lane;  // a column of this thread's own, where its next features go too
-    S out = units.head_bias();
-    for (int j = 0; j < H; ++j) out += x[j * Units::x_stride] * units.head(j);
+    const S param = apply_head(a, units, at, now, H, x);
     if (lane >= left)
       clear_lane(new_state + tile * tile_state + lane, L * 2 * H);
     else
-      write_lane<S>(a.pointers.new_params, p.dtype, tile * tile_lanes + lane, now.param + out * S(p.output_scale));
+      write_lane<S>(a.pointers.new_params, p.dtype, tile * tile_lanes + lane, param);
   }
 }
 

@@ -1,6 +1,8 @@
 // The forward kernel's products on tensor cores: float32 sums of products of weights and hidden states that are rounded
 // to TF32 (10 fraction bits) or bfloat16 (7 fraction bits). Everything else stays float32.
 //
+// The plain stages alone: learned optimizers with other stages have no option for coarser products.
+//
 // A product of two rounded factors is off by at most 2^-10 of itself (TF32) or 2^-7 (bfloat16).
 #pragma once
 #include "cuda_forward.cuh"
@@ -38,8 +40,10 @@ struct Bf16 {
 // that of lane 4 * unit + t, for coordinates 8 * n + 2 * t and the next.
 template <class Kind, class StoreType, int FixedH>
 struct MmaUnits {
+  using Stages = PlainStages<float>;
   using Scalar = float;
   using Store = StoreType;
+  using Size = Sizes<Stages, FixedH>;
   static constexpr int fixed_hidden = FixedH;
   static constexpr int x_stride = Kind::stride;
   static constexpr int state_stride = sizeof(Store) == 2 ? 40 : Kind::stride;
@@ -53,7 +57,7 @@ struct MmaUnits {
   // [step of depth inputs, then of hidden units][pair][half][lane][register]; then the head.
   static constexpr int bias_words = pairs * 8 * 4, step_words = pairs * 2 * warp_lanes * 4;
   static MK_INLINE constexpr int steps(int count) { return (count + Kind::depth - 1) / Kind::depth; }
-  static MK_INLINE constexpr int layer_inputs(int l) { return l == 0 ? feature_rows : FixedH; }
+  static MK_INLINE constexpr int layer_inputs(int l) { return l == 0 ? Size::feature_rows : FixedH; }
   static MK_INLINE constexpr int layer_words(int l) {
     return bias_words + (steps(layer_inputs(l)) + steps(FixedH)) * step_words;
   }
@@ -61,28 +65,29 @@ struct MmaUnits {
   static MK_INLINE int packed_bytes(int, int layers) { return (words_before(layers) + round_up(FixedH + 1, 4)) * 4; }
 
   float* memory;
-  Weights<float, FixedH> tensors;
+  Weights<float, Size> weights;
 
-  __device__ __forceinline__ MmaUnits(const ForwardArguments<float>& a, char* shared)
+  __device__ __forceinline__ MmaUnits(const ForwardArguments<Stages>& a, char* shared)
       : memory(reinterpret_cast<float*>(shared)),
-        tensors{{FixedH}, nullptr, a.pointers.weights, a.problem.num_layers, a.problem.stages.inputs} {}
-  __device__ __forceinline__ const float* head_memory() const { return memory + words_before(tensors.layers); }
-  __device__ __forceinline__ float head(int unit) const { return head_memory()[unit]; }
-  __device__ __forceinline__ float head_bias() const { return head_memory()[FixedH]; }
+        weights{{FixedH}, nullptr, a.pointers.weights, a.problem.num_layers, a.problem.stages.inputs} {}
+  __device__ __forceinline__ const float* head_memory() const { return memory + words_before(weights.layers); }
+  __device__ __forceinline__ const Weights<float, Size>& tensors() const { return weights; }
+  __device__ __forceinline__ float head(int, int unit) const { return head_memory()[unit]; }
+  __device__ __forceinline__ float head_bias(int) const { return head_memory()[FixedH]; }
 
   __device__ void pack() {
-    for (int l = 0; l < tensors.layers; ++l) {
-      const auto w = tensors.layer(l);
+    for (int l = 0; l < weights.layers; ++l) {
+      const auto w = weights.layer(l);
       float* out = memory + words_before(l);
       for (int i = threadIdx.x; i < bias_words; i += blockDim.x) out[i] = w.from_tensors(0, i / 4, i % 4);
       out = pack_rows(w, 1, w.inputs, out + bias_words);
       pack_rows(w, 1 + w.inputs, FixedH, out);
     }
-    float* out = memory + words_before(tensors.layers);
+    float* out = memory + words_before(weights.layers);
     for (int i = threadIdx.x; i <= FixedH; i += blockDim.x)
-      out[i] = i < FixedH ? tensors.tensor(4 * tensors.layers)[i] : tensors.tensor(4 * tensors.layers + 1)[0];
+      out[i] = i < FixedH ? weights.tensor(4 * weights.layers)[i] : weights.tensor(4 * weights.layers + 1)[0];
   }
-  __device__ float* pack_rows(const LayerWeights<float, FixedH>& w, int first, int count, float* out) const {
+  __device__ float* pack_rows(const LayerWeights<float, Size>& w, int first, int count, float* out) const {
     const int words = steps(count) * step_words;
     for (int i = threadIdx.x; i < words; i += blockDim.x) {
       const int reg = i % 4, lane = i / 4 % warp_lanes, half = i / 4 / warp_lanes % 2;

@@ -7,8 +7,6 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-constexpr int feature_rows = 2;  // a lone feature gets a second row with zero weights
-
 constexpr MK_INLINE int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Lane `l` of a warp owns coordinates 4 * (l % 8) ... + 3 of a tile, and units l / 8 + 4 * j of a pass, j < J. A warp
@@ -20,9 +18,14 @@ constexpr int units_per_thread = FixedH == 20   ? 5
                                  : FixedH == 32 ? 4
                                                 : 2;
 
-// Number of hidden units, a compile-time constant unless FixedH is 0.
-template <int FixedH>
+// Number of hidden units, a compile-time constant unless FixedH is 0, and the sizes that follow from the stages.
+template <class Stages, int FixedH>
 struct Sizes {
+  static constexpr int fixed = FixedH;
+  // Inputs of the lowest layer, at least two: a lone feature gets a second row with zero weights.
+  static constexpr int feature_rows = Stages::Features::max_inputs < 2 ? 2 : Stages::Features::max_inputs;
+  static constexpr int outputs = Stages::Head::outputs;
+  static_assert(outputs <= 4, "the packed head has room for four biases");
   static constexpr int J = units_per_thread<FixedH>;
   static constexpr int pass_units = unit_groups * J;
   static constexpr bool exact = FixedH > 0 && FixedH % pass_units == 0;  // no padding units
@@ -39,25 +42,26 @@ struct Sizes {
   MK_INLINE int rows_before(int layer) const {
     return layer == 0 ? 0 : layer_rows(0) + (layer - 1) * (1 + 2 * hidden());
   }
-  // The head follows: its weight [padded H], its bias in the last of four more.
-  MK_INLINE int packed_elements(int layers) const { return rows_before(layers) * packed_stride() + padded() + 4; }
+  // The head follows: its weight [R][padded H], its bias in the last four.
+  MK_INLINE int packed_head() const { return outputs * padded() + 4; }
+  MK_INLINE int packed_elements(int layers) const { return rows_before(layers) * packed_stride() + packed_head(); }
 };
 
 // One layer's weights.
-template <class S, int FixedH>
+template <class S, class Size>
 struct LayerWeights {
-  Sizes<FixedH> sizes;
+  Size sizes;
   const S* packed;  // [layer_rows][packed_stride], null: use the tensors
   const S* weight_ih;
   const S* weight_hh;
   const S* bias_ih;
   const S* bias_hh;
-  int inputs;         // rows that the products take, features counted as two
+  int inputs;         // rows that the products take, a lone feature counted as two
   int tensor_inputs;  // columns of weight_ih
 
   // Row 0 is the bias, then come the inputs, then the hidden units.
   __device__ __forceinline__ Vec4<S> at(int row, int unit) const {
-    if (FixedH > 0 || packed != nullptr) return load4(packed + row * sizes.packed_stride() + unit * 4);
+    if (Size::fixed > 0 || packed != nullptr) return load4(packed + row * sizes.packed_stride() + unit * 4);
     return from_tensors(row, unit);
   }
   __device__ __forceinline__ Vec4<S> from_tensors(int row, int unit) const {
@@ -77,15 +81,15 @@ struct LayerWeights {
 };
 
 // All weights.
-template <class S, int FixedH>
+template <class S, class Size>
 struct Weights {
-  Sizes<FixedH> sizes;
+  Size sizes;
   const S* packed;  // in shared memory, or null
   const CudaWeights& tensors;
   int layers, features;
 
   __device__ __forceinline__ const S* tensor(int i) const { return static_cast<const S*>(tensors.tensor[i]); }
-  __device__ __forceinline__ LayerWeights<S, FixedH> layer(int l) const {
+  __device__ __forceinline__ LayerWeights<S, Size> layer(int l) const {
     return {sizes,
             packed == nullptr ? nullptr : packed + sizes.rows_before(l) * sizes.packed_stride(),
             tensor(4 * l),
@@ -98,11 +102,18 @@ struct Weights {
   __device__ __forceinline__ const S* packed_head() const {
     return packed + sizes.rows_before(layers) * sizes.packed_stride();
   }
-  __device__ __forceinline__ S head(int unit) const {
-    return FixedH > 0 || packed != nullptr ? packed_head()[unit] : tensor(4 * layers)[unit];
+  __device__ __forceinline__ S head(int output, int unit) const {
+    return Size::fixed > 0 || packed != nullptr ? packed_head()[output * sizes.padded() + unit]
+                                                : tensor(4 * layers)[output * sizes.hidden() + unit];
   }
-  __device__ __forceinline__ S head_bias() const {
-    return FixedH > 0 || packed != nullptr ? packed_head()[sizes.padded()] : tensor(4 * layers + 1)[0];
+  __device__ __forceinline__ S head_bias(int output) const {
+    return Size::fixed > 0 || packed != nullptr ? packed_head()[Size::outputs * sizes.padded() + output]
+                                                : tensor(4 * layers + 1)[output];
+  }
+  __device__ __forceinline__ S packed_head_element(int i) const {
+    const int bias = Size::outputs * sizes.padded(), output = i / sizes.padded(), unit = i % sizes.padded();
+    if (i >= bias) return i - bias < Size::outputs ? tensor(4 * layers + 1)[i - bias] : S(0);
+    return unit < sizes.hidden() ? tensor(4 * layers)[output * sizes.hidden() + unit] : S(0);
   }
 
   // Must be called by all threads of the block; the caller synchronises.
@@ -117,14 +128,13 @@ struct Weights {
       }
     }
     S* head_out = out + sizes.rows_before(layers) * sizes.packed_stride();
-    for (int i = threadIdx.x; i < sizes.padded() + 4; i += blockDim.x)
-      head_out[i] = i < sizes.hidden() ? tensor(4 * layers)[i] : i == sizes.padded() ? tensor(4 * layers + 1)[0] : S(0);
+    for (int i = threadIdx.x; i < sizes.packed_head(); i += blockDim.x) head_out[i] = packed_head_element(i);
   }
 };
 
 // acc[j][gate][q] += w(row, unit j)[gate] * x[q] over `count` rows of x, each of which holds `stride` elements.
-template <class S, int FixedH, class Element, int J>
-__device__ __forceinline__ void add_products(S (&acc)[J][4][4], const LayerWeights<S, FixedH>& w, int row, int unit,
+template <class S, class Size, class Element, int J>
+__device__ __forceinline__ void add_products(S (&acc)[J][4][4], const LayerWeights<S, Size>& w, int row, int unit,
                                              const Element* x, int stride, int count) {
 #pragma unroll 2
   for (int k = 0; k < count; ++k) {
@@ -141,9 +151,9 @@ __device__ __forceinline__ void add_products(S (&acc)[J][4][4], const LayerWeigh
 }
 
 // Pre-activations of the units of one pass; x and h at the thread's first coordinate.
-template <class S, int FixedH, class Element, int J>
-__device__ __forceinline__ void preactivations(S (&acc)[J][4][4], const LayerWeights<S, FixedH>& w, int unit,
-                                               const S* x, int x_stride, const Element* h, int h_stride) {
+template <class S, class Size, class Element, int J>
+__device__ __forceinline__ void preactivations(S (&acc)[J][4][4], const LayerWeights<S, Size>& w, int unit, const S* x,
+                                               int x_stride, const Element* h, int h_stride) {
   const Vec4<S> value = load4(x);  // the first row apart: its products start from the bias
 #pragma unroll
   for (int j = 0; j < J; ++j) {

@@ -3,9 +3,9 @@
 //
 // Axis legend, here and in every file of this folder:
 //   N coordinates, in tiles of `tile_lanes`;  H hidden units;  L layers;  F features;  R outputs of the head
-//   E rows of the stages' own state;  K task inputs;  T tasks, of N / T neighbouring coordinates each
+//   E rows of the stages' own state;  K coordinate inputs
 //   state: [ceil(N / tile_lanes), L, 2 (h, c), H, tile_lanes], contiguous
-//   stage_state: [E, N]; task_inputs: [T, K]
+//   stage_state: [ceil(N / tile_lanes), E, tile_lanes]; coordinate_inputs: [K, N]
 //   weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; head weight [R, H], bias
 //   [R]; then the features' own weights, and the head's own, where there are any
 #pragma once
@@ -26,10 +26,10 @@ enum class Precision : int { highest, high, medium };  // float32, TF32, bfloat1
 
 // Sizes of a call's stages (stages.h).
 struct StageSizes {
-  int inputs;       // F
-  int outputs;      // R
-  int states;       // E
-  int task_inputs;  // K
+  int inputs;             // F
+  int outputs;            // R
+  int states;             // E
+  int coordinate_inputs;  // K
   int features_weights, head_weights;
 
   MK_INLINE int own_weights() const { return features_weights + head_weights; }
@@ -43,8 +43,8 @@ struct LstmStepProblem {
   int features;  // index of the features stage; up to 2 metakern::Preprocess
   int head;      // index of the head stage
   StageSizes stages;
-  int64_t num_tasks;  // T
   double preprocess_scale;
+  double beta1, beta2;  // decays of the moments
   double output_scale;
   Precision precision;
   DType dtype;        // of params and grads; the arithmetic is double for float64 and float otherwise
@@ -52,6 +52,7 @@ struct LstmStepProblem {
 
   MK_INLINE int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
   MK_INLINE int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
+  MK_INLINE int64_t tile_stage_state() const { return int64_t(stages.states) * tile_lanes; }
   MK_INLINE int inputs(int layer) const { return layer == 0 ? stages.inputs : hidden_size; }
   MK_INLINE int num_weights() const {
     return 4 * num_layers + 2 + (stages.features_weights > 0) + (stages.head_weights > 0);

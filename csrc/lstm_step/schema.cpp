@@ -28,12 +28,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metakern, m) {
       "lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, Tensor[] weights, "
       "int preprocess, float preprocess_scale, float output_scale, int precision) -> (Tensor, Tensor, Tensor[])");
   m.def(
-      "lstm_step_staged(Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor task_inputs, "
-      "Tensor[] weights, int preprocess, int head, float preprocess_scale, float output_scale, int precision) -> "
-      "(Tensor, Tensor, Tensor)");
+      "lstm_step_staged(Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, "
+      "Tensor[] weights, int features, int head, float features_scale, float beta1, float beta2, float head_scale, "
+      "int precision) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_step_staged_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor(c!) stage_state, "
+      "Tensor coordinate_inputs, Tensor[] weights, int features, int head, float features_scale, float beta1, "
+      "float beta2, float head_scale, int precision) -> ()");
   m.def(
       "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
-      "Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor task_inputs, Tensor[] weights, "
-      "int preprocess, int head, float preprocess_scale, float output_scale, int precision) -> "
+      "Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, Tensor[] weights, "
+      "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
 }

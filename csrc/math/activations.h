@@ -90,6 +90,16 @@ MK_INLINE V sigmoid_tanh(V x, V y) {
   return numerator / (sigmoid_denominator(x) * (numerator + lane_t<V>(2)));
 }
 
+// x above 0, e^x - 1 below; and its derivative.
+template <class V>
+MK_INLINE V elu(V x) {
+  return x > broadcast<V>(0) ? x : tanh_numerator(x * lane_t<V>(0.5));
+}
+template <class V>
+MK_INLINE V elu_slope(V x) {
+  return x > broadcast<V>(0) ? broadcast<V>(1) : tanh_numerator(x * lane_t<V>(0.5)) + lane_t<V>(1);
+}
+
 // 2 * atanh(s) / s as a polynomial in z = s^2, for |s| <= 0.172.
 template <class V>
 MK_INLINE V log_series(V z, float) {
@@ -114,9 +124,14 @@ MK_INLINE V log_series(V z, double) {
   return p * z + 2.0;
 }
 
-// Natural logarithm of a positive finite x, denormal numbers included.
+// x = 2^exponent * mantissa for a positive finite x, denormal numbers included; the mantissa lies in
+// [sqrt(1/2), sqrt(2)).
 template <class V>
-MK_INLINE V log(V x) {
+struct LogParts {
+  V exponent, mantissa;
+};
+template <class V>
+MK_INLINE LogParts<V> log_parts(V x) {
   using S = lane_t<V>;
   using C = constants<S>;
   using I = int_t<V>;
@@ -130,9 +145,46 @@ MK_INLINE V log(V x) {
   const I exponent = offset >> C::mantissa_bits;
   const V m = bit_copy<V>((offset & ((int_t<S>(1) << C::mantissa_bits) - 1)) + root_half_bits);
   // int -> float through the magic constant: exact, and the same few instructions for every lane type
-  const V e = bit_copy<V>(exponent + bit_copy<I>(broadcast<V>(C::round_magic))) - C::round_magic - shift;
-  const V s = (m - S(1)) / (m + S(1));
-  return e * S(0.6931471805599453) + s * log_series(s * s, S{});
+  return {bit_copy<V>(exponent + bit_copy<I>(broadcast<V>(C::round_magic))) - C::round_magic - shift, m};
+}
+
+// Natural logarithm of a positive finite x, denormal numbers included.
+template <class V>
+MK_INLINE V log(V x) {
+  using S = lane_t<V>;
+  const LogParts<V> p = log_parts(x);
+  const V s = (p.mantissa - S(1)) / (p.mantissa + S(1));
+  return p.exponent * S(0.6931471805599453) + s * log_series(s * s, S{});
+}
+
+// log(1 + x) for a finite x >= 0; small x keep their relative accuracy.
+template <class V>
+MK_INLINE V log_one_plus(V x) {
+  using S = lane_t<V>;
+  const V sum = x + S(1);
+  const LogParts<V> p = log_parts(sum);
+  // The rounding error of the sum counts only where the mantissa is the sum itself.
+  const V error = sum < broadcast<V>(S(1.4142135623730951)) ? x - (sum - S(1)) : broadcast<V>(0);
+  const V s = (p.mantissa - S(1) + error) / (p.mantissa + S(1) + error);
+  return p.exponent * S(0.6931471805599453) + s * log_series(s * s, S{});
+}
+
+// Inverse hyperbolic sine of a finite x, as an odd function: log(x + sqrt(1 + x^2)) itself cancels for large negative
+// x.
+template <class V>
+MK_INLINE V asinh(V x) {
+  using S = lane_t<V>;
+  const V zero = broadcast<V>(0), size = x < zero ? -x : x;
+  const V t = at_most(size, constants<S>::asinh_bound);  // its square is finite
+  const V y = log_one_plus(size + size * (t / (S(1) + square_root(S(1) + t * t))));
+  return x < zero ? -y : y;
+}
+
+// e^x, with x clamped to +-exp_bound.
+template <class V>
+MK_INLINE V exponential(V x) {
+  const auto e = exp_parts(x, lane_t<V>(1), constants<lane_t<V>>::exp_bound);
+  return e.scale * e.tail + e.scale;
 }
 
 }  // namespace MK_CAPABILITY

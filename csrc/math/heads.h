@@ -2,12 +2,13 @@
 //
 // The kernel computes the outputs o = W h + b of the top cell's h; a stage updates the parameter with them. It is a
 // struct template over the arithmetic's scalar S, chosen at compile time, and declares
-//   outputs                       rows of W
-//   states, task_inputs, weights  as in a features stage (features.h)
-//   additive                      whether the new param is param plus a function of o: then backward does not need to
-//                                 recompute o, nor param, whose gradient is that of the new param
+//   outputs                             rows of W
+//   states, coordinate_inputs, weights  as in a features stage (features.h)
+//   additive                            whether the new param is param plus a function of o: then backward does not
+//                                       need param, whose gradient is that of the new param
+//   reads_outputs                       whether backward reads o, which must be recomputed for it
 // and computes, for one coordinate or one SIMD vector V of them,
-//   forward(o, param, g, states, task_inputs, weights, new_states) -> new param
+//   forward(o, param, g, states, coordinate_inputs, weights, new_states) -> new param
 //   backward(the same inputs, gradient of the new param, gradient of new_states, HeadGradient)
 // An additive stage writes no gradient of param and g.
 #pragma once
@@ -22,15 +23,15 @@ struct HeadGradient {
   V outputs[Stage::outputs];
   V param, grad;
   V states[at_least_one(Stage::states)];
-  V task_inputs[at_least_one(Stage::task_inputs)];
+  V coordinate_inputs[at_least_one(Stage::coordinate_inputs)];
   V weights[at_least_one(Stage::weights)];  // this coordinate's share
 };
 
 // Adds the scaled output (Andrychowicz et al. 2016, arXiv 1606.04474).
 template <class S>
 struct AddHead {
-  static constexpr int outputs = 1, states = 0, task_inputs = 0, weights = 0;
-  static constexpr bool additive = true;
+  static constexpr int outputs = 1, states = 0, coordinate_inputs = 0, weights = 0;
+  static constexpr bool additive = true, reads_outputs = false;
   S scale;
 
   static MK_INLINE constexpr bool serves(int head) { return head == 0; }
@@ -46,13 +47,34 @@ struct AddHead {
   }
 };
 
+// Adds the scaled tanh of the output (RNNProp; Lv et al. 2017, arXiv 1703.03633).
+template <class S>
+struct TanhHead {
+  static constexpr int outputs = 1, states = 0, coordinate_inputs = 0, weights = 0;
+  static constexpr bool additive = true, reads_outputs = true;
+  S scale;
+
+  static MK_INLINE constexpr bool serves(int head) { return head == 2; }
+
+  template <class V>
+  MK_INLINE V forward(const V* o, V param, V, const V*, const V*, const S*, V*) const {
+    return param + tanh(o[0]) * scale;
+  }
+  template <class V>
+  MK_INLINE void backward(const V* o, V, V, const V*, const V*, const S*, V grad_new_param, const V*,
+                          HeadGradient<V, TanhHead>* out) const {
+    const V bent = tanh(o[0]);
+    out->outputs[0] = grad_new_param * scale * (S(1) - bent * bent);
+  }
+};
+
 // The gates of Meta-LSTM (Ravi & Larochelle 2017): the parameter is itself the cell of an LSTM.
 //   f' = o0 + w0 param + w1 f,  i' = o1 + w2 param + w3 i,  new param = sigmoid(f') param - sigmoid(i') g
 // States: f and i, before the sigmoid. Weights: w0 to w3.
 template <class S>
 struct GateHead {
-  static constexpr int outputs = 2, states = 2, task_inputs = 0, weights = 4;
-  static constexpr bool additive = false;
+  static constexpr int outputs = 2, states = 2, coordinate_inputs = 0, weights = 4;
+  static constexpr bool additive = false, reads_outputs = true;
 
   static MK_INLINE constexpr bool serves(int head) { return head == 1; }
 
@@ -63,10 +85,10 @@ struct GateHead {
     return sigmoid(new_state[0]) * param - sigmoid(new_state[1]) * g;
   }
   template <class V>
-  MK_INLINE void backward(const V* o, V param, V g, const V* state, const V* task, const S* w, V grad_new_param,
+  MK_INLINE void backward(const V* o, V param, V g, const V* state, const V* inputs, const S* w, V grad_new_param,
                           const V* grad_new_state, HeadGradient<V, GateHead>* out) const {
     V gate[2];
-    forward<V>(o, param, g, state, task, w, gate);
+    forward<V>(o, param, g, state, inputs, w, gate);
     const V forget = sigmoid(gate[0]), input = sigmoid(gate[1]);
     const V df = grad_new_state[0] + grad_new_param * param * forget * (S(1) - forget);
     const V di = grad_new_state[1] - grad_new_param * g * input * (S(1) - input);

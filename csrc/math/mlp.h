@@ -7,12 +7,6 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-template <class V>
-MK_INLINE V exponential(V x) {
-  const auto e = exp_parts(x, lane_t<V>(1), constants<lane_t<V>>::exp_bound);
-  return e.scale * e.tail + e.scale;
-}
-
 // (z + 4) e^(z^2/2) (1 - cdf(z)) of the normal distribution for z >= 0, as a polynomial in t = (z - 4) / (z + 4).
 // Interpolated at Chebyshev nodes up to where 1 - cdf(z) underflows; relative error below 1.9e-8, double 4.4e-16.
 template <class V>

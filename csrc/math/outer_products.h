@@ -51,21 +51,22 @@ MK_INLINE void outer_product(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int tiles, do
 template <class V, int RA, int Lanes>
 MK_INLINE void outer_product_row(Rows<lane_t<V>> A, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
   constexpr int RB = vector_bytes == 64 ? 4 : vector_bytes == 32 ? 3 : 2;
-  int b = 0;
-  for (; b + RB <= b_rows; b += RB)
+  // Bounds that a compiler sees through, for numbers of rows that it knows.
+  const int blocks = b_rows / RB * RB, pairs = vector_bytes == 32 ? blocks + (b_rows - blocks) / 2 * 2 : blocks;
+  for (int b = 0; b < blocks; b += RB)
     outer_product<V, RA, RB, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; vector_bytes == 32 && b + 2 <= b_rows; b += 2)
+  for (int b = blocks; b < pairs; b += 2)
     outer_product<V, RA, 2, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
-  for (; b < b_rows; ++b)
+  for (int b = pairs; b < b_rows; ++b)
     outer_product<V, RA, 1, Lanes>(A, {B.data + b * Lanes, B.tile_stride}, tiles, out + b, b_rows);
 }
 
 template <class V, int Lanes = tile_lanes>
 void outer_products(Rows<lane_t<V>> A, int a_rows, Rows<lane_t<V>> B, int b_rows, int tiles, double* out) {
-  int a = 0;
-  for (; a + 4 <= a_rows; a += 4)
+  const int blocks = a_rows / 4 * 4;
+  for (int a = 0; a < blocks; a += 4)
     outer_product_row<V, 4, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
-  for (; a < a_rows; ++a)
+  for (int a = blocks; a < a_rows; ++a)
     outer_product_row<V, 1, Lanes>({A.data + a * Lanes, A.tile_stride}, B, b_rows, tiles, out + int64_t(a) * b_rows);
 }
 

@@ -12,6 +12,7 @@ from metakern.cli.outer import OUTER, OuterSettings
 from metakern.core.text import quoted
 from metakern.learners.clustered import ASSIGNMENTS
 from metakern.learners.clustering import BATCHES, EMBEDDINGS, METHODS
+from metakern.rules.registry import names
 from metakern.runs.fewshot import IMAGES, REGRESSION
 
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
@@ -86,6 +87,10 @@ class MAMLSettings(OuterSettings):
         _INNER(help=f"Inner learning rate, or where learned ones start; default: {_by_tasks('inner_lr')}."),
     ] = None
     rates: Annotated[str, _INNER(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
+    rule: Annotated[
+        str | None,
+        _INNER(help="Update rule of the inner steps, learned too: adam, hierarchical-rnn, ...; default: SGD at RATES."),
+    ] = None
     first_order: Annotated[bool, _INNER(help="FOMAML: take inner gradients as constants.")] = False
     anil: Annotated[bool, _INNER(help="Adapt the last layer alone.")] = False
     parameters: Annotated[str | None, _INNER(help="Glob pattern of the parameters to adapt.")] = None
@@ -137,6 +142,10 @@ class MAMLSettings(OuterSettings):
         choose("tasks", self.tasks, tuple(PRESETS))
         choose("model", self.model, ("auto", "mlp", "conv4"))
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
+        if self.rule is not None:
+            choose("rule", self.rule, names())
+            if self.rates != "fixed":
+                raise ValueError(f"rates must be left out where rule is given, which has its own, got {self.rates!r}")
         self.check_outer("loss", *(() if self.tasks in REGRESSION else ("accuracy",)))
         if self.clusters != "auto" and not self.clusters.isdecimal():
             raise ValueError(f"clusters must be a number, auto, or 0 for none, got {quoted(self.clusters)}")
@@ -160,4 +169,5 @@ class MAMLSettings(OuterSettings):
         shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
         size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
         clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
-        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{clusters}"
+        rule = "" if self.rule is None else f" by {self.rule}"
+        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{rule}{clusters}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -28,11 +28,14 @@ from metakern.evaluation.optimizers import (
     compare_optimizers,
     compare_speed,
 )
+from metakern.learners.estimators import ESTIMATORS, SIGMA, STRATEGIES
 from metakern.rules import Rule, load
 from metakern.rules.pretrained import shipped_folder
+from metakern.rules.registry import names, options_of
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.runs.problems import PROBLEMS, RULE, make_problems, make_rule_learner
 from metakern.runs.progress import Display
+from metakern.tasks.variants import SCALE_SHARES
 from metakern.training import FolderLock, History, Trainer
 
 LEARNER = "optimizer"
@@ -40,7 +43,7 @@ LEARNER = "optimizer"
 
 def word_for(problem: str) -> str:
     """The word for problems of this name: networks, or functions to minimise."""
-    return "networks" if problem.startswith("digits") else "functions"
+    return "networks" if problem.startswith(("digits", "softmax")) else "functions"
 
 
 #: File that records a run's training problem, for ``eval optimizer``.
@@ -48,7 +51,11 @@ TRAINING = "training.json"
 
 
 _PROBLEM = group("Problem and episodes")
+_ESTIMATOR = group("Gradient estimator")
 _RULE = group("Learned optimizer")
+
+#: Settings of :data:`RULE`; other rules take theirs from ``rule_options``.
+_OF_LSTM = ("hidden_size", "layers", "preprocess", "output_scale")
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,36 @@ class OptimizerSettings(OuterSettings):
     count: ClassVar[str] = "episodes"
 
     problem: Annotated[str, _PROBLEM(help=f"What to train on: {', '.join(PROBLEMS)}.")] = "digits"
-    episodes: Annotated[int, _PROBLEM(min=1, help="Meta-iterations: episodes of STEPS inner steps.")] = 100
+    episodes: Annotated[
+        int, _PROBLEM(min=1, help="Meta-iterations: with tbptt episodes of STEPS inner steps, else UNROLL steps.")
+    ] = 100
     networks: Annotated[int, _PROBLEM(min=1, help="Problems solved side by side.")] = 8
     steps: Annotated[int, _PROBLEM(min=1, help="Inner steps of an episode.")] = 100
     unroll: Annotated[int, _PROBLEM(min=1, help="Inner steps between two outer steps.")] = 20
-    objective: Annotated[str, _PROBLEM(help="sum of losses, or of their logarithms: log.")] = "log"
+    objective: Annotated[
+        str,
+        _PROBLEM(help="sum of losses, or of their logarithms: log, relative-log (to the first loss); or the last one."),
+    ] = "log"
+    loss_on: Annotated[
+        str, _PROBLEM(help="Samples of the objective: train, or held-out ones, which the rule never sees.")
+    ] = "train"
+    augment: Annotated[
+        str, _PROBLEM(help="Random scales of the problems' parameters: none, or one a problem, tensor or coordinate.")
+    ] = "none"
+    augment_spread: Annotated[float, _PROBLEM(min=0, help="Largest logarithm of such a scale, in size.")] = 3.0
     second_order: Annotated[bool, _PROBLEM(help="Differentiate through the optimizee's gradients too.")] = False
+    estimator: Annotated[str, _ESTIMATOR(help=f"How meta-gradients are computed: {', '.join(ESTIMATORS)}.")] = "tbptt"
+    sigma: Annotated[
+        float | None, _ESTIMATOR(help="Standard deviation of the weights' perturbations; default: 0.01.")
+    ] = None
+    min_steps: Annotated[
+        int | None, _ESTIMATOR(min=1, help="Shortest life of a problem, STEPS the longest; default: UNROLL.")
+    ] = None
+    max_difference: Annotated[
+        float | None, _ESTIMATOR(help="Largest difference of a pair's losses; default: no limit.")
+    ] = None
+    rule: Annotated[str, _RULE(help=f"The rule: {', '.join(names())}.")] = RULE
+    rule_options: Annotated[str | None, _RULE(help="Options of other rules, as hidden_size=20,preprocess=none.")] = None
     hidden_size: Annotated[int, _RULE(min=1, max=64, help="Units of each LSTM layer.")] = 20
     layers: Annotated[int, _RULE(min=1, max=3, help="LSTM layers.")] = 2
     preprocess: Annotated[
@@ -73,7 +104,9 @@ class OptimizerSettings(OuterSettings):
     backend: Annotated[str, _RULE(help="auto, cpp, cuda, triton or reference.")] = "auto"
     outer_lr: Annotated[float, OUTER(help="Outer learning rate.")] = 1e-2
     max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 1.0
-    monitor: Annotated[str, EVALUATION(help="The measure that chooses the best weights: loss.")] = "loss"
+    monitor: Annotated[
+        str, EVALUATION(help="The measure that chooses the best: loss, or relative with relative-log.")
+    ] = "loss"
     eval_every: Annotated[int, EVALUATION(min=1, help="Episodes between evaluations.")] = 5
     eval_tasks: Annotated[int, EVALUATION(min=1, help="Validation problems of an evaluation.")] = 16
     checkpoint_every: Annotated[int, EVALUATION(min=1, help="Episodes between checkpoints.")] = 10
@@ -82,19 +115,46 @@ class OptimizerSettings(OuterSettings):
         """The settings with all defaults filled in.
 
         Raises:
-            ValueError: for unknown names and invalid rates.
+            ValueError: for unknown names, invalid rates, and settings that do not fit together.
         """
         choose("problem", self.problem, tuple(PROBLEMS))
-        self.check_outer("loss")
+        choose("rule", self.rule, names())
+        choose("estimator", self.estimator, ESTIMATORS)
+        choose("augment", self.augment, ("none", *SCALE_SHARES))
+        self.check_outer("loss", *(("relative",) if self.objective == "relative-log" else ()))
+        if self.estimator != "tbptt" and self.batch_parts != 1:
+            raise ValueError(
+                f"batch_parts must be 1 with estimator {self.estimator}, which keeps a problem for every task of a "
+                f"meta-batch, got {self.batch_parts}; estimator tbptt takes more"
+            )
         quadratics = self.problem == "quadratics"
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
         decay = self.decay_iterations or self.episodes
-        return replace(self, preprocess=preprocess, output_scale=scale, decay_iterations=decay)
+        sigma, least = self.sigma, self.min_steps
+        if self.estimator != "tbptt":
+            sigma, least = SIGMA if sigma is None else sigma, least or self.unroll
+        return replace(
+            self, preprocess=preprocess, output_scale=scale, decay_iterations=decay, sigma=sigma, min_steps=least
+        )
+
+    def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
+        """Settings that have no effect with the others, and why, naming the other option."""
+        yield from super().meaningless()
+        if self.rule != RULE:
+            known = ", ".join(options_of(self.rule)) or "none"
+            yield _OF_LSTM, f"with --rule {self.rule}, whose --rule-options are {known}"
+            if "backend" not in options_of(self.rule):
+                yield ("backend",), f"with --rule {self.rule}, which has none to choose"
+        if self.estimator == "tbptt":
+            others = ", ".join(STRATEGIES)
+            yield ("sigma", "min_steps", "max_difference"), f"with --estimator tbptt; {others} perturb weights"
+        if self.augment == "none":
+            yield ("augment_spread",), "with --augment none; problem, tensor and coordinate draw scales"
 
 
 def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
-    """Meta-train a coordinatewise LSTM optimizer by truncated backpropagation; the best weights by validation stay."""
+    """Meta-train an update rule by truncated backpropagation or evolution strategies; the best by validation stays."""
     settings = settings.resolved()
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -103,7 +163,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     run = Run(LEARNER, settings, options, "episode")
     trainer = Trainer(
         learner,
-        PROBLEMS[settings.problem](),
+        make_problems(settings),
         optimizer,
         settings.trainer_config(settings.episodes, settings.networks),
         scheduler=settings.make_scheduler(optimizer, settings.episodes),
@@ -113,7 +173,7 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
         history = fit(run, trainer)
         if finish(run, trainer, learner.rule.save_pretrained):
             _write_history(run.folder, history, settings)
-            best = f"best validation loss {history.best:.3g}; weights and history are in {run.folder}/"
+            best = f"best validation {settings.monitor} {history.best:.3g}; weights and history are in {run.folder}/"
             run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -16,12 +16,15 @@ from metakern.cli.common import choose, group
 from metakern.cli.training import LAST_RATE, cosine
 from metakern.core.text import quoted
 from metakern.training import TrainerConfig
+from metakern.training.config import NON_FINITE
 
 #: Outer optimizers by name; Adam is fused, as on many small tensors it would otherwise take longer than the kernels.
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam": partial(torch.optim.Adam, fused=True),
     "adamw": partial(torch.optim.AdamW, fused=True),
     "rmsprop": torch.optim.RMSprop,
+    # As Wichrowska et al. 2017, arXiv 1703.04813, train a hierarchical RNN.
+    "rmsprop-0.9": partial(torch.optim.RMSprop, alpha=0.9, eps=1e-20),
     "sgd": torch.optim.SGD,
 }
 
@@ -38,6 +41,7 @@ class OuterSettings:
     count: ClassVar[str] = "iterations"  # the setting for a run's length
     old_names: ClassVar[Mapping[str, str]] = {
         "lr": "outer_lr", "clip_norm": "max_grad_norm", "precision": "mixed_precision",
+        "accumulate": "batch_parts",
     }  # fmt: skip
 
     optimizer: Annotated[str, OUTER(help=f"Outer optimizer: {', '.join(OPTIMIZERS)}.")] = "adam"
@@ -47,7 +51,13 @@ class OuterSettings:
         int | None, OUTER(min=1, help="Iterations in which the cosine falls; default: all of the run's.")
     ] = None
     max_grad_norm: Annotated[float, OUTER(min=0, help="Largest norm of a meta-gradient; 0: no limit.")] = 0.0
-    accumulate: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
+    max_grad_element: Annotated[
+        float, OUTER(min=0, help="Largest element of a meta-gradient in size, limited first; 0: no limit.")
+    ] = 0.0
+    non_finite: Annotated[
+        str, OUTER(help="Meta-gradients that are not finite: skip the outer step, or take such elements as zero.")
+    ] = "skip"
+    batch_parts: Annotated[int, OUTER(min=1, help="Parts that a meta-batch is computed in, one after another.")] = 1
     ema: Annotated[float, OUTER(min=0, max=1, help="Decay of averaged weights, as 0.99; 0: no averages.")] = 0.0
     mixed_precision: Annotated[str | None, OUTER(help="bf16 or fp16 where the device has it.")] = None
     max_skipped: Annotated[
@@ -74,6 +84,7 @@ class OuterSettings:
         """Raise ValueError for unknown names, invalid rates, and a measure that these tasks lack."""
         choose("optimizer", self.optimizer, tuple(OPTIMIZERS))
         choose("scheduler", self.scheduler, ("cosine", "none"))
+        choose("non_finite", self.non_finite, NON_FINITE)
         choose("monitor", self.monitor, measures)
         device_of(self.device)
         if not 0 < self.outer_lr < math.inf:
@@ -102,7 +113,9 @@ class OuterSettings:
             num_tasks=num_tasks,
             seed=self.seed,
             max_grad_norm=self.max_grad_norm or None,
-            accumulate=self.accumulate,
+            max_grad_element=self.max_grad_element or None,
+            non_finite=self.non_finite,
+            batch_parts=self.batch_parts,
             eval_every=self.eval_every,
             eval_tasks=self.eval_tasks,
             patience=self.patience or None,

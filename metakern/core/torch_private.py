@@ -15,6 +15,7 @@ from torch._subclasses import fake_tensor, functional_tensor
 from torch.autograd import forward_ad
 from torch.nn.modules import batchnorm, conv
 from torch.nn.modules import module as _module
+from torch.optim import optimizer
 from torch.utils import _device, _python_dispatch
 from torch.utils import _pytree as pytree
 
@@ -92,6 +93,9 @@ foreach_lerp_ = torch._foreach_lerp_
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_sub = torch._foreach_sub
+
+#: Whether an optimizer may step these parameters by fused kernels or by functions on lists of tensors.
+fused_or_foreach: Any = optimizer._default_to_fused_or_foreach
 
 #: Getter and setter of the flag that enables each attention backend. Older releases have fewer backends.
 ATTENTION = {

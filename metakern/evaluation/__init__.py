@@ -8,6 +8,7 @@ from metakern.evaluation.optimizers import (
     SpeedComparison,
     compare_optimizers,
     compare_speed,
+    rule_curve,
     training_curve,
     tune,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "SpeedComparison",
     "compare_optimizers",
     "compare_speed",
+    "rule_curve",
     "training_curve",
     "tune",
 ]

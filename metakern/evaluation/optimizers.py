@@ -8,16 +8,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from metakern.core.renamed import renamed
 from metakern.core.torch_private import pytree
+from metakern.inner_loop.loop import InnerLoop
+from metakern.inner_loop.updates import RuleUpdate
 from metakern.learners import RuleLearner
-from metakern.optim.learned_optimizer import LearnedOptimizer
+from metakern.learners.starts import starting_params
+from metakern.learners.unroll import Optimized
 from metakern.rules import Rule
-from metakern.tasks import Optimizees
+from metakern.tasks import OptimizeeBatch, Optimizees
 
 OptimizerFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -99,6 +103,34 @@ def training_curve(
     return torch.stack(losses)
 
 
+class _Traced(Optimized):
+    """Problems that record their full losses at the start and after every step."""
+
+    def __init__(self, batch: OptimizeeBatch, start: Any) -> None:
+        super().__init__(batch)
+        self.losses = [batch.full_loss(start)]
+
+    def stepped(self, params: Any, step: int) -> None:
+        """Record the losses [T] of the new params."""
+        self.losses.append(self.batch.full_loss(params))
+
+
+@torch.no_grad()
+def rule_curve(rule: Rule, problems: Optimizees, *, num_tasks: int, steps: int, seed: int) -> Tensor:
+    """:func:`training_curve` of any rule, which sees the task axis and gets the losses.
+
+    A rule that learns initial parameters starts from those.
+
+    Returns:
+        full training losses, [steps + 1, T]
+    """
+    batch = problems.sample(num_tasks, torch.Generator().manual_seed(seed))
+    update, params = RuleUpdate(rule), starting_params(rule, batch)
+    traced = _Traced(batch, params)
+    InnerLoop(update, [True] * steps).run(traced, params, update.init_state(params))
+    return torch.stack(traced.losses)
+
+
 #: Trainings per comparison: one of the learned optimizer; per baseline, one per learning rate and a final one.
 TRAININGS = 1 + len(BASELINES) * (len(LEARNING_RATES) + 1)
 
@@ -141,16 +173,16 @@ def compare_optimizers(
     """
     test, valid = problems.split("test"), problems.split("valid")
 
-    def curve(name: str, factory: OptimizerFactory, lr: float | None = None) -> Curve:
-        losses = training_curve(factory, test, num_tasks=num_tasks, steps=steps, seed=seed)
+    def told(name: str, losses: Tensor, lr: float | None = None) -> Curve:
         if advance is not None:
             advance(name, True)
         return Curve(name, losses, lr)
 
-    yield curve(rule.title, lambda params: LearnedOptimizer(params, rule))
+    sizes = {"num_tasks": num_tasks, "steps": steps, "seed": seed}
+    yield told(rule.title, rule_curve(rule, test, **sizes))
     for name, baseline in BASELINES.items():
         lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)
-        yield curve(name, baseline(lr), lr)
+        yield told(name, training_curve(baseline(lr), test, **sizes), lr)
 
 
 #: Largest relative difference between the meta-gradients of the fused and the plain rule. Both are float32; rounding

@@ -25,6 +25,7 @@ from metakern.inner_loop.task_loss import TaskLoss, divided
 from metakern.inner_loop.vectorize import Vectorize, check_vectorize
 from metakern.rules.gradient_descent import GradientDescent
 from metakern.rules.rates import LearningRates, learning_rates, matching
+from metakern.rules.registry import as_rule
 
 #: α of gradient descent where neither lr nor rule is given.
 DEFAULT_LR = 0.01
@@ -136,6 +137,7 @@ class LoopOptions(NamedTuple):
             clip_norm=check_clip_norm(self.clip_norm),
             checkpoint_every=None if every is None else check_count("checkpoint_every", every),
             accumulate=check_count("accumulate", self.accumulate),
+            rule=as_rule(self.rule),
         )
 
     @property

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from metakern.core.torch_private import pytree
 from metakern.inner_loop.substitution import Replaced, named_parts
@@ -27,7 +28,6 @@ class Lineage:
     Attributes:
         begin: ``clone()`` nodes of the parameters of the clone and its ancestors, and nodes of other tensors that these
             held when they were cloned
-        origins: nodes of the ancestors' parameters, and their names
         original: the model that was cloned
         own: nodes of the clone's parameters after its last step; searches stop there
         strangers: nodes of parameters that the model holds unregistered, and the attributes that hold them
@@ -35,14 +35,27 @@ class Lineage:
 
     def __init__(self) -> None:
         self.begin: Nodes = set()
-        self.origins: dict[Any, str] = {}
         self.own: Nodes = set()
         self.strangers: dict[Any, str] | None = None
         self.original: Callable[[], nn.Module | None] = lambda: None
+        self._near: Nodes = set()  # begin without the ancestors' nodes
+        self._clones: list[tuple[str, str, Any]] = []  # module, parameter, clone() node
+        self._ancestors: Lineage | None = None
+        self._origins: dict[Any, str] | None = None
 
     def __reduce__(self) -> tuple[type[Lineage], tuple[()]]:
         """Copies and pickles start empty, as graph nodes can be neither copied nor pickled."""
         return Lineage, ()
+
+    @property
+    def origins(self) -> dict[Any, str]:
+        """Nodes of the ancestors' parameters, and their names; made when a search first needs them, which is rare."""
+        if self._origins is None:
+            origins = {} if self._ancestors is None else dict(self._ancestors.origins)
+            for prefix, name, node in self._clones:
+                origins.setdefault(node.next_functions[0][0], f"{prefix}.{name}" if prefix else name)
+            self._origins = origins
+        return self._origins
 
     def of_clone(self, original: nn.Module, memo: Replaced, held: Nodes) -> Lineage:
         """The lineage of a clone of ``original``, the module that this lineage belongs to.
@@ -52,18 +65,21 @@ class Lineage:
             memo: its parts and their copies
             held: nodes of other tensors in the original, computed before
         """
-        lineage = Lineage()
-        params = named_parameters(original)
-        if any(p.grad_fn is not None for _, p in params):
-            # Otherwise the original was detached, and keeping its ancestry would waste memory.
-            lineage.begin, lineage.origins = set(self.begin), dict(self.origins)
-        copies = [copy.grad_fn for _, copy in memo.values() if isinstance(copy, Tensor)]
-        lineage.begin.update(held, copies)
-        lineage.begin.discard(None)
-        for name, p in params:
-            node = memo[id(p)][1].grad_fn
-            if node is not None:
-                lineage.origins[node.next_functions[0][0]] = name
+        lineage, near, has_past = Lineage(), set(held), False
+        for prefix, part in named_parts(original):
+            for name, p in part._parameters.items():
+                node = None if p is None else memo[id(p)][1].grad_fn
+                if p is not None and node is not None:
+                    near.add(node)
+                    lineage._clones.append((prefix, name, node))
+                    has_past = has_past or p.grad_fn is not None
+            for buffer in part._buffers.values():
+                if id(buffer) in memo:
+                    near.add(memo[id(buffer)][1].grad_fn)
+        near.discard(None)
+        lineage.begin = lineage._near = near
+        if has_past:  # otherwise the original was detached, and keeping its ancestry would waste memory
+            lineage.begin, lineage._ancestors = near | self.begin, self
         if self.strangers is None:  # once for all clones of a learner: it looks through every attribute
             strangers = [(where, p) for where, p in unregistered(original) if p.requires_grad]
             with torch.enable_grad():
@@ -79,7 +95,10 @@ class Lineage:
             roots: nodes of the computed tensors
             given: pytree of the call's arguments
         """
-        roots, stops = list(roots), self.begin | self.own
+        roots = list(roots)
+        if not _reaches_leaves(roots, self._near | self.own):
+            return {}
+        stops = self.begin | self.own
         found = reach(roots, stops, {**self.origins, **self.strangers} if self.strangers else self.origins)
         if not found:
             return found
@@ -108,6 +127,21 @@ def reach(roots: Iterable[Any], stops: Nodes, targets: dict[Any, str]) -> dict[A
     return found
 
 
+def _reaches_leaves(roots: Iterable[Any], stops: Nodes) -> bool:
+    """Whether any leaf of the graph can be reached without passing a stop."""
+    stack = [root for root in roots if root not in stops]
+    seen = {*stops, *stack}
+    while stack:
+        following = stack.pop().next_functions
+        if not following:
+            return True
+        for node, _ in following:
+            if node is not None and node not in seen:
+                seen.add(node)
+                stack.append(node)
+    return False
+
+
 def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     """Whether a graph contains torch.utils.checkpoint, which calls the model again in the backward.
 
@@ -117,7 +151,8 @@ def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     seen = {*stops, *stack}
     while stack:
         current = stack.pop()
-        for name in _saved_names(type(current)):
+        kind = type(current)
+        for name in _SAVED.get(kind) or _saved_names(kind):
             try:
                 value = getattr(current, name)
             except RuntimeError:  # freed by a backward
@@ -132,12 +167,13 @@ def recomputes(roots: Iterable[Any], stops: Nodes) -> bool:
     return False
 
 
-#: By node type, names of the attributes with its saved tensors, still packed. Weak keys, as torch.vmap makes a type for
-#: each call of a custom autograd.Function.
-_SAVED: weakref.WeakKeyDictionary[type, list[str]] = weakref.WeakKeyDictionary()
+#: By type of a node of C++, names of the attributes with its saved tensors, still packed. These types live for ever.
+_SAVED: dict[type, list[str]] = {}
 
 
 def _saved_names(kind: type) -> list[str]:
+    if issubclass(kind, FunctionCtx):  # of a custom autograd.Function; torch.vmap makes such a type for each call
+        return ["_raw_saved_tensors"]
     if kind not in _SAVED:
         _SAVED[kind] = [name for name in dir(kind) if name.startswith("_raw_saved_")]
     return _SAVED[kind]

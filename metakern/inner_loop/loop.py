@@ -31,7 +31,8 @@ class Problem:
     def gradients(self, params: Any, step: int, first_order: bool) -> tuple[Tensor, Any]:
         """Losses [T] before inner step ``step``, and their gradients, structured like ``params``.
 
-        With ``first_order`` both are constants; see :func:`losses_and_gradients`.
+        ``params`` are the points that the update chooses, which for a rule with attention are not its params. With
+        ``first_order`` both are constants; see :func:`losses_and_gradients`.
         """
         raise NotImplementedError
 
@@ -101,7 +102,8 @@ class InnerLoop:
 
     def _steps(self, problem: Problem, weights: Any, params: Any, state: Any, steps: range) -> tuple[Any, Any]:
         for step in steps:
-            losses, grads = problem.gradients(params, step, self.first_order[step])
+            points = self.update.points(params, state)
+            losses, grads = problem.gradients(points, step, self.first_order[step])
             params, state = self.update.step(weights, params, grads, state, losses, step)
             problem.stepped(params, step)
         return params, state

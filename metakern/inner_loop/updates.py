@@ -6,7 +6,7 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
@@ -35,6 +35,10 @@ class Update(Protocol):
 
     def init_state(self, params: Any) -> Any:
         """The state before the first step, a pytree of tensors."""
+        ...
+
+    def points(self, params: Any, state: Any) -> Any:
+        """Where the next losses and gradients are to be taken, structured like ``params``."""
         ...
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
@@ -69,6 +73,10 @@ class Descent:
     def init_state(self, params: Any) -> Any:
         """Gradient descent has no state."""
         return ()
+
+    def points(self, params: Any, state: Any) -> Any:
+        """The params themselves."""
+        return params
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """See :func:`metakern.ops.inner_update`."""
@@ -115,6 +123,7 @@ class RuleUpdate:
         self.clip_norm = clip_norm
         self._tells_tasks = _takes(protocol.init_state, "tasks")
         self._tells_loss = _takes(protocol.forward, "loss")
+        self._moves_gradients = isinstance(rule, Rule) and rule.moves_gradients
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -131,6 +140,14 @@ class RuleUpdate:
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+
+    def points(self, params: Any, state: Any) -> Any:
+        """The params themselves, unless the rule chooses other points."""
+        if not self._moves_gradients:
+            return params
+        if self._goes_by_group(params):
+            return tuple(self.rule.gradient_points(*of_group) for of_group in zip(params, state, strict=True))
+        return self.rule.gradient_points(params, state)
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """One step of the rule; ``step`` is unused, as rules count steps themselves."""
@@ -173,6 +190,30 @@ class RuleUpdate:
     def lock(self) -> AbstractContextManager[Any]:
         """The rule's lock, as the backward replaces its parameters while it recomputes steps."""
         return exclusive(self.rule)
+
+
+def learned_start(rule: Any, params: Mapping[str, Tensor], way_out: str) -> dict[str, Tensor] | None:
+    """The initial parameters that a rule learns, [*shape] each by name; None if it learns none.
+
+    Args:
+        rule: the rule
+        params: the parameters that it adapts, [*shape] each
+        way_out: advice at the end of the message
+
+    Raises:
+        ValueError: for a rule that learns a start for other parameters
+    """
+    start = rule.initialisation() if hasattr(rule, "initialisation") else None
+    if start is None:
+        return None
+    shapes = {name: list(p.shape) for name, p in params.items()}
+    got = {name: list(p.shape) for name, p in start.items()}
+    if got != shapes:
+        raise ValueError(
+            f"rule must learn initial values for the adapted parameters, {shapes}, but its initialisation() has {got}: "
+            f"{way_out}"
+        )
+    return {name: start[name] for name in params}
 
 
 def clipped(grads: Any, clip_norm: float) -> Any:

@@ -22,6 +22,7 @@ from metakern.inner_loop.arguments import LoopOptions, adapted_names
 from metakern.inner_loop.task_loss import TaskLoss, ignored_label
 from metakern.maml.batched import Adapted, adapt, meta_loss, query_losses, reptile_step
 from metakern.rules.rates import rates_by_name, real_dtype
+from metakern.rules.registry import make
 from metakern.tasks import Episodes
 
 #: Learned inner rates: none, one per tensor and step, or one per parameter element.
@@ -47,7 +48,9 @@ class MAMLLearner(nn.Module):
             ``support_per_step``, ``vectorize`` and ``backend`` of :func:`metakern.adapt`. With ``support_per_step``
             the support sets of a batch are [T, K, S, ...], for at least as many steps as the call takes. With ``rule``
             that rule replaces gradient descent in the inner loop, and its weights are meta-parameters, too; the methods
-            for clusters use the model's own parameters, even if the rule learns another initialisation.
+            for clusters use the model's own parameters, even if the rule learns another initialisation. A rule may be
+            given by its name, as for :func:`metakern.rules.make`: ``"adam"`` then learns its rate, ``"meta-sgd"`` those
+            of the adapted parameters.
 
     Raises:
         TypeError, ValueError: for unknown ``rates``, for ``eval_steps`` other than the steps that rates are learned
@@ -76,6 +79,12 @@ class MAMLLearner(nn.Module):
         if rule is not None:
             if rates != "fixed":
                 raise ValueError(f"rates and rule exclude each other, got rates={rates!r} and {type(rule).__name__}")
+            if isinstance(rule, str):
+                params = dict(model.named_parameters())
+                adapted = {name: params[name] for name in adapted_names(model, options.get("parameters"))}
+                rule = make(rule, params=adapted, learned=True)
+            if not isinstance(rule, nn.Module):
+                raise TypeError(f"rule must be a rule or its name, got {type(rule).__name__}")
             self.rule = rule  # its weights are meta-parameters
         self.model, self.loss, self.steps, self.inner_lr, self.options = model, loss, steps, inner_lr, options
         self._by_step, self._kind = rates == "lslr", rates

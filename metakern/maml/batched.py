@@ -108,7 +108,7 @@ def adapt(
     support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
-    rule: nn.Module | None = None,
+    rule: nn.Module | str | None = None,
 ) -> Adapted:
     """K gradient steps on the support sets of T tasks at once, each from the model's parameters (MAML's inner loop).
 
@@ -171,10 +171,11 @@ def adapt(
             modes lead to plain PyTorch.
         explain: print one line that says which of them serves and, for plain PyTorch, why. The logger "metakern" says
             the same at level DEBUG. Compiled calls say nothing.
-        rule: update rule that replaces gradient descent (leave ``lr`` out): a :class:`metakern.rules.Rule`. It receives
-            the adapted parameters by name, [T, *shape] each, their gradients and the losses [T]. Meta-gradients flow
-            through every step, also to the rule's weights; with ``first_order`` the rule's gradients and losses are
-            constants. If the rule has an ``initialisation()``, the tasks start there.
+        rule: update rule that replaces gradient descent (leave ``lr`` out): a :class:`metakern.rules.Rule`, or the name
+            of one without weights, such as ``"adam"``; see :func:`metakern.rules.make`. It receives the adapted
+            parameters by name, [T, *shape] each, their gradients and the losses [T]. Meta-gradients flow through every
+            step, also to the rule's weights; with ``first_order`` the rule's gradients and losses are constants. If the
+            rule has an ``initialisation()``, the tasks start there.
 
     Raises:
         TypeError, ValueError: for invalid arguments, including labels outside the model's outputs; names the argument
@@ -231,7 +232,7 @@ def meta_loss(
     support_per_step: bool = False,
     backend: str | None = None,
     explain: bool = False,
-    rule: nn.Module | None = None,
+    rule: nn.Module | str | None = None,
 ) -> Tensor:
     """Query losses [T] of T tasks after K inner steps on their support sets: MAML's meta-objective before the mean.
 

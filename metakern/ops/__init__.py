@@ -1,18 +1,21 @@
 """The operators, one package each: public function, shapes for tracing, autograd formula, backends."""
 
+from metakern.ops.hrnn_step import hrnn_step
 from metakern.ops.inner_update import inner_update
 from metakern.ops.lstm_step import lstm_step, lstm_step_
-from metakern.ops.lstm_step.staged import lstm_step_staged
+from metakern.ops.lstm_step.staged import lstm_step_staged, lstm_step_staged_
 from metakern.ops.lstm_step.state import LSTMState, pack_state, unpack_state
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_update_step import mlp_update_step
 
 __all__ = [
     "LSTMState",
+    "hrnn_step",
     "inner_update",
     "lstm_step",
     "lstm_step_",
     "lstm_step_staged",
+    "lstm_step_staged_",
     "mlp_inner_loop",
     "mlp_meta_loss",
     "mlp_update_step",

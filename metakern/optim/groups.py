@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Any
 
+import torch
 from torch import Tensor
 
 #: A group's options, besides its parameters.
@@ -23,13 +24,29 @@ def check_group(group: Mapping[str, Any], name: str) -> tuple[float, float]:
         TypeError: for options that are no numbers
         ValueError: for options that are negative or not finite, and for unknown keys
     """
-    unknown = [key for key in group if key not in OPTIONS and key not in _OTHER_KEYS and not _is_off(group, key)]
-    if unknown:
-        raise ValueError(
-            f"{name} must hold the options {', '.join(OPTIONS)} alone, got {unknown}, which a learned optimizer does "
-            "not have"
+    if "rule" in group:
+        got = type(group["rule"]).__name__
+        raise TypeError(
+            f"rule of {name} must be None, for AdamW, or left out, for the rule of the optimizer, got {got}"
         )
+    check_keys(group, name, OPTIONS, "which a learned optimizer does not have")
     return check_rate(group["lr"], f"lr of {name}"), check_rate(group["weight_decay"], f"weight_decay of {name}")
+
+
+def check_keys(group: Mapping[str, Any], name: str, options: Sequence[str], why: str) -> None:
+    """Raise ValueError for keys of a group that are neither options nor bookkeeping; ``why`` says what is wrong."""
+    unknown = [key for key in group if key not in options and key not in _OTHER_KEYS and not _is_off(group, key)]
+    if unknown:
+        raise ValueError(f"{name} must hold the options {', '.join(options)} alone, got {unknown}, {why}")
+
+
+def check_dense_grad(p: Tensor, name: str) -> None:
+    """Raise TypeError for a gradient that is not dense."""
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise TypeError(
+            f"gradient of {name} must be dense, got {p.grad.layout}: make its nn.Embedding with sparse=False, or let "
+            "p.grad = p.grad.to_dense() before the step"
+        )
 
 
 def _is_off(group: Mapping[str, Any], key: str) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from torch.optim import Optimizer
 
 from metakern.core.torch_private import not_compiled
 from metakern.core.warn import warn_user
-from metakern.optim import arena, tensorwise
+from metakern.optim import adamw, arena, tensorwise
 from metakern.optim.checkpoints import FORMAT_VERSION as FORMAT_VERSION
 from metakern.optim.checkpoints import HEADER as HEADER
 from metakern.optim.checkpoints import Kept, from_checkpoint, to_checkpoint
-from metakern.optim.groups import check_group, check_rate
+from metakern.optim.groups import check_dense_grad, check_group, check_rate
 from metakern.rules import Rule
 from metakern.rules.coordinatewise import CoordinatewiseRule
+from metakern.rules.registry import as_rule
 
 #: Allowed parameter dtypes; half-precision parameters are stepped in float32.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -58,10 +60,16 @@ class LearnedOptimizer(Optimizer):
     parameters of another dtype or device, for a rule with or without ``bfloat16_state``, and with
     ``torch.load(weights_only=True)``. It does not contain the rule's weights; save those by ``rule.save_pretrained``.
 
+    A group with ``rule=None`` is stepped by AdamW, as users of learned optimizers do for embeddings and norms. Its
+    options are ``lr``, ``betas``, ``eps`` and ``weight_decay``, with the defaults of :class:`torch.optim.AdamW`; those
+    of this optimizer do not apply. Its arithmetic and its state are those of ``torch.optim.AdamW``, ``fused=True``
+    where torch has fused kernels.
+
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer; dense float32, bfloat16,
             float16 or float64, on the device of the rule.
-        rule: the update rule; optimizers may share one.
+        rule: the update rule; optimizers may share one. Or the name of a rule without weights, as for
+            :func:`metakern.rules.make`: ``"adam"``.
         lr: multiplier of the rule's update; 1 is the update as trained. A group's ``"lr"`` overrides it, and torch's
             schedulers can change it.
         weight_decay: decoupled weight decay, as in AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): before the
@@ -80,11 +88,14 @@ class LearnedOptimizer(Optimizer):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(8, 4)).square().mean().backward()
         ...     optimizer.step()
+        >>> groups = [{"params": model.weight}, {"params": model.bias, "rule": None, "lr": 1e-3, "weight_decay": 0.0}]
+        >>> optimizer = LearnedOptimizer(groups, metakern.rules.load("digits_lstm"), lr=0.1)
     """
 
     _past_horizon = False  # whether the warning about the horizon was given
 
-    def __init__(self, params: Iterable[Any], rule: Rule, lr: float = 1.0, weight_decay: float = 0.0) -> None:
+    def __init__(self, params: Iterable[Any], rule: Rule | str, lr: float = 1.0, weight_decay: float = 0.0) -> None:
+        rule = as_rule(rule)
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a metakern.rules.Rule, got {type(rule).__name__}")
         self.rule = rule
@@ -96,10 +107,12 @@ class LearnedOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group. Raises as the constructor does; the optimizer is then unchanged."""
+        if isinstance(param_group, dict) and adamw.is_adamw(param_group):
+            param_group = {**adamw.DEFAULTS, **param_group}
         super().add_param_group(param_group)
         index, group = len(self.param_groups) - 1, self.param_groups[-1]
         try:
-            check_group(group, f"group {index}")
+            self._check_group(index)
             if len(set(group["params"])) != len(group["params"]):
                 raise ValueError(f"group {index} must hold each parameter once, got one twice")
             for position in range(len(group["params"])):
@@ -114,7 +127,9 @@ class LearnedOptimizer(Optimizer):
         """One step of every parameter that has a gradient.
 
         Args:
-            closure: evaluates the model, calls ``backward`` and returns the loss; runs with gradients enabled.
+            closure: evaluates the model, calls ``backward`` and returns the loss; runs with gradients enabled. A rule
+                that chooses where gradients are taken, as HierarchicalRNN with attention, needs it: while it runs, the
+                parameters are at these points.
 
         Returns:
             what the closure returned, or None
@@ -123,7 +138,7 @@ class LearnedOptimizer(Optimizer):
             TypeError: for a closure that is not callable, a gradient that is not dense or a parameter whose dtype
                 changed to an unsupported one
             ValueError: for an option, device or number of coordinates that does not fit (any more), and for a rule that
-                needs the loss without a closure that returns it
+                needs the loss, or chooses its points, without a closure
 
         Errors are raised before any parameter changes.
         """
@@ -134,17 +149,27 @@ class LearnedOptimizer(Optimizer):
                 f"{type(closure).__name__}: for a loss call loss.backward() and then step() without it"
             )
         if closure is not None:
-            with torch.enable_grad():
+            with torch.enable_grad(), self._at_gradient_points():
                 loss = closure()
+        elif self.rule.moves_gradients:
+            raise ValueError(
+                f"closure must be given, as {type(self.rule).__name__} with attention chooses where the gradient is "
+                "taken: a function that evaluates the model, calls backward and returns the loss"
+            )
         value = loss.detach() if isinstance(loss, Tensor) and self.rule.needs_loss else None
         if self.rule.needs_loss and value is None:
             raise ValueError(
                 f"closure must return the loss, a tensor, as {type(self.rule).__name__} needs it, got "
                 f"{type(loss).__name__}"
             )
-        plan = [launch for index in range(len(self.param_groups)) for launch in self._plan(index)]
+        indices = range(len(self.param_groups))
+        by_adamw = [index for index in indices if adamw.is_adamw(self.param_groups[index])]
+        plan = [launch for index in indices if index not in by_adamw for launch in self._plan(index)]
+        steps_of_adamw = [self._plan_adamw(index) for index in by_adamw]
         for members, slots, lr, weight_decay in plan:
             members.step_(slots, lr, weight_decay, value)
+        for adamw_step in steps_of_adamw:
+            adamw_step.run()
         if self.rule.horizon is not None and not self._past_horizon:
             steps = max((slot.entry["step"] for _, slots, *_ in plan for slot in slots), default=0)
             self._check_horizon(self.rule.horizon, steps)
@@ -193,6 +218,33 @@ class LearnedOptimizer(Optimizer):
                 f"horizon the loss may rise: {self.rule.advice_beyond_horizon}"
             )
 
+    @contextmanager
+    def _at_gradient_points(self) -> Iterator[None]:
+        """Context with the parameters at the points where the rule wants the next gradients, and back afterwards."""
+        moved: list[tuple[Tensor, Tensor]] = []
+        if self.rule.moves_gradients:
+            for index, group in enumerate(self.param_groups):
+                slots = self._slots.get(index)
+                pairs = zip(group["params"], slots or (), strict=False)
+                if not slots or any(s and not s.serves(p, self.state.get(p), self.rule, None) for p, s in pairs):
+                    slots = self._build(index)
+                by_arena: dict[_Arena, list[_Slot]] = {}
+                for slot in slots:
+                    if slot is not None:
+                        by_arena.setdefault(slot.arena, []).append(slot)
+                for arena_, members in by_arena.items():
+                    moved += zip([slot.param for slot in members], arena_.points(members), strict=True)
+        kept = [p.detach().clone() for p, _ in moved]
+        try:
+            with torch.no_grad():
+                for p, point in moved:
+                    p.copy_(point)
+            yield
+        finally:
+            with torch.no_grad():
+                for (p, _), old in zip(moved, kept, strict=True):
+                    p.copy_(old)
+
     # -------------------------------------------------------------------------------------------- what a step moves
 
     def _plan(self, index: int) -> Iterator[tuple[_Arena, list[_Slot], float, float]]:
@@ -211,11 +263,7 @@ class LearnedOptimizer(Optimizer):
         for position, (p, slot) in enumerate(zip(params, slots, strict=True)):
             if p.grad is None or slot is None:
                 continue
-            if p.grad.layout != torch.strided:
-                raise TypeError(
-                    f"gradient of {self.name_of(index, position)} must be dense, got {p.grad.layout}: make its "
-                    "nn.Embedding with sparse=False, or let p.grad = p.grad.to_dense() before the step"
-                )
+            check_dense_grad(p, self.name_of(index, position))
             active.setdefault(slot.arena, []).append(slot)
         device = self.rule.device
         for members, of_group in active.items():
@@ -224,6 +272,28 @@ class LearnedOptimizer(Optimizer):
                     f"rule must be on the device of the parameters of group {index}, {members.device}, got {device}"
                 )
             yield members, of_group, lr, weight_decay
+
+    def _plan_adamw(self, index: int) -> adamw.AdamWStep:
+        """The step of group ``index`` by AdamW."""
+        group = self.param_groups[index]
+        options = adamw.check_options(group, f"group {index}")
+        params: list[Tensor] = []
+        for position, p in enumerate(group["params"]):
+            if p.grad is None:
+                continue
+            self._check_param(index, position)
+            check_dense_grad(p, self.name_of(index, position))
+            adamw.prepare_entry(self.state[p], p, self.name_of(index, position))
+            params.append(p)
+        return adamw.AdamWStep(params, [self.state[p] for p in params], options)
+
+    def _check_group(self, index: int) -> None:
+        """Check the options of group ``index``."""
+        group, name = self.param_groups[index], f"group {index}"
+        if adamw.is_adamw(group):
+            adamw.check_options(group, name)
+        else:
+            check_group(group, name)
 
     def _build(self, index: int) -> list[_Slot | None]:
         """Build arenas for the parameters of group ``index`` that have a gradient or a state, and move the state in."""
@@ -266,7 +336,8 @@ class LearnedOptimizer(Optimizer):
             tensorwise.check_state(self.rule, entry, p, name)
 
     def _check_param(self, index: int, position: int) -> None:
-        p, device = self.param_groups[index]["params"][position], self.rule.device
+        group = self.param_groups[index]
+        p, device = group["params"][position], None if adamw.is_adamw(group) else self.rule.device
         if p.dtype not in DTYPES or p.layout != torch.strided:
             what = p.dtype if p.layout == torch.strided else p.layout
             raise TypeError(

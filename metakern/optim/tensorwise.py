@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from metakern.core.memo import outside_modes
@@ -63,7 +64,7 @@ class Tensorwise:
     def slots(self, members: Sequence[Tensor]) -> Iterator[TensorSlot]:
         """One slot per constructor member, in order."""
         for name, p in zip(self._names, members, strict=True):
-            with outside_modes():
+            with outside_modes(), torch.no_grad():  # an initial state may be learned
                 state = self.rule.init_state({name: p.detach()})
             if isinstance(state, RuleState):
                 for key, x in state.shared.items():
@@ -72,6 +73,16 @@ class Tensorwise:
                 self._joint = False
             fresh = named_state(state)
             yield TensorSlot(self, p, name, fresh, pytree.tree_structure(state), tuple(fresh), _kind(p), {})
+
+    def points(self, slots: Sequence[TensorSlot]) -> list[Tensor]:
+        """Where the rule wants the next gradients of ``slots``."""
+        if self._joint:
+            params = {slot.name: slot.param.detach() for slot in slots}
+            tensors = tuple({key: slot.entry[key] for key in slot.keys} for slot in slots)
+            return list(self.rule.gradient_points(params, RuleState(tensors, self._shared, tasks=False)).values())
+        states = [pytree.tree_unflatten([slot.entry[key] for key in slot.keys], slot.structure) for slot in slots]
+        pairs = zip(slots, states, strict=True)
+        return [self.rule.gradient_points({s.name: s.param.detach()}, state)[s.name] for s, state in pairs]
 
     def step_(self, slots: Sequence[TensorSlot], lr: float, weight_decay: float, loss: Tensor | None) -> None:
         """Update the parameters of ``slots``."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from metakern.ops.lstm_step.state import pack_rows, unpack_rows
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,
@@ -92,7 +93,10 @@ class CoordinatewiseRule(PretrainedRule):
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
         """The state of some tasks; see :meth:`Rule.select_tasks`."""
         places = coordinates_of_tasks(index, tensor_leaves(params, tasks=True))
-        selected = {name: self._rows(_lanes(x)[..., places]) for name, x in self.packed(state).items()}
+        number = sum(p.numel() for p in tensor_leaves(params))
+        selected = {
+            name: pack_rows(unpack_rows(x, number)[..., places], self.unit) for name, x in self.packed(state).items()
+        }
         return self.from_packed(selected, len(places))
 
     def check_state(self, state: State) -> None:
@@ -106,22 +110,10 @@ class CoordinatewiseRule(PretrainedRule):
 
     def export_state(self, tensors: Mapping[str, Tensor], number: int) -> dict[str, Tensor]:
         """See :meth:`metakern.rules.Rule.export_state`; [..., numel] each."""
-        return {name: _lanes(x)[..., :number] for name, x in tensors.items()}
+        return {name: unpack_rows(x, number) for name, x in tensors.items()}
 
     def import_state(self, saved: Mapping[str, Any], param: Tensor, name: str) -> dict[str, Tensor]:
         """See :meth:`metakern.rules.Rule.import_state`."""
         fresh = self.packed(self.init_state(param))
         likes = self.export_state(fresh, param.numel())
-        return {key: self._rows(check_saved(saved, key, like, name).to(like)) for key, like in likes.items()}
-
-    def _rows(self, lanes: Tensor) -> Tensor:
-        """Pack [..., N] into [rows, ..., U]; the last row is padded with zeros."""
-        number = lanes.shape[-1]
-        rows = -(-number // self.unit)
-        padded = torch.nn.functional.pad(lanes, (0, rows * self.unit - number))
-        return padded.view(*lanes.shape[:-1], rows, self.unit).movedim(-2, 0).contiguous()
-
-
-def _lanes(packed: Tensor) -> Tensor:
-    """Unpack [rows, ..., U] to [..., rows · U]."""
-    return packed.movedim(0, -2).flatten(-2)
+        return {key: pack_rows(check_saved(saved, key, like, name).to(like), self.unit) for key, like in likes.items()}

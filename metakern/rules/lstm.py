@@ -65,7 +65,7 @@ class CoordinatewiseLSTM(LSTMRule):
     ) -> tuple[Params, State]:
         """One step for every coordinate, in one launch; see :meth:`Rule.forward`."""
         if type(state) is LSTMState and not torch.is_grad_enabled() and (prepared := self._prepare()) is not None:
-            result = prepared(params, grads, state, self._own_weights(), self.output_scale)
+            result = prepared(params, grads, state, self.own_weights(), self.output_scale)
             if result is not None:
                 return result
         return super().forward(params, grads, state, loss=loss)
@@ -79,11 +79,6 @@ class CoordinatewiseLSTM(LSTMRule):
             check_options(*options[:2], self.output_scale, self.precision)
             self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
         return self._prepared
-
-    def _own_weights(self) -> list[Tensor]:
-        """As :meth:`weights`, but without nn.Module.__getattr__, which takes a microsecond."""
-        modules: Any = self._modules
-        return [*modules["lstm"]._parameters.values(), *modules["head"]._parameters.values()]
 
     def step_coordinates(
         self, params: Tensor, grads: Tensor, state: LSTMState, loss: Tensor | None = None
@@ -99,7 +94,7 @@ class CoordinatewiseLSTM(LSTMRule):
         del loss
         output_scale = self.output_scale * lr
         prepared = self._prepare() if type(state) is LSTMState else None
-        if prepared is not None and prepared.step_(params, grads, state, self._own_weights(), output_scale):
+        if prepared is not None and prepared.step_(params, grads, state, self.own_weights(), output_scale):
             return
         options = self.step_options() | {"output_scale": output_scale}
         lstm_step_(params, grads, state, self.weights(state.compute_dtype), **options)

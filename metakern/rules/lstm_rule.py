@@ -1,4 +1,4 @@
-"""Base class of update rules on the LSTM kernel: weights, options, the step itself.
+"""Base class of update rules around the step of lstm_step.
 
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 """
@@ -11,17 +11,15 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from metakern.core.backend import check_backend
 from metakern.ops import LSTMState, lstm_step
-from metakern.ops.lstm_step import check_precision, check_scales, prepare
+from metakern.ops.lstm_step import check_scales
 from metakern.ops.lstm_step.reference import PREPROCESS, num_features
-from metakern.ops.lstm_step.state import TILE_LANES, check_sizes
-from metakern.rules.coordinatewise import CoordinatewiseRule
-from metakern.rules.lstm_modules import LSTMWeights, lstm_weights
+from metakern.rules.lstm_cells import LSTMCells
+from metakern.rules.lstm_modules import lstm_weights
 from metakern.rules.plain_lstm import PlainLSTM
 
 
-class LSTMRule(CoordinatewiseRule):
+class LSTMRule(LSTMCells):
     """Base of rules whose update comes from the LSTM of :func:`metakern.ops.lstm_step`.
 
     The state is a dict of packed tensors: the LSTM's tiles, ``lstm``, and ``beside``. Subclasses implement
@@ -33,16 +31,10 @@ class LSTMRule(CoordinatewiseRule):
 
     beside: ClassVar[tuple[str, ...]] = ()
 
-    unit: ClassVar[int] = TILE_LANES
-    optional_options: ClassVar[tuple[str, ...]] = (
-        *("precision", "bfloat16_state", "backend"),
-        *CoordinatewiseRule.optional_options,
-    )
-    advice_for_other_networks: ClassVar[str] = (
-        f"{CoordinatewiseRule.advice_for_other_networks}; `digits_lstm` wants 0.03 to 0.3"
-    )
+    optional_options: ClassVar[tuple[str, ...]] = ("bfloat16_state", *LSTMCells.optional_options)
+    advice_for_other_networks: ClassVar[str] = f"{LSTMCells.advice_for_other_networks}; `digits_lstm` wants 0.03 to 0.3"
     advice_beyond_horizon: ClassVar[str] = (
-        f"{CoordinatewiseRule.advice_beyond_horizon}, and start other networks at an lr of 0.03 to 0.3"
+        f"{LSTMCells.advice_beyond_horizon}, and start other networks at an lr of 0.03 to 0.3"
     )
 
     def __init__(
@@ -59,24 +51,15 @@ class LSTMRule(CoordinatewiseRule):
         horizon: int | None = None,
         trained_on: str | None = None,
     ) -> None:
-        super().__init__()
-        check_sizes(0, hidden_size, num_layers)
         if preprocess not in PREPROCESS:
             raise ValueError(f"preprocess must be one of {', '.join(PREPROCESS)}, got {preprocess!r}")
+        inputs, head = num_features(preprocess), (hidden_size, 1)
+        super().__init__(hidden_size, num_layers, backend, precision, horizon, trained_on, inputs=inputs, head=head)
         check_scales(preprocess_scale, output_scale)
-        check_precision(precision)
-        check_backend(backend)
-        prepare(backend)
         if not isinstance(bfloat16_state, bool):
             raise TypeError(f"bfloat16_state must be a bool, got {bfloat16_state!r}")
-        _check_training(horizon, trained_on)
-        self.hidden_size, self.num_layers = hidden_size, num_layers
         self.preprocess, self.preprocess_scale = preprocess, preprocess_scale
-        self.output_scale, self.backend = output_scale, backend
-        self.precision, self.bfloat16_state = precision, bfloat16_state
-        self.horizon, self.trained_on = horizon, trained_on
-        self.lstm = LSTMWeights(num_features(preprocess), hidden_size, num_layers)
-        self.head = nn.Linear(hidden_size, 1)
+        self.output_scale, self.bfloat16_state = output_scale, bfloat16_state
 
     @classmethod
     def from_modules(cls, lstm: nn.LSTM | Sequence[nn.LSTMCell], head: nn.Linear, **options: Any) -> Self:
@@ -118,26 +101,10 @@ class LSTMRule(CoordinatewiseRule):
         head.load_state_dict(self.head.state_dict())
         return lstm, head
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.head.weight.device  # the base class visits all modules, which takes as long as a small step
-
-    def weights(self, dtype: torch.dtype | None = None) -> list[Tensor]:
-        """The weights in the order of :func:`metakern.ops.lstm_step`, cast to ``dtype`` (differentiably) if given."""
-        # In order of registration; parameters() would cost as much as the rest of the step's Python.
-        weights: list[Any] = [*self.lstm._parameters.values(), *self.head._parameters.values()]
-        return weights if dtype is None or dtype == weights[0].dtype else [w.to(dtype) for w in weights]
-
     def init_coordinates(self, number: int, dtype: torch.dtype, device: torch.device | None) -> dict[str, Tensor]:
         """The zero state of N coordinates, in ``dtype``; with ``bfloat16_state`` float32 LSTM tiles become bfloat16."""
-        tiles = LSTMState.zeros(
-            number,
-            hidden_size=self.hidden_size,
-            num_layers=self.num_layers,
-            dtype=torch.bfloat16 if self.bfloat16_state and dtype != torch.float64 else dtype,
-            device=device,
-        ).data
+        kept = torch.bfloat16 if self.bfloat16_state and dtype != torch.float64 else dtype
+        tiles = self.zero_cells(number, kept, device).data
         shape = (len(tiles), self.unit)
         return {"lstm": tiles} | {name: torch.zeros(shape, dtype=dtype, device=device) for name in self.beside}
 
@@ -194,12 +161,3 @@ class LSTMRule(CoordinatewiseRule):
             f"`preprocess={self.preprocess!r}` (p = {self.preprocess_scale}), and its output is scaled by "
             f"{self.output_scale}."
         )
-
-
-def _check_training(horizon: Any, trained_on: Any) -> None:
-    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
-        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
-    if horizon is not None and horizon < 1:
-        raise ValueError(f"horizon must be at least 1, got {horizon}")
-    if trained_on is not None and not isinstance(trained_on, str):
-        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")

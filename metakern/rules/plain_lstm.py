@@ -1,17 +1,21 @@
-"""The coordinatewise LSTM without fused kernels: the baseline for speed-ups."""
+"""The rules around LSTM cells without fused kernels: the baselines for speed-ups."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from metakern.core.torch_private import pytree
+from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.reference import gradient_features
-from metakern.rules.protocol import Params, Rule, flatten, tensor_leaves
+from metakern.rules.protocol import Params, Rule, check_loss, flatten, loss_of_coordinates, tensor_leaves, unflatten
 
 if TYPE_CHECKING:
     from metakern.rules.lstm_rule import LSTMRule
+    from metakern.rules.staged_rule import StagedRule
 
 PlainState = list[tuple[Tensor, Tensor]]
 
@@ -57,3 +61,43 @@ class PlainLSTM(Rule):
         update = (self.output_scale * self.head(x)).squeeze(-1).split([leaf.numel() for leaf in leaves])
         new_leaves = [leaf + piece.view(leaf.shape) for leaf, piece in zip(leaves, update, strict=True)]
         return pytree.tree_unflatten(new_leaves, structure), new_state
+
+
+class PlainStages(Rule):
+    """The definition of :func:`metakern.ops.lstm_step_staged`, one launch per operation; called as the rule itself.
+
+    Args:
+        rule: source of the weights (copied) and the options
+    """
+
+    def __init__(self, rule: StagedRule) -> None:
+        super().__init__()
+        self.rule = copy.deepcopy(rule)
+
+    def initialisation(self) -> Mapping[str, Tensor] | None:
+        """Those of the rule."""
+        return self.rule.initialisation()
+
+    def init_state(self, params: Params, *, tasks: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Zero h and c, [L, N, H] each, and the stages' state [E, N]."""
+        leaves, rule = tensor_leaves(params, tasks=tasks), self.rule
+        n = sum(leaf.numel() for leaf in leaves)
+        zeros = leaves[0].new_zeros(rule.num_layers, n, rule.hidden_size, dtype=rule.head.weight.dtype)
+        rows = sum(stage.states for stage in rule.stages())
+        return zeros, zeros, zeros.new_zeros(rows, n)
+
+    def forward(
+        self, params: Params, grads: Params, state: tuple[Tensor, Tensor, Tensor], *, loss: Tensor | None = None
+    ) -> tuple[Any, tuple[Tensor, Tensor, Tensor]]:
+        """One step for every coordinate; see :meth:`Rule.forward`."""
+        leaves, structure = pytree.tree_flatten(params)
+        losses, rule = check_loss(self.rule, loss), self.rule
+        given = state[2].new_zeros(0, state[2].shape[1])
+        if losses is not None:
+            given = loss_of_coordinates(losses, leaves).unsqueeze(0)
+        scalars = reference.Scalars(**rule.stage_options())
+        flat, h, c, rows = reference.staged_step(
+            *(flatten(leaves), rule.fed(flatten(pytree.tree_leaves(grads))), *state, given, rule.own_weights()),
+            *(*rule.stages(), scalars),
+        )
+        return pytree.tree_unflatten(unflatten(flat, leaves), structure), (h, c, rows)

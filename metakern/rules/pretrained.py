@@ -198,7 +198,7 @@ def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", 
     """
     folder = _find(name_or_path, {key: options.pop(key) for key in hub.OPTIONS if key in options})
     _check_files(folder)
-    found, _ = _read_file(folder / WEIGHTS, "cpu")
+    found, _ = read_file(folder / WEIGHTS, "cpu")
     try:
         rule = get(str(found.get("rule")))
     except ValueError as error:
@@ -210,7 +210,7 @@ def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", 
     return rule._from_folder(folder, map_location, **options)
 
 
-def _read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
+def read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:
     """Metadata and tensors of a safetensors file."""
     with required():
         from safetensors import SafetensorError, safe_open
@@ -224,7 +224,7 @@ def _read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, 
 
 def _read_weights(path: Path, rule: str, map_location: str | torch.device) -> dict[str, Tensor]:
     """The weights; ValueError for a file that is damaged, of another version or of another rule."""
-    found, tensors = _read_file(path, map_location)
+    found, tensors = read_file(path, map_location)
     for key, expected in (("metakern_format", FORMAT_VERSION), ("rule", rule)):
         if found.get(key) != expected:
             raise ValueError(f"{path} must have {key} {expected!r} in its metadata, got {found.get(key)!r}")

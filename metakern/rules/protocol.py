@@ -85,6 +85,26 @@ class Rule(nn.Module):
         """The learned initial parameters, [*shape] each by name; None if the rule learns none."""
         return None
 
+    def gradient_points(self, params: Params, state: State) -> Params:
+        """Where the gradients of the next step are to be taken; by default at the params themselves.
+
+        A rule that overrides it sets ``moves_gradients``.
+
+        Args:
+            params: as for :meth:`forward`
+            state: the state before that step
+
+        Returns:
+            points in the structure and shapes of ``params``
+        """
+        del state
+        return params
+
+    @property
+    def moves_gradients(self) -> bool:
+        """Whether :meth:`gradient_points` may differ from the params."""
+        return False
+
     @torch.no_grad()
     def step_(
         self, params: Params, grads: Params, state: State, lr: float = 1.0, *, loss: Tensor | None = None
@@ -270,6 +290,8 @@ def check_loss(rule: Rule, loss: Tensor | None) -> Tensor | None:
         return None
     if loss is None:
         raise ValueError(f"loss must be given to {type(rule).__name__}: a tensor [T] with a task axis, [] without")
+    if not isinstance(loss, Tensor):
+        raise TypeError(f"loss must be a tensor [T] with a task axis, [] without, got {type(loss).__name__}")
     return loss
 
 
@@ -282,6 +304,37 @@ def check_saved(saved: Mapping[str, Any], key: str, like: Tensor, name: str) -> 
         wanted = ", ".join(str(kind) for kind in kinds)
         raise ValueError(f"{key} of {name} must be dense, {wanted}, {list(like.shape)}, got {got}")
     return value.detach()
+
+
+def check_training(horizon: Any, trained_on: Any) -> None:
+    """Raise TypeError or ValueError for invalid ``horizon`` and ``trained_on`` of a rule."""
+    if horizon is not None and (not isinstance(horizon, int) or isinstance(horizon, bool)):
+        raise TypeError(f"horizon must be an integer or None, got {horizon!r}")
+    if horizon is not None and horizon < 1:
+        raise ValueError(f"horizon must be at least 1, got {horizon}")
+    if trained_on is not None and not isinstance(trained_on, str):
+        raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
+
+
+def check_integer(name: str, value: Any, least: int, most: int) -> None:
+    """Raise TypeError or ValueError unless an option is an integer in [least, most]."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {least} to {most}, got {value}")
+
+
+def check_entry(name: str, rule: str, entry: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ValueError unless tensors of a state have these names and shapes."""
+    if entry.keys() != shapes.keys() or any(entry[key].shape != shape for key, shape in shapes.items()):
+        got = {key: list(x.shape) for key, x in entry.items()}
+        wanted = {key: list(shape) for key, shape in shapes.items()}
+        raise ValueError(f"{name} must be of {rule} for these params, with {wanted}, got {got}")
+
+
+def arithmetic_dtype(leaves: Iterable[Tensor]) -> torch.dtype:
+    """The dtype of state and arithmetic: float64 if any tensor is, else float32."""
+    return torch.float64 if any(p.dtype == torch.float64 for p in leaves) else torch.float32
 
 
 def check_leaf(leaf: Any, name: str, index: int) -> None:
@@ -302,7 +355,13 @@ def unflatten(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
 
 
 def loss_of_coordinates(loss: Tensor, leaves: Sequence[Tensor]) -> Tensor:
-    """Expand losses [T] or [] to [N], each to the coordinates of its task."""
+    """Expand losses [T] or [] to [N], each to the coordinates of its task; ValueError for another number of them."""
+    for p in leaves:
+        if loss.dim() and (loss.dim() > 1 or not p.dim() or p.shape[0] != loss.shape[0]):
+            raise ValueError(
+                f"loss must be [] or have one entry per task, the first axis of params, whose shape is "
+                f"{list(p.shape)}, got {list(loss.shape)}"
+            )
     return flatten([(loss.view(-1, *[1] * (p.dim() - 1)) if loss.dim() else loss).expand(p.shape) for p in leaves])
 
 

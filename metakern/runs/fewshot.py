@@ -15,9 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.core.text import quoted
+from metakern.inner_loop.arguments import adapted_names
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustering import ClusterSampler
 from metakern.models import conv4, mlp
+from metakern.rules import Rule
+from metakern.rules.registry import make, options_of
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
 from metakern.tasks.digits import DOMAINS
 
@@ -85,6 +88,7 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
         rates=settings.rates.replace("-", "_"),
         first_order=settings.first_order,
         parameters=parameters,
+        rule=_make_rule(settings, model, parameters),
     )
     if settings.clusters == "0":
         return learner
@@ -102,6 +106,17 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
         per_cluster=not settings.cluster_shared,
         seed=settings.seed,
     )
+
+
+def _make_rule(settings: Any, model: nn.Module, parameters: Any) -> Rule | None:
+    """The rule of the inner steps, whose lr starts at ``inner_lr``; None for gradient descent."""
+    name: str | None = getattr(settings, "rule", None)  # runs of earlier releases have no such setting
+    if name is None:
+        return None
+    own = {"lr": settings.inner_lr, "steps": settings.steps}
+    options = {key: own[key] for key in options_of(name) if own.get(key) is not None}
+    params = dict(model.named_parameters())
+    return make(name, options, params={n: params[n] for n in adapted_names(model, parameters)}, learned=True)
 
 
 def sampler(settings: Any, tasks: TaskDistribution, learner: nn.Module) -> TaskDistribution:

@@ -15,7 +15,7 @@ from metakern.rules import Rule
 from metakern.rules import load as load_rule
 from metakern.runs.fewshot import make_learner, make_tasks
 from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config
-from metakern.runs.problems import PROBLEMS, make_rule_learner
+from metakern.runs.problems import make_problems, make_rule_learner
 from metakern.tasks import TaskDistribution
 from metakern.training.checkpoints import CheckpointError, Checkpoints, from_bytes
 
@@ -89,7 +89,7 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
             tasks = make_tasks(named)
             learner = make_learner(named, tasks)
         else:
-            tasks = PROBLEMS[named.problem]()
+            tasks = make_problems(named)
             learner = make_rule_learner(named, backend="auto")
     except (AttributeError, KeyError, TypeError) as error:
         raise ValueError(f"configuration {folder / CONFIG} does not describe a run: {one_line(error)}") from error

@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
+from metakern.core.text import quoted
 from metakern.learners import RuleLearner
-from metakern.rules import get
-from metakern.tasks import ClassicFunction, DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, Optimizees, Quadratics
+from metakern.rules import Rule
+from metakern.rules.registry import make, options_of
+from metakern.tasks import (
+    Bowls,
+    ClassicFunction,
+    ClippedBowls,
+    DigitsCNN,
+    DigitsMLP,
+    DigitsRegression,
+    DigitsRNN,
+    Norms,
+    Optimizees,
+    Quadratics,
+    Reparametrised,
+    SoftmaxRegressions,
+    SumOfProblems,
+    toy_problems,
+)
 from metakern.tasks.classic_functions import FUNCTIONS
 
 #: Training problems of a learned optimizer, by name.
@@ -19,12 +37,109 @@ PROBLEMS: dict[str, Callable[[], Optimizees]] = {
     "digits-regression": DigitsRegression,
     "digits-cnn": DigitsCNN,
     "digits-rnn": DigitsRNN,
+    "digits-and-bowl": lambda: SumOfProblems([DigitsMLP(), ClippedBowls()]),
+    "mixed": toy_problems,
     "quadratics": Quadratics,
+    "bowls": Bowls,
+    "norms": Norms,
+    "softmax": SoftmaxRegressions,
     **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
 }
 
-#: The rule that ``train optimizer`` trains, by its registered name; its settings are this rule's options.
-RULE = "CoordinatewiseLSTM"
+#: The rule that ``train optimizer`` trains by default.
+RULE = "coordinatewise-lstm"
+
+#: Share of the samples that are held out for ``loss_on="held-out"``.
+HELD_OUT = 0.25
+
+#: Settings of ``train optimizer`` that came later than its first runs, with their values in those.
+_LATER: dict[str, Any] = {
+    "rule": RULE,
+    "rule_options": None,
+    "estimator": "tbptt",
+    "sigma": None,
+    "min_steps": None,
+    "max_difference": None,
+    "loss_on": "train",
+    "augment": "none",
+    "augment_spread": 3.0,
+}
+
+
+def setting(settings: Any, name: str) -> Any:
+    """A setting, or its value in runs that began before there was one."""
+    return getattr(settings, name, _LATER[name])
+
+
+def make_problems(settings: Any) -> Optimizees:
+    """The training problems of resolved settings.
+
+    Raises:
+        ValueError: for held-out samples of problems that have no data.
+    """
+    problems: Any = PROBLEMS[settings.problem]()
+    if setting(settings, "loss_on") == "held-out":
+        if not hasattr(problems, "hold_out"):
+            raise ValueError(
+                "loss_on held-out needs a problem with samples to hold out, as digits, got problem "
+                f"{settings.problem}: choose another, or loss_on train"
+            )
+        problems = problems.hold_out(HELD_OUT)
+    augment = setting(settings, "augment")
+    if augment != "none":
+        problems = Reparametrised(problems, augment, setting(settings, "augment_spread"))
+    found: Optimizees = problems
+    return found
+
+
+def rule_options(text: str | None) -> dict[str, Any]:
+    """Options from ``name=value,name=value``; numbers, true, false and null are those of JSON, the rest is text.
+
+    Raises:
+        ValueError: for anything else, and for a name given twice.
+    """
+    found: dict[str, Any] = {}
+    for entry in text.split(",") if text else ():
+        name, equals, value = (part.strip() for part in entry.partition("="))
+        if not equals or not name.isidentifier() or name in found:
+            raise ValueError(f"rule_options must be name=value,name=value with each name once, got {quoted(text)}")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
+
+
+def make_rule(settings: Any, problems: Optimizees, backend: str | None = None) -> Rule:
+    """The rule of resolved settings, with weights drawn from ``seed``; see :func:`make_rule_learner`."""
+    name = setting(settings, "rule")
+    known = options_of(name)
+    options: dict[str, Any] = {
+        "horizon": settings.steps,
+        "trained_on": f"the problem `{settings.problem}` of `metakern train optimizer`",
+        "backend": backend or settings.backend,
+    }
+    options = {option: value for option, value in options.items() if option in known}
+    if name == RULE:
+        options |= {
+            "hidden_size": settings.hidden_size,
+            "num_layers": settings.layers,
+            "preprocess": settings.preprocess or "none",
+            "output_scale": settings.output_scale or 0.0,
+        }
+    torch.manual_seed(settings.seed)
+    rule = make(
+        name, options | rule_options(setting(settings, "rule_options")), params=one_problem(problems), learned=True
+    )
+    if rule.horizon is None and "horizon" not in known:
+        rule.horizon = settings.steps
+    return rule
+
+
+def one_problem(problems: Optimizees) -> dict[str, torch.Tensor] | None:
+    """The params [*shape] of one problem, for rules with weights for each; None for a mixture of shapes."""
+    start = problems.sample(1, torch.Generator().manual_seed(0)).init_params()
+    return {name: p[0] for name, p in start.items()} if isinstance(start, dict) else None
 
 
 def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
@@ -33,21 +148,20 @@ def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
     Args:
         settings: :class:`metakern.cli.optimizer.OptimizerSettings`, or any object with the same attributes
         backend: overrides the one in the settings
+
+    Raises:
+        TypeError, ValueError: for settings that do not fit together.
     """
-    torch.manual_seed(settings.seed)
-    rule = get(RULE)(
-        settings.hidden_size,
-        settings.layers,
-        preprocess=settings.preprocess or "none",
-        output_scale=settings.output_scale or 0.0,
-        backend=backend or settings.backend,
-        horizon=settings.steps,
-        trained_on=f"the problem `{settings.problem}` of `metakern train optimizer`",
-    )
+    rule = make_rule(settings, make_problems(settings), backend)
+    estimator = setting(settings, "estimator")
+    given = {} if estimator == "tbptt" else {n: setting(settings, n) for n in ("sigma", "min_steps", "max_difference")}
     return RuleLearner(
         rule,
         steps=settings.steps,
         unroll=settings.unroll,
         objective=settings.objective,
         second_order=settings.second_order,
+        loss_on=setting(settings, "loss_on"),
+        estimator=estimator,
+        **given,
     )

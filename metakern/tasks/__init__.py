@@ -8,14 +8,18 @@ from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
 from metakern.tasks.mini_imagenet import MiniImageNet
 from metakern.tasks.network_problems import NetworkProblem
 from metakern.tasks.omniglot import Omniglot
-from metakern.tasks.optimizee_groups import MixedOptimizees
-from metakern.tasks.optimizees import GradientNoise, OptimizeeBatch, Optimizees, Quadratics
+from metakern.tasks.optimizee_groups import MixedBatch, MixedOptimizees
+from metakern.tasks.optimizees import OptimizeeBatch, Optimizees, ProblemBatch, Quadratics
 from metakern.tasks.regression import Abs, Family, Linear, Mixture, Quadratic, Sinusoid, Tanh, mixture
+from metakern.tasks.toys import Bowls, ClippedBowls, Norms, SoftmaxRegressions, toy_problems
+from metakern.tasks.variants import GradientNoise, LogObjective, Reparametrised, SparseGradients, SumOfProblems
 
 __all__ = [
     "SPLITS",
     "Abs",
+    "Bowls",
     "ClassicFunction",
+    "ClippedBowls",
     "Digits",
     "DigitsCNN",
     "DigitsMLP",
@@ -27,18 +31,27 @@ __all__ = [
     "GradientNoise",
     "ImageClasses",
     "Linear",
+    "LogObjective",
     "MiniImageNet",
+    "MixedBatch",
     "MixedOptimizees",
     "Mixture",
     "NetworkProblem",
+    "Norms",
     "Omniglot",
     "OptimizeeBatch",
     "Optimizees",
+    "ProblemBatch",
     "Quadratic",
     "Quadratics",
+    "Reparametrised",
     "Sinusoid",
+    "SoftmaxRegressions",
+    "SparseGradients",
+    "SumOfProblems",
     "Tanh",
     "TaskBatch",
     "TaskDistribution",
     "mixture",
+    "toy_problems",
 ]

@@ -59,7 +59,10 @@ class NetworkProblem(ShortRepr):
         if batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got {batch_size}")
         self.data, self.loss, self.batch_size = data, loss, batch_size
+        self._split = split
         self.inputs, self.targets = data(split)
+        self._held_share: float | None = None
+        self.held_out: tuple[Tensor, Tensor] | None = None
         with torch.random.fork_rng(devices=[]):
             self.network = make()
         self.shapes = {name: parameter.shape for name, parameter in self.network.named_parameters()}
@@ -70,8 +73,37 @@ class NetworkProblem(ShortRepr):
     def split(self, name: str) -> Self:
         """The same networks on the data of another split."""
         other = copy.copy(self)
+        other._split = name
         other.inputs, other.targets = self.data(name)
-        return other
+        return other._hold_out()
+
+    def hold_out(self, share: float = 0.25) -> Self:
+        """The same networks, which learn from the first samples of each split only.
+
+        The last ones are kept for ``held_out_loss``, on which a meta-objective can be taken.
+
+        Args:
+            share: of the samples that are held out, between 0 and 1
+
+        Raises:
+            ValueError: for a share that leaves no sample on one side.
+        """
+        other = copy.copy(self)
+        other._held_share = share
+        other.inputs, other.targets = self.data(self._split)
+        return other._hold_out()
+
+    def _hold_out(self) -> Self:
+        """Set the held-out samples apart."""
+        if self._held_share is None:
+            return self
+        number = len(self.inputs)
+        kept = number - round(number * self._held_share) if 0 < self._held_share < 1 else 0
+        if not 0 < kept < number:
+            raise ValueError(f"share must leave samples on both sides of {number}, got {self._held_share}")
+        self.held_out = self.inputs[kept:], self.targets[kept:]
+        self.inputs, self.targets = self.inputs[:kept], self.targets[:kept]
+        return self
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> NetworkBatch:
         """Draw ``num_tasks`` networks."""
@@ -88,11 +120,17 @@ class NetworkProblem(ShortRepr):
 class NetworkBatch(ProblemBatch):
     """T networks with parameters {name: [T, *shape]}."""
 
-    shared = ("inputs", "targets")
+    shared = ("inputs", "targets", "held_out")
 
     def __init__(self, problem: NetworkProblem, num_tasks: int, generator: torch.Generator) -> None:
         super().__init__(num_tasks, generator)
         self.problem, self.inputs, self.targets = problem, problem.inputs, problem.targets
+        self.held_out = problem.held_out
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the problem holds samples out."""
+        return self.held_out is not None
 
     def init_params(self) -> dict[str, Tensor]:
         """Starting points: every parameter by its name, [T, *shape]."""
@@ -107,8 +145,19 @@ class NetworkBatch(ProblemBatch):
 
     def loss(self, params: dict[str, Tensor]) -> Tensor:
         """Losses [T] of params on the next minibatch of each network."""
-        index = self.draw(functools.partial(torch.randint, len(self.inputs)), self.problem.batch_size)
-        return self.problem.losses(params, self.inputs[index], self.targets[index])
+        return self._minibatch_loss(params, self.inputs, self.targets)
+
+    def held_out_loss(self, params: dict[str, Tensor]) -> Tensor:
+        """Losses [T] of params on the next minibatch of held-out samples; see :meth:`NetworkProblem.hold_out`."""
+        if self.held_out is None:
+            raise ValueError(
+                "problems must hold samples out, by hold_out, to have held-out losses; these hold out none"
+            )
+        return self._minibatch_loss(params, *self.held_out)
+
+    def _minibatch_loss(self, params: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+        index = self.draw(functools.partial(torch.randint, len(inputs)), self.problem.batch_size)
+        return self.problem.losses(params, inputs[index], targets[index])
 
     def full_loss(self, params: dict[str, Tensor]) -> Tensor:
         """Losses [T] of params on all data of the split."""

@@ -7,7 +7,7 @@ shapes. Axis legend: T problems, G groups of problems.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -82,6 +82,27 @@ class MixedBatch:
     def full_loss(self, params: tuple[Any, ...]) -> Tensor:
         """Losses [T] on all data of each problem."""
         return torch.cat([group.full_loss(piece) for group, piece in zip(self.groups, params, strict=True)])
+
+    def draw(self, function: Callable[..., Tensor], *shape: int) -> Tensor:
+        """Random numbers [T, *shape] from ``function``, which is called like ``torch.randn``."""
+        return torch.cat([group.draw(function, *shape) for group in self.groups])
+
+    def kinds(self) -> list[tuple[tuple[int, ...], Any]]:
+        """Each group with its place in the mixture's distributions; of nested mixtures the groups within."""
+        found: list[tuple[tuple[int, ...], Any]] = []
+        for kind, group in zip(self.modes.unique().tolist(), self.groups, strict=True):
+            inner = group.kinds() if isinstance(group, MixedBatch) else [((), group)]
+            found += [((kind, *place), each) for place, each in inner]
+        return found
+
+    def held_out_loss(self, params: tuple[Any, ...]) -> Tensor:
+        """Losses [T] on held-out samples of each problem."""
+        return torch.cat([group.held_out_loss(piece) for group, piece in zip(self.groups, params, strict=True)])
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether every group has held-out samples."""
+        return all(getattr(group, "has_held_out", False) for group in self.groups)
 
     def select(self, tasks: slice | Tensor) -> MixedBatch:
         """Some of the problems, in their order: a slice, ascending indices, or a mask [T].

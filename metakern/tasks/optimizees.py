@@ -1,21 +1,20 @@
 """Problems for learned optimizers (optimizees): T of one kind side by side, with params [T, *shape].
 
-Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems; noisy gradients follow Wichrowska et
-al. 2017, arXiv 1703.04813. Axis legend: T problems, P parameters of one problem.
+Andrychowicz et al. 2016, arXiv 1606.04474, section 3, trains on such problems. Axis legend: T problems, P parameters
+of one problem.
 """
 
 from __future__ import annotations
 
 import copy
 import hashlib
-import math
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from metakern.core.task_params import join_tasks, task_groups
+from metakern.core.torch_private import pytree
 from metakern.tasks.distribution import ShortRepr, check_num_tasks, check_split
 
 
@@ -66,8 +65,14 @@ class ProblemBatch(ShortRepr):
     generator's state; a selection draws from a copy of that stream. Neither moves the generator that the batch was
     sampled with.
 
-    Subclasses list their tensors with a task axis in ``per_task``, and tensors that all tasks share in ``shared``.
+    Subclasses list their tensors, or dicts of tensors, with a task axis in ``per_task``, and tensors that all tasks
+    share in ``shared``.
     """
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether there is a method ``held_out_loss(params)``: losses [T] on samples that ``loss`` never uses."""
+        return False
 
     per_task: ClassVar[tuple[str, ...]] = ()
     shared: ClassVar[tuple[str, ...]] = ()
@@ -104,11 +109,58 @@ class ProblemBatch(ShortRepr):
         whole = function((self._sampled, *shape), generator=self._generator)
         return whole[self._rows].to(self._device)
 
+    def replaced(self, index: Tensor, other: Self) -> Self:
+        """The same problems, but those at ``index`` [n] are the n of ``other``; the draws go on as before.
+
+        Args:
+            index: integers
+            other: problems of the same kind
+        """
+        changed = self._with((), lambda tensor: tensor)
+        for name in self.per_task:
+            pairs = zip(*(pytree.tree_leaves(getattr(batch, name)) for batch in (self, other)), strict=True)
+            merged = [old.index_copy(0, index.to(old.device), new.to(old.device)) for old, new in pairs]
+            setattr(changed, name, pytree.tree_unflatten(merged, pytree.tree_structure(getattr(self, name))))
+        return changed
+
+    def export_state(self) -> dict[str, Any]:
+        """The problems and the state of their draws as plain data, for a checkpoint."""
+        return {
+            "rows": self._rows,
+            "sampled": self._sampled,
+            "generator": self._generator.get_state(),
+            "tensors": {name: pytree.tree_leaves(getattr(self, name)) for name in self.per_task},
+        }
+
+    def import_state(self, saved: Mapping[str, Any]) -> Self:
+        """The problems of :meth:`export_state`; this batch, of the same distribution, gives what all problems share.
+
+        Raises:
+            ValueError: for a state of problems of another kind.
+        """
+        restored = self._with((), lambda tensor: tensor)
+        try:
+            restored._rows, restored._sampled = saved["rows"], int(saved["sampled"])
+            restored.num_tasks = len(restored._rows)
+            restored._generator.set_state(saved["generator"])
+            tensors = {name: list(saved["tensors"][name]) for name in self.per_task}
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"saved problems must be as export_state of {type(self).__name__} gives them") from error
+        for name, found in tensors.items():
+            own, structure = pytree.tree_flatten(getattr(self, name))
+            shapes = [x.shape[1:] for x in own]
+            if [x.shape[1:] for x in found] != shapes or any(len(x) != restored.num_tasks for x in found):
+                got = [list(x.shape) for x in found]
+                raise ValueError(f"saved {name} must be {restored.num_tasks} of {shapes} of {self}, got {got}")
+            moved = [new.to(like) for new, like in zip(found, own, strict=True)]
+            setattr(restored, name, pytree.tree_unflatten(moved, structure))
+        return restored
+
     def _with(self, names: tuple[str, ...], function: Callable[[Tensor], Tensor]) -> Self:
         changed = copy.copy(self)
         changed._generator = self._generator.clone_state()
         for name in names:
-            setattr(changed, name, function(getattr(self, name)))
+            setattr(changed, name, pytree.tree_map_only(Tensor, function, getattr(self, name)))
         return changed
 
 
@@ -161,7 +213,10 @@ class Quadratics(EndlessProblems):
         check_num_tasks(num_tasks)
         generator = self._stream(generator)
         weight = torch.randn(num_tasks, self.dim, self.dim, generator=generator)
-        return QuadraticBatch(weight, torch.randn(num_tasks, self.dim, generator=generator), generator)
+        return self._batch(weight, torch.randn(num_tasks, self.dim, generator=generator), generator)
+
+    def _batch(self, weight: Tensor, target: Tensor, generator: torch.Generator) -> QuadraticBatch:
+        return QuadraticBatch(weight, target, generator)
 
 
 class QuadraticBatch(ProblemBatch):
@@ -184,70 +239,3 @@ class QuadraticBatch(ProblemBatch):
         return (torch.bmm(self.weight, x.unsqueeze(-1)).squeeze(-1) - self.target).square().sum(-1)
 
     full_loss = loss
-
-
-class GradientNoise(ShortRepr):
-    """Adds noise to the gradients of problems: N(0, std²) for every parameter, drawn anew at every loss.
-
-    The values of losses stay exact, and so do full losses and their gradients.
-
-    Args:
-        problems: problems of one kind; mix noisy and noiseless ones by :class:`MixedOptimizees`
-        std: standard deviation of the noise
-    """
-
-    def __init__(self, problems: Optimizees, std: float) -> None:
-        if not 0 <= std < math.inf:
-            raise ValueError(f"std must be finite and at least 0, got {std}")
-        self.problems, self.std = problems, std
-
-    def split(self, name: str) -> GradientNoise:
-        """The same noise on another split."""
-        return GradientNoise(self.problems.split(name), self.std)
-
-    def sample(self, num_tasks: int, generator: torch.Generator) -> NoisyBatch:
-        """Draw ``num_tasks`` problems."""
-        return NoisyBatch(self.problems.sample(num_tasks, generator), self.std, generator)
-
-
-class NoisyBatch(ProblemBatch):
-    """T problems with noisy gradients; ``batch`` holds the same problems without noise."""
-
-    def __init__(self, batch: Any, std: float, generator: torch.Generator) -> None:
-        super().__init__(batch.num_tasks, generator)
-        self.batch, self.std = batch, std
-
-    def select(self, tasks: slice | Tensor) -> Self:
-        """Some of the problems: a slice, indices, or a mask [T]."""
-        chosen = super().select(tasks)
-        chosen.batch = self.batch.select(tasks)
-        return chosen
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same problems, with the same draws, on another device."""
-        moved = super().to(device)
-        moved.batch = self.batch.to(device)
-        return moved
-
-    def init_params(self) -> Any:
-        """Starting points of the problems."""
-        params = self.batch.init_params()
-        if isinstance(params, tuple):
-            raise TypeError(
-                "the params of problems under GradientNoise must be those of one kind, got a tuple of groups; put "
-                "GradientNoise into MixedOptimizees, not around it"
-            )
-        return params
-
-    def loss(self, params: Any) -> Tensor:
-        """Losses [T] of params on the next minibatches; only their gradients are noisy."""
-        (tensors,) = task_groups(params)
-        joined = join_tasks(tensors)
-        noise = self.std * self.draw(torch.randn, joined.shape[1]).to(joined.dtype)
-        losses: Tensor = self.batch.loss(params)
-        return losses + ((joined - joined.detach()) * noise).sum(1)
-
-    def full_loss(self, params: Any) -> Tensor:
-        """Losses [T] of params on all data, without noise."""
-        losses: Tensor = self.batch.full_loss(params)
-        return losses

@@ -11,13 +11,16 @@ from metakern.core.text import quoted
 #: Measures where higher is better; for all others lower is.
 HIGHER_IS_BETTER = ("accuracy",)
 
+#: Accepted values of ``non_finite``.
+NON_FINITE = ("skip", "zero")
+
 #: Accepted values of ``mixed_precision``.
 PRECISIONS = ("bf16", "fp16")
 
 _COUNTS = (
     "iterations",
     "num_tasks",
-    "accumulate",
+    "batch_parts",
     "eval_every",
     "eval_tasks",
     "checkpoint_every",
@@ -26,7 +29,7 @@ _COUNTS = (
 )
 
 
-@renamed(clip_norm="max_grad_norm", precision="mixed_precision")
+@renamed(clip_norm="max_grad_norm", precision="mixed_precision", accumulate="batch_parts")
 @dataclass(frozen=True)
 class TrainerConfig:
     """Configuration of a :class:`Trainer`.
@@ -36,7 +39,10 @@ class TrainerConfig:
         num_tasks: tasks of a meta-batch, over all processes
         seed: decides every draw
         max_grad_norm: largest 2-norm of the meta-gradient; None: no clipping
-        accumulate: chunks in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
+        max_grad_element: largest element of the meta-gradient in size, limited before its norm; None: no clipping
+        non_finite: what becomes of a meta-gradient that is not finite: "skip" skips the outer step, "zero" takes its
+            non-finite elements as 0
+        batch_parts: parts in which a process computes its share of a meta-batch, to save memory; the meta-gradient is
             still that of the whole meta-batch
         eval_every: iterations between two evaluations on the "valid" split; the last iteration is followed by one
         eval_tasks: tasks of an evaluation, over all processes
@@ -58,7 +64,9 @@ class TrainerConfig:
     num_tasks: int = 32
     seed: int = 0
     max_grad_norm: float | None = None
-    accumulate: int = 1
+    max_grad_element: float | None = None
+    non_finite: str = "skip"
+    batch_parts: int = 1
     eval_every: int = 100
     eval_tasks: int = 256
     patience: int | None = None
@@ -79,12 +87,14 @@ class TrainerConfig:
         for name in ("monitor", "device"):
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"{name} must be a string, got {quoted(getattr(self, name))}")
-        for name, limit in (("max_grad_norm", math.inf), ("ema", 1.0)):
+        for name, limit in (("max_grad_norm", math.inf), ("max_grad_element", math.inf), ("ema", 1.0)):
             value = getattr(self, name)
             if value is not None and not isinstance(value, int | float):
                 raise TypeError(f"{name} must be a number or None, got {quoted(value)}")
             if value is not None and not 0 < value < limit:
                 raise ValueError(f"{name} must be above 0 and below {limit}, got {value}")
+        if self.non_finite not in NON_FINITE:
+            raise ValueError(f"non_finite must be one of {', '.join(NON_FINITE)}, got {quoted(self.non_finite)}")
         if self.mixed_precision is not None and self.mixed_precision not in PRECISIONS:
             raise ValueError(
                 f"mixed_precision must be None or one of {', '.join(PRECISIONS)}, got {quoted(self.mixed_precision)}"

@@ -169,11 +169,16 @@ class Processes:
         checksums = self._gather(torch.frombuffer(bytearray(checksum), dtype=torch.uint8))
         if all(torch.equal(other, checksums[0]) for other in checksums):
             return
-        sizes = [int(size) for size in self._gather(torch.tensor([len(payload)]))]
-        padded = torch.frombuffer(bytearray(payload.ljust(max(sizes))), dtype=torch.uint8)
-        texts = [tensor.numpy().tobytes()[:size] for tensor, size in zip(self._gather(padded), sizes, strict=True)]
+        texts = self.gather_bytes(payload)
         difference = first_difference([json.loads(text) for text in texts])
         raise ValueError(f"all {self.world} processes of a run must have the same {when}, but {difference}")
+
+    def gather_bytes(self, payload: bytes) -> list[bytes]:
+        """The bytes of every process, in every process."""
+        sizes = [int(size) for size in self._gather(torch.tensor([len(payload)]))]
+        padded = torch.zeros(max(sizes), dtype=torch.uint8)
+        padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
+        return [data[:size].numpy().tobytes() for data, size in zip(self._gather(padded), sizes, strict=True)]
 
     def _gather(self, tensor: Tensor) -> list[Tensor]:
         """Gather every process's tensor to the CPU; all have the same shape."""

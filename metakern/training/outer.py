@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_value_, clip_grads_with_norm_, get_total_norm
 
 from metakern.training.averaging import MovingAverage
 from metakern.training.config import TrainerConfig
@@ -33,7 +33,7 @@ class BatchResult:
 class OuterLoop:
     """Runs the outer steps of meta-batches.
 
-    A step with a non-finite loss or meta-gradient is skipped.
+    A step with a non-finite loss or meta-gradient is skipped, unless ``config.non_finite`` is "zero".
 
     Attributes:
         skipped: outer steps skipped so far
@@ -67,7 +67,7 @@ class OuterLoop:
             RuntimeError: after ``max_skipped`` consecutive skipped steps, and for a learner whose number of outer steps
                 depends on the tasks.
         """
-        parts = list(own_parts(batch, self.processes, self.config.accumulate))
+        parts = list(own_parts(batch, self.processes, self.config.batch_parts))
         losses, sizes = [iter(self.learner.meta_losses(part)) for part in parts], [part.num_tasks for part in parts]
         results: list[BatchResult] = []
         while True:
@@ -123,11 +123,17 @@ class OuterLoop:
             raise RuntimeError("the losses of meta_losses must depend on parameters of the optimizer, got none that do")
         if self._scaler.is_enabled():
             self._scaler.unscale_(self.optimizer)
+        zeroes = self.config.non_finite == "zero"
+        if zeroes:
+            for grad in grads:
+                grad.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+        if self.config.max_grad_element is not None:
+            clip_grad_value_(parameters, self.config.max_grad_element)
         norm = get_total_norm(grads)
         total, positions, *stops, norm_value = torch.cat([figures, norm.to(figures).view(1)]).tolist()
         if positions != position * self.processes.world:
             raise RuntimeError("meta_losses must give as many tensors in every process, got fewer in some")
-        finite = abs(total) < float("inf") and norm_value < float("inf")
+        finite = zeroes or (abs(total) < float("inf") and norm_value < float("inf"))
         if finite:
             if self.config.max_grad_norm is not None:
                 clip_grads_with_norm_(parameters, self.config.max_grad_norm, norm)

@@ -12,6 +12,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from metakern.learners import MetaLearner
 from metakern.tasks import TaskDistribution
 from metakern.training.averaging import MovingAverage
+from metakern.training.checkpoints import FORMAT, from_bytes, to_bytes
+from metakern.training.distributed import Processes
 from metakern.training.outer import OuterLoop
 
 #: Optional parts.
@@ -47,6 +49,25 @@ class Parts:
         for name, part in vars(self).items():
             if state[name] is not None:
                 part.load_state_dict(state[name])
+
+
+def collect_states(learner: Any, processes: Processes) -> None:
+    """Give a learner in every process what each process knows alone, for a checkpoint.
+
+    For learners with ``process_state()``, plain data or None, and ``set_process_states(states)``.
+    """
+    if processes.world == 1 or not hasattr(learner, "process_state"):
+        return
+    payload = to_bytes({"format": FORMAT, "own": learner.process_state()})
+    states = [from_bytes(each, "a process's state")["own"] for each in processes.gather_bytes(payload)]
+    if all(state is not None for state in states):
+        learner.set_process_states(states)
+
+
+def weights_of(learner: Any) -> dict[str, Any]:
+    """A learner's state without what only training needs; see ``without_process_states``."""
+    state: dict[str, Any] = learner.state_dict()
+    return learner.without_process_states(state) if hasattr(learner, "without_process_states") else state
 
 
 def check_parts(learner: Any, tasks: Any, optimizer: Any) -> None:

@@ -38,7 +38,7 @@ from metakern.training.draws import generator_for, own_global_draws, seed_global
 from metakern.training.history import History, Record
 from metakern.training.identity import differences, identity_in, identity_of, settings_of, values_of
 from metakern.training.outer import BatchResult, OuterLoop, own_parts
-from metakern.training.parts import Parts, check_parts
+from metakern.training.parts import Parts, check_parts, collect_states, weights_of
 from metakern.training.signals import Interrupted, StopSignals
 from metakern.training.state_checks import check_state
 
@@ -83,7 +83,7 @@ class Trainer:
     Raises:
         TypeError: for a learner, tasks or optimizer of the wrong type
         ValueError: for optimizer parameters that are not the learner's, and for fewer tasks than processes and
-            ``accumulate`` need
+            ``batch_parts`` need
         RuntimeError: for an unavailable mixed precision or device
 
     Example:
@@ -111,7 +111,7 @@ class Trainer:
         with self.processes.telling():
             check_parts(learner, tasks, optimizer)
             world = self.processes.world
-            for name, least in (("num_tasks", world * self.config.accumulate), ("eval_tasks", world)):
+            for name, least in (("num_tasks", world * self.config.batch_parts), ("eval_tasks", world)):
                 number = getattr(self.config, name)
                 if number < least:
                     raise ValueError(f"{name} must be at least {least}, one for each process and part, got {number}")
@@ -121,6 +121,8 @@ class Trainer:
             self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
             self.iteration, self.history = 0, History()
             self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
+            if hasattr(learner, "set_process"):
+                self.learner.set_process(self.processes.rank, world)
             self._splits = {"train": tasks.split("train")}
             self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
             self._identity = identity_of(optimizer, scheduler, learner)
@@ -319,6 +321,7 @@ class Trainer:
             last or self.iteration % every == 0 for every in (config.eval_every, config.checkpoint_every)
         )
         if evaluates or keeps:
+            collect_states(self.learner, self.processes)
             self._check_values()
         if evaluates:
             self._judge(self.evaluate())
@@ -376,7 +379,7 @@ class Trainer:
         if better:
             history.best, history.best_iteration = value, self.iteration
             with self.averaged():
-                self._best_weights = copy.deepcopy(self.learner.state_dict())
+                self._best_weights = copy.deepcopy(weights_of(self.learner))
         self._worse = 0 if better else self._worse + 1
         self._call("on_evaluation", measures)
         if better:
@@ -463,6 +466,7 @@ class Trainer:
 
     def _leave_if(self, signum: int) -> None:
         if signum:
+            collect_states(self.learner, self.processes)
             self._save()
             raise Interrupted(signum, f"{Signals(signum).name}: stopped after iteration {self._where()}")
 
@@ -476,7 +480,9 @@ class Trainer:
 
     def _remember_whole(self) -> None:
         """Keep the state before the iteration, in case another process ends during it."""
-        if self.processes.world > 1 and self.processes.is_first and self.checkpoints is not None:
+        self._last_whole = None
+        own = getattr(self.learner, "process_state", lambda: None)()  # a lost process would take its own with it
+        if own is None and self.processes.world > 1 and self.processes.is_first and self.checkpoints is not None:
             history = self.history
             marks = (len(history.records), len(history.evaluations), history.best, history.best_iteration)
             fixed = {"iteration": self.iteration, "best_weights": self._best_weights, "worse": self._worse}

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from bench import gpu, gpu_check, report
-from bench.gpu_budget import DRY, FULL, failures, measure, table
+from bench.gpu_budget import CELLS, DRY, FULL, failures, measure, table
 from bench.gpu_cells import Cell
 from bench.gpu_device import CpuStandIn
 from bench.inner_update.gpu import UpdateCase, update_cell
@@ -73,30 +73,40 @@ def test_a_backend_that_breaks_or_errs_fails_the_run_and_a_peer_does_not() -> No
     assert found["failed"] == ["wrong", "nan", "broken"]
     assert found["unavailable"]["wrong"].startswith("ArithmeticError: result 0 differs from")
     assert found["unavailable"]["broken peer"] == "ZeroDivisionError: division by zero"
-    assert failures({"inner_loop": [found], "inner_update": []}) == ["case: wrong", "case: nan", "case: broken"]
+    wrong = [f"op, case: {name}" for name in ("wrong", "nan", "broken")]
+    assert failures({"op": [found], "other": [], "skipped": {"op, title": "no time"}}) == wrong
 
 
 def test_the_dry_run_measures_everything_and_says_what_it_skips() -> None:
     written: list[Any] = []
-    found = measure(device("cpp"), DRY, 300.0, lambda state: written.append(len(state["inner_loop"])))
+    found = measure(device("cpp"), DRY, 600.0, lambda state: written.append(sum(map(len, state.values()))))
     assert found["skipped"] == {}
-    assert [cell["title"] for cell in found["inner_loop"]] == [case.title for case in DRY.loops]
-    assert [cell["title"] for cell in found["inner_update"]] == [case.title for case in DRY.updates]
-    for cell in (*found["inner_loop"], *found["inner_update"]):
-        assert list(cell["contenders"])[1:] == ["cpp", "compiled"]
-        assert cell["unavailable"] == {}
-    assert written == [1, 1, 1]  # the results so far, after every case
-    assert table(found).count("x the fastest peer") == 3
+    for name, cases in DRY.cases.items():
+        assert [cell["title"] for cell in found[name]] == [case.title for case in cases]
+        for cell in found[name]:
+            assert list(cell["contenders"])[1:] in (["cpp", "compiled"], ["cpp"]), cell
+            assert cell["unavailable"] == {}
+    count = len(DRY.jobs)
+    assert written == list(range(1, count + 1))  # the results so far, after every case
+    assert table(found).count("x the fastest peer") == count
     hurried = measure(device("cpp"), DRY, 0.0, lambda _: None)
-    assert len(hurried["inner_loop"]) == 1  # the first case is always measured, without the compiled peer
-    assert hurried["inner_update"] == []
-    assert len(hurried["skipped"]) == 1 + len(DRY.updates)
+    first, *others = DRY.cases
+    assert len(hurried[first]) == 1  # the first case is always measured, without the compiled peer
+    assert not any(hurried[name] for name in others)
+    assert len(hurried["skipped"]) == count
+
+
+def test_operators_are_found_by_their_folders_and_take_turns() -> None:
+    assert CELLS.keys() == DRY.cases.keys() == FULL.cases.keys() >= {"inner_update", "lstm_step", "mlp_inner_loop"}
+    turns = [name for name, _ in FULL.jobs]
+    assert turns[: len(CELLS)] == list(CELLS)
+    assert {name: turns.count(name) for name in CELLS} == {name: len(cases) for name, cases in FULL.cases.items()}
 
 
 def test_every_target_has_its_case_and_one_that_is_not_measured_is_missed() -> None:
-    assert {case.title for case in FULL.loops} == set(GPU_INNER_LOOP_TITLES)
+    assert {case.title for case in FULL.cases["mlp_inner_loop"]} == set(GPU_INNER_LOOP_TITLES)
     ours = {"cuda": {"speedup": {"vmap": 12.0, "compiled": 4.0}}}
-    loops = {"inner_loop": [{"title": GPU_INNER_LOOP_TITLES[0], "contenders": ours}]}
+    loops = {"mlp_inner_loop": [{"title": GPU_INNER_LOOP_TITLES[0], "contenders": ours}]}
     targets = judge_gpu_inner_loop({"backends": ["cuda", "triton"], "loops": loops})
     verdicts = {(t["kind"], t["name"]): (t["measured"], t["met"]) for t in targets}
     assert len(verdicts) == 2 * len(GPU_INNER_LOOP_TITLES) * len(GPU_INNER_LOOP_PEERS)
@@ -109,20 +119,22 @@ def test_every_target_has_its_case_and_one_that_is_not_measured_is_missed() -> N
 
 def test_the_least_budget_holds_every_case_and_a_whole_one_the_compiled_peers() -> None:
     least = {name: limit for name, _, limit in gpu_check.BUDGET}["benchmarks"] - gpu_check.GRACE
-    cells = 2 * FULL.limits.cell_seconds * (len(FULL.loops) + len(FULL.updates))
+    cells = 2 * FULL.limits.cell_seconds * len(FULL.jobs)
     assert cells <= FULL.share * least
-    assert cells + len(FULL.loops) * FULL.limits.compile_seconds <= FULL.share * gpu.FULL.seconds
+    longest = len(FULL.cases["mlp_inner_loop"])  # the other peers compile in seconds
+    assert cells + longest * FULL.limits.compile_seconds <= FULL.share * gpu.FULL.seconds
 
 
 def test_the_table_says_what_was_not_measured() -> None:
     empty = report.render_gpu({}, "").splitlines()
-    assert len(empty) == 2 + len(FULL.loops) + len(FULL.updates)
+    loops, updates = FULL.cases["mlp_inner_loop"], FULL.cases["inner_update"]
+    assert len(empty) == 2 + len(loops) + len(updates)
     assert all(line.count(report.NOT_MEASURED) == 3 for line in empty[2:])
-    title = FULL.loops[0].title
+    title = loops[0].title
     cuda = {"median_s": 1.5e-4, "speedup_over_fastest_peer": 12.34}
     cell = {"title": title, "fastest_peer": "compiled", "contenders": {"vmap": {"median_s": 1.0}, "cuda": cuda}}
     machine = {"gpu": "H", "versions": {"cuda": "13", "torch": "2"}, "date": "today"}
-    found = {"command": "python -m bench.gpu", "machine": machine, "loops": {"inner_loop": [cell]}}
+    found = {"command": "python -m bench.gpu", "machine": machine, "loops": {"mlp_inner_loop": [cell]}}
     lines = report.render_gpu(found, "h.json").splitlines()
     assert lines[2] == f"| meta-iteration | {title} | 150 µs | {report.NOT_MEASURED} | 12.3x (compiled) |"
     assert lines[3:-2] == empty[3:]

@@ -200,14 +200,25 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     "options",
     [
         "--rates lslr", "--rates meta-sgd", "--first-order", "--anil", "--parameters 0.*", "--optimizer sgd",
-        "--ema 0.9 --max-grad-norm 1 --accumulate 2",
-        "--tasks regression-3 --shots 4", "--tasks digits-domains --queries 2",
+        "--ema 0.9 --max-grad-norm 1 --batch-parts 2",
+        "--tasks regression-3 --shots 4", "--tasks digits-domains --queries 2", "--rule meta-sgd", "--rule lslr",
     ],
 )  # fmt: skip
 def test_a_run_with(options, tmp_path):
     succeed(f"{SINUSOID} --iterations 2 {options} --output {tmp_path}/run --quiet")
     assert all(math.isfinite(line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line)
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+@pytest.mark.filterwarnings("ignore:plain PyTorch serves this small MLP")
+def test_a_rule_for_the_inner_steps_is_learned_and_found_again(tmp_path):
+    printed = succeed(f"{SINUSOID} --iterations 3 --rule adam --inner-lr 0.02 --output {tmp_path}/run")
+    assert "inner steps of 0.02 by adam" in printed
+    rate = load_file(tmp_path / "run" / "model.safetensors")["rule.lr"]
+    assert rate.item() != pytest.approx(0.02, rel=1e-6)
+    before = measures(tmp_path / "run")
+    succeed(f"eval maml {tmp_path}/run --num-tasks 6 --quiet")
+    assert measures(tmp_path / "run") == before
 
 
 def test_patience_ends_a_run_early(tmp_path):
@@ -242,6 +253,8 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--model resnet", "model must be one of auto, mlp, conv4, got 'resnet'"),
         ("--model conv4", "model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got 'sinusoid'"),
         ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
+        ("--rule lion", "rule must be one of adam, coordinatewise-lstm,"),
+        ("--rule adam --rates lslr", "rates must be left out where rule is given, which has its own, got 'lslr'"),
         ("--optimizer lion", "optimizer must be one of adam, adamw, rmsprop, sgd, got 'lion'"),
         ("--scheduler step", "scheduler must be one of cosine, none, got 'step'"),
         ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),
@@ -252,7 +265,7 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--monitor accuracy", "monitor must be one of loss, got 'accuracy'"),
         ("--mixed-precision fp8", "mixed_precision must be None or one of bf16, fp16, got 'fp8'"),
         ("--ema 1", "ema must be above 0 and below 1.0, got 1.0"),
-        ("--accumulate 40", "num_tasks must be at least 40, one for each process and part, got 32"),
+        ("--batch-parts 40", "num_tasks must be at least 40, one for each process and part, got 32"),
         ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
         ("--tasks omniglot", "data must name the folder of omniglot, got none: --data FOLDER"),
         ("--tasks omniglot --data nowhere", "nowhere"),

@@ -119,7 +119,7 @@ def test_torchrun_starts_a_killed_run_anew_and_it_comes_to_the_same_end(tmp_path
     assert yaml.safe_load((tmp_path / "two" / "config.yaml").read_text())["outer_lr"] == 0.001
 
 
-@pytest.mark.parametrize("wrong", ["--mixed-precision fp8", "--ema 1", "--accumulate 40"])
+@pytest.mark.parametrize("wrong", ["--mixed-precision fp8", "--ema 1", "--batch-parts 40"])
 def test_a_run_is_not_replaced_by_one_that_cannot_begin(wrong, tmp_path):
     folder = tmp_path / "run"
     succeed(f"{SINUSOID} --iterations 2 --output {folder} --quiet")

@@ -71,10 +71,10 @@ def test_the_learning_rate_falls_along_a_cosine_to_three_percent(tmp_path):
 
 
 def test_the_outer_loop_is_set_as_for_maml(tmp_path):
-    options = "--optimizer sgd --scheduler none --max-grad-norm 0 --ema 0.9 --patience 1 --accumulate 2 --outer-lr 0.5"
+    options = "--optimizer sgd --scheduler none --max-grad-norm 0 --ema 0.9 --patience 1 --batch-parts 2 --outer-lr 0.5"
     succeed(f"train optimizer {RUN} --episodes 9 --problem quadratics {options} --output {tmp_path}/q")
     config = yaml.safe_load((tmp_path / "q" / "config.yaml").read_text())
-    assert (config["optimizer"], config["scheduler"], config["accumulate"]) == ("sgd", "none", 2)
+    assert (config["optimizer"], config["scheduler"], config["batch_parts"]) == ("sgd", "none", 2)
     assert {line["lr"] for line in metrics(tmp_path / "q") if "lr" in line} == {0.5}
     newest = max((tmp_path / "q" / "checkpoints").glob("*.pt"))
     checkpoint = torch.load(newest, weights_only=True)
@@ -129,7 +129,7 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
         ("train optimizer --outer-lr inf", "outer_lr must be positive and finite, got inf"),
         ("train optimizer --problem mnist", "problem must be one of digits, digits-regression, digits-cnn, digits-rnn"),
-        ("train optimizer --objective mean", "objective must be one of sum, log, got 'mean'"),
+        ("train optimizer --objective mean", "objective must be one of sum, log, relative-log, last, got 'mean'"),
     ],
 )
 def test_errors_are_one_line_that_names_what_is_wrong(arguments, message, tmp_path, monkeypatch):

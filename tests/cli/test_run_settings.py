@@ -186,14 +186,15 @@ def test_a_folder_in_use_is_named_with_its_holder_in_one_line(tmp_path):
 
 def test_old_names_of_options_work_with_a_warning(tmp_path):
     command = f"train maml {SMALL} --iterations 1"
-    old = f"{command} --lr 0.02 --clip-norm=0.5 --output {tmp_path}/old"
+    old = f"{command} --lr 0.02 --clip-norm=0.5 --accumulate 2 --output {tmp_path}/old"
     with pytest.warns(DeprecationWarning, match="is now") as caught:
         succeed(old)
     assert [str(warning.message).partition(";")[0] for warning in caught if "is now" in str(warning.message)] == [
         "--lr is now --outer-lr", "--clip-norm is now --max-grad-norm",
+        "--accumulate is now --batch-parts",
     ]  # fmt: skip
     config = yaml.safe_load((tmp_path / "old" / "config.yaml").read_text())
-    assert (config["outer_lr"], config["max_grad_norm"], config["mixed_precision"]) == (0.02, 0.5, None)
+    assert (config["outer_lr"], config["max_grad_norm"], config["batch_parts"]) == (0.02, 0.5, 2)
 
 
 def test_a_configuration_with_old_names_works_with_a_warning(tmp_path):
@@ -210,12 +211,20 @@ def test_an_old_name_beside_the_new_one_is_refused(tmp_path):
     assert "lr is the old name of" in result.stderr
 
 
+OLD_NAMES = {
+    "outer_lr": "lr",
+    "max_grad_norm": "clip_norm",
+    "mixed_precision": "precision",
+    "batch_parts": "accumulate",
+}
+
+
 def test_a_run_that_began_under_old_names_goes_on(tmp_path):
     succeed(f"train maml {SMALL} --iterations 1 --output {tmp_path}/run")
     config = tmp_path / "run" / "config.yaml"
     text = config.read_text()
     old = text
-    for new, before in (("outer_lr", "lr"), ("max_grad_norm", "clip_norm"), ("mixed_precision", "precision")):
+    for new, before in OLD_NAMES.items():
         old = old.replace(f"{new}:", f"{before}:")
     assert old != text
     config.write_text(old)

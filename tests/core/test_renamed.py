@@ -54,11 +54,12 @@ def test_both_names_are_one_too_many():
 
 def test_the_trainer_configuration_takes_its_old_names():
     with pytest.warns(DeprecationWarning, match="is now") as caught:
-        config = TrainerConfig(clip_norm=2.0, precision="bf16")
+        config = TrainerConfig(clip_norm=2.0, precision="bf16", accumulate=2)
     assert {warning.filename for warning in caught} == {__file__}
-    assert config == TrainerConfig(max_grad_norm=2.0, mixed_precision="bf16")
+    assert config == TrainerConfig(max_grad_norm=2.0, mixed_precision="bf16", batch_parts=2)
     with pytest.warns(DeprecationWarning, match="TrainerConfig.clip_norm is now max_grad_norm"):
         assert config.clip_norm == 2.0
+    assert config.batch_parts == 2
     assert asdict(config)["max_grad_norm"] == 2.0
     assert "clip_norm" not in asdict(config)
     assert replace(config, max_grad_norm=3.0).max_grad_norm == 3.0

@@ -12,11 +12,12 @@ from metakern.evaluation import (
     Curve,
     compare_optimizers,
     compare_speed,
+    rule_curve,
     training_curve,
     tune,
 )
 from metakern.optim import LearnedOptimizer
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import CoordinatewiseLSTM, MetaLSTM, Momentum, RNNProp
 from metakern.tasks import ClassicFunction, DigitsMLP, MixedOptimizees, Quadratics
 
 SMALL = {"num_tasks": 3, "steps": 5, "seed": 0}
@@ -82,6 +83,23 @@ def test_the_comparison_has_the_learned_optimizer_and_every_baseline():
     assert torch.equal(curves[0].losses, expected)
 
 
+@pytest.mark.parametrize("make", [MetaLSTM, Momentum, lambda: MetaLSTM({"x": torch.ones(4)})], ids=str)
+def test_rules_that_need_losses_or_see_tasks_have_curves(make):
+    rule, problems = make(), Quadratics(4)
+    losses = rule_curve(rule, problems, **SMALL)
+    assert not losses.requires_grad
+    batch = problems.sample(3, torch.Generator().manual_seed(0))
+    params = batch.init_params()
+    if rule.initialisation():
+        params = {"x": torch.ones(3, 4)}
+    state = rule.init_state(params, tasks=True)
+    for step in range(6):
+        torch.testing.assert_close(losses[step], batch.full_loss(params))
+        x = params["x"].detach().requires_grad_()
+        (grad,) = torch.autograd.grad(batch.loss({"x": x}).sum(), x)
+        params, state = rule(params, {"x": grad}, state, loss=batch.loss(params).detach())
+
+
 def test_every_training_of_a_comparison_is_told():
     told = []
     options = {"num_tasks": 2, "steps": 1, "seed": 0}
@@ -110,8 +128,12 @@ def test_the_summary_is_what_the_losses_say():
     assert summary["curve_mean"] == [4.0, 1.5]
 
 
-def test_speed_is_compared_on_equal_work():
-    rule = CoordinatewiseLSTM(5)
+@pytest.mark.parametrize(
+    "make", [lambda: CoordinatewiseLSTM(5), RNNProp, MetaLSTM], ids=["LSTM", "RNNProp", "Meta-LSTM"]
+)
+def test_speed_is_compared_on_equal_work(make):
+    torch.manual_seed(0)
+    rule = make()
     before = [p.detach().clone() for p in rule.parameters()]
     speed = compare_speed(rule, DigitsMLP(batch_size=8), num_tasks=2, steps=4, unroll=2, repeats=2)
     assert speed.difference < 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.func import functional_call
 
 from metakern import MAML, adapt, meta_loss
 from metakern.maml import PerStepBatchNorm, per_step_batch_norm
+from metakern.rules import MetaLSTM, Momentum, Rule
 from tests.conftest import assert_close, assert_same_bits
 from tests.inner_loops import Episode, assert_same, regression
 
@@ -43,7 +45,12 @@ def net() -> nn.Module:
 
 
 def by_hand(
-    net: nn.Module, episode: Episode, steps: int, rate: float = 0.1, weights: list[float] | None = None
+    net: nn.Module,
+    episode: Episode,
+    steps: int,
+    rate: float = 0.1,
+    weights: list[float] | None = None,
+    rule: Rule | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Query losses [T], and what the running statistics [K+1, C] become, with one plain batch norm a step and task."""
     num_tasks, params = episode.support[0].shape[0], dict(net.named_parameters())
@@ -51,6 +58,7 @@ def by_hand(
     tasks, losses = [dict(params) for _ in range(num_tasks)], [torch.zeros((), dtype=F64)] * num_tasks
     twin = plain().train(net.training)
     twin[1].momentum = net[1].momentum
+    states = [] if rule is None else [rule.init_state(params) for _ in tasks]
 
     def evaluate(step: int, sets: tuple[Tensor, Tensor]) -> list[Tensor]:
         own = [{f"1.{name}": row.clone() for name, row in rows[step].items()} for _ in tasks]
@@ -63,8 +71,11 @@ def by_hand(
     for step in range(steps):
         for index, loss in enumerate(evaluate(step, episode.support)):
             grads = torch.autograd.grad(loss, list(tasks[index].values()), create_graph=True)
-            named = zip(tasks[index].items(), grads, strict=True)
-            tasks[index] = {name: p - rate * g for (name, p), g in named}
+            named = dict(zip(tasks[index], grads, strict=True))
+            if rule is None:
+                tasks[index] = {name: p - rate * named[name] for name, p in tasks[index].items()}
+            else:
+                tasks[index], states[index] = rule(tasks[index], named, states[index], loss=loss)
         weight = float(step == steps - 1) if weights is None else weights[step]
         if weight:
             losses = [a + weight * b for a, b in zip(losses, evaluate(step + 1, episode.query), strict=True)]
@@ -102,6 +113,24 @@ def test_equals_one_batch_norm_a_step(
         assert_same_bits(name, tensor, after[name])
         if not training or "running" not in name:
             assert_same_bits(name, tensor, before[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"checkpoint_every": 2, "step_weights": [0.2, 0.3, 0.5]}], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: Momentum(0.1), lambda: MetaLSTM(hidden_size=3)], ids=["momentum", "Meta-LSTM"]
+)
+def test_a_rules_steps_have_their_own_statistics_too(
+    net: nn.Module, episode: Episode, make: Callable[[], Rule], options: dict[str, Any]
+) -> None:
+    rule = make().double()
+    before = copy.deepcopy(net.state_dict())
+    expected, statistics = by_hand(net, episode, STEPS, weights=options.get("step_weights"), rule=rule)
+    losses = meta_loss(net, episode.support, episode.query, steps=STEPS, rule=rule, **options)
+    leaves = [p for p in net.parameters() if p is not net[0].bias]  # batch norm takes a bias away
+    assert_same(losses, expected, [*leaves, *rule.parameters()])
+    for name in STATISTICS:
+        assert_close(name, getattr(net[1], name), statistics[name], 1e-13)
+        assert (getattr(net[1], name) != before[f"1.{name}"]).all()
 
 
 def test_fewer_steps_move_their_rows_alone(net: nn.Module, episode: Episode) -> None:

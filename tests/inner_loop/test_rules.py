@@ -104,6 +104,16 @@ def test_lr_belongs_to_gradient_descent() -> None:
             call(model, *sets, lr=0.1, rule=rule)
 
 
+@pytest.mark.parametrize(("name", "rule"), [("sgd", GradientDescent()), ("Momentum", Momentum()), ("adam", Adam())])
+def test_rules_without_weights_may_be_named(name: str, rule: Rule) -> None:
+    model, episode, _ = problem("momentum")
+    named, expected = (meta_loss(model, episode.support, episode.query, steps=2, rule=each) for each in (name, rule))
+    assert torch.equal(named, expected)
+    for other, message in (("lion", "rule must be one of adam, .*, got 'lion'"), ("lslr", "rule must be trained or a")):
+        with pytest.raises(ValueError, match=message):
+            adapt(model, *episode.support, rule=other)
+
+
 @pytest.mark.parametrize("rule", [0.1, torch.optim.SGD, nn.Linear(1, 1)], ids=["number", "class", "layer"])
 def test_what_is_no_rule_is_refused_by_name(rule: Any) -> None:
     model, episode, _ = problem("momentum")

@@ -148,12 +148,8 @@ def classes(num_tasks: int = 12) -> Episodes:
 
 def test_averaged_predictions_of_classes_are_probabilities() -> None:
     batch = classes()
-    learner = ClusteredLearner(
-        MAMLLearner(nn.Sequential(nn.Linear(3, 3)), loss=F.cross_entropy, inner_lr=0.5),
-        2,
-        begin=1,
-        eval_temperature=1.0,
-    )
+    single = MAMLLearner(nn.Sequential(nn.Linear(3, 3)), loss=F.cross_entropy, inner_lr=0.5)
+    learner = ClusteredLearner(single, 2, begin=1, eval_temperature=1.0)
 
     class Tasks(TwoFamilies):
         def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:

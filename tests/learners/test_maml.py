@@ -396,3 +396,23 @@ def test_old_names_work_with_a_warning():
         adapted = learner.adapt(batch)
     assert {warning.filename for warning in caught} == {__file__}
     assert_same_bits("weight", adapted.parameters["weight"], learner.adapt_to(batch).parameters["weight"])
+
+
+@pytest.mark.filterwarnings("ignore:plain PyTorch serves this small MLP")
+@pytest.mark.parametrize(
+    ("rule", "learned"),
+    [("sgd", ["rule.lr"]), ("adam", ["rule.lr"]), ("meta-sgd", ["rule.rates.2/weight", "rule.rates.2/bias"])],
+)
+def test_a_rule_given_by_name_learns_its_rates(rule: str, learned: list[str]) -> None:
+    learner = MAMLLearner(mlp(2, 4, 1), steps=2, rule=rule, parameters="2.*")
+    next(learner.meta_losses(episodes())).mean().backward()
+    grads = {name: p.grad for name, p in learner.named_parameters() if name.startswith("rule.")}
+    assert list(grads) == learned
+    assert all(grad is not None and grad.abs().sum() > 0 for grad in grads.values())
+
+
+def test_what_is_no_rule_is_named() -> None:
+    with pytest.raises(ValueError, match=r"rule must be one of adam, .*, got 'lion'"):
+        MAMLLearner(mlp(2, 4, 1), rule="lion")
+    with pytest.raises(TypeError, match="rule must be a rule or its name, got float"):
+        MAMLLearner(mlp(2, 4, 1), rule=0.1)

@@ -13,7 +13,9 @@ from torch.utils import _pytree as pytree
 from metakern.learners import MetaLearner, RuleLearner
 from metakern.rules import CoordinatewiseLSTM
 from metakern.rules.plain_lstm import PlainLSTM
+from metakern.rules.protocol import detached
 from metakern.tasks import ClassicFunction, DigitsMLP, MixedOptimizees, Quadratics
+from metakern.tasks.optimizees import QuadraticBatch
 
 MIXTURE = MixedOptimizees([Quadratics(3), ClassicFunction("booth"), Quadratics(2)])
 PROBLEMS = {"plain": Quadratics(3), "mixed": MIXTURE}
@@ -62,18 +64,35 @@ def train(learner: RuleLearner, problems: Any, iterations: int, lr: float, num_t
             optimizer.step()
 
 
-def unroll_by_definition(rule: Any, batch: Any, steps: int, second_order: bool) -> Tensor:
-    """Losses [steps, T] of the visited points of the first unroll, all in one graph."""
+def unroll_by_definition(
+    rule: Any, batch: Any, steps: int, second_order: bool, before: int = 0, measure: Any = None
+) -> Tensor:
+    """Losses [steps, T] of the visited points of an unroll that follows ``before`` steps, all in one graph."""
     params = batch.init_params()
     state, visited = rule.init_state(params), []
-    for _ in range(steps):
+    for step in range(before + steps):
+        if step == before:
+            params, state, visited = detached(params), detached(state), []
         points, structure = pytree.tree_flatten(params)
         points = [p if p.requires_grad else p.requires_grad_() for p in points]
         losses = batch.loss(params)
         grads = torch.autograd.grad(losses.sum(), points, create_graph=second_order)
         params, state = rule(params, pytree.tree_unflatten(list(grads), structure), state)
-        visited.append(batch.loss(params))
+        visited.append((measure or batch.loss)(params))
     return torch.stack(visited)
+
+
+@pytest.mark.parametrize(("name", "learned"), [("adam", ["lr"]), ("meta-sgd", None)])
+def test_rules_may_be_named(name, learned):
+    if learned is None:
+        with pytest.raises(ValueError, match="params must be given for rule 'meta-sgd'"):
+            RuleLearner(name)
+        return
+    learner = RuleLearner(name, steps=4, unroll=2)
+    assert [n for n, _ in learner.rule.named_parameters()] == learned
+    batch = Quadratics(2).sample(3, torch.Generator().manual_seed(0))
+    next(iter(learner.meta_losses(batch))).mean().backward()
+    assert learner.rule.lr.grad.abs() > 0
 
 
 def test_it_is_a_meta_learner():
@@ -82,14 +101,23 @@ def test_it_is_a_meta_learner():
     assert list(map(id, learner.parameters())) == list(map(id, learner.rule.parameters()))
 
 
+#: Objectives of the losses [K, T] at θ_1 to θ_K and the losses [T] at θ_0, by definition.
+OBJECTIVES = {
+    "sum": lambda visited, first: visited.mean(),
+    "log": lambda visited, first: (visited + 1e-3).log().mean(),
+    "relative-log": lambda visited, first: (visited / (first + 1e-6) + 1e-6).log().mean(),
+    "last": lambda visited, first: visited[-2].mean(),
+}
+
+
 @every_kind
-@pytest.mark.parametrize("objective", ["sum", "log"])
+@pytest.mark.parametrize("objective", OBJECTIVES)
 @pytest.mark.parametrize("second_order", [False, True])
 def test_the_meta_gradient_is_that_of_the_definition(problems, second_order, objective):
     rule = make_rule(backend="reference").double()
     batch = in_double(draw(problems))
     visited = unroll_by_definition(rule, batch, 4, second_order)
-    total = (visited if objective == "sum" else (visited + 1e-3).log()).mean()
+    total = OBJECTIVES[objective](visited, batch.loss(batch.init_params()))
     expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(total, list(rule.parameters()))])
     learner = RuleLearner(rule, steps=4, unroll=4, second_order=second_order, objective=objective)
     (actual,) = meta_gradients(learner, batch)
@@ -115,6 +143,38 @@ def test_every_problem_has_the_gradient_of_its_own_loss():
     for task in range(8):
         pairs = [torch.autograd.grad(of[task], rule.head.weight, retain_graph=True)[0] for of in (losses, expected)]
         torch.testing.assert_close(*pairs, rtol=1e-9, atol=1e-12)
+
+
+class HeldOut(QuadraticBatch):
+    """Quadratics whose held-out loss is another function."""
+
+    has_held_out = True
+
+    def held_out_loss(self, params):
+        return self.loss(params) * params["x"].square().sum(1)
+
+
+@pytest.mark.parametrize(("objective", "held_out"), [("relative-log", False), ("relative-log", True), ("last", True)])
+def test_a_later_unroll_has_the_gradient_of_the_definition(objective, held_out):
+    """f_0 is the loss at the start of the episode, and held-out samples replace the minibatches in every loss."""
+    rule = make_rule(backend="reference").double()
+    batch = in_double(draw(Quadratics(3)))
+    batch.__class__ = HeldOut
+    measure = batch.held_out_loss if held_out else batch.loss
+    visited = unroll_by_definition(rule, batch, 3, False, before=3, measure=measure)
+    total = OBJECTIVES[objective](visited, measure(batch.init_params()))
+    expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(total, list(rule.parameters()))])
+    data = "held-out" if held_out else "train"
+    _, actual = meta_gradients(RuleLearner(rule, steps=6, unroll=3, objective=objective, loss_on=data), batch)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_problems_without_held_out_samples_are_refused():
+    learner = RuleLearner(make_rule(), steps=4, unroll=2, loss_on="held-out")
+    with pytest.raises(ValueError, match=r"loss_on 'held-out' needs problems with held-out samples, .*got Quadratic"):
+        next(learner.meta_losses(draw(Quadratics(3))))
+    networks = MixedOptimizees([DigitsMLP(3, batch_size=4).hold_out(0.5), DigitsMLP(4, batch_size=4).hold_out(0.5)])
+    assert all(losses.isfinite().all() for losses in learner.meta_losses(draw(networks)))
 
 
 def test_first_and_second_order_differ():
@@ -245,7 +305,9 @@ def test_a_copy_starts_where_the_original_is_and_trains_alone():
         ({"steps": 10.0}, TypeError, r"steps must be an integer, got 10\.0"),
         ({"unroll": 0}, ValueError, "unroll must be at least 1, got 0"),
         ({"steps": 10, "unroll": 3}, ValueError, "unroll must divide steps, 10, got 3"),
-        ({"objective": "mean"}, ValueError, "objective must be one of sum, log, got 'mean'"),
+        ({"objective": "last", "unroll": 1}, ValueError, "objective 'last' needs an unroll of at least 2, got 1"),
+        ({"loss_on": "test"}, ValueError, "loss_on must be one of train, held-out, got 'test'"),
+        ({"objective": "mean"}, ValueError, "objective must be one of sum, log, relative-log, last, got 'mean'"),
     ],
 )
 def test_bad_settings_are_named(options, error, message):

@@ -12,8 +12,18 @@ import torch
 
 from metakern import FallbackWarning
 from metakern.core import backend as _backend
-from metakern.ops import LSTMState, inner_update, lstm_step, lstm_step_, lstm_step_staged, mlp_inner_loop, mlp_meta_loss
+from metakern.ops import (
+    LSTMState,
+    hrnn_step,
+    inner_update,
+    lstm_step,
+    lstm_step_,
+    lstm_step_staged,
+    mlp_inner_loop,
+    mlp_meta_loss,
+)
 from metakern.ops.core.registry import operators
+from metakern.ops.hrnn_step.reference import weight_shapes
 
 ONES = [torch.ones(3, 1, 2), torch.ones(3, 1)]
 SET = torch.ones(3, 4, 2), torch.ones(3, 4, 1)
@@ -22,8 +32,12 @@ STATE = LSTMState.zeros(5, hidden_size=4, num_layers=1)
 
 STAGES: dict[str, Any] = {"features": "log_sign", "head": "add"}
 
+HRNN = [torch.ones(3, 21, 2), torch.ones(3, 21, 1)], torch.zeros(2, 3, 30), torch.zeros(3)
+HRNN_WEIGHTS = [torch.ones(tuple(shape)) for shape in weight_shapes(10, attention=False)]
+
 #: One call of each public operator, which are those with a reference.
 CALLS: dict[str, Callable[[], Any]] = {
+    "hrnn_step": lambda: hrnn_step(ONES, ONES, *HRNN, HRNN_WEIGHTS),
     "inner_update": lambda: inner_update(ONES, ONES, 0.1),
     "lstm_step": lambda: lstm_step(torch.ones(5), torch.ones(5), STATE, WEIGHTS),
     "lstm_step_": lambda: lstm_step_(torch.ones(5), torch.ones(5), STATE.clone(), WEIGHTS),

@@ -311,7 +311,7 @@ BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no header": (lambda s: s.pop(HEADER), "got nothing for 'learned_optimizer'"),
     "no groups": (lambda s: s.pop("param_groups"), "got nothing for 'param_groups'"),
     "state is a list": (lambda s: s.update(state=[]), "got list for 'state'"),
-    "version": (lambda s: s[HEADER].update(format_version=99), "must have format_version 1 or 2, got 99"),
+    "version": (lambda s: s[HEADER].update(format_version=99), "must have format_version 1, 2 or 3, got 99"),
     "H": (lambda s: s[HEADER].update(hidden_size=20), "must have hidden_size 6, got 20"),
     "L": (lambda s: s[HEADER].pop("num_layers"), "must have num_layers 2, got None"),
     "number of groups": (lambda s: s["param_groups"].append({}), "must have 1 parameter groups, got 2"),

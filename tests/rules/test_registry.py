@@ -21,6 +21,7 @@ from tests.conformance.rules import added_rule, rows
 @pytest.fixture(autouse=True)
 def kept_table(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(table, "_rules", dict(table._rules))
+    monkeypatch.setattr(table, "_variants", dict(table._variants))
     return
 
 
@@ -94,6 +95,65 @@ def test_two_classes_do_not_share_a_name() -> None:
 def test_only_rules_are_registered(given: Any, got: str) -> None:
     with pytest.raises(TypeError, match=rf"rule must be a subclass of metakern\.rules\.Rule, got {got}"):
         metakern.rules.register(given)
+
+
+@pytest.mark.parametrize("name", ["coordinatewise-lstm", "CoordinatewiseLSTM", "coordinatewise_lstm"])
+def test_make_takes_names_in_kebab_case_and_of_classes(name: str) -> None:
+    rule = metakern.rules.make(name, {"hidden_size": 4, "num_layers": 1})
+    assert type(rule) is CoordinatewiseLSTM
+    assert rule.hidden_size == 4
+
+
+def test_make_knows_every_class_and_the_short_names() -> None:
+    metakern.rules.register(LossScaled)
+    assert metakern.rules.names() == sorted(metakern.rules.names())
+    assert {"adam", "coordinatewise-lstm", "loss-scaled", "lslr", "meta-sgd", "sgd"} <= set(metakern.rules.names())
+    assert type(metakern.rules.make("LossScaled", {"lr": 0.5})) is LossScaled
+    assert table.options_of("momentum") == ["lr", "momentum", "nesterov"]
+
+
+def test_make_makes_every_rule() -> None:
+    params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    for name in metakern.rules.names():
+        options = {"steps": 2} if name == "lslr" else None
+        rule = metakern.rules.make(name, options, params=params)
+        state = rule.init_state(params)
+        new, _ = rule(params, params, state, loss=torch.ones(()))
+        assert new.keys() == params.keys(), name
+
+
+def test_make_gives_rules_for_a_models_parameters() -> None:
+    params = {"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}
+    rates = metakern.rules.make("meta-sgd", {"lr": 0.5}, params=params)
+    assert {name: list(p.shape) for name, p in rates.named_parameters()} == {"rates.weight": [2, 3], "rates.bias": [2]}
+    by_step = metakern.rules.make("lslr", {"steps": 4}, params=params)
+    assert [list(p.shape) for p in by_step.parameters()] == [[4], [4]]
+
+
+@pytest.mark.parametrize(("name", "learned"), [("sgd", 0.01), ("momentum", 0.01), ("adam", 0.001)])
+def test_make_learns_the_rate_of_rules_without_weights(name: str, learned: float) -> None:
+    assert [*metakern.rules.make(name).parameters()] == []
+    ((_, rate),) = metakern.rules.make(name, learned=True).named_parameters()
+    assert rate.item() == pytest.approx(learned)
+    lstm = metakern.rules.make("coordinatewise-lstm", {"hidden_size": 4}, learned=True)
+    assert "lr" not in dict(lstm.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "error", "message"),
+    [
+        ("adamw", {}, ValueError, r"rule must be one of adam, .*sgd, .*got 'adamw'"),
+        (3, {}, TypeError, "rule must be a name, got int"),
+        ("adam", {"beta": 1}, ValueError, "options of rule 'adam' are lr, beta1, beta2, eps; got 'beta'"),
+        ("adam", {"lr": -1.0}, ValueError, "lr must be"),
+        ("meta-sgd", {}, ValueError, "params must be given for rule 'meta-sgd', which has rates for every parameter"),
+    ],
+)
+def test_make_names_what_does_not_fit(name: Any, options: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        metakern.rules.make(name, options)
+    with pytest.raises(ValueError, match="options of rule 'lslr' must hold 'steps', got none"):
+        metakern.rules.make("lslr", params={"w": torch.zeros(2)})
 
 
 def test_a_rule_around_the_lstm_is_one_short_file_and_one_row() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from metakern.tasks import GradientNoise, MixedOptimizees, Quadratics
-from metakern.tasks.optimizees import NoisyBatch
+from metakern.tasks.variants import NoisyBatch
 from tests.conformance.tasks.contents import gradients
 from tests.tasks.draws import generator
 

@@ -129,7 +129,7 @@ class Events(Callback):
 FULL: dict[str, Any] = {
     "iterations": 6,
     "num_tasks": 5,
-    "accumulate": 2,
+    "batch_parts": 2,
     "eval_every": 3,
     "eval_tasks": 7,
     "checkpoint_every": 2,

@@ -37,7 +37,7 @@ def make(folder, *, stop=0, seed=0):
     config = TrainerConfig(
         iterations=10,
         num_tasks=6,
-        accumulate=2,
+        batch_parts=2,
         ema=0.9,
         max_grad_norm=1.0,
         eval_every=4,

@@ -19,7 +19,7 @@ from tests.training.problems import Events, Learner, assert_same_state, make_tra
 from tests.training.processes import ended, start_ranks
 
 #: Seven tasks for two or three processes are shares of different sizes.
-SETTINGS = {"num_tasks": 7, "eval_tasks": 8, "accumulate": 2}
+SETTINGS = {"num_tasks": 7, "eval_tasks": 8, "batch_parts": 2}
 
 
 class Sparse(Learner):

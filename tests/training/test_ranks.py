@@ -44,7 +44,7 @@ def wide(learner):
         ({"max_grad_norm": None}, "config.max_grad_norm is 0.5 in process 0 and None in process 1"),
         ({"seed": 1}, "config.seed is 0 in process 0 and 1 in process 1"),
         ({"iterations": 7}, "config.iterations is 6 in process 0 and 7 in process 1"),
-        ({"accumulate": 1}, "config.accumulate is 2 in process 0 and 1 in process 1"),
+        ({"batch_parts": 1}, "config.batch_parts is 2 in process 0 and 1 in process 1"),
         ({"num_tasks": 6}, "config.num_tasks is 8 in process 0 and 6 in process 1"),
         ({"ema": 0.5}, "config.ema is 0.9 in process 0 and 0.5 in process 1"),
         ({"learner": Learner(outer_steps=3)}, "learner.outer_steps is 2 in process 0 and 3 in process 1"),
@@ -128,7 +128,7 @@ def test_processes_with_different_settings_do_not_begin(tmp_path):
 def refused(folder):
     """One process's own settings are out of range."""
     rank = int(os.environ["RANK"])
-    make_trainer(folder / "run", num_tasks=8, eval_tasks=8, accumulate=9 if rank else 1).fit()
+    make_trainer(folder / "run", num_tasks=8, eval_tasks=8, batch_parts=9 if rank else 1).fit()
 
 
 def test_what_one_process_refuses_is_what_all_say(tmp_path):

@@ -18,7 +18,7 @@ from tests.training.problems import FULL, Events, Learner, Lines, assert_same_st
 def plain(**settings):
     """A trainer with one outer step per batch, no options, and SGD with learning rate 0.05."""
     learner = settings.pop("learner", None) or Learner(outer_steps=1, dropout=0.0)
-    off = {"accumulate": 1, "max_grad_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
+    off = {"batch_parts": 1, "max_grad_norm": None, "ema": None, "scheduled": False, "optimizer": torch.optim.SGD}
     return make_trainer(learner=learner, **{**off, **settings})
 
 
@@ -58,8 +58,8 @@ def test_every_outer_step_of_a_batch_sees_the_one_before():
 @pytest.mark.parametrize("parts", [2, 5])
 def test_accumulated_parts_are_the_whole_batch(parts):
     gradients = []
-    for accumulate in (1, parts):
-        trainer = plain(accumulate=accumulate)
+    for batch_parts in (1, parts):
+        trainer = plain(batch_parts=batch_parts)
         gradients.append(meta_gradient(trainer, trainer._draw()))
     assert sum(g is not None for g in gradients[0]) == 4
     for whole, accumulated in zip(*gradients, strict=True):
@@ -337,7 +337,7 @@ def test_a_precision_that_the_device_has_not_is_refused():
         ({"ema": "x"}, TypeError, "ema must be a number or None, got 'x'"),
         ({"mixed_precision": "fp8"}, ValueError, "mixed_precision must be None or one of bf16, fp16, got 'fp8'"),
         ({"device": 0}, TypeError, "device must be a string, got 0"),
-        ({"accumulate": 6}, ValueError, "num_tasks must be at least 6, one for each process and part, got 5"),
+        ({"batch_parts": 6}, ValueError, "num_tasks must be at least 6, one for each process and part, got 5"),
     ],
 )
 def test_bad_settings_are_named(settings, error, message):
@@ -382,7 +382,7 @@ def failing(**methods):
 )
 def test_what_a_learner_must_give(learner, error, message):
     with pytest.raises(error, match=message):
-        plain(learner=learner(), iterations=1, num_tasks=6, eval_tasks=4, accumulate=2).fit()
+        plain(learner=learner(), iterations=1, num_tasks=6, eval_tasks=4, batch_parts=2).fit()
 
 
 class Uneven(Learner):
@@ -429,7 +429,7 @@ class Pairs:
 
 def test_a_model_of_several_inputs_and_an_output_in_a_dict() -> None:
     learner = MAMLLearner(Sums(), loss=lambda output, y: nn.functional.mse_loss(output["sum"], y), inner_lr=0.1)
-    config = TrainerConfig(iterations=60, num_tasks=8, eval_every=30, eval_tasks=16, accumulate=2)
+    config = TrainerConfig(iterations=60, num_tasks=8, eval_every=30, eval_tasks=16, batch_parts=2)
     trainer = Trainer(learner, Pairs(), torch.optim.Adam(learner.parameters(), 0.1), config)
     before = trainer.evaluate("valid")["loss"]
     trainer.fit()

@@ -24,6 +24,9 @@ from metakern.ops.inner_update.triton import MAX_BLOCK, NUM_WARPS
 from metakern.ops.lstm_step import triton_kernels as kernels
 from metakern.ops.lstm_step.triton import CONFIGS, FEATURES_CONFIG, FLOAT64_CONFIG, SUM_CHUNKS, SUM_WEIGHTS
 
+#: The modules whose kernels are compiled here, each with the constants of its launches.
+MODULES = (kernels.__name__, inner_update_kernels.__name__)
+
 IN_PARAMS_DTYPE = ("old_params", "grads", "new_params", "grad_new_params", "grad_grads", "rates", "updated")
 IN_STATE_DTYPE = ("state", "new_state", "grad_state", "grad_new_state")
 IN_FLOAT64 = ("sums", "coefficients")

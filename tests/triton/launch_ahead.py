@@ -1,16 +1,21 @@
 """Launch the operators' kernels on a GPU that need not be there, up to the point where the compiled kernel would start.
 
 What Triton does with a launch is run: it binds the arguments, takes their types and values, and compiles. Run as
-``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 90 or 100; prints one JSON object for each kind of
-launch: its name, and what the cubin holds where it is compiled.
+``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 80, 90 or 100; prints one JSON object for each kind
+of launch: its name, and what the cubin holds where it is compiled, with the most bytes of stack that it may hold.
+
+Every operator of the conformance suite with Triton kernels takes part: by ``LAUNCHES`` in
+tests/ops/<folder>/triton_launches.py, which map an architecture to calls, or else by an example of its row, forward
+and backward, for architecture 90. ``STACK`` in that module maps kernels to bytes of stack, where they need more than
+usual.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 
 from metakern.core import backend as _backend
-from metakern.ops.lstm_step import prepare
-from metakern.ops.mlp_inner_loop import triton_kernels as mlp_inner_loop_kernels
-from tests.mlp_problems import Case
-from tests.ops.lstm_step.triton_evaluation import backward, forward
-from tests.problems import make_problem
-from tests.triton.compile_ahead import cubin_facts
-from tests.update_problems import make_update
+from metakern.ops.core.registry import OPERATORS
+from tests.conformance.ops.implementations import with_gradients
+from tests.conformance.ops.operators import Operator
+from tests.conformance.ops.rows import with_modules
+from tests.triton.compile_ahead import MODULES, cubin_facts
 
 
 class Driver:
@@ -44,57 +47,40 @@ class Driver:
         return 0
 
 
-def lstm_step() -> None:
-    problem = make_problem(40, 20, 2)
-    forward(problem)
-    backward(problem)
+#: Most bytes of stack a thread: room for addresses that a kernel of many phases reads once in each.
+USUAL_STACK = 256
 
 
-def inner_update() -> None:
-    for dtype in (torch.float32, torch.bfloat16):
-        make_update(2, "per parameter", dtype, clip_norm=1.0, resting=(1,)).run("triton")
+def call_row(op: Operator) -> None:
+    """The row's example ``viewed`` by Triton, forward and backward."""
+    with_gradients(op, op.make(torch.float32, **op.viewed), lambda leaves: op.call(leaves, "triton"))
 
 
-def mlp_regression() -> None:
-    """The sinusoids of Finn et al. 2017."""
-    Case([1, 40, 40, 1], 3, 10, 10).meta("triton", torch.float32, steps=5)
-
-
-def mlp_classification() -> None:
-    """Everything that is optional, in one of the 16-bit dtypes."""
-    case = Case([16, 16, 5], 300, 5, 15, "cross_entropy", own=True)
-    case.params[1] = case.params[1][0]
-    lr = [torch.full((2, *(p.shape if i == 1 else p.shape[1:])), 0.1) for i, p in enumerate(case.params)]
-    masks = {f"{name}_mask": torch.ones(300, n, dtype=torch.bool) for name, n in (("support", 5), ("query", 15))}
-    case.meta("triton", torch.bfloat16, lr=lr, steps=2, per_step=True, activation="gelu", **masks)
-
-
-def mlp_adaptation() -> None:
-    """By clipped gradients, with layers of several activations."""
-    case = Case([3, 20, 9, 2], 2, loss="binary_cross_entropy_with_logits")
-    case.adapt("triton", steps=3, activation=["sigmoid", "leaky_relu:0.1"], clip_norm=1.0)
-
-
-#: By the architecture that they are launched for; those of mlp_inner_loop are compiled as well.
-LAUNCHES: dict[int, tuple[Callable[[], None], ...]] = {
-    90: (lstm_step, inner_update, mlp_regression, mlp_classification, mlp_adaptation),
-    100: (mlp_regression,),
-}
+def launches(arch: int) -> Iterator[tuple[str, Callable[[], None], dict[str, int]]]:
+    """Name, which begins with that of the row, call and stack limits of every launch for an architecture."""
+    for op, module in with_modules("triton_launches"):
+        if module is not None:
+            limits = getattr(module, "STACK", {})
+            yield from ((f"{op.name}, {launch.__name__}", launch, limits) for launch in module.LAUNCHES.get(arch, ()))
+        elif arch == 90 and op.serves("interpreted", torch.float32):
+            yield op.name, partial(call_row, op), {}
 
 
 def main() -> None:
     _backend.missing = lambda *_: ""  # type: ignore[assignment]
-    prepare("triton")
-    importlib.import_module("metakern.ops.inner_update.triton")
+    for operator in OPERATORS.values():
+        operator.prepare("triton")
     run, compile_kernel = JITFunction.run, JITFunction._do_compile
+    name, limits = "", {}
 
     def bound(kernel: Any, key: Any, *args: Any, **options: Any) -> None:
         if key in seen:
             return
         seen.add(key)
-        row: dict[str, Any] = {"name": f"{launch.__name__}: {kernel.__name__}"}
-        if kernel.__module__ == mlp_inner_loop_kernels.__name__:
+        row: dict[str, Any] = {"name": f"{name}: {kernel.__name__}"}
+        if kernel.__module__ not in MODULES:
             row |= cubin_facts(compile_kernel(kernel, key, *args, **options).asm)
+            row["limit"] = limits.get(kernel.__name__, USUAL_STACK)
         print(json.dumps(row), flush=True)
 
     def warm_up(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -103,7 +89,7 @@ def main() -> None:
     JITFunction.run, JITFunction._do_compile = warm_up, bound  # type: ignore[method-assign]
     arch, seen = int(sys.argv[1]), set()
     triton.runtime.driver.set_active(Driver(arch))
-    for launch in LAUNCHES[arch]:
+    for name, launch, limits in launches(arch):  # noqa: B007 read by `bound`
         launch()
 
 

@@ -23,7 +23,7 @@ from metakern.inner_loop.failures import Instead
 from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.task_model import TaskModel, TaskProblem
-from metakern.inner_loop.updates import Descent, RuleUpdate, Update
+from metakern.inner_loop.updates import Descent, RuleUpdate, Update, learned_start
 
 
 class _Plan(NamedTuple):
@@ -148,19 +148,5 @@ def _update(call: Call, model: TaskModel) -> tuple[Update, Mapping[str, Tensor] 
     options = call.options
     if options.is_descent:
         return Descent(options.learning_rates(model.initial), options.largest_norm), None
-    return RuleUpdate(options.rule, options.clip_norm), _initialisation(options.rule, model)
-
-
-def _initialisation(rule: Any, model: TaskModel) -> Mapping[str, Tensor] | None:
-    """The initial parameters that a rule learns, by name, or None."""
-    start: Mapping[str, Tensor] | None = rule.initialisation() if hasattr(rule, "initialisation") else None
-    if start is None:
-        return None
-    shapes = {name: list(p.shape) for name, p in model.initial.items()}
-    got = {name: list(p.shape) for name, p in start.items()}
-    if got != shapes:
-        raise ValueError(
-            f"rule must learn initial values for the adapted parameters, {shapes}, but its initialisation() has {got}: "
-            "name those in parameters=, or make the rule for this model"
-        )
-    return start
+    start = learned_start(options.rule, model.initial, "name those in parameters=, or make the rule for this model")
+    return RuleUpdate(options.rule, options.clip_norm), start

@@ -34,7 +34,7 @@ MIN_SCALE, MAX_SCALE = 1e-6, 88.0
 #: Names of the products' precisions; a kernel receives the index. Keep in step with csrc/lstm_step/problem.h.
 PRECISIONS = ("highest", "high", "medium")
 
-_PRECISION_INDEX = {name: index for index, name in enumerate(PRECISIONS)}
+PRECISION_INDEX = {name: index for index, name in enumerate(PRECISIONS)}
 _PREPROCESS_INDEX = {name: index for index, name in enumerate(reference.PREPROCESS)}
 
 
@@ -119,10 +119,10 @@ def lstm_step_(
     """
     options = check_options(preprocess, preprocess_scale, output_scale, precision)
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)
-    if not _checks_itself(kernel):
-        _check_contiguous(params, state)
+    if not checks_itself(kernel):
+        check_contiguous(params=params, **{"state.data": state.data})
         if not torch.compiler.is_compiling():
-            _check_memory(params, grads, state)
+            check_memory(params, grads, state)
     if kernel is None:
         new_params, new_state = _reference_step(
             params, grads, state, weights, preprocess, preprocess_scale, output_scale
@@ -149,11 +149,11 @@ def _chosen(
     Compiled kernels check shapes, dtypes and devices in a hundredth of the time that Python takes. What they cannot
     see is always checked here.
     """
-    is_plain = _is_plain(params, grads, state, weights)
-    if not is_plain:
+    plain = is_plain(params, grads, state, weights)
+    if not plain:
         _check(params, grads, state, weights, preprocess)
     kernel = operator.choose(backend, params.device, _NO_BFLOAT16 if state.data.dtype == torch.bfloat16 else None)
-    if is_plain and not _checks_itself(kernel):
+    if plain and not checks_itself(kernel):
         _check(params, grads, state, weights, preprocess)
     return kernel
 
@@ -161,12 +161,12 @@ def _chosen(
 _NO_BFLOAT16 = {"cpp": "the kernels for the CPU keep no bfloat16 state"}
 
 
-def _checks_itself(kernel: Kernel | None) -> bool:
+def checks_itself(kernel: Kernel | None) -> bool:
     """Whether a compiled kernel, which checks its arguments, runs; under torch.compile its fake kernel does."""
     return kernel is not None and kernel.implementation == "compiled" and not torch.compiler.is_compiling()
 
 
-def _is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
+def is_plain(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor]) -> bool:
     """Whether the operators can check these arguments fully: a state of this layout and N, and only plain tensors."""
     if type(state) is not LSTMState or not hasattr(weights, "__len__"):
         return False
@@ -213,7 +213,7 @@ def check_options(
         raise ValueError(f"preprocess must be one of {', '.join(reference.PREPROCESS)}, got {preprocess!r}")
     check_scales(preprocess_scale, output_scale)
     check_precision(precision)
-    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), _PRECISION_INDEX[precision]
+    return _PREPROCESS_INDEX[preprocess], float(preprocess_scale), float(output_scale), PRECISION_INDEX[precision]
 
 
 def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Tensor], preprocess: str) -> None:
@@ -237,19 +237,15 @@ def _check(params: Tensor, grads: Tensor, state: LSTMState, weights: Sequence[Te
     _check_weights(weights, state, preprocess, compute_dtype, params)
 
 
-def _check_contiguous(params: Tensor, state: LSTMState) -> None:
-    for name, tensor in (("params", params), ("state.data", state.data)):
+def check_contiguous(**tensors: Tensor) -> None:
+    """Raise ValueError for a tensor that is not contiguous, so that it cannot be updated in place."""
+    for name, tensor in tensors.items():
         if not tensor.is_contiguous():
             raise ValueError(f"{name} must be contiguous to be updated in place, got strides {list(tensor.stride())}")
 
 
-def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
+def check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
     """Raise RuntimeError where arguments overlap, so that one block's results would be another's input."""
-
-    def overlap(a: Tensor, b: Tensor) -> bool:
-        first, second = a.data_ptr(), b.data_ptr()
-        return first < second + b.nbytes and second < first + a.nbytes
-
     grads = grads.contiguous()  # a copy if it was not contiguous
     if overlap(params, state.data) or overlap(grads, state.data):
         raise RuntimeError("params, grads and state must not share memory")
@@ -257,15 +253,23 @@ def _check_memory(params: Tensor, grads: Tensor, state: LSTMState) -> None:
         raise RuntimeError("grads must not share a part of params' memory")
 
 
+def overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two contiguous tensors share memory."""
+    first, second = a.data_ptr(), b.data_ptr()
+    return first < second + b.nbytes and second < first + a.nbytes
+
+
 def check_precision(precision: Any) -> None:
     """Raise ValueError unless ``precision`` is one of :data:`PRECISIONS`."""
-    if not isinstance(precision, str) or precision not in _PRECISION_INDEX:
+    if not isinstance(precision, str) or precision not in PRECISION_INDEX:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {precision!r}")
 
 
-def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
+def check_scales(
+    preprocess_scale: Any, output_scale: Any, names: tuple[str, str] = ("preprocess_scale", "output_scale")
+) -> None:
     """Raise TypeError for scales that are no numbers, ValueError for those out of float32's range."""
-    for name, value in (("preprocess_scale", preprocess_scale), ("output_scale", output_scale)):
+    for name, value in zip(names, (preprocess_scale, output_scale), strict=True):
         if type(value) is float:
             continue
         if not isinstance(value, (float, int)) and (isinstance(value, str) or not hasattr(value, "__float__")):
@@ -276,9 +280,9 @@ def check_scales(preprocess_scale: Any, output_scale: Any) -> None:
                 f"requires_grad={value.requires_grad}"
             )
     if not MIN_SCALE <= preprocess_scale <= MAX_SCALE:
-        raise ValueError(f"preprocess_scale must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
+        raise ValueError(f"{names[0]} must be {MIN_SCALE} to {MAX_SCALE}, got {preprocess_scale}")
     if not abs(output_scale) <= torch.finfo(torch.float32).max:
-        raise ValueError(f"output_scale must be finite in float32, got {output_scale}")
+        raise ValueError(f"{names[1]} must be finite in float32, got {output_scale}")
 
 
 def _weight_specs(layers: int, hidden: int, inputs: int) -> tuple[tuple[str, tuple[int, ...]], ...]:

@@ -3,7 +3,7 @@
 Andrychowicz et al. 2016, "Learning to learn by gradient descent by gradient descent", arXiv 1606.04474.
 
 Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the stages' state,
-K task inputs.
+K coordinate inputs.
 """
 
 from __future__ import annotations
@@ -62,23 +62,39 @@ def preprocess_gradient(grads: Tensor, preprocess: str, scale: float) -> Tensor:
     return gradient_features(grads, preprocess, scale) + (grads - grads).unsqueeze(-1)
 
 
+class Scalars(NamedTuple):
+    """The numbers that a call gives to its stages; each stage uses some.
+
+    Attributes:
+        features_scale: p of the gradient preprocessing
+        beta1: decay of the gradient's moving mean
+        beta2: decay of the moving mean of its square
+        head_scale: factor of the update
+    """
+
+    features_scale: float = 10.0
+    beta1: float = 0.95
+    beta2: float = 0.95
+    head_scale: float = 0.1
+
+
 class FeaturesStage(NamedTuple):
     """A stage that computes the inputs of the lowest cell; see csrc/math/features.h.
 
     Attributes:
         inputs: F, number of features.
-        states: number of state values per coordinate.
-        task_inputs: number of inputs per task.
+        states: number of state values per coordinate; they start at zero.
+        coordinate_inputs: number of further inputs per coordinate.
         weights: number of weights, shared by all coordinates.
-        apply: maps gradients [N], states [states, N], task inputs [task_inputs, N], weights [weights] and the scale to
-            features [N, F] and new states [states, N].
+        apply: maps gradients [N], states [states, N], coordinate inputs [coordinate_inputs, N], weights [weights] and
+            the scalars to features [N, F] and new states [states, N].
     """
 
     inputs: int
     states: int
-    task_inputs: int
+    coordinate_inputs: int
     weights: int
-    apply: Callable[[Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor, Scalars], tuple[Tensor, Tensor]]
 
 
 class HeadStage(NamedTuple):
@@ -87,17 +103,17 @@ class HeadStage(NamedTuple):
     Attributes:
         outputs: R, rows of the head's linear map.
         states: as in :class:`FeaturesStage`.
-        task_inputs: as in :class:`FeaturesStage`.
+        coordinate_inputs: as in :class:`FeaturesStage`.
         weights: as in :class:`FeaturesStage`.
-        apply: maps outputs [R, N], params and gradients [N], states, task inputs, weights and the scale to new params
-            [N] and new states.
+        apply: maps outputs [R, N], params and gradients [N], states, coordinate inputs, weights and the scalars to new
+            params [N] and new states.
     """
 
     outputs: int
     states: int
-    task_inputs: int
+    coordinate_inputs: int
     weights: int
-    apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Scalars], tuple[Tensor, Tensor]]
 
 
 def gradient_stage(preprocess: str) -> FeaturesStage:
@@ -105,47 +121,77 @@ def gradient_stage(preprocess: str) -> FeaturesStage:
     return FeaturesStage(
         num_features(preprocess),
         *(0, 0, 0),
-        lambda grads, states, _tasks, _weights, scale: (preprocess_gradient(grads, preprocess, scale), states),
+        lambda grads, states, _inputs, _weights, scalars: (
+            preprocess_gradient(grads, preprocess, scalars.features_scale),
+            states,
+        ),
     )
+
+
+def loss_features(
+    grads: Tensor, states: Tensor, coordinate_inputs: Tensor, _weights: Tensor, scalars: Scalars
+) -> tuple[Tensor, Tensor]:
+    """Meta-LSTM's four features, Ravi & Larochelle 2017: the loss, [1, N], and the gradient, both by ``log_sign``."""
+    both = [preprocess_gradient(x, "log_sign", scalars.features_scale) for x in (coordinate_inputs[0], grads)]
+    return torch.cat(both, dim=-1), states
 
 
 #: Keeps RNNProp's features finite where the moments are zero.
 MOMENTS_EPSILON = 1e-8
 
+#: Width of RNNProp's linear map.
+MOMENTS_WIDTH = 20
 
-def moment_features(
-    grads: Tensor, states: Tensor, task_inputs: Tensor, _: Tensor, _scale: float
-) -> tuple[Tensor, Tensor]:
-    """RNNProp's features, Lv et al. 2017, arXiv 1703.03633: the gradient and its moving mean, divided by √v̂.
+
+def moments(grads: Tensor, states: Tensor, scalars: Scalars) -> tuple[Tensor, Tensor]:
+    """RNNProp's normalised gradient and mean, Lv et al. 2017, arXiv 1703.03633: (g, m̂) / (√v̂ + 1e-8).
+
+    m' = β₁m + (1−β₁)g, v' = β₂v + (1−β₂)g², and likewise a and b with 1 in place of g: after t steps they are 1 − β₁ᵗ
+    and 1 − β₂ᵗ, so m̂ = m'/a', v̂ = v'/b', and no coordinate counts its steps.
 
     Args:
         grads: [N]
-        states: the moving means m of the gradient and v of its square, [2, N]
-        task_inputs: β1, β2 and the bias corrections 1 / (1 - β1^t), 1 / (1 - β2^t), [4, N]
+        states: m, v, a, b, [4, N]
+        scalars: β₁ and β₂
 
     Returns:
-        features [N, 2], new states [2, N]
+        [N, 2], new states [4, N]
     """
-    (m, v), (beta1, beta2, correct1, correct2) = states, task_inputs
-    m = beta1 * m + (1 - beta1) * grads
-    v = beta2 * v + (1 - beta2) * grads.square()
-    square = correct2 * v
+    (m, v, a, b), (_, beta1, beta2, _) = states, scalars
+    m, a = beta1 * m + (1 - beta1) * grads, beta1 * a + (1 - beta1)
+    v, b = beta2 * v + (1 - beta2) * grads.square(), beta2 * b + (1 - beta2)
+    square = v / b
     positive = square > 0  # the root's infinite derivative at zero is taken as zero
     root = torch.where(positive, torch.where(positive, square, torch.ones_like(square)).sqrt(), square)
     factor = 1 / (root + MOMENTS_EPSILON)
-    features = torch.stack([grads * factor, correct1 * m * factor], dim=-1) + (grads - grads).unsqueeze(-1)
-    return features, torch.stack([m, v])
+    return torch.stack([grads * factor, m / a * factor], dim=-1), torch.stack([m, v, a, b])
+
+
+def moment_features(
+    grads: Tensor, states: Tensor, _inputs: Tensor, weights: Tensor, scalars: Scalars
+) -> tuple[Tensor, Tensor]:
+    """RNNProp's features: a linear map with ELU of :func:`moments`; ``weights`` are [20, 2], flat, and a bias [20]."""
+    found, new_states = moments(grads, states, scalars)
+    matrix, bias = weights[: 2 * MOMENTS_WIDTH].view(MOMENTS_WIDTH, 2), weights[2 * MOMENTS_WIDTH :]
+    return F.elu(F.linear(found + (grads - grads).unsqueeze(-1), matrix, bias)), new_states
 
 
 def add_head(
-    outputs: Tensor, params: Tensor, _grads: Tensor, states: Tensor, _tasks: Tensor, _weights: Tensor, scale: float
+    outputs: Tensor, params: Tensor, _grads: Tensor, states: Tensor, _inputs: Tensor, _weights: Tensor, scalars: Scalars
 ) -> tuple[Tensor, Tensor]:
     """θ' = θ + scale · o, Andrychowicz et al. 2016."""
-    return params + scale * outputs[0], states
+    return params + scalars.head_scale * outputs[0], states
+
+
+def tanh_head(
+    outputs: Tensor, params: Tensor, _grads: Tensor, states: Tensor, _inputs: Tensor, _weights: Tensor, scalars: Scalars
+) -> tuple[Tensor, Tensor]:
+    """θ' = θ + scale · tanh(o), Lv et al. 2017."""
+    return params + scalars.head_scale * outputs[0].tanh(), states
 
 
 def gate_head(
-    outputs: Tensor, params: Tensor, grads: Tensor, states: Tensor, _tasks: Tensor, weights: Tensor, _scale: float
+    outputs: Tensor, params: Tensor, grads: Tensor, states: Tensor, _inputs: Tensor, weights: Tensor, _scalars: Scalars
 ) -> tuple[Tensor, Tensor]:
     """Meta-LSTM's gates, Ravi & Larochelle 2017: θ' = σ(f') θ - σ(i') g.
 
@@ -158,11 +204,16 @@ def gate_head(
 
 #: Features stages by name; a kernel receives the index.
 FEATURES = {name: gradient_stage(name) for name in PREPROCESS} | {
-    "moments": FeaturesStage(2, 2, 4, 0, moment_features),
+    "moments": FeaturesStage(MOMENTS_WIDTH, 4, 0, 3 * MOMENTS_WIDTH, moment_features),
+    "log_sign_with_loss": FeaturesStage(4, 0, 1, 0, loss_features),
 }
 
 #: Head stages by name; a kernel receives the index.
-HEADS = {"add": HeadStage(1, 0, 0, 0, add_head), "gates": HeadStage(2, 2, 0, 4, gate_head)}
+HEADS = {
+    "add": HeadStage(1, 0, 0, 0, add_head),
+    "gates": HeadStage(2, 2, 0, 4, gate_head),
+    "tanh": HeadStage(1, 0, 0, 0, tanh_head),
+}
 
 
 def lstm_cell(x: Tensor, h: Tensor, c: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -201,8 +252,9 @@ def lstm_step(
         new params [N], new h [L, N, H], new c [L, N, H]
     """
     none = params.new_zeros(0, params.numel(), dtype=weights[0].dtype)
-    options = (FEATURES[preprocess], HEADS["add"], preprocess_scale, output_scale)
-    new_params, new_h, new_c, _ = staged_step(params, grads, h, c, none, none, weights, *options)
+    stages = (FEATURES[preprocess], HEADS["add"])
+    scalars = Scalars(features_scale=preprocess_scale, head_scale=output_scale)
+    new_params, new_h, new_c, _ = staged_step(params, grads, h, c, none, none, weights, *stages, scalars)
     return new_params, new_h, new_c
 
 
@@ -212,12 +264,11 @@ def staged_step(
     h: Tensor,
     c: Tensor,
     states: Tensor,
-    task_inputs: Tensor,
+    coordinate_inputs: Tensor,
     weights: Sequence[Tensor],
     features: FeaturesStage,
     head: HeadStage,
-    features_scale: float,
-    head_scale: float,
+    scalars: Scalars,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Features, stacked cells, head: the general form of :func:`lstm_step`.
 
@@ -227,13 +278,12 @@ def staged_step(
         h: [L, N, H]
         c: [L, N, H]
         states: [E, N], rows of the features, then of the head
-        task_inputs: [K, N], each task's repeated for its coordinates; rows of the features, then of the head
+        coordinate_inputs: [K, N]; rows of the features, then of the head
         weights: per layer four as in :func:`lstm_step`; the head's weight [R, H] and bias [R]; then the stages' own
             weights, if any: the features', then the head's
         features: the first stage
         head: the last stage
-        features_scale: scale passed to the features stage
-        head_scale: scale passed to the head stage
+        scalars: numbers for the stages
 
     Returns:
         new params [N], new h [L, N, H], new c [L, N, H], new states [E, N]
@@ -245,9 +295,9 @@ def staged_step(
     x, features_states = features.apply(
         wide_grads,
         states[: features.states],
-        task_inputs[: features.task_inputs],
+        coordinate_inputs[: features.coordinate_inputs],
         features_weights,
-        features_scale,
+        scalars,
     )
     new_h, new_c = [], []
     for layer in range(layers):
@@ -259,9 +309,9 @@ def staged_step(
         wide_params,
         wide_grads,
         states[features.states :],
-        task_inputs[features.task_inputs :],
+        coordinate_inputs[features.coordinate_inputs :],
         head_weights,
-        head_scale,
+        scalars,
     )
     new_states = torch.cat([features_states, head_states])
     return new_params.to(params.dtype), torch.stack(new_h).to(h.dtype), torch.stack(new_c).to(c.dtype), new_states

@@ -3,8 +3,8 @@
 The stages are those of :data:`metakern.ops.lstm_step.reference.FEATURES` and ``HEADS``; the kernels are compiled for
 the pairs of csrc/lstm_step/stages.h.
 
-Axis legend: N coordinates, T tasks, F features, H hidden units, L layers, R outputs of the head, E rows of the stages'
-own state, K task inputs.
+Axis legend: N coordinates, F features, H hidden units, L layers, R outputs of the head, E rows of the stages' own
+state, K coordinate inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from metakern.core.checks import is_number
 from metakern.ops.core.checks import (
+    check,
     check_dense,
     check_dtype,
     check_like,
@@ -25,48 +27,67 @@ from metakern.ops.core.checks import (
     check_type,
     check_value,
 )
-from metakern.ops.core.define_op import Gradient, define_op
+from metakern.ops.core.define_op import Gradient, Kernel, Operator, define_op
 from metakern.ops.core.functions import Backward
-from metakern.ops.lstm_step import reference
-from metakern.ops.lstm_step.state import LSTMState, check_layout, pack_state, unpack_state
-
-_TENSORS = "Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor task_inputs, Tensor[] weights"
-_OPTIONS = "int preprocess, int head, float preprocess_scale, float output_scale, int precision"
-
-#: Pairs of stages with compiled kernels: plain features with every head, and the plain head with all features.
-COMPILED = frozenset(
-    (f, h) for f in reference.FEATURES for h in reference.HEADS if f in reference.PREPROCESS or h == "add"
+from metakern.ops.lstm_step import (
+    PARAM_DTYPES,
+    PRECISION_INDEX,
+    check_contiguous,
+    check_memory,
+    check_precision,
+    check_scales,
+    checks_itself,
+    is_plain,
+    overlap,
+    reference,
+)
+from metakern.ops.lstm_step.state import (
+    TILE_LANES,
+    LSTMState,
+    check_layout,
+    pack_rows,
+    pack_state,
+    tiles,
+    unpack_rows,
+    unpack_state,
 )
 
+_INPUTS = "Tensor coordinate_inputs, Tensor[] weights"
+_TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
+_OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
 
-def _per_task(gradient: Tensor, task_inputs: Tensor) -> Tensor:
-    """Sum [K, N] over the coordinates of each task, to [T, K]."""
-    tasks, count = task_inputs.shape
-    return gradient.reshape(count, tasks, gradient.shape[1] // max(tasks, 1)).sum(-1).T
+#: Pairs of stages with compiled kernels: those of lstm_step, RNNProp and Meta-LSTM.
+COMPILED = frozenset(
+    {*((name, "add") for name in reference.PREPROCESS), ("moments", "tanh"), ("log_sign_with_loss", "gates")}
+)
+
+#: On a GPU the CUDA kernels of lstm_step take the stages, as the structs of csrc/math that the CPU kernels take too. In
+#: Triton every stage would be written again, in Python.
+BACKENDS = ("cpp", "cuda")
 
 
 def _gradients(backward: Backward) -> dict[str, Any]:
     a, grads = backward.arguments, backward.grads
-    *found, grad_tasks, grad_weights = backward.call(
+    found = backward.call(
         step_backward,
         *(grads.new_params, grads.new_state, grads.new_stage_state),
-        *(a.params, a.grads, a.state, a.stage_state, a.task_inputs, a.weights),
-        *(a.preprocess, a.head, a.preprocess_scale, a.output_scale, a.precision),
+        *(a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs, a.weights),
+        *(a.features, a.head, a.features_scale, a.beta1, a.beta2, a.head_scale, a.precision),
     )
-    named = dict(zip(("params", "grads", "state", "stage_state"), found, strict=True))
-    return named | {"task_inputs": _per_task(grad_tasks, a.task_inputs), "weights": grad_weights}
+    names = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
+    return dict(zip(names, found, strict=True))
 
 
 step_backward = define_op(
     "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
     f"{_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    results=("grad_params", "grad_grads", "grad_state", "grad_stage_state", "grad_task_inputs", "grad_weights"),
+    results=("grad_params", "grad_grads", "grad_state", "grad_stage_state", "grad_coordinate_inputs", "grad_weights"),
     shapes=lambda a: (
-        *(x.new_empty(x.shape) for x in (a.params, a.grads, a.state, a.stage_state)),
-        a.task_inputs.new_empty(a.task_inputs.shape[1], a.params.numel()),
+        *(x.new_empty(x.shape) for x in (a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs)),
         [w.new_empty(w.shape) for w in a.weights],
     ),
     family="lstm_step_staged",
+    backends=BACKENDS,
 )
 
 step = define_op(
@@ -75,10 +96,19 @@ step = define_op(
     shapes=lambda a: tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state)),
     gradient=Gradient(
         _gradients,
-        of=("params", "grads", "state", "stage_state", "task_inputs", "weights"),
-        saves=("params", "grads", "state", "stage_state", "task_inputs", "weights"),
+        of=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
+        saves=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
     ),
     reference=reference.staged_step,
+    backends=BACKENDS,
+)
+
+step_ = define_op(
+    "lstm_step_staged_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor(c!) stage_state, "
+    f"{_INPUTS}, {_OPTIONS}) -> ()",
+    shapes=lambda a: None,
+    family="lstm_step_staged",
+    backends=BACKENDS,
 )
 
 
@@ -91,12 +121,18 @@ def lstm_step_staged(
     features: str,
     head: str,
     stage_state: Tensor | None = None,
-    task_inputs: Tensor | None = None,
+    coordinate_inputs: Tensor | None = None,
     features_scale: float = 10.0,
+    beta1: float = 0.95,
+    beta2: float = 0.95,
     head_scale: float = 0.1,
+    precision: str = "highest",
     backend: str | None = None,
 ) -> tuple[Tensor, LSTMState, Tensor]:
     """One step of a learned optimizer with LSTM cells and the given stages. Differentiable once.
+
+    The kernels, for CPUs and in CUDA C++ for GPUs, are those of :func:`metakern.ops.lstm_step`, compiled with the
+    stages of RNNProp and of Meta-LSTM; other pairs run by the reference.
 
     Args:
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
@@ -104,108 +140,202 @@ def lstm_step_staged(
         state: the packed (h, c) of N coordinates.
         weights: per layer weight_ih [4H, F or H], weight_hh [4H, H], bias_ih [4H], bias_hh [4H]; the head's weight
             [R, H] and bias [R]; then the stages' own weights, [number] each, if any: the features', then the head's.
-        features: name of the features stage: ``"none"``, ``"log_sign"``, ``"log_and_clip"`` or ``"moments"``.
-        head: name of the head stage: ``"add"`` or ``"gates"``.
-        stage_state: [E, N], the stages' state per coordinate: first the features' rows, then the head's; in the dtype
-            of the weights. None for stages without state.
-        task_inputs: [T, K], inputs per task, in the order of the stages and in the dtype of the weights; task t
-            has the coordinates t N / T to (t + 1) N / T. None for stages without task inputs.
-        features_scale: scale of the features stage: p of the gradient preprocessing.
-        head_scale: scale of the head stage: the factor of ``"add"``.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+        features: name of the features stage: ``"none"``, ``"log_sign"`` or ``"log_and_clip"``; ``"moments"``
+            (RNNProp, arXiv 1703.03633) or ``"log_sign_with_loss"`` (Meta-LSTM, Ravi & Larochelle 2017).
+        head: name of the head stage: ``"add"``, ``"tanh"`` (RNNProp) or ``"gates"`` (Meta-LSTM).
+        stage_state: [ceil(N/32), E, 32], the stages' state per coordinate in tiles, as
+            :func:`metakern.ops.lstm_step.state.pack_rows` makes them: first the features' rows, then the head's; in the
+            dtype of the weights; zeros before the first step. Lanes after the last coordinate carry no meaning. None
+            for stages without state.
+        coordinate_inputs: [K, N], inputs per coordinate, in the order of the stages and in the dtype of the weights:
+            the loss of the coordinate's task for ``"log_sign_with_loss"``. None for stages without such inputs.
+        features_scale: p of the gradient preprocessing.
+        beta1: decay of the gradient's moving mean in ``"moments"``, at least 0 and less than 1.
+        beta2: decay of the moving mean of its square, likewise.
+        head_scale: factor of the update of ``"add"`` and ``"tanh"``.
+        precision: as for :func:`metakern.ops.lstm_step`, for the head ``"add"``; other heads have float32 products.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
         The new parameters, like ``params``, the new state, and the new stage state.
 
     Raises:
-        ValueError: for shapes, counts or names that do not fit.
+        ValueError: for shapes, counts, names or option values that do not fit.
         TypeError: for dtypes or types that do not fit.
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
     """
-    stages = _stages(features, head)
-    check_dense(params, "params")
-    dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
-    if stage_state is None:
-        stage_state = params.new_zeros(0, params.numel(), dtype=dtype)
-    if task_inputs is None:
-        task_inputs = params.new_zeros(1, 0, dtype=dtype)
-    _check(params, grads, state, stage_state, task_inputs, weights, stages)
-    unserved = None
-    if (features, head) not in COMPILED:
-        unserved = {"cpp": f"the kernels are not compiled for features {features!r} with head {head!r}"}
-    kernel = step.choose(backend, params.device, unserved)
+    scalars = reference.Scalars(features_scale, beta1, beta2, head_scale)
+    call = _Call(params, grads, state, weights, features, head, stage_state, coordinate_inputs, scalars, precision)
+    kernel = call.chosen(step, backend)
     if kernel is None:
-        repeated = task_inputs.repeat_interleave(params.numel() // max(len(task_inputs), 1), 0).T
-        device = params.device.type
-        # The reference ignores autocast, as the kernels do.
-        available = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if available else nullcontext():
-            new_params, h, c, new_stage_state = reference.staged_step(
-                *(params.reshape(-1), grads.reshape(-1), *unpack_state(state), stage_state, repeated, weights),
-                *(*stages, features_scale, head_scale),
-            )
-        return new_params.view(params.shape), pack_state(h, c), new_stage_state
-    options = (list(reference.FEATURES).index(features), list(reference.HEADS).index(head), features_scale, head_scale)
-    new_params, new_state, new_stage_state = kernel.call(
-        (params, grads, state.data, stage_state, task_inputs, weights, *options, 0)
-    )
+        return call.by_reference()
+    new_params, new_state, new_stage_state = kernel.call(call.arguments())
     return new_params, LSTMState(new_state, state.num_coordinates), new_stage_state
 
 
-def _stages(features: str, head: str) -> tuple[reference.FeaturesStage, reference.HeadStage]:
-    for name, value, known in (("features", features, reference.FEATURES), ("head", head, reference.HEADS)):
-        if not isinstance(value, str) or value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    return reference.FEATURES[features], reference.HEADS[head]
-
-
-def _check(
+@torch.no_grad()
+def lstm_step_staged_(
     params: Tensor,
     grads: Tensor,
     state: LSTMState,
-    stage_state: Tensor,
-    task_inputs: Tensor,
     weights: Sequence[Tensor],
-    stages: tuple[reference.FeaturesStage, reference.HeadStage],
+    *,
+    features: str,
+    head: str,
+    stage_state: Tensor | None = None,
+    coordinate_inputs: Tensor | None = None,
+    features_scale: float = 10.0,
+    beta1: float = 0.95,
+    beta2: float = 0.95,
+    head_scale: float = 0.1,
+    precision: str = "highest",
+    backend: str | None = None,
 ) -> None:
-    """Check the tensors as csrc/lstm_step/arguments.h does."""
-    first, last = stages
-    floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-    check_type(params.dtype in floating, "params must be float32, bfloat16, float16 or float64, got ", params.dtype)
-    check_dense(grads, "grads")
-    check_like(grads, "grads", params, "params")
-    check_layout(state)
-    n, hidden, layers, dtype = params.numel(), state.hidden_size, state.num_layers, state.compute_dtype
-    check_value(
-        state.num_coordinates == n,
-        "state must hold as many coordinates as params, ",
-        n,
-        ", got ",
-        state.num_coordinates,
-    )
-    named = [
-        ("state", state.data, tuple(state.data.shape)),
-        ("stage_state", stage_state, (first.states + last.states, n)),
-    ]
-    check_dense(task_inputs, "task_inputs")
-    tasks = task_inputs.shape[0] if task_inputs.dim() else 0
-    named.append(("task_inputs", task_inputs, (tasks, first.task_inputs + last.task_inputs)))
-    shapes = [(4 * hidden, hidden), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)] * layers
-    shapes[0] = (4 * hidden, first.inputs)
-    shapes += [(last.outputs, hidden), (last.outputs,), *((s.weights,) for s in stages if s.weights)]
-    check_value(len(weights) == len(shapes), "weights must hold ", len(shapes), " tensors, got ", len(weights))
-    named += [(f"weights[{i}]", w, shape) for i, (w, shape) in enumerate(zip(weights, shapes, strict=True))]
-    for name, x, shape in named:
-        check_dense(x, name)
-        check_shape(x, name, shape)
-        check_dtype(x, name, torch.float64 if params.dtype == torch.float64 else dtype)
-        check_same_device(x, name, params, "params")
-    divides = n % tasks == 0 if tasks else n == 0
-    check_value(
-        divides,
-        "task_inputs must have a row for each task, all of equal size: got ",
-        tasks,
-        " rows for ",
-        n,
-        " coordinates",
-    )
+    """:func:`lstm_step_staged` in place, without a graph: overwrites ``params``, ``state.data`` and ``stage_state``.
+
+    All three must be contiguous. ``params`` and ``grads`` may be the same tensor; no other arguments may share memory.
+    Arguments and errors as for :func:`lstm_step_staged`.
+    """
+    scalars = reference.Scalars(features_scale, beta1, beta2, head_scale)
+    call = _Call(params, grads, state, weights, features, head, stage_state, coordinate_inputs, scalars, precision)
+    kernel = call.chosen(step_, backend)
+    if not checks_itself(kernel):
+        call.check_in_place()
+    if kernel is None:
+        new_params, new_state, new_stage_state = call.by_reference()
+        params.copy_(new_params)
+        state.data.copy_(new_state.data)
+        call.stage_state.copy_(new_stage_state)
+        return
+    kernel.call(call.arguments())
+    if not torch.compiler.is_compiling():  # autograd must detect that saved values were overwritten
+        torch.autograd.graph.increment_version((params, state.data, call.stage_state))
+
+
+class _Call:
+    """The arguments of a call, with tensors in place of None and names in place of indices."""
+
+    def __init__(
+        self,
+        params: Tensor,
+        grads: Tensor,
+        state: LSTMState,
+        weights: Sequence[Tensor],
+        features: str,
+        head: str,
+        stage_state: Tensor | None,
+        coordinate_inputs: Tensor | None,
+        scalars: reference.Scalars,
+        precision: str,
+    ) -> None:
+        for name, value, known in (("features", features, reference.FEATURES), ("head", head, reference.HEADS)):
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        check_scales(scalars.features_scale, scalars.head_scale, ("features_scale", "head_scale"))
+        check_decays(scalars.beta1, scalars.beta2)
+        check_precision(precision)
+        check_dense(params, "params")
+        dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+        n = params.numel()
+        if stage_state is None:
+            stage_state = params.new_zeros(tiles(n), 0, TILE_LANES, dtype=dtype)
+        if coordinate_inputs is None:
+            coordinate_inputs = params.new_zeros(0, n, dtype=dtype)
+        self.params, self.grads, self.state, self.weights = params, grads, state, weights
+        self.stage_state, self.coordinate_inputs = stage_state, coordinate_inputs
+        self.names = features, head
+        self.stages = reference.FEATURES[features], reference.HEADS[head]
+        self.scalars, self.precision = scalars, precision
+
+    def chosen(self, operator: Operator, backend: str | None) -> Kernel | None:
+        """The kernel that serves the call, None for the reference; checks the tensors unless the kernel does."""
+        extra = (self.stage_state, self.coordinate_inputs)
+        plain = is_plain(self.params, self.grads, self.state, self.weights) and all(
+            isinstance(x, Tensor) and not x.is_meta for x in extra
+        )
+        if not plain:
+            self._check()
+        unserved = None
+        if self.names not in COMPILED:
+            features, head = self.names
+            reason = f"the kernels are not compiled for features {features!r} with head {head!r}"
+            unserved = dict.fromkeys(BACKENDS, reason)
+        kernel = operator.choose(backend, self.params.device, unserved)
+        if plain and not checks_itself(kernel):
+            self._check()
+        return kernel
+
+    def arguments(self) -> tuple[Any, ...]:
+        """The operators' arguments."""
+        features, head = self.names
+        return (
+            *(self.params, self.grads, self.state.data, self.stage_state, self.coordinate_inputs, self.weights),
+            *(list(reference.FEATURES).index(features), list(reference.HEADS).index(head)),
+            *(*map(float, self.scalars), PRECISION_INDEX[self.precision]),
+        )
+
+    def by_reference(self) -> tuple[Tensor, LSTMState, Tensor]:
+        """The results by the definition in plain PyTorch."""
+        device, n = self.params.device.type, self.params.numel()
+        # The reference ignores autocast, as the kernels do.
+        available = torch.amp.is_autocast_available(device)
+        with torch.autocast(device, enabled=False) if available else nullcontext():
+            new_params, h, c, rows = reference.staged_step(
+                *(self.params.reshape(-1), self.grads.reshape(-1), *unpack_state(self.state)),
+                *(unpack_rows(self.stage_state, n), self.coordinate_inputs, self.weights),
+                *(*self.stages, self.scalars),
+            )
+        return new_params.view(self.params.shape), pack_state(h, c), pack_rows(rows)
+
+    def _check(self) -> None:
+        """Check the tensors as csrc/lstm_step/arguments.h does."""
+        (first, last), params = self.stages, self.params
+        check_type(
+            params.dtype in PARAM_DTYPES, "params must be float32, bfloat16, float16 or float64, got ", params.dtype
+        )
+        check_dense(self.grads, "grads")
+        check_like(self.grads, "grads", params, "params")
+        check_layout(self.state)
+        n, hidden, layers = params.numel(), self.state.hidden_size, self.state.num_layers
+        held = self.state.num_coordinates
+        check_value(held == n, "state must hold as many coordinates as params, ", n, ", got ", held)
+        named = [
+            ("state", self.state.data, tuple(self.state.data.shape)),
+            ("stage_state", self.stage_state, (tiles(n), first.states + last.states, TILE_LANES)),
+            ("coordinate_inputs", self.coordinate_inputs, (first.coordinate_inputs + last.coordinate_inputs, n)),
+        ]
+        shapes = [(4 * hidden, hidden), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)] * layers
+        shapes[0] = (4 * hidden, first.inputs)
+        shapes += [(last.outputs, hidden), (last.outputs,), *((s.weights,) for s in self.stages if s.weights)]
+        weights = self.weights
+        check_value(len(weights) == len(shapes), "weights must hold ", len(shapes), " tensors, got ", len(weights))
+        named += [(f"weights[{i}]", w, shape) for i, (w, shape) in enumerate(zip(weights, shapes, strict=True))]
+        dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
+        for name, x, shape in named:
+            check_dense(x, name)
+            check_shape(x, name, shape)
+            check_dtype(x, name, dtype)
+            check_same_device(x, name, params, "params")
+
+    def check_in_place(self) -> None:
+        """Raise where the tensors to overwrite are not contiguous or share memory with others."""
+        params, grads, state, stage_state = self.params, self.grads, self.state, self.stage_state
+        check_contiguous(params=params, **{"state.data": state.data}, stage_state=stage_state)
+        if torch.compiler.is_compiling():
+            return
+        check_memory(params, grads, state)
+        inputs = self.coordinate_inputs.contiguous()
+        others = (params, grads.contiguous(), state.data, inputs)
+        what = "params, grads, state and coordinate_inputs"
+        check(not any(overlap(stage_state, x) for x in others), "stage_state must share no memory with ", what)
+        shared = overlap(inputs, params) or overlap(inputs, state.data)
+        check(not shared, "coordinate_inputs must share no memory with params and state")
+
+
+def check_decays(beta1: Any, beta2: Any) -> None:
+    """Raise TypeError for decays that are no numbers, ValueError for those that are not in [0, 1)."""
+    for name, beta in (("beta1", beta1), ("beta2", beta2)):
+        if not is_number(beta):
+            raise TypeError(f"{name} must be a number, got {beta!r} of type {type(beta).__name__}")
+        if not 0 <= beta < 1:
+            raise ValueError(f"{name} must be at least 0 and less than 1, got {beta}")

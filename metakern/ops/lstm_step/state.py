@@ -144,6 +144,19 @@ def unpack_state(state: LSTMState) -> tuple[Tensor, Tensor]:
     return both[0, :, :n], both[1, :, :n]
 
 
+def pack_rows(rows: Tensor, unit: int = TILE_LANES) -> Tensor:
+    """Pack numbers of every coordinate, [..., N], into tiles [ceil(N/unit), ..., unit], with zeros at the end."""
+    n = rows.shape[-1]
+    count = -(-n // unit)
+    padded = F.pad(rows, (0, count * unit - n))
+    return padded.view(*rows.shape[:-1], count, unit).movedim(-2, 0).contiguous()
+
+
+def unpack_rows(tiles: Tensor, num_coordinates: int) -> Tensor:
+    """Unpack tiles [ceil(N/unit), ..., unit] to [..., N]; the inverse of :func:`pack_rows`."""
+    return tiles.movedim(0, -2).flatten(-2)[..., :num_coordinates]
+
+
 def check_layout(state: LSTMState) -> None:
     """Raise unless ``state`` is an LSTMState of this version whose shape agrees with its N."""
     if not isinstance(state, LSTMState):

@@ -21,10 +21,11 @@ from torch import Tensor
 from metakern.core import backend as _backend
 from metakern.core.memo import memoized
 from metakern.core.transforms import is_transformed_or_dual
-from metakern.ops.core.checks import check_dense, check_dtype, check_type
+from metakern.ops.core.checks import check_dense
 from metakern.ops.core.define_op import IMPLEMENTATIONS
 from metakern.ops.core.devices import check_devices
 from metakern.ops.mlp_inner_loop import reference
+from metakern.ops.mlp_inner_loop.arguments import MAX_LAYERS, Arguments, Network
 from metakern.ops.mlp_inner_loop.autograd import (
     Problem,
     adapt,
@@ -37,10 +38,7 @@ from metakern.ops.mlp_inner_loop.autograd import (
 )
 
 #: Keep in step with csrc/mlp_inner_loop/problem.h.
-MAX_LAYERS, MAX_WIDTH = 8, 1024
-
-#: On the CPU the kernels take the first two; the reference and GPUs take all.
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+MAX_WIDTH = 1024
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
@@ -181,7 +179,7 @@ def mlp_inner_loop(
     _check_tensors(params, lr, support_x=support_x, support_y=support_y, support_mask=support_mask)
     serves = _backend.resolve(backend, support_x.device, _reasons(params, support_x, None, steps, activation, loss))
     if serves == "reference":
-        _check_dtypes(params, lr, loss, support_x=support_x, support_y=support_y, support_mask=support_mask)
+        _check_shapes(problem, params, lr, support=(support_x, support_y, support_mask))
         trajectory = _reference(problem, params, support_x, support_y, support_mask, lr, activation, loss)
         return trajectory[-1]
     if serves != "cpp" and loss == "cross_entropy":  # cpp's operator checks labels itself
@@ -244,8 +242,7 @@ def mlp_meta_loss(
     reasons = _reasons(params, support[0], query[0], steps, activation, loss)
     serves = _backend.resolve(backend, support[0].device, reasons)
     if serves == "reference":
-        for name, (x, y), mask in (("support", support, support_mask), ("query", query, query_mask)):
-            _check_dtypes(params, lr, loss, **{f"{name}_x": x, f"{name}_y": y, f"{name}_mask": mask})
+        _check_shapes(problem, params, lr, support=(*support, support_mask), query=(*query, query_mask))
         trajectory = _reference(problem, params, *support, support_mask, lr, activation, loss)
         total: Any = 0.0
         for weight, now in zip(weights, trajectory[1:], strict=True):
@@ -304,15 +301,15 @@ def _check_tensors(params: Sequence[Tensor], lr: Any, **samples: Tensor | None) 
         check_devices("params[0]", params[0].device, params=params, lr=lr, **samples)
 
 
-def _check_dtypes(params: Sequence[Tensor], lr: Any, loss: str, **samples: Tensor | None) -> None:
-    """Raise TypeError for a dtype that the kernels would refuse; the reference would promote it."""
-    dtype = params[0].dtype
-    check_type(dtype in DTYPES, "params must be float32, float64, bfloat16 or float16, got ", dtype)
-    rates = {"lr": lr} if isinstance(lr, Tensor) else {f"lr[{i}]": x for i, x in enumerate(_rate_tensors(lr))}
-    for name, x in {**{f"params[{i}]": p for i, p in enumerate(params)}, **rates, **samples}.items():
-        if x is not None:
-            labels = name.endswith("_y") and loss == "cross_entropy"
-            check_dtype(x, name, torch.int64 if labels else torch.bool if name.endswith("_mask") else dtype)
+def _check_shapes(
+    problem: Problem, params: Sequence[Tensor], lr: Any, **sets: tuple[Tensor, Tensor, Tensor | None]
+) -> None:
+    """Raise for shapes and dtypes that the kernels would refuse; the reference would broadcast and promote some."""
+    tensors = list(params), _rate_tensors(lr)
+    arguments = Arguments._make([*tensors, *problem.scalars, *problem.options])
+    network = Network(arguments, sets["support"][0])
+    for name, samples in sets.items():
+        network.check_samples(name, problem.loss, *samples, params[0])
 
 
 def _check_classes(serves: str, problem: Problem, params: Sequence[Tensor], *sets: tuple[Any, ...]) -> None:

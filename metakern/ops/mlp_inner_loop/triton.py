@@ -23,10 +23,10 @@ from torch import Tensor
 from metakern.core.memo import constant
 from metakern.ops.core.checks import check_dtype, check_same_device, check_shape, check_value
 from metakern.ops.core.triton_launch import Config, launch, split
+from metakern.ops.mlp_inner_loop.arguments import Arguments
 from metakern.ops.mlp_inner_loop.autograd import adapt, adapt_backward, meta_loss, meta_loss_backward
 from metakern.ops.mlp_inner_loop.triton_arguments import (
     TASK_LANES,
-    Arguments,
     Network,
     Samples,
     on_device,

@@ -324,6 +324,38 @@ def backward_step(
         )  # fmt: skip
 
 
+@triton.jit
+def backward_segment(
+    first, last, second_order, step_weights, losses, tasks, adjoint, grad_rates, scratch, query_record,
+    support, query, outputs, net, alphas,
+    ACTIVATION: tl.constexpr, LOSS: tl.constexpr, QUERY: tl.constexpr, RATED: tl.constexpr, CLIPS: tl.constexpr,
+    MASKED: tl.constexpr, QUERY_MASKED: tl.constexpr, BS: tl.constexpr, BU: tl.constexpr, OP: tl.constexpr,
+):  # fmt: skip
+    """Go back through the steps ``first`` to ``last`` of a segment; ``losses`` are the task's column of [K, T]."""
+    for done in range(first, last):
+        step = last - 1 - (done - first)
+        if QUERY:
+            query_step(
+                scratch[0] + (step - first + 1) * scratch[5], query_record, adjoint,
+                losses + tl.cast(step, tl.int64) * tasks, tl.load(step_weights + step), query,
+                outputs, net, ACTIVATION, LOSS, QUERY_MASKED, True, BS, BU, OP,
+            )  # fmt: skip
+        backward_step(
+            step, step - first, tl.load(second_order + step), adjoint, grad_rates, scratch,
+            support, outputs, net, alphas, ACTIVATION, LOSS, RATED, CLIPS, MASKED, BS, BU, OP,
+        )  # fmt: skip
+
+
+@triton.jit
+def divide_scratch(thetas, span, params_size, record_size, theta_size, BACKWARD: tl.constexpr):
+    """The tuple ``scratch``: a program's memory from ``thetas`` on, for a segment of ``span`` steps."""
+    gradients = thetas + (span + 1) * params_size
+    direction = gradients + span * params_size
+    records = direction + params_size
+    tangents = records + span * record_size
+    return thetas, gradients, records, direction, tangents, theta_size, record_size if BACKWARD else 0
+
+
 @triton.jit(do_not_specialize=_NUMBERS)
 def inner_loop_kernel(
     x, y, mask, initial, ends, query_x, query_y, query_mask, rates, second_order, step_weights,
@@ -348,13 +380,9 @@ def inner_loop_kernel(
     span, theta_size = (every, params_size) if BACKWARD else (1, 0)
     record_size = 4 * units * support_samples
     thetas = work + tl.program_id(0).to(tl.int64) * work_size
-    gradients = thetas + (span + 1) * params_size
-    direction = gradients + span * params_size
-    records = direction + params_size
-    tangents = records + span * record_size
-    query_record = tangents + record_size
+    scratch = divide_scratch(thetas, span, params_size, record_size, theta_size, BACKWARD)
+    query_record = scratch[4] + record_size
     support_x = query_record + 4 * units * query_samples
-    scratch = (thetas, gradients, records, direction, tangents, theta_size, record_size if BACKWARD else 0)
     for index in range(tl.program_id(0), tasks, tl.num_programs(0)):
         task = tl.cast(index, tl.int64)
         adjoint = adjoints + task * flat
@@ -392,18 +420,11 @@ def inner_loop_kernel(
                         outputs, net, ACTIVATION, LOSS, QUERY_MASKED, False, BS, BU, OP,
                     )  # fmt: skip
             if BACKWARD:
-                for done in range(first, tl.where(visit >= segments - 1, last, first)):
-                    step = last - 1 - (done - first)
-                    if QUERY:
-                        query_step(
-                            thetas + (step - first + 1) * theta_size, query_record, adjoint,
-                            losses + tl.cast(step, tl.int64) * tasks + task, tl.load(step_weights + step), query,
-                            outputs, net, ACTIVATION, LOSS, QUERY_MASKED, True, BS, BU, OP,
-                        )  # fmt: skip
-                    backward_step(
-                        step, step - first, tl.load(second_order + step), adjoint, adjoint + params_size, scratch,
-                        support, outputs, net, alphas, ACTIVATION, LOSS, RATED, CLIPS, MASKED, BS, BU, OP,
-                    )  # fmt: skip
+                backward_segment(
+                    first, tl.where(visit >= segments - 1, last, first), second_order, step_weights, losses + task,
+                    tasks, adjoint, adjoint + params_size, scratch, query_record, support, query, outputs, net, alphas,
+                    ACTIVATION, LOSS, QUERY, RATED, CLIPS, MASKED, QUERY_MASKED, BS, BU, OP,
+                )  # fmt: skip
         if QUERY:
             tl.debug_barrier()
             tl.store(totals + task, add_losses(losses, step_weights, task, tasks, steps).to(totals.dtype.element_ty))

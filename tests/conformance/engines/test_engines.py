@@ -20,7 +20,7 @@ from metakern.inner_loop.engines import ENGINES, Engine, Unserved
 from metakern.inner_loop.engines.generic import GenericEngine
 from metakern.inner_loop.engines.mlp import MlpEngine
 from metakern.inner_loop.path import serve
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, Momentum
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, MetaLSTM, Momentum, RNNProp
 from tests.conformance.engines.by_hand import by_hand
 from tests.conftest import assert_close
 
@@ -91,6 +91,21 @@ def lstm() -> nn.Module:
     return CoordinatewiseLSTM(hidden_size=4, output_scale=0.5).double()
 
 
+def rnnprop() -> nn.Module:
+    torch.manual_seed(3)
+    return RNNProp(hidden_size=4).double()
+
+
+def meta_lstm(model: nn.Module) -> nn.Module:
+    """With a start beside the model's parameters, and inner gates that are not saturated."""
+    torch.manual_seed(3)
+    rule = MetaLSTM({n: p + 0.1 for n, p in trained(model)}, hidden_size=4).double()
+    with torch.no_grad():
+        rule.head.bias.mul_(0.3)
+        rule.lstm.weight_ih_l0.mul_(30)
+    return rule
+
+
 #: Options of each case besides data, K steps and rates of 0.1; a function is called with the model.
 CASES: dict[str, dict[str, Any]] = {
     "one step": {"steps": 1},
@@ -144,6 +159,15 @@ CASES: dict[str, dict[str, Any]] = {
     "a rule, part of the parameters": {"rule": lambda model: Inertia(), "parameters": ["last.*", "4.*"]},
     "a rule: LSTM": {"rule": lambda model: lstm()},
     "a rule: LSTM, checkpoints": {"rule": lambda model: lstm(), "checkpoint_every": 2},
+    "a rule: RNNProp": {"rule": lambda model: rnnprop()},
+    "a rule: RNNProp, first order, checkpoints": {
+        "rule": lambda model: rnnprop(),
+        "first_order": True,
+        "checkpoint_every": 2,
+    },
+    "a rule: Meta-LSTM, with a start": {"rule": meta_lstm},
+    "a rule: Meta-LSTM, with a start, first order by step": {"rule": meta_lstm, "first_order": [True, False, True]},
+    "a rule: Meta-LSTM, with a start, masks, checkpoints": {"rule": meta_lstm, "masks": True, "checkpoint_every": 1},
     "a rule: momentum": {"rule": lambda model: Momentum(0.1)},
     "a rule: Adam, first order": {"rule": lambda model: Adam(0.1), "first_order": True},
     "a rule: Adam, checkpoints": {"rule": lambda model: Adam(0.1), "checkpoint_every": 1},

@@ -217,7 +217,6 @@ class MlpOperator(Operator):
     faulted = {"widths": [2, 4, 3], "tasks": 3, "rates": "tensor and step", "own": True, "masked": True}
     tolerates = (("type", "support_mask"), ("type", "query_mask"))  # None: all count
     spoken = {f"support_{part}": rf"support_{part}|\b{part}\b" for part in ("x", "y", "mask")}
-    unchecked = (("reference", "shape"),)  # torch says which shapes do not fit
     batched = {"widths": [2, 4, 1], "tasks": 3, "rates": "tensor and step", "masked": True, "activation": "tanh"}
     batched_otherwise = ({"own": True}, {"rates": "number"}, {"clip_norm": 0.4})
     spread = {"widths": [3, 20, 4], "tasks": 67, "steps": 3, "clip_norm": 2.7, "activation": "tanh"}
@@ -437,7 +436,7 @@ class MlpInnerLoop(MlpOperator):
 class MlpMetaLoss(MlpOperator):
     """Query losses of T MLPs after K steps."""
 
-    name = "mlp_meta_loss"
+    name, folder = "mlp_meta_loss", "mlp_inner_loop"
     operators = batched_operators = ("mlp_meta_loss", "mlp_meta_loss_backward")
     query = True
     specs = tuple(specs())

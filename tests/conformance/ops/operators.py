@@ -87,6 +87,7 @@ class Operator:
 
     Attributes:
         name: of the public function
+        folder: of tests/ops, if not ``name``
         dtypes: of the public function on the CPU, by any backend
         specs: examples for checking results and gradients
         small: an example of some dozen numbers, for transforms, numerical derivatives and the compiler
@@ -111,11 +112,11 @@ class Operator:
         batched_operators: raw operators that support vmap directly
         faulted: an example with every tensor argument, one of which is spoiled at a time
         tolerates: pairs of a fault (test_arguments.py) and an argument that raise no error
-        unchecked: pairs of a kind of implementation and a fault that torch itself reports
         spoken: regular expression for an argument in messages, if not just its name
     """
 
     name: str
+    folder: str = ""
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     specs: tuple[Spec, ...] = ()
     small: Mapping[str, Any]
@@ -140,7 +141,6 @@ class Operator:
     batched_operators: tuple[str, ...] = ()
     faulted: Mapping[str, Any]
     tolerates: tuple[tuple[str, str], ...] = ()
-    unchecked: tuple[tuple[str, str], ...] = ()
     spoken: Mapping[str, str] = {}
 
     def make(self, dtype: torch.dtype, **sizes: Any) -> Example:

@@ -16,7 +16,7 @@ from torch.optim import lr_scheduler
 from torch.utils import _pytree as pytree
 
 from metakern.optim import HEADER, LearnedOptimizer
-from tests.conformance.rules.rows import ROWS, SHAPES, Row, has_rates, make_params, make_rule
+from tests.conformance.rules.rows import ROWS, Row, has_rates, make_params, make_rule
 from tests.conftest import assert_same_bits
 
 every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -25,8 +25,8 @@ every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
 PATTERNS: list[Sequence[bool]] = [(True,) * 3, (True, False, True), (False, True, True), (True,) * 3]
 
 
-def named(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
-    return {name: nn.Parameter(p) for name, p in make_params(None, dtype).items()}
+def named(row: Row, dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    return {name: nn.Parameter(p) for name, p in make_params(row, None, dtype).items()}
 
 
 def optimizer_of(rule: Any, params: dict[str, nn.Parameter], **options: Any) -> LearnedOptimizer:
@@ -38,12 +38,25 @@ def grad_of(p: Tensor, name: str, step: int) -> Tensor:
     return torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype)
 
 
+def closure_of(optimizer: LearnedOptimizer, step: int = 0) -> Any:
+    """A closure for rules that need one; it leaves the gradients as they are."""
+    return (lambda: loss_at(step)) if optimizer.rule.needs_loss or optimizer.rule.moves_gradients else None
+
+
 def train(optimizer: LearnedOptimizer, patterns: Sequence[Sequence[bool]], first: int = 0) -> None:
     (group,) = optimizer.param_groups
     for step, pattern in enumerate(patterns, first):
         for name, p, active in zip(group["param_names"], group["params"], pattern, strict=True):
             p.grad = grad_of(p, name, step) if active else None
-        optimizer.step()
+        take_step(optimizer, step)
+
+
+def take_step(optimizer: LearnedOptimizer, step: int = 0) -> None:
+    optimizer.step(closure_of(optimizer, step))
+
+
+def loss_at(step: int) -> Tensor:
+    return torch.tensor(1.5 - 0.3 * step)
 
 
 def by_hand(
@@ -60,7 +73,7 @@ def by_hand(
                 states[name].shared.update({"count": torch.tensor(step)})
             p, grad = params[name] * (1 - lr * decay), grad_of(params[name], name, step)
             with torch.no_grad():
-                new, states[name] = rule({name: p}, {name: grad}, states[name])
+                new, states[name] = rule({name: p}, {name: grad}, states[name], loss=loss_at(step))
             params[name] = p + lr * (new[name] - p)
     return params
 
@@ -95,7 +108,7 @@ def resaved(state_dict: dict[str, Any]) -> Any:
 @every_rule
 @pytest.mark.parametrize(("lr", "decay"), [(1.0, 0.0), (0.5, 0.1)])
 def test_the_optimizer_takes_the_rules_steps(row: Row, lr: float, decay: float) -> None:
-    rule, params = make_rule(row), named()
+    rule, params = make_rule(row), named(row)
     patterns = [(True,) * 3] * 3 if row.spreads == "task" else PATTERNS
     if row.spreads == "task":  # clipping uses the gradient of all parameters together
         expected = {name: p.detach().clone() for name, p in params.items()}
@@ -112,7 +125,7 @@ def test_the_optimizer_takes_the_rules_steps(row: Row, lr: float, decay: float) 
 
 @every_rule
 def test_a_parameter_without_a_gradient_stays_with_its_state(row: Row) -> None:
-    rule, params = make_rule(row), named()
+    rule, params = make_rule(row), named(row)
     optimizer = optimizer_of(rule, params, weight_decay=0.1)
     train(optimizer, [(True,) * 3])
     kept = copy.deepcopy((params["bias"].detach(), optimizer.state_dict()["state"][1]))
@@ -128,7 +141,7 @@ def test_a_parameter_without_a_gradient_stays_with_its_state(row: Row) -> None:
 @every_rule
 @pytest.mark.parametrize("copied", ["state_dict", "deepcopy", "pickle"])
 def test_it_resumes_to_the_same_bits(row: Row, copied: str) -> None:
-    rule, params = make_rule(row), named()
+    rule, params = make_rule(row), named(row)
     optimizer = optimizer_of(rule, params, lr=0.7)
     train(optimizer, PATTERNS)
     if copied == "state_dict":
@@ -155,7 +168,7 @@ def test_it_resumes_to_the_same_bits(row: Row, copied: str) -> None:
 
 @every_rule
 def test_a_fresh_optimizer_saves_and_loads(row: Row) -> None:
-    params = named()
+    params = named(row)
     optimizer = optimizer_of(make_rule(row), params)
     saved = resaved(optimizer.state_dict())
     train(optimizer, PATTERNS[:1])
@@ -168,7 +181,7 @@ def test_a_fresh_optimizer_saves_and_loads(row: Row) -> None:
 @every_rule
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_it_resumes_in_another_dtype(row: Row, dtype: torch.dtype) -> None:
-    rule, params = make_rule(row), named()
+    rule, params = make_rule(row), named(row)
     optimizer = optimizer_of(rule, params)
     train(optimizer, PATTERNS)
     other_rule, others = make_rule(row), {name: nn.Parameter(p.detach().to(dtype)) for name, p in params.items()}
@@ -193,14 +206,14 @@ def test_module_to_in_mid_run_keeps_the_state(row: Row) -> None:
             model.double()
         for p in model.parameters():
             p.grad = torch.full_like(p, 0.1 * (step + 1))
-        optimizer.step()
+        take_step(optimizer, step)
     assert [entry["step"] for entry in optimizer.state.values()] == [4, 4]
     assert all(p.dtype == torch.float64 for p in model.parameters())
 
 
 @every_rule
 def test_checkpoints_of_another_rule_or_size_are_refused_and_change_nothing(row: Row) -> None:
-    params = named()
+    params = named(row)
     optimizer = optimizer_of(make_rule(row), params)
     train(optimizer, PATTERNS)
     good = copy.deepcopy(optimizer.state_dict())
@@ -222,7 +235,7 @@ def test_checkpoints_of_another_rule_or_size_are_refused_and_change_nothing(row:
 
 @pytest.mark.parametrize("row", [row for row in ROWS if make_rule(row).title != "Gradient descent"], ids=str)
 def test_the_state_of_another_rule_is_refused_before_anything_moves(row: Row) -> None:
-    params = named()
+    params = named(row)
     optimizer = optimizer_of(make_rule(row), params)
     train(optimizer, PATTERNS[:1])
     optimizer.rule = next(
@@ -237,7 +250,7 @@ def test_the_state_of_another_rule_is_refused_before_anything_moves(row: Row) ->
 
 @every_rule
 def test_schedulers_and_the_closure_are_those_of_torch(row: Row) -> None:
-    rule, params = make_rule(row), named()
+    rule, params = make_rule(row), named(row)
     optimizer = optimizer_of(rule, params, lr=0.1)
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
 
@@ -257,13 +270,13 @@ def test_schedulers_and_the_closure_are_those_of_torch(row: Row) -> None:
 def test_the_warning_beyond_the_horizon_points_at_the_users_line(row: Row) -> None:
     rule = make_rule(row)
     rule.horizon = 2
-    optimizer = optimizer_of(rule, named())
+    optimizer = optimizer_of(rule, named(row))
     train(optimizer, PATTERNS[:1] * 2)
     (group,) = optimizer.param_groups
     for p in group["params"]:
         p.grad = torch.zeros_like(p)
     with pytest.warns(UserWarning, match=rf"meta-trained for 2 steps; .* {rule.advice_beyond_horizon}") as seen:
-        optimizer.step()  # the line
+        optimizer.step(closure_of(optimizer, 2))  # the line
     assert len(seen) == 1
     assert Path(seen[0].filename) == Path(__file__)
     assert Path(__file__).read_text().splitlines()[seen[0].lineno - 1].endswith("# the line")
@@ -273,16 +286,16 @@ def test_the_warning_beyond_the_horizon_points_at_the_users_line(row: Row) -> No
 def test_unnamed_parameters_in_two_groups(row: Row) -> None:
     """The rule sees them named by position."""
     if has_rates(make_rule(row)):
-        shapes = {str(index): torch.zeros(shape) for index, shape in enumerate(SHAPES.values())}
+        shapes = {str(index): torch.zeros(shape) for index, shape in enumerate(row.shapes.values())}
         rule: Any = row.make(shapes)
     else:
         rule = make_rule(row)
-    params = list(named().values())
+    params = list(named(row).values())
     optimizer = LearnedOptimizer([{"params": params[:1]}, {"params": params[1:], "lr": 0.0}], rule)
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()
+    take_step(optimizer)
     assert not torch.equal(params[0], before[0])
     for p, old in zip(params[1:], before[1:], strict=True):
         assert_same_bits("lr 0", p.detach(), old)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 import metakern
 from metakern.rules.protocol import detached, moved
 from metakern.rules.registry import name_of
-from tests.conformance.rules.rows import ROWS, SHAPES, Row, make_params, make_rule, run
+from tests.conformance.rules.rows import ROWS, Row, make_params, make_rule, run
 from tests.conftest import assert_same_bits
 
 every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
@@ -22,7 +22,7 @@ every_rule = pytest.mark.parametrize("row", ROWS, ids=str)
 
 @every_rule
 def test_a_state_is_a_tree_of_tensors(row: Row) -> None:
-    state = make_rule(row).init_state(make_params(3), tasks=True)
+    state = make_rule(row).init_state(make_params(row, 3), tasks=True)
     leaves, structure = pytree.tree_flatten(state)
     assert all(isinstance(leaf, Tensor) for leaf in leaves)
     rebuilt = pytree.tree_unflatten(leaves, structure)
@@ -33,7 +33,7 @@ def test_a_state_is_a_tree_of_tensors(row: Row) -> None:
 @every_rule
 def test_a_detached_state_goes_on_to_the_same_bits_without_the_graph_before(row: Row) -> None:
     rule = make_rule(row)
-    start = {name: p.requires_grad_() for name, p in make_params(3).items()}
+    start = {name: p.requires_grad_() for name, p in make_params(row, 3).items()}
     params, state = run(rule, start, 2, tasks=True)
     expected, _ = run(rule, params, 2, tasks=True, state=state, first=2)
     cut_params, cut = detached((params, state))
@@ -49,7 +49,7 @@ def test_a_detached_state_goes_on_to_the_same_bits_without_the_graph_before(row:
 @every_rule
 def test_a_state_moves_to_float64_and_back_without_losing_a_bit(row: Row) -> None:
     rule = make_rule(row)
-    params, state = detached(run(rule, make_params(3), 2, tasks=True))
+    params, state = detached(run(rule, make_params(row, 3), 2, tasks=True))
     there = moved(state, torch.float64)
     assert all(x.dtype == torch.float64 for x in pytree.tree_leaves(there) if x.is_floating_point())
     back = moved(there, torch.float32)
@@ -63,11 +63,11 @@ def test_a_state_moves_to_float64_and_back_without_losing_a_bit(row: Row) -> Non
 
 @every_rule
 def test_a_state_moves_to_another_device(row: Row) -> None:
-    state = make_rule(row).init_state(make_params(3), tasks=True)
+    state = make_rule(row).init_state(make_params(row, 3), tasks=True)
     there = moved(state, device="meta")
     assert type(there) is type(state)
     assert all(x.is_meta for x in pytree.tree_leaves(there))
-    made = make_rule(row).to("meta").init_state(moved(make_params(3), device="meta"), tasks=True)
+    made = make_rule(row).to("meta").init_state(moved(make_params(row, 3), device="meta"), tasks=True)
     for a, b in zip(pytree.tree_leaves(made), pytree.tree_leaves(state), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
 
@@ -75,7 +75,7 @@ def test_a_state_moves_to_another_device(row: Row) -> None:
 @every_rule
 def test_selected_tasks_go_on_as_they_would_alone(row: Row) -> None:
     rule = make_rule(row)
-    start = make_params(40)  # several tiles, none of which ends with a task
+    start = make_params(row, 40)  # several tiles, none of which ends with a task
     params, state = run(rule, start, 2, tasks=True)
     expected, _ = run(rule, params, 2, tasks=True, state=state, first=2)
     for index in (torch.tensor([37, 2, 3]), torch.arange(40) % 3 == 1, torch.tensor([], dtype=torch.int64)):
@@ -90,7 +90,7 @@ def test_selected_tasks_go_on_as_they_would_alone(row: Row) -> None:
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "pickle"])
 def test_copies_of_rule_and_state_go_on_to_the_same_bits(row: Row, duplicate) -> None:
     rule = make_rule(row)
-    params, state = detached(run(rule, make_params(3), 2, tasks=True))
+    params, state = detached(run(rule, make_params(row, 3), 2, tasks=True))
     expected, _ = run(rule, params, 2, tasks=True, state=state, first=2)
     twin, twin_params, twin_state = duplicate((rule, params, state))
     got, _ = run(twin, twin_params, 2, tasks=True, state=twin_state, first=2)
@@ -105,7 +105,7 @@ def test_the_state_dict_is_all_that_training_changes(row: Row) -> None:
         for p in rule.parameters():
             p.mul_(0.9)
     other.load_state_dict(rule.state_dict())
-    expected, got = (run(each, make_params(3), 3, tasks=True)[0] for each in (rule, other))
+    expected, got = (run(each, make_params(row, 3), 3, tasks=True)[0] for each in (rule, other))
     for name, p in got.items():
         assert_same_bits(name, p.detach(), expected[name].detach())
 
@@ -121,9 +121,9 @@ def test_a_saved_rule_loads_without_naming_its_class(row: Row, dtype: torch.dtyp
     assert repr(loaded) == repr(rule)
     assert loaded.state_dict().keys() == rule.state_dict().keys()
     assert {n for n, _ in loaded.named_parameters()} == {n for n, _ in rule.named_parameters()}
-    params = make_params(3, dtype)
+    params = make_params(row, 3, dtype)
     expected, got = (run(each, params, 3, tasks=True)[0] for each in (rule, loaded))
-    for name in SHAPES:
+    for name in row.shapes:
         assert_same_bits(name, got[name].detach(), expected[name].detach())
     card = (tmp_path / "README.md").read_text()
     assert "metakern.rules.load" in card

@@ -16,7 +16,9 @@ from torch.utils import _pytree as pytree
 
 from metakern.tasks import (
     Abs,
+    Bowls,
     ClassicFunction,
+    ClippedBowls,
     Digits,
     DigitsCNN,
     DigitsMLP,
@@ -26,18 +28,25 @@ from metakern.tasks import (
     FewShotEpisodes,
     GradientNoise,
     Linear,
+    LogObjective,
     MiniImageNet,
     MixedOptimizees,
     NetworkProblem,
+    Norms,
     Omniglot,
     Quadratic,
     Quadratics,
+    Reparametrised,
     Sinusoid,
+    SoftmaxRegressions,
+    SparseGradients,
+    SumOfProblems,
     Tanh,
     mixture,
 )
 from metakern.tasks.classic_functions import FUNCTIONS
 from metakern.tasks.distribution import check_split
+from metakern.tasks.variants import SCALE_SHARES
 from tests.tasks.pictures import write_mini_imagenet, write_omniglot
 
 
@@ -79,7 +88,7 @@ class Decays:
         return Episodes(x[:, :10], y[:, :10], x[:, 10:], y[:, 10:])
 
 
-class Bowls:
+class OwnBowls:
     """A user's problems to optimise, with one tensor [T, P] of params: Σ_i a_i·x_i²; splits differ in the range of a.
 
     With ``parts`` the params are a list of two tensors, [T, 1] and [T] of what is left of x.
@@ -88,8 +97,8 @@ class Bowls:
     def __init__(self, split: str = "train", parts: bool = False) -> None:
         self.low, self.parts = {"train": 1.0, "valid": 2.0, "test": 3.0}[split], parts
 
-    def split(self, name: str) -> Bowls:
-        return Bowls(name, self.parts)
+    def split(self, name: str) -> OwnBowls:
+        return OwnBowls(name, self.parts)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> BowlBatch:
         factor, start = torch.rand(2, num_tasks, 2, generator=generator)
@@ -207,6 +216,30 @@ PROBLEMS = [
         plain(lambda: GradientNoise(DigitsMLP(5, batch_size=7), 0.1)),
         lambda batch: batch.batch.inputs,
     ),
+    Row("bowls", plain(Bowls), lambda batch: batch.weight),
+    Row("norms", plain(lambda: Norms(3, 3.0)), lambda batch: batch.weight),
+    Row("clipped bowls", plain(lambda: ClippedBowls(3)), lambda batch: batch.target),
+    Row("softmax regressions", plain(lambda: SoftmaxRegressions(3, 3, 9, 5)), lambda batch: batch.inputs),
+    Row("sparse gradients", plain(lambda: SparseGradients(Quadratics(5), 0.5)), lambda batch: batch.batch.weight),
+    *[
+        Row(
+            f"scale of a {share}",
+            plain(partial(Reparametrised, SoftmaxRegressions(3, 2, 9, 5), share, 1.0)),
+            lambda batch: batch.batch.inputs,
+        )
+        for share in SCALE_SHARES
+    ],
+    Row("log objective", plain(lambda: LogObjective(Quadratics(3))), lambda batch: batch.batch.weight),
+    Row(
+        "sums",
+        plain(lambda: SumOfProblems([Quadratics(3), ClippedBowls(2)])),
+        lambda batch: torch.cat([part.target.flatten() for part in batch.parts]).unsqueeze(1),
+    ),
+    Row(
+        "network with held-out samples",
+        plain(lambda: DigitsMLP(hidden_size=5, batch_size=7).hold_out(0.2)),
+        lambda batch: torch.cat([batch.inputs, batch.held_out[0]]),
+    ),
     Row("mixture of problems", plain(lambda: MixedOptimizees([Quadratics(3), Quadratics(2)])), groups_of),
     Row(
         "mixture of networks",
@@ -220,7 +253,7 @@ PROBLEMS = [
             [groups_of(group) if hasattr(group, "groups") else group.weight.reshape(-1, 1) for group in batch.groups]
         ),
     ),
-    Row("own problems", plain(Bowls), lambda batch: batch.factor, own=True),
-    Row("own problems of two tensors", plain(lambda: Bowls(parts=True)), lambda batch: batch.factor, own=True),
+    Row("own problems", plain(OwnBowls), lambda batch: batch.factor, own=True),
+    Row("own problems of two tensors", plain(lambda: OwnBowls(parts=True)), lambda batch: batch.factor, own=True),
 ]
 ROWS = [*EPISODES, *PROBLEMS]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,8 @@ from torch.utils import _pytree as pytree
 from metakern.core.task_params import num_tasks
 from metakern.learners import RuleLearner
 from metakern.rules import Adam, CoordinatewiseLSTM, Rule
+from metakern.tasks.variants import VariantBatch
+from metakern.training.checkpoints import to_bytes
 from tests.conformance.tasks.contents import gradients, rows_of
 from tests.conformance.tasks.rows import PROBLEMS
 from tests.tasks.draws import generator
@@ -135,10 +139,10 @@ def test_second_derivatives_go_through(tasks: Any) -> None:
 def in_double(batch: Any) -> Any:
     """The batch with its numbers in float64."""
     for group, _ in groups_with_params(batch, batch.init_params()):
-        inner = getattr(group, "batch", group)
-        for name in ("weight", "target", "inputs", "targets", "factor"):
-            if isinstance(data := getattr(inner, name, None), Tensor) and data.is_floating_point():
-                setattr(inner, name, data.double())
+        for inner in group.parts if isinstance(group, VariantBatch) else (group,):
+            for name in ("weight", "target", "inputs", "targets", "factor"):
+                if isinstance(data := getattr(inner, name, None), Tensor) and data.is_floating_point():
+                    setattr(inner, name, data.double())
     return batch
 
 
@@ -155,6 +159,33 @@ def test_rules_train_on_them(tasks: Any, make: Callable[[], Rule]) -> None:
         assert weight.grad is not None
         assert weight.grad.isfinite().all()
     assert learner.evaluate(tasks.sample(5, generator()))["loss"].shape == (5,)
+
+
+@every_own_row
+def test_problems_in_flight_are_saved_and_replaced(tasks: Any) -> None:
+    """A learner that keeps problems between meta-batches does both, and selects each problem twice."""
+    drawn = tasks.sample(4, generator())
+    for group in getattr(drawn, "groups", (drawn,)):
+        if hasattr(group, "groups"):
+            continue  # groups of a nested mixture are kept one by one
+        twice = torch.arange(group.num_tasks).repeat_interleave(2)
+        batch = group.select(twice)
+        params = batch.init_params()
+        assert torch.equal(*(torch.cat([row.flatten() for row in rows_of(params)[k::2]]) for k in (0, 1)))
+        saved = torch.load(io.BytesIO(to_bytes({"format": 1, "batch": batch.export_state()})), weights_only=True)
+        batch.loss(params)
+        other = group.select(twice.flip(0)[:1])
+        restored = other.import_state(copy.deepcopy(saved["batch"]))
+        again = group.select(twice)
+        again.init_params()
+        for _ in range(2):
+            assert torch.equal(restored.loss(params), again.loss(params))
+        assert torch.equal(restored.full_loss(params), again.full_loss(params))
+        last = group.num_tasks - 1
+        merged = group.select(torch.tensor([0, 0])).replaced(torch.tensor([1]), group.select(torch.tensor([last])))
+        start = {name: torch.stack([p[0], p[2 * last]]) for name, p in params.items()}
+        expected = [group.full_loss({name: p[::2] for name, p in params.items()})[task] for task in (0, last)]
+        torch.testing.assert_close(merged.full_loss(start), torch.stack(expected))
 
 
 @every_own_row

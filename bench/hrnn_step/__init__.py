@@ -1,0 +1,1 @@
+"""Benchmarks of hrnn_step."""

@@ -1,0 +1,344 @@
+"""The hierarchical RNN optimizer: GRUs for every parameter, every tensor and the whole problem.
+
+Wichrowska et al. 2017, "Learned optimizers that scale and generalize", arXiv 1703.04813.
+
+Axis legend: M tensors, T tasks, n coordinates of one tensor of one task, ``*shape`` the shape of a parameter tensor, H
+hidden units of the parameter GRU, R = 11 + H rows of the state of a coordinate.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from metakern.core.backend import check_backend
+from metakern.core.counter_draws import key_of, uniform
+from metakern.core.torch_private import pytree
+from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
+from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
+from metakern.rules.bias_gru import Affine, BiasGRU, drawn
+from metakern.rules.pretrained import PretrainedRule
+from metakern.rules.protocol import (
+    Params,
+    RuleState,
+    arithmetic_dtype,
+    check_entry,
+    check_integer,
+    check_training,
+    matched_leaves,
+    named_leaves,
+    tensor_leaves,
+)
+
+#: Largest hidden size of the tensor's and of the global GRU.
+MAX_UPPER_HIDDEN = 512
+
+#: The initial ℓ of a coordinate is a number of its own plus one of its tensor, both uniform in this range.
+LOG_RATES = (0.5 * math.log(1e-6), 0.5 * math.log(1e-2))
+
+#: Mean and standard deviation of the initial weights of ĝ in δ.
+SCALES_WEIGHT = (1 / SCALES, 0.05)
+
+#: Initial scalars: biases of the log rate, the scale decay and the input decay; the offset o; m before its sigmoid.
+SCALARS = (0.0, 3.2, 2.2, -1.0, 3.2)
+
+#: Version of the state; a checkpoint of another one is refused.
+STATE_VERSION = 1
+
+
+class HierarchicalRNN(PretrainedRule):
+    """Hierarchical RNN optimizer: a small GRU per parameter, biased by one per tensor and one for the problem.
+
+    A step, with moving means a of the gradient at four scales and ms of their squares, ĝ = asinh(a/√ms):
+
+    - features of a coordinate: ĝ, products of neighbouring scales, log ms and the log learning rate ℓ, both centred;
+    - parameter GRU (10 units): h0' of the features, biased by affine maps of the old states h1 and h2;
+    - tensor GRU (20): h1' of the means of h0' and of the features over the tensor, biased by h2;
+    - global GRU (20): h2' of the mean of the tensors' new states. The authors' public code feeds it the state of the
+      last tensor alone;
+    - δ = h0'·w_u + ĝ·w_s, divided by its root mean square over the tensor; ℓ_step = clip(ℓ + h0'·w_lr + b, ±33);
+      θ' = θ - exp(ℓ_step + o) δ; ℓ' = m ℓ + (1 - m) ℓ_step; new decays of a and ms by sigmoid readouts of h0'.
+
+    Everything per coordinate, and the means, is one call of :func:`metakern.ops.hrnn_step` for all tensors and tasks;
+    the tensor and global GRUs are plain PyTorch. New params depend on all gradients of their tensor, and later ones, by
+    h1 and h2, on all gradients of the task: a non-finite gradient spreads to its tensor, and in the next steps to its
+    task. Tasks never mix.
+
+    With ``attention`` the rule also says where the next gradient is to be taken, :meth:`gradient_points`: at
+    θ - exp(ℓ_step) δ_a, with θ the params before the step and δ_a = h0'·w_a divided by its root mean square. In
+    ``adapt``, ``meta_loss`` and ``RuleLearner`` the losses and gradients of the inner steps are those at these points,
+    also the losses that a meta-objective counts; the results are the params. LearnedOptimizer needs a closure.
+
+    The initial ℓ of a coordinate is U(-6.9, -2.3) plus a number of its tensor from the same range. Both depend on
+    ``seed``, the tensor's name and the coordinate's place alone: no generator is used, all tasks start alike, and a
+    rule that is saved and loaded draws the same. Change ``seed`` for other numbers.
+
+    The state holds 4 (11 + H) bytes a coordinate, 84 for H = 10.
+
+    Args:
+        hidden_size: H of the parameter GRU, 1 to 32. The CPU kernels are compiled for 10; other sizes run by the
+            reference there.
+        tensor_hidden_size: units of the tensor GRU, 1 to 512.
+        global_hidden_size: units of the global GRU, 1 to 512.
+        attention: whether the rule chooses where gradients are taken.
+        seed: of the initial log learning rates.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
+        horizon: steps that the rule was meta-trained for; only used by LearnedOptimizer, which warns beyond it.
+        trained_on: description of the meta-training tasks, for the model card and that warning.
+
+    Raises:
+        ValueError, TypeError: for arguments out of range.
+
+    Example:
+        >>> rule = HierarchicalRNN()
+        >>> params = {"weight": torch.randn(10, 3), "bias": torch.zeros(10)}
+        >>> state = rule.init_state(params)
+        >>> grads = {name: 2 * p for name, p in params.items()}
+        >>> params, state = rule(params, grads, state)
+    """
+
+    title: ClassVar[str] = "Hierarchical RNN"
+    optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
+
+    def __init__(
+        self,
+        hidden_size: int = 10,
+        tensor_hidden_size: int = 20,
+        global_hidden_size: int = 20,
+        *,
+        attention: bool = False,
+        seed: int = 0,
+        backend: str | None = None,
+        horizon: int | None = None,
+        trained_on: str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = (("hidden_size", hidden_size, MAX_HIDDEN), ("tensor_hidden_size", tensor_hidden_size, MAX_UPPER_HIDDEN))
+        for name, value, most in (*sizes, ("global_hidden_size", global_hidden_size, MAX_UPPER_HIDDEN)):
+            check_integer(name, value, 1, most)
+        check_integer("seed", seed, 0, 2**63 - 1)
+        if not isinstance(attention, bool):
+            raise TypeError(f"attention must be a bool, got {attention!r}")
+        check_backend(backend)
+        prepare(backend)
+        check_training(horizon, trained_on)
+        self.hidden_size, self.tensor_hidden_size = hidden_size, tensor_hidden_size
+        self.global_hidden_size = global_hidden_size
+        self.attention, self.seed, self.backend = attention, seed, backend
+        self.horizon, self.trained_on = horizon, trained_on
+        self.parameter_gru = BiasGRU(FEATURES, hidden_size)
+        self.tensor_gru = BiasGRU(hidden_size + FEATURES, tensor_hidden_size)
+        self.global_gru = BiasGRU(tensor_hidden_size, global_hidden_size)
+        self.tensor_to_parameter = Affine(tensor_hidden_size, 3 * hidden_size)
+        self.global_to_parameter = Affine(global_hidden_size, 3 * hidden_size)
+        self.global_to_tensor = Affine(global_hidden_size, 3 * tensor_hidden_size)
+        readouts = drawn(len(READOUTS) if attention else len(READOUTS) - 1, hidden_size)
+        readouts[READOUTS.index("rate")] = 0
+        if attention:
+            readouts[READOUTS.index("attention")] = readouts[READOUTS.index("direction")]
+        self.readouts = nn.Parameter(readouts)
+        mean, deviation = SCALES_WEIGHT
+        self.scales = nn.Parameter(mean + deviation * torch.randn(SCALES))
+        self.scalars = nn.Parameter(torch.tensor(SCALARS))
+
+    # --------------------------------------------------------------------------------------------------------- state
+
+    def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
+        """The learned initial hidden states, zero moving means and decays, and the drawn log learning rates.
+
+        Per tensor: ``coordinates`` [T, R, n], ``tensor`` [T, tensor_hidden_size], ``mean_rate`` [T], the mean of ℓ,
+        and with attention ``attended`` [T, *shape]. Shared: ``global`` [T, global_hidden_size]. No T without tasks.
+        """
+        leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
+        first = leaves[0] if leaves else self.scalars
+        lead = first.shape[:1] if tasks and leaves else ()
+        dtype = arithmetic_dtype(leaves)
+        per_tensor = []
+        for name, p in zip(named, leaves, strict=True):
+            coordinates, mean_rate = self._init_coordinates(name, math.prod(p.shape[len(lead) :]), dtype, p.device)
+            entry = {
+                "coordinates": _repeated(coordinates, lead),
+                "tensor": _repeated(self.tensor_gru.initial.to(dtype), lead),
+                "mean_rate": _repeated(mean_rate, lead),
+            }
+            per_tensor.append(entry | ({"attended": p.to(dtype, copy=True)} if self.attention else {}))
+        shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), lead)}
+        return RuleState(tuple(per_tensor), shared, tasks)
+
+    def _init_coordinates(
+        self, name: str, number: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor]:
+        """The state [R, n] of one tensor of one task, and the mean of ℓ, []."""
+        low, high = LOG_RATES
+        draws = uniform(key_of(self.seed, name), number + 1, device)
+        rate = (2 * low + (high - low) * (draws[:1] + draws[1:])).to(dtype)
+        h = self.parameter_gru.initial.to(dtype).unsqueeze(1).expand(-1, number)
+        coordinates = torch.cat([h, h.new_zeros(2 * SCALES, number), rate.unsqueeze(0), h.new_zeros(2, number)])
+        return coordinates, rate.sum() / max(number, 1)
+
+    def state_header(self) -> dict[str, Any]:
+        """The sizes, whether there is attention, and the version of the state."""
+        sizes = {name: getattr(self, name) for name in ("hidden_size", "tensor_hidden_size", "global_hidden_size")}
+        return {"rule": type(self).__name__, "state_version": STATE_VERSION, **sizes, "attention": self.attention}
+
+    @property
+    def moves_gradients(self) -> bool:
+        """Whether the rule has attention."""
+        return self.attention
+
+    def gradient_points(self, params: Params, state: RuleState) -> Params:
+        """Where the next gradient is to be taken: the attended points, or ``params`` without attention."""
+        if not self.attention:
+            return params
+        leaves, structure = pytree.tree_flatten(params)
+        self._check_state(state, leaves)
+        points = [entry["attended"].to(p.dtype) for entry, p in zip(state.per_tensor, leaves, strict=True)]
+        return pytree.tree_unflatten(points, structure)
+
+    def _check_state(self, state: Any, leaves: Sequence[Tensor]) -> None:
+        """Raise TypeError or ValueError unless it is a state of this rule for params of these shapes."""
+        if not isinstance(state, RuleState):
+            raise TypeError(f"state must be a RuleState as init_state makes it, got {type(state).__name__}")
+        if len(state.per_tensor) != len(leaves) or state.shared.keys() != {"global"}:
+            raise ValueError(
+                f"state must be one of {type(self).__name__} for {len(leaves)} tensors, got one for "
+                f"{len(state.per_tensor)} with {sorted(state.shared)} shared"
+            )
+        lead = leaves[0].shape[:1] if state.tasks and leaves else torch.Size()
+        shapes = {"global": (*lead, self.global_hidden_size)}
+        check_entry("state", type(self).__name__, state.shared, shapes)
+        rows = num_rows(self.hidden_size)
+        for index, (entry, p) in enumerate(zip(state.per_tensor, leaves, strict=True)):
+            if state.tasks and p.shape[:1] != lead:
+                raise ValueError(f"params must have one leading axis of tasks, {list(lead)}, got {list(p.shape)}")
+            shapes = {
+                "coordinates": (*lead, rows, math.prod(p.shape[len(lead) :])),
+                "tensor": (*lead, self.tensor_hidden_size),
+                "mean_rate": tuple(lead),
+            }
+            check_entry(
+                f"state of tensor {index}",
+                type(self).__name__,
+                entry,
+                shapes | ({"attended": tuple(p.shape)} if self.attention else {}),
+            )
+
+    # ---------------------------------------------------------------------------------------------------------- step
+
+    def forward(
+        self, params: Params, grads: Params, state: RuleState, *, loss: Tensor | None = None
+    ) -> tuple[Params, RuleState]:
+        """One step of all tensors of all tasks; see :meth:`metakern.rules.Rule.forward`."""
+        del loss
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
+        self._check_state(state, leaves)
+        skip = 1 if state.tasks else 0
+        active = [index for index, p in enumerate(leaves) if math.prod(p.shape[skip:])]
+        if not active:
+            return params, state
+        device = leaves[0].device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+            step, tensor, of_all = self._step(
+                [leaves[index] for index in active],
+                [grad_leaves[index] for index in active],
+                [state.per_tensor[index] for index in active],
+                state,
+            )
+        new, per_tensor = list(leaves), list(state.per_tensor)
+        rates = step.means[..., -1]
+        for at, index in enumerate(active):
+            p, old = leaves[index], per_tensor[index]
+            new[index] = step.params[at].view(p.shape).to(p.dtype)
+            entry = {"coordinates": step.states[at], "tensor": tensor[at], "mean_rate": rates[at]}
+            if self.attention:
+                entry["attended"] = step.attended[at]
+            per_tensor[index] = {key: x.reshape(old[key].shape).to(old[key].dtype) for key, x in entry.items()}
+        old_global = state.shared["global"]
+        shared = {"global": of_all.view(old_global.shape).to(old_global.dtype)}
+        return rebuild(new), RuleState(tuple(per_tensor), shared, state.tasks)
+
+    def _step(
+        self, params: list[Tensor], grads: list[Tensor], entries: Sequence[dict[str, Tensor]], state: RuleState
+    ) -> tuple[Step, Tensor, Tensor]:
+        """The step of the coordinates, new tensor states [M, T, ...] and new global states [T, ...]."""
+        if not state.tasks:
+            params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
+            entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
+        dtype = arithmetic_dtype(params)
+        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
+            params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
+        of_all = state.shared["global"].to(dtype)
+        of_all = of_all if state.tasks else of_all.unsqueeze(0)
+        tensor = torch.stack([entry["tensor"] for entry in entries]).to(dtype)
+        step = hrnn_step(
+            params,
+            grads,
+            [entry["coordinates"].to(dtype) for entry in entries],
+            self._biases(tensor, of_all),
+            _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries]),
+            [w.to(dtype) for w in self.weights()],
+            backend=self.backend,
+        )
+        tensor = self.tensor_gru(step.means[..., :-1], tensor, self.global_to_tensor(of_all))
+        return step, tensor, self.global_gru(tensor.mean(0), of_all)
+
+    def _biases(self, tensor: Tensor, of_all: Tensor) -> Tensor:
+        """All that is added to the parameter GRU's pre-activations, [M, T, 3H], from the old states."""
+        own: Tensor = self.parameter_gru.biases().to(tensor.dtype)
+        biases: Tensor = self.tensor_to_parameter(tensor) + (self.global_to_parameter(of_all) + own)
+        return biases
+
+    def weights(self) -> list[Tensor]:
+        """The weights of :func:`metakern.ops.hrnn_step`, in order."""
+        gru = self.parameter_gru
+        return list(Weights(gru.gates_weight, gru.candidate_weight, self.readouts, self.scales, self.scalars))
+
+    def step_(
+        self, params: Params, grads: Params, state: RuleState, lr: float = 1.0, *, loss: Tensor | None = None
+    ) -> None:
+        """One step in place, without a graph; ``lr`` also scales how far the attended points are from the params."""
+        old = [p.clone() for p in pytree.tree_leaves(params)] if self.attention and lr != 1 else []
+        super().step_(params, grads, state, lr, loss=loss)
+        for p, entry in zip(old, state.per_tensor, strict=False):
+            entry["attended"].copy_(torch.lerp(p, entry["attended"], lr))
+
+    # ----------------------------------------------------------------------------------------------------------- rest
+
+    def plain(self) -> HierarchicalRNN:
+        """A copy of the rule that runs by the reference, one launch per operation."""
+        plain = copy.deepcopy(self)
+        plain.backend = "reference"
+        return plain
+
+    def extra_repr(self) -> str:
+        """The options not shown by the submodules."""
+        horizon = "" if self.horizon is None else f", horizon={self.horizon}"
+        return f"attention={self.attention}, seed={self.seed}, backend={self.backend!r}{horizon}"
+
+    def described(self) -> str:
+        """Description for the model card."""
+        sizes = f"{self.hidden_size}, {self.tensor_hidden_size} and {self.global_hidden_size}"
+        return (
+            "A learned optimizer: a hierarchy of GRUs, one for every parameter, one for every tensor and one for the "
+            "whole problem, turns gradients into updates (Wichrowska et al. 2017, "
+            "[arXiv 1703.04813](https://arxiv.org/abs/1703.04813)).\n"
+            f"They have {sizes} units{', and it chooses where gradients are taken' if self.attention else ''}."
+        )
+
+
+def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:
+    """A copy with the task axis ``lead`` in front, if there is one."""
+    return x.expand((*lead, *x.shape)).clone()
+
+
+def _mean_rate(params: Sequence[Tensor], means: Sequence[Tensor]) -> Tensor:
+    """Mean of ℓ over all coordinates of a task, [T], from the means over its tensors."""
+    sizes = [math.prod(p.shape[1:]) for p in params]
+    parts = [x * (size / sum(sizes)) for x, size in zip(means, sizes, strict=True)]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else means[0]

@@ -52,7 +52,8 @@ def eager(*arguments: Any) -> list[Tensor]:
 
 def fused(*arguments: Any) -> list[Tensor]:
     """metakern.ops.mlp_update_step by its C++ kernels."""
-    return _joined(mlp_update_step(*arguments, exp_mult=EXP_MULT, backend="cpp"))
+    step: Callable[..., Any] = mlp_update_step
+    return _joined(step(*arguments, exp_mult=EXP_MULT, backend="cpp"))
 
 
 def compiled() -> Step:

@@ -47,13 +47,12 @@ def _joined(new: tuple[list[Tensor], Moments]) -> list[Tensor]:
 
 def eager(*arguments: Any) -> list[Tensor]:
     """The definition in plain PyTorch."""
-    return _joined(reference.mlp_update_step(*arguments, EXP_MULT))
+    return _joined(reference.mlp_update_step(*arguments, exp_mult=EXP_MULT))
 
 
 def fused(*arguments: Any) -> list[Tensor]:
     """metakern.ops.mlp_update_step by its C++ kernels."""
-    step: Callable[..., Any] = mlp_update_step
-    return _joined(step(*arguments, exp_mult=EXP_MULT, backend="cpp"))
+    return _joined(mlp_update_step(*arguments, exp_mult=EXP_MULT, backend="cpp"))
 
 
 def compiled() -> Step:

@@ -21,9 +21,11 @@ from metakern.ops import (
     lstm_step_staged,
     mlp_inner_loop,
     mlp_meta_loss,
+    mlp_update_step,
 )
 from metakern.ops.core.registry import operators
 from metakern.ops.hrnn_step.reference import weight_shapes
+from metakern.ops.mlp_update_step import Moments
 
 ONES = [torch.ones(3, 1, 2), torch.ones(3, 1)]
 SET = torch.ones(3, 4, 2), torch.ones(3, 4, 1)
@@ -35,6 +37,15 @@ STAGES: dict[str, Any] = {"features": "log_sign", "head": "add"}
 HRNN = [torch.ones(3, 21, 2), torch.ones(3, 21, 1)], torch.zeros(2, 3, 30), torch.zeros(3)
 HRNN_WEIGHTS = [torch.ones(tuple(shape)) for shape in weight_shapes(10, attention=False)]
 
+MOMENTS = Moments(
+    m=[torch.ones(3, 3, 1, 2), torch.ones(3, 3, 1)],
+    v=ONES,
+    r=[torch.ones(3, 3, 1), torch.ones(3, 3, 1)],
+    c=[torch.ones(3, 3, 2), torch.ones(3, 3, 0)],
+)
+MLP_WEIGHTS = [torch.ones(4, 39), torch.ones(4), torch.ones(2, 4), torch.ones(2)]
+MLP_NUMBERS = torch.ones(7), torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)
+
 #: One call of each public operator, which are those with a reference.
 CALLS: dict[str, Callable[[], Any]] = {
     "hrnn_step": lambda: hrnn_step(ONES, ONES, *HRNN, HRNN_WEIGHTS),
@@ -44,6 +55,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "lstm_step_staged": lambda: lstm_step_staged(torch.ones(5), torch.ones(5), STATE, WEIGHTS, **STAGES),
     "mlp_inner_loop": lambda: mlp_inner_loop(ONES, *SET, lr=0.1, steps=1),
     "mlp_meta_loss": lambda: mlp_meta_loss(ONES, SET, SET, lr=0.1, steps=1),
+    "mlp_update_step": lambda: mlp_update_step(ONES, ONES, MOMENTS, MLP_WEIGHTS, *MLP_NUMBERS),
 }
 
 

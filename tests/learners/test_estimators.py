@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.learners import RuleLearner
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, make
 from metakern.tasks import DigitsMLP, GradientNoise, MixedOptimizees, ProblemBatch, Quadratics, toy_problems
 from metakern.training import Trainer, TrainerConfig
 from tests.learners.test_rule import draw
@@ -308,6 +308,30 @@ def test_rules_with_other_states_train_too(rule, estimator):
         (losses,) = learner.meta_losses(draw(toy_problems(), 6, seed))
         losses.mean().backward()
     assert 0 < next(rule.parameters()).grad.abs() < torch.inf
+
+
+@every_strategy
+def test_a_learned_start_is_perturbed_with_the_other_weights(estimator):
+    """Each of a pair starts from its own; the estimate of the start's gradient has the right direction."""
+    torch.manual_seed(0)
+    rule = make("meta-lstm-with-start", params={"x": torch.full((3,), 2.0)})
+    learner = make_learner(estimator, rule, steps=4, sigma=1e-3)
+    total, truth = torch.zeros(3), torch.zeros(3)
+    for seed in range(40):
+        batch = draw(Quadratics(3), 8, seed)
+        if learner.pairs._flight is not None:
+            learner.pairs._flight.ages = learner.pairs._flight.lengths
+        gradients = learner.pairs.estimate(rule, batch)[1]
+        place = next(i for i, (name, _) in enumerate(rule.named_parameters()) if name.startswith("initial"))
+        first = sum(p.numel() for p in list(rule.parameters())[:place])
+        if seed:
+            total += gradients[:, first : first + 3].mean(0)
+            start = rule.initialisation()["x"].detach().expand(8, 3).clone().requires_grad_()
+            truth += torch.autograd.grad(batch.loss({"x": start}).sum(), start)[0].mean(0)
+        starts = [copied.initialisation()["x"] for copied in learner.pairs._copies.rules[:2]]
+    assert torch.equal(learner.pairs._copies.rows[:2, first : first + 3], torch.stack(starts))
+    assert not torch.equal(*starts)
+    assert torch.cosine_similarity(total, truth, dim=0) > 0.5
 
 
 class Plain:

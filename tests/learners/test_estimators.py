@@ -104,7 +104,7 @@ def test_persistent_estimates_are_unbiased_and_truncated_ones_are_not(steps):
     truth, found = by_derivative(0.1, steps), {}
     for estimator in STRATEGIES:
         learner = make_learner(estimator, steps=steps, min_steps=steps, unroll=2)
-        samples = estimates(learner, Slopes(), 24, 240)[steps:]
+        samples = estimates(learner, Slopes(), 20, 160)[steps:]
         found[estimator] = mean, error, variance = mean_and_error(samples)
         print(f"{estimator}: {mean:.4f} ± {error:.4f}, variance of one estimate {variance:.4f}; truth {truth:.4f}")
     for estimator in ("pes", "noise-reuse"):

@@ -241,6 +241,16 @@ def test_what_diverges_counts_as_no_difference(estimator):
     assert gradients.isfinite().all()
 
 
+def test_lives_are_log_uniform_and_begin_desynchronised():
+    learner = make_learner("pes", steps=1000, min_steps=10)
+    assert [learner.pairs._length(share) for share in (0.0, 0.5, 1 - 1e-9)] == [10, 100, 1000]
+    learner.pairs.estimate(learner.rule, draw(Slopes(), 200))
+    flight = learner.pairs._flight
+    left = torch.tensor([length for age, length in zip(flight.ages, flight.lengths, strict=True) if age == 4])
+    assert left.unique().numel() > 60  # of all lives that did not end in the first truncation
+    assert (left < 10).any()
+
+
 def test_differences_are_limited():
     options = {"sigma": 0.1, "min_steps": 4}
     free, limited = (make_learner("pes", max_difference=limit, **options) for limit in (None, 1e-3))

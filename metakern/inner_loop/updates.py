@@ -6,14 +6,15 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metakern.core.checksum import digest
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
 from metakern.core.task_params import num_tasks
@@ -107,12 +108,14 @@ class RuleUpdate:
         rule: see :class:`metakern.rules.Rule`. A module with just ``init_state(params)`` and ``forward(params, grads,
             state)`` works, too: it receives neither ``tasks`` nor the losses.
         clip_norm: maximum norm of a task's gradient
+        redraws: whether a rule that draws its initial state draws other numbers for other initial params; for
+            meta-training, which would else fit the rule to one draw
 
     Raises:
         TypeError: for anything else
     """
 
-    def __init__(self, rule: Any, clip_norm: float | None = None) -> None:
+    def __init__(self, rule: Any, clip_norm: float | None = None, *, redraws: bool = False) -> None:
         if not isinstance(rule, nn.Module) or not hasattr(rule, "init_state"):
             raise TypeError(
                 "rule must be a module with init_state(params) and forward(params, grads, state), as "
@@ -124,6 +127,7 @@ class RuleUpdate:
         self._tells_tasks = _takes(protocol.init_state, "tasks")
         self._tells_loss = _takes(protocol.forward, "loss")
         self._moves_gradients = isinstance(rule, Rule) and rule.moves_gradients
+        self._redraws = redraws and isinstance(rule, Rule) and rule.draws_state
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -139,7 +143,19 @@ class RuleUpdate:
         if self._goes_by_group(params):
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
-        return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+        with self._own_seed(params) if self._redraws else nullcontext():
+            return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+
+    @contextmanager
+    def _own_seed(self, params: Any) -> Iterator[None]:
+        """Context in which the rule has a seed that depends on its own one and the params alone: it resumes exactly."""
+        seed, leaves = self.rule.seed, pytree.tree_leaves(params)
+        own = digest({f"{seed}/{index}": p for index, p in enumerate(leaves)})
+        self.rule.seed = int(own[:15], 16)
+        try:
+            yield
+        finally:
+            self.rule.seed = seed
 
     def points(self, params: Any, state: Any) -> Any:
         """The params themselves, unless the rule chooses other points."""

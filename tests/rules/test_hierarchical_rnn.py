@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.core.counter_draws import key_of, uniform
+from metakern.inner_loop.updates import RuleUpdate
 from metakern.learners import RuleLearner
 from metakern.maml import adapt, meta_loss
 from metakern.optim import LearnedOptimizer
@@ -208,6 +209,18 @@ def test_initial_rates_depend_on_seed_and_name_alone() -> None:
     torch.rand(3)  # torch's generator has no part in it
     assert torch.equal(rates(HierarchicalRNN(), tasks=False)[0], first[0])
     assert not torch.equal(rates(HierarchicalRNN(seed=1))[0], first)
+
+
+def test_meta_training_draws_anew_for_other_problems() -> None:
+    rule = HierarchicalRNN(seed=3)
+    update = RuleUpdate(rule, redraws=True)
+    params = [{"w": torch.full((2, 5), value)} for value in (1.0, 1.0, 2.0)]
+    first, same, other = (update.init_state(p).per_tensor[0]["coordinates"].detach() for p in params)
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    assert rule.seed == 3
+    fixed = RuleUpdate(rule).init_state(params[0]).per_tensor[0]["coordinates"]
+    assert torch.equal(fixed, rule.init_state(params[2], tasks=True).per_tensor[0]["coordinates"])
 
 
 # -------------------------------------------------------------------------------------------------------- attention

@@ -272,14 +272,16 @@ def test_rule_learner_trains_every_weight() -> None:
 def test_learned_optimizer_calls_the_closure_at_the_attended_points() -> None:
     rule = make_rule(attention=True)
     params = {"w": nn.Parameter(torch.ones(3, dtype=F64)), "b": nn.Parameter(torch.zeros(2, dtype=F64))}
-    optimizer = LearnedOptimizer(params.items(), rule, lr=0.5)
+    embedding = nn.Parameter(torch.ones(4, dtype=F64))
+    groups = [{"params": list(params.items())}, {"params": [("embedding", embedding)], "rule": None}]
+    optimizer = LearnedOptimizer(groups, rule, lr=0.5)
     seen: list[dict[str, Tensor]] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         seen.append({name: p.detach().clone() for name, p in params.items()})
         loss: Tensor = sum(((p - 2) ** 2).sum() for p in params.values())  # type: ignore[assignment]
-        loss.backward()
+        (loss + embedding.sum()).backward()
         return loss
 
     expected = {name: p.detach().clone() for name, p in params.items()}
@@ -298,6 +300,8 @@ def test_learned_optimizer_calls_the_closure_at_the_attended_points() -> None:
                 torch.testing.assert_close(params[name].detach(), p)
             if step == 1:  # a loaded checkpoint holds the points
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    assert (embedding < 1).all()  # stepped by AdamW, where it is
 
     def broken() -> Tensor:
         raise KeyError("mine")

@@ -6,8 +6,8 @@ Axis legend: T tasks, K inner steps, ``*shape`` the shape of one parameter tenso
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -108,8 +108,8 @@ class RuleUpdate:
         rule: see :class:`metakern.rules.Rule`. A module with just ``init_state(params)`` and ``forward(params, grads,
             state)`` works, too: it receives neither ``tasks`` nor the losses.
         clip_norm: maximum norm of a task's gradient
-        redraws: whether a rule that draws its initial state draws other numbers for other initial params; for
-            meta-training, which would else fit the rule to one draw
+        redraws: whether a rule that draws its initial state draws other numbers for every task, by its initial params;
+            for meta-training, which would else fit the rule to one draw
 
     Raises:
         TypeError: for anything else
@@ -143,19 +143,28 @@ class RuleUpdate:
         if self._goes_by_group(params):
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
-        with self._own_seed(params) if self._redraws else nullcontext():
-            return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+        if self._redraws and num_tasks(params):
+            return self._redrawn_state(params)
+        return self.rule.init_state(params, **({"tasks": True} if tells else {}))
 
-    @contextmanager
-    def _own_seed(self, params: Any) -> Iterator[None]:
-        """Context in which the rule has a seed that depends on its own one and the params alone: it resumes exactly."""
-        seed, leaves = self.rule.seed, pytree.tree_leaves(params)
-        own = digest({f"{seed}/{index}": p for index, p in enumerate(leaves)})
-        self.rule.seed = int(own[:15], 16)
+    def _redrawn_state(self, params: Any) -> Any:
+        """The initial state with numbers of every task's own, which depend on the rule's seed and the task's params.
+
+        So they are the same for a task alone, for both of an antithetic pair, and in a resumed run.
+        """
+        leaves, structure = pytree.tree_flatten(params)
+        seed, states = self.rule.seed, []
         try:
-            yield
+            for task in range(num_tasks(params)):
+                own = [p[task : task + 1] for p in leaves]
+                named = {f"{seed}/{index}": p.contiguous() for index, p in enumerate(own)}
+                self.rule.seed = int(digest(named)[:15], 16)
+                states.append(self.rule.init_state(pytree.tree_unflatten(own, structure), tasks=True))
         finally:
             self.rule.seed = seed
+        columns = zip(*map(pytree.tree_leaves, states), strict=True)
+        joined = [torch.cat(column) if column[0].dim() else column[0] for column in columns]
+        return pytree.tree_unflatten(joined, pytree.tree_structure(states[0]))
 
     def points(self, params: Any, state: Any) -> Any:
         """The params themselves, unless the rule chooses other points."""

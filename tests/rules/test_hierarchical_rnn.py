@@ -214,13 +214,18 @@ def test_initial_rates_depend_on_seed_and_name_alone() -> None:
 def test_meta_training_draws_anew_for_other_problems() -> None:
     rule = HierarchicalRNN(seed=3)
     update = RuleUpdate(rule, redraws=True)
-    params = [{"w": torch.full((2, 5), value)} for value in (1.0, 1.0, 2.0)]
-    first, same, other = (update.init_state(p).per_tensor[0]["coordinates"].detach() for p in params)
+    params = {"w": torch.tensor([1.0, 1.0, 2.0]).view(3, 1).expand(3, 5)}
+    state = update.init_state(params)
+    first, same, other = (x.detach() for x in state.per_tensor[0]["coordinates"])
     assert torch.equal(first, same)
     assert not torch.equal(first, other)
+    alone = update.init_state({"w": params["w"][2:]})
+    assert torch.equal(alone.per_tensor[0]["coordinates"][0], other)
+    assert state.shared["global"].shape == (3, 20)
+    assert state.tasks
     assert rule.seed == 3
-    fixed = RuleUpdate(rule).init_state(params[0]).per_tensor[0]["coordinates"]
-    assert torch.equal(fixed, rule.init_state(params[2], tasks=True).per_tensor[0]["coordinates"])
+    fixed = RuleUpdate(rule).init_state(params).per_tensor[0]["coordinates"]
+    assert torch.equal(fixed, rule.init_state(params, tasks=True).per_tensor[0]["coordinates"])
 
 
 # -------------------------------------------------------------------------------------------------------- attention

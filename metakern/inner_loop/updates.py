@@ -143,7 +143,7 @@ class RuleUpdate:
         if self._goes_by_group(params):
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
-        if self._redraws and num_tasks(params):
+        if self._redraws and tells and num_tasks(params):
             return self._redrawn_state(params)
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
 

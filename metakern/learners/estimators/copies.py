@@ -57,7 +57,7 @@ class Copies:
             for p, piece in zip(learned_weights(perturbed), pieces, strict=True):
                 p.data = piece.view(p.shape)
             self.rules.append(perturbed.requires_grad_(False))
-        self.updates = [RuleUpdate(each) for each in self.rules]
+        self.updates = [RuleUpdate(each, redraws=True) for each in self.rules]
 
     def serves(self, rule: nn.Module, num_problems: int) -> bool:
         """Whether these are copies of such a rule."""

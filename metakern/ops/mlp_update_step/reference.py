@@ -140,7 +140,7 @@ def _mlp(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
     """[T, 2, n] of the inputs [T, 39, n]."""
     layers = list(zip(weights[::2], weights[1::2], strict=True))
     for index, (weight, bias) in enumerate(layers):
-        x = weight @ x + bias.unsqueeze(-1)
+        x = torch.baddbmm(bias.unsqueeze(-1), weight.expand(x.shape[0], -1, -1), x)
         if index + 1 < len(layers):
             x = torch.relu(x)
     return x

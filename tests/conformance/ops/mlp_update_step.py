@@ -35,7 +35,7 @@ RANKS = {
 }
 
 #: Segments of several blocks: cut along the first axis, the second, both, and one between them.
-BLOCKS = ((4099, 9), (3, 8293), (17, 9000), (8500, 2, 3), (2, 8300, 3), (47, 3, 2, 150), (40, 30, 31))
+BLOCKS = ((4099, 9), (3, 8293), (17, 8200), (8500, 2, 3), (2, 4200, 2), (40, 30, 31))
 
 
 def make_call(
@@ -95,7 +95,7 @@ class MlpUpdateStep(Operator):
         Spec("several blocks, forward", {"shapes": BLOCKS, "tasks": 1}, (F32,), on=("cpp",), gradients=False),
     )
     small = {"shapes": ((3, 2), (2,)), "width": 4, "layers": 1}
-    tiny = {"shapes": ((2, 2), (1,)), "width": 4, "layers": 1, "tasks": 1}
+    tiny = {"shapes": ((2, 1),), "width": 4, "layers": 1, "tasks": 1}
     spread = {"shapes": ((4099, 9), (9000,), (5, 3), (70, 3, 2)), "tasks": 2, "width": 5}
     scheduled = small
     viewed = {"shapes": ((5, 9), (4, 3, 2), (6,)), "tasks": 3}

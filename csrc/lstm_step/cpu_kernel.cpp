@@ -1,7 +1,7 @@
 // lstm_step on the CPU: coordinates in SIMD lanes, weights broadcast, gates in registers; the state of a tile is read
 // once and written once. Compiled once per instruction set; problem.h has the axis legend.
 #include "../core/vec.h"
-#include "../math/outer_products.h"
+#include "../math/tile_outer_products.h"
 #include "cpu.h"
 #include "cpu_cell.h"
 #include "cpu_stages.h"
@@ -10,12 +10,6 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
-
-// Prefetches the next tile's memory into the second-level cache.
-MK_INLINE void prefetch(const void* p, int64_t bytes) {
-  constexpr int64_t cache_line = 64;
-  for (int64_t i = 0; i < bytes; i += cache_line) __builtin_prefetch(static_cast<const char*>(p) + i, 0, 2);
-}
 
 template <class S, class Stages>
 void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmStepForward& args, int64_t first_tile,
@@ -33,12 +27,15 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     const S* state = static_cast<const S*>(args.state) + tile * p.tile_state();
     S* new_state = static_cast<S*>(args.new_state) + tile * p.tile_state();
     const S* x = features;
+    NextTile next{{tile + 1 < last_tile ? state + p.tile_state() : nullptr, nullptr},
+                  int64_t(sizeof(S)) * p.tile_state()};
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
-      __builtin_memcpy(old_h, state + h_at, sizeof(S) * H * tile_lanes);  // new_state may be state
-      if (tile + 1 < last_tile) prefetch(state + p.tile_state() + h_at, sizeof(S) * 2 * H * tile_lanes);
-      forward_layer<V>({x, old_h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
-                       packed.forward(layer), p.inputs(layer), H, used);  // clear_padding writes the rest
+      const S* h = state + h_at;
+      if (args.new_state == args.state)
+        h = static_cast<const S*>(__builtin_memcpy(old_h, h, sizeof(S) * H * tile_lanes));
+      forward_layer<V>({x, h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
+                       packed.forward(layer), p.inputs(layer), H, used, &next);  // clear_padding writes the rest
       x = new_state + h_at;
     }
     if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
@@ -55,46 +52,61 @@ void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t firs
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-// Working memory of one thread: activations of a block of tiles, overwritten by their gradients.
+// Working memory of one thread: the activations of a tile, overwritten by their gradients, and the sums of the weight
+// gradients over a block of tiles. Small enough for the second-level cache.
 template <class S>
 struct Scratch {
-  int64_t gates_stride, hidden_stride;  // elements a tile
-  S* gates;                             // [block_tiles, L, 4, H, tile_lanes]
-  S* hidden;                            // [block_tiles, L, H, tile_lanes]     h' of every layer
-  int feature_rows, outputs, own_weights;
-  S* features;    // [block_tiles, feature_rows, tile_lanes]
-  S* grad_out;    // [block_tiles, R, tile_lanes]
-  S* grad_own;    // [own_weights, tile_lanes]: the stages' own weights, summed over the tiles
-  S* tanh_c;      // [L, H, tile_lanes]
-  S* grad_x;      // [max(H, feature_rows), tile_lanes]
-  S* last_state;  // [L, 2, H, tile_lanes]; last tile, zero after the last coordinate
+  S* gates;          // [L, 4, H, tile_lanes]
+  S* hidden;         // [L, H, tile_lanes]     h' of every layer
+  S* tanh_c;         // [L, H, tile_lanes]
+  S* features;       // [feature_rows, tile_lanes]
+  S* grad_out;       // [R, tile_lanes]
+  S* grad_x;         // [max(H, feature_rows), tile_lanes]
+  S* last_state;     // [L, 2, H, tile_lanes]; last tile, zero after the last coordinate
+  S* transposed;     // [tile_lanes, columns of a layer]: a layer's x and h
+  S* sums;           // gradients of weight_ih and weight_hh: per layer [4H, columns]
+  S* bias_sums;      // [L, 4H, lanes]
+  S* head_sums;      // [R, H + 1, lanes]: weights and bias of every output
+  S* own_sums;       // [own_weights, tile_lanes]: gradients of the stages' own weights
+  int64_t num_sums;  // elements from `sums` on
 
-  static int64_t grad_x_rows(const LstmStepProblem& p) {
-    return p.hidden_size < p.feature_rows() ? p.feature_rows() : p.hidden_size;
+  // Columns in memory of a layer's weight gradients: its inputs, then its h.
+  static int columns(const LstmStepProblem& p, int layer) {
+    return padded_columns<vec_t<S>>(p.inputs(layer) + p.hidden_size);
   }
-  static int64_t elements(const LstmStepProblem& p) {
-    const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
-    const int64_t tile_rows = 5 * rows + p.feature_rows() + p.stages.outputs;
-    return tile_lanes * (block_tiles * tile_rows + 3 * rows + p.stages.own_weights() + grad_x_rows(p));
+  // Lays the arrays out one after the other from `memory`; returns their elements.
+  int64_t lay_out(const LstmStepProblem& p, S* memory) {
+    S* at = memory;
+    const auto take = [&](int64_t count) {
+      S* const from = at;
+      at += count;
+      return from;
+    };
+    const int64_t H = p.hidden_size, rows = int64_t(p.num_layers) * H;
+    constexpr int width = lanes<vec_t<S>>;
+    gates = take(4 * rows * tile_lanes);
+    hidden = take(rows * tile_lanes);
+    tanh_c = take(rows * tile_lanes);
+    features = take(int64_t(p.feature_rows()) * tile_lanes);
+    grad_out = take(int64_t(p.stages.outputs) * tile_lanes);
+    grad_x = take((H < p.feature_rows() ? p.feature_rows() : H) * tile_lanes);
+    last_state = take(p.tile_state());
+    int most = 0;
+    for (int l = 0; l < p.num_layers; ++l) most = columns(p, l) > most ? columns(p, l) : most;
+    transposed = take(int64_t(most) * tile_lanes);
+    sums = at;
+    for (int l = 0; l < p.num_layers; ++l) take(4 * H * columns(p, l));
+    bias_sums = take(4 * rows * width);
+    head_sums = take(p.stages.outputs * (H + 1) * width);
+    own_sums = take(int64_t(p.stages.own_weights()) * tile_lanes);
+    num_sums = at - sums;
+    return at - memory;
   }
-  Scratch(const LstmStepProblem& p, S* memory) {
-    const int64_t rows = int64_t(p.num_layers) * p.hidden_size;
-    gates_stride = 4 * rows * tile_lanes;
-    hidden_stride = rows * tile_lanes;
-    feature_rows = p.feature_rows();
-    outputs = p.stages.outputs;
-    own_weights = p.stages.own_weights();
-    gates = memory;
-    hidden = gates + block_tiles * gates_stride;
-    features = hidden + block_tiles * hidden_stride;
-    grad_out = features + block_tiles * feature_rows * tile_lanes;
-    grad_own = grad_out + block_tiles * outputs * tile_lanes;
-    tanh_c = grad_own + own_weights * tile_lanes;
-    grad_x = tanh_c + rows * tile_lanes;
-    last_state = grad_x + grad_x_rows(p) * tile_lanes;
+  S* sums_of(const LstmStepProblem& p, int layer) const {
+    S* at = sums;
+    for (int l = 0; l < layer; ++l) at += int64_t(4) * p.hidden_size * columns(p, l);
+    return at;
   }
-  S* features_of(int in_block) const { return features + in_block * feature_rows * tile_lanes; }
-  S* grad_out_of(int in_block) const { return grad_out + in_block * outputs * tile_lanes; }
 };
 
 // out[k] = sum over the 4H gate rows of w[row][k] * rows[row], for K inputs k at once.
@@ -143,32 +155,91 @@ void transposed_products(const lane_t<V>* w, const lane_t<V>* rows, int count, l
 // Recompute one tile's gates and hidden states into the scratch memory.
 template <class S>
 void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const Scratch<S>& scratch,
-                    int in_block) {
+                    NextTile* next) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
-  const S* x = scratch.features_of(in_block);
+  const S* x = scratch.features;
   for (int layer = 0; layer < p.num_layers; ++layer) {
-    S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
-    S* hidden = scratch.hidden + in_block * scratch.hidden_stride + layer * rows;
+    S* gates = scratch.gates + layer * 4 * rows;
+    S* hidden = scratch.hidden + layer * rows;
     const S* h = state + layer * 2 * rows;
     forward_layer<V>({x, h, h + rows, hidden, nullptr, gates, scratch.tanh_c + layer * rows}, packed.forward(layer),
-                     p.inputs(layer), H, tile_lanes);
+                     p.inputs(layer), H, tile_lanes, next);
     x = hidden;
   }
 }
 
-// Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state.
+// Adds one layer's part of the weight gradients of a tile to the sums.
+template <class S>
+void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int layer) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size, inputs = p.inputs(layer);
+  const int64_t rows = int64_t(H) * tile_lanes;
+  const S* gates = scratch.gates + layer * 4 * rows;
+  const S* x = layer == 0 ? scratch.features : scratch.hidden + (layer - 1) * rows;
+  const S* h = state + layer * 2 * rows;
+  const auto row = [&](int k) { return k < inputs ? x + k * tile_lanes : h + (k - inputs) * tile_lanes; };
+  transpose_rows<V>(row, inputs + H, Scratch<S>::columns(p, layer), scratch.transposed);
+  add_outer_products<V>(gates, 4 * H, scratch.transposed, inputs + H, scratch.sums_of(p, layer));
+  add_row_sums<V>(gates, 4 * H, scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>);
+}
+
+// The same for the head.
+template <class S>
+void add_head_gradients(const LstmStepProblem& p, const Scratch<S>& scratch) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const S* top = scratch.hidden + int64_t(p.num_layers - 1) * H * tile_lanes;
+  for (int r = 0; r < p.stages.outputs; ++r) {
+    const S* grad_out = scratch.grad_out + r * tile_lanes;
+    S* sums = scratch.head_sums + r * (H + 1) * lanes<V>;
+    add_row_products<V>(grad_out, top, H, sums);
+    add_row_sums<V>(grad_out, 1, sums + H * lanes<V>);
+  }
+}
+
+// Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says.
+template <class S>
+void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* partial) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  const auto add_lanes = [](const S* sums, int count, double* out) {
+    for (int i = 0; i < count; ++i) out[i] += double(sum_lanes(load<V>(sums + i * lanes<V>)));
+  };
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const FlatLayer at(p, layer);
+    const int inputs = p.inputs(layer), columns = Scratch<S>::columns(p, layer);
+    const S* sums = scratch.sums_of(p, layer);
+    for (int row = 0; row < 4 * H; ++row, sums += columns) {
+      for (int k = 0; k < inputs; ++k) partial[at.weight_ih + int64_t(row) * inputs + k] += double(sums[k]);
+      for (int k = 0; k < H; ++k) partial[at.weight_hh + int64_t(row) * H + k] += double(sums[inputs + k]);
+    }
+    add_lanes(scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>, 4 * H, partial + at.bias);
+  }
+  const int outputs = p.stages.outputs;
+  double* head = partial + p.flat_weights() - p.flat_head();
+  for (int r = 0; r < outputs; ++r) {
+    const S* sums = scratch.head_sums + r * (H + 1) * lanes<V>;
+    add_lanes(sums, H, head + r * H);
+    add_lanes(sums + H * lanes<V>, 1, head + outputs * H + r);
+  }
+  for (int i = 0; i < p.stages.own_weights(); ++i)
+    head[outputs * (H + 1) + i] += double(row_sum<V>(scratch.own_sums + i * tile_lanes));
+}
+
+// Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state, adds the
+// weight gradients to the sums.
 template <int Outputs, class S>
 void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const S* grad_new_state,
-                   S* grad_state, const Scratch<S>& scratch, int in_block, int used) {
+                   S* grad_state, const Scratch<S>& scratch, int used) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
-  const S* grad_out = scratch.grad_out_of(in_block);
+  const S* grad_out = scratch.grad_out;
   for (int layer = p.num_layers - 1; layer >= 0; --layer) {
     const bool top = layer == p.num_layers - 1;
-    S* gates = scratch.gates + in_block * scratch.gates_stride + layer * 4 * rows;
+    S* gates = scratch.gates + layer * 4 * rows;
     const S* c = state + (layer * 2 + 1) * rows;
     for (int j = 0; j < H; ++j)
       for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
@@ -196,32 +267,8 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
       transposed_products<V>(packed.transposed_h(layer), gates + lane, 4 * H, grad_state + layer * 2 * rows + lane, H);
       transposed_products<V>(packed.transposed_x(layer), gates + lane, 4 * H, scratch.grad_x + lane, p.inputs(layer));
     }
+    add_weight_gradients(p, state, scratch, layer);
   }
-}
-
-// Adds the weight gradients of a block of tiles to `partial`, laid out as cpu_weights.h says.
-template <class S>
-void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratch<S>& scratch, int first, int tiles,
-                          double* partial) {
-  using V = vec_t<S>;
-  const int H = p.hidden_size;
-  const int64_t rows = int64_t(H) * tile_lanes;
-  for (int layer = 0; layer < p.num_layers; ++layer) {
-    const Rows<S> gates{scratch.gates + first * scratch.gates_stride + layer * 4 * rows, scratch.gates_stride};
-    const Rows<S> x = layer == 0 ? Rows<S>{scratch.features_of(first), scratch.feature_rows * tile_lanes}
-                                 : Rows<S>{scratch.hidden + first * scratch.hidden_stride + (layer - 1) * rows,
-                                           scratch.hidden_stride};
-    const Rows<S> h{state + layer * 2 * rows, p.tile_state()};
-    const FlatLayer at(p, layer);
-    outer_products<V>(gates, 4 * H, x, p.inputs(layer), tiles, partial + at.weight_ih);
-    outer_products<V>(gates, 4 * H, h, H, tiles, partial + at.weight_hh);
-    row_sums<V>(gates, 4 * H, tiles, partial + at.bias);
-  }
-  const Rows<S> grad_out{scratch.grad_out_of(first), scratch.outputs * tile_lanes};
-  const Rows<S> top{scratch.hidden + first * scratch.hidden_stride + (p.num_layers - 1) * rows, scratch.hidden_stride};
-  double* head = partial + p.flat_weights() - p.flat_head();
-  outer_products<V>(grad_out, scratch.outputs, top, H, tiles, head);
-  row_sums<V>(grad_out, scratch.outputs, tiles, head + scratch.outputs * H);
 }
 
 template <class S, class Stages>
@@ -229,50 +276,45 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
                     const Scratch<S>& scratch, int64_t first_tile, int tiles, double* partial) {
   using V = vec_t<S>;
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
-  const S* state = static_cast<const S*>(args.state) + first_tile * p.tile_state();
   TileInputs<S, Stages> inputs;
   StateRows<S, Stages> dropped;
   TileGradients<S, Stages> gradients;
-  int partial_tile = 0;
-  for (int i = 0; i < scratch.own_weights * tile_lanes; ++i) scratch.grad_own[i] = S(0);
-  for (int i = 0; i < tiles; ++i) {
-    const int64_t tile = first_tile + i;
+  for (int64_t i = 0; i < scratch.num_sums; ++i) scratch.sums[i] = S(0);
+  for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
+    const int64_t at = tile * p.tile_state();
     const int used = lanes_in_tile(p, tile);
     inputs.read(p, args, tile, used);
     gradients.read(p, args, tile, used);
-    write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features_of(i), dropped);
-    const S* tile_state = state + i * p.tile_state();
+    write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features, dropped);
+    const S* state = static_cast<const S*>(args.state) + at;
+    const S* grad_new_state = static_cast<const S*>(args.grad_new_state) + at;
+    const bool last = tile + 1 == first_tile + tiles;
+    NextTile next{{last ? nullptr : state + p.tile_state(), last ? nullptr : grad_new_state + p.tile_state()},
+                  int64_t(sizeof(S)) * p.tile_state()};
     if (used < tile_lanes) {  // values after the last coordinate, NaN included, must not reach the weights
-      __builtin_memcpy(scratch.last_state, tile_state, sizeof(S) * p.tile_state());
+      __builtin_memcpy(scratch.last_state, state, sizeof(S) * p.tile_state());
       clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
-      tile_state = scratch.last_state;
-      partial_tile = 1;
+      state = scratch.last_state;
     }
-    if (i + 1 < tiles) {
-      const int64_t bytes = sizeof(S) * p.tile_state();
-      prefetch(state + (i + 1) * p.tile_state(), bytes);
-      prefetch(static_cast<const S*>(args.grad_new_state) + (tile + 1) * p.tile_state(), bytes);
-    }
-    recompute_tile(p, packed, tile_state, scratch, i);
-    const S* top = scratch.hidden + i * scratch.hidden_stride + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
-    head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out_of(i),
-                     scratch.grad_own + Stages::Features::weights * tile_lanes);
-    backward_tile<Stages::Head::outputs>(p, packed, tile_state,
-                                         static_cast<const S*>(args.grad_new_state) + tile * p.tile_state(),
-                                         static_cast<S*>(args.grad_state) + tile * p.tile_state(), scratch, i, used);
+    recompute_tile(p, packed, state, scratch, &next);
+    const S* top = scratch.hidden + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
+    head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out,
+                     scratch.own_sums + Stages::Features::weights * tile_lanes);
+    backward_tile<Stages::Head::outputs>(p, packed, state, grad_new_state, static_cast<S*>(args.grad_state) + at,
+                                         scratch, used);
     features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
-                         scratch.grad_own);
+                         scratch.own_sums);
+    add_head_gradients(p, scratch);
     gradients.write(p, args, tile, used);
   }
-  add_weight_gradients(p, state, scratch, 0, tiles - partial_tile, partial);
-  if (partial_tile) add_weight_gradients<S>(p, scratch.last_state, scratch, tiles - 1, 1, partial);
-  row_sums<V>({scratch.grad_own, 0}, scratch.own_weights, 1, partial + p.flat_weights() - scratch.own_weights);
+  add_block(p, scratch, partial);
 }
 
 template <class S, class Stages>
 void backward_groups(const LstmStepProblem& p, const Stages& stages, const LstmStepBackward& args, void* memory,
                      int64_t first_group, int64_t last_group) {
-  const Scratch<S> scratch(p, static_cast<S*>(memory));
+  Scratch<S> scratch;
+  scratch.lay_out(p, static_cast<S*>(memory));
   const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
   for (int64_t group = first_group; group < last_group; ++group) {
     double* partial = args.partials + group * p.flat_weights();
@@ -293,7 +335,7 @@ void backward(const LstmStepProblem& p, const LstmStepBackward& args, void* memo
 
 template <class S>
 int64_t scratch_bytes(const LstmStepProblem& p) {
-  return Scratch<S>::elements(p) * int64_t(sizeof(S));
+  return Scratch<S>().lay_out(p, nullptr) * int64_t(sizeof(S));
 }
 
 template <class S>

@@ -47,7 +47,8 @@ def _joined(new: tuple[list[Tensor], Moments]) -> list[Tensor]:
 
 def eager(*arguments: Any) -> list[Tensor]:
     """The definition in plain PyTorch."""
-    return _joined(reference.mlp_update_step(*arguments, EXP_MULT))
+    step: Callable[..., tuple[list[Tensor], Moments]] = reference.mlp_update_step
+    return _joined(step(*arguments, EXP_MULT))
 
 
 def fused(*arguments: Any) -> list[Tensor]:

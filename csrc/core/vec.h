@@ -4,7 +4,7 @@
 #include <stdint.h>
 
 #include <utility>
-#if defined(__AVX2__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -97,6 +97,15 @@ MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
 template <>
 MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
   return DoubleVec(_mm256_sqrt_pd(__m256d(x)));
+}
+#elif defined(__SSE2__)
+template <>
+MK_INLINE FloatVec square_root<FloatVec>(FloatVec x) {
+  return FloatVec(_mm_sqrt_ps(__m128(x)));
+}
+template <>
+MK_INLINE DoubleVec square_root<DoubleVec>(DoubleVec x) {
+  return DoubleVec(_mm_sqrt_pd(__m128d(x)));
 }
 #endif
 

@@ -84,6 +84,8 @@ struct TileGradients {
     const HrnnTensor& tensor = piece.tensor;
     const int64_t n = tensor.coordinates;
     const lane_t<V>* state = static_cast<const lane_t<V>*>(tensor.grad_new_state) + piece.row(hrnn_rows, tile);
+    prefetch_next(state, n, hrnn_rows);
+    prefetch_next(static_cast<const lane_t<V>*>(tensor.grad_state) + piece.row(hrnn_rows, tile), n, hrnn_rows);
     read_tile<V>(state, n, hrnn_hidden, used, new_h);
     read_tile<V>(state + hrnn_hidden * n, n, rest_rows, used, new_rest);
     read_params<V>(tensor.grad_new_params, p.dtype, piece.param(tile), used, params[0]);

@@ -87,6 +87,7 @@ MK_INLINE void read_inputs(const HrnnStepProblem& p, const Piece& piece, int til
   read_params<V>(piece.tensor.grads, p.dtype, piece.param(tile), used, in.g);
   read_tile<V>(state, n, hrnn_hidden, used, cell.h);
   read_tile<V>(state + hrnn_hidden * n, n, rest_rows, used, in.rest);
+  prefetch_next(state, n, hrnn_rows);
 }
 
 // Writes the features; scales[n]: the new means and squares.

@@ -53,12 +53,13 @@ void forward_piece(const HrnnStepProblem& p, const HrnnStepArguments& args, cons
   ScaleMeans<V> scales[W<V>];
   for (int tile = 0; tile < piece.tiles; ++tile) {
     const int used = piece.used(tile), columns = columns_of<V>(used);
+    S* state = static_cast<S*>(piece.tensor.new_state) + piece.row(hrnn_rows, tile);
+    prefetch_next(state, n, hrnn_rows);
     read_inputs<V>(p, piece, tile, used, in, cell);
     write_features<V>(in, segment.mean_rate, columns, scales, cell);
     run_cell<V>(w, segment.biases, columns, cell);
     run_readouts<V>(w, p.attention, columns, cell);
     write_results<V>(p, w, in, cell, scales, columns, out);
-    S* state = static_cast<S*>(piece.tensor.new_state) + piece.row(hrnn_rows, tile);
     write_tile<V>(state, n, hrnn_hidden, used, cell.new_h);
     write_tile<V>(state + hrnn_hidden * n, n, rest_rows, used, out.rest);
     write_tile<V>(static_cast<S*>(piece.tensor.steps) + piece.row(p.directions(), tile), n, p.directions(), used,

@@ -68,6 +68,14 @@ struct TileRows {
   MK_INLINE const lane_t<V>* scalars() const { return reinterpret_cast<const lane_t<V>*>(this); }
 };
 
+// Prefetches the next tile of an array of rows: too many streams for the processor to follow by itself.
+template <class S>
+MK_INLINE void prefetch_next(const S* rows, int64_t stride, int count) {
+  constexpr int line = 64 / sizeof(S);
+  for (int r = 0; r < count; ++r)
+    for (int at = 0; at < tile_lanes; at += line) __builtin_prefetch(rows + r * stride + tile_lanes + at);
+}
+
 // `rows` rows of a tile from an array of rows `stride` elements apart; zeros after the `used` lanes.
 template <class V>
 MK_INLINE void read_tile(const lane_t<V>* from, int64_t stride, int rows, int used, V (*out)[W<V>]) {

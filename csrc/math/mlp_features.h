@@ -5,7 +5,8 @@
 
 namespace metakern {
 
-// Order of the features: g, p, m (3), v, m root (3), root, g of_g (3), r (3), c (3), r_root (3), c_root (3), m of_m (3).
+// Order of the features: g, p, m (3), v, m root (3), root, g of_g (3), r (3), c (3), r_root (3), c_root (3), m of_m
+// (3).
 constexpr int tensor_features = 28, time_features = 11, mlp_inputs = tensor_features + time_features;
 constexpr int feature_g = 0, feature_p = 1, feature_m = 2, feature_v = 5, feature_m_root = 6, feature_root = 9,
               feature_g_factor = 10, feature_r = 13, feature_c = 16, feature_r_root = 19, feature_c_root = 22,
@@ -114,7 +115,7 @@ MK_INLINE void table_features(const Factors<V>& f, V* x) {
 template <class V>
 struct FeatureGradient {
   V g, p, m[3], v;
-  V r[3], c[3];          // through r and c themselves and their roots
+  V r[3], c[3];  // through r and c themselves and their roots
   V of_g[3], of_m[3];
 };
 

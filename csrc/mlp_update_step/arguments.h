@@ -147,8 +147,9 @@ inline MlpUpdateProblem checked_mlp_update(const MlpUpdateLists& lists, const Te
                                    std::pair(&lists.r, "r"), std::pair(&lists.c, "c")})
     check_value(list->size() == count, name, " must hold a tensor for each of params, ", count, ", got ", list->size());
   for (size_t i = 0; i < count; ++i) check_tensor(p, lists, i, decays);
-  p.dtype = count > 0 ? *float_dtype(lists.params[0].scalar_type())
-            : decays.scalar_type() == ScalarType::Double ? DType::float64 : DType::float32;
+  p.dtype = count > 0                                    ? *float_dtype(lists.params[0].scalar_type())
+            : decays.scalar_type() == ScalarType::Double ? DType::float64
+                                                         : DType::float32;
   return p;
 }
 

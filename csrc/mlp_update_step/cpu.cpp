@@ -20,8 +20,8 @@ struct Job {
 };
 
 struct Schedule {
-  std::vector<Job> jobs;             // of segments of one block
-  std::vector<int64_t> large;        // segments of several blocks
+  std::vector<Job> jobs;              // of segments of one block
+  std::vector<int64_t> large;         // segments of several blocks
   std::vector<int64_t> large_blocks;  // all of theirs
 };
 

@@ -45,29 +45,29 @@ struct MlpUpdateCall {
   const MlpUpdateProblem* problem;
   const MlpSegment* segments;
   const MlpBlock* blocks;
-  const void* biases;     // [T, W]: of the first layer, the time features' part added
-  void* tables;           // per segment [table_rows, r's entries], then those of c
-  void* sums;             // per block: sums over its rows and columns
-  double* entry_sums;     // per segment [K, x_size], then [K, y_size]
-  double* block_sums;     // [blocks, block_numbers]
-  double* segment_sums;   // [segments, tensor_features]: forward: mean squares of r, c; backward: as `means` says
+  const void* biases;    // [T, W]: of the first layer, the time features' part added
+  void* tables;          // per segment [table_rows, r's entries], then those of c
+  void* sums;            // per block: sums over its rows and columns
+  double* entry_sums;    // per segment [K, x_size], then [K, y_size]
+  double* block_sums;    // [blocks, block_numbers]
+  double* segment_sums;  // [segments, tensor_features]: forward: mean squares of r, c; backward: as `means` says
   int64_t num_blocks, num_segments;
   // of backward alone
-  const double* time;     // [T, 11]
-  void* kept_grads;       // between two passes, of all coordinates: gradients of grads, then of params; null for
-  int64_t coordinates;    // params of the arithmetic's dtype, where the results hold them
-  void* slopes;           // per segment: factors of g in its gradient, by rows and columns: [x_size], then [y_size]
-  double* decay_sums;     // [blocks + segments, num_decays]
+  const double* time;   // [T, 11]
+  void* kept_grads;     // between two passes, of all coordinates: gradients of grads, then of params; null for
+  int64_t coordinates;  // params of the arithmetic's dtype, where the results hold them
+  void* slopes;         // per segment: factors of g in its gradient, by rows and columns: [x_size], then [y_size]
+  double* decay_sums;   // [blocks + segments, num_decays]
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.
 struct MlpUpdateKernels {
   void (*biases)(const MlpUpdateProblem&, const double* time, void* biases);
-  void (*squares)(const MlpUpdateCall&, int64_t block);           // sums of g^2 over rows and columns
-  void (*factors)(const MlpUpdateCall&, int64_t segment);         // new r and c, and their tables
-  void (*feature_squares)(const MlpUpdateCall&, int64_t block);   // sums of squares of the features
+  void (*squares)(const MlpUpdateCall&, int64_t block);          // sums of g^2 over rows and columns
+  void (*factors)(const MlpUpdateCall&, int64_t segment);        // new r and c, and their tables
+  void (*feature_squares)(const MlpUpdateCall&, int64_t block);  // sums of squares of the features
   void (*norms)(const MlpUpdateCall&, int64_t segment);
-  void (*update)(const MlpUpdateCall&, int64_t block);            // the network; new params, m, v
+  void (*update)(const MlpUpdateCall&, int64_t block);  // the network; new params, m, v
 };
 
 struct MlpUpdateBackwardKernels {

@@ -141,8 +141,8 @@ Gradients mlp_update_step_backward(const Tensors& grad_new_params, const Tensors
   k.reduce(call, static_cast<double*>(weight_sums.data()), groups, pointers.data(), numbers.data(0), numbers.data(1),
            numbers.data(2));
   const Tensors shared = numbers.take();
-  return {grad_params.take(), grad_grads.take(), grad_m.take(),         grad_v.take(), grad_r.take(),
-          grad_c.take(),      grad_weights.take(), shared[0], shared[1], shared[2]};
+  return {grad_params.take(), grad_grads.take(),   grad_m.take(), grad_v.take(), grad_r.take(),
+          grad_c.take(),      grad_weights.take(), shared[0],     shared[1],     shared[2]};
 }
 
 }  // namespace

@@ -83,49 +83,54 @@ void factors(const MlpUpdateCall& call, int64_t index) {
   }
 }
 
+// Whether a feature's squares are summed over coordinates, not over the entries of its table.
+constexpr bool is_own(bool is_factored, int feature) {
+  return !is_factored || feature < feature_r || feature >= feature_m_factor;
+}
+
+// Adds the squares of a vector of coordinates. Lanes after the last coordinate are not counted.
+template <bool IsFactored, bool IsPartial, class S>
+MK_INLINE void add_squares(const TileInputs<S>& inputs, const Decays<S>& decays, int lane, int count,
+                           vec_t<S> (&sums)[tensor_features]) {
+  using V = vec_t<S>;
+  const NewMoments<V> now = inputs.moments(lane, decays);
+  V x[tensor_features];
+  if constexpr (IsFactored) {
+    V factors[3];
+    for (int k = 0; k < 3; ++k)
+      factors[k] = load<V>(inputs.row_factor[k] + lane) * load<V>(inputs.column_factor[k] + lane);
+    own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, factors, factors, x);
+  } else {
+    const Factors<V> f = inputs.template factors<false>(lane, decays);
+    table_features(f, x);
+    own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, f.of_g, f.of_m, x);
+  }
+  V used = broadcast<V>(1);
+  if constexpr (IsPartial)
+    for (int i = count - lane; i < lanes<V>; ++i) used[i] = S(0);
+#pragma GCC unroll 28
+  for (int f = 0; f < tensor_features; ++f)
+    if (is_own(IsFactored, f)) sums[f] += IsPartial ? x[f] * x[f] * used : x[f] * x[f];
+}
+
 // Sums of squares over a block of the features that are no table's; with one axis of all.
 template <class S, bool IsFactored>
 void feature_squares_of(const Segment<S>& s, const MlpBlock& b, double* out) {
   using V = vec_t<S>;
   TileInputs<S> inputs;
-  V sums[tensor_features];
-  for (V& sum : sums) sum = broadcast<V>(0);
-  const auto add_up = [&] {
-    for (int f = 0; f < tensor_features; ++f) {
-      out[f] += double(sum_lanes(sums[f]));
-      sums[f] = broadcast<V>(0);
-    }
-  };
-  int tiles = 0;
   for_tiles(s.shape, b, [&](const TilePlace& tile) {
     inputs.read(s, tile);
     if (IsFactored) inputs.read_factors(s, tile);
-    for (int lane = 0; lane < tile.count; lane += lanes<V>) {
-      const NewMoments<V> now = inputs.moments(lane, s.decays);
-      V x[tensor_features];
-      V of_g[3], of_m[3];
-      if constexpr (IsFactored) {
-        for (int k = 0; k < 3; ++k)
-          of_g[k] = of_m[k] = load<V>(inputs.row_factor[k] + lane) * load<V>(inputs.column_factor[k] + lane);
-      } else {
-        const Factors<V> f = inputs.template factors<false>(lane, s.decays);
-        table_features(f, x);
-        for (int k = 0; k < 3; ++k) {
-          of_g[k] = f.of_g[k];
-          of_m[k] = f.of_m[k];
-        }
-      }
-      own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, of_g, of_m, x);
-      V used = broadcast<V>(1);  // lanes after the last coordinate have features too
-      if (lane + lanes<V> > tile.count)
-        for (int i = tile.count - lane; i < lanes<V>; ++i) used[i] = S(0);
+    V sums[tensor_features];
 #pragma GCC unroll 28
-      for (int f = 0; f < tensor_features; ++f)
-        if (!IsFactored || f < feature_r || f >= feature_m_factor) sums[f] += x[f] * x[f] * used;
-    }
-    if (++tiles % 16 == 0) add_up();
+    for (int f = 0; f < tensor_features; ++f) sums[f] = broadcast<V>(0);
+    int lane = 0;
+    for (; lane + lanes<V> <= tile.count; lane += lanes<V>)
+      add_squares<IsFactored, false>(inputs, s.decays, lane, tile.count, sums);
+    if (lane < tile.count) add_squares<IsFactored, true>(inputs, s.decays, lane, tile.count, sums);
+    for (int f = 0; f < tensor_features; ++f)
+      if (is_own(IsFactored, f)) out[f] += double(sum_lanes(sums[f]));
   });
-  add_up();
 }
 
 template <class S>
@@ -142,8 +147,7 @@ void norms(const MlpUpdateCall& call, int64_t index) {
   const Segment<S> s(call, index);
   const double* of_tables = call.segment_sums + index * tensor_features;
   for (int f = 0; f < tensor_features; ++f) {
-    const bool is_table = s.shape.is_factored && f >= feature_r && f < feature_m_factor;
-    const double mean = is_table ? of_tables[f] : sum_of_blocks(s, f) / double(s.n);
+    const double mean = is_own(s.shape.is_factored, f) ? sum_of_blocks(s, f) / double(s.n) : of_tables[f];
     s.norms()[f] = S(1 / square_root(1e-5 + mean));
   }
 }

@@ -48,7 +48,7 @@ inline std::vector<double> time_of(const MlpUpdateProblem& p) {
 }
 
 inline void set_shared(MlpUpdateProblem* p, Contiguous* kept, const Tensors& weights, const Tensor& decays,
-                const Tensor& rates, const Tensor& keep, const Tensor& steps) {
+                       const Tensor& rates, const Tensor& keep, const Tensor& steps) {
   for (size_t i = 0; i < weights.size(); ++i) p->weights[i] = kept->add(weights[i]);
   p->decays = kept->add(decays);
   p->rates = kept->add(rates);

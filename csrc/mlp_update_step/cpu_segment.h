@@ -19,10 +19,10 @@ MK_INLINE S* offset(void* data, int64_t elements) {
 template <class S>
 struct Table {
   int64_t entries;
-  const S* old;   // [3, entries], likewise all below
-  S* now;         // read only in backward
-  S* root;        // (now + 1e-8)^-1/2
-  S* factor;      // R or C
+  const S* old;  // [3, entries], likewise all below
+  S* now;        // read only in backward
+  S* root;       // (now + 1e-8)^-1/2
+  S* factor;     // R or C
 };
 
 template <class S>
@@ -88,8 +88,8 @@ struct TileInputs {
   void read_factors(const Segment<S>& s, const TilePlace& tile) {
     const Table<S> rows = s.rows(), columns = s.columns();
     for (int k = 0; k < 3; ++k) {
-      expand(s, tile, rows.factor + k * rows.entries, s.shape.rows_are_x, row_factor[k]);
-      expand(s, tile, columns.factor + k * columns.entries, !s.shape.rows_are_x, column_factor[k]);
+      expand(s, tile, rows.factor + k * rows.entries, s.shape.rows_are_x, k, row_factor[k]);
+      expand(s, tile, columns.factor + k * columns.entries, !s.shape.rows_are_x, k, column_factor[k]);
     }
   }
 
@@ -97,10 +97,10 @@ struct TileInputs {
   void read_tables(const Segment<S>& s, const TilePlace& tile) {
     const Table<S> rows = s.rows(), columns = s.columns();
     for (int k = 0; k < 3; ++k) {
-      expand(s, tile, rows.now + k * rows.entries, s.shape.rows_are_x, r[k]);
-      expand(s, tile, rows.root + k * rows.entries, s.shape.rows_are_x, r_root[k]);
-      expand(s, tile, columns.now + k * columns.entries, !s.shape.rows_are_x, c[k]);
-      expand(s, tile, columns.root + k * columns.entries, !s.shape.rows_are_x, c_root[k]);
+      expand(s, tile, rows.now + k * rows.entries, s.shape.rows_are_x, 3 + k, r[k]);
+      expand(s, tile, rows.root + k * rows.entries, s.shape.rows_are_x, 6 + k, r_root[k]);
+      expand(s, tile, columns.now + k * columns.entries, !s.shape.rows_are_x, 3 + k, c[k]);
+      expand(s, tile, columns.root + k * columns.entries, !s.shape.rows_are_x, 6 + k, c_root[k]);
     }
   }
 
@@ -129,13 +129,31 @@ struct TileInputs {
   }
 
  private:
-  void expand(const Segment<S>& s, const TilePlace& tile, const S* table, bool is_x, S* out) {
-    if (is_x)
-      expand_x(tile, table, s.shape.inner, out);
-    else
+  // One of X's 9 tables, or of Y's, for a tile.
+  void expand(const Segment<S>& s, const TilePlace& tile, const S* table, bool is_x, int number, S* out) {
+    const int64_t inner = s.shape.inner;
+    if (!is_x)
       expand_y(tile, table, out);
+    else if (inner > 1 && inner <= longest_pattern && tile.is_one_row())
+      expand_pattern(tile, table, inner, number, out);
+    else
+      expand_x(tile, table, inner, out);
     for (int i = tile.count; i < tile_size; ++i) out[i] = S(0);
   }
+
+  // Copies a tile from a row's repeated entries, which are kept for the row's next tile.
+  void expand_pattern(const TilePlace& tile, const S* table, int64_t inner, int number, S* out) {
+    const int64_t row = tile.x + tile.runs[0].x;
+    if (pattern_rows_[number] != row) {
+      pattern_rows_[number] = row;
+      repeat_entries(table + row, inner, 0, int(inner) + tile_size, patterns_[number]);
+    }
+    __builtin_memcpy(out, patterns_[number] + tile.runs[0].position % inner, sizeof(S) * tile_size);
+  }
+
+  static constexpr int64_t longest_pattern = 64;
+  int64_t pattern_rows_[9] = {-1, -1, -1, -1, -1, -1, -1, -1, -1};
+  S patterns_[9][longest_pattern + tile_size];
 };
 
 }  // namespace

@@ -28,6 +28,8 @@ struct TilePlace {
   int64_t x, x_local, y;
   int num_runs;
   Run runs[tile_size];
+
+  MK_INLINE bool is_one_row() const { return num_runs == 1 && count == tile_size; }
 };
 
 // Rows of a piece, contiguous coordinates of a block, one run after another.
@@ -81,36 +83,48 @@ void for_tiles(const FactoredShape& s, const MlpBlock& b, const F& f) {
   }
 }
 
-// The entries of table X for a tile's coordinates, from the X table's first entry.
+// Entries of one row of table X, repeated along the row from one index of `inner` on.
+template <class S>
+MK_INLINE void repeat_entries(const S* entries, int64_t inner, int64_t at, int count, S* out) {
+  for (int done = 0; done < count;) {
+    const int64_t left = inner - at;
+    const int length = int(left < count - done ? left : count - done);
+    for (int i = 0; i < length; ++i) out[done + i] = entries[at + i];
+    done += length;
+    at = 0;
+  }
+}
+
+// The entries of table X for a tile's coordinates.
 template <class S>
 MK_INLINE void expand_x(const TilePlace& tile, const S* table, int64_t inner, S* out) {
+  using V = vec_t<S>;
   table += tile.x;
+  if (inner == 1 && tile.is_one_row()) {
+    const V value = broadcast<V>(table[tile.runs[0].x]);
+    for (int i = 0; i < tile_size; i += lanes<V>) store(out + i, value);
+    return;
+  }
   for (int r = 0; r < tile.num_runs; ++r) {
     const Run& run = tile.runs[r];
-    const S* entries = table + run.x;
     S* to = out + run.lane;
-    if (inner == 1) {
-      const S value = entries[0];
-      for (int i = 0; i < run.length; ++i) to[i] = value;
-      continue;
-    }
-    int64_t at = run.position % inner;
-    for (int done = 0; done < run.length;) {
-      const int64_t left = inner - at;
-      const int length = int(left < run.length - done ? left : run.length - done);
-      for (int i = 0; i < length; ++i) to[done + i] = entries[at + i];
-      done += length;
-      at = 0;
-    }
+    if (inner == 1)
+      for (int i = 0; i < run.length; ++i) to[i] = table[run.x];
+    else
+      repeat_entries(table + run.x, inner, run.position % inner, run.length, to);
   }
 }
 
 template <class S>
 MK_INLINE void expand_y(const TilePlace& tile, const S* table, S* out) {
   table += tile.y;
+  if (tile.is_one_row()) {
+    __builtin_memcpy(out, table + tile.runs[0].y, sizeof(S) * tile_size);
+    return;
+  }
   for (int r = 0; r < tile.num_runs; ++r) {
     const Run& run = tile.runs[r];
-    __builtin_memcpy(out + run.lane, table + run.y, sizeof(S) * run.length);
+    for (int i = 0; i < run.length; ++i) out[run.lane + i] = table[run.y + i];
   }
 }
 
@@ -119,7 +133,7 @@ template <class S>
 MK_INLINE void add_to_x(const TilePlace& tile, const S* values, int64_t inner, S* sums) {
   using V = vec_t<S>;
   sums += tile.x_local;
-  if (inner == 1 && tile.num_runs == 1 && tile.count == tile_size) {
+  if (inner == 1 && tile.is_one_row()) {
     V sum = load<V>(values);
     for (int i = lanes<V>; i < tile_size; i += lanes<V>) sum += load<V>(values + i);
     sums[tile.runs[0].x] += sum_lanes(sum);
@@ -159,9 +173,16 @@ MK_INLINE void add_to_y(const TilePlace& tile, const S* values, S* sums) {
 // Index of the segment's first coordinate in lists of tensors [T, *shape].
 MK_INLINE int64_t segment_start(const MlpUpdateTensor& t, const MlpSegment& s) { return s.task * t.shape.numel(); }
 
+template <class S>
+constexpr DType own_dtype = sizeof(S) == sizeof(double) ? DType::float64 : DType::float32;
+
 // Reads `count` numbers of a parameter-like tensor, padded with zeros to a tile.
 template <class S>
 MK_INLINE void read_tile(const void* data, DType dtype, int64_t start, int count, S* out) {
+  if (dtype == own_dtype<S> && count == tile_size) {
+    __builtin_memcpy(out, static_cast<const S*>(data) + start, sizeof(S) * tile_size);
+    return;
+  }
   for (int lane = 0; lane < tile_size; lane += tile_lanes) {
     const int left = count - lane < 0 ? 0 : count - lane;
     read_lanes(data, dtype, start + lane, left < tile_lanes ? left : tile_lanes, out + lane);
@@ -169,6 +190,10 @@ MK_INLINE void read_tile(const void* data, DType dtype, int64_t start, int count
 }
 template <class S>
 MK_INLINE void write_tile(void* data, DType dtype, int64_t start, int count, const S* in) {
+  if (dtype == own_dtype<S> && count == tile_size) {
+    __builtin_memcpy(static_cast<S*>(data) + start, in, sizeof(S) * tile_size);
+    return;
+  }
   for (int lane = 0; lane < count; lane += tile_lanes)
     write_lanes(data, dtype, start + lane, count - lane < tile_lanes ? count - lane : tile_lanes, in + lane);
 }
@@ -185,7 +210,11 @@ MK_INLINE void copy_tile(const S* from, int count, S* out) {
 }
 template <class S>
 MK_INLINE void store_tile(S* to, int count, const S* from) {
-  __builtin_memcpy(to, from, sizeof(S) * count);
+  if (count == tile_size) {
+    __builtin_memcpy(to, from, sizeof(S) * tile_size);
+    return;
+  }
+  for (int i = 0; i < count; ++i) to[i] = from[i];
 }
 
 }  // namespace

@@ -50,11 +50,11 @@ struct MlpUpdateProblem {
   int64_t num_tensors, num_tasks;
   int width, hidden_layers;
   double exp_mult;
-  DType dtype;                                         // of params and grads; arithmetic: double for float64, else float
+  DType dtype;  // of params and grads; arithmetic: double for float64, else float
   const void* weights[2 * (most_hidden_layers + 1)];
-  const void *decays, *rates, *keep;                   // [7], [M, T], [M, T]
-  const int64_t* steps;                                // [T]
-  void* norms;                                         // [M, T, 28]: (1e-5 + mean x^2)^-1/2 of every feature
+  const void *decays, *rates, *keep;  // [7], [M, T], [M, T]
+  const int64_t* steps;               // [T]
+  void* norms;                        // [M, T, 28]: (1e-5 + mean x^2)^-1/2 of every feature
 
   // Inputs of a layer that differ between coordinates: of the first, without the time features.
   MK_INLINE int inputs(int layer) const { return layer == 0 ? tensor_features : width; }

@@ -131,15 +131,12 @@ class OptimizerSettings(OuterSettings):
         preprocess = ("none" if quadratics else "log_sign") if self.preprocess is None else self.preprocess
         scale = (1.0 if quadratics else 0.1) if self.output_scale is None else self.output_scale
         decay = self.decay_iterations or self.episodes
-        perturbed = (
-            {}
-            if self.estimator == "tbptt"
-            else {
-                "sigma": SIGMA if self.sigma is None else self.sigma,
-                "min_steps": self.min_steps or self.unroll,
-            }
+        sigma, least = self.sigma, self.min_steps
+        if self.estimator != "tbptt":
+            sigma, least = SIGMA if sigma is None else sigma, least or self.unroll
+        return replace(
+            self, preprocess=preprocess, output_scale=scale, decay_iterations=decay, sigma=sigma, min_steps=least
         )
-        return replace(self, preprocess=preprocess, output_scale=scale, decay_iterations=decay, **perturbed)
 
     def meaningless(self) -> Iterator[tuple[Sequence[str], str]]:
         """Settings that have no effect with the others, and why, naming the other option."""

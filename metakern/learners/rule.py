@@ -106,8 +106,8 @@ class RuleLearner(nn.Module):
         self.pairs: Pairs | None = None
         if options is not None:
             learned_weights(rule)  # raises for a rule without any
-            shared = {"unroll": unroll, "steps": steps, "objective": self._objective}
-            self.pairs = Pairs(STRATEGIES[estimator], held_out=loss_on == "held-out", **shared, **options)
+            options |= {"unroll": unroll, "steps": steps, "objective": self._objective}
+            self.pairs = Pairs(STRATEGIES[estimator], held_out=loss_on == "held-out", **options)
         self._tasks: Any = None
         self._calls: int | None = None  # of meta_losses since on_iteration, None before it
 

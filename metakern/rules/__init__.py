@@ -27,6 +27,7 @@ add_variant("small-fc-lopt", PerParameterMLP.small_fc_lopt)
 add_variant("mulo", PerParameterMLP.mulo)
 add_variant("elo", PerParameterMLP.elo)
 add_variant("lslr", GradientDescent.lslr, needs_params=True)
+add_variant("rnnprop", RNNProp)
 add_variant("meta-lstm-with-start", MetaLSTM, needs_params=True)
 
 __all__ = [

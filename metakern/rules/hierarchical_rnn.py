@@ -65,13 +65,15 @@ class HierarchicalRNN(PretrainedRule):
     - δ = h0'·w_u + ĝ·w_s, divided by its root mean square over the tensor; ℓ_step = clip(ℓ + h0'·w_lr + b, ±33);
       θ' = θ - exp(ℓ_step + o) δ; ℓ' = m ℓ + (1 - m) ℓ_step; new decays of a and ms by sigmoid readouts of h0'.
 
-    The first, third and fifth run in one launch of :func:`metakern.ops.hrnn_step` for all tensors of all tasks. The new
-    params depend on all gradients of a tensor, and through h1 and h2 later ones on all gradients of the task: a
-    non-finite gradient spreads to its tensor, and in the next steps to its task. Tasks never mix.
+    Everything per coordinate, and the means, is one call of :func:`metakern.ops.hrnn_step` for all tensors and tasks;
+    the tensor and global GRUs are plain PyTorch. New params depend on all gradients of their tensor, and later ones, by
+    h1 and h2, on all gradients of the task: a non-finite gradient spreads to its tensor, and in the next steps to its
+    task. Tasks never mix.
 
     With ``attention`` the rule also says where the next gradient is to be taken, :meth:`gradient_points`: at
-    θ - exp(ℓ_step) δ_a, with δ_a = h0'·w_a divided by its root mean square. ``adapt``, ``meta_loss`` and
-    ``RuleLearner`` take losses and gradients of the inner steps there; LearnedOptimizer needs a closure.
+    θ - exp(ℓ_step) δ_a, with θ the params before the step and δ_a = h0'·w_a divided by its root mean square. In
+    ``adapt``, ``meta_loss`` and ``RuleLearner`` the losses and gradients of the inner steps are those at these points,
+    also the losses that a meta-objective counts; the results are the params. LearnedOptimizer needs a closure.
 
     The initial ℓ of a coordinate is U(-6.9, -2.3) plus a number of its tensor from the same range. Both depend on
     ``seed``, the tensor's name and the coordinate's place alone: no generator is used, all tasks start alike, and a
@@ -155,7 +157,7 @@ class HierarchicalRNN(PretrainedRule):
         """
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
-        lead = first.shape[:1] if tasks else ()
+        lead = first.shape[:1] if tasks and leaves else ()
         dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
@@ -269,7 +271,7 @@ class HierarchicalRNN(PretrainedRule):
             params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
             entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
         dtype = arithmetic_dtype(params)
-        if any(p.dtype != params[0].dtype for p in params):
+        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
             params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
         of_all = state.shared["global"].to(dtype)
         of_all = of_all if state.tasks else of_all.unsqueeze(0)

@@ -37,7 +37,7 @@ class MetaLSTM(StagedRule):
         preprocess_scale: p of the preprocessing.
         gradient_divisor: divides every gradient first. The authors divide the gradient of the mean loss by the batch
             size again: pass that size to do as they do.
-        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``.
         precision: of the products, as for :class:`metakern.rules.CoordinatewiseLSTM`.
         horizon: steps that the rule was meta-trained for, or None.
         trained_on: description of the meta-training tasks, or None.

@@ -101,7 +101,8 @@ def add_variant(name: str, make: Callable[..., Rule], *, needs_params: bool = Fa
 
 def names() -> list[str]:
     """The names that :func:`make` takes, in kebab-case and sorted."""
-    return sorted({_kebab(name) for name in _rules} | set(_variants))
+    short = {_plain(name) for name in _variants}
+    return sorted([*_variants, *(_kebab(name) for name in _rules if _plain(name) not in short)])
 
 
 def options_of(name: str) -> list[str]:

@@ -31,7 +31,7 @@ class RNNProp(StagedRule):
         beta2: decay of the moving mean of squares v, likewise.
         output_scale: factor of the update.
         moment_first: order of the two inputs: m̂ first instead of g.
-        backend: ``"auto"``, ``"cpp"``, ``"cuda"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
+        backend: ``"auto"``, ``"cpp"``, ``"cuda"`` or ``"reference"``; None is ``"auto"``.
         precision: of the products, as for :class:`metakern.rules.CoordinatewiseLSTM`.
         horizon: steps that the rule was meta-trained for, or None.
         trained_on: description of the meta-training tasks, or None.

@@ -122,7 +122,7 @@ class Trainer:
             self.iteration, self.history = 0, History()
             self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
             if hasattr(learner, "set_process"):
-                learner.set_process(self.processes.rank, world)
+                self.learner.set_process(self.processes.rank, world)
             self._splits = {"train": tasks.split("train")}
             self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
             self._identity = identity_of(optimizer, scheduler, learner)

@@ -1,4 +1,4 @@
-"""Users of lstm_step on a GPU: the rule with its options, the optimizer, the outer loop."""
+"""Rules on a GPU: all of them; those around lstm_step with their options, in the optimizer and the outer loop."""
 
 from __future__ import annotations
 
@@ -8,16 +8,33 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from metakern.learners import RuleLearner
 from metakern.ops import LSTMState
 from metakern.optim import LearnedOptimizer
 from metakern.rules import CoordinatewiseLSTM
 from metakern.tasks import DigitsMLP, MixedOptimizees, Quadratics
+from tests.conformance.rules.rows import ROWS, Row, make_params, run
+from tests.conformance.rules.rows import make_rule as make_row_rule
 from tests.conftest import FORWARD_TOLERANCE, assert_close
 from tests.gpu.common import BACKENDS, needs_cuda
 
 pytestmark = needs_cuda
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@pytest.mark.parametrize("num_tasks", [None, 3], ids=["alone", "tasks"])
+def test_every_rule_steps_as_on_the_cpu(row: Row, num_tasks: int | None) -> None:
+    rule, params = make_row_rule(row), make_params(row, num_tasks)
+    moved = {name: p.cuda() for name, p in params.items()}
+    expected, state = run(rule, params, 3, tasks=num_tasks is not None)
+    got, moved_state = run(copy.deepcopy(rule).cuda(), moved, 3, tasks=num_tasks is not None)
+    for name, want in expected.items():
+        assert_close(name, got[name].detach().cpu(), want.detach(), 1e-3)
+    for want, x in zip(pytree.tree_leaves(state), pytree.tree_leaves(moved_state), strict=True):
+        assert x.is_cuda
+        assert x.shape == want.shape
 
 
 def make_rule(**options: Any) -> CoordinatewiseLSTM:

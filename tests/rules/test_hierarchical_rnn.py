@@ -137,6 +137,9 @@ def test_mixed_dtypes_keep_their_own_and_autocast_changes_nothing() -> None:
     params = {"a": torch.ones(3), "b": torch.ones(2, dtype=torch.bfloat16), "c": torch.ones(2, dtype=F64)}
     new, _ = rule(params, params, rule.init_state(params))
     assert [p.dtype for p in new.values()] == [p.dtype for p in params.values()]
+    double, _ = rule(params, {name: p.double() for name, p in params.items()}, rule.init_state(params))
+    for name, p in new.items():
+        torch.testing.assert_close(double[name], p)
     params = {"a": torch.ones(3), "b": torch.ones(2)}
     expected, _ = rule(params, params, rule.init_state(params))
     with torch.autocast("cpu", torch.bfloat16):

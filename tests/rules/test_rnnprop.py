@@ -47,6 +47,13 @@ def test_the_other_public_code_swaps_the_inputs_and_has_another_scale() -> None:
     torch.testing.assert_close(first - params, -10 * (second - params), rtol=1e-3, atol=1e-5)
 
 
+def test_its_name_is_one_word() -> None:
+    assert "rnnprop" in metakern.rules.names()
+    assert "rnn-prop" not in metakern.rules.names()
+    for name in ("rnnprop", "rnn-prop", "RNNProp"):
+        assert type(metakern.rules.make(name, {"hidden_size": 4})) is RNNProp
+
+
 def test_coordinates_of_different_ages_have_their_own_corrections() -> None:
     """As parameters of a LearnedOptimizer that had no gradient for some steps."""
     rule, params, states = make_rule(), [torch.randn(32), torch.randn(64)], []

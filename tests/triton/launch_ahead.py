@@ -1,12 +1,13 @@
 """Launch the operators' kernels on a GPU that need not be there, up to the point where the compiled kernel would start.
 
 What Triton does with a launch is run: it binds the arguments, takes their types and values, and compiles. Run as
-``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 80, 90 or 100; prints one JSON object for each kind of
-launch: its name, and what the cubin holds where it is compiled.
+``TRITON_INTERPRET=0 python -m tests.triton.launch_ahead ARCH`` with 80, 90 or 100; prints one JSON object for each kind
+of launch: its name, and what the cubin holds where it is compiled, with the most bytes of stack that it may hold.
 
 Every operator of the conformance suite with Triton kernels takes part: by ``LAUNCHES`` in
 tests/ops/<folder>/triton_launches.py, which map an architecture to calls, or else by an example of its row, forward
-and backward, for architecture 90.
+and backward, for architecture 90. ``STACK`` in that module maps kernels to bytes of stack, where they need more than
+usual.
 """
 
 from __future__ import annotations
@@ -46,18 +47,23 @@ class Driver:
         return 0
 
 
+#: Most bytes of stack a thread: room for addresses that a kernel of many phases reads once in each.
+USUAL_STACK = 256
+
+
 def call_row(op: Operator) -> None:
     """The row's example ``viewed`` by Triton, forward and backward."""
     with_gradients(op, op.make(torch.float32, **op.viewed), lambda leaves: op.call(leaves, "triton"))
 
 
-def launches(arch: int) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Name and call of every launch for an architecture; the names of a row's calls begin with the row's."""
+def launches(arch: int) -> Iterator[tuple[str, Callable[[], None], dict[str, int]]]:
+    """Name, which begins with that of the row, call and stack limits of every launch for an architecture."""
     for op, module in with_modules("triton_launches"):
         if module is not None:
-            yield from ((f"{op.name}, {launch.__name__}", launch) for launch in module.LAUNCHES.get(arch, ()))
+            limits = getattr(module, "STACK", {})
+            yield from ((f"{op.name}, {launch.__name__}", launch, limits) for launch in module.LAUNCHES.get(arch, ()))
         elif arch == 90 and op.serves("interpreted", torch.float32):
-            yield op.name, partial(call_row, op)
+            yield op.name, partial(call_row, op), {}
 
 
 def main() -> None:
@@ -65,7 +71,7 @@ def main() -> None:
     for operator in OPERATORS.values():
         operator.prepare("triton")
     run, compile_kernel = JITFunction.run, JITFunction._do_compile
-    name = ""
+    name, limits = "", {}
 
     def bound(kernel: Any, key: Any, *args: Any, **options: Any) -> None:
         if key in seen:
@@ -74,6 +80,7 @@ def main() -> None:
         row: dict[str, Any] = {"name": f"{name}: {kernel.__name__}"}
         if kernel.__module__ not in MODULES:
             row |= cubin_facts(compile_kernel(kernel, key, *args, **options).asm)
+            row["limit"] = limits.get(kernel.__name__, USUAL_STACK)
         print(json.dumps(row), flush=True)
 
     def warm_up(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
@@ -82,7 +89,7 @@ def main() -> None:
     JITFunction.run, JITFunction._do_compile = warm_up, bound  # type: ignore[method-assign]
     arch, seen = int(sys.argv[1]), set()
     triton.runtime.driver.set_active(Driver(arch))
-    for name, launch in launches(arch):  # noqa: B007 read by `bound`
+    for name, launch, limits in launches(arch):  # noqa: B007 read by `bound`
         launch()
 
 

@@ -16,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from metakern.core.task_params import flat_params
+from metakern.core.task_params import flat_params, join_tasks
 from metakern.inner_loop.updates import RuleUpdate
+from metakern.rules.coordinatewise import CoordinatewiseRule
+from metakern.rules.elementwise import ElementwiseRule
 
 
 def learned_weights(rule: nn.Module) -> list[nn.Parameter]:
@@ -86,7 +88,8 @@ class PairUpdate:
     """An update of the inner loop: every problem of a batch is stepped by a rule of its own.
 
     Params and gradients are a tuple of trees [n, *shape]; the state is a tuple of lists of n states, each of one
-    problem.
+    problem. A rule that treats all coordinates alike gets a problem's params as one tensor [1, P], which saves most of
+    a small step's overhead.
 
     Args:
         updates: a rule for each problem, in the order of the groups
@@ -94,6 +97,7 @@ class PairUpdate:
 
     def __init__(self, updates: Sequence[RuleUpdate]) -> None:
         self.updates = list(updates)
+        self.joins = isinstance(self.updates[0].rule, CoordinatewiseRule | ElementwiseRule)
 
     @property
     def weights(self) -> Any:
@@ -103,20 +107,22 @@ class PairUpdate:
     def init_state(self, params: Any) -> Any:
         """States of all problems."""
         rest = iter(self.updates)
-        return tuple([next(rest).init_state(one) for one in rows_of(tree)] for tree in params)
+        return tuple([next(rest).init_state(one) for one in self.rows(tree)] for tree in params)
 
     def points(self, params: Any, state: Any) -> Any:
         """Where the next losses and gradients are to be taken."""
+        if self.joins:
+            return params
         rest, found = iter(self.updates), []
         for tree, states in zip(params, state, strict=True):
             own = [next(rest) for _ in states]
-            rows = rows_of(tree)
+            rows = self.rows(tree)
             points = [own[0].points(rows[0], states[0])]
             if points[0] is rows[0]:
                 found.append(tree)
                 continue
             others = zip(own[1:], rows[1:], states[1:], strict=True)
-            found.append(join_rows(points + [update.points(row, state) for update, row, state in others]))
+            found.append(self.joined(points + [update.points(row, state) for update, row, state in others], tree))
         return tuple(found)
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
@@ -127,11 +133,27 @@ class PairUpdate:
         for tree, grad, states in zip(params, grads, state, strict=True):
             stepped = [
                 next(rest).step(None, p, g, s, next(loss), step)
-                for p, g, s in zip(rows_of(tree), rows_of(grad), states, strict=True)
+                for p, g, s in zip(self.rows(tree), self.rows(grad), states, strict=True)
             ]
-            new_params.append(join_rows([p for p, _ in stepped]))
+            new_params.append(self.joined([p for p, _ in stepped], tree))
             new_state.append([s for _, s in stepped])
         return tuple(new_params), tuple(new_state)
+
+    def rows(self, tree: Any) -> Sequence[Any]:
+        """Split a tree of tensors [n, *shape] into the params of n problems: trees [1, *shape], or tensors [1, P]."""
+        leaves, rebuild = flat_params(tree)
+        if self.joins:
+            return join_tasks(leaves).split(1)
+        return [rebuild(row) for row in zip(*(leaf.split(1) for leaf in leaves), strict=True)]
+
+    def joined(self, rows: Sequence[Any], like: Any) -> Any:
+        """The inverse of :meth:`rows`, structured like a tree."""
+        leaves, rebuild = flat_params(like)
+        if not self.joins:
+            trees = [flat_params(row)[0] for row in rows]
+            return rebuild([torch.cat(parts) for parts in zip(*trees, strict=True)])
+        pieces = torch.cat(list(rows)).split([leaf[0].numel() for leaf in leaves], 1)
+        return rebuild([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
 
     def check_recomputable(self, params: Any, state: Any) -> None:
         """Never raises: no steps are recomputed."""
@@ -139,15 +161,3 @@ class PairUpdate:
     def lock(self) -> Any:
         """The copies are the learner's own."""
         return contextlib.nullcontext()
-
-
-def rows_of(tree: Any) -> list[Any]:
-    """Split a tree of tensors [n, *shape] into n trees [1, *shape]."""
-    leaves, rebuild = flat_params(tree)
-    return [rebuild(row) for row in zip(*(leaf.split(1) for leaf in leaves), strict=True)]
-
-
-def join_rows(trees: Sequence[Any]) -> Any:
-    """The inverse of :func:`rows_of`."""
-    _, rebuild = flat_params(trees[0])
-    return rebuild([torch.cat(leaves) for leaves in zip(*(flat_params(tree)[0] for tree in trees), strict=True)])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metakern.core.task_params import flat_params
 from metakern.core.torch_private import pytree
-from metakern.learners.estimators.copies import Copies, PairUpdate, join_rows, rows_of
+from metakern.learners.estimators.copies import Copies, PairUpdate
 from metakern.learners.starts import starting_params
 from metakern.tasks import MixedBatch
 
@@ -50,7 +50,8 @@ class Part:
         rules = [copies.rules[member] for member in part.members]
         if getattr(rules[0], "initialisation", lambda: None)() is not None:
             alone = [batch.select(torch.tensor([row])) for row in range(len(rules))]
-            params = join_rows([starting_params(rule, one) for rule, one in zip(rules, alone, strict=True)])
+            starts = [flat_params(starting_params(rule, one))[0] for rule, one in zip(rules, alone, strict=True)]
+            params = flat_params(params)[1]([torch.cat(rows) for rows in zip(*starts, strict=True)])
         update = PairUpdate([copies.updates[member] for member in part.members])
         (states,) = update.init_state((params,))
         return replace(part, params=params, states=states)
@@ -262,10 +263,10 @@ def _restored(saved: Mapping[str, Any], copies: Copies, template: Any) -> Part:
     start = batch.select(slice(None)).init_params()  # a selection's draws leave the batch's alone
     leaves, rebuild = flat_params(start)
     params = rebuild(_like(saved["params"], leaves, "params"))
-    updates = [copies.updates[member] for member in part.members]
+    (fresh,) = PairUpdate([copies.updates[member] for member in part.members]).init_state((params,))
     states = []
-    for update, row, own in zip(updates, rows_of(params), saved["states"], strict=True):
-        like, structure = pytree.tree_flatten(update.init_state(row))
+    for state, own in zip(fresh, saved["states"], strict=True):
+        like, structure = pytree.tree_flatten(state)
         states.append(pytree.tree_unflatten(_like(own, like, "the rule's state"), structure))
     return replace(part, params=params, states=states)
 

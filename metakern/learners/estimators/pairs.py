@@ -103,7 +103,7 @@ class Pairs(nn.Module):
 
     def _length(self, share: float) -> int:
         """A length between ``min_steps`` and ``steps``, log-uniform for a uniform share."""
-        return round(self.min_steps * (self.steps / self.min_steps) ** share)
+        return round(self.min_steps * math.exp(share * math.log(self.steps / self.min_steps)))
 
     def _truncation(
         self, rule: Any, copies: Copies, flight: Flight, fresh: Any, lengths: Sequence[int]

@@ -28,9 +28,9 @@ from metakern.ops.hrnn_step.triton_kernels import (
     update_kernel,
 )
 
-#: Of the kernels that step and differentiate coordinates. Chosen so that the compiler does not spill registers
-#: (tests/triton/test_compile.py); other blocks change the last bits of sums.
-FORWARD_CONFIG, BACKWARD_CONFIG = Config(64, 4), Config(32, 4)
+#: Of the kernels that step and differentiate coordinates, by the fewest spilled bytes among 32 to 128 coordinates and 1
+#: to 8 warps (tests/triton/test_compile.py); not timed on a GPU. Other blocks change the last bits of sums.
+FORWARD_CONFIG, BACKWARD_CONFIG = Config(64, 8), Config(32, 8)
 FLOAT64_CONFIG = Config(32, 4)
 
 #: Of the elementwise kernels.

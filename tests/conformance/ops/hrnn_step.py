@@ -6,7 +6,7 @@ Axis legend: M tensors, T tasks, n coordinates of a segment, H = 10 hidden units
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -70,7 +70,7 @@ class HrnnStep(Operator):
     tiny = {"tasks": 1, "shapes": ((2,),)}
     spread = {"tasks": 3, "shapes": ((7001,), (2, 300), ())}
     scheduled = small
-    viewed = {"tasks": 3, "shapes": ((5, 9), (4,)), "attention": True}
+    viewed = {"tasks": 2, "shapes": ((5, 9),), "attention": True}
     batched = {"tasks": 2, "shapes": ((3,), (2, 2)), "attention": True}
     faulted = {"tasks": 3, "shapes": ((5, 2), (3,)), "attention": True}
     isolated = (({"tasks": 3, "shapes": ((37,), (2,))}, (0, 2)),)
@@ -157,6 +157,9 @@ class HrnnStep(Operator):
         spoiled = x.clone()
         spoiled[0, unit, 0] = value
         return spoiled
+
+    def fewer(self, sizes: Mapping[str, Any], units: tuple[int, ...]) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        return {"tasks": 2, "shapes": ((2,),)}, (1,)
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         example = self.make(F32, tasks=tasks, shapes=((5, 2), (3,)), attention=True, seed=seed)

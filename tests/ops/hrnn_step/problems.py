@@ -81,7 +81,7 @@ def gradients(problem: Problem, backend: str) -> dict[str, Tensor]:
     leaves = {name: x.detach().clone().requires_grad_() for name, x in problem.named().items()}
     lists = {name: [leaves[f"{name}[{i}]"] for i in range(len(getattr(problem, name)))] for name in LISTS}
     call = Problem(**lists, biases=leaves["biases"], mean_rate=leaves["mean_rate"])
-    outputs = [x for x in results(call.run(backend)).values() if x.numel()]
+    outputs = list(results(call.run(backend)).values())
     generator = torch.Generator().manual_seed(9)
     seeds = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.dtype) for x in outputs]
     found = torch.autograd.grad(outputs, list(leaves.values()), seeds, materialize_grads=True)

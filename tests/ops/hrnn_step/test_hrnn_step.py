@@ -147,6 +147,14 @@ def test_many_tiny_and_one_large_tensor_share_the_work(capability: str, threads:
                 assert_same_bits(name, x, outcomes[0][name])
 
 
+def test_a_call_without_tensors_gives_means_of_none_and_zero_gradients() -> None:
+    problem = make_problem((), tasks=3)
+    assert problem.run().means.shape == (0, 3, HIDDEN + 13)
+    found = gradients(problem, "cpp")
+    assert not any(x.any() for x in found.values())
+    assert list(found) == [*(f"weights[{i}]" for i in range(5)), "biases", "mean_rate"]
+
+
 def kept_bytes(problem: Problem) -> int:
     """Bytes that the graph of a call keeps, each tensor's once."""
     kept: dict[int, int] = {}

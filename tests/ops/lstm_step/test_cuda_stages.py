@@ -11,11 +11,20 @@ from dataclasses import replace
 import pytest
 import torch
 
+from metakern.core import backend as _backend
 from tests.conftest import assert_same_bits
 from tests.cuda.device import Device
 from tests.ops.lstm_step.emulator import Emulator
 from tests.ops.lstm_step.test_cuda import SCHEDULES
-from tests.ops.lstm_step.test_stages import OWN_PAIRS, assert_agree, by_operators, make_staged, raw_inputs
+from tests.ops.lstm_step.test_stages import (
+    OWN_PAIRS,
+    PAIRS,
+    assert_agree,
+    by_function,
+    by_operators,
+    make_staged,
+    raw_inputs,
+)
 
 own_pairs = pytest.mark.parametrize(("features", "head"), OWN_PAIRS)
 
@@ -77,3 +86,38 @@ def test_in_place_gives_the_same_bits(features: str, head: str, emulator: Emulat
         found = emulator.lstm_step_staged(*inputs, *staged.options(), device=one, in_place=True)
         for name, x, want in zip(("params", "state", "stage state"), found, expected, strict=True):
             assert_same_bits(name, x, want)
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Backends that serve the calls: the tensors count as those of a GPU, whose kernels are built."""
+    found = []
+    resolve = _backend.resolve
+
+    def on_a_gpu(backend: str | None, device: torch.device, unserved: dict[str, str] | None = None) -> str:
+        found.append(resolve(backend, torch.device("cuda"), unserved))
+        return found[-1]
+
+    monkeypatch.setattr(_backend, "missing", lambda name, device: "")
+    monkeypatch.setattr(_backend, "resolve", on_a_gpu)
+    monkeypatch.setattr(_backend, "_warned", set())
+    return found
+
+
+@pytest.mark.parametrize(("features", "head"), PAIRS)
+def test_on_a_gpu_auto_takes_the_cuda_kernels(features: str, head: str, served: list[str]) -> None:
+    staged = make_staged(6, features, head)
+    assert_agree(staged, by_function(staged, "auto"))  # the operator dispatches to the CPU kernels
+    assert served == ["cuda"]
+
+
+def test_a_pair_without_kernels_warns_on_a_gpu_and_raises_by_name(served: list[str]) -> None:
+    staged = make_staged(6, "moments", "gates", torch.float64)
+    reason = "the kernels are not compiled for features 'moments' with head 'gates'"
+    with pytest.warns(_backend.FallbackWarning, match=reason):
+        assert_agree(staged, by_function(staged, "auto"))
+    assert served == ["reference"]
+    with pytest.raises(RuntimeError, match=f"backend 'cuda' cannot run: {reason}"):
+        by_function(staged, "cuda")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: lstm_step_staged has no kernels for it"):
+        by_function(make_staged(6, "moments", "tanh"), "triton")

@@ -27,4 +27,7 @@ def mlp_adaptation() -> None:
     case.adapt("triton", steps=3, activation=["sigmoid", "leaky_relu:0.1"], clip_norm=1.0)
 
 
+#: The kernel of clipped gradients and several activations has the most phases, 264 bytes and some room.
+STACK = {"inner_loop_kernel": 288}
+
 LAUNCHES = {90: (mlp_regression, mlp_classification, mlp_adaptation), 100: (mlp_regression,)}

@@ -1,0 +1,1 @@
+"""mlp_update_step against its peers."""

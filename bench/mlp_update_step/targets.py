@@ -1,0 +1,28 @@
+"""Targets of mlp_update_step's benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bench.targets import judged
+
+#: By contender: kind and least ratio of its time to metakern's, of a forward step at 39-32-32-2.
+RATIOS = {"eager": (("must", 6.0), ("aim", 12.0)), "compiled": (("must", 3.0),)}
+
+#: Largest multiple of the time that a matrix product needs for the network's FLOPs.
+MULTIPLE_OF_FLOOR = 3.0
+
+
+def judge(cells: list[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Whether the wide network's forward steps are as fast as they must be."""
+    found = []
+    for cell in cells:
+        if cell["backward"] or cell["width"] < 32:
+            continue
+        for name, targets in RATIOS.items():
+            for kind, required in targets:
+                found.append(judged(kind, f"{cell['title']}: x {name}", "≥", required, cell["speedup"].get(name), "x"))
+        name = f"{cell['title']}: time over that of its FLOPs in a matrix product"
+        found.append(judged("must", name, "≤", MULTIPLE_OF_FLOOR, 1 / cell["share_of_sgemm"]))
+    return found

@@ -160,7 +160,8 @@ def make_stages(logs: Path) -> list[Stage]:
     """All stages, by :data:`BUDGET`."""
     limits = {name: (group, float(seconds)) for name, group, seconds in BUDGET}
     pytest = python("-m", "pytest", "-q", "--tb=short", "-rfEs", "-p", "no:cacheprovider", "--durations=5")
-    side_by_side = {count: ["-n", count] if has("xdist") else [] for count in ("8", "6")}
+    # Of 16 cores: the tests on the GPU wait for it and for Triton's compiler, the sanitizers take one core each.
+    side_by_side = ["-n", "8", "--dist", "worksteal"] if has("xdist") else []
     no_pytest = "" if has("pytest") else "pytest is not there"
     on_a_gpu = ["tests/gpu", "tests/ops", "tests/conformance/ops"]
     results = ["--output", str(logs / "dry.json")]
@@ -169,15 +170,15 @@ def make_stages(logs: Path) -> list[Stage]:
         Stage(
             "tests",
             *limits["tests"],
-            [*pytest, *side_by_side["8"], "-m", "gpu", *on_a_gpu],
+            [*pytest, *side_by_side, "-m", "gpu", *on_a_gpu],
             missing=no_pytest,
             dry=[*pytest, "--collect-only", "-m", "gpu", *on_a_gpu],
         ),
         Stage(
             "suite",
             *limits["suite"],
-            [*pytest, *side_by_side["6"], "-m", "not gpu", "tests"],
-            {"OMP_NUM_THREADS": "2"},
+            [*pytest, *side_by_side, "-m", "not gpu", "tests"],
+            {"OMP_NUM_THREADS": "1"},
             missing=no_pytest,
         ),
         sanitizer_stage("memcheck", *limits["memcheck"], python("-m", "tests.gpu.cases", "--dry")),

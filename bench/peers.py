@@ -5,13 +5,28 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
+import torch
+import torch.compiler.config
 from torch import Tensor
 
 #: Libraries that process one task at a time.
 LIBRARIES = ("learn2learn", "higher", "torchopt")
+
+
+def compile_peer(function: Any, **options: Any) -> Callable[..., Any]:
+    """``torch.compile`` specialised to its sizes, with cache entries of its own for each instruction set.
+
+    Inductor (torch 2.13) caches generated C++ code on disk under a key without the vector width, but compiles it for
+    the instruction set in use. With ATEN_CPU_CAPABILITY=avx2 it would find code that it generated for AVX-512, whose
+    loops advance by 16 lanes, and compute 8 of them: results are then wrong.
+    """
+    torch.compiler.config.cache_key_tag = torch.backends.cpu.get_cpu_capability()
+    result: Callable[..., Any] = torch.compile(function, fullgraph=True, dynamic=False, **options)
+    return result
 
 
 def find_libraries() -> tuple[dict[str, ModuleType], dict[str, str]]:

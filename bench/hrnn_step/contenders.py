@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from bench.hrnn_step.work import HIDDEN, ROWS
+from bench.peers import compile_peer
 from metakern.ops.hrnn_step import Step, hrnn_step, reference
 
 Contender = Callable[..., Step]
@@ -27,7 +28,7 @@ def contenders(*, compiled: bool) -> dict[str, Contender]:
     """By name, the kernels first."""
     found: dict[str, Contender] = {"metakern": fused, "eager": reference.hrnn_step}
     if compiled:
-        found["compiled"] = torch.compile(reference.hrnn_step, fullgraph=True, dynamic=False)
+        found["compiled"] = compile_peer(reference.hrnn_step)
     return found
 
 

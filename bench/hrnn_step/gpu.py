@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from bench.gpu_cells import Cell, Cells, Limits
 from bench.gpu_device import Device
-from bench.hrnn_step.contenders import Problem
+from bench.hrnn_step.contenders import Contender, Problem
 from bench.timing import Calls
 from metakern.ops.hrnn_step import hrnn_step, reference
 
@@ -34,8 +35,10 @@ class StepCase:
 
 def on_device(problem: Problem, device: torch.device) -> Problem:
     """The same problem there."""
-    values = (getattr(problem, field.name) for field in fields(problem))
-    return Problem(*([x.to(device) for x in each] if isinstance(each, list) else each.to(device) for each in values))
+    moved = copy.copy(problem)
+    for name, value in vars(problem).items():
+        setattr(moved, name, [x.to(device) for x in value] if isinstance(value, list) else value.to(device))
+    return moved
 
 
 def step_cell(case: StepCase, device: Device, limits: Limits, *, compiled: bool) -> Cell:
@@ -44,7 +47,7 @@ def step_cell(case: StepCase, device: Device, limits: Limits, *, compiled: bool)
     problem = on_device(Problem.make(case.sizes, case.tasks, 0), device.torch_device)
     call = problem.forward_backward if case.backward else problem.forward
 
-    def make(contender: Callable[..., object]) -> tuple[Calls, Callable[[], list[Tensor]]]:
+    def make(contender: Contender) -> tuple[Calls, Callable[[], list[Tensor]]]:
         return [partial(call, contender)], lambda: [x.detach().clone() for x in call(contender)]
 
     cell.admit("eager", partial(make, reference.hrnn_step), ours=False)

@@ -12,6 +12,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.inner_update.contenders import Update, foreach, fused, loop, make_tensors
+from bench.peers import compile_peer
 
 THREADS = 2
 #: T tasks, hidden units and layers of the adapted MLP: two tensors per layer.
@@ -21,7 +22,7 @@ PROVIDERS: dict[str, Update] = {
     "metakern": fused("cpp"),
     "loop": loop,
     "foreach": foreach,
-    "compiled": torch.compile(loop, fullgraph=True, dynamic=False),
+    "compiled": compile_peer(loop),
 }
 
 

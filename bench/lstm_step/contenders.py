@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from bench.peers import largest_error
+from bench.peers import compile_peer, largest_error
 from metakern.ops import LSTMState, lstm_step, pack_state, unpack_state
 from metakern.rules import CoordinatewiseLSTM
 from metakern.rules.plain_lstm import PlainLSTM
@@ -97,7 +97,7 @@ class Compiled(Eager):
 
     def __init__(self, rule: CoordinatewiseLSTM) -> None:
         super().__init__(rule)
-        self.compiled = torch.compile(self.module, fullgraph=True, dynamic=False)
+        self.compiled = compile_peer(self.module)
 
     def step(self, params: Tensor, grads: Tensor, state: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Any]:
         """Step compiled by inductor."""

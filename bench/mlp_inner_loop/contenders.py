@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, vmap
 
 import metakern
 from bench.mlp_inner_loop.cases import Case, Set
-from bench.peers import largest_error
+from bench.peers import compile_peer, largest_error
 
 #: Largest relative difference between the results of two contenders in float64.
 AGREEMENT = 1e-9
@@ -123,7 +123,7 @@ class Compiled(Vmap):
 
     def __init__(self, case: Case, **options: Any) -> None:
         super().__init__(case)
-        self.whole = torch.compile(grad(self._mean, has_aux=True), fullgraph=True, dynamic=False, **options)
+        self.whole = compile_peer(grad(self._mean, has_aux=True), **options)
 
     def _mean(self, params: dict[str, Tensor], *batch: Tensor) -> tuple[Tensor, Tensor]:
         losses = self.batched(params, *batch)

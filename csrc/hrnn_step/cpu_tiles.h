@@ -60,14 +60,6 @@ void for_each_piece(const HrnnStepProblem& p, const HrnnStepArguments& args, int
   }
 }
 
-// Rows of one tile.
-template <class V, int Count>
-struct TileRows {
-  V at[Count][W<V>];
-
-  MK_INLINE const lane_t<V>* scalars() const { return reinterpret_cast<const lane_t<V>*>(this); }
-};
-
 // Prefetches the next tile of an array of rows: too many streams for the processor to follow by itself.
 template <class S>
 MK_INLINE void prefetch_next(const S* rows, int64_t stride, int count) {

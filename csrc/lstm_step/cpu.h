@@ -5,7 +5,7 @@
 
 namespace metakern {
 
-constexpr int block_tiles = 16;  // tiles whose outer products are summed in the compute dtype before going to double
+constexpr int block_tiles = 16;  // tiles whose weight gradients are summed in the compute dtype before going to double
 constexpr int max_groups = 128;  // partial weight gradients; a function of N alone, so threads do not change bits
 
 MK_INLINE int64_t num_blocks(const LstmStepProblem& p) { return (p.num_tiles() + block_tiles - 1) / block_tiles; }

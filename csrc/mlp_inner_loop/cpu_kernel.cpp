@@ -53,10 +53,14 @@ MK_INLINE void reduce_group(const MlpReduction& r, int64_t first_task, int tasks
   using V = vec_t<S>;
   const S* weights = static_cast<const S*>(r.weights);
   const S* grads = static_cast<const S*>(r.task_grads) + first_task * r.flat;
-  V weight = broadcast<V>(0), used = broadcast<V>(0);
-  for (int lane = 0; lane < tasks; ++lane) {
-    weight[lane] = weights == nullptr ? S(1) : weights[first_task + lane];
-    used[lane] = S(1);
+  V weight = broadcast<V>(1), used = broadcast<V>(1);
+  if (tasks == lanes<V>) {
+    if (weights != nullptr) weight = load<V>(weights + first_task);
+  } else {
+    for (int lane = 0; lane < lanes<V>; ++lane) {
+      weight[lane] = lane >= tasks ? S(0) : (weights == nullptr ? S(1) : weights[first_task + lane]);
+      used[lane] = S(lane < tasks);
+    }
   }
   for (int i = 0; i < columns; ++i) {
     // Lanes after the last task hold copies of it, which must not be counted.

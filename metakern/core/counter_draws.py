@@ -37,4 +37,5 @@ def _signed(x: int) -> int:
 
 def _shifted(z: Tensor, by: int) -> Tensor:
     """Shift right without copies of the sign."""
-    return (z >> by) & (2 ** (64 - by) - 1)
+    shifted: Tensor = (z >> by) & (2 ** (64 - by) - 1)
+    return shifted

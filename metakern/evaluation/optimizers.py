@@ -178,7 +178,7 @@ def compare_optimizers(
             advance(name, True)
         return Curve(name, losses, lr)
 
-    sizes = {"num_tasks": num_tasks, "steps": steps, "seed": seed}
+    sizes: dict[str, Any] = {"num_tasks": num_tasks, "steps": steps, "seed": seed}
     yield told(rule.title, rule_curve(rule, test, **sizes))
     for name, baseline in BASELINES.items():
         lr = tune(name, valid, num_tasks=num_tasks, steps=steps, seed=seed + 1, advance=advance)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from metakern.core.checksum import digest
 from metakern.core.exclusive import exclusive
 from metakern.core.random_state import kept_random_state
 from metakern.core.task_params import num_tasks
@@ -107,12 +108,14 @@ class RuleUpdate:
         rule: see :class:`metakern.rules.Rule`. A module with just ``init_state(params)`` and ``forward(params, grads,
             state)`` works, too: it receives neither ``tasks`` nor the losses.
         clip_norm: maximum norm of a task's gradient
+        redraws: whether a rule that draws its initial state draws other numbers for every task, by its initial params;
+            for meta-training, which would else fit the rule to one draw
 
     Raises:
         TypeError: for anything else
     """
 
-    def __init__(self, rule: Any, clip_norm: float | None = None) -> None:
+    def __init__(self, rule: Any, clip_norm: float | None = None, *, redraws: bool = False) -> None:
         if not isinstance(rule, nn.Module) or not hasattr(rule, "init_state"):
             raise TypeError(
                 "rule must be a module with init_state(params) and forward(params, grads, state), as "
@@ -124,6 +127,7 @@ class RuleUpdate:
         self._tells_tasks = _takes(protocol.init_state, "tasks")
         self._tells_loss = _takes(protocol.forward, "loss")
         self._moves_gradients = isinstance(rule, Rule) and rule.moves_gradients
+        self._redraws = redraws and isinstance(rule, Rule) and rule.draws_state
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -139,7 +143,28 @@ class RuleUpdate:
         if self._goes_by_group(params):
             return tuple(self.init_state(group) for group in params)
         tells = self._tells_tasks and not isinstance(params, tuple)
+        if self._redraws and tells and num_tasks(params):
+            return self._redrawn_state(params)
         return self.rule.init_state(params, **({"tasks": True} if tells else {}))
+
+    def _redrawn_state(self, params: Any) -> Any:
+        """The initial state with numbers of every task's own, which depend on the rule's seed and the task's params.
+
+        So they are the same for a task alone, for both of an antithetic pair, and in a resumed run.
+        """
+        leaves, structure = pytree.tree_flatten(params)
+        seed, states = self.rule.seed, []
+        try:
+            for task in range(num_tasks(params)):
+                own = [p[task : task + 1] for p in leaves]
+                named = {f"{seed}/{index}": p.contiguous() for index, p in enumerate(own)}
+                self.rule.seed = int(digest(named)[:15], 16)
+                states.append(self.rule.init_state(pytree.tree_unflatten(own, structure), tasks=True))
+        finally:
+            self.rule.seed = seed
+        columns = zip(*map(pytree.tree_leaves, states), strict=True)
+        joined = [torch.cat(column) if column[0].dim() else column[0] for column in columns]
+        return pytree.tree_unflatten(joined, pytree.tree_structure(states[0]))
 
     def points(self, params: Any, state: Any) -> Any:
         """The params themselves, unless the rule chooses other points."""

@@ -10,7 +10,13 @@ from torch import Tensor
 
 @runtime_checkable
 class MetaLearner(Protocol):
-    """An ``nn.Module`` with two methods; its parameters are the meta-parameters."""
+    """An ``nn.Module`` with two methods; its parameters are the meta-parameters.
+
+    A learner that keeps something from one meta-batch to the next which differs between processes has four more:
+    ``set_process(rank, world)``; ``process_state()``, plain data that only this process knows, or None;
+    ``set_process_states(states)``, those of all processes, which its extra state then holds; and
+    ``without_process_states(state_dict)``, the same without any.
+    """
 
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:
         """Losses [T] of a batch of T tasks, one tensor for each outer step.

@@ -149,7 +149,7 @@ class RuleLearner(nn.Module):
         yield losses + (surrogate - surrogate.detach())
 
     def _backpropagated(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
-        update = RuleUpdate(self.rule)
+        update = RuleUpdate(self.rule, redraws=True)
         loop = InnerLoop(update, [not self.second_order] * self.unroll)
         # The objective "last" counts the loss before the last update. For the others θ_0 does not count: what the rule
         # does begins with θ_1.
@@ -172,7 +172,7 @@ class RuleLearner(nn.Module):
         With the objective "relative-log" also "relative", log(f/(f_0 + 1e-6) + 1e-6), at most log 1e6, also for
         problems that diverge: a measure for mixtures, whose mean loss is that of their largest problems.
         """
-        params, update = starting_params(self.rule, batch), RuleUpdate(self.rule)
+        params, update = starting_params(self.rule, batch), RuleUpdate(self.rule, redraws=True)
         first = batch.full_loss(params) if self._objective.relative else None
         loop = InnerLoop(update, [True] * self.steps)
         params, _, _ = loop.run(Optimized(batch), params, update.init_state(params))

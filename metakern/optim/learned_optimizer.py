@@ -221,19 +221,7 @@ class LearnedOptimizer(Optimizer):
     @contextmanager
     def _at_gradient_points(self) -> Iterator[None]:
         """Context with the parameters at the points where the rule wants the next gradients, and back afterwards."""
-        moved: list[tuple[Tensor, Tensor]] = []
-        if self.rule.moves_gradients:
-            for index, group in enumerate(self.param_groups):
-                slots = self._slots.get(index)
-                pairs = zip(group["params"], slots or (), strict=False)
-                if not slots or any(s and not s.serves(p, self.state.get(p), self.rule, None) for p, s in pairs):
-                    slots = self._build(index)
-                by_arena: dict[_Arena, list[_Slot]] = {}
-                for slot in slots:
-                    if slot is not None:
-                        by_arena.setdefault(slot.arena, []).append(slot)
-                for arena_, members in by_arena.items():
-                    moved += zip([slot.param for slot in members], arena_.points(members), strict=True)
+        moved = list(self._gradient_points()) if self.rule.moves_gradients else []
         kept = [p.detach().clone() for p, _ in moved]
         try:
             with torch.no_grad():
@@ -244,6 +232,22 @@ class LearnedOptimizer(Optimizer):
             with torch.no_grad():
                 for (p, _), old in zip(moved, kept, strict=True):
                     p.copy_(old)
+
+    def _gradient_points(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Every parameter that has a state, and where the rule wants its next gradient."""
+        for index, group in enumerate(self.param_groups):
+            if adamw.is_adamw(group):
+                continue
+            slots = self._slots.get(index)
+            pairs = zip(group["params"], slots or (), strict=False)
+            if not slots or any(s and not s.serves(p, self.state.get(p), self.rule, None) for p, s in pairs):
+                slots = self._build(index)
+            by_arena: dict[_Arena, list[_Slot]] = {}
+            for slot in slots:
+                if slot is not None:
+                    by_arena.setdefault(slot.arena, []).append(slot)
+            for members, of_members in by_arena.items():
+                yield from zip([slot.param for slot in of_members], members.points(of_members), strict=True)
 
     # -------------------------------------------------------------------------------------------- what a step moves
 

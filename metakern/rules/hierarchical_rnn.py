@@ -77,7 +77,8 @@ class HierarchicalRNN(PretrainedRule):
 
     The initial ℓ of a coordinate is U(-6.9, -2.3) plus a number of its tensor from the same range. Both depend on
     ``seed``, the tensor's name and the coordinate's place alone: no generator is used, all tasks start alike, and a
-    rule that is saved and loaded draws the same. Change ``seed`` for other numbers.
+    rule that is saved and loaded draws the same. Change ``seed`` for other numbers. Meta-training by ``RuleLearner``
+    changes it with the problems' initial parameters, so that the rule does not fit one draw.
 
     The state holds 4 (11 + H) bytes a coordinate, 84 for H = 10.
 
@@ -104,6 +105,7 @@ class HierarchicalRNN(PretrainedRule):
     """
 
     title: ClassVar[str] = "Hierarchical RNN"
+    draws_state: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
 
     def __init__(

@@ -98,7 +98,15 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
 
 
 #: Settings that are fractions; YAML reads 1e-3 as text.
-_FRACTIONS = ("inner_lr", "cluster_temperature", "cluster_eval_temperature", "output_scale")
+_FRACTIONS = (
+    "inner_lr",
+    "cluster_temperature",
+    "cluster_eval_temperature",
+    "output_scale",
+    "sigma",
+    "max_difference",
+    "augment_spread",
+)
 
 
 def _as_meant(settings: dict[str, Any]) -> dict[str, Any]:

@@ -121,8 +121,8 @@ class Trainer:
             self.average = MovingAverage(learner, self.config.ema) if self.config.ema is not None else None
             self.iteration, self.history = 0, History()
             self._outer = OuterLoop(learner, optimizer, self.config, self.processes, self.average)
-            if hasattr(learner, "set_process"):
-                self.learner.set_process(self.processes.rank, world)
+            if set_process := getattr(learner, "set_process", None):
+                set_process(self.processes.rank, world)
             self._splits = {"train": tasks.split("train")}
             self._parts = Parts(learner, optimizer, scheduler, self.average, self._outer, self._splits["train"])
             self._identity = identity_of(optimizer, scheduler, learner)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.learners import RuleLearner
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, make
 from metakern.tasks import DigitsMLP, GradientNoise, MixedOptimizees, ProblemBatch, Quadratics, toy_problems
 from metakern.training import Trainer, TrainerConfig
 from tests.learners.test_rule import draw
@@ -104,7 +104,7 @@ def test_persistent_estimates_are_unbiased_and_truncated_ones_are_not(steps):
     truth, found = by_derivative(0.1, steps), {}
     for estimator in STRATEGIES:
         learner = make_learner(estimator, steps=steps, min_steps=steps, unroll=2)
-        samples = estimates(learner, Slopes(), 24, 240)[steps:]
+        samples = estimates(learner, Slopes(), 20, 160)[steps:]
         found[estimator] = mean, error, variance = mean_and_error(samples)
         print(f"{estimator}: {mean:.4f} ± {error:.4f}, variance of one estimate {variance:.4f}; truth {truth:.4f}")
     for estimator in ("pes", "noise-reuse"):
@@ -241,6 +241,16 @@ def test_what_diverges_counts_as_no_difference(estimator):
     assert gradients.isfinite().all()
 
 
+def test_lives_are_log_uniform_and_begin_desynchronised():
+    learner = make_learner("pes", steps=1000, min_steps=10)
+    assert [learner.pairs._length(share) for share in (0.0, 0.5, 1 - 1e-9)] == [10, 100, 1000]
+    learner.pairs.estimate(learner.rule, draw(Slopes(), 200))
+    flight = learner.pairs._flight
+    left = torch.tensor([length for age, length in zip(flight.ages, flight.lengths, strict=True) if age == 4])
+    assert left.unique().numel() > 60  # of all lives that did not end in the first truncation
+    assert (left < 10).any()
+
+
 def test_differences_are_limited():
     options = {"sigma": 0.1, "min_steps": 4}
     free, limited = (make_learner("pes", max_difference=limit, **options) for limit in (None, 1e-3))
@@ -308,6 +318,30 @@ def test_rules_with_other_states_train_too(rule, estimator):
         (losses,) = learner.meta_losses(draw(toy_problems(), 6, seed))
         losses.mean().backward()
     assert 0 < next(rule.parameters()).grad.abs() < torch.inf
+
+
+@every_strategy
+def test_a_learned_start_is_perturbed_with_the_other_weights(estimator):
+    """Each of a pair starts from its own; the estimate of the start's gradient has the right direction."""
+    torch.manual_seed(0)
+    rule = make("meta-lstm-with-start", params={"x": torch.full((3,), 2.0)})
+    learner = make_learner(estimator, rule, steps=4, sigma=1e-3)
+    total, truth = torch.zeros(3), torch.zeros(3)
+    for seed in range(40):
+        batch = draw(Quadratics(3), 8, seed)
+        if learner.pairs._flight is not None:
+            learner.pairs._flight.ages = learner.pairs._flight.lengths
+        gradients = learner.pairs.estimate(rule, batch)[1]
+        place = next(i for i, (name, _) in enumerate(rule.named_parameters()) if name.startswith("initial"))
+        first = sum(p.numel() for p in list(rule.parameters())[:place])
+        if seed:
+            total += gradients[:, first : first + 3].mean(0)
+            start = rule.initialisation()["x"].detach().expand(8, 3).clone().requires_grad_()
+            truth += torch.autograd.grad(batch.loss({"x": start}).sum(), start)[0].mean(0)
+        starts = [copied.initialisation()["x"] for copied in learner.pairs._copies.rules[:2]]
+    assert torch.equal(learner.pairs._copies.rows[:2, first : first + 3], torch.stack(starts))
+    assert not torch.equal(*starts)
+    assert torch.cosine_similarity(total, truth, dim=0) > 0.5
 
 
 class Plain:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.core.counter_draws import key_of, uniform
+from metakern.inner_loop.updates import RuleUpdate
 from metakern.learners import RuleLearner
 from metakern.maml import adapt, meta_loss
 from metakern.optim import LearnedOptimizer
@@ -210,6 +211,23 @@ def test_initial_rates_depend_on_seed_and_name_alone() -> None:
     assert not torch.equal(rates(HierarchicalRNN(seed=1))[0], first)
 
 
+def test_meta_training_draws_anew_for_other_problems() -> None:
+    rule = HierarchicalRNN(seed=3)
+    update = RuleUpdate(rule, redraws=True)
+    params = {"w": torch.tensor([1.0, 1.0, 2.0]).view(3, 1).expand(3, 5)}
+    state = update.init_state(params)
+    first, same, other = (x.detach() for x in state.per_tensor[0]["coordinates"])
+    assert torch.equal(first, same)
+    assert not torch.equal(first, other)
+    alone = update.init_state({"w": params["w"][2:]})
+    assert torch.equal(alone.per_tensor[0]["coordinates"][0], other)
+    assert state.shared["global"].shape == (3, 20)
+    assert state.tasks
+    assert rule.seed == 3
+    fixed = RuleUpdate(rule).init_state(params).per_tensor[0]["coordinates"]
+    assert torch.equal(fixed, rule.init_state(params, tasks=True).per_tensor[0]["coordinates"])
+
+
 # -------------------------------------------------------------------------------------------------------- attention
 
 
@@ -259,14 +277,16 @@ def test_rule_learner_trains_every_weight() -> None:
 def test_learned_optimizer_calls_the_closure_at_the_attended_points() -> None:
     rule = make_rule(attention=True)
     params = {"w": nn.Parameter(torch.ones(3, dtype=F64)), "b": nn.Parameter(torch.zeros(2, dtype=F64))}
-    optimizer = LearnedOptimizer(params.items(), rule, lr=0.5)
+    embedding = nn.Parameter(torch.ones(4, dtype=F64))
+    groups = [{"params": list(params.items())}, {"params": [("embedding", embedding)], "rule": None}]
+    optimizer = LearnedOptimizer(groups, rule, lr=0.5)
     seen: list[dict[str, Tensor]] = []
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         seen.append({name: p.detach().clone() for name, p in params.items()})
         loss: Tensor = sum(((p - 2) ** 2).sum() for p in params.values())  # type: ignore[assignment]
-        loss.backward()
+        (loss + embedding.sum()).backward()
         return loss
 
     expected = {name: p.detach().clone() for name, p in params.items()}
@@ -285,6 +305,8 @@ def test_learned_optimizer_calls_the_closure_at_the_attended_points() -> None:
                 torch.testing.assert_close(params[name].detach(), p)
             if step == 1:  # a loaded checkpoint holds the points
                 optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    assert (embedding < 1).all()  # stepped by AdamW, where it is
 
     def broken() -> Tensor:
         raise KeyError("mine")

@@ -57,7 +57,7 @@ class Copies:
             for p, piece in zip(learned_weights(perturbed), pieces, strict=True):
                 p.data = piece.view(p.shape)
             self.rules.append(perturbed.requires_grad_(False))
-        self.updates = [RuleUpdate(each) for each in self.rules]
+        self.updates = [RuleUpdate(each, redraws=True) for each in self.rules]
 
     def serves(self, rule: nn.Module, num_problems: int) -> bool:
         """Whether these are copies of such a rule."""
@@ -139,11 +139,11 @@ class PairUpdate:
             new_state.append([s for _, s in stepped])
         return tuple(new_params), tuple(new_state)
 
-    def rows(self, tree: Any) -> Sequence[Any]:
+    def rows(self, tree: Any) -> list[Any]:
         """Split a tree of tensors [n, *shape] into the params of n problems: trees [1, *shape], or tensors [1, P]."""
         leaves, rebuild = flat_params(tree)
         if self.joins:
-            return join_tasks(leaves).split(1)
+            return list(join_tasks(leaves).split(1))
         return [rebuild(row) for row in zip(*(leaf.split(1) for leaf in leaves), strict=True)]
 
     def joined(self, rows: Sequence[Any], like: Any) -> Any:

@@ -85,8 +85,7 @@ class PES(Noise):
 class NoiseReuse(Noise):
     """Noise-reuse evolution strategies: one ε for a problem's whole life.
 
-    Unbiased, with less variance than PES where losses depend smoothly on the weights. Li et al. 2023, arXiv 2304.12180;
-    as ES-Single, Vicol 2023, arXiv 2304.11153.
+    Unbiased. Li et al. 2023, arXiv 2304.12180; as ES-Single, Vicol 2023, arXiv 2304.11153.
     """
 
     _next: Tensor

@@ -169,8 +169,8 @@ def hrnn_step_triton_backward(a: Any) -> tuple[list[Tensor], list[Tensor], Tenso
         rows = segments[:, : 3 * padded].unflatten(1, (3, padded))[..., :hidden]
         grad_biases[index], by_mean[index] = rows.flatten(1), segments[:, -1]
         sums.append(of_weights)
-    of_weights = torch.stack(sums).sum(0) if sums else None
-    return grad_grads, grad_states, grad_biases, by_mean.sum(0).to(mean_rate.dtype), _by_weight(of_weights, weights)
+    by_weight = _by_weight(torch.stack(sums).sum(0), weights) if sums else [torch.zeros_like(w) for w in weights]
+    return grad_grads, grad_states, grad_biases, by_mean.sum(0).to(mean_rate.dtype), by_weight
 
 
 def _products(grad_new_params: Tensor, grad_attended: Tensor, steps: Tensor) -> Tensor:
@@ -217,10 +217,8 @@ def _backward(
     return _sums(partials), _sums(weight_partials)[0]
 
 
-def _by_weight(sums: Tensor | None, weights: list[Tensor]) -> list[Tensor]:
+def _by_weight(sums: Tensor, weights: list[Tensor]) -> list[Tensor]:
     """The weights' gradients from a row of sums, whose layout :func:`backward_kernel` describes."""
-    if sums is None:
-        return [torch.zeros_like(w) for w in weights]
     hidden = weights[1].shape[0]
     padded = _padded_hidden(hidden)
     by_x, by_h, by_readout, by_number = sums.split([48 * padded, 3 * padded * padded, 16 * padded, 16])

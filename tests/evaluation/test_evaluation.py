@@ -83,7 +83,9 @@ def test_the_comparison_has_the_learned_optimizer_and_every_baseline():
     assert torch.equal(curves[0].losses, expected)
 
 
-@pytest.mark.parametrize("make", [MetaLSTM, Momentum, lambda: MetaLSTM({"x": torch.ones(4)})], ids=str)
+@pytest.mark.parametrize(
+    "make", [MetaLSTM, Momentum, lambda: MetaLSTM({"x": torch.ones(4)})], ids=["Meta-LSTM", "momentum", "with a start"]
+)
 def test_rules_that_need_losses_or_see_tasks_have_curves(make):
     rule, problems = make(), Quadratics(4)
     losses = rule_curve(rule, problems, **SMALL)

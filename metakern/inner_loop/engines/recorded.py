@@ -27,7 +27,7 @@ from metakern.inner_loop.as_shipped import HOOKS, KNOWN_CLASSES, changed_functio
 from metakern.inner_loop.engines.mlp_model import LOSS_FUNCTIONS, Chain, Mlp, leaky_relu
 from metakern.inner_loop.engines.protocol import Unserved
 from metakern.inner_loop.lineage import used_by
-from metakern.ops.mlp_inner_loop import MAX_LAYERS
+from metakern.ops.mlp_inner_loop.arguments import MAX_LAYERS
 
 #: Functions that read metadata, which is the same for every task and step.
 _READS = frozenset(

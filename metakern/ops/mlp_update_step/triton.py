@@ -41,8 +41,12 @@ from metakern.ops.mlp_update_step.triton_kernels import (
 from metakern.ops.mlp_update_step.triton_network import biases_kernel
 
 #: Of the kernels; not timed on a GPU. Other blocks change the last bits of sums.
-MOMENTS_CONFIG, UPDATE_CONFIG = Config(128, 4), Config(64, 4)
-NETWORK_CONFIG, COORDINATES_CONFIG = Config(32, 8), Config(64, 4)
+MOMENTS_CONFIG, UPDATE_CONFIG, COORDINATES_CONFIG = Config(128, 4), Config(64, 4), Config(64, 4)
+
+#: Of backward's network, up to 32 units and more, by spilled bytes and compile time among 16 to 128 coordinates and 4 to
+#: 16 warps. Larger blocks of 64 units spill kilobytes, and on sm_80 take minutes to compile; in float64 they need more
+#: shared memory than sm_80 has.
+NETWORK_CONFIG, WIDE_NETWORK_CONFIG = Config(32, 4), Config(16, 8)
 
 #: Maximum chunks of a segment, each with a row of partial sums, and programs of a launch that sum for the weights.
 MAX_CHUNKS, MAX_PROGRAMS = 1024, 512
@@ -267,7 +271,9 @@ def _network_backward(
     network: _Network,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """norm·dy of every coordinate, [T, n, 32], and the sums of :func:`network_kernel` for the tasks and the weights."""
-    cut, tasks, padded = _Cut.of(geometry.n, NETWORK_CONFIG.block), inputs.params.shape[0], network.padded
+    tasks, padded = inputs.params.shape[0], network.padded
+    config = NETWORK_CONFIG if padded <= 32 else WIDE_NETWORK_CONFIG
+    cut = _Cut.of(geometry.n, config.block)
     items = tasks * cut.chunks
     items_per_program = triton.cdiv(items, MAX_PROGRAMS)
     programs = triton.cdiv(items, items_per_program)
@@ -279,13 +285,13 @@ def _network_backward(
     launch(
         network_kernel,
         programs,
-        NETWORK_CONFIG,
+        config,
         *(grad_new_params, *inputs[:4], *inputs.tables, decays, norms, network.weights, network.biases, rates, keep),
         *(by_features, partials, weight_partials, *geometry[1:], *cut, items, items_per_program, *network.exp_mult),
         KIND=geometry.kind,
         WIDE=geometry.wide,
         **network.constants,
-        BLOCK=NETWORK_CONFIG.block,
+        BLOCK=config.block,
     )
     return by_features, add_rows(partials), add_rows(weight_partials)[0]
 

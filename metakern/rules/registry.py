@@ -190,9 +190,14 @@ def _variant(name: str) -> _Variant:
 
 
 def _parameters(variant: _Variant) -> list[inspect.Parameter]:
-    """The options in the order of the signature."""
+    """The options in the order of the signature; ``**options`` of a class method are those of its constructor."""
     parameters = list(inspect.signature(variant.make).parameters.values())[int(variant.needs_params) :]
-    return [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        own = {p.name for p in named}
+        of_class = inspect.signature(getattr(variant.make, "__self__", variant.make)).parameters.values()
+        named += [p for p in of_class if p.name not in own and p.kind is not p.VAR_KEYWORD]
+    return named
 
 
 def _options(variant: _Variant) -> list[str]:

@@ -165,6 +165,9 @@ def test_the_settings_by_name() -> None:
     for name, expected in sizes.items():
         rule: Any = make(name)
         assert (rule.hidden_size, rule.hidden_layers, rule.step_mult, rule.learned_decays) == expected
+    assert make("mulo", {"weight_decay": 0.1, "hidden_layers": 3}).weight_decay == 0.1
+    with pytest.raises(ValueError, match=r"options of rule 'elo' are hidden_size, hidden_layers, lr, .*; got 'depth'"):
+        make("elo", {"depth": 2})
     assert sum(p.numel() for p in make("mulo").parameters()) == 2402
     assert sum(p.numel() for p in make("per-parameter-mlp", {"hidden_size": 4}).parameters()) == 190
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-untyped-def"
 # ruff: noqa: SIM108
-"""Device functions shared by all operators: arithmetic dtype, host scalars, elementary functions."""
+"""Device functions shared by all operators: arithmetic dtype, host scalars, products, elementary functions."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ def to_arithmetic(x):
     return result
 
 
-# ------------------------------------------------------------------------------------------------------------ products
-
-
 @triton.jit
 def scalar(number, number_low, like):
     """A host scalar in the dtype of ``like``, from the upper and lower half of its float64 bits.
@@ -30,6 +27,19 @@ def scalar(number, number_low, like):
     low = tl.cast(tl.cast(number_low, tl.int32), tl.uint32, bitcast=True).to(tl.int64)
     bits = (tl.cast(number, tl.int64) << 32) | low
     return bits.to(tl.float64, bitcast=True).to(like.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------ products
+
+
+@triton.jit
+def product(a, b):
+    """A @ b in the arithmetic dtype; float32 by three TF32 products, as FMA products take all registers."""
+    if a.dtype == tl.float64:
+        result = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
+    else:
+        result = tl.dot(a, b, input_precision="tf32x3")
+    return result
 
 
 # ------------------------------------------------------------------------------------------------ elementary functions

@@ -18,13 +18,13 @@ import triton
 from torch import Tensor
 
 from metakern.ops.core.triton_launch import Config, launch, launch_in_parts
+from metakern.ops.core.triton_sums import add_rows
 from metakern.ops.hrnn_step.autograd import step, step_backward
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, RMS_EPSILON, SCALES
 from metakern.ops.hrnn_step.triton_kernels import (
     backward_kernel,
     forward_kernel,
     products_kernel,
-    sum_kernel,
     update_kernel,
 )
 
@@ -38,9 +38,6 @@ UPDATE_CONFIG = Config(1024, 4)
 
 #: Maximum chunks of a segment, each with a row of partial sums, and programs of a launch that sum for the weights.
 MAX_CHUNKS, MAX_PROGRAMS = 256, 512
-
-#: Block sizes (rows, columns) of the last sums.
-SUM_ROWS, SUM_COLUMNS = 32, 32
 
 
 class _Cut(NamedTuple):
@@ -67,16 +64,6 @@ def _padded_hidden(hidden: int) -> int:
 
 def _config(config: Config, state: Tensor) -> Config:
     return FLOAT64_CONFIG if state.dtype == torch.float64 else config
-
-
-def _sums(partials: Tensor) -> Tensor:
-    """Sums [groups, columns] of [groups, rows, columns], in float64."""
-    groups, rows, columns = partials.shape
-    sums = partials.new_empty((groups, columns), dtype=torch.float64)
-    column_blocks = triton.cdiv(columns, SUM_COLUMNS)
-    arguments = (partials, sums, rows, columns, column_blocks)
-    launch(sum_kernel, groups * column_blocks, Config(0, 4), *arguments, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS)
-    return sums
 
 
 def _has_attention(weights: list[Tensor]) -> bool:
@@ -132,7 +119,7 @@ def _step(
         A=int(attention),
         BLOCK=config.block,
     )
-    mean = _sums(partials) / cut.n
+    mean = add_rows(partials) / cut.n
     squares = mean[:, padded + FEATURES + 1 : padded + FEATURES + 2 + attention]
     return torch.cat([mean[:, :hidden], mean[:, padded : padded + FEATURES + 1]], 1), (squares + RMS_EPSILON).sqrt()
 
@@ -186,7 +173,7 @@ def _products(grad_new_params: Tensor, grad_attended: Tensor, steps: Tensor) -> 
         A=steps.shape[1] - 1,
         BLOCK=UPDATE_CONFIG.block,
     )
-    return _sums(partials).to(steps.dtype)
+    return add_rows(partials).to(steps.dtype)
 
 
 def _backward(
@@ -214,7 +201,7 @@ def _backward(
         A=int(attention),
         BLOCK=config.block,
     )
-    return _sums(partials), _sums(weight_partials)[0]
+    return add_rows(partials), add_rows(weight_partials)[0]
 
 
 def _by_weight(sums: Tensor, weights: list[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.ops.core.triton_arithmetic import log, sigmoid, tanh
+from metakern.ops.core.triton_arithmetic import log, product, sigmoid, tanh
 
 # Keep in step with metakern/ops/hrnn_step/reference.py.
 _SQUARE_EPSILON = tl.constexpr(1e-12)
@@ -83,16 +83,6 @@ def with_column(x, index: tl.constexpr, values):
     """Replace one column of [B, 16]."""
     columns = tl.arange(0, 16)
     return tl.where((columns == index)[None, :], values[:, None], x)
-
-
-@triton.jit
-def product(a, b):
-    """A @ b in the arithmetic dtype; float32 by three TF32 products, as FMA products take all registers."""
-    if a.dtype == tl.float64:
-        result = tl.dot(a, b, input_precision="ieee", out_dtype=tl.float64)
-    else:
-        result = tl.dot(a, b, input_precision="tf32x3")
-    return result
 
 
 # ----------------------------------------------------------------------------------------------------------- features

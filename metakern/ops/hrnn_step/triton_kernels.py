@@ -1,8 +1,8 @@
 # mypy: disable-error-code="no-untyped-def"
-"""Kernels of hrnn_step: forward, update, products, backward, and sums of partial sums.
+"""Kernels of hrnn_step: forward, update, products and backward.
 
 A segment (one tensor of one task) is cut into chunks of blocks, by its size alone. Forward writes the new state, the
-steps before their normalisation and one row of partial sums a chunk; :func:`sum_kernel` adds the rows of a segment in a
+steps before their normalisation and one row of partial sums a chunk; triton_sums.py adds the rows of a segment in a
 fixed order, and :func:`update_kernel` normalises. Backward needs Σ grad · step of a segment first
 (:func:`products_kernel`), then recomputes the coordinates and writes their gradients, sums for the segments, and sums
 for the weights, which the programs carry along their chunks.
@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.ops.core.triton_arithmetic import exp, sigmoid, to_arithmetic
+from metakern.ops.core.triton_arithmetic import exp, product, sigmoid, to_arithmetic
 from metakern.ops.hrnn_step import triton_cell as cell
 
 
@@ -75,22 +75,6 @@ def forward_kernel(
     partials += item * (HP + 16)
     tl.store(partials + units, tl.sum(sums_h, axis=0))
     tl.store(partials + HP + columns, tl.sum(sums_x, axis=0))
-
-
-@triton.jit
-def sum_kernel(partials, sums, rows, row_length, column_blocks, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Sums [., rows, row_length] over the rows, in float64 and in a fixed order; one program for COLUMNS of a group."""
-    program = tl.program_id(0).to(tl.int64)
-    group = program // column_blocks
-    columns = program % column_blocks * COLUMNS + tl.arange(0, COLUMNS)
-    partials += group * rows * row_length
-    total = tl.zeros([COLUMNS], tl.float64)
-    for start in range(0, rows, ROWS):
-        row = (start + tl.arange(0, ROWS)).to(tl.int64)
-        mask = (row < rows)[:, None] & (columns < row_length)[None, :]
-        values = tl.load(partials + row[:, None] * row_length + columns[None, :], mask=mask, other=0.0)
-        total += tl.sum(values.to(tl.float64), axis=0)
-    tl.store(sums + group * row_length + columns, total, mask=columns < row_length)
 
 
 @triton.jit
@@ -171,13 +155,13 @@ def backward_kernel(
                 mean_rates, gates, candidate, readouts, scales, scalars, grad_grads, grad_state,
                 n, task, lanes, H, HP, A, BLOCK,
             )  # fmt: skip
-            rx += cell.product(tl.trans(da_r), x)
-            ux += cell.product(tl.trans(da_u), x)
-            cx += cell.product(tl.trans(da_c), x)
-            rh += cell.product(tl.trans(da_r), h)
-            uh += cell.product(tl.trans(da_u), h)
-            ch += cell.product(tl.trans(da_c), rested)
-            dh += cell.product(tl.trans(d), new_h)
+            rx += product(tl.trans(da_r), x)
+            ux += product(tl.trans(da_u), x)
+            cx += product(tl.trans(da_c), x)
+            rh += product(tl.trans(da_r), h)
+            uh += product(tl.trans(da_u), h)
+            ch += product(tl.trans(da_c), rested)
+            dh += product(tl.trans(d), new_h)
             sums_d += d
             bias_r += da_r
             bias_u += da_u
@@ -257,22 +241,22 @@ def _backward_block(
     d = tl.where(valid[:, None], d, 0.0)
     rows = columns[:, None] * H + tl.arange(0, HP)[None, :]
     mask = (columns < 4 + A)[:, None] & (tl.arange(0, HP) < H)[None, :]
-    grad_h = cell.product(d, tl.load(readouts + rows, mask=mask, other=0.0))
+    grad_h = product(d, tl.load(readouts + rows, mask=mask, other=0.0))
     grad_h += cell.load_units(grad_new_state, lanes, valid, n, H, HP) + cell.load_vector(means, H, HP)[None, :]
     grad_h = tl.where(valid[:, None], grad_h, 0.0)
 
     # GRU.
     da_u = grad_h * (h - c) * u * (1 - u)
     da_c = grad_h * (1 - u) * (1 - c * c)
-    by_rested = cell.product(da_c, cell.load_weight(candidate, 0, 12, H, HP, H, HP))
+    by_rested = product(da_c, cell.load_weight(candidate, 0, 12, H, HP, H, HP))
     da_r = by_rested * h * r * (1 - r)
     old_h = grad_h * u + by_rested * r
-    old_h += cell.product(da_r, cell.load_weight(gates, 0, 12, H, HP, H, HP))
-    old_h += cell.product(da_u, cell.load_weight(gates, H, 12, H, HP, H, HP))
+    old_h += product(da_r, cell.load_weight(gates, 0, 12, H, HP, H, HP))
+    old_h += product(da_u, cell.load_weight(gates, H, 12, H, HP, H, HP))
     cell.store_units(grad_state, lanes, valid, n, old_h, H, HP)
-    by_x = cell.product(da_r, cell.load_weight(gates, 0, 0, 12, 16, H, HP))
-    by_x += cell.product(da_u, cell.load_weight(gates, H, 0, 12, 16, H, HP))
-    by_x += cell.product(da_c, cell.load_weight(candidate, 0, 0, 12, 16, H, HP))
+    by_x = product(da_r, cell.load_weight(gates, 0, 0, 12, 16, H, HP))
+    by_x += product(da_u, cell.load_weight(gates, H, 0, 12, 16, H, HP))
+    by_x += product(da_c, cell.load_weight(candidate, 0, 0, 12, 16, H, HP))
     by_x += tl.load(means + H + columns, mask=columns < 12, other=0.0)[None, :]
 
     # Features.

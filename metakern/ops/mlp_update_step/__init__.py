@@ -92,7 +92,7 @@ def mlp_update_step(
         keep: [M, T], factors of the old params: 1 without weight decay.
         steps: [T], numbers of steps taken before this one, int64.
         exp_mult: factor of the MLP's second output in the exponent.
-        backend: ``"auto"``, ``"cpp"`` or ``"reference"``; None is ``"auto"``.
+        backend: ``"auto"``, ``"cpp"``, ``"triton"`` or ``"reference"``; None is ``"auto"``.
 
     Returns:
         new params, new moments

@@ -12,6 +12,8 @@ from metakern.ops.core.define_op import Gradient, define_op
 from metakern.ops.core.functions import Backward
 from metakern.ops.mlp_update_step import reference
 
+_BACKENDS: dict[str, Any] = {"backends": ("cpp", "triton"), "triton": "metakern.ops.mlp_update_step.triton"}
+
 _LISTS = ("params", "grads", "m", "v", "r", "c")
 _BY_SEGMENT = ("rates", "keep")
 _TENSORS = ", ".join(f"Tensor[] {name}" for name in _LISTS)
@@ -61,6 +63,7 @@ step_backward = define_op(
     ),
     family="mlp_update_step",
     way_out="backend='reference' does (a second derivative of the optimizee needs none: it flows through `grads`)",
+    **_BACKENDS,
 )
 
 step = define_op(
@@ -78,4 +81,5 @@ step = define_op(
     ),
     batching=_batched,
     reference=reference.mlp_update_step,
+    **_BACKENDS,
 )

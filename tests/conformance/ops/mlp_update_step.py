@@ -6,7 +6,7 @@ Axis legend: M tensors, T tasks, n coordinates of a segment, W hidden units, L h
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,11 @@ from metakern.ops.mlp_update_step import Moments, factor_shapes, mlp_update_step
 from tests.conformance.ops.operators import Example, Operator, Spec, Tensors, argument, gather, listed
 
 F32, F64 = torch.float32, torch.float64
-CPU = ("cpp", "reference")
+HALVES = (torch.bfloat16, torch.float16)
 LISTS = ("params", "grads", "m", "v", "r", "c")
+
+#: Where an example is quick.
+COMPILED = ("reference", "cpp", "triton")
 
 #: Arguments and results by the axis of their tasks.
 TASK_AXES = {
@@ -33,6 +36,9 @@ RANKS = {
     "rank 3": ((4, 3, 2), (2, 3, 4), (3, 2, 4), (4, 2, 3), (3, 4, 2), (2, 4, 3), (3, 3, 3), (6, 5, 1)),
     "rank 4": ((5, 4, 3, 2), (2, 3, 4, 5), (4, 2, 3, 5), (5, 2, 3, 4), (2, 5, 3, 4), (2, 5, 4, 3), (4, 5, 3, 3)),
 }
+
+#: A few coordinates, for widths.
+SHAPES = ((3, 5, 2), (7,))
 
 #: Segments of several blocks: cut along the first axis, the second, both, and one between them.
 BLOCKS = ((4099, 9), (3, 8293), (17, 8200), (8500, 2, 3), (2, 4200, 2), (40, 30, 31))
@@ -81,16 +87,21 @@ class MlpUpdateStep(Operator):
 
     name = "mlp_update_step"
     specs = (
-        *(Spec(name, {"shapes": shapes}, sanitize=name == "rank 4", on=CPU) for name, shapes in RANKS.items()),
+        *(Spec(name, {"shapes": shapes}, sanitize=name == "rank 4", on=COMPILED) for name, shapes in RANKS.items()),
         *(
-            Spec(f"W={width} L={layers}", {"shapes": ((3, 5, 2), (7,)), "width": width, "layers": layers}, (F32, F64))
+            Spec(f"W={width} L={layers}", {"shapes": SHAPES, "width": width, "layers": layers}, (F32, F64), COMPILED)
             for width, layers in ((4, 1), (5, 2), (16, 3), (33, 1), (64, 2), (7, 4))
         ),
-        Spec("fresh", {"shapes": ((9, 4), (6,)), "fresh": True, "tasks": 3}),
+        # Every rank and order of the factored axes, axes around them, several blocks, every number of layers.
+        Spec("orders", {"shapes": ((3,), (3, 4), (4, 2, 3), (2, 3, 2, 2)), "width": 4}, (F32, F64), ("interpreted",)),
+        Spec("blocks", {"shapes": ((70,), (2, 35)), "tasks": 1, "layers": 3}, (F32,), ("interpreted",)),
+        Spec("16 bits", {"shapes": ((2, 1),), "width": 4, "layers": 1}, HALVES, ("interpreted",)),
+        Spec("W=33 L=4", {"shapes": ((2,),), "width": 33, "layers": 4, "tasks": 1}, (F64,), ("interpreted",)),
+        Spec("fresh", {"shapes": ((9, 4), (6,)), "fresh": True, "tasks": 3}, on=COMPILED),
         Spec("no coordinates", {"shapes": ((0, 5), (3, 2), (0,), (4, 0, 2))}, (F32,)),
         Spec("no tasks", {"shapes": ((3, 2), (4,)), "tasks": 0}, (F32,)),
         Spec("many tasks", {"shapes": ((2, 3), (1,)), "tasks": 70}, (F32,), on=("cpp",), sanitize=True),
-        Spec("several blocks", {"shapes": BLOCKS, "tasks": 1}, (F64,), on=("cpp",)),
+        Spec("several blocks", {"shapes": BLOCKS, "tasks": 1}, (F64,), on=("cpp", "triton")),
         # In float32 some of the many hidden units change side by rounding, and their gradients jump.
         Spec("several blocks, forward", {"shapes": BLOCKS, "tasks": 1}, (F32,), on=("cpp",), gradients=False),
     )
@@ -120,7 +131,7 @@ class MlpUpdateStep(Operator):
     operators = ("mlp_update_step", "mlp_update_step_backward")
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        return kind in CPU
+        return kind not in ("emulated", "cuda")
 
     def make(self, dtype: torch.dtype, *, shapes: Sequence[Sequence[int]], **sizes: Any) -> Example:
         params, grads, moments, weights, decays, rates, keep, steps = make_call(shapes, dtype, **sizes)
@@ -152,6 +163,9 @@ class MlpUpdateStep(Operator):
 
     def unit_axis(self, name: str, example: Example) -> int | None:
         return TASK_AXES.get(argument(name))
+
+    def fewer(self, sizes: Mapping[str, Any], units: tuple[int, ...]) -> tuple[Mapping[str, Any], tuple[int, ...]]:
+        return {"tasks": 2, "shapes": ((2, 1), (2,)), "width": 4, "layers": 1}, (1,)
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         params, grads, moments, weights, *numbers = make_call(((5, 2), (3,)), F32, tasks, seed=seed)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from bench import gpu_budget
+from bench.step_tables import hrnn_lines, mlp_update_lines, rules_lines
 from bench.targets import measured
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +321,11 @@ def _gpu_figures(cell: dict[str, Any] | None) -> list[str]:
     return [*times, f"{max(ratios):.1f}x ({cell['fastest_peer']})"]
 
 
+def render_lines(lines: Callable[[dict[str, Any]], list[str]]) -> Callable[[dict[str, Any], str], str]:
+    """A renderer that puts provenance and missed targets below ``lines(results)``."""
+    return lambda results, source: "\n".join([*lines(results), "", _provenance(results, source), *_missed(results)])
+
+
 def insert(text: str, name: str, table: str) -> str:
     """``text`` with ``table`` between the markers of ``name``.
 
@@ -336,6 +342,9 @@ def insert(text: str, name: str, table: str) -> str:
 #: Renderers by a table's name in the README.
 TABLES = {
     "lstm_step": render,
+    "lstm_step_rules": render_lines(rules_lines),
+    "hrnn_step": render_lines(hrnn_lines),
+    "mlp_update_step": render_lines(mlp_update_lines),
     "digits_lstm": render_optimizers,
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,

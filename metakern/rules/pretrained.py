@@ -51,8 +51,9 @@ class PretrainedRule(Rule):
     def pretrained(cls, name: str) -> Self:
         """Load a rule that ships with the package.
 
-        ``digits_lstm`` was meta-trained on classifiers of 8×8 digits with one hidden layer of 20 sigmoid units, for 100
-        steps. On other networks, and for more steps, it needs an ``lr`` of 0.03 to 0.3 that decays; see
+        ``digits_lstm``, ``digits_rnnprop``, ``digits_mlp`` and ``digits_hierarchical_rnn`` were meta-trained on
+        classifiers of 8×8 digits with one hidden layer of 20 sigmoid units, for 100 steps. On other networks, and for
+        more steps, ``digits_lstm`` needs an ``lr`` of 0.03 to 0.3 that decays, and the others one to be tuned; see
         :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
 
         Raises:

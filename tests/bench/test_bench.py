@@ -282,3 +282,23 @@ def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
         assert "| --" in table or "--:|" in table, f"no table of {name} in the README"
     for source in re.findall(r"all figures in `(.*?)`", text):
         assert (report.ROOT / source).is_file(), source
+
+
+def test_tables_of_the_operators_that_step_rules() -> None:
+    """Cells as their benchmarks write them, with a peer left out."""
+    machine = {"threads": 2, "cpu": "a CPU", "cpu_capability": "avx2", "versions": {"torch": "2"}, "date": "today"}
+    head = {"command": "python -m bench", "machine": machine, "targets": []}
+    times = {"metakern": {"median_s": 1e-3}, "eager": {"median_s": 4e-3}}
+    cell = {"contenders": times, "speedup": {"eager": 4.0}}
+    hrnn = cell | {"tensors": "2 x 100", "op": "forward_backward", "n": 1000, "share_of_floor": 0.25}
+    results = head | {"cells": [hrnn], "floor": "the products", "kept_bytes": 92.0}
+    table = report.TABLES["hrnn_step"](results, "file.json")
+    assert "| 2 x 100 | forward + backward | 1000 ns | 4000 ns |  | 4.0x |  | 25% |" in table
+    mlp = cell | {"title": "forward", "coordinates": 1000, "share_of_sgemm": 0.5, "share_of_copy": None}
+    table = report.TABLES["mlp_update_step"](head | {"cells": [mlp]}, "file.json")
+    assert "| forward | 1000 ns | 4000 ns |  | 4.0x |  | 50% |  |" in table
+    ops = {"forward": {"multiple_of_lstm_step": 1.234}}
+    rule = {"rule": "RNNProp", "n": 1000, "ops": ops, "kept_bytes_per_coordinate": {"rule": 344.0}}
+    table = report.TABLES["lstm_step_rules"](head | {"cells": [rule]}, "file.json")
+    assert "| RNNProp | forward | 1,000 | 1.23 | 344 |" in table
+    assert "all figures in `file.json`" in table

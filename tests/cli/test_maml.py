@@ -43,7 +43,7 @@ def test_the_configuration_is_complete(run):
     folder, _ = run
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config.keys() - {"learner", "metakern"} == {field.name for field in fields(MAMLSettings)}
-    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "mixed_precision"}
+    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "mixed_precision", "rule"}
     assert (config["tasks"], config["hidden"], config["shots"], config["seed"]) == ("digits", "8", 1, 0)
 
 
@@ -255,7 +255,7 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
         ("--rule lion", "rule must be one of adam, coordinatewise-lstm,"),
         ("--rule adam --rates lslr", "rates must be left out where rule is given, which has its own, got 'lslr'"),
-        ("--optimizer lion", "optimizer must be one of adam, adamw, rmsprop, sgd, got 'lion'"),
+        ("--optimizer lion", "optimizer must be one of adam, adamw, rmsprop, rmsprop-0.9, sgd, got 'lion'"),
         ("--scheduler step", "scheduler must be one of cosine, none, got 'step'"),
         ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),
         ("--clusters many", "clusters must be a number, auto, or 0 for none, got 'many'"),

@@ -12,7 +12,7 @@ from rich.console import Console
 from metakern.cli.optimizer import PROBLEMS, optimizer_table, verdict
 from metakern.cli.tables import BEST, print_table
 from metakern.evaluation import BASELINES, Curve
-from metakern.rules import CoordinatewiseLSTM
+from metakern.rules import CoordinatewiseLSTM, load
 from tests.cli.commands import invoke, metakern, metrics, succeed
 
 RUN = "--episodes 2 --networks 2 --steps 4 --unroll 2 --hidden-size 6 --seed 5 --eval-every 1"
@@ -125,7 +125,7 @@ def test_quadratics_are_trained_without_preprocessing(tmp_path):
         ("train optimizer --steps 10 --unroll 3", "unroll must divide steps, 10, got 3"),
         ("train optimizer --preprocess best", "preprocess must be one of none, log_sign, log_and_clip, got 'best'"),
         ("train optimizer --backend tpu", "backend must be one of auto, cpp, cuda, triton, reference, got 'tpu'"),
-        ("eval optimizer nowhere", "'nowhere' is not a folder, and pretrained rule must be one of digits_lstm"),
+        ("eval optimizer nowhere", "'nowhere' is not a folder, and pretrained rule must be one of digits_"),
         ("eval optimizer x[/a]", "'x[/a]' is not a folder"),
         ("train optimizer --outer-lr inf", "outer_lr must be positive and finite, got inf"),
         ("train optimizer --problem mnist", "problem must be one of digits, digits-regression, digits-cnn, digits-rnn"),
@@ -221,3 +221,15 @@ def test_the_rule_in_the_package_beats_every_tuned_baseline():
     learned, *baselines = compare_optimizers(rule, DigitsMLP(), num_tasks=20, seed=7)
     for baseline in baselines:
         assert learned.final.mean() < baseline.final.mean(), baseline.name
+
+
+@pytest.mark.parametrize("name", ["digits_hierarchical_rnn", "digits_mlp", "digits_rnnprop"])
+def test_the_other_rules_in_the_package_beat_tuned_adam(name):
+    """At the rate that bench/results/<name>/results.json has for Adam, on fewer networks and with another seed."""
+    from metakern.evaluation import rule_curve, training_curve
+    from metakern.tasks import DigitsMLP
+
+    options = {"num_tasks": 8, "steps": 100, "seed": 7}
+    learned = rule_curve(load(name), DigitsMLP(split="test"), **options)[-1]
+    adam = training_curve(lambda params: torch.optim.Adam(params, 0.1), DigitsMLP(split="test"), **options)[-1]
+    assert learned.mean() < adam.mean()

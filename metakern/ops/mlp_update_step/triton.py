@@ -43,9 +43,9 @@ from metakern.ops.mlp_update_step.triton_network import biases_kernel
 #: Of the kernels; not timed on a GPU. Other blocks change the last bits of sums.
 MOMENTS_CONFIG, UPDATE_CONFIG, COORDINATES_CONFIG = Config(128, 4), Config(64, 4), Config(64, 4)
 
-#: Of backward's network, up to 32 units and more, by spilled bytes and compile time among 16 to 128 coordinates and 4 to
-#: 16 warps. Larger blocks of 64 units spill kilobytes, and on sm_80 take minutes to compile; in float64 they need more
-#: shared memory than sm_80 has.
+#: Of backward's network, up to 32 units and more, by spilled bytes and compile time among 16 to 128 coordinates and 4
+#: to 16 warps. Larger blocks of 64 units spill kilobytes, and on sm_80 take minutes to compile; in float64 they need
+#: more shared memory than sm_80 has.
 NETWORK_CONFIG, WIDE_NETWORK_CONFIG = Config(32, 4), Config(16, 8)
 
 #: Maximum chunks of a segment, each with a row of partial sums, and programs of a launch that sum for the weights.

@@ -95,7 +95,7 @@ class _Network(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What both directions read of one tensor, all of it contiguous; r and c are the new ones but for a new V."""
+    """What both directions read of one tensor, all of it contiguous; r and c are the new ones, if they are there yet."""
 
     grads: Tensor
     params: Tensor

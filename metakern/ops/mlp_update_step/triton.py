@@ -24,7 +24,6 @@ from metakern.ops.mlp_update_step.autograd import step, step_backward
 from metakern.ops.mlp_update_step.factors import factored_axes
 from metakern.ops.mlp_update_step.reference import TENSOR_FEATURES, TIME_FEATURES
 from metakern.ops.mlp_update_step.triton_factors import (
-    FULL,
     Factors,
     Geometry,
     averaged,
@@ -95,7 +94,7 @@ class _Network(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What both directions read of one tensor, all of it contiguous; r and c are the new ones, if they are there yet."""
+    """What both directions read of one tensor, contiguous. r and c are the new ones; only moments_kernel gets an old V."""
 
     grads: Tensor
     params: Tensor
@@ -162,8 +161,7 @@ def _step(
     arguments = (*inputs[:4], *inputs.tables, decays, new_m, new_v, new_r, partials, *geometry[1:], *cut)
     launch_in_parts(moments_kernel, tasks * cut.chunks, MOMENTS_CONFIG, *arguments, **constants, BLOCK=block)
     norms.copy_(_in_order(add_rows(partials) / geometry.n + 1e-5).rsqrt())
-    tables = (new_r, new_c, *(Factors(new_r, new_r) if geometry.kind == FULL else inputs.factors))
-    rates, keep = numbers
+    tables, (rates, keep) = inputs._replace(r=new_r).tables, numbers
     block = UPDATE_CONFIG.block
     blocks = triton.cdiv(geometry.n, block)
     arguments = (grads, params, new_m, new_v, *tables, norms, network.weights, network.biases, rates, keep, new_params)

@@ -94,7 +94,7 @@ class _Network(NamedTuple):
 
 
 class _Inputs(NamedTuple):
-    """What both directions read of one tensor, contiguous. r and c are the new ones; only moments_kernel gets an old V."""
+    """What kernels read of one tensor, contiguous. r and c are the new ones; only moments_kernel gets an old V."""
 
     grads: Tensor
     params: Tensor

@@ -20,13 +20,14 @@ EXP_MULT = 1e-3
 
 @dataclass(frozen=True)
 class Case:
-    """Tensors of one task, and the network."""
+    """Tensors of one task, and the network; ``compiled`` says whether torch.compile is measured too."""
 
     name: str
     shapes: tuple[tuple[int, ...], ...]
     width: int = 32
     layers: int = 2
     backward: bool = False
+    compiled: bool = True
 
     @property
     def title(self) -> str:

@@ -120,8 +120,11 @@ def measure_cell(name: str, n: int, plan: Plan, advance: Advance) -> dict[str, A
     for index, op in enumerate(OPS):
         calls: dict[str, Calls] = {kind: [getattr(problem, op)] for kind, problem in problems.items()}
         done = partial(_share, advance, index)
-        times = alternate(calls, seconds=plan.seconds, min_rounds=plan.min_rounds, progress=done)
+        # Without plain PyTorch in turn: its gigabytes leave the next contender with cold caches and freed memory.
+        pair = {kind: calls[kind] for kind in ("rule", "lstm_step")}
+        times = alternate(pair, seconds=plan.seconds, min_rounds=plan.min_rounds, progress=done)
         ours = times["rule"]
+        times |= alternate({"eager": calls["eager"]}, seconds=plan.seconds / 2, min_rounds=plan.min_rounds)
         cell["ops"][op] = {
             **{kind: {**time, "ns_per_coordinate": time["median_s"] / n * 1e9} for kind, time in times.items()},
             "multiple_of_lstm_step": ours["median_s"] / times["lstm_step"]["median_s"],

@@ -8,7 +8,6 @@ hidden units of the parameter GRU, R = 11 + H rows of the state of a coordinate.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -33,6 +32,7 @@ from metakern.rules.protocol import (
     check_training,
     matched_leaves,
     named_leaves,
+    on_reference,
     tensor_leaves,
 )
 
@@ -314,9 +314,7 @@ class HierarchicalRNN(PretrainedRule):
 
     def plain(self) -> HierarchicalRNN:
         """A copy of the rule that runs by the reference, one launch per operation."""
-        plain = copy.deepcopy(self)
-        plain.backend = "reference"
-        return plain
+        return on_reference(self)
 
     def extra_repr(self) -> str:
         """The options not shown by the submodules."""

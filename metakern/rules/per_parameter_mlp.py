@@ -8,7 +8,6 @@ Axis legend: T tasks, ``*shape`` the shape of one parameter tensor, W hidden uni
 
 from __future__ import annotations
 
-import copy
 import math
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -42,6 +41,7 @@ from metakern.rules.protocol import (
     check_training,
     matched_leaves,
     named_leaves,
+    on_reference,
     tensor_leaves,
 )
 from metakern.rules.published_mlp import read_published
@@ -317,9 +317,7 @@ class PerParameterMLP(PretrainedRule):
 
     def plain(self) -> PerParameterMLP:
         """A copy of the rule that runs by the reference, one launch per operation."""
-        plain = copy.deepcopy(self)
-        plain.backend = "reference"
-        return plain
+        return on_reference(self)
 
     def extra_repr(self) -> str:
         """The options not shown by the submodules."""

@@ -8,6 +8,7 @@ Axis legend: T tasks, N coordinates (scalar parameters of all tasks), ``*shape``
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -316,6 +317,14 @@ def check_training(horizon: Any, trained_on: Any) -> None:
         raise ValueError(f"horizon must be at least 1, got {horizon}")
     if trained_on is not None and not isinstance(trained_on, str):
         raise TypeError(f"trained_on must be a text or None, got {type(trained_on).__name__}")
+
+
+def on_reference(rule: _Tree) -> _Tree:
+    """A copy of a rule with a ``backend`` that runs by the reference, one launch per operation."""
+    plain: Any = copy.deepcopy(rule)
+    plain.backend = "reference"
+    found: _Tree = plain
+    return found
 
 
 def check_integer(name: str, value: Any, least: int, most: int) -> None:

@@ -9,8 +9,9 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Arrays of the next tile, prefetched a few cache lines at a time into the second-level cache: a burst of all of a
-// tile's lines would occupy the processor's few buffers for misses.
+// Arrays of the next tile, inputs and results, prefetched a few cache lines at a time into the second-level cache: a
+// burst of all of a tile's lines would occupy the processor's few buffers for misses. Without it, stores of results
+// stall as they wait for their lines.
 class NextTile {
  public:
   // `steps` calls of prefetch fetch everything that is added.
@@ -37,7 +38,7 @@ class NextTile {
     int64_t bytes;  // still to fetch
     int64_t step;   // bytes a call
   };
-  Array arrays_[3];
+  Array arrays_[4];
   int steps_, count_ = 0;
 };
 

@@ -25,6 +25,7 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
   alignas(64) S features[Stages::Features::max_inputs * tile_lanes], old_h[max_hidden * tile_lanes];
   TileInputs<S, Stages> inputs;
   StateRows<S, Stages> new_states;
+  const int64_t state_bytes = int64_t(sizeof(S)) * p.tile_state();
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int used = lanes_in_tile(p, tile);
     inputs.read(p, args, tile, used);
@@ -35,7 +36,11 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     S* gates = static_cast<S*>(args.gates);
     if (gates != nullptr) gates += tile * p.tile_gates();
     NextTile next(forward_steps(p));
-    if (tile + 1 < last_tile) next.add(state + p.tile_state(), int64_t(sizeof(S)) * p.tile_state());
+    if (tile + 1 < last_tile) {
+      next.add(state + p.tile_state(), state_bytes);
+      if (new_state != state) next.add(new_state + p.tile_state(), state_bytes);
+      if (gates != nullptr) next.add(gates + p.tile_gates(), int64_t(sizeof(S)) * p.tile_gates());
+    }
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
       LayerGates<S> kept{};
@@ -226,21 +231,24 @@ void add_head_gradients(const LstmStepProblem& p, const Scratch<S>& scratch) {
   }
 }
 
-// Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says.
-template <class S>
+// Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says; the first block of a group
+// overwrites it.
+template <bool First, class S>
 void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* partial) {
+  const auto add = [](double& to, S value)
+                       __attribute__((always_inline)) { to = First ? double(value) : to + double(value); };
   using V = vec_t<S>;
   const int H = p.hidden_size;
-  const auto add_lanes = [](const S* sums, int count, double* out) {
-    for (int i = 0; i < count; ++i) out[i] += double(sum_lanes(load<V>(sums + i * lanes<V>)));
+  const auto add_lanes = [&](const S* sums, int count, double* out) {
+    for (int i = 0; i < count; ++i) add(out[i], sum_lanes(load<V>(sums + i * lanes<V>)));
   };
   for (int layer = 0; layer < p.num_layers; ++layer) {
     const FlatLayer at(p, layer);
     const int inputs = p.inputs(layer), columns = Scratch<S>::columns(p, layer);
     const S* sums = scratch.sums_of(p, layer);
     for (int row = 0; row < 4 * H; ++row, sums += columns) {
-      for (int k = 0; k < inputs; ++k) partial[at.weight_ih + int64_t(row) * inputs + k] += double(sums[k]);
-      for (int k = 0; k < H; ++k) partial[at.weight_hh + int64_t(row) * H + k] += double(sums[inputs + k]);
+      for (int k = 0; k < inputs; ++k) add(partial[at.weight_ih + int64_t(row) * inputs + k], sums[k]);
+      for (int k = 0; k < H; ++k) add(partial[at.weight_hh + int64_t(row) * H + k], sums[inputs + k]);
     }
     add_lanes(scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>, 4 * H, partial + at.bias);
   }
@@ -252,7 +260,7 @@ void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* part
     add_lanes(sums + H * lanes<V>, 1, head + outputs * H + r);
   }
   for (int i = 0; i < p.stages.own_weights(); ++i)
-    head[outputs * (H + 1) + i] += double(row_sum<V>(scratch.own_sums + i * tile_lanes));
+    add(head[outputs * (H + 1) + i], row_sum<V>(scratch.own_sums + i * tile_lanes));
 }
 
 // Gradients of one tile: writes grad_state, and adds the weight gradients to the sums.
@@ -305,12 +313,13 @@ MK_INLINE int backward_steps(const LstmStepProblem& p, bool gates_kept) {
 
 template <class S, class Stages>
 void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmStepBackward& args,
-                    const Scratch<S>& scratch, int64_t first_tile, int tiles, double* partial) {
+                    const Scratch<S>& scratch, int64_t first_tile, int tiles, bool first, double* partial) {
   using V = vec_t<S>;
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
   TileInputs<S, Stages> inputs;
   StateRows<S, Stages> dropped;
   TileGradients<S, Stages> gradients;
+  const int64_t state_bytes = int64_t(sizeof(S)) * p.tile_state();
   for (int64_t i = 0; i < scratch.num_sums; ++i) scratch.sums[i] = S(0);
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
     const int64_t at = tile * p.tile_state();
@@ -320,13 +329,15 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features, dropped);
     const S* state = static_cast<const S*>(args.state) + at;
     const S* grad_new_state = static_cast<const S*>(args.grad_new_state) + at;
+    S* grad_state = static_cast<S*>(args.grad_state) + at;
     const bool last = tile + 1 == first_tile + tiles;
     S* gates = static_cast<S*>(const_cast<void*>(args.gates));
     if (gates != nullptr) gates += tile * p.tile_gates();
     NextTile next(backward_steps(p, gates != nullptr));
     if (!last) {
-      next.add(state + p.tile_state(), int64_t(sizeof(S)) * p.tile_state());
-      next.add(grad_new_state + p.tile_state(), int64_t(sizeof(S)) * p.tile_state());
+      next.add(state + p.tile_state(), state_bytes);
+      next.add(grad_new_state + p.tile_state(), state_bytes);
+      next.add(grad_state + p.tile_state(), state_bytes);
       if (gates != nullptr) next.add(gates + p.tile_gates(), int64_t(sizeof(S)) * p.tile_gates());
     }
     if (used < tile_lanes) {  // values after the last coordinate, NaN included, must not reach the weights
@@ -342,13 +353,13 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out,
                      scratch.own_sums + Stages::Features::weights * tile_lanes);
     backward_tile<Stages::Head::outputs>(p, packed, state, gates == nullptr ? scratch.gates : gates, grad_new_state,
-                                         static_cast<S*>(args.grad_state) + at, scratch, used, &next);
+                                         grad_state, scratch, used, &next);
     features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
                          scratch.own_sums);
     add_head_gradients(p, scratch);
     gradients.write(p, args, tile, used);
   }
-  add_block(p, scratch, partial);
+  first ? add_block<true>(p, scratch, partial) : add_block<false>(p, scratch, partial);
 }
 
 template <class S, class Stages>
@@ -359,11 +370,11 @@ void backward_groups(const LstmStepProblem& p, const Stages& stages, const LstmS
   const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
   for (int64_t group = first_group; group < last_group; ++group) {
     double* partial = args.partials + group * p.flat_weights();
-    for (int64_t i = 0; i < p.flat_weights(); ++i) partial[i] = 0;
-    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+    const int64_t first_block = blocks * group / groups;
+    for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
       const int64_t first = block * block_tiles;
       const int count = int(tiles - first < block_tiles ? tiles - first : block_tiles);
-      backward_block<S>(p, stages, args, scratch, first, count, partial);
+      backward_block<S>(p, stages, args, scratch, first, count, block == first_block, partial);
     }
   }
 }

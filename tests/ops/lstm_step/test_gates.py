@@ -42,6 +42,7 @@ def keeps(problem: Problem) -> bool:
     return new.grad_fn.call.kernel.operator is autograd.step_with_gates  # type: ignore[attr-defined]
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("n", "hidden", "layers"), [(1, 20, 2), (70, 5, 3), (321, 20, 2), (64, 33, 1)])
 def test_results_and_gradients_have_the_same_bits_with_and_without_gates(

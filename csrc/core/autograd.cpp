@@ -57,15 +57,15 @@ enum class Source { gradient, result, argument };
 struct Plan {
   c10::OperatorHandle forward, backward;
   std::vector<Kind> arguments, results;
-  std::vector<size_t> differentiable;              // arguments that get gradients
-  std::vector<size_t> others;                      // other arguments that hold tensors
-  std::vector<size_t> gradients;                   // for each of `differentiable` the backward operator's result
-  std::vector<size_t> saved_arguments;             // that backward reads; their versions are checked
-  std::vector<bool> holds;                         // whether backward reads an argument that is not saved
-  std::vector<size_t> saved_results;               // that backward reads
-  std::vector<size_t> visible;                     // results that callers get
-  std::vector<std::pair<Source, size_t>> sources;  // of the backward operator's arguments
-  std::string no_second;                           // the error of a second derivative
+  std::vector<size_t> differentiable;                // arguments that get gradients
+  std::vector<size_t> others;                        // other arguments that hold tensors
+  std::vector<std::pair<Source, size_t>> gradients;  // of `differentiable`: a backward result, or a result's gradient
+  std::vector<size_t> saved_arguments;               // that backward reads; their versions are checked
+  std::vector<bool> holds;                           // whether backward reads an argument that is not saved
+  std::vector<size_t> saved_results;                 // that backward reads
+  std::vector<size_t> visible;                       // results that callers get
+  std::vector<std::pair<Source, size_t>> sources;    // of the backward operator's arguments
+  std::string no_second;                             // the error of a second derivative
 };
 
 // The tensors in a value, one by one.
@@ -172,9 +172,17 @@ struct Recorded : torch::autograd::Function<Recorded> {
     for (const auto& [source, i] : plan.sources)
       stack.push_back(source == Source::gradient ? grads[i] : source == Source::result ? results[i] : arguments[i]);
     const Stack found = called(plan.backward, stack);
-    variable_list out;
-    for (const size_t i : plan.gradients) each_tensor(found[i], [&](const at::Tensor& t) { out.push_back(t); });
-    out = differentiated_once(plan, stack, std::move(out));
+    variable_list own, out;
+    for (const auto& [source, i] : plan.gradients)
+      if (source == Source::result) each_tensor(found[i], [&](const at::Tensor& t) { own.push_back(t); });
+    own = differentiated_once(plan, stack, std::move(own));
+    next = own.cbegin();
+    for (const auto& [source, i] : plan.gradients) {
+      if (source == Source::gradient)
+        each_tensor(grads[i], [&](const at::Tensor& t) { out.push_back(t); });
+      else
+        each_tensor(found[i], [&](const at::Tensor&) { out.push_back(*next++); });
+    }
     out.resize(out.size() + 3);  // forward's last arguments have no gradients
     return out;
   }
@@ -367,9 +375,10 @@ PYBIND11_MODULE(_autograd, m) {
       .value("argument", Source::argument);
   py::class_<Recorder>(m, "Recorder", "Calls an operator and lets autograd record the call.")
       .def(py::init([](const std::string& forward, const std::string& backward, std::vector<size_t> differentiable,
-                       std::vector<size_t> others, std::vector<size_t> gradients, std::vector<size_t> saved_arguments,
-                       std::vector<bool> holds, std::vector<size_t> saved_results, std::vector<size_t> visible,
-                       std::vector<std::pair<Source, size_t>> sources, std::string no_second) {
+                       std::vector<size_t> others, std::vector<std::pair<Source, size_t>> gradients,
+                       std::vector<size_t> saved_arguments, std::vector<bool> holds, std::vector<size_t> saved_results,
+                       std::vector<size_t> visible, std::vector<std::pair<Source, size_t>> sources,
+                       std::string no_second) {
              std::vector<Kind> arguments, results;
              const c10::OperatorHandle op = operator_named(forward);
              for (const auto& argument : op.schema().arguments()) arguments.push_back(kind_of(*argument.type()));

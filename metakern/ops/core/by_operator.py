@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from metakern.core import backend as _backend
@@ -21,15 +21,17 @@ class BackwardOperator:
 
     Attributes:
         operator: the backward operator
+        passes: names of arguments whose gradient is that of a result, and the result's name
         sources: for each of its arguments the kind of value ("gradients", "results" or "arguments") and its name
     """
 
-    def __init__(self, schema: Schema, operator: Operator) -> None:
+    def __init__(self, schema: Schema, operator: Operator, passes: Mapping[str, str]) -> None:
         """Match ``operator`` with the schema of the forward; raises ValueError for a name that it does not have."""
-        self.operator = operator
+        self.operator, self.passes = operator, passes
         results, arguments = [place.name for place in schema.outputs], schema.names
         found = [place.name for place in operator.schema.outputs]
         schema.check_names("the results of the backward", found, [_GRAD + name for name in arguments])
+        schema.check_names("Gradient.passes", [*passes, *passes.values()], [*arguments, *results])
         known = [*(_GRAD + name for name in results), *arguments, *results]
         schema.check_names("the arguments of the backward", operator.schema.names, known)
         self.sources: list[tuple[str, str]] = []
@@ -46,7 +48,8 @@ class BackwardOperator:
         returned = backward.call(self.operator, *(list(x) if isinstance(x, tuple) else x for x in values))
         found = zip(self.operator.schema.outputs, self.operator.schema.results_of(returned), strict=True)
         wants = backward.wants  # under torch.func.vmap, a gradient that is not requested may have another shape
-        return {name: grad for place, grad in found if (name := place.name.removeprefix(_GRAD)) in wants}
+        passed = {name: getattr(backward.grads, result) for name, result in self.passes.items() if name in wants}
+        return passed | {name: grad for place, grad in found if (name := place.name.removeprefix(_GRAD)) in wants}
 
 
 def recorder(kernel: Kernel, backward: BackwardOperator) -> Callable[[tuple[Any, ...]], Any] | None:
@@ -70,7 +73,9 @@ def recorder(kernel: Kernel, backward: BackwardOperator) -> Callable[[tuple[Any,
         "arguments": library.Source.argument,
     }
     saved = [place.name for place in operator.saved_arguments]
-    gradients = {place.name.removeprefix(_GRAD): place.position for place in backward.operator.schema.outputs}
+    gradients = {name: (library.Source.gradient, position["results"][x]) for name, x in backward.passes.items()}
+    for place in backward.operator.schema.outputs:
+        gradients[place.name.removeprefix(_GRAD)] = library.Source.result, place.position
     return library.Recorder(  # type: ignore[no-any-return]
         forward=operator.name_of("compiled"),
         backward=backward.operator.name_of("compiled"),

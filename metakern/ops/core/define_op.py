@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -51,6 +51,7 @@ class Gradient:
         saves: names of the arguments and results whose values the formula reads
         shapes: names of arguments of which it reads only shapes and dtypes
         private: names of results for the formula only, hidden from callers
+        passes: with a backward operator: arguments whose gradient is that of a result, by the result's name
     """
 
     by: Operator | Callable[[Backward], dict[str, Any]]
@@ -58,6 +59,7 @@ class Gradient:
     saves: Sequence[str] = ()
     shapes: Sequence[str] = ()
     private: Sequence[str] = ()
+    passes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Operator:
@@ -108,7 +110,7 @@ class Operator:
         self.backward: BackwardOperator | None = None
         self.formula: Callable[[Backward], dict[str, Any]]
         if isinstance(by, Operator):
-            self.backward = BackwardOperator(schema, by)
+            self.backward = BackwardOperator(schema, by, gradient.passes)
             self.formula = self.backward.formula
         else:
             self.formula = by

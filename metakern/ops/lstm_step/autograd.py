@@ -12,24 +12,12 @@ import torch.nn.functional as F
 
 from metakern.ops.core.batching import Batch, looped
 from metakern.ops.core.define_op import Gradient, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.state import tiles
 
 _OPTIONS = "Tensor[] weights, int preprocess, float preprocess_scale, float output_scale, int precision"
 
 _BACKENDS: dict[str, Any] = {"backends": ("cpp", "cuda", "triton"), "triton": "metakern.ops.lstm_step.triton"}
-
-
-def _gradients(backward: Backward) -> dict[str, Any]:
-    """The gradient of params equals that of the new params; the gates are recomputed from the incoming state."""
-    a, grads = backward.arguments, backward.grads
-    grad_grads, grad_state, grad_weights = backward.call(
-        step_backward,
-        *(grads.new_params, grads.new_state, a.grads, a.state),
-        *(a.weights, a.preprocess, a.preprocess_scale, a.output_scale, a.precision),
-    )
-    return {"params": grads.new_params, "grads": grad_grads, "state": grad_state, "weights": grad_weights}
 
 
 def _batched(batch: Batch) -> tuple[Any, Any]:
@@ -64,7 +52,12 @@ step = define_op(
     f"lstm_step(Tensor params, Tensor grads, Tensor state, {_OPTIONS}) -> (Tensor, Tensor)",
     results=("new_params", "new_state"),
     shapes=lambda a: (a.params.new_empty(a.params.shape), a.state.new_empty(a.state.shape)),
-    gradient=Gradient(_gradients, of=("params", "grads", "state", "weights"), saves=("grads", "state", "weights")),
+    gradient=Gradient(
+        step_backward,  # recomputes the gates from the incoming state
+        of=("params", "grads", "state", "weights"),
+        saves=("grads", "state", "weights"),
+        passes={"params": "new_params"},
+    ),
     batching=_batched,
     reference=reference.lstm_step,
     **_BACKENDS,

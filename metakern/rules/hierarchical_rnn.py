@@ -21,6 +21,7 @@ from metakern.core.counter_draws import key_of, uniform
 from metakern.core.torch_private import pytree
 from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
+from metakern.ops.hrnn_step.stacked import hrnn_step_stacked
 from metakern.rules.bias_gru import Affine, BiasGRU, drawn
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
@@ -106,6 +107,7 @@ class HierarchicalRNN(PretrainedRule):
 
     title: ClassVar[str] = "Hierarchical RNN"
     draws_state: ClassVar[bool] = True
+    takes_copies: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
 
     def __init__(
@@ -278,7 +280,7 @@ class HierarchicalRNN(PretrainedRule):
         of_all = state.shared["global"].to(dtype)
         of_all = of_all if state.tasks else of_all.unsqueeze(0)
         tensor = torch.stack([entry["tensor"] for entry in entries]).to(dtype)
-        step = hrnn_step(
+        step = (hrnn_step if self.copies is None else hrnn_step_stacked)(
             params,
             grads,
             [entry["coordinates"].to(dtype) for entry in entries],

@@ -215,7 +215,7 @@ class Together(_OwnRules):
 
 def by_problem(x: Tensor, number: int) -> Tensor:
     """A tensor of a state, whose first axis holds n problems one after the other, as [n, rows, ...]."""
-    return x.view(number, len(x) // number, *x.shape[1:])
+    return x.reshape(number, len(x) // number, *x.shape[1:])
 
 
 def problems_of(tree: Any) -> list[Any]:

@@ -108,6 +108,25 @@ class OneByOne(_OwnRules):
         ]
 
 
+class _Rows:
+    """Several tensors of n problems as one, [n, P]; zeros at its end make P a multiple of ``unit``."""
+
+    def __init__(self, leaves: Sequence[Tensor], unit: int) -> None:
+        self.sizes = [leaf[0].numel() for leaf in leaves]
+        missing = -sum(self.sizes) % unit
+        self.padding = [leaves[0].new_zeros(len(leaves[0]), missing)] if missing else []
+        self.pieces = [*self.sizes, missing] if missing else self.sizes
+
+    def join(self, leaves: Sequence[Tensor]) -> Tensor:
+        """One tensor of several."""
+        return join_tasks([*leaves, *self.padding])
+
+    def split(self, row: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
+        """Tensors like ``leaves``; the inverse of :meth:`join`."""
+        pieces = row.split_with_sizes(self.pieces, 1)
+        return [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=False)]
+
+
 class Together(_OwnRules):
     """A launch for all problems of a part. The state of a part is that of a rule with n copies of its weights.
 
@@ -124,7 +143,8 @@ class Together(_OwnRules):
         self.rule = updates[0][0].rule  # for what does not depend on the weights
         self.joins = isinstance(self.rule, CoordinatewiseRule | ElementwiseRule)
         self._rule_of = functools.cache(rule_of)
-        self._joined: dict[int, tuple[Any, Tensor]] = {}  # by part: params of the last step, and their tensor
+        self._rows: dict[int, _Rows] = {}  # of each part
+        self._last: dict[int, tuple[Any, Tensor]] = {}  # by part: params of the last step, and their row
 
     def init_state(self, params: Any) -> Any:
         """States of all problems."""
@@ -132,7 +152,8 @@ class Together(_OwnRules):
 
     def _init_part(self, part: int, tree: Any) -> Any:
         if self.joins:
-            return self.rule.init_state(self._row_of(flat_params(tree)[0]), tasks=True)
+            leaves, _ = flat_params(tree)
+            return self.rule.init_state(self._rows_of(part, leaves).join(leaves), tasks=True)
         # One by one: a rule may draw numbers for every problem, or learn its initial state.
         rows = problems_of(tree)
         states = [update.init_state(row) for update, row in zip(self.updates[part], rows, strict=True)]
@@ -156,33 +177,34 @@ class Together(_OwnRules):
                 new, kept = rule(tree, grad, own, loss=loss)
             else:
                 leaves, rebuild = flat_params(tree)
-                last, row = self._joined.get(part, (None, None))
-                row = row if last is tree and row is not None else self._row_of(leaves)
-                moved, kept = rule(row, self._row_of(flat_params(grad)[0]), own, loss=loss)
-                new = rebuild(split_row(moved, leaves))
-                self._joined[part] = new, moved
+                rows = self._rows_of(part, leaves)
+                last, row = self._last.get(part, (None, None))
+                if row is None or last is not tree:
+                    row = rows.join(leaves)
+                moved, kept = rule(row, rows.join(flat_params(grad)[0]), own, loss=loss)
+                new = rebuild(rows.split(moved, leaves))
+                self._last[part] = new, moved
             new_params.append(new)
             new_state.append(kept)
         return tuple(new_params), tuple(new_state)
 
-    def _row_of(self, leaves: Sequence[Tensor]) -> Tensor:
-        """The tensors of n problems as one, [n, P]."""
-        unit = getattr(self.rule, "unit", 1)
-        missing = -sum(leaf[0].numel() for leaf in leaves) % unit
-        padding = [leaves[0].new_zeros(len(leaves[0]), missing)] if missing else []
-        return join_tasks([*leaves, *padding])
+    def _rows_of(self, part: int, leaves: Sequence[Tensor]) -> _Rows:
+        found = self._rows.get(part)
+        if found is None:
+            found = self._rows[part] = _Rows(leaves, getattr(self.rule, "unit", 1))
+        return found
 
     def select(self, part: int, state: Any, rows: Sequence[int]) -> Any:
         """The state of some problems, which may repeat."""
         return self._mapped(lambda x, index: by_problem(x, self._number(part))[index].flatten(0, 1), state, rows)
 
     def replaced(self, part: int, state: Any, rows: Sequence[int], new: Any) -> Any:
-        """``state`` with that of some problems replaced."""
+        """``state`` with that of some problems replaced, where it can be in its memory."""
         rest = iter(pytree.tree_leaves(new))
 
         def replace(x: Tensor, index: Tensor) -> Tensor:
             others = by_problem(next(rest), len(rows))
-            return by_problem(x, self._number(part)).index_copy(0, index, others).flatten(0, 1)
+            return by_problem(x, self._number(part)).index_copy_(0, index, others).flatten(0, 1)
 
         return self._mapped(replace, state, rows)
 
@@ -228,10 +250,3 @@ def joined(rows: Sequence[Any], like: Any) -> Any:
     """The inverse of :func:`problems_of`, structured like a tree."""
     _, rebuild = flat_params(like)
     return rebuild([torch.cat(parts) for parts in zip(*(flat_params(row)[0] for row in rows), strict=True)])
-
-
-def split_row(row: Tensor, leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors like ``leaves`` from their coordinates [n, P]; what follows these is dropped."""
-    sizes = [leaf[0].numel() for leaf in leaves]
-    pieces = row.split([*sizes, row.shape[1] - sum(sizes)], 1)
-    return [piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=False)]

@@ -62,9 +62,11 @@ class OneByOne(_OwnRules):
         found = []
         for updates, tree, states in zip(self.updates, params, state, strict=True):
             rows = problems_of(tree)
-            points = [u.points(row, own) for u, row, own in zip(updates, rows, states, strict=True)]
-            same = all(point is row for point, row in zip(points, rows, strict=True))
-            found.append(tree if same else joined(points, tree))
+            if updates[0].points(rows[0], states[0]) is rows[0]:
+                found.append(tree)
+                continue
+            points = [update.points(row, own) for update, row, own in zip(updates, rows, states, strict=True)]
+            found.append(joined(points, tree))
         return tuple(found)
 
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:

@@ -203,17 +203,8 @@ def network_kernel(
         tl.store(row + 33, tl.sum(by_keep))
         tl.store(row + 34 + units, tl.sum(by_bias, axis=0))
     row = weight_partials + program * (32 * WP + (L - 1) * (WP * WP + WP) + 2 * WP + 2)
-    tl.store(row + units[:, None] * 32 + inputs[None, :], first)
-    row += 32 * WP
-    if L > 1:
-        network.store_layer(row, w1, b1, WP)
-        row += WP * WP + WP
-    if L > 2:
-        network.store_layer(row, w2, b2, WP)
-        row += WP * WP + WP
-    if L > 3:
-        network.store_layer(row, w3, b3, WP)
-        row += WP * WP + WP
+    network.store_layers(row, first, w1, b1, w2, b2, w3, b3, WP, L)
+    row += 32 * WP + (L - 1) * (WP * WP + WP)
     network.store_outputs(row, of_direction, of_magnitude, by_direction, by_magnitude, WP)
 
 

@@ -120,6 +120,19 @@ def store_layer(row, of_weight, of_bias, WP: tl.constexpr):
 
 
 @triton.jit
+def store_layers(row, first, w1, b1, w2, b2, w3, b3, WP: tl.constexpr, L: tl.constexpr):
+    """The gradients of the first layer's weight, [WP, 32], and of up to three hidden layers behind it."""
+    tl.store(row + tl.arange(0, WP)[:, None] * 32 + tl.arange(0, 32)[None, :], first)
+    row += 32 * WP
+    if L > 1:
+        store_layer(row, w1, b1, WP)
+    if L > 2:
+        store_layer(row + (WP * WP + WP), w2, b2, WP)
+    if L > 3:
+        store_layer(row + 2 * (WP * WP + WP), w3, b3, WP)
+
+
+@triton.jit
 def store_outputs(row, of_direction, of_magnitude, by_direction, by_magnitude, WP: tl.constexpr):
     """The gradients of the outputs' weights, [WP] each, and of their biases."""
     units = tl.arange(0, WP)

@@ -42,6 +42,8 @@ class Rule(nn.Module):
     Attributes:
         needs_loss: whether ``forward`` needs the argument ``loss``
         draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides
+        takes_weight_rows: whether weights may have a task axis, [T, *shape], in steps of T tasks: each task is then
+            stepped by weights of its own
         horizon: steps that the rule was meta-trained for, or None
         trained_on: description of the meta-training tasks, or None
         title: name in figures and tables
@@ -51,6 +53,7 @@ class Rule(nn.Module):
 
     needs_loss: ClassVar[bool] = False
     draws_state: ClassVar[bool] = False
+    takes_weight_rows: ClassVar[bool] = False
     title: ClassVar[str] = "Rule"
     advice_for_other_networks: ClassVar[str] = "tune `lr` as for any optimizer, and let it decay"
     advice_beyond_horizon: ClassVar[str] = "let a scheduler decay lr"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.learners import RuleLearner
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, make
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, GuidedAdam, make
 from metakern.tasks import DigitsMLP, GradientNoise, MixedOptimizees, ProblemBatch, Quadratics, toy_problems
 from metakern.training import Trainer, TrainerConfig
 from tests.learners.test_rule import draw
@@ -186,6 +186,24 @@ def test_processes_that_share_slots_have_their_estimates(problems, estimator):
         for expected, *found in zip(whole, *shares, strict=True):
             torch.testing.assert_close(torch.cat(found), expected, rtol=2e-3, atol=2e-3)
     assert whole[1].abs().max() > 0.01
+
+
+@every_strategy
+def test_weights_with_a_task_axis_step_a_group_at_once(estimator, monkeypatch):
+    """The estimates are those of one copy of the rule a problem, and an even mixture stays in a group of each kind."""
+    rule = GuidedAdam(3)
+    torch.nn.init.normal_(rule.output_weight)
+    problems = MixedOptimizees([DigitsMLP(3, batch_size=4), Quadratics(3)], even=True)
+    learners = [make_learner(estimator, copy.deepcopy(rule), objective="relative-log") for _ in range(2)]
+    for seed in range(5):
+        found = []
+        for rows, one in zip((True, False), learners, strict=True):
+            monkeypatch.setattr(GuidedAdam, "takes_weight_rows", rows)
+            found.append(one.pairs.estimate(one.rule, draw(problems, 5, seed)))
+            assert [part.slots for part in one.pairs._flight.parts] == [(0, 1, 2), (3, 4)]
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+    assert found[0][1].abs().max() > 0.01
 
 
 @every_strategy

@@ -1,7 +1,8 @@
 """Copies of a rule with perturbed weights, one for each of an antithetic pair.
 
-The rules' kernels take one set of weights a launch. So each perturbed rule steps the coordinates of its own problem in
+Most rules' kernels take one set of weights a launch. So each perturbed rule steps the coordinates of its own problem in
 a launch of its own, on weights that are packed once a truncation; the losses and gradients of all pairs stay one batch.
+A rule whose weights may have a task axis (``takes_weight_rows``) steps all problems of a group at once.
 
 Axis legend: T problems, 2T perturbed rules in the order +, - of problem 0, +, - of problem 1, ...; W weights.
 """
@@ -15,8 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from metakern.core.task_params import flat_params, join_tasks
+from metakern.core.torch_private import pytree
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.rules.coordinatewise import CoordinatewiseRule
 from metakern.rules.elementwise import ElementwiseRule
@@ -49,6 +52,7 @@ class Copies:
 
     def __init__(self, rule: nn.Module, num_problems: int) -> None:
         weights = learned_weights(rule)
+        self.like = copy.deepcopy(rule)
         self.rows = torch.cat([p.detach().reshape(-1) for p in weights]).repeat(2 * num_problems, 1)  # [2T, W]
         self.rules: list[Any] = []
         for row in self.rows:
@@ -64,6 +68,18 @@ class Copies:
         center = flat_weights(rule)
         like = (2 * num_problems, center.numel()), center.dtype, center.device
         return type(self.rules[0]) is type(rule) and (self.rows.shape, self.rows.dtype, self.rows.device) == like
+
+    def update(self, groups: Sequence[Sequence[int]]) -> PairUpdate | RowsUpdate:
+        """The update of the inner loop for groups of problems, which are given by their indices among all 2T."""
+        if getattr(self.rules[0], "takes_weight_rows", False):
+            return RowsUpdate(self.rules[0], [self._weights(members) for members in groups])
+        return PairUpdate([self.updates[member] for members in groups for member in members])
+
+    def _weights(self, members: Sequence[int]) -> dict[str, Tensor]:
+        """The learned weights of some copies, [n, *shape] each by name."""
+        named = {name: p for name, p in self.like.named_parameters() if p.requires_grad}
+        pieces = self.rows[list(members)].split([p.numel() for p in named.values()], 1)
+        return {name: piece.view(-1, *p.shape) for (name, p), piece in zip(named.items(), pieces, strict=True)}
 
     @torch.no_grad()
     def perturb(self, rule: nn.Module, shifts: Tensor) -> None:
@@ -154,6 +170,67 @@ class PairUpdate:
             return rebuild([torch.cat(parts) for parts in zip(*trees, strict=True)])
         pieces = torch.cat(list(rows)).split([leaf[0].numel() for leaf in leaves], 1)
         return rebuild([piece.reshape(leaf.shape) for piece, leaf in zip(pieces, leaves, strict=True)])
+
+    def gathered(self, states: tuple[list[Any], ...]) -> tuple[Any, ...]:
+        """The states of a flight's problems as :meth:`step` takes them."""
+        return states
+
+    def scattered(self, states: tuple[Any, ...]) -> tuple[list[Any], ...]:
+        """The inverse of :meth:`gathered`."""
+        return states
+
+    def check_recomputable(self, params: Any, state: Any) -> None:
+        """Never raises: no steps are recomputed."""
+
+    def lock(self) -> Any:
+        """The copies are the learner's own."""
+        return contextlib.nullcontext()
+
+
+class RowsUpdate:
+    """An update of the inner loop by a rule that takes weights with a task axis: one call steps a whole group.
+
+    Args:
+        rule: the rule
+        weights: its learned weights for each group of n problems, [n, *shape] each by name
+    """
+
+    def __init__(self, rule: Any, weights: Sequence[dict[str, Tensor]]) -> None:
+        self.rule, self.rows = rule, list(weights)
+
+    @property
+    def weights(self) -> Any:
+        """Nothing receives meta-gradients by autograd."""
+        return ()
+
+    def init_state(self, params: Any) -> Any:
+        """States of all groups."""
+        return tuple(self.rule.init_state(tree, tasks=True) for tree in params)
+
+    def points(self, params: Any, state: Any) -> Any:
+        """The params themselves."""
+        del state
+        return params
+
+    def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
+        """A step of all groups."""
+        del weights, losses, step
+        groups = zip(self.rows, params, grads, state, strict=True)
+        stepped = [functional_call(self.rule, rows, (p, g, s)) for rows, p, g, s in groups]
+        return tuple(p for p, _ in stepped), tuple(s for _, s in stepped)
+
+    def gathered(self, states: tuple[list[Any], ...]) -> tuple[Any, ...]:
+        """The states of a flight's problems, one for each group."""
+        return tuple(pytree.tree_map(lambda *rows: torch.cat(rows), *of_group) for of_group in states)
+
+    def scattered(self, states: tuple[Any, ...]) -> tuple[list[Any], ...]:
+        """The inverse of :meth:`gathered`."""
+        found = []
+        for state in states:
+            leaves, structure = pytree.tree_flatten(state)
+            rows = zip(*(leaf.split(1) for leaf in leaves), strict=True)
+            found.append([pytree.tree_unflatten(list(row), structure) for row in rows])
+        return tuple(found)
 
     def check_recomputable(self, params: Any, state: Any) -> None:
         """Never raises: no steps are recomputed."""

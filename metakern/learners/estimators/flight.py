@@ -60,8 +60,9 @@ class Part:
 class Flight:
     """The problems of all slots.
 
-    A distribution of one kind makes one part, in which problems are replaced. In a mixture a slot's next problem may be
-    of another kind, so its pair leaves its part and makes a new one with those that begin at the same time.
+    A distribution of one kind makes one part, in which problems are replaced, and an even mixture one of each kind. In
+    any other mixture a slot's next problem may be of another kind, so its pair leaves its part and makes a new one with
+    those that begin at the same time.
 
     Attributes:
         parts: all pairs
@@ -158,16 +159,9 @@ class Flight:
             self.ages[slot], self.lengths[slot] = 0, length
         rows = torch.tensor([2 * slot + sign for slot in slots for sign in (0, 1)])
         started = [Part.start(kind, own, batch, copies) for kind, own, batch in _kinds(fresh.select(rows), slots)]
-        if not isinstance(fresh, MixedBatch):
-            (old,), (new,) = self.parts, started
-            index = rows.to(flat_params(old.params)[0][0].device)
-            leaves, rebuild = flat_params(old.params)
-            merged = zip(leaves, flat_params(new.params)[0], strict=True)
-            states = list(old.states)
-            for row, state in zip(rows.tolist(), new.states, strict=True):
-                states[row] = state
-            params = rebuild([leaf.index_copy(0, index, other) for leaf, other in merged])
-            self.parts = [replace(old, batch=old.batch.replaced(rows, new.batch), params=params, states=states)]
+        if not isinstance(fresh, MixedBatch) or fresh.even:
+            by_kind = {part.kind: part for part in started}
+            self.parts = [_replaced(part, by_kind[part.kind]) if part.kind in by_kind else part for part in self.parts]
             return
         kept = [_without(part, set(slots)) for part in self.parts]
         self.parts = [part for part in kept if part is not None] + started
@@ -225,6 +219,19 @@ def _kinds(batch: Any, slots: Sequence[int]) -> list[tuple[tuple[int, ...], list
         found.append((kind, list(slots[start:stop]), group))
         start = stop
     return found
+
+
+def _replaced(old: Part, new: Part) -> Part:
+    """A part with new problems in the slots of another part of the same kind."""
+    rows = [2 * old.slots.index(slot) + sign for slot in new.slots for sign in (0, 1)]
+    leaves, rebuild = flat_params(old.params)
+    index = torch.tensor(rows)
+    merged = zip(leaves, flat_params(new.params)[0], strict=True)
+    states = list(old.states)
+    for row, state in zip(rows, new.states, strict=True):
+        states[row] = state
+    params = rebuild([leaf.index_copy(0, index.to(leaf.device), other) for leaf, other in merged])
+    return replace(old, batch=old.batch.replaced(index, new.batch), params=params, states=states)
 
 
 def _without(part: Part, slots: set[int]) -> Part | None:

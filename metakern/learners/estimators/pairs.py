@@ -6,7 +6,7 @@ log-uniform number of steps, and are then replaced by the problem of the same sl
 middle of a truncation. Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835.
 
 The antithetic pairs are 2T problems of one batch: one call gives all their losses and gradients. ε differs from slot to
-slot, so each of the 2T problems is stepped by its own copy of the rule; see ``copies.py``.
+slot, so each of the 2T problems is stepped by a rule with weights of its own; see ``copies.py``.
 
 Axis legend: T slots, 2T problems in pairs, W weights of the rule, K steps of a truncation.
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from metakern.inner_loop.loop import InnerLoop
-from metakern.learners.estimators.copies import Copies, PairUpdate, flat_weights
+from metakern.learners.estimators.copies import Copies, flat_weights
 from metakern.learners.estimators.flight import Flight, in_pairs
 from metakern.learners.estimators.noise import Noise
 from metakern.learners.objectives import Objective
@@ -122,9 +122,10 @@ class Pairs(nn.Module):
                 flight.restart(ended, fresh, copies, [lengths[slot] for slot in ended])
             stop = min(self.unroll, step + flight.steps_to_next_end())
             problem = scores.problem(step)
-            loop = InnerLoop(PairUpdate([copies.updates[one] for one in flight.order()]), [True] * (stop - step))
-            params, states, _ = loop.run(problem, flight.params, flight.states)
-            flight.advance(params, states, stop - step)
+            update = copies.update([part.members for part in flight.parts])
+            loop = InnerLoop(update, [True] * (stop - step))
+            params, states, _ = loop.run(problem, flight.params, update.gathered(flight.states))
+            flight.advance(params, update.scattered(states), stop - step)
             step = stop
         every = list(range(flight.num_slots))
         gradients += self._part(scores.take(every), every)

@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from metakern.learners import RuleLearner
 from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, GuidedAdam, make
-from metakern.tasks import DigitsMLP, GradientNoise, MixedOptimizees, ProblemBatch, Quadratics, toy_problems
+from metakern.tasks import (
+    DigitsMLP,
+    GradientNoise,
+    MixedOptimizees,
+    ProblemBatch,
+    Quadratics,
+    Reparametrised,
+    toy_problems,
+)
 from metakern.training import Trainer, TrainerConfig
 from tests.learners.test_rule import draw
 from tests.training.problems import assert_same_state
@@ -293,17 +301,23 @@ def training(folder: Any, estimator: str, problems: Any, iterations: int, rule: 
 
 @every_strategy
 @pytest.mark.parametrize(
-    "problems",
-    [GradientNoise(DigitsMLP(3, batch_size=4), 0.1), MixedOptimizees([toy_problems(), Quadratics(2)])],
-    ids=["digits", "mixed"],
+    ("problems", "make"),
+    [
+        (GradientNoise(DigitsMLP(3, batch_size=4), 0.1), lambda: CoordinatewiseLSTM(4)),
+        (MixedOptimizees([toy_problems(), Quadratics(2)]), lambda: CoordinatewiseLSTM(4)),
+        (MixedOptimizees([Reparametrised(Quadratics(3)), Quadratics(2)], even=True), lambda: GuidedAdam(3)),
+    ],
+    ids=["digits", "mixed", "even"],
 )
-def test_training_goes_on_to_the_same_bits(problems, estimator, tmp_path):
+def test_training_goes_on_to_the_same_bits(problems, make, estimator, tmp_path):
     """Problems in flight, their draws, the pair's states, ε and A are in the checkpoint."""
-    whole = training(tmp_path / "whole", estimator, problems, 6)
+    torch.manual_seed(1)
+    rule = make()
+    whole = training(tmp_path / "whole", estimator, problems, 6, copy.deepcopy(rule))
     whole.fit()
-    parted = training(tmp_path / "parted", estimator, problems, 4)
+    parted = training(tmp_path / "parted", estimator, problems, 4, copy.deepcopy(rule))
     parted.fit()
-    again = training(tmp_path / "parted", estimator, problems, 6)
+    again = training(tmp_path / "parted", estimator, problems, 6, rule)
     assert again.resume() == 4
     again.fit()
     assert_same_state(again.learner.state_dict(), whole.learner.state_dict())

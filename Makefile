@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters ptxas gpu-check sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters optimizers ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,12 +16,13 @@ help:
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make bench-avx2  the same with the kernels for AVX2"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
+	@echo "make optimizers  the shipped optimizer \"general\" against tuned baselines on tasks that it has never seen (hours of two cores; goes on where it was stopped)"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build a source distribution and a wheel into dist/"
 	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
-	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs and build/clusters stay"
+	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs, build/clusters and build/optimizers stay"
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metakern needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
@@ -82,6 +83,9 @@ bench-avx2:
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)
 
+optimizers: $(VENV)/built
+	$(BIN)/python -m bench.optimizers
+
 # The README's tables, from bench/results.
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
@@ -111,4 +115,4 @@ check-wheel: $(VENV)/built
 	@echo "the wheel works"
 
 clean:
-	rm -rf $(filter-out build/clusters,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built
+	rm -rf $(filter-out build/clusters build/optimizers,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built

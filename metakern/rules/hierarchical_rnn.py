@@ -8,6 +8,7 @@ hidden units of the parameter GRU, R = 11 + H rows of the state of a coordinate.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -151,11 +152,16 @@ class HierarchicalRNN(PretrainedRule):
 
     # --------------------------------------------------------------------------------------------------------- state
 
-    def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
+    def init_state(self, params: Params, *, tasks: bool = False, seeds: Sequence[int] | None = None) -> RuleState:
         """The learned initial hidden states, zero moving means and decays, and the drawn log learning rates.
 
         Per tensor: ``coordinates`` [T, R, n], ``tensor`` [T, tensor_hidden_size], ``mean_rate`` [T], the mean of ℓ,
         and with attention ``attended`` [T, *shape]. Shared: ``global`` [T, global_hidden_size]. No T without tasks.
+
+        Args:
+            params: see :meth:`metakern.rules.Rule.init_state`
+            tasks: likewise
+            seeds: one per task, in place of the rule's own for all of them
         """
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
@@ -163,26 +169,31 @@ class HierarchicalRNN(PretrainedRule):
         dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
-            coordinates, mean_rate = self._init_coordinates(name, math.prod(p.shape[len(lead) :]), dtype, p.device)
+            keys = [key_of(seed, name) for seed in ([self.seed] if seeds is None else seeds)]
+            coordinates, mean_rate = self._init_coordinates(keys, math.prod(p.shape[len(lead) :]), dtype, p.device)
+            if seeds is None:
+                coordinates, mean_rate = (_repeated(x[0], lead) for x in (coordinates, mean_rate))
             entry = {
-                "coordinates": _repeated(coordinates, lead),
+                "coordinates": coordinates,
                 "tensor": _repeated(self.tensor_gru.initial.to(dtype), lead),
-                "mean_rate": _repeated(mean_rate, lead),
+                "mean_rate": mean_rate,
             }
             per_tensor.append(entry | ({"attended": p.to(dtype, copy=True)} if self.attention else {}))
         shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), lead)}
         return RuleState(tuple(per_tensor), shared, tasks)
 
     def _init_coordinates(
-        self, name: str, number: int, dtype: torch.dtype, device: torch.device
+        self, keys: Sequence[int], number: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The state [R, n] of one tensor of one task, and the mean of ℓ, []."""
+        """The state [len(keys), R, n] of one tensor of as many tasks, and their means of ℓ."""
         low, high = LOG_RATES
-        draws = uniform(key_of(self.seed, name), number + 1, device)
-        rate = (2 * low + (high - low) * (draws[:1] + draws[1:])).to(dtype)
-        h = self.parameter_gru.initial.to(dtype).unsqueeze(1).expand(-1, number)
-        coordinates = torch.cat([h, h.new_zeros(2 * SCALES, number), rate.unsqueeze(0), h.new_zeros(2, number)])
-        return coordinates, rate.sum() / max(number, 1)
+        draws = uniform(keys, number + 1, device)
+        rate = (2 * low + (high - low) * (draws[:, :1] + draws[:, 1:])).to(dtype)
+        h = self.parameter_gru.initial.to(dtype).unsqueeze(1).expand(len(keys), -1, number)
+        zeros = functools.partial(h.new_zeros, len(keys))
+        coordinates = torch.cat([h, zeros(2 * SCALES, number), rate.unsqueeze(1), zeros(2, number)], 1)
+        # Row by row: a sum over both axes at once may add in another order.
+        return coordinates, torch.stack([row.sum() for row in rate]) / max(number, 1)
 
     def state_header(self) -> dict[str, Any]:
         """The sizes, whether there is attention, and the version of the state."""

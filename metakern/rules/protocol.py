@@ -41,7 +41,8 @@ class Rule(nn.Module):
 
     Attributes:
         needs_loss: whether ``forward`` needs the argument ``loss``
-        draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides
+        draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides, or its argument
+            ``seeds``, one per task
         horizon: steps that the rule was meta-trained for, or None
         trained_on: description of the meta-training tasks, or None
         title: name in figures and tables

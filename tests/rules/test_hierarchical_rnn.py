@@ -184,13 +184,13 @@ def test_draws_are_splitmix64_and_uniform() -> None:
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     z ^= z >> 31
     assert z == 6457827717110365317
-    assert uniform(1234567, 1).item() == (z >> 11) / 2**53
-    many = uniform(key_of(0, "weight"), 100_000)
+    assert uniform([1234567], 1).item() == (z >> 11) / 2**53
+    many, others = uniform([key_of(0, "weight"), key_of(1, "weight")], 100_000)
     assert many.min() >= 0
     assert many.max() < 1
     assert many.mean().item() == pytest.approx(0.5, abs=0.005)
     assert many.var().item() == pytest.approx(1 / 12, rel=0.02)
-    assert abs(torch.corrcoef(torch.stack([many, uniform(key_of(1, "weight"), 100_000)]))[0, 1]) < 0.02
+    assert abs(torch.corrcoef(torch.stack([many, others]))[0, 1]) < 0.02
     assert abs(torch.corrcoef(torch.stack([many[1:], many[:-1]]))[0, 1]) < 0.02
 
 

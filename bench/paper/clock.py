@@ -12,6 +12,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.running, self.seconds = False, dict[str, float]()
+        self._open: set[str] = set()
 
     def start(self) -> None:
         """Begin anew."""
@@ -19,10 +20,12 @@ class Clock:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
-        """Add the time of a block to ``name``."""
-        if not self.running:
+        """Add the time of a block to ``name``; of nested blocks of one name the outer one counts."""
+        if not self.running or name in self._open:
             yield
             return
+        self._open.add(name)
         began = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+        self._open.remove(name)

@@ -124,8 +124,8 @@ def curvature(batch: Any) -> Tensor:
 
 
 def _probes(group: Any) -> tuple[Tensor, Tensor]:
-    params, figures, before, curved = group.init_params(), [], None, None
-    before: tuple[Tensor, Tensor] | None
+    params, figures, curved = group.init_params(), [], None
+    before: tuple[Tensor, Tensor] | None = None
     for _ in range(PROBES):
         params = {name: p.detach().requires_grad_() for name, p in params.items()}
         with torch.enable_grad():
@@ -288,6 +288,10 @@ class Told:
     def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
         """Draw tasks."""
         return told(self.tasks.sample(num_tasks, generator))
+
+    def split(self, name: str) -> Told:
+        """The same mixture of another split."""
+        return Told(self.tasks.split(name))
 
 
 def kept(folder: Path | None, rule: str, way: str, seed: int, plan: Plan, advance: Advance) -> dict[str, Any]:

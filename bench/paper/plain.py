@@ -76,7 +76,7 @@ class PlainHRNN(torch.nn.Module):
         rule, of_all = self.rule, state.shared["global"]
         flat = [p.flatten(1) for p in params.values()]
         sizes = [p.shape[1] for p in flat]
-        mean_rate = sum(e["mean_rate"] * (n / sum(sizes)) for e, n in zip(state.per_tensor, sizes, strict=True))
+        means = [e["mean_rate"] * (n / sum(sizes)) for e, n in zip(state.per_tensor, sizes, strict=True)]
         tensor = torch.stack([entry["tensor"] for entry in state.per_tensor])
         own = torch.cat([rule.parameter_gru.gates_bias, rule.parameter_gru.candidate_bias])
         step = reference.hrnn_step(
@@ -84,7 +84,7 @@ class PlainHRNN(torch.nn.Module):
             [grads[name].flatten(1) for name in params],
             [entry["coordinates"] for entry in state.per_tensor],
             rule.tensor_to_parameter(tensor) + (rule.global_to_parameter(of_all) + own),
-            mean_rate,
+            torch.stack(means).sum(0),
             rule.weights(),
         )
         tensor = rule.tensor_gru(step.means[..., :-1], tensor, rule.global_to_tensor(of_all))

@@ -58,7 +58,7 @@ class InstanceBatch(NetworkBatch):
     """T networks of one kind, each with its images [T, M, 64] and labels [T, M]."""
 
     per_task = ("inputs", "targets")
-    shared = ()
+    shared = ()  # type: ignore[assignment]
 
     def __init__(self, kind: NetworkProblem, images: int, num_tasks: int, generator: torch.Generator) -> None:
         super().__init__(kind, num_tasks, generator)
@@ -106,8 +106,8 @@ def network(name: str) -> NetworkProblem:
     if kind == "regression":
         return SmallRegression() if int(size) == SIDE // 2 else DigitsRegression(batch_size=BATCH_SIZE)
     if kind == "mlp":
-        return DigitsMLP(int(size), *activation, batch_size=BATCH_SIZE)
-    return {"cnn": DigitsCNN, "rnn": DigitsRNN}[kind](int(size), batch_size=BATCH_SIZE)
+        return DigitsMLP(int(size), activation[0], BATCH_SIZE)
+    return DigitsCNN(int(size), BATCH_SIZE) if kind == "cnn" else DigitsRNN(int(size), BATCH_SIZE)
 
 
 def mixture(names: Sequence[str] = TRAINING, split: str = "train") -> MixedOptimizees:

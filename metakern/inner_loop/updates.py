@@ -173,6 +173,9 @@ class RuleUpdate:
             if self.clip_norm is not None:
                 grads = clipped(grads, self.clip_norm)
             return self._call(weights, params, grads, state, losses)
+        if weights is None and self.clip_norm is None and not any(type(group) is tuple for group in params):
+            new_params, new_states = self.rule.step_groups(params, grads, state, loss=losses)
+            return new_params, new_states
         parts = losses.split([num_tasks(group) for group in params])
         of_groups = zip(params, grads, state, parts, strict=True)
         stepped = [self.step(weights, *of_group, step) for of_group in of_groups]

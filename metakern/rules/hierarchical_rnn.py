@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from metakern.core.backend import check_backend
 from metakern.core.counter_draws import key_of, uniform
+from metakern.core.task_params import Rebuild
 from metakern.core.torch_private import pytree
 from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
@@ -210,11 +211,11 @@ class HierarchicalRNN(PretrainedRule):
         if not self.attention:
             return params
         leaves, structure = pytree.tree_flatten(params)
-        self._check_state(state, leaves)
+        self.check_state(state, leaves)
         points = [entry["attended"].to(p.dtype) for entry, p in zip(state.per_tensor, leaves, strict=True)]
         return pytree.tree_unflatten(points, structure)
 
-    def _check_state(self, state: Any, leaves: Sequence[Tensor]) -> None:
+    def check_state(self, state: Any, leaves: Sequence[Tensor]) -> None:
         """Raise TypeError or ValueError unless it is a state of this rule for params of these shapes."""
         if not isinstance(state, RuleState):
             raise TypeError(f"state must be a RuleState as init_state makes it, got {type(state).__name__}")
@@ -248,64 +249,54 @@ class HierarchicalRNN(PretrainedRule):
         self, params: Params, grads: Params, state: RuleState, *, loss: Tensor | None = None
     ) -> tuple[Params, RuleState]:
         """One step of all tensors of all tasks; see :meth:`metakern.rules.Rule.forward`."""
+        (new,), (new_state,) = self.step_groups((params,), (grads,), (state,), loss=loss)
+        return new, new_state
+
+    def step_groups(
+        self,
+        params: Sequence[Params],
+        grads: Sequence[Params],
+        states: Sequence[RuleState],
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[tuple[Params, ...], tuple[RuleState, ...]]:
+        """See :meth:`metakern.rules.Rule.step_groups`; the tensor and global levels of all groups are one launch."""
         del loss
-        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
-        self._check_state(state, leaves)
-        skip = 1 if state.tasks else 0
-        active = [index for index, p in enumerate(leaves) if math.prod(p.shape[skip:])]
-        if not active:
-            return params, state
-        device = leaves[0].device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            step, tensor, of_all = self._step(
-                [leaves[index] for index in active],
-                [grad_leaves[index] for index in active],
-                [state.per_tensor[index] for index in active],
-                state,
-            )
-        new, per_tensor = list(leaves), list(state.per_tensor)
-        rates = step.means[..., -1]
-        for at, index in enumerate(active):
-            p, old = leaves[index], per_tensor[index]
-            new[index] = step.params[at].view(p.shape).to(p.dtype)
-            entry = {"coordinates": step.states[at], "tensor": tensor[at], "mean_rate": rates[at]}
-            if self.attention:
-                entry["attended"] = step.attended[at]
-            per_tensor[index] = {key: x.reshape(old[key].shape).to(old[key].dtype) for key, x in entry.items()}
-        old_global = state.shared["global"]
-        shared = {"global": of_all.view(old_global.shape).to(old_global.dtype)}
-        return rebuild(new), RuleState(tuple(per_tensor), shared, state.tasks)
+        groups = [_Group.of(self, *of_group) for of_group in zip(params, grads, states, strict=True)]
+        active = [group for group in groups if group.active]
+        if active:
+            device = active[0].leaves[0].device.type
+            alike = len({(group.dtype, group.leaves[0].device) for group in active}) == 1
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+                for together in [active] if alike else [[group] for group in active]:
+                    self._step(together)
+        return tuple(group.rebuild(group.new) for group in groups), tuple(group.new_state for group in groups)
 
-    def _step(
-        self, params: list[Tensor], grads: list[Tensor], entries: Sequence[dict[str, Tensor]], state: RuleState
-    ) -> tuple[Step, Tensor, Tensor]:
-        """The step of the coordinates, new tensor states [M, T, ...] and new global states [T, ...]."""
-        if not state.tasks:
-            params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
-            entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
-        dtype = arithmetic_dtype(params)
-        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
-            params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
-        of_all = state.shared["global"].to(dtype)
-        of_all = of_all if state.tasks else of_all.unsqueeze(0)
-        tensor = torch.stack([entry["tensor"] for entry in entries]).to(dtype)
-        step = hrnn_step(
-            params,
-            grads,
-            [entry["coordinates"].to(dtype) for entry in entries],
-            self._biases(tensor, of_all),
-            _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries]),
-            [w.to(dtype) for w in self.weights()],
-            backend=self.backend,
-        )
-        tensor = self.tensor_gru(step.means[..., :-1], tensor, self.global_to_tensor(of_all))
-        return step, tensor, self.global_gru(tensor.mean(0), of_all)
-
-    def _biases(self, tensor: Tensor, of_all: Tensor) -> Tensor:
-        """All that is added to the parameter GRU's pre-activations, [M, T, 3H], from the old states."""
-        own: Tensor = self.parameter_gru.biases().to(tensor.dtype)
-        biases: Tensor = self.tensor_to_parameter(tensor) + (self.global_to_parameter(of_all) + own)
-        return biases
+    def _step(self, groups: Sequence[_Group]) -> None:
+        """Step every group's coordinates, then the tensors' states and the global states of all of them."""
+        tensors = [group.of_entries("tensor") for group in groups]
+        of_all = [group.of_problem() for group in groups]
+        dtype = groups[0].dtype
+        flat, shared = _joined([x.flatten(0, 1) for x in tensors]), _joined(of_all)
+        own: Tensor = self.parameter_gru.biases().to(dtype)
+        to_parameters = (self.global_to_parameter(shared) + own).split([len(x) for x in of_all])
+        lower = self.tensor_to_parameter(flat).split([x.shape[0] * x.shape[1] for x in tensors])
+        weights = [w.to(dtype) for w in self.weights()]
+        steps = []
+        for group, rows, upper in zip(groups, lower, to_parameters, strict=True):
+            biases = rows.view(len(group.active), -1, rows.shape[1]) + upper
+            steps.append(group.step(biases, weights, self.backend))
+        to_tensors = self.global_to_tensor(shared).split([len(x) for x in of_all])
+        spread = [x.expand(len(of), *x.shape).flatten(0, 1) for x, of in zip(to_tensors, tensors, strict=True)]
+        means = _joined([step.means[..., :-1].flatten(0, 1) for step in steps])
+        new_flat: Tensor = self.tensor_gru(means, flat, _joined(spread))
+        pieces = new_flat.split([x.shape[0] * x.shape[1] for x in tensors])
+        new_tensors = [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
+        new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
+        for group, step, tensor, x in zip(
+            groups, steps, new_tensors, new_all.split([len(x) for x in of_all]), strict=True
+        ):
+            group.take(step, tensor, x)
 
     def weights(self) -> list[Tensor]:
         """The weights of :func:`metakern.ops.hrnn_step`, in order."""
@@ -341,6 +332,81 @@ class HierarchicalRNN(PretrainedRule):
             "[arXiv 1703.04813](https://arxiv.org/abs/1703.04813)).\n"
             f"They have {sizes} units{', and it chooses where gradients are taken' if self.attention else ''}."
         )
+
+
+class _Group:
+    """Tasks with the same tensors, in one step: what goes in, and what came out.
+
+    Attributes:
+        leaves: the params
+        grads: their gradients
+        rebuild: builds the tree of params from new leaves
+        state: before the step
+        active: indices of the tensors that have coordinates
+        new: the new params
+        new_state: after the step
+    """
+
+    def __init__(self, leaves: list[Tensor], grads: list[Tensor], rebuild: Rebuild, state: RuleState) -> None:
+        self.leaves, self.grads, self.rebuild, self.state = leaves, grads, rebuild, state
+        skip = 1 if state.tasks else 0
+        self.active = [index for index, p in enumerate(leaves) if math.prod(p.shape[skip:])]
+        self.new, self.new_state = list(leaves), state
+
+    @classmethod
+    def of(cls, rule: HierarchicalRNN, params: Params, grads: Params, state: RuleState) -> _Group:
+        """The group, checked."""
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
+        rule.check_state(state, leaves)
+        return cls(leaves, grad_leaves, rebuild, state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return arithmetic_dtype(self.leaves[index] for index in self.active)
+
+    def of_entries(self, key: str) -> Tensor:
+        """A state tensor of all tensors, [M, T, ...]."""
+        entries = torch.stack([self.state.per_tensor[index][key] for index in self.active]).to(self.dtype)
+        return entries if self.state.tasks else entries.unsqueeze(1)
+
+    def of_problem(self) -> Tensor:
+        """The global states, [T, ...]."""
+        of_all = self.state.shared["global"].to(self.dtype)
+        return of_all if self.state.tasks else of_all.unsqueeze(0)
+
+    def step(self, biases: Tensor, weights: list[Tensor], backend: str | None) -> Step:
+        """The step of the coordinates; see :func:`metakern.ops.hrnn_step`."""
+        dtype = self.dtype
+        params, grads = ([xs[index] for index in self.active] for xs in (self.leaves, self.grads))
+        entries: Sequence[dict[str, Tensor]] = [self.state.per_tensor[index] for index in self.active]
+        if not self.state.tasks:
+            params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
+            entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
+        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
+            params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
+        mean_rate = _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries])
+        coordinates = [entry["coordinates"].to(dtype) for entry in entries]
+        return hrnn_step(params, grads, coordinates, biases, mean_rate, weights, backend=backend)
+
+    def take(self, step: Step, tensor: Tensor, of_all: Tensor) -> None:
+        """Put the results in the places of what went in."""
+        per_tensor, rates = list(self.state.per_tensor), step.means[..., -1]
+        for at, index in enumerate(self.active):
+            p, old = self.leaves[index], per_tensor[index]
+            self.new[index] = step.params[at].view(p.shape).to(p.dtype)
+            entry = {"coordinates": step.states[at], "tensor": tensor[at], "mean_rate": rates[at]}
+            if step.attended:
+                entry["attended"] = step.attended[at]
+            per_tensor[index] = {key: x.reshape(old[key].shape).to(old[key].dtype) for key, x in entry.items()}
+        old_global = self.state.shared["global"]
+        shared = {"global": of_all.reshape(old_global.shape).to(old_global.dtype)}
+        self.new_state = RuleState(tuple(per_tensor), shared, self.state.tasks)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all groups."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:

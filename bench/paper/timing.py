@@ -59,7 +59,7 @@ class Plan:
 
 FULL = Plan(8, 20, 60.0, 5, True, True)
 QUICK = Plan(1, 2, 0.1, 1, False, False)
-ON_GPU = Plan(8, 20, 10.0, 3, False, False)
+ON_GPU = Plan(4, 10, 8.0, 3, False, False)
 
 
 def sample(plan: Plan, device: str = "cpu") -> Any:

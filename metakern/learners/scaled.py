@@ -155,8 +155,14 @@ class ScaledRuleLearner(RuleLearner):
 
     def meta_losses(self, batch: OptimizeeBatch) -> Iterator[Tensor]:
         """See :meth:`RuleLearner.meta_losses`."""
-        self.rule.labels = self._labels(batch)
-        yield from super().meta_losses(batch)
+        labels, losses = self._labels(batch), super().meta_losses(batch)
+        while True:
+            self.rule.labels = labels  # parts of a meta-batch take their unrolls in turns
+            try:
+                found = next(losses)
+            except StopIteration:
+                return
+            yield found
 
     def evaluate(self, batch: OptimizeeBatch) -> dict[str, Tensor]:
         """See :meth:`RuleLearner.evaluate`."""

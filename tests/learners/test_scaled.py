@@ -11,6 +11,8 @@ from metakern.learners import RuleLearner, ScaledRuleLearner
 from metakern.learners.scaled import kinds_by_shape
 from metakern.rules import Adam, CoordinatewiseLSTM, HierarchicalRNN
 from metakern.tasks import DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, MixedOptimizees, Quadratics
+from metakern.training import Trainer, TrainerConfig
+from tests.conftest import assert_same_bits
 
 
 def sample(*kinds, tasks=8):
@@ -65,6 +67,38 @@ def test_factors_learn_and_only_those_of_clusters_with_tasks():
     slope = learner.rule.offsets.grad[0].item()
     optimizer.step()
     assert learner.factors()[0].item() == pytest.approx(math.exp(-5.0 * 0.01 * slope))
+
+
+def test_parts_of_a_batch_may_take_turns():
+    learner = ScaledRuleLearner(Adam(lr=0.01), steps=4, unroll=2, rate=1.0)
+    with torch.no_grad():
+        learner.rule.offsets.copy_(torch.tensor([3.0, 0.5, 1.0, 1.0]).log())
+    parts = DigitsRegression(16), DigitsMLP(5, batch_size=16)
+    alone = [[losses.detach() for losses in learner.meta_losses(sample(part))] for part in parts]
+    turns = zip(*(learner.meta_losses(sample(part)) for part in parts), strict=True)
+    assert len(alone[0]) == 2
+    for losses, expected in zip(turns, zip(*alone, strict=True), strict=True):
+        for ours, of_alone in zip(losses, expected, strict=True):
+            torch.testing.assert_close(ours.detach(), of_alone, rtol=0, atol=0)
+
+
+def test_training_goes_on_from_a_checkpoint_with_the_same_bits(tmp_path):
+    def trainer(iterations, folder):
+        torch.manual_seed(0)
+        learner = ScaledRuleLearner(CoordinatewiseLSTM(hidden_size=4), steps=2, unroll=1)
+        problems = MixedOptimizees([DigitsRegression(8), DigitsMLP(3, batch_size=8)])
+        config = TrainerConfig(iterations=iterations, num_tasks=4, batch_parts=2, checkpoint_every=1)
+        return Trainer(learner, problems, torch.optim.Adam(learner.parameters(), 0.01), config, folder=folder)
+
+    whole = trainer(4, None)
+    whole.fit()
+    trainer(2, tmp_path).fit()
+    resumed = trainer(4, tmp_path)
+    resumed.resume()
+    resumed.fit()
+    assert (whole.learner.factors()[:2] != 1).all()
+    for name, weight in whole.learner.state_dict().items():
+        assert_same_bits(name, resumed.learner.state_dict()[name], weight)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,15 @@ def gathered(parts: Path, plan: Plan) -> dict[str, Any]:
         runs = {way: _runs(parts / "curves", rule, way, plan) for way in REPORTED}
         if all(runs.values()):
             learning[rule] = learned(runs)
-    return {"times": times, "learning": learning, "derived_seconds": seconds_by_way(times, learning)}
+    derived = seconds_by_way(times, learning)
+    return {"times": times, "learning": learning, "derived_seconds": derived, "tried": tried(parts / "curves")}
+
+
+def tried(folder: Path) -> list[dict[str, Any]]:
+    """Validation figures of every run there is, also of ways that are not in the table."""
+    names = ("rule", "way", "seed", "curve", "clusters_by_kind", "scales")
+    runs = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [{name: run[name] for name in names if name in run} for run in runs]
 
 
 def seconds_by_way(times: dict[str, Any], learning: dict[str, Any]) -> dict[str, Any]:

@@ -283,8 +283,8 @@ class HierarchicalRNN(PretrainedRule):
         lower = self.tensor_to_parameter(flat).split([x.shape[0] * x.shape[1] for x in tensors])
         weights = [w.to(dtype) for w in self.weights()]
         steps = []
-        for group, rows, upper in zip(groups, lower, to_parameters, strict=True):
-            biases = rows.view(len(group.active), -1, rows.shape[1]) + upper
+        for group, x, rows, upper in zip(groups, tensors, lower, to_parameters, strict=True):
+            biases = rows.view(*x.shape[:2], rows.shape[1]) + upper
             steps.append(group.step(biases, weights, self.backend))
         to_tensors = self.global_to_tensor(shared).split([len(x) for x in of_all])
         spread = [x.expand(len(of), *x.shape).flatten(0, 1) for x, of in zip(to_tensors, tensors, strict=True)]
@@ -293,9 +293,8 @@ class HierarchicalRNN(PretrainedRule):
         pieces = new_flat.split([x.shape[0] * x.shape[1] for x in tensors])
         new_tensors = [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
         new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
-        for group, step, tensor, x in zip(
-            groups, steps, new_tensors, new_all.split([len(x) for x in of_all]), strict=True
-        ):
+        of_problems = new_all.split([len(x) for x in of_all])
+        for group, step, tensor, x in zip(groups, steps, new_tensors, of_problems, strict=True):
             group.take(step, tensor, x)
 
     def weights(self) -> list[Tensor]:

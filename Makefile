@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters optimizers ptxas gpu-check sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters optimizers paper paper-times paper-curves ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -17,6 +17,8 @@ help:
 	@echo "make bench-avx2  the same with the kernels for AVX2"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
 	@echo "make optimizers  the shipped optimizer \"general\" against tuned baselines on tasks that it has never seen (hours of two cores; goes on where it was stopped)"
+	@echo "make paper     the experiment of arXiv 2110.14459: times on every instruction set, curves, table and figure (45 minutes)"
+	@echo "make paper-times, make paper-curves  its parts; curves go on where they were stopped"
 	@echo "make ptxas     compile the CUDA kernels for every architecture; registers and spills (bench/results/ptxas.json)"
 	@echo "make gpu-check on a machine with a GPU: build, tests, compute-sanitizer, benchmarks, by its own python3"
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
@@ -85,6 +87,17 @@ clusters: $(VENV)/built
 
 optimizers: $(VENV)/built
 	$(BIN)/python -m bench.optimizers
+
+# The times of each instruction set take about 10 minutes, half of them torch.compile's; the curves 20 on two cores.
+paper-times: $(VENV)/built
+	if grep -q avx512f /proc/cpuinfo; then $(BIN)/python -m bench.paper.timing; fi
+	METAKERN_CPU_CAPABILITY=avx2 ATEN_CPU_CAPABILITY=avx2 $(BIN)/python -m bench.paper.timing
+
+paper-curves: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.paper.curves --workers $(WORKERS)
+
+paper: paper-times paper-curves
+	$(BIN)/python -m bench.paper.report
 
 # The README's tables, from bench/results.
 bench-readme: $(VENV)/built

@@ -41,7 +41,8 @@ BUDGET = (
     ("suite", 1, 170),  # all other tests
     ("memcheck", 1, 170),
     ("racecheck", 1, 170),
-    ("benchmarks", 2, 150),  # at least; plus time left over by earlier stages
+    ("paper", 2, 50),
+    ("benchmarks", 3, 100),  # at least; plus time left over by earlier stages
 )
 
 #: Total seconds: all groups, and a few for starting and stopping.
@@ -183,6 +184,13 @@ def make_stages(logs: Path) -> list[Stage]:
         ),
         sanitizer_stage("memcheck", *limits["memcheck"], python("-m", "tests.gpu.cases", "--dry")),
         sanitizer_stage("racecheck", *limits["racecheck"], None),
+        Stage(
+            "paper",
+            *limits["paper"],
+            python("-m", "bench.paper.timing", "--device", "cuda", "--output", str(logs / "paper.json")),
+            missing="" if all(map(has, ("typer", "rich", "sklearn"))) else "typer, rich or scikit-learn is not there",
+            dry=python("-m", "bench.paper.timing", "--quick", "--threads", "1"),
+        ),
         Stage(
             "benchmarks",
             *limits["benchmarks"],

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_budget
+from bench.paper.tables import paper_lines
 from bench.step_tables import evolution_lines, hrnn_lines, mlp_update_lines, rules_lines
 from bench.targets import measured
 
@@ -351,6 +352,7 @@ TABLES = {
     "sinusoid": render_sinusoid,
     "clusters": render_clusters,
     "optimizee_groups": render_optimizee_groups,
+    "paper": render_lines(paper_lines),
     "gpu": render_gpu,
 }
 

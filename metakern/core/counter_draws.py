@@ -6,6 +6,8 @@ come out the same for one task and for many, under torch.func and torch.compile,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -20,9 +22,10 @@ def key_of(seed: int, name: str) -> int:
     return key
 
 
-def uniform(key: int, number: int, device: torch.device | None = None) -> Tensor:
-    """Uniform numbers in [0, 1), float64 [number]."""
-    z = torch.arange(1, number + 1, device=device) * _signed(_GOLDEN) + _signed(key)
+def uniform(keys: Sequence[int], number: int, device: torch.device | None = None) -> Tensor:
+    """Uniform numbers in [0, 1), float64 [len(keys), number]; a row depends on its key alone."""
+    starts = torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    z = torch.arange(1, number + 1, device=device) * _signed(_GOLDEN) + starts.unsqueeze(1)
     z = (z ^ _shifted(z, 30)) * _signed(_FIRST)
     z = (z ^ _shifted(z, 27)) * _signed(_SECOND)
     z = z ^ _shifted(z, 31)

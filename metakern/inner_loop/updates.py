@@ -152,19 +152,12 @@ class RuleUpdate:
 
         So they are the same for a task alone, for both of an antithetic pair, and in a resumed run.
         """
-        leaves, structure = pytree.tree_flatten(params)
-        seed, states = self.rule.seed, []
-        try:
-            for task in range(num_tasks(params)):
-                own = [p[task : task + 1] for p in leaves]
-                named = {f"{seed}/{index}": p.contiguous() for index, p in enumerate(own)}
-                self.rule.seed = int(digest(named)[:15], 16)
-                states.append(self.rule.init_state(pytree.tree_unflatten(own, structure), tasks=True))
-        finally:
-            self.rule.seed = seed
-        columns = zip(*map(pytree.tree_leaves, states), strict=True)
-        joined = [torch.cat(column) if column[0].dim() else column[0] for column in columns]
-        return pytree.tree_unflatten(joined, pytree.tree_structure(states[0]))
+        leaves, seed = pytree.tree_leaves(params), self.rule.seed
+        seeds = []
+        for task in range(num_tasks(params)):
+            named = {f"{seed}/{index}": p[task : task + 1].contiguous() for index, p in enumerate(leaves)}
+            seeds.append(int(digest(named)[:15], 16))
+        return self.rule.init_state(params, tasks=True, seeds=seeds)
 
     def points(self, params: Any, state: Any) -> Any:
         """The params themselves, unless the rule chooses other points."""
@@ -180,6 +173,9 @@ class RuleUpdate:
             if self.clip_norm is not None:
                 grads = clipped(grads, self.clip_norm)
             return self._call(weights, params, grads, state, losses)
+        if weights is None and self.clip_norm is None and not any(type(group) is tuple for group in params):
+            new_params, new_states = self.rule.step_groups(params, grads, state, loss=losses)
+            return new_params, new_states
         parts = losses.split([num_tasks(group) for group in params])
         of_groups = zip(params, grads, state, parts, strict=True)
         stepped = [self.step(weights, *of_group, step) for of_group in of_groups]

@@ -8,8 +8,9 @@ hidden units of the parameter GRU, R = 11 + H rows of the state of a coordinate.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from metakern.core.backend import check_backend
 from metakern.core.counter_draws import key_of, uniform
+from metakern.core.task_params import Rebuild
 from metakern.core.torch_private import pytree
 from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
@@ -153,11 +155,16 @@ class HierarchicalRNN(PretrainedRule):
 
     # --------------------------------------------------------------------------------------------------------- state
 
-    def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
+    def init_state(self, params: Params, *, tasks: bool = False, seeds: Sequence[int] | None = None) -> RuleState:
         """The learned initial hidden states, zero moving means and decays, and the drawn log learning rates.
 
         Per tensor: ``coordinates`` [T, R, n], ``tensor`` [T, tensor_hidden_size], ``mean_rate`` [T], the mean of ℓ,
         and with attention ``attended`` [T, *shape]. Shared: ``global`` [T, global_hidden_size]. No T without tasks.
+
+        Args:
+            params: see :meth:`metakern.rules.Rule.init_state`
+            tasks: likewise
+            seeds: one per task, in place of the rule's own for all of them
         """
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
@@ -166,28 +173,35 @@ class HierarchicalRNN(PretrainedRule):
         dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
-            coordinates, mean_rate = self._init_coordinates(name, math.prod(p.shape[len(lead) :]), dtype, p.device)
+            keys = [key_of(seed, name) for seed in ([self.seed] if seeds is None else seeds)]
+            coordinates, mean_rate = self._init_coordinates(keys, math.prod(p.shape[len(lead) :]), dtype, p.device)
+            if seeds is None:
+                mean_rate = _repeated(mean_rate[0], lead)
+                coordinates = _repeated(coordinates[0], lead) if self.copies is None else coordinates
             entry = {
-                "coordinates": _repeated(coordinates, of_weights),
+                "coordinates": coordinates,
                 "tensor": _repeated(self.tensor_gru.initial.to(dtype), of_weights),
-                "mean_rate": _repeated(mean_rate, lead),
+                "mean_rate": mean_rate,
             }
             per_tensor.append(entry | ({"attended": p.to(dtype, copy=True)} if self.attention else {}))
         shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), of_weights)}
         return RuleState(tuple(per_tensor), shared, tasks)
 
     def _init_coordinates(
-        self, name: str, number: int, dtype: torch.dtype, device: torch.device
+        self, keys: Sequence[int], number: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The state [R, n] of one tensor of one task, [T, R, n] with copies of the weights, and the mean of ℓ, []."""
+        """The state [T, R, n] of one tensor for T keys or copies of the weights, and the means of ℓ, one per key."""
         low, high = LOG_RATES
-        draws = uniform(key_of(self.seed, name), number + 1, device)
-        rate = (2 * low + (high - low) * (draws[:1] + draws[1:])).to(dtype)
-        initial = self.parameter_gru.initial.to(dtype)
-        h = initial.unsqueeze(-1).expand(*initial.shape, number)
-        rest = torch.cat([h.new_zeros(2 * SCALES, number), rate.unsqueeze(0), h.new_zeros(2, number)])
-        coordinates = torch.cat([h, rest.expand(*h.shape[:-2], *rest.shape)], -2)
-        return coordinates, rate.sum() / max(number, 1)
+        draws = uniform(keys, number + 1, device)
+        rate = (2 * low + (high - low) * (draws[:, :1] + draws[:, 1:])).to(dtype)
+        initial = self.parameter_gru.initial.to(dtype).view(self.copies or 1, -1, 1)
+        num_tasks = max(len(keys), len(initial))
+        h = initial.expand(num_tasks, -1, number)
+        zeros = functools.partial(h.new_zeros, num_tasks)
+        rates = rate.unsqueeze(1).expand(num_tasks, -1, -1)
+        coordinates = torch.cat([h, zeros(2 * SCALES, number), rates, zeros(2, number)], 1)
+        # Row by row: a sum over both axes at once may add in another order.
+        return coordinates, torch.stack([row.sum() for row in rate]) / max(number, 1)
 
     def state_header(self) -> dict[str, Any]:
         """The sizes, whether there is attention, and the version of the state."""
@@ -204,11 +218,11 @@ class HierarchicalRNN(PretrainedRule):
         if not self.attention:
             return params
         leaves, structure = pytree.tree_flatten(params)
-        self._check_state(state, leaves)
+        self.check_state(state, leaves)
         points = [entry["attended"].to(p.dtype) for entry, p in zip(state.per_tensor, leaves, strict=True)]
         return pytree.tree_unflatten(points, structure)
 
-    def _check_state(self, state: Any, leaves: Sequence[Tensor]) -> None:
+    def check_state(self, state: Any, leaves: Sequence[Tensor]) -> None:
         """Raise TypeError or ValueError unless it is a state of this rule for params of these shapes."""
         if not isinstance(state, RuleState):
             raise TypeError(f"state must be a RuleState as init_state makes it, got {type(state).__name__}")
@@ -242,64 +256,57 @@ class HierarchicalRNN(PretrainedRule):
         self, params: Params, grads: Params, state: RuleState, *, loss: Tensor | None = None
     ) -> tuple[Params, RuleState]:
         """One step of all tensors of all tasks; see :meth:`metakern.rules.Rule.forward`."""
+        (new,), (new_state,) = self.step_groups((params,), (grads,), (state,), loss=loss)
+        return new, new_state
+
+    def step_groups(
+        self,
+        params: Sequence[Params],
+        grads: Sequence[Params],
+        states: Sequence[RuleState],
+        *,
+        loss: Tensor | None = None,
+    ) -> tuple[tuple[Params, ...], tuple[RuleState, ...]]:
+        """See :meth:`metakern.rules.Rule.step_groups`; the tensor and global levels of all groups are one launch."""
         del loss
-        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
-        self._check_state(state, leaves)
-        skip = 1 if state.tasks else 0
-        active = [index for index, p in enumerate(leaves) if math.prod(p.shape[skip:])]
-        if not active:
-            return params, state
-        device = leaves[0].device.type
-        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-            step, tensor, of_all = self._step(
-                [leaves[index] for index in active],
-                [grad_leaves[index] for index in active],
-                [state.per_tensor[index] for index in active],
-                state,
-            )
-        new, per_tensor = list(leaves), list(state.per_tensor)
-        rates = step.means[..., -1]
-        for at, index in enumerate(active):
-            p, old = leaves[index], per_tensor[index]
-            new[index] = step.params[at].view(p.shape).to(p.dtype)
-            entry = {"coordinates": step.states[at], "tensor": tensor[at], "mean_rate": rates[at]}
-            if self.attention:
-                entry["attended"] = step.attended[at]
-            per_tensor[index] = {key: x.reshape(old[key].shape).to(old[key].dtype) for key, x in entry.items()}
-        old_global = state.shared["global"]
-        shared = {"global": of_all.view(old_global.shape).to(old_global.dtype)}
-        return rebuild(new), RuleState(tuple(per_tensor), shared, state.tasks)
+        groups = [_Group.of(self, *of_group) for of_group in zip(params, grads, states, strict=True)]
+        active = [group for group in groups if group.active]
+        if active:
+            device = active[0].leaves[0].device.type
+            alike = len({(group.dtype, group.leaves[0].device) for group in active}) == 1
+            with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+                for together in [active] if alike and self.copies is None else [[group] for group in active]:
+                    self._step(together)
+        return tuple(group.rebuild(group.new) for group in groups), tuple(group.new_state for group in groups)
 
-    def _step(
-        self, params: list[Tensor], grads: list[Tensor], entries: Sequence[dict[str, Tensor]], state: RuleState
-    ) -> tuple[Step, Tensor, Tensor]:
-        """The step of the coordinates, new tensor states [M, T, ...] and new global states [T, ...]."""
-        if not state.tasks:
-            params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
-            entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
-        dtype = arithmetic_dtype(params)
-        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
-            params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
-        of_all = state.shared["global"].to(dtype)
-        of_all = of_all if state.tasks else of_all.unsqueeze(0)
-        tensor = torch.stack([entry["tensor"] for entry in entries]).to(dtype)
-        step = (hrnn_step if self.copies is None else hrnn_step_stacked)(
-            params,
-            grads,
-            [entry["coordinates"].to(dtype) for entry in entries],
-            self._biases(tensor, of_all),
-            _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries]),
-            [w.to(dtype) for w in self.weights()],
-            backend=self.backend,
-        )
-        tensor = self.tensor_gru(step.means[..., :-1], tensor, self.global_to_tensor(of_all))
-        return step, tensor, self.global_gru(tensor.mean(0), of_all)
+    def _step(self, groups: Sequence[_Group]) -> None:
+        """Step every group's coordinates, then the tensors' states and the global states of all of them."""
+        tensors = [group.of_entries("tensor") for group in groups]
+        of_all = [group.of_problem() for group in groups]
+        several = len(groups) > 1
 
-    def _biases(self, tensor: Tensor, of_all: Tensor) -> Tensor:
-        """All that is added to the parameter GRU's pre-activations, [M, T, 3H], from the old states."""
-        own: Tensor = self.parameter_gru.biases().to(tensor.dtype)
-        biases: Tensor = self.tensor_to_parameter(tensor) + (self.global_to_parameter(of_all) + own)
-        return biases
+        def joined(xs: Sequence[Tensor]) -> Tensor:  # [M, T, ...], of several groups [rows, ...]
+            return torch.cat([x.flatten(0, 1) for x in xs]) if several else xs[0]
+
+        def parted(x: Tensor) -> list[Tensor]:  # the inverse
+            rows = x.split([like.shape[0] * like.shape[1] for like in tensors]) if several else [x]
+            return [row.view(*like.shape[:2], -1) for row, like in zip(rows, tensors, strict=True)]
+
+        problems = [len(x) for x in of_all]
+        flat, shared = joined(tensors), _joined(of_all)
+        own: Tensor = self.parameter_gru.biases().to(groups[0].dtype)
+        upper = (self.global_to_parameter(shared) + own).split(problems)
+        lower = parted(self.tensor_to_parameter(flat))
+        weights = [w.to(groups[0].dtype) for w in self.weights()]
+        operator = hrnn_step if self.copies is None else hrnn_step_stacked
+        step = functools.partial(operator, weights=weights, backend=self.backend)
+        steps = [group.step(step, x + y) for group, x, y in zip(groups, lower, upper, strict=True)]
+        to_tensors = self.global_to_tensor(shared).split(problems)
+        spread = joined([x.expand(len(of), *x.shape) for x, of in zip(to_tensors, tensors, strict=True)])
+        new_tensors = parted(self.tensor_gru(joined([result.means[..., :-1] for result in steps]), flat, spread))
+        new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
+        for group, result, tensor, x in zip(groups, steps, new_tensors, new_all.split(problems), strict=True):
+            group.take(result, tensor, x)
 
     def weights(self) -> list[Tensor]:
         """The weights of :func:`metakern.ops.hrnn_step`, in order."""
@@ -335,6 +342,81 @@ class HierarchicalRNN(PretrainedRule):
             "[arXiv 1703.04813](https://arxiv.org/abs/1703.04813)).\n"
             f"They have {sizes} units{', and it chooses where gradients are taken' if self.attention else ''}."
         )
+
+
+class _Group:
+    """Tasks with the same tensors, in one step: what goes in, and what came out.
+
+    Attributes:
+        leaves: the params
+        grads: their gradients
+        rebuild: builds the tree of params from new leaves
+        state: before the step
+        active: indices of the tensors that have coordinates
+        new: the new params
+        new_state: after the step
+    """
+
+    def __init__(self, leaves: list[Tensor], grads: list[Tensor], rebuild: Rebuild, state: RuleState) -> None:
+        self.leaves, self.grads, self.rebuild, self.state = leaves, grads, rebuild, state
+        skip = 1 if state.tasks else 0
+        self.active = [index for index, p in enumerate(leaves) if math.prod(p.shape[skip:])]
+        self.new, self.new_state = list(leaves), state
+
+    @classmethod
+    def of(cls, rule: HierarchicalRNN, params: Params, grads: Params, state: RuleState) -> _Group:
+        """The group, checked."""
+        leaves, grad_leaves, rebuild = matched_leaves(params, grads)
+        rule.check_state(state, leaves)
+        return cls(leaves, grad_leaves, rebuild, state)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the arithmetic."""
+        return arithmetic_dtype(self.leaves[index] for index in self.active)
+
+    def of_entries(self, key: str) -> Tensor:
+        """A state tensor of all tensors, [M, T, ...]."""
+        entries = torch.stack([self.state.per_tensor[index][key] for index in self.active]).to(self.dtype)
+        return entries if self.state.tasks else entries.unsqueeze(1)
+
+    def of_problem(self) -> Tensor:
+        """The global states, [T, ...]."""
+        of_all = self.state.shared["global"].to(self.dtype)
+        return of_all if self.state.tasks else of_all.unsqueeze(0)
+
+    def step(self, operator: Callable[..., Step], biases: Tensor) -> Step:
+        """The step of the coordinates by :func:`metakern.ops.hrnn_step`, which has its weights already."""
+        dtype = self.dtype
+        params, grads = ([xs[index] for index in self.active] for xs in (self.leaves, self.grads))
+        entries: Sequence[dict[str, Tensor]] = [self.state.per_tensor[index] for index in self.active]
+        if not self.state.tasks:
+            params, grads = ([x.unsqueeze(0) for x in xs] for xs in (params, grads))
+            entries = [{key: x.unsqueeze(0) for key, x in entry.items()} for entry in entries]
+        if any(p.dtype != params[0].dtype for p in (*params, *grads)):
+            params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
+        mean_rate = _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries])
+        coordinates = [entry["coordinates"].to(dtype) for entry in entries]
+        return operator(params, grads, coordinates, biases, mean_rate)
+
+    def take(self, step: Step, tensor: Tensor, of_all: Tensor) -> None:
+        """Put the results in the places of what went in."""
+        per_tensor, rates = list(self.state.per_tensor), step.means[..., -1]
+        for at, index in enumerate(self.active):
+            p, old = self.leaves[index], per_tensor[index]
+            self.new[index] = step.params[at].view(p.shape).to(p.dtype)
+            entry = {"coordinates": step.states[at], "tensor": tensor[at], "mean_rate": rates[at]}
+            if step.attended:
+                entry["attended"] = step.attended[at]
+            per_tensor[index] = {key: x.reshape(old[key].shape).to(old[key].dtype) for key, x in entry.items()}
+        old_global = self.state.shared["global"]
+        shared = {"global": of_all.reshape(old_global.shape).to(old_global.dtype)}
+        self.new_state = RuleState(tuple(per_tensor), shared, self.state.tasks)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all groups."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:

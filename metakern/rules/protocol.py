@@ -41,7 +41,8 @@ class Rule(nn.Module):
 
     Attributes:
         needs_loss: whether ``forward`` needs the argument ``loss``
-        draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides
+        draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides, or its argument
+            ``seeds``, one per task
         takes_copies: whether ``forward`` takes weights of every task's own, see :func:`with_copies`. Not inherited: a
             subclass with steps of its own says so itself.
         copies: the number of copies of the weights in a rule made by :func:`with_copies`, else None
@@ -88,6 +89,25 @@ class Rule(nn.Module):
             new params in the structure of ``params``, new state
         """
         raise NotImplementedError
+
+    def step_groups(
+        self, params: Sequence[Params], grads: Sequence[Params], states: Sequence[State], *, loss: Tensor | None = None
+    ) -> tuple[tuple[Params, ...], tuple[State, ...]]:
+        """One step of several groups of tasks, whose tensors differ; by default :meth:`forward` for one after another.
+
+        Args:
+            params: of every group, with the task axis
+            grads: likewise
+            states: likewise
+            loss: [T] of the tasks of all groups, group after group, or None
+
+        Returns:
+            new params and new states of every group
+        """
+        counts = [tensor_leaves(group, tasks=True)[0].shape[0] for group in params]
+        parts = [None] * len(counts) if loss is None else loss.split(counts)
+        stepped = [self(*of, loss=part) for *of, part in zip(params, grads, states, parts, strict=True)]
+        return tuple(new for new, _ in stepped), tuple(new_state for _, new_state in stepped)
 
     def initialisation(self) -> Mapping[str, Tensor] | None:
         """The learned initial parameters, [*shape] each by name; None if the rule learns none."""

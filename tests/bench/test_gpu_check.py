@@ -50,6 +50,7 @@ def test_dry_run_goes_through_every_stage(dry: tuple[str, Path]) -> None:
         "suite": "skipped",
         "memcheck": "passed",
         "racecheck": "skipped",
+        "paper": "passed",
         "benchmarks": "passed",
     }
     assert "METAKERN_CUDA=1" in printed
@@ -170,7 +171,9 @@ def test_the_budget_is_under_eight_minutes() -> None:
 def test_an_unknown_stage_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         gpu_check.main(["--only", "build,tset"])
-    assert "--only takes build, tests, suite, memcheck, racecheck, benchmarks, got tset" in capsys.readouterr().err
+    assert (
+        "--only takes build, tests, suite, memcheck, racecheck, paper, benchmarks, got tset" in capsys.readouterr().err
+    )
 
 
 def test_the_build_is_for_the_device_that_is_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from typing import Any
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 import metakern
 from metakern.core.counter_draws import key_of, uniform
+from metakern.core.torch_private import pytree
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.learners import RuleLearner
 from metakern.maml import adapt, meta_loss
 from metakern.optim import LearnedOptimizer
 from metakern.rules import Adam, HierarchicalRNN, RuleState
-from metakern.rules.protocol import detached
+from metakern.rules.protocol import Rule, detached
 from metakern.tasks import Quadratics
 from tests.conftest import assert_same_bits
 from tests.rules import hrnn_by_hand, hrnn_formula
@@ -184,13 +186,13 @@ def test_draws_are_splitmix64_and_uniform() -> None:
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
     z ^= z >> 31
     assert z == 6457827717110365317
-    assert uniform(1234567, 1).item() == (z >> 11) / 2**53
-    many = uniform(key_of(0, "weight"), 100_000)
+    assert uniform([1234567], 1).item() == (z >> 11) / 2**53
+    many, others = uniform([key_of(0, "weight"), key_of(1, "weight")], 100_000)
     assert many.min() >= 0
     assert many.max() < 1
     assert many.mean().item() == pytest.approx(0.5, abs=0.005)
     assert many.var().item() == pytest.approx(1 / 12, rel=0.02)
-    assert abs(torch.corrcoef(torch.stack([many, uniform(key_of(1, "weight"), 100_000)]))[0, 1]) < 0.02
+    assert abs(torch.corrcoef(torch.stack([many, others]))[0, 1]) < 0.02
     assert abs(torch.corrcoef(torch.stack([many[1:], many[:-1]]))[0, 1]) < 0.02
 
 
@@ -389,3 +391,32 @@ def test_it_is_made_by_name() -> None:
     assert isinstance(rule, HierarchicalRNN)
     assert rule.attention
     assert rule.seed == 3
+
+
+@pytest.mark.parametrize("attention", [False, True])
+def test_groups_step_together_as_one_after_another(attention: bool) -> None:
+    torch.manual_seed(0)
+    rule = HierarchicalRNN(attention=attention).double()
+    shapes: list[dict[str, list[int]]] = [{"a": [3, 4, 2], "b": [3, 5]}, {"c": [2, 6]}, {"d": [1, 0]}]
+    params = tuple({k: torch.randn(shape, dtype=torch.float64) for k, shape in group.items()} for group in shapes)
+    grads = tuple({name: torch.randn_like(p) for name, p in group.items()} for group in params)
+    states = tuple(rule.init_state(group, tasks=True) for group in params)
+    found = []
+    for step in (rule.step_groups, functools.partial(Rule.step_groups, rule)):
+        middle, middle_states = step(params, grads, states)
+        new, new_states = step(middle, grads, middle_states)
+        leaves = [x for x in pytree.tree_leaves((new, new_states)) if x.numel()]
+        number = len(leaves)
+        weights = torch.autograd.grad(sum(x.square().sum() for x in leaves), list(rule.parameters()), allow_unused=True)
+        found.append([*leaves, *(x for x in weights if x is not None)])
+    assert len(found[0]) > number + 10
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
+
+
+def test_groups_of_two_dtypes_step_apart() -> None:
+    rule = HierarchicalRNN()
+    params = ({"a": torch.randn(2, 3)}, {"a": torch.randn(2, 3, dtype=torch.float64)})
+    states = tuple(rule.init_state(group, tasks=True) for group in params)
+    new, _ = rule.step_groups(params, params, states)
+    assert [group["a"].dtype for group in new] == [torch.float32, torch.float64]

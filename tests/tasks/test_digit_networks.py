@@ -26,12 +26,24 @@ def test_perceptrons_are_those_of_torch(activation):
         torch.testing.assert_close(loss, F.cross_entropy(logits, problems.targets))
 
 
-def test_perceptrons_compute_what_vmap_computes():
-    problems = DigitsMLP(hidden_size=6)
+@pytest.mark.parametrize(
+    "problems",
+    [DigitsMLP(6), DigitsMLP(6, "relu"), DigitsRegression(), DigitsCNN(3), DigitsRNN(5)],
+    ids=["mlp", "relu", "regression", "cnn", "rnn"],
+)
+def test_batched_networks_compute_what_vmap_computes(problems):
+    """Losses, gradients and second derivatives."""
     batch = problems.sample(3, generator())
-    data = batch.inputs.expand(3, -1, -1), batch.targets.expand(3, -1)
-    params = batch.init_params()
-    torch.testing.assert_close(problems.losses(params, *data), NetworkProblem.losses(problems, params, *data))
+    params = {name: p.double().requires_grad_() for name, p in batch.init_params().items()}
+    data = batch.inputs[:90].double().view(3, 30, -1), batch.targets[:90].view(3, 30)
+    found = []
+    for losses in (problems.losses(params, *data), NetworkProblem.losses(problems, params, *data)):
+        grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in grads), list(params.values()))
+        found.append([losses, *grads, *second])
+    assert all(g.abs().max() > 0 for g in found[0])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected)
 
 
 def test_the_recurrent_network_reads_rows_as_nn_rnn_does():

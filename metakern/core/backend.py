@@ -55,7 +55,7 @@ def is_compiled() -> bool:
 def autograd_library() -> Any:
     """The library that records calls as nodes of C++; None if it was not built, or not with this torch.
 
-    It is loaded by the first call that may be recorded, as it would add some 20 ms to ``import metakern``.
+    It is loaded by the first call that may be recorded.
     """
     if _C is None or _C.torch_version != torch.__version__:  # another torch may have another interface of autograd
         return None

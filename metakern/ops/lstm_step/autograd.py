@@ -15,7 +15,6 @@ from torch import Tensor
 from metakern.core.torch_private import forward_mode_is_active, func_is_active
 from metakern.ops.core.batching import Batch, looped
 from metakern.ops.core.define_op import Gradient, Kernel, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.state import tiles
 
@@ -27,28 +26,6 @@ _WAY_OUT = "backend='reference' does (a second derivative of the optimizee needs
 MAX_GATES = 8 * 2**20
 
 _BACKENDS: dict[str, Any] = {"backends": ("cpp", "cuda", "triton"), "triton": "metakern.ops.lstm_step.triton"}
-
-
-def _gradients(backward: Backward) -> dict[str, Any]:
-    """The gradient of params equals that of the new params; the gates are recomputed from the incoming state."""
-    a, grads = backward.arguments, backward.grads
-    grad_grads, grad_state, grad_weights = backward.call(
-        step_backward,
-        *(grads.new_params, grads.new_state, a.grads, a.state),
-        *(a.weights, a.preprocess, a.preprocess_scale, a.output_scale, a.precision),
-    )
-    return {"params": grads.new_params, "grads": grad_grads, "state": grad_state, "weights": grad_weights}
-
-
-def _gradients_with_gates(backward: Backward) -> dict[str, Any]:
-    """The same from the gates that forward kept."""
-    a, grads = backward.arguments, backward.grads
-    grad_grads, grad_state, grad_weights = backward.call(
-        step_with_gates_backward,
-        *(grads.new_params, grads.new_state, a.grads, a.state, backward.results.gates),
-        *(a.weights, a.preprocess, a.preprocess_scale, a.output_scale, a.precision),
-    )
-    return {"params": grads.new_params, "grads": grad_grads, "state": grad_state, "weights": grad_weights}
 
 
 def _gradient_shapes(a: Any) -> tuple[Any, ...]:
@@ -103,7 +80,12 @@ step = define_op(
     f"lstm_step(Tensor params, Tensor grads, Tensor state, {_OPTIONS}) -> (Tensor, Tensor)",
     results=("new_params", "new_state"),
     shapes=lambda a: (a.params.new_empty(a.params.shape), a.state.new_empty(a.state.shape)),
-    gradient=Gradient(_gradients, of=("params", "grads", "state", "weights"), saves=("grads", "state", "weights")),
+    gradient=Gradient(
+        step_backward,  # recomputes the gates from the incoming state
+        of=("params", "grads", "state", "weights"),
+        saves=("grads", "state", "weights"),
+        passes={"params": "new_params"},
+    ),
     batching=_batched,
     reference=reference.lstm_step,
     **_BACKENDS,
@@ -124,10 +106,11 @@ step_with_gates = define_op(
     results=("new_params", "new_state", "gates"),
     shapes=lambda a: (a.params.new_empty(a.params.shape), a.state.new_empty(a.state.shape), empty_gates(a.state)),
     gradient=Gradient(
-        _gradients_with_gates,
+        step_with_gates_backward,
         of=("params", "grads", "state", "weights"),
         saves=("grads", "state", "weights", "gates"),
         private=("gates",),
+        passes={"params": "new_params"},
     ),
     family="lstm_step",
 )

@@ -16,8 +16,8 @@ namespace metakern {
 namespace {
 
 LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
-                            const LstmStepOptions& options, const char* name = "grads") {
-  const auto p = checked_problem(params, state, weights, options, name);
+                            const LstmStepOptions& options, const char* name = "grads", int64_t copies = shared) {
+  const auto p = checked_problem(params, state, weights, options, name, copies);
   check(p.state_dtype != DType::bfloat16,
         "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
@@ -192,6 +192,48 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const
   return {new_params, new_state, new_stage_state};
 }
 
+// Every weight has one more axis in front, of C copies; each of C equal runs of whole tiles has its own copy.
+std::tuple<Tensor, Tensor, Tensor> lstm_step_stacked(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
+                                                     const Tensor& stage_state_, const Tensor& coordinate_inputs_,
+                                                     const std::vector<Tensor>& weights, int64_t features, int64_t head,
+                                                     double features_scale, double beta1, double beta2,
+                                                     double head_scale, int64_t precision) {
+  check_like(grads_, "grads", params_, "params");
+  const int64_t copies = weights.empty() || weights[0].dim() == 0 ? 1 : weights[0].size(0);
+  const LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision},
+                  "params", copies);
+  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
+  check_value(copies > 0 && p.num_coordinates % (copies * tile_lanes) == 0,
+              "params must hold the same number of coordinates for each of ", copies,
+              " copies of the weights, a multiple of ", tile_lanes, ", got ", p.num_coordinates, " in all");
+  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
+  const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
+  Tensor new_params = torch::stable::new_empty(params, params.sizes());
+  Tensor new_state = empty_result(state);
+  Tensor new_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
+  std::vector<Tensor> contiguous;
+  std::vector<const void*> pointers;
+  std::vector<int64_t> sizes;
+  for (const Tensor& w : weights) {
+    contiguous.push_back(as_contiguous(w));
+    pointers.push_back(contiguous.back().const_data_ptr());
+    sizes.push_back(w.numel() / copies * int64_t(w.element_size()));
+  }
+  LstmStepForward args{};
+  args.params = params.const_data_ptr();
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.new_params = new_params.mutable_data_ptr();
+  args.new_state = new_state.mutable_data_ptr();
+  args.stage_state = stage_state.const_data_ptr();
+  args.coordinate_inputs = coordinate_inputs.const_data_ptr();
+  args.new_stage_state = new_stage_state.mutable_data_ptr();
+  const LstmStepKernels& k = kernels_for(p);
+  run_forward_copies(k, p, args, pack_copies(k, p, pointers, sizes, copies), copies);
+  return {new_params, new_state, new_stage_state};
+}
+
 void lstm_step_staged_(Tensor params, const Tensor& grads_, Tensor state, Tensor stage_state,
                        const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights, int64_t features,
                        int64_t head, double features_scale, double beta1, double beta2, double head_scale,
@@ -257,6 +299,7 @@ STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("lstm_step_with_gates", TORCH_BOX(&lstm_step_with_gates));
   m.impl("lstm_step_with_gates_backward", TORCH_BOX(&lstm_step_with_gates_backward));
   m.impl("lstm_step_staged", TORCH_BOX(&lstm_step_staged));
+  m.impl("lstm_step_stacked", TORCH_BOX(&lstm_step_stacked));
   m.impl("lstm_step_staged_", TORCH_BOX(&lstm_step_staged_));
   m.impl("lstm_step_staged_backward", TORCH_BOX(&lstm_step_staged_backward));
 }

@@ -39,6 +39,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metakern, m) {
       "Tensor[] weights, int features, int head, float features_scale, float beta1, float beta2, float head_scale, "
       "int precision) -> (Tensor, Tensor, Tensor)");
   m.def(
+      "lstm_step_stacked(Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, "
+      "Tensor[] weights, int features, int head, float features_scale, float beta1, float beta2, float head_scale, "
+      "int precision) -> (Tensor, Tensor, Tensor)");
+  m.def(
       "lstm_step_staged_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor(c!) stage_state, "
       "Tensor coordinate_inputs, Tensor[] weights, int features, int head, float features_scale, float beta1, "
       "float beta2, float head_scale, int precision) -> ()");

@@ -52,8 +52,8 @@ from metakern.ops.lstm_step.state import (
 )
 
 _INPUTS = "Tensor coordinate_inputs, Tensor[] weights"
-_TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
-_OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
+TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
+OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
 
 #: Pairs of stages with compiled kernels: those of lstm_step, RNNProp and Meta-LSTM.
 COMPILED = frozenset(
@@ -67,7 +67,7 @@ BACKENDS = ("cpp", "cuda")
 
 step_backward = define_op(
     "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
-    f"{_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"{TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     results=("grad_params", "grad_grads", "grad_state", "grad_stage_state", "grad_coordinate_inputs", "grad_weights"),
     shapes=lambda a: (
         *(x.new_empty(x.shape) for x in (a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs)),
@@ -78,7 +78,7 @@ step_backward = define_op(
 )
 
 step = define_op(
-    f"lstm_step_staged({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"lstm_step_staged({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     results=("new_params", "new_state", "new_stage_state"),
     shapes=lambda a: tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state)),
     gradient=Gradient(
@@ -92,7 +92,7 @@ step = define_op(
 
 step_ = define_op(
     "lstm_step_staged_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor(c!) stage_state, "
-    f"{_INPUTS}, {_OPTIONS}) -> ()",
+    f"{_INPUTS}, {OPTIONS}) -> ()",
     shapes=lambda a: None,
     family="lstm_step_staged",
     backends=BACKENDS,

@@ -201,6 +201,11 @@ class Operator:
         """Arguments of a raw operator in schema order; ``suffix`` is ``_triton`` for Triton's."""
         raise NotImplementedError
 
+    @staticmethod
+    def copied(weights: Iterable[Tensor], copies: int) -> list[Tensor]:
+        """Different copies of weights, [copies, *shape] each."""
+        return [torch.stack([w * (1 + 0.1 * copy) for copy in range(copies)]) for w in weights]
+
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
         """Names, operators and arguments for torch.library.opcheck, some of which require gradients."""
         raise NotImplementedError

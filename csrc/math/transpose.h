@@ -1,0 +1,103 @@
+// Transposition of matrices between memory with rows side by side and packed memory with one vector per column.
+#pragma once
+#include <stdint.h>
+
+#include <utility>
+
+#include "../core/portable.h"
+#include "../core/vec.h"
+
+namespace metakern {
+inline namespace MK_CAPABILITY {
+
+// One step of the transposition: lane l of each pair of vectors `step` apart changes sides if bit `step` of l tells so.
+template <int step, class V, int... I>
+MK_INLINE void exchange_lanes(V& a, V& b, std::integer_sequence<int, I...>) {
+  constexpr int n = lanes<V>;
+  const V low = __builtin_shufflevector(a, b, ((I & step) ? n + I - step : I)...);
+  const V high = __builtin_shufflevector(a, b, ((I & step) ? n + I : I + step)...);
+  a = low;
+  b = high;
+}
+
+template <int step, class V>
+MK_INLINE void transpose_steps(V* rows) {
+  constexpr int n = lanes<V>;
+#pragma GCC unroll 16
+  for (int i = 0; i < n; ++i)
+    if ((i & step) == 0) exchange_lanes<step>(rows[i], rows[i + step], std::make_integer_sequence<int, n>());
+  if constexpr (step > 1) transpose_steps<step / 2>(rows);
+}
+
+// rows[i][j] becomes rows[j][i], of as many vectors as there are lanes.
+template <class V>
+MK_INLINE void transpose_lanes(V* rows) {
+  transpose_steps<lanes<V> / 2>(rows);
+}
+
+template <class V>
+MK_INLINE V load_first(const lane_t<V>* p, int64_t count) {
+  if (count >= lanes<V>) return load<V>(p);
+  V v{};
+  for (int64_t i = 0; i < count; ++i) v[i] = p[i];
+  return v;
+}
+template <class V>
+MK_INLINE void store_first(lane_t<V>* p, V v, int64_t count) {
+  if (count >= lanes<V>) return store(p, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = v[i];
+}
+
+// packed[column * pitch + row] = in[row * row_pitch + column], for `rows` of at most one vector; zeros up to the
+// vector.
+template <class S>
+MK_INLINE void pack_columns(const S* in, int64_t row_pitch, int64_t rows, int64_t columns, S* packed, int64_t pitch) {
+  using V = vec_t<S>;
+  constexpr int n = lanes<V>;
+  V tile[n];
+  for (int64_t column = 0; column < columns; column += n) {
+    const int64_t count = columns - column < n ? columns - column : n;
+    if (rows == n && count == n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) tile[i] = load<V>(in + i * row_pitch + column);
+    } else {
+      for (int i = 0; i < n; ++i) tile[i] = i < rows ? load_first<V>(in + i * row_pitch + column, count) : V{};
+    }
+    transpose_lanes(tile);
+    if (count == n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store(packed + (column + i) * pitch, tile[i]);
+    } else {
+      for (int i = 0; i < count; ++i) store(packed + (column + i) * pitch, tile[i]);
+    }
+  }
+}
+
+// The inverse, with `added` on every column: out[row * row_pitch + column] = packed[column * pitch + row] + added[row].
+template <class S>
+MK_INLINE void unpack_columns(const S* packed, int64_t pitch, vec_t<S> added, int64_t rows, int64_t columns, S* out,
+                              int64_t row_pitch) {
+  using V = vec_t<S>;
+  constexpr int n = lanes<V>;
+  V tile[n];
+  for (int64_t column = 0; column < columns; column += n) {
+    const int64_t count = columns - column < n ? columns - column : n;
+    if (count == n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) tile[i] = load<V>(packed + (column + i) * pitch) + added;
+    } else {
+      for (int i = 0; i < n; ++i) tile[i] = i < count ? load<V>(packed + (column + i) * pitch) + added : V{};
+    }
+    transpose_lanes(tile);
+    if (rows == n && count == n) {
+#pragma GCC unroll 16
+      for (int i = 0; i < n; ++i) store(out + i * row_pitch + column, tile[i]);
+    } else {
+      for (int i = 0; i < n; ++i)
+        if (i < rows) store_first(out + i * row_pitch + column, tile[i], count);
+    }
+  }
+}
+
+}  // namespace MK_CAPABILITY
+}  // namespace metakern

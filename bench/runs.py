@@ -9,21 +9,39 @@ import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from bench import machine
 from bench.targets import measured
+from metakern import build_info
 
 RESULTS = Path(__file__).parent / "results"
 
 #: Progress callback with the finished share of a job.
 Advance = Callable[[float], None]
 Job = Callable[[Advance], Any]
+
+#: Options that the comparisons of kernels share.
+Quick = Annotated[bool, typer.Option("--quick", help="Small sizes, no compiled peer, nothing written.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of every contender.")]
+Output = Annotated[Path | None, typer.Option(help="JSON to write; default: a file of the device's in bench/results.")]
+
+
+def start(threads: int) -> Console:
+    """Set threads and seed of a comparison of kernels; it ends here where there are none."""
+    console = Console()
+    if not build_info()["compiled"]:
+        console.print(f"there is nothing to measure: {build_info()['reason']}")
+        raise typer.Exit(1)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    return console
 
 
 def run_jobs(jobs: Mapping[str, Job], console: Console, workers: int = 1) -> list[Any]:
@@ -78,6 +96,11 @@ def show_targets(targets: list[dict[str, Any]], console: Console) -> None:
         required = f"{target['relation']} {target['required']:g} {target['unit']}".rstrip()
         table.add_row(target["kind"], target["name"], required, measured(target, 2), verdict)
     console.print(table)
+
+
+def default_output(name: str, quick: bool) -> Path | None:
+    """File of a comparison on this device, by the name of what was compared; a quick run has none."""
+    return None if quick else RESULTS / f"{'-'.join(filter(None, (machine.device_name(), name)))}.json"
 
 
 def write(results: dict[str, Any], output: Path | None, console: Console) -> None:

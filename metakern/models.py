@@ -1,11 +1,16 @@
-"""Standard few-shot models: a multilayer perceptron and the four-block CNN (Conv4)."""
+"""Standard few-shot models: a multilayer perceptron, the four-block CNN (Conv4) and ResNet-12."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
+
+#: Filters of the four blocks of ResNet-12: TADAM's (Oreshkin et al. 2018) and the wider ones of MetaOptNet (Lee et al.
+#: 2019).
+RESNET12_WIDTHS = (64, 128, 256, 512)
+RESNET12_WIDE = (64, 160, 320, 640)
 
 
 def mlp(*widths: int) -> nn.Sequential:
@@ -40,8 +45,7 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
     Raises:
         ValueError: for any other shape, and sizes below 1.
     """
-    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 16:
-        raise ValueError(f"shape must be channels, height and width of 16 pixels or more, got {list(shape)}")
+    _check_shape(shape)
     if filters < 1 or outputs < 1:
         raise ValueError(f"filters and outputs must be at least 1, got {filters} and {outputs}")
     channels, height, width = shape
@@ -50,3 +54,75 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
         norm = nn.BatchNorm2d(filters, track_running_stats=False)
         layers += [nn.Conv2d(inputs, filters, 3, padding=1, bias=False), norm, nn.ReLU(), nn.MaxPool2d(2)]
     return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (height // 16) * (width // 16), outputs))
+
+
+class ResidualBlock(nn.Module):
+    """Block of ResNet-12: three convolutions with batch norm, a 1x1 shortcut, leaky ReLU (0.1), max-pooling by 2."""
+
+    def __init__(self, inputs: int, filters: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for index in range(3):
+            layers += [*_convolution(filters if index else inputs, filters, 3), nn.LeakyReLU(0.1)]
+        self.body = nn.Sequential(*layers[:-1])
+        self.shortcut = nn.Sequential(*_convolution(inputs, filters, 1))
+        self.activation = nn.LeakyReLU(0.1)
+        self.pool = nn.MaxPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images [S, inputs, H, W] to [S, filters, H // 2, W // 2]."""
+        pooled: Tensor = self.pool(self.activation(self.body(x) + self.shortcut(x)))
+        return pooled
+
+
+def resnet12(shape: Sequence[int], outputs: int, widths: Sequence[int] = RESNET12_WIDTHS) -> nn.Sequential:
+    """ResNet-12: four residual blocks, the mean over the image, a linear layer.
+
+    Oreshkin et al. 2018 (TADAM), arXiv 1805.10123, with 64-128-256-512 filters; Lee et al. 2019 (MetaOptNet), arXiv
+    1904.03758, have 64-160-320-640: :data:`RESNET12_WIDTHS` and :data:`RESNET12_WIDE`. Convolutions start from He's
+    normal distribution by their outputs (``mode="fan_out"``), batch norms at one and zero. Batch norm takes the current
+    batch's statistics, as in :func:`conv4`, and nothing is dropped: MetaOptNet's DropBlock is left out.
+
+    Args:
+        shape: image shape: channels, height, width; at least 16 pixels each way
+        outputs: number of classes
+        widths: filters of the four blocks
+
+    Raises:
+        ValueError: for any other shape, other than four widths, and sizes below 1.
+    """
+    _check_shape(shape)
+    if len(widths) != 4 or min(widths) < 1 or outputs < 1:
+        got = f"{list(widths)} and {outputs}"
+        raise ValueError(f"widths must be the filters of four blocks, and they and outputs at least 1, got {got}")
+    blocks = [ResidualBlock(inputs, filters) for inputs, filters in pairwise((shape[0], *widths))]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], outputs))
+
+
+def resnet12_widths(filters: int | None) -> tuple[int, ...]:
+    """Filters of ResNet-12's blocks by those of the last: 640 gives :data:`RESNET12_WIDE`, others are halved.
+
+    None gives :data:`RESNET12_WIDTHS`.
+
+    Raises:
+        ValueError: for counts that cannot be halved three times.
+    """
+    if filters is None:
+        return RESNET12_WIDTHS
+    if filters == RESNET12_WIDE[-1]:
+        return RESNET12_WIDE
+    if filters < 8 or filters % 8:
+        raise ValueError(f"filters of resnet12 must be a multiple of 8, 512 or 640 as published, got {filters}")
+    return filters // 8, filters // 4, filters // 2, filters
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    if len(shape) != 3 or shape[0] < 1 or min(shape[1:]) < 16:
+        raise ValueError(f"shape must be channels, height and width of 16 pixels or more, got {list(shape)}")
+
+
+def _convolution(inputs: int, filters: int, size: int) -> tuple[nn.Conv2d, nn.BatchNorm2d]:
+    """A convolution of ResNet-12, which keeps the image's size, and its batch norm."""
+    convolution = nn.Conv2d(inputs, filters, size, padding=size // 2, bias=False)
+    nn.init.kaiming_normal_(convolution.weight, mode="fan_out", nonlinearity="leaky_relu")
+    return convolution, nn.BatchNorm2d(filters, track_running_stats=False)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -22,9 +21,20 @@ from bench.hrnn_step.contenders import Contender, Problem, contenders
 from bench.hrnn_step.targets import judge
 from bench.hrnn_step.work import FUNCTIONS, Speeds, bytes_per_coordinate, flops_per_coordinate
 from bench.peers import largest_error
-from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.runs import (
+    Advance,
+    Job,
+    Output,
+    Quick,
+    Threads,
+    default_output,
+    describe_run,
+    run_jobs,
+    show_targets,
+    start,
+    write,
+)
 from bench.timing import Calls, alternate
-from metakern import build_info
 
 OPS = ("forward", "forward_backward")
 
@@ -168,25 +178,18 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, no compiled peer, nothing written.")] = False,
+    quick: Quick = False,
     compiled: Annotated[bool, typer.Option(help="Measure torch.compile as well.")] = True,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one cell and operation.")] = FULL.seconds,
-    output: Annotated[Path | None, typer.Option(help="JSON to write; default bench/results/<device>-….json.")] = None,
+    output: Output = None,
 ) -> None:
     """Measure the kernels against eager and compiled PyTorch."""
-    console = Console()
-    if not build_info()["compiled"]:
-        console.print(f"there is nothing to measure: {build_info()['reason']}")
-        raise typer.Exit(1)
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    console = start(threads)
     plan = QUICK if quick else replace(FULL, seconds=seconds)
     results = describe_run("hrnn_step", "bench.hrnn_step.compare") | measure(plan, compiled and not quick, console)
     show(results, console)
-    if output is None and not quick:
-        output = RESULTS / f"{machine.device_name()}-hrnn-step.json"
-    write(results, output, console)
+    write(results, output or default_output("hrnn-step", quick), console)
 
 
 if __name__ == "__main__":

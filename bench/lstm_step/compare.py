@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,9 +22,20 @@ from bench.lstm_step.contenders import Eager, Fused, check_agreement, make_conte
 from bench.lstm_step.targets import judge
 from bench.lstm_step.unroll import KINDS, in_subprocess
 from bench.lstm_step.work import BACKWARD_FORWARDS, HIDDEN, LAYERS, bytes_per_coordinate, flops_per_coordinate
-from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.runs import (
+    Advance,
+    Job,
+    Output,
+    Quick,
+    Threads,
+    default_output,
+    describe_run,
+    run_jobs,
+    show_targets,
+    start,
+    write,
+)
 from bench.timing import Calls, alternate, quantiles
-from metakern import build_info
 from metakern.ops.lstm_step.reference import PREPROCESS
 from metakern.optim import LearnedOptimizer
 
@@ -225,24 +235,17 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, no compiled peer, nothing written.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    quick: Quick = False,
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one size and operation.")] = FULL.seconds,
-    output: Annotated[Path | None, typer.Option(help="JSON to write; default bench/results/<device>.json.")] = None,
+    output: Output = None,
 ) -> None:
     """Measure metakern against eager and compiled PyTorch."""
-    console = Console()
-    if not build_info()["compiled"]:
-        console.print(f"there is nothing to measure: {build_info()['reason']}")
-        raise typer.Exit(1)
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    console = start(threads)
     plan = QUICK if quick else replace(FULL, seconds=seconds)
     results = describe_run("lstm_step", "bench.lstm_step.compare") | measure(plan, console)
     show(results, console)
-    if output is None and not quick:
-        output = RESULTS / f"{machine.device_name()}.json"
-    write(results, output, console)
+    write(results, output or default_output("", quick), console)
 
 
 if __name__ == "__main__":

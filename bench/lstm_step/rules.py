@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -19,12 +18,22 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from bench import machine
 from bench.peers import largest_error
-from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.runs import (
+    Advance,
+    Job,
+    Output,
+    Quick,
+    Threads,
+    default_output,
+    describe_run,
+    run_jobs,
+    show_targets,
+    start,
+    write,
+)
 from bench.targets import judged
 from bench.timing import Calls, alternate
-from metakern import build_info
 from metakern.rules import CoordinatewiseLSTM, MetaLSTM, RNNProp, Rule
 
 #: Largest time of a rule as a multiple of that of lstm_step with the same layers and units.
@@ -183,17 +192,13 @@ def show(cells: list[dict[str, Any]], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, nothing written.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    quick: Quick = False,
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one rule, size and operation.")] = FULL.seconds,
-    output: Annotated[Path | None, typer.Option(help="JSON to write; default: a name of the device's.")] = None,
+    output: Output = None,
 ) -> None:
     """Measure RNNProp and Meta-LSTM against lstm_step and plain PyTorch."""
-    console = Console()
-    if not build_info()["compiled"]:
-        console.print(f"there is nothing to measure: {build_info()['reason']}")
-        raise typer.Exit(1)
-    torch.set_num_threads(threads)
+    console = start(threads)
     plan = QUICK if quick else replace(FULL, seconds=seconds)
     jobs: dict[str, Job] = {
         f"{name}, N = {n:,}": partial(measure_cell, name, n, plan) for n in plan.sizes for name in RULES
@@ -202,10 +207,8 @@ def main(
     targets = judge(cells)
     show(cells, console)
     show_targets(targets, console)
-    if output is None and not quick:
-        output = RESULTS / f"{machine.device_name()}-rules.json"
     results = describe_run("lstm_step_rules", "bench.lstm_step.rules")
-    write(results | {"cells": cells, "targets": targets}, output, console)
+    write(results | {"cells": cells, "targets": targets}, output or default_output("rules", quick), console)
 
 
 if __name__ == "__main__":

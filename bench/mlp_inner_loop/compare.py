@@ -15,7 +15,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any
 
@@ -32,7 +31,19 @@ from bench.mlp_inner_loop.memory import memory_case
 from bench.mlp_inner_loop.targets import judge_inner_loop
 from bench.peers import LIBRARIES, find_libraries
 from bench.processes import in_subprocess
-from bench.runs import RESULTS, Advance, Job, describe_run, run_jobs, show_targets, write
+from bench.runs import (
+    Advance,
+    Job,
+    Output,
+    Quick,
+    Threads,
+    default_output,
+    describe_run,
+    run_jobs,
+    show_targets,
+    start,
+    write,
+)
 from bench.timing import Calls, alternate, quantiles, wall_seconds
 
 BATCHED = ("metakern", "metakern, autograd", "vmap", "compiled")
@@ -219,13 +230,11 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Small cases, no compiled peer, nothing written.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    quick: Quick = False,
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one case.")] = FULL.seconds,
     cases: Annotated[str | None, typer.Option(help="Only cases with this in their title, and MAML.adapt.")] = None,
-    output: Annotated[
-        Path | None, typer.Option(help="JSON to write; default bench/results/<device>-inner-loop.json.")
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Measure metakern's inner loop against loops over tasks, torch.func and torch.compile."""
     plan = QUICK if quick else replace(FULL, seconds=seconds)
@@ -233,14 +242,10 @@ def main(
         plan = with_cases(plan, cases)
         if output is None and not quick:
             raise typer.BadParameter("--cases needs --output: the results of all cases stay where they are")
-    console = Console()
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    console = start(threads)
     results = describe_run("mlp_inner_loop", "bench.mlp_inner_loop.compare") | measure(plan, console)
     show(results, console)
-    if output is None and not quick:
-        output = RESULTS / f"{machine.device_name()}-inner-loop.json"
-    write(results, output, console)
+    write(results, output or default_output("inner-loop", quick), console)
 
 
 if __name__ == "__main__":

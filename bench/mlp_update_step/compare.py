@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -23,7 +22,18 @@ from bench.mlp_update_step.contenders import Case, compiled, eager, fused, make_
 from bench.mlp_update_step.targets import judge
 from bench.mlp_update_step.work import BACKWARD_FORWARDS, bytes_per_coordinate, flops_per_coordinate
 from bench.peers import largest_error
-from bench.runs import RESULTS, Advance, describe_run, run_jobs, show_targets, write
+from bench.runs import (
+    Advance,
+    Output,
+    Quick,
+    Threads,
+    default_output,
+    describe_run,
+    run_jobs,
+    show_targets,
+    start,
+    write,
+)
 from bench.timing import Calls, alternate, wall_seconds
 
 #: 1e6 parameters of convolutions and matrices; 6e5 in 600 tensors of 1,000, as many small layers.
@@ -123,23 +133,17 @@ def show(results: dict[str, Any], console: Console) -> None:
 
 
 def main(
-    quick: Annotated[bool, typer.Option("--quick", help="Small cases, no compiled peer, nothing written.")] = False,
-    threads: Annotated[int, typer.Option(min=1, help="Threads of every contender.")] = 2,
+    quick: Quick = False,
+    threads: Threads = 2,
     seconds: Annotated[float, typer.Option(min=0.01, help="Budget of one case.")] = 20.0,
-    output: Annotated[
-        Path | None, typer.Option(help="JSON to write; default bench/results/<device>-mlp-update-step.json.")
-    ] = None,
+    output: Output = None,
 ) -> None:
     """Measure a step of the per-parameter MLP optimizer against eager and compiled PyTorch."""
-    console = Console()
-    torch.set_num_threads(threads)
-    torch.manual_seed(0)
+    console = start(threads)
     found = measure(QUICK if quick else FULL, quick, 0.1 if quick else seconds, console)
     results = describe_run("mlp_update_step", "bench.mlp_update_step.compare") | found
     show(results, console)
-    if output is None and not quick:
-        output = RESULTS / f"{machine.device_name()}-mlp-update-step.json"
-    write(results, output, console)
+    write(results, output or default_output("mlp-update-step", quick), console)
 
 
 if __name__ == "__main__":

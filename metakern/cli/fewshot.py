@@ -12,6 +12,7 @@ from metakern.cli.outer import OUTER, OuterSettings
 from metakern.core.text import quoted
 from metakern.learners.clustered import ASSIGNMENTS
 from metakern.learners.clustering import BATCHES, EMBEDDINGS, METHODS
+from metakern.models import resnet12_widths
 from metakern.rules.registry import names
 from metakern.runs.fewshot import IMAGES, REGRESSION
 
@@ -73,12 +74,16 @@ class MAMLSettings(OuterSettings):
         int | None, _TASKS(min=1, help=f"Tasks of a meta-batch; default: {_by_tasks('num_tasks')}.")
     ] = None
     test_tasks: Annotated[int, _TASKS(min=2, help="Test tasks at the end.")] = 600
-    model: Annotated[str, _MODEL(help="mlp, conv4, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
+    model: Annotated[str, _MODEL(help="mlp, conv4, resnet12, or auto: conv4 for omniglot and mini-imagenet.")] = "auto"
     hidden: Annotated[str | None, _MODEL(help=f"Units of an mlp's hidden layers; default: {_by_tasks('hidden')}.")] = (
         None
     )
     filters: Annotated[
-        int | None, _MODEL(min=0, help="Filters of conv4; default: 64 (omniglot); 32 (mini-imagenet).")
+        int | None,
+        _MODEL(
+            min=0,
+            help="Filters of conv4; default: 64 (omniglot); 32 (mini-imagenet). Of resnet12's last block: 512; or 640.",
+        ),
     ] = None
     steps: Annotated[int | None, _INNER(min=1, help=f"Inner steps in training; default: {_by_tasks('steps')}.")] = None
     eval_steps: Annotated[int | None, _INNER(min=1, help="Inner steps in evaluation; default: STEPS.")] = None
@@ -118,10 +123,10 @@ class MAMLSettings(OuterSettings):
             yield ("ways",), f"with --tasks {self.tasks}, which have no classes"
         if self.tasks not in IMAGES:
             yield ("data",), f"with --tasks {self.tasks}: only {' and '.join(IMAGES)} come from a folder"
-        if self.model == "conv4":
-            yield ("hidden",), "with --model conv4, whose size is --filters; --model mlp has hidden layers"
+        if self.model != "mlp":
+            yield ("hidden",), f"with --model {self.model}, whose size is --filters; --model mlp has hidden layers"
         else:
-            yield ("filters",), "with --model mlp, whose size is --hidden; --model conv4 has filters"
+            yield ("filters",), "with --model mlp, whose size is --hidden; --model conv4 and resnet12 have filters"
         if self.clusters == "0":
             own = [field.name for field in fields(self) if field.name.startswith("cluster_")]
             yield own, "without clusters: --clusters 4 makes four, --clusters auto as many as fit"
@@ -140,7 +145,7 @@ class MAMLSettings(OuterSettings):
             ValueError: for unknown names, and settings that exclude each other.
         """
         choose("tasks", self.tasks, tuple(PRESETS))
-        choose("model", self.model, ("auto", "mlp", "conv4"))
+        choose("model", self.model, ("auto", "mlp", "conv4", "resnet12"))
         choose("rates", self.rates, ("fixed", "lslr", "meta-sgd"))
         if self.rule is not None:
             choose("rule", self.rule, names())
@@ -157,17 +162,19 @@ class MAMLSettings(OuterSettings):
         settled = replace(self, **{key: value for key, value in preset.items() if getattr(self, key) is None})
         images = self.tasks in IMAGES
         model = ("conv4" if images else "mlp") if self.model == "auto" else self.model
-        if model == "conv4" and not images:
+        if model != "mlp" and not images:
             raise ValueError(
-                f"model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
+                f"model {model} needs images of 16 pixels or more, omniglot or mini-imagenet, got {self.tasks!r}"
             )
+        if model == "resnet12":
+            settled = replace(settled, filters=resnet12_widths(self.filters)[-1])
         decay = settled.decay_iterations or settled.iterations
         return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
 
     def describe(self) -> str:
         """One-line description of the run."""
         shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
-        size = f"mlp {self.hidden}" if self.model == "mlp" else f"conv4 of {self.filters} filters"
+        size = f"mlp {self.hidden}" if self.model == "mlp" else f"{self.model} of {self.filters} filters"
         clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
         rule = "" if self.rule is None else f" by {self.rule}"
         return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{rule}{clusters}"

@@ -18,7 +18,7 @@ from metakern.core.text import quoted
 from metakern.inner_loop.arguments import adapted_names
 from metakern.learners import ClusteredLearner, MAMLLearner
 from metakern.learners.clustering import ClusterSampler
-from metakern.models import conv4, mlp
+from metakern.models import conv4, mlp, resnet12, resnet12_widths
 from metakern.rules import Rule
 from metakern.rules.registry import make, options_of
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
@@ -55,6 +55,8 @@ def make_model(settings: Any, tasks: TaskDistribution) -> nn.Module:
     outputs = settings.ways if not batch.support_y.is_floating_point() else int(batch.support_y.shape[-1])
     if settings.model == "conv4":
         return conv4(shape, settings.filters or 1, outputs)
+    if settings.model == "resnet12":
+        return resnet12(shape, outputs, resnet12_widths(settings.filters))
     body = mlp(math.prod(shape), *widths(settings.hidden or ""), outputs)
     return body if len(shape) == 1 else nn.Sequential(nn.Flatten(), *body)
 

@@ -44,6 +44,17 @@ def test_omniglot_has_conv4_of_64_filters(tmp_path, monkeypatch):
     assert flat(tasks.sample(1, torch.Generator()).support_x[0]).shape == (2, 2)
 
 
+@pytest.mark.parametrize(
+    ("filters", "widths"), [(None, (64, 128, 256, 512)), (640, (64, 160, 320, 640)), (16, (2, 4, 8, 16))]
+)
+def test_resnet12_has_the_published_filters_or_a_size_by_its_last_block(filters, widths, tmp_path, monkeypatch):
+    write_omniglot(tmp_path, monkeypatch)
+    omniglot = settings(tasks="omniglot", data=str(tmp_path), ways=2, queries=2, model="resnet12", filters=filters)
+    model = make_model(omniglot, make_tasks(omniglot))
+    assert tuple(block.shortcut[0].out_channels for block in model[:4]) == widths
+    assert omniglot.describe() == f"omniglot, 2-way 1-shot, resnet12 of {widths[-1]} filters, 1 inner steps of 0.4"
+
+
 def test_anil_adapts_the_last_layer_alone():
     anil = settings(anil=True, hidden="4,4")
     tasks = make_tasks(anil)

@@ -250,8 +250,12 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
             "--tasks mnist",
             "tasks must be one of sinusoid, regression-2, regression-3, regression-5, digits, digits-domai",
         ),
-        ("--model resnet", "model must be one of auto, mlp, conv4, got 'resnet'"),
+        ("--model resnet", "model must be one of auto, mlp, conv4, resnet12, got 'resnet'"),
         ("--model conv4", "model conv4 needs images of 16 pixels or more, omniglot or mini-imagenet, got 'sinusoid'"),
+        (
+            "--tasks omniglot --model resnet12 --filters 12",
+            "filters of resnet12 must be a multiple of 8, 512 or 640 as",
+        ),
         ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
         ("--rule lion", "rule must be one of adam, coordinatewise-lstm,"),
         ("--rule adam --rates lslr", "rates must be left out where rule is given, which has its own, got 'lslr'"),

@@ -35,6 +35,7 @@ MK_INLINE void transpose_lanes(V* rows) {
   transpose_steps<lanes<V> / 2>(rows);
 }
 
+// The first `count` lanes, at most all of them, from and to memory; others are loaded as zeros and not stored.
 template <class V>
 MK_INLINE V load_first(const lane_t<V>* p, int64_t count) {
   if (count >= lanes<V>) return load<V>(p);
@@ -47,6 +48,37 @@ MK_INLINE void store_first(lane_t<V>* p, V v, int64_t count) {
   if (count >= lanes<V>) return store(p, v);
   for (int64_t i = 0; i < count; ++i) p[i] = v[i];
 }
+#if defined(__AVX512F__)
+MK_INLINE uint32_t first_lanes(int64_t count) { return count >= 16 ? 0xffffu : (1u << count) - 1; }
+template <>
+MK_INLINE FloatVec load_first<FloatVec>(const float* p, int64_t count) {
+  return FloatVec(_mm512_maskz_loadu_ps(__mmask16(first_lanes(count)), p));
+}
+template <>
+MK_INLINE void store_first<FloatVec>(float* p, FloatVec v, int64_t count) {
+  _mm512_mask_storeu_ps(p, __mmask16(first_lanes(count)), __m512(v));
+}
+template <>
+MK_INLINE DoubleVec load_first<DoubleVec>(const double* p, int64_t count) {
+  return DoubleVec(_mm512_maskz_loadu_pd(__mmask8(first_lanes(count)), p));
+}
+template <>
+MK_INLINE void store_first<DoubleVec>(double* p, DoubleVec v, int64_t count) {
+  _mm512_mask_storeu_pd(p, __mmask8(first_lanes(count)), __m512d(v));
+}
+#elif defined(__AVX2__)
+MK_INLINE __m256i first_lanes(int64_t count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(int(count < 8 ? count : 8)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+template <>
+MK_INLINE FloatVec load_first<FloatVec>(const float* p, int64_t count) {
+  return FloatVec(_mm256_maskload_ps(p, first_lanes(count)));
+}
+template <>
+MK_INLINE void store_first<FloatVec>(float* p, FloatVec v, int64_t count) {
+  _mm256_maskstore_ps(p, first_lanes(count), __m256(v));
+}
+#endif
 
 // packed[column * pitch + row] = in[row * row_pitch + column], for `rows` of at most one vector; zeros up to the
 // vector.

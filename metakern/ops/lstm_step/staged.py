@@ -28,7 +28,6 @@ from metakern.ops.core.checks import (
     check_value,
 )
 from metakern.ops.core.define_op import Gradient, Kernel, Operator, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import (
     PARAM_DTYPES,
     PRECISION_INDEX,
@@ -66,18 +65,6 @@ COMPILED = frozenset(
 BACKENDS = ("cpp", "cuda")
 
 
-def _gradients(backward: Backward) -> dict[str, Any]:
-    a, grads = backward.arguments, backward.grads
-    found = backward.call(
-        step_backward,
-        *(grads.new_params, grads.new_state, grads.new_stage_state),
-        *(a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs, a.weights),
-        *(a.features, a.head, a.features_scale, a.beta1, a.beta2, a.head_scale, a.precision),
-    )
-    names = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
-    return dict(zip(names, found, strict=True))
-
-
 step_backward = define_op(
     "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
     f"{_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
@@ -95,7 +82,7 @@ step = define_op(
     results=("new_params", "new_state", "new_stage_state"),
     shapes=lambda a: tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state)),
     gradient=Gradient(
-        _gradients,
+        step_backward,
         of=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
         saves=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
     ),

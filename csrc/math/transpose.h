@@ -10,8 +10,8 @@
 namespace metakern {
 inline namespace MK_CAPABILITY {
 
-// One step of the transposition, for two rows that are `step` apart: the upper half of every 2 * step lanes of the first
-// row changes places with the lower half of the second.
+// One step of the transposition, for two rows that are `step` apart: of every 2 * step lanes, the upper half of the
+// first row changes places with the lower half of the second.
 template <int step, class V, int... I>
 MK_INLINE void exchange_lanes(V& a, V& b, std::integer_sequence<int, I...>) {
   constexpr int n = lanes<V>;

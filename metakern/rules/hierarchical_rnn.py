@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -23,6 +23,7 @@ from metakern.core.task_params import Rebuild
 from metakern.core.torch_private import pytree
 from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
+from metakern.ops.hrnn_step.stacked import hrnn_step_stacked
 from metakern.rules.bias_gru import Affine, BiasGRU, drawn
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
@@ -108,6 +109,7 @@ class HierarchicalRNN(PretrainedRule):
 
     title: ClassVar[str] = "Hierarchical RNN"
     draws_state: ClassVar[bool] = True
+    takes_copies: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
 
     def __init__(
@@ -167,32 +169,36 @@ class HierarchicalRNN(PretrainedRule):
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
         lead = first.shape[:1] if tasks and leaves else ()
+        of_weights = lead if self.copies is None else ()  # copies have the axis already
         dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
             keys = [key_of(seed, name) for seed in ([self.seed] if seeds is None else seeds)]
             coordinates, mean_rate = self._init_coordinates(keys, math.prod(p.shape[len(lead) :]), dtype, p.device)
             if seeds is None:
-                coordinates, mean_rate = (_repeated(x[0], lead) for x in (coordinates, mean_rate))
+                coordinates = coordinates.clone() if of_weights != lead else _repeated(coordinates[0], lead)
+                mean_rate = _repeated(mean_rate[0], lead)
             entry = {
                 "coordinates": coordinates,
-                "tensor": _repeated(self.tensor_gru.initial.to(dtype), lead),
+                "tensor": _repeated(self.tensor_gru.initial.to(dtype), of_weights),
                 "mean_rate": mean_rate,
             }
             per_tensor.append(entry | ({"attended": p.to(dtype, copy=True)} if self.attention else {}))
-        shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), lead)}
+        shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), of_weights)}
         return RuleState(tuple(per_tensor), shared, tasks)
 
     def _init_coordinates(
         self, keys: Sequence[int], number: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The state [len(keys), R, n] of one tensor of as many tasks, and their means of ℓ."""
+        """The state [T, R, n] of one tensor, and the means of ℓ [keys]; T is the number of keys, or of copies."""
         low, high = LOG_RATES
         draws = uniform(keys, number + 1, device)
         rate = (2 * low + (high - low) * (draws[:, :1] + draws[:, 1:])).to(dtype)
-        h = self.parameter_gru.initial.to(dtype).unsqueeze(1).expand(len(keys), -1, number)
-        zeros = functools.partial(h.new_zeros, len(keys))
-        coordinates = torch.cat([h, zeros(2 * SCALES, number), rate.unsqueeze(1), zeros(2, number)], 1)
+        tasks = len(keys) if self.copies is None else self.copies
+        h = self.parameter_gru.initial.to(dtype).unsqueeze(-1).expand(tasks, -1, number)
+        zeros = functools.partial(h.new_zeros, tasks)
+        rates = rate.unsqueeze(1).expand(tasks, -1, -1)
+        coordinates = torch.cat([h, zeros(2 * SCALES, number), rates, zeros(2, number)], 1)
         # Row by row: a sum over both axes at once may add in another order.
         return coordinates, torch.stack([row.sum() for row in rate]) / max(number, 1)
 
@@ -266,7 +272,7 @@ class HierarchicalRNN(PretrainedRule):
         active = [group for group in groups if group.active]
         if active:
             device = active[0].leaves[0].device.type
-            alike = len({(group.dtype, group.leaves[0].device) for group in active}) == 1
+            alike = self.copies is None and len({(group.dtype, group.leaves[0].device) for group in active}) == 1
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 for together in [active] if alike else [[group] for group in active]:
                     self._step(together)
@@ -276,24 +282,36 @@ class HierarchicalRNN(PretrainedRule):
         """Step every group's coordinates, then the tensors' states and the global states of all of them."""
         tensors = [group.of_entries("tensor") for group in groups]
         of_all = [group.of_problem() for group in groups]
-        dtype = groups[0].dtype
-        flat, shared = _joined([x.flatten(0, 1) for x in tensors]), _joined(of_all)
+        lengths, dtype, many = [len(x) for x in of_all], groups[0].dtype, len(groups) > 1
+
+        def rows(parts: Sequence[Tensor]) -> Tensor:
+            """Of all groups, one row for each tensor of each task; a single group keeps its axes [M, T]."""
+            return torch.cat([x.flatten(0, 1) for x in parts]) if many else parts[0]
+
+        def parts(of_all_groups: Tensor) -> Sequence[Tensor]:
+            """Of every group, [M, T, ...]."""
+            if not many:
+                return [of_all_groups]
+            pieces = of_all_groups.split([x.shape[0] * x.shape[1] for x in tensors])
+            return [piece.view(*x.shape[:2], piece.shape[1]) for piece, x in zip(pieces, tensors, strict=True)]
+
+        old, shared = rows(tensors), torch.cat(of_all) if many else of_all[0]
         own: Tensor = self.parameter_gru.biases().to(dtype)
-        to_parameters = (self.global_to_parameter(shared) + own).split([len(x) for x in of_all])
-        lower = self.tensor_to_parameter(flat).split([x.shape[0] * x.shape[1] for x in tensors])
+        upper = (self.global_to_parameter(shared) + own).split(lengths)
         weights = [w.to(dtype) for w in self.weights()]
-        steps = []
-        for group, x, rows, upper in zip(groups, tensors, lower, to_parameters, strict=True):
-            biases = rows.view(*x.shape[:2], rows.shape[1]) + upper
-            steps.append(group.step(biases, weights, self.backend))
-        to_tensors = self.global_to_tensor(shared).split([len(x) for x in of_all])
-        spread = [x.expand(len(of), *x.shape).flatten(0, 1) for x, of in zip(to_tensors, tensors, strict=True)]
-        means = _joined([step.means[..., :-1].flatten(0, 1) for step in steps])
-        new_flat: Tensor = self.tensor_gru(means, flat, _joined(spread))
-        pieces = new_flat.split([x.shape[0] * x.shape[1] for x in tensors])
-        new_tensors = [piece.view(x.shape) for piece, x in zip(pieces, tensors, strict=True)]
-        new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
-        of_problems = new_all.split([len(x) for x in of_all])
+        operator = hrnn_step if self.copies is None else hrnn_step_stacked
+        lower = parts(self.tensor_to_parameter(old))
+        steps = [
+            group.step(operator, below + above, weights, self.backend)
+            for group, below, above in zip(groups, lower, upper, strict=True)
+        ]
+        above = self.global_to_tensor(shared)
+        if many:
+            above = rows([x.expand(len(of), *x.shape) for x, of in zip(above.split(lengths), tensors, strict=True)])
+        new_tensors = parts(self.tensor_gru(rows([step.means[..., :-1] for step in steps]), old, above))
+        means = [x.mean(0) for x in new_tensors]
+        new_all: Tensor = self.global_gru(torch.cat(means) if many else means[0], shared)
+        of_problems = new_all.split(lengths)
         for group, step, tensor, x in zip(groups, steps, new_tensors, of_problems, strict=True):
             group.take(step, tensor, x)
 
@@ -374,7 +392,7 @@ class _Group:
         of_all = self.state.shared["global"].to(self.dtype)
         return of_all if self.state.tasks else of_all.unsqueeze(0)
 
-    def step(self, biases: Tensor, weights: list[Tensor], backend: str | None) -> Step:
+    def step(self, operator: Callable[..., Step], biases: Tensor, weights: list[Tensor], backend: str | None) -> Step:
         """The step of the coordinates; see :func:`metakern.ops.hrnn_step`."""
         dtype = self.dtype
         params, grads = ([xs[index] for index in self.active] for xs in (self.leaves, self.grads))
@@ -386,7 +404,7 @@ class _Group:
             params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
         mean_rate = _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries])
         coordinates = [entry["coordinates"].to(dtype) for entry in entries]
-        return hrnn_step(params, grads, coordinates, biases, mean_rate, weights, backend=backend)
+        return operator(params, grads, coordinates, biases, mean_rate, weights, backend=backend)
 
     def take(self, step: Step, tensor: Tensor, of_all: Tensor) -> None:
         """Put the results in the places of what went in."""
@@ -401,11 +419,6 @@ class _Group:
         old_global = self.state.shared["global"]
         shared = {"global": of_all.reshape(old_global.shape).to(old_global.dtype)}
         self.new_state = RuleState(tuple(per_tensor), shared, self.state.tasks)
-
-
-def _joined(rows: Sequence[Tensor]) -> Tensor:
-    """The rows of all groups."""
-    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:

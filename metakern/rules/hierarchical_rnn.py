@@ -275,7 +275,7 @@ class HierarchicalRNN(PretrainedRule):
             device = active[0].leaves[0].device.type
             alike = len({(group.dtype, group.leaves[0].device) for group in active}) == 1
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-                for together in [active] if alike and self.copies is None else [[group] for group in active]:
+                for together in [active] if alike else [[group] for group in active]:
                     self._step(together)
         return tuple(group.rebuild(group.new) for group in groups), tuple(group.new_state for group in groups)
 

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -39,6 +40,9 @@ ARCHITECTURE = re.compile(r"(\d+)\.(\d[af]?)(\+PTX)?")
 
 # The oldest supported torch: a build against a newer one uses only the stable interface of this version.
 OLDEST_TORCH = "0x020b000000000000"
+
+# The library that records calls as nodes of C++ in autograd's graph. It works with the torch that it was built with.
+AUTOGRAD = "metakern._autograd"
 
 # Object files are kept between builds; the build folder of an editable install is temporary.
 OBJECTS = Path("build", "objects", str(sys.implementation.cache_tag))
@@ -106,6 +110,7 @@ class Sources(NamedTuple):
 
     cpu_kernels: list[str]  # <folder>/cpu_kernel*.cpp, once per instruction set
     once: list[str]  # every other <folder>/*.cpp
+    autograd: list[str]  # <folder>/autograd*.cpp, the library of its own that uses torch's own C++ interface
     cuda_kernels: list[str]  # <folder>/*.cu
     cuda: list[str]  # <folder>/cuda*.cpp, only with CUDA
 
@@ -115,8 +120,10 @@ class Sources(NamedTuple):
         cpp = sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cpp"))
         kernels = [name for name in cpp if Path(name).name.startswith("cpu_kernel")]
         cuda = [name for name in cpp if Path(name).name.startswith("cuda")]
-        once = [name for name in cpp if name not in kernels and name not in cuda]
-        return cls(kernels, once, sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cu")), cuda)
+        autograd = [name for name in cpp if Path(name).name.startswith("autograd")]
+        once = [name for name in cpp if name not in (*kernels, *cuda, *autograd)]
+        cuda_kernels = sorted(path.relative_to(root).as_posix() for path in root.glob("csrc/*/*.cu"))
+        return cls(kernels, once, autograd, cuda_kernels, cuda)
 
 
 def own_options(source: Path) -> list[str]:
@@ -289,15 +296,20 @@ class Job(NamedTuple):
 
 
 class BuildExtension(build_ext):
-    """Compiles the kernels once per instruction set and links everything into one library."""
+    """Compiles the kernels once per instruction set and links two libraries: the kernels, and :data:`AUTOGRAD`."""
+
+    @cached_property
+    def cuda(self) -> Cuda | None:
+        """The toolkit, looked for once."""
+        return Cuda.find()
 
     def build_extension(self, ext: Extension) -> None:
-        """Compile in parallel, then let setuptools link."""
+        """Compile both libraries' files in parallel, then let setuptools link this one."""
         self.force = True  # setuptools notices no changed options or object files
         cpp_extension = needed("torch.utils.cpp_extension")
         flags = Flags.of(sys.platform, os.environ.get("METAKERN_SANITIZE", ""))
-        cuda = Cuda.find()
-        jobs = self.jobs(flags.compile, cuda)
+        cuda = self.cuda if ext.name != AUTOGRAD else None
+        jobs = self.jobs(flags.compile, self.cuda)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             runs = [pool.submit(job.run) for job in jobs]
             try:
@@ -305,10 +317,12 @@ class BuildExtension(build_ext):
             finally:  # after an error: cancel jobs not yet started
                 pool.shutdown(wait=False, cancel_futures=True)
         logging.info(f"{compiled} of {len(jobs)} files compiled, the others are current")
-        ext.extra_objects = [str(job.output) for job in jobs]
+        of_autograd = {str(OBJECTS / f"{name}.o") for name in Sources.find().autograd}
+        objects = [str(job.output) for job in jobs]
+        ext.extra_objects = [name for name in objects if (name in of_autograd) == (ext.name == AUTOGRAD)]
         ext.extra_link_args = flags.link
         ext.library_dirs = cpp_extension.library_paths()
-        ext.libraries = ["torch_cpu", "c10"]
+        ext.libraries = ["torch_cpu", "c10", *(["torch_python"] if ext.name == AUTOGRAD else [])]
         if cuda:  # static runtime, so that the library loads without CUDA
             ext.library_dirs += [str(cuda.home / "lib64"), str(cuda.home / "lib")]
             ext.libraries += ["cudart_static", "dl", "rt", "pthread"]
@@ -340,6 +354,10 @@ class BuildExtension(build_ext):
             own = [f'-D{name}="{value}"' for name, value in facts.items() if name in text]
             own += own_options(ROOT / source)
             jobs.append(Job([*compiler, *shared, *own, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
+        # torch's own interface, with the pybind11 that torch comes with.
+        own_interface = [f"-I{path}" for path in self.compiler.include_dirs] + [f"-isystem{p}" for p in includes[1:]]
+        for source in sources.autograd:
+            jobs.append(Job([*compiler, *own_interface, *flags, "-c", source], OBJECTS / f"{source}.o", versions))
         if cuda:
             own = [f'-DMETAKERN_CUDA_ARCHITECTURES="{cuda.architectures}"', f"-isystem{cuda.home / 'include'}"]
             own.append("-DUSE_CUDA=1")  # torch's own switch for its CUDA shims
@@ -354,5 +372,7 @@ if __name__ == "__main__":  # true in every build; tests import the code above
         if sys.platform == "darwin":  # universal interpreters request two architectures; build for one
             os.environ.setdefault("ARCHFLAGS", f"-arch {platform.machine()}")
         headers = [str(path) for path in ROOT.glob("csrc/**/*")]
-        extensions.append(Extension("metakern._C", sources=[], language="c++", depends=headers))
+        extensions = [
+            Extension(name, sources=[], language="c++", depends=headers) for name in ("metakern._C", AUTOGRAD)
+        ]
     setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtension})

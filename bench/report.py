@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_budget
-from bench.step_tables import hrnn_lines, mlp_update_lines, rules_lines
+from bench.step_tables import evolution_lines, hrnn_lines, mlp_update_lines, rules_lines
 from bench.targets import measured
 
 ROOT = Path(__file__).parent.parent
@@ -345,6 +345,7 @@ TABLES = {
     "lstm_step_rules": render_lines(rules_lines),
     "hrnn_step": render_lines(hrnn_lines),
     "mlp_update_step": render_lines(mlp_update_lines),
+    "evolution": render_lines(evolution_lines),
     "digits_lstm": render_optimizers,
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,

@@ -1,4 +1,4 @@
-"""README tables of hrnn_step, of mlp_update_step, and of the rules on lstm_step's stages."""
+"""README tables of hrnn_step, of mlp_update_step, of the rules on lstm_step's stages, and of evolution strategies."""
 
 from __future__ import annotations
 
@@ -73,4 +73,18 @@ def rules_lines(results: dict[str, Any]) -> list[str]:
         *_table(("rule", "operation", "coordinates", "times lstm_step's time", "bytes kept"), 2, rows),
         "",
         "Medians, against `lstm_step` with as many units and layers. Bytes kept for backward, a coordinate and step.",
+    ]
+
+
+def evolution_lines(results: dict[str, Any]) -> list[str]:
+    """A truncation of antithetic pairs against two forward unrolls."""
+    rows = []
+    for cell in results["costs"]:
+        times = [f"{cell['contenders'][name]['median_s'] * 1e3:.0f} ms" for name in ("pes", "forward")]
+        rows.append([cell["rule"], f"{cell['tasks']} {cell['problem']}", *times, f"{cell['over_two_forward']:.2f}"])
+    return [
+        *_table(("rule", "problems", "PES", "forward unroll", "PES over two unrolls"), 2, rows),
+        "",
+        f"Median time of a truncation of {results['unroll']} steps: one estimate of `pes` with as many antithetic "
+        "pairs as there are problems, restarts included, and the unroll of the problems by the unperturbed rule.",
     ]

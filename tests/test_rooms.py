@@ -52,8 +52,11 @@ def imports(tree: ast.AST) -> Iterator[Import]:
                     yield Import(node.lineno, each.name, "", each.asname or each.name, within)
 
 
-#: Names that only look private: the compiled kernels, and what a namedtuple has for everyone.
-PUBLIC = {"_C", "_asdict", "_fields", "_make", "_replace"}
+#: The compiled libraries.
+COMPILED = {"_C", "_autograd"}
+
+#: Names that only look private: the compiled libraries, and what a namedtuple has for everyone.
+PUBLIC = {*COMPILED, "_asdict", "_fields", "_make", "_replace"}
 
 
 def is_private(name: str) -> bool:
@@ -97,7 +100,9 @@ def imports_of_the_package(module: str, tree: ast.AST) -> list[str]:
     return [
         f"{module}:{each.line} imports {each.name or each.module} from metakern itself"
         for each in imports(tree)
-        if each.module == "metakern" and each.name != "_C" and not (each.name and (PACKAGE / each.name).is_dir())
+        if each.module == "metakern"
+        and each.name not in COMPILED
+        and not (each.name and (PACKAGE / each.name).is_dir())
     ]
 
 

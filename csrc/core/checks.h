@@ -12,6 +12,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
+#include <vector>
 
 #include "dtypes.h"
 
@@ -80,6 +81,18 @@ bool equal_shapes(const A& a, const B& b) {
 template <class Name>
 void check_shape(const Tensor& t, const Name& name, std::initializer_list<int64_t> expected) {
   const torch::headeronly::IntHeaderOnlyArrayRef shape(expected.begin(), expected.size());
+  if (!equal_shapes(t.sizes(), shape))
+    fail_value(name, " must have shape ", shape_string(shape), ", got ", shape_string(t.sizes()));
+}
+
+// Weights of which every task or copy has its own have one more axis in front, of this size; `shared` stands for none.
+constexpr int64_t shared = -1;
+
+template <class Name>
+void check_shape(const Tensor& t, const Name& name, std::initializer_list<int64_t> expected, int64_t copies) {
+  if (copies == shared) return check_shape(t, name, expected);
+  std::vector<int64_t> shape{copies};
+  shape.insert(shape.end(), expected.begin(), expected.end());
   if (!equal_shapes(t.sizes(), shape))
     fail_value(name, " must have shape ", shape_string(shape), ", got ", shape_string(t.sizes()));
 }

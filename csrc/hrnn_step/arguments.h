@@ -31,18 +31,20 @@ inline void check_count(const std::vector<Tensor>& list, const char* name, size_
 
 // A tensor of the arithmetic's dtype, of a given shape, beside biases.
 template <class Name>
-void check_operand(const Tensor& t, const Name& name, std::initializer_list<int64_t> shape, const Tensor& biases) {
-  check_shape(t, name, shape);
+void check_operand(const Tensor& t, const Name& name, std::initializer_list<int64_t> shape, const Tensor& biases,
+                   int64_t copies = shared) {
+  check_shape(t, name, shape, copies);
   check_dtype(t, name, biases.scalar_type());
   check_same_device(t, name, biases, "biases");
 }
 
-inline void check_hrnn_weights(HrnnStepProblem& p, const HrnnStepOperands& args) {
+// `copies`: T where each task has weights of its own, [T, *shape], else `shared`.
+inline void check_hrnn_weights(HrnnStepProblem& p, const HrnnStepOperands& args, int64_t copies) {
   const std::vector<Tensor>& w = args.weights;
   check_value(w.size() == hrnn_weights, "weights must hold ", hrnn_weights, " tensors, got ", w.size());
-  p.attention = w[2].dim() > 0 && w[2].size(0) == max_readouts;
+  p.attention = w[2].dim() > 1 && w[2].size(w[2].dim() - 2) == max_readouts;
   const auto check_weight = [&](size_t i, std::initializer_list<int64_t> shape) {
-    check_operand(w[i], Element{"weights", i, hrnn_weight_names[i]}, shape, args.biases);
+    check_operand(w[i], Element{"weights", i, hrnn_weight_names[i]}, shape, args.biases, copies);
   };
   check_weight(0, {2 * hrnn_hidden, hrnn_inputs});
   check_weight(1, {hrnn_hidden, hrnn_inputs});
@@ -74,7 +76,7 @@ inline void check_coordinates(const HrnnStepProblem& p, const Tensor& t, const E
 
 // The problem of an operator's arguments. `params` are those of forward; backward, which reads none, passes its grads.
 inline HrnnStepProblem checked_hrnn_step(const std::vector<Tensor>& params, const char* params_name,
-                                         const HrnnStepOperands& args) {
+                                         const HrnnStepOperands& args, bool stacked = false) {
   HrnnStepProblem p{};
   p.num_tensors = int64_t(params.size());
   check_count(args.grads, "grads", params.size(), params_name);
@@ -101,7 +103,7 @@ inline HrnnStepProblem checked_hrnn_step(const std::vector<Tensor>& params, cons
     check_operand(args.states[i], Element{"states", i}, {p.num_tasks, hrnn_rows, segment_size(params[i])}, biases);
     p.dtype = *float_dtype(params[i].scalar_type());
   }
-  check_hrnn_weights(p, args);
+  check_hrnn_weights(p, args, stacked ? p.num_tasks : shared);
   return p;
 }
 

@@ -62,7 +62,7 @@ void set_operands(const HrnnStepOperands& operands, Contiguous& kept, std::vecto
     tensors[i].state = kept(operands.states[i]);
   }
   const TensorList& w = operands.weights;
-  args.weights = {kept(w[0]), kept(w[1]), kept(w[2]), kept(w[3]), kept(w[4])};
+  args.weights = {{kept(w[0]), kept(w[1]), kept(w[2]), kept(w[3]), kept(w[4])}};
   args.biases = kept(operands.biases);
   args.mean_rate = kept(operands.mean_rate);
   args.tensors = tensors.data();
@@ -77,15 +77,32 @@ void over_segments(const HrnnStepProblem& p, const HrnnStepArguments& args, decl
   parallel_for(0, p.num_segments(), grain_segments, [&](int64_t first, int64_t last) { pass(p, args, first, last); });
 }
 
-std::tuple<TensorList, TensorList, Tensor, TensorList, TensorList, Tensor> hrnn_step(
-    const TensorList& params, const TensorList& grads, const TensorList& states, const Tensor& biases,
-    const Tensor& mean_rate, const TensorList& weights) {
+// The weights of every task, from tensors [T, *shape] whose first elements `first` points to.
+std::vector<HrnnWeights> weights_by_task(const HrnnStepProblem& p, const HrnnWeights& first,
+                                         const TensorList& weights) {
+  std::vector<HrnnWeights> found(size_t(p.num_tasks), first);
+  for (int64_t task = 0; task < p.num_tasks; ++task)
+    for (int i = 0; i < hrnn_weights; ++i)
+      found[task].data[i] = static_cast<const char*>(first.data[i]) +
+                            task * (weights[i].numel() / p.num_tasks * int64_t(weights[i].element_size()));
+  return found;
+}
+
+using Step = std::tuple<TensorList, TensorList, Tensor, TensorList, TensorList, Tensor>;
+
+Step forward_step(const TensorList& params, const TensorList& grads, const TensorList& states, const Tensor& biases,
+                  const Tensor& mean_rate, const TensorList& weights, bool stacked) {
   const HrnnStepOperands operands{grads, states, biases, mean_rate, weights};
-  const HrnnStepProblem p = checked_hrnn_step(params, "params", operands);
+  const HrnnStepProblem p = checked_hrnn_step(params, "params", operands, stacked);
   Contiguous kept;
   std::vector<HrnnTensor> tensors = sized_tensors(p, grads);
   HrnnStepArguments args{};
   set_operands(operands, kept, tensors, args);
+  std::vector<HrnnWeights> of_tasks;
+  if (stacked) {
+    of_tasks = weights_by_task(p, args.weights, weights);
+    args.task_weights = of_tasks.data();
+  }
   TensorList new_params, new_states, attended, steps;
   for (size_t i = 0; i < params.size(); ++i) {
     HrnnTensor& t = tensors[i];
@@ -111,6 +128,22 @@ std::tuple<TensorList, TensorList, Tensor, TensorList, TensorList, Tensor> hrnn_
   over_segments(p, args, k.finish_forward);
   over_tiles(p, args, k.apply);
   return {new_params, new_states, means, attended, steps, rms};
+}
+
+Step hrnn_step(const TensorList& params, const TensorList& grads, const TensorList& states, const Tensor& biases,
+               const Tensor& mean_rate, const TensorList& weights) {
+  return forward_step(params, grads, states, biases, mean_rate, weights, false);
+}
+
+// Each task has weights of its own: they have one more axis in front, of T.
+std::tuple<TensorList, TensorList, Tensor, TensorList> hrnn_step_stacked(const TensorList& params,
+                                                                         const TensorList& grads,
+                                                                         const TensorList& states, const Tensor& biases,
+                                                                         const Tensor& mean_rate,
+                                                                         const TensorList& weights) {
+  auto [new_params, new_states, means, attended, steps, rms] =
+      forward_step(params, grads, states, biases, mean_rate, weights, true);
+  return {new_params, new_states, means, attended};
 }
 
 // Checks of what only backward takes.
@@ -196,6 +229,7 @@ std::tuple<TensorList, TensorList, Tensor, Tensor, TensorList> hrnn_step_backwar
 
 STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("hrnn_step", TORCH_BOX(&hrnn_step));
+  m.impl("hrnn_step_stacked", TORCH_BOX(&hrnn_step_stacked));
   m.impl("hrnn_step_backward", TORCH_BOX(&hrnn_step_backward));
 }
 

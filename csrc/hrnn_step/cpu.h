@@ -34,7 +34,7 @@ struct HrnnTensor {
 };
 
 struct HrnnWeights {
-  const void *gates, *candidate, *readouts, *scales, *scalars;
+  const void* data[5];  // gates, candidate, readouts, scales, scalars
 };
 
 // Sums over a piece: forward adds up h', x, l' and the squares of delta and of attention's delta.
@@ -59,6 +59,7 @@ constexpr int flat_weights = flat_scalars + max_readouts + 2;
 struct HrnnStepArguments {
   const HrnnTensor* tensors;  // [M], and one more whose first_tile and first_piece are the totals
   HrnnWeights weights;
+  const HrnnWeights* task_weights;  // [T] where each task has its own; null where all share `weights`
   const void* biases;
   const void* mean_rate;
   double* sums;  // [pieces, the pass's number of sums]
@@ -74,6 +75,9 @@ struct HrnnStepArguments {
   void* grad_mean_rate;
   void* grad_weights[5];
 
+  MK_INLINE const HrnnWeights& weights_of(int64_t task) const {
+    return task_weights == nullptr ? weights : task_weights[task];
+  }
   MK_INLINE int64_t num_tiles(const HrnnStepProblem& p) const { return tensors[p.num_tensors].first_tile; }
   MK_INLINE int64_t num_pieces(const HrnnStepProblem& p) const { return tensors[p.num_tensors].first_piece; }
   MK_INLINE int64_t num_groups(const HrnnStepProblem& p) const {

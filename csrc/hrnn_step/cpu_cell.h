@@ -20,11 +20,11 @@ struct CallWeights {
   S offset, momentum;
 
   explicit CallWeights(const HrnnWeights& w)
-      : gates(static_cast<const S*>(w.gates)),
-        candidate(static_cast<const S*>(w.candidate)),
-        readouts(static_cast<const S*>(w.readouts)),
-        scales(static_cast<const S*>(w.scales)) {
-    const S* scalars = static_cast<const S*>(w.scalars);
+      : gates(static_cast<const S*>(w.data[0])),
+        candidate(static_cast<const S*>(w.data[1])),
+        readouts(static_cast<const S*>(w.data[2])),
+        scales(static_cast<const S*>(w.data[3])) {
+    const S* scalars = static_cast<const S*>(w.data[4]);
     for (S& bias : readout_biases) bias = S(0);
     readout_biases[rate_readout] = scalars[scalar_rate_bias];
     readout_biases[scale_decay_readout] = scalars[scalar_scale_bias];

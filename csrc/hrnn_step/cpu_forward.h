@@ -79,9 +79,9 @@ void forward_piece(const HrnnStepProblem& p, const HrnnStepArguments& args, cons
 
 template <class S>
 void forward(const HrnnStepProblem& p, const HrnnStepArguments& args, int64_t first_tile, int64_t last_tile) {
-  const CallWeights<S> w(args.weights);
-  for_each_piece(p, args, first_tile, last_tile,
-                 [&](const Piece& piece) { forward_piece<vec_t<S>>(p, args, w, piece); });
+  for_each_piece(p, args, first_tile, last_tile, [&](const Piece& piece) {
+    forward_piece<vec_t<S>>(p, args, CallWeights<S>(args.weights_of(piece.task)), piece);
+  });
 }
 
 // f(segment, its tensor, its first piece) for a range of segments.

@@ -28,11 +28,13 @@ struct WeightName {
   }
 };
 
-inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& weights, ScalarType dtype) {
+// `copies`: size of the weights' first axis where there are several sets of them, else `shared`.
+inline void check_weights(const LstmStepProblem& p, const std::vector<Tensor>& weights, ScalarType dtype,
+                          int64_t copies) {
   const int64_t H = p.hidden_size;
   int at = 0;
   const auto check_next = [&](std::initializer_list<int64_t> shape) {
-    check_shape(weights[at], WeightName{p, at}, shape);
+    check_shape(weights[at], WeightName{p, at}, shape, copies);
     check_dtype(weights[at], WeightName{p, at}, dtype);
     ++at;
   };
@@ -86,7 +88,8 @@ inline void check_options(const LstmStepOptions& options) {
 // The problem described by an operator's arguments. All must be on the device of `params` and have its dtype, or the
 // dtype that belongs to it. `name` is the name of `params` in messages: backward passes the grads instead.
 inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
-                                       const LstmStepOptions& options, const char* name = "grads") {
+                                       const LstmStepOptions& options, const char* name = "grads",
+                                       int64_t copies = shared) {
   check_options(options);
   LstmStepProblem p;
   p.num_coordinates = params.numel();
@@ -113,7 +116,7 @@ inline LstmStepProblem checked_problem(const Tensor& params, const Tensor& state
   check_value(weights.size() == size_t(p.num_weights()), "weights must hold 4 tensors a layer and 2 of the head", own,
               ", ", p.num_weights(), " for the state's ", p.num_layers, " layers, got ", weights.size());
   for (int i = 0; i < p.num_weights(); ++i) check_same_device(weights[i], WeightName{p, i}, params, name);
-  check_weights(p, weights, dtype);
+  check_weights(p, weights, dtype, copies);
   return p;
 }
 

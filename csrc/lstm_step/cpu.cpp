@@ -16,8 +16,8 @@ namespace metakern {
 namespace {
 
 LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std::vector<Tensor>& weights,
-                            const LstmStepOptions& options, const char* name = "grads") {
-  const auto p = checked_problem(params, state, weights, options, name);
+                            const LstmStepOptions& options, const char* name = "grads", int64_t copies = shared) {
+  const auto p = checked_problem(params, state, weights, options, name, copies);
   check(p.state_dtype != DType::bfloat16,
         "state must be torch.float32 on the CPU, whose kernels keep no bfloat16, got torch.bfloat16");
   return p;
@@ -69,43 +69,76 @@ void step_into(const LstmStepProblem& p, const std::vector<Tensor>& weights, con
   run_forward(k, p, args);
 }
 
-std::tuple<Tensor, Tensor> lstm_step(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
-                                     const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
-                                     double output_scale, int64_t precision) {
-  check_like(grads_, "grads", params_, "params");
-  const LstmStepProblem p = cpu_problem(params_, state_, weights,
-                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
+// What forward keeps for backward (cpu_cell.h).
+Tensor empty_gates(const LstmStepProblem& p, const Tensor& state) {
+  return empty_result(state, {p.num_tiles(), p.num_layers, gate_rows_per_unit, p.hidden_size, tile_lanes});
+}
+
+void check_gates(const LstmStepProblem& p, const Tensor& gates, const Tensor& state) {
+  check_shape(gates, "gates", {p.num_tiles(), p.num_layers, gate_rows_per_unit, p.hidden_size, tile_lanes});
+  check_dtype(gates, "gates", state.scalar_type());
+  check_same_device(gates, "gates", state, "state");
+}
+
+LstmStepProblem plain_problem(const Tensor& params, const Tensor& grads, const Tensor& state,
+                              const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
+                              double output_scale, int64_t precision) {
+  check_like(grads, "grads", params, "params");
+  return cpu_problem(params, state, weights, plain_options(preprocess, preprocess_scale, output_scale, precision),
+                     "params");
+}
+
+std::tuple<Tensor, Tensor> plain_step(const LstmStepProblem& p, const Tensor& params_, const Tensor& grads_,
+                                      const Tensor& state_, const std::vector<Tensor>& weights, LstmStepForward args) {
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_);
   const Tensor state = as_contiguous(state_);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
-  step_into(p, weights, params, grads, state, new_params, new_state);
+  step_into(p, weights, params, grads, state, new_params, new_state, args);
   return {new_params, new_state};
+}
+
+std::tuple<Tensor, Tensor> lstm_step(const Tensor& params, const Tensor& grads, const Tensor& state,
+                                     const std::vector<Tensor>& weights, int64_t preprocess, double preprocess_scale,
+                                     double output_scale, int64_t precision) {
+  const auto p = plain_problem(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision);
+  return plain_step(p, params, grads, state, weights, {});
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_step_with_gates(const Tensor& params, const Tensor& grads, const Tensor& state,
+                                                        const std::vector<Tensor>& weights, int64_t preprocess,
+                                                        double preprocess_scale, double output_scale,
+                                                        int64_t precision) {
+  const auto p = plain_problem(params, grads, state, weights, preprocess, preprocess_scale, output_scale, precision);
+  Tensor gates = empty_gates(p, state);
+  LstmStepForward args{};
+  args.gates = gates.mutable_data_ptr();
+  const auto [new_params, new_state] = plain_step(p, params, grads, state, weights, args);
+  return {new_params, new_state, gates};
 }
 
 void lstm_step_(Tensor params, const Tensor& grads_, Tensor state, const std::vector<Tensor>& weights,
                 int64_t preprocess, double preprocess_scale, double output_scale, int64_t precision) {
-  check_like(grads_, "grads", params, "params");
-  const LstmStepProblem p = cpu_problem(params, state, weights,
-                                        plain_options(preprocess, preprocess_scale, output_scale, precision), "params");
+  const auto p = plain_problem(params, grads_, state, weights, preprocess, preprocess_scale, output_scale, precision);
   const Tensor grads = as_contiguous(grads_);
   check_in_place(params, grads, state);  // the weights are packed before: they may lie anywhere
   step_into(p, weights, params, grads, state, params, state);
 }
 
-std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor& grad_new_params_,
-                                                                   const Tensor& grad_new_state_, const Tensor& grads_,
-                                                                   const Tensor& state_,
-                                                                   const std::vector<Tensor>& weights,
-                                                                   int64_t preprocess, double preprocess_scale,
-                                                                   double output_scale, int64_t precision) {
-  const LstmStepProblem p =
-      cpu_problem(grads_, state_, weights, plain_options(preprocess, preprocess_scale, output_scale, precision));
+using PlainGradients = std::tuple<Tensor, Tensor, std::vector<Tensor>>;
+
+// `gates` as forward kept them, null to recompute them.
+PlainGradients plain_backward(const Tensor& grad_new_params_, const Tensor& grad_new_state_, const Tensor& grads_,
+                              const Tensor& state_, const Tensor* gates_, const std::vector<Tensor>& weights,
+                              const LstmStepOptions& options) {
+  const LstmStepProblem p = cpu_problem(grads_, state_, weights, options);
   check_like(grad_new_params_, "grad_new_params", grads_, "grads");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
+  if (gates_ != nullptr) check_gates(p, *gates_, state_);
   const Tensor grad_new_params = as_contiguous(grad_new_params_);
   const Tensor grad_new_state = as_contiguous(grad_new_state_);
   const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
+  const Tensor gates = gates_ == nullptr ? state : as_contiguous(*gates_);
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = empty_result(state);
   LstmStepBackward args{};
@@ -115,8 +148,24 @@ std::tuple<Tensor, Tensor, std::vector<Tensor>> lstm_step_backward(const Tensor&
   args.grad_new_state = grad_new_state.const_data_ptr();
   args.grad_grads = grad_grads.mutable_data_ptr();
   args.grad_state = grad_state.mutable_data_ptr();
+  if (gates_ != nullptr) args.gates = gates.const_data_ptr();
   const auto grad_weights = run_backward(p, weights, args);
   return {grad_grads, grad_state, grad_weights};
+}
+
+PlainGradients lstm_step_backward(const Tensor& grad_new_params, const Tensor& grad_new_state, const Tensor& grads,
+                                  const Tensor& state, const std::vector<Tensor>& weights, int64_t preprocess,
+                                  double preprocess_scale, double output_scale, int64_t precision) {
+  return plain_backward(grad_new_params, grad_new_state, grads, state, nullptr, weights,
+                        plain_options(preprocess, preprocess_scale, output_scale, precision));
+}
+
+PlainGradients lstm_step_with_gates_backward(const Tensor& grad_new_params, const Tensor& grad_new_state,
+                                             const Tensor& grads, const Tensor& state, const Tensor& gates,
+                                             const std::vector<Tensor>& weights, int64_t preprocess,
+                                             double preprocess_scale, double output_scale, int64_t precision) {
+  return plain_backward(grad_new_params, grad_new_state, grads, state, &gates, weights,
+                        plain_options(preprocess, preprocess_scale, output_scale, precision));
 }
 
 // ------------------------------------------------------------------------------------------------ with any stages
@@ -140,6 +189,48 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const
   args.coordinate_inputs = coordinate_inputs.const_data_ptr();
   args.new_stage_state = new_stage_state.mutable_data_ptr();
   step_into(p, weights, params, grads, state, new_params, new_state, args);
+  return {new_params, new_state, new_stage_state};
+}
+
+// Every weight has one more axis in front, of C copies; each of C equal runs of whole tiles has its own copy.
+std::tuple<Tensor, Tensor, Tensor> lstm_step_stacked(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
+                                                     const Tensor& stage_state_, const Tensor& coordinate_inputs_,
+                                                     const std::vector<Tensor>& weights, int64_t features, int64_t head,
+                                                     double features_scale, double beta1, double beta2,
+                                                     double head_scale, int64_t precision) {
+  check_like(grads_, "grads", params_, "params");
+  const int64_t copies = weights.empty() || weights[0].dim() == 0 ? 1 : weights[0].size(0);
+  const LstmStepProblem p =
+      cpu_problem(params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision},
+                  "params", copies);
+  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
+  check_value(copies > 0 && p.num_coordinates % (copies * tile_lanes) == 0,
+              "params must hold the same number of coordinates for each of ", copies,
+              " copies of the weights, a multiple of ", tile_lanes, ", got ", p.num_coordinates, " in all");
+  const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
+  const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
+  Tensor new_params = torch::stable::new_empty(params, params.sizes());
+  Tensor new_state = empty_result(state);
+  Tensor new_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
+  std::vector<Tensor> contiguous;
+  std::vector<const void*> pointers;
+  std::vector<int64_t> sizes;
+  for (const Tensor& w : weights) {
+    contiguous.push_back(as_contiguous(w));
+    pointers.push_back(contiguous.back().const_data_ptr());
+    sizes.push_back(w.numel() / copies * int64_t(w.element_size()));
+  }
+  LstmStepForward args{};
+  args.params = params.const_data_ptr();
+  args.grads = grads.const_data_ptr();
+  args.state = state.const_data_ptr();
+  args.new_params = new_params.mutable_data_ptr();
+  args.new_state = new_state.mutable_data_ptr();
+  args.stage_state = stage_state.const_data_ptr();
+  args.coordinate_inputs = coordinate_inputs.const_data_ptr();
+  args.new_stage_state = new_stage_state.mutable_data_ptr();
+  const LstmStepKernels& k = kernels_for(p);
+  run_forward_copies(k, p, args, pack_copies(k, p, pointers, sizes, copies), copies);
   return {new_params, new_state, new_stage_state};
 }
 
@@ -205,7 +296,10 @@ STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("lstm_step", TORCH_BOX(&lstm_step));
   m.impl("lstm_step_", TORCH_BOX(&lstm_step_));
   m.impl("lstm_step_backward", TORCH_BOX(&lstm_step_backward));
+  m.impl("lstm_step_with_gates", TORCH_BOX(&lstm_step_with_gates));
+  m.impl("lstm_step_with_gates_backward", TORCH_BOX(&lstm_step_with_gates_backward));
   m.impl("lstm_step_staged", TORCH_BOX(&lstm_step_staged));
+  m.impl("lstm_step_stacked", TORCH_BOX(&lstm_step_stacked));
   m.impl("lstm_step_staged_", TORCH_BOX(&lstm_step_staged_));
   m.impl("lstm_step_staged_backward", TORCH_BOX(&lstm_step_staged_backward));
 }

@@ -23,6 +23,7 @@ struct LstmStepForward {
   const void* stage_state;
   const void* coordinate_inputs;  // [K, N]
   void* new_stage_state;          // may be stage_state
+  void* gates;                    // [tiles, L, 5, H, tile_lanes], what is kept for backward; may be null
 };
 
 struct LstmStepBackward {
@@ -41,6 +42,7 @@ struct LstmStepBackward {
   void* grad_params;  // [N]
   void* grad_stage_state;
   void* grad_coordinate_inputs;  // [K, N]
+  const void* gates;             // as forward kept them; null to recompute them
 };
 
 // The loops of one instruction set and compute dtype. Ranges are half-open.

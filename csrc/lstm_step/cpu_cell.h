@@ -9,35 +9,88 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
-// Arrays of the next tile, prefetched a few cache lines at a time into the second-level cache: a burst of all of a
-// tile's lines would occupy the processor's few buffers for misses.
-struct NextTile {
-  const void* arrays[2];  // either may be null
-  int64_t bytes;          // of each
-  int64_t fetched = 0;
+// Arrays of the next tile, inputs and results, prefetched a few cache lines at a time into the second-level cache: a
+// burst of all of a tile's lines would occupy the processor's few buffers for misses. Without it, stores of results
+// stall as they wait for their lines.
+class NextTile {
+ public:
+  // `steps` calls of prefetch fetch everything that is added.
+  explicit NextTile(int steps) : steps_(steps) {}
 
-  MK_INLINE void prefetch(int64_t count) {
+  void add(const void* array, int64_t bytes) {
     constexpr int64_t cache_line = 64;
-    const int64_t end = fetched + count < bytes ? fetched + count : bytes;
-    for (const void* array : arrays) {
-      if (array == nullptr) continue;
-      for (int64_t at = fetched; at < end; at += cache_line)
-        __builtin_prefetch(static_cast<const char*>(array) + at, 0, 2);
+    const int64_t lines = (bytes + cache_line - 1) / cache_line;
+    arrays_[count_++] = {static_cast<const char*>(array), bytes, (lines + steps_ - 1) / steps_ * cache_line};
+  }
+  MK_INLINE void prefetch() {
+    for (int i = 0; i < count_; ++i) {
+      Array& array = arrays_[i];
+      const int64_t end = array.step < array.bytes ? array.step : array.bytes;
+      for (int64_t at = 0; at < end; at += 64) __builtin_prefetch(array.next + at, 0, 2);
+      array.next += end;
+      array.bytes -= end;
     }
-    fetched = end;
+  }
+
+ private:
+  struct Array {
+    const char* next;
+    int64_t bytes;  // still to fetch
+    int64_t step;   // bytes a call
+  };
+  Array arrays_[4];
+  int steps_, count_ = 0;
+};
+
+// What a layer's activations leave for backward, whose gates are quotients of it: i = 1 / [0], f = [1],
+// g = [2] / ([2] + 2), o = 1 / [3], and with tanh_c = t, tanh(c') = t / (t + 2). Forward needs no more divisions for
+// it.
+template <class S>
+struct LayerGates {
+  S* gates;   // [H][4][tile_lanes]
+  S* tanh_c;  // [H][tile_lanes]
+
+  // Those of a layer in a tile's [L][5][H][tile_lanes].
+  static MK_INLINE LayerGates of_layer(S* tile, int layer, int H) {
+    S* const gates = tile + int64_t(layer) * gate_rows_per_unit * H * tile_lanes;
+    return {gates, gates + int64_t(4) * H * tile_lanes};
+  }
+  MK_INLINE LayerGates from_unit(int unit) const {
+    return {gates + int64_t(unit) * 4 * tile_lanes, tanh_c + int64_t(unit) * tile_lanes};
+  }
+
+  // h' of a unit as forward computes it.
+  template <class V>
+  MK_INLINE V hidden(int unit, int lane) const {
+    const V t = load<V>(tanh_c + int64_t(unit) * tile_lanes + lane);
+    const V o = load<V>(gates + (int64_t(unit) * 4 + 3) * tile_lanes + lane);
+    return t / (o * (t + S(2)));
+  }
+  template <class V>
+  MK_INLINE LstmActivations<V> activations(int unit, int lane) const {
+    const S* at = gates + int64_t(unit) * 4 * tile_lanes + lane;
+    const V one = broadcast<V>(1), g = load<V>(at + 2 * tile_lanes);
+    const V t = load<V>(tanh_c + int64_t(unit) * tile_lanes + lane);
+    LstmActivations<V> u;
+    u.gates.i = one / load<V>(at);
+    u.gates.f = load<V>(at + tile_lanes);
+    u.gates.g = g / (g + S(2));
+    u.gates.o = one / load<V>(at + 3 * tile_lanes);
+    u.tanh_c = t / (t + S(2));
+    u.h = u.gates.o * u.tanh_c;
+    return u;
   }
 };
 
 // Memory that a layer's units read and write, each [rows][tile_lanes].
 template <class S>
 struct LayerIO {
-  const S* x;  // [inputs]
-  const S* h;  // [H]
-  const S* c;  // [H]
-  S* new_h;    // [H]
-  S* new_c;    // [H], null when recomputing for backward
-  S* gates;    // [4][H], null in forward
-  S* tanh_c;   // [H], null in forward
+  const S* x;          // [inputs]
+  const S* h;          // [H]
+  const S* c;          // [H]
+  S* new_h;            // [H]
+  S* new_c;            // [H]
+  LayerGates<S> kept;  // null where nothing is kept for backward
 };
 
 // Pre-activations of M rows of gates: out[m] = bias[m] + sum over k of w[k][m] * rows[k], over the inputs x, then over
@@ -73,13 +126,14 @@ MK_INLINE void gate_rows(const lane_t<V>* w, const LayerIO<lane_t<V>>& io, int i
   }
 }
 
-// The activations of some units from their pre-activations, [unit][gate][tile_lanes], which are overwritten. Split into
-// loops of short dependency chains: a unit's whole chain exceeds the processor's out-of-order window.
+// The activations of some units from their pre-activations, `rows.gates`, which are overwritten. Split into loops of
+// short dependency chains: a unit's whole chain exceeds the processor's out-of-order window.
 template <class V>
-MK_INLINE void activate(const LayerIO<lane_t<V>>& io, lane_t<V>* rows, int first, int units, int used_lanes) {
+MK_INLINE void activate(const LayerIO<lane_t<V>>& io, const LayerGates<lane_t<V>>& rows, int first, int units,
+                        int used_lanes) {
   for (int j = 0; j < units; ++j)
     for (int lane = 0; lane < used_lanes; lane += lanes<V>) {
-      lane_t<V>* at = rows + j * 4 * tile_lanes + lane;
+      lane_t<V>* at = rows.gates + j * 4 * tile_lanes + lane;
       store(at, sigmoid_denominator(load<V>(at)));
       store(at + tile_lanes, sigmoid_denominator(load<V>(at + tile_lanes)));
       store(at + 2 * tile_lanes, tanh_numerator(load<V>(at + 2 * tile_lanes)));
@@ -87,56 +141,32 @@ MK_INLINE void activate(const LayerIO<lane_t<V>>& io, lane_t<V>* rows, int first
     }
   for (int j = 0; j < units; ++j)
     for (int lane = 0; lane < used_lanes; lane += lanes<V>) {
-      lane_t<V>* at = rows + j * 4 * tile_lanes + lane;
+      lane_t<V>* at = rows.gates + j * 4 * tile_lanes + lane;
       const int64_t to = int64_t(first + j) * tile_lanes + lane;
-      const V i = load<V>(at), f = load<V>(at + tile_lanes), g = load<V>(at + 2 * tile_lanes);
-      const V c = broadcast<V>(1) / f * load<V>(io.c + to) + g / (i * (g + lane_t<V>(2)));
+      const V i = load<V>(at), f = broadcast<V>(1) / load<V>(at + tile_lanes), g = load<V>(at + 2 * tile_lanes);
+      const V c = f * load<V>(io.c + to) + g / (i * (g + lane_t<V>(2)));
+      store(at + tile_lanes, f);
       store(io.new_c + to, c);
-      store(at, tanh_numerator(c));
+      store(rows.tanh_c + j * tile_lanes + lane, tanh_numerator(c));
     }
   for (int j = 0; j < units; ++j)
-    for (int lane = 0; lane < used_lanes; lane += lanes<V>) {
-      const lane_t<V>* at = rows + j * 4 * tile_lanes + lane;
-      const V t = load<V>(at), o = load<V>(at + 3 * tile_lanes);
-      store(io.new_h + int64_t(first + j) * tile_lanes + lane, t / (o * (t + lane_t<V>(2))));
-    }
-}
-
-// The same, also keeping the values for backward.
-template <class V>
-MK_INLINE void activate_for_backward(const LayerIO<lane_t<V>>& io, const lane_t<V>* rows, int first, int units, int H) {
-  const int64_t gate_stride = int64_t(H) * tile_lanes;
-  for (int j = 0; j < units; ++j)
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-      const lane_t<V>* at = rows + j * 4 * tile_lanes + lane;
-      lane_t<V>* to = io.gates + int64_t(first + j) * tile_lanes + lane;
-      store(to, sigmoid(load<V>(at)));
-      store(to + gate_stride, sigmoid(load<V>(at + tile_lanes)));
-      store(to + 2 * gate_stride, tanh(load<V>(at + 2 * tile_lanes)));
-      store(to + 3 * gate_stride, sigmoid(load<V>(at + 3 * tile_lanes)));
-    }
-  for (int j = 0; j < units; ++j)
-    for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
-      const int64_t at = int64_t(first + j) * tile_lanes + lane;
-      const lane_t<V>* gates = io.gates + at;
-      const V i = load<V>(gates), f = load<V>(gates + gate_stride), g = load<V>(gates + 2 * gate_stride);
-      const V t = tanh(f * load<V>(io.c + at) + i * g);
-      store(io.tanh_c + at, t);
-      store(io.new_h + at, load<V>(gates + 3 * gate_stride) * t);
-    }
+    for (int lane = 0; lane < used_lanes; lane += lanes<V>)
+      store(io.new_h + int64_t(first + j) * tile_lanes + lane, rows.template hidden<V>(j, lane));
 }
 
 // Values written to unused lanes carry no meaning.
 template <class V>
 void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs, int H, int used_lanes,
                    NextTile* next) {
-  alignas(64) lane_t<V> rows[4 * group_units * tile_lanes];
+  alignas(64) lane_t<V> gates[4 * group_units * tile_lanes], tanh_c[group_units * tile_lanes];
   for (int unit = 0; unit < H; unit += group_units) {
     const int units = H - unit < group_units ? H - unit : group_units;
-    next->prefetch(int64_t(sizeof(lane_t<V>)) * 2 * units * tile_lanes);  // all of it over all layers
+    const LayerGates<lane_t<V>> rows =
+        io.kept.gates == nullptr ? LayerGates<lane_t<V>>{gates, tanh_c} : io.kept.from_unit(unit);
+    next->prefetch();
     for (int row = 0; row < 4 * units;) {
       const int count = row_block(4 * units - row);
-      lane_t<V>* out = rows + row * tile_lanes;
+      lane_t<V>* out = rows.gates + row * tile_lanes;
       switch (count) {
         case 4: gate_rows<V, 4>(w, io, inputs, H, used_lanes, out); break;
         case 6: gate_rows<V, 6>(w, io, inputs, H, used_lanes, out); break;
@@ -148,10 +178,7 @@ void forward_layer(const LayerIO<lane_t<V>>& io, const lane_t<V>* w, int inputs,
       w += count * (1 + inputs + H);
       row += count;
     }
-    if (io.gates == nullptr)
-      activate<V>(io, rows, unit, units, used_lanes);
-    else
-      activate_for_backward<V>(io, rows, unit, units, H);
+    activate<V>(io, rows, unit, units, used_lanes);
   }
 }
 

@@ -11,6 +11,11 @@ namespace metakern {
 inline namespace MK_CAPABILITY {
 namespace {
 
+// Calls of NextTile::prefetch by the layers of one tile.
+MK_INLINE int forward_steps(const LstmStepProblem& p) {
+  return p.num_layers * ((p.hidden_size + group_units - 1) / group_units);
+}
+
 template <class S, class Stages>
 void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmStepForward& args, int64_t first_tile,
                    int64_t last_tile) {
@@ -20,6 +25,7 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
   alignas(64) S features[Stages::Features::max_inputs * tile_lanes], old_h[max_hidden * tile_lanes];
   TileInputs<S, Stages> inputs;
   StateRows<S, Stages> new_states;
+  const int64_t state_bytes = int64_t(sizeof(S)) * p.tile_state();
   for (int64_t tile = first_tile; tile < last_tile; ++tile) {
     const int used = lanes_in_tile(p, tile);
     inputs.read(p, args, tile, used);
@@ -27,18 +33,29 @@ void forward_tiles(const LstmStepProblem& p, const Stages& stages, const LstmSte
     const S* state = static_cast<const S*>(args.state) + tile * p.tile_state();
     S* new_state = static_cast<S*>(args.new_state) + tile * p.tile_state();
     const S* x = features;
-    NextTile next{{tile + 1 < last_tile ? state + p.tile_state() : nullptr, nullptr},
-                  int64_t(sizeof(S)) * p.tile_state()};
+    S* gates = static_cast<S*>(args.gates);
+    if (gates != nullptr) gates += tile * p.tile_gates();
+    NextTile next(forward_steps(p));
+    if (tile + 1 < last_tile) {
+      next.add(state + p.tile_state(), state_bytes);
+      if (new_state != state) next.add(new_state + p.tile_state(), state_bytes);
+      if (gates != nullptr) next.add(gates + p.tile_gates(), int64_t(sizeof(S)) * p.tile_gates());
+    }
     for (int layer = 0; layer < p.num_layers; ++layer) {
       const int64_t h_at = int64_t(layer) * 2 * H * tile_lanes, c_at = h_at + H * tile_lanes;
+      LayerGates<S> kept{};
+      if (gates != nullptr) kept = LayerGates<S>::of_layer(gates, layer, H);
       const S* h = state + h_at;
       if (args.new_state == args.state)
         h = static_cast<const S*>(__builtin_memcpy(old_h, h, sizeof(S) * H * tile_lanes));
-      forward_layer<V>({x, h, state + c_at, new_state + h_at, new_state + c_at, nullptr, nullptr},
-                       packed.forward(layer), p.inputs(layer), H, used, &next);  // clear_padding writes the rest
+      forward_layer<V>({x, h, state + c_at, new_state + h_at, new_state + c_at, kept}, packed.forward(layer),
+                       p.inputs(layer), H, used, &next);  // clear_padding writes the rest
       x = new_state + h_at;
     }
-    if (used < tile_lanes) clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
+    if (used < tile_lanes) {
+      clear_padding(new_state, int64_t(p.num_layers) * 2 * H, used);
+      if (gates != nullptr) clear_padding(gates, p.tile_gates() / tile_lanes, used);
+    }
     apply_head<V>(stages, inputs, packed, x, H, new_states);
     write_lanes(args.new_params, p.dtype, tile * tile_lanes, used, inputs.params);
     write_states<Stages::states>(args.new_stage_state, tile, used, new_states.data);
@@ -52,13 +69,14 @@ void forward(const LstmStepProblem& p, const LstmStepForward& args, int64_t firs
 
 // ---------------------------------------------------------------------------------------------------- backward
 
-// Working memory of one thread: the activations of a tile, overwritten by their gradients, and the sums of the weight
-// gradients over a block of tiles. Small enough for the second-level cache.
+// Working memory of one thread: the activations of a tile, a layer's gradients, and the sums of the weight gradients
+// over a block of tiles. Small enough for the second-level cache.
 template <class S>
 struct Scratch {
-  S* gates;          // [L, 4, H, tile_lanes]
+  S* gates;          // [L, 5, H, tile_lanes]  LayerGates, unless forward kept them
+  S* grad_gates;     // [4, H, tile_lanes]     gradients of a layer's pre-activations
   S* hidden;         // [L, H, tile_lanes]     h' of every layer
-  S* tanh_c;         // [L, H, tile_lanes]
+  S* new_c;          // [H, tile_lanes]
   S* features;       // [feature_rows, tile_lanes]
   S* grad_out;       // [R, tile_lanes]
   S* grad_x;         // [max(H, feature_rows), tile_lanes]
@@ -84,9 +102,10 @@ struct Scratch {
     };
     const int64_t H = p.hidden_size, rows = int64_t(p.num_layers) * H;
     constexpr int width = lanes<vec_t<S>>;
-    gates = take(4 * rows * tile_lanes);
+    gates = take(p.tile_gates());
+    grad_gates = take(4 * H * tile_lanes);
     hidden = take(rows * tile_lanes);
-    tanh_c = take(rows * tile_lanes);
+    new_c = take(H * tile_lanes);
     features = take(int64_t(p.feature_rows()) * tile_lanes);
     grad_out = take(int64_t(p.stages.outputs) * tile_lanes);
     grad_x = take((H < p.feature_rows() ? p.feature_rows() : H) * tile_lanes);
@@ -152,7 +171,7 @@ void transposed_products(const lane_t<V>* w, const lane_t<V>* rows, int count, l
   }
 }
 
-// Recompute one tile's gates and hidden states into the scratch memory.
+// Recomputes one tile's gates and hidden states into the scratch memory.
 template <class S>
 void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const Scratch<S>& scratch,
                     NextTile* next) {
@@ -161,13 +180,26 @@ void recompute_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, co
   const int64_t rows = int64_t(H) * tile_lanes;
   const S* x = scratch.features;
   for (int layer = 0; layer < p.num_layers; ++layer) {
-    S* gates = scratch.gates + layer * 4 * rows;
     S* hidden = scratch.hidden + layer * rows;
     const S* h = state + layer * 2 * rows;
-    forward_layer<V>({x, h, h + rows, hidden, nullptr, gates, scratch.tanh_c + layer * rows}, packed.forward(layer),
-                     p.inputs(layer), H, tile_lanes, next);
+    forward_layer<V>({x, h, h + rows, hidden, scratch.new_c, LayerGates<S>::of_layer(scratch.gates, layer, H)},
+                     packed.forward(layer), p.inputs(layer), H, tile_lanes, next);
     x = hidden;
   }
+}
+
+// Hidden states of one tile from the gates that forward kept, to the same bits.
+template <class S>
+void restore_hidden(const LstmStepProblem& p, S* gates, const Scratch<S>& scratch, int used) {
+  using V = vec_t<S>;
+  const int H = p.hidden_size;
+  S* out = scratch.hidden;
+  for (int layer = 0; layer < p.num_layers; ++layer) {
+    const auto kept = LayerGates<S>::of_layer(gates, layer, H);
+    for (int j = 0; j < H; ++j, out += tile_lanes)
+      for (int lane = 0; lane < tile_lanes; lane += lanes<V>) store(out + lane, kept.template hidden<V>(j, lane));
+  }
+  if (used < tile_lanes) clear_padding(scratch.hidden, int64_t(p.num_layers) * H, used);
 }
 
 // Adds one layer's part of the weight gradients of a tile to the sums.
@@ -176,13 +208,13 @@ void add_weight_gradients(const LstmStepProblem& p, const S* state, const Scratc
   using V = vec_t<S>;
   const int H = p.hidden_size, inputs = p.inputs(layer);
   const int64_t rows = int64_t(H) * tile_lanes;
-  const S* gates = scratch.gates + layer * 4 * rows;
+  const S* grads = scratch.grad_gates;
   const S* x = layer == 0 ? scratch.features : scratch.hidden + (layer - 1) * rows;
   const S* h = state + layer * 2 * rows;
   const auto row = [&](int k) { return k < inputs ? x + k * tile_lanes : h + (k - inputs) * tile_lanes; };
   transpose_rows<V>(row, inputs + H, Scratch<S>::columns(p, layer), scratch.transposed);
-  add_outer_products<V>(gates, 4 * H, scratch.transposed, inputs + H, scratch.sums_of(p, layer));
-  add_row_sums<V>(gates, 4 * H, scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>);
+  add_outer_products<V>(grads, 4 * H, scratch.transposed, inputs + H, scratch.sums_of(p, layer));
+  add_row_sums<V>(grads, 4 * H, scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>);
 }
 
 // The same for the head.
@@ -199,21 +231,24 @@ void add_head_gradients(const LstmStepProblem& p, const Scratch<S>& scratch) {
   }
 }
 
-// Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says.
-template <class S>
+// Adds the sums of a block of tiles to `partial`, laid out as cpu_weights.h says; the first block of a group
+// overwrites it.
+template <bool First, class S>
 void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* partial) {
+  const auto add = [](double& to, S value)
+                       __attribute__((always_inline)) { to = First ? double(value) : to + double(value); };
   using V = vec_t<S>;
   const int H = p.hidden_size;
-  const auto add_lanes = [](const S* sums, int count, double* out) {
-    for (int i = 0; i < count; ++i) out[i] += double(sum_lanes(load<V>(sums + i * lanes<V>)));
+  const auto add_lanes = [&](const S* sums, int count, double* out) {
+    for (int i = 0; i < count; ++i) add(out[i], sum_lanes(load<V>(sums + i * lanes<V>)));
   };
   for (int layer = 0; layer < p.num_layers; ++layer) {
     const FlatLayer at(p, layer);
     const int inputs = p.inputs(layer), columns = Scratch<S>::columns(p, layer);
     const S* sums = scratch.sums_of(p, layer);
     for (int row = 0; row < 4 * H; ++row, sums += columns) {
-      for (int k = 0; k < inputs; ++k) partial[at.weight_ih + int64_t(row) * inputs + k] += double(sums[k]);
-      for (int k = 0; k < H; ++k) partial[at.weight_hh + int64_t(row) * H + k] += double(sums[inputs + k]);
+      for (int k = 0; k < inputs; ++k) add(partial[at.weight_ih + int64_t(row) * inputs + k], sums[k]);
+      for (int k = 0; k < H; ++k) add(partial[at.weight_hh + int64_t(row) * H + k], sums[inputs + k]);
     }
     add_lanes(scratch.bias_sums + int64_t(layer) * 4 * H * lanes<V>, 4 * H, partial + at.bias);
   }
@@ -225,23 +260,24 @@ void add_block(const LstmStepProblem& p, const Scratch<S>& scratch, double* part
     add_lanes(sums + H * lanes<V>, 1, head + outputs * H + r);
   }
   for (int i = 0; i < p.stages.own_weights(); ++i)
-    head[outputs * (H + 1) + i] += double(row_sum<V>(scratch.own_sums + i * tile_lanes));
+    add(head[outputs * (H + 1) + i], row_sum<V>(scratch.own_sums + i * tile_lanes));
 }
 
-// Gradients of one tile: overwrites its gates with the gradients of their pre-activations, writes grad_state, adds the
-// weight gradients to the sums.
+// Gradients of one tile: writes grad_state, and adds the weight gradients to the sums.
 template <int Outputs, class S>
-void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, const S* grad_new_state,
-                   S* grad_state, const Scratch<S>& scratch, int used) {
+void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, const S* state, S* tile_gates,
+                   const S* grad_new_state, S* grad_state, const Scratch<S>& scratch, int used, NextTile* next) {
   using V = vec_t<S>;
   const int H = p.hidden_size;
   const int64_t rows = int64_t(H) * tile_lanes;
   const S* grad_out = scratch.grad_out;
+  S* grads = scratch.grad_gates;
   for (int layer = p.num_layers - 1; layer >= 0; --layer) {
     const bool top = layer == p.num_layers - 1;
-    S* gates = scratch.gates + layer * 4 * rows;
+    const auto kept = LayerGates<S>::of_layer(tile_gates, layer, H);
     const S* c = state + (layer * 2 + 1) * rows;
-    for (int j = 0; j < H; ++j)
+    for (int j = 0; j < H; ++j) {
+      next->prefetch();
       for (int lane = 0; lane < tile_lanes; lane += lanes<V>) {
         const int64_t at = int64_t(j) * tile_lanes + lane;
         V grad_h = load<V>(grad_new_state + layer * 2 * rows + at);
@@ -249,36 +285,41 @@ void backward_tile(const LstmStepProblem& p, const PackedWeights<S>& packed, con
         grad_h += top ? load<V>(grad_out + lane) * packed.head()[j] : load<V>(scratch.grad_x + at);
         for (int r = 1; r < Outputs; ++r)
           if (top) grad_h += load<V>(grad_out + r * tile_lanes + lane) * packed.head()[r * H + j];
-        const auto d =
-            lstm_unit_backward<V>({load<V>(gates + at), load<V>(gates + rows + at), load<V>(gates + 2 * rows + at),
-                                   load<V>(gates + 3 * rows + at)},
-                                  load<V>(scratch.tanh_c + layer * rows + at), load<V>(c + at), grad_h, grad_c);
-        store(gates + at, d.preactivation.i);
-        store(gates + rows + at, d.preactivation.f);
-        store(gates + 2 * rows + at, d.preactivation.g);
-        store(gates + 3 * rows + at, d.preactivation.o);
+        const auto u = kept.template activations<V>(j, lane);
+        const auto d = lstm_unit_backward<V>(u.gates, u.tanh_c, load<V>(c + at), grad_h, grad_c);
+        store(grads + at, d.preactivation.i);
+        store(grads + rows + at, d.preactivation.f);
+        store(grads + 2 * rows + at, d.preactivation.g);
+        store(grads + 3 * rows + at, d.preactivation.o);
         store(grad_state + (layer * 2 + 1) * rows + at, d.c);
       }
+    }
     if (used < tile_lanes) {  // drop the incoming gradients of lanes after the last coordinate
-      clear_padding(gates, 4 * H, used);
+      clear_padding(grads, 4 * H, used);
       clear_padding(grad_state + (layer * 2 + 1) * rows, H, used);
     }
     for (int lane = 0; lane < tile_lanes; lane += pair * lanes<V>) {
-      transposed_products<V>(packed.transposed_h(layer), gates + lane, 4 * H, grad_state + layer * 2 * rows + lane, H);
-      transposed_products<V>(packed.transposed_x(layer), gates + lane, 4 * H, scratch.grad_x + lane, p.inputs(layer));
+      transposed_products<V>(packed.transposed_h(layer), grads + lane, 4 * H, grad_state + layer * 2 * rows + lane, H);
+      transposed_products<V>(packed.transposed_x(layer), grads + lane, 4 * H, scratch.grad_x + lane, p.inputs(layer));
     }
     add_weight_gradients(p, state, scratch, layer);
   }
 }
 
+// Calls of NextTile::prefetch by backward for one tile.
+MK_INLINE int backward_steps(const LstmStepProblem& p, bool gates_kept) {
+  return p.num_layers * p.hidden_size + (gates_kept ? 0 : forward_steps(p));
+}
+
 template <class S, class Stages>
 void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmStepBackward& args,
-                    const Scratch<S>& scratch, int64_t first_tile, int tiles, double* partial) {
+                    const Scratch<S>& scratch, int64_t first_tile, int tiles, bool first, double* partial) {
   using V = vec_t<S>;
   const PackedWeights<S> packed(p, static_cast<S*>(const_cast<void*>(args.packed)));
   TileInputs<S, Stages> inputs;
   StateRows<S, Stages> dropped;
   TileGradients<S, Stages> gradients;
+  const int64_t state_bytes = int64_t(sizeof(S)) * p.tile_state();
   for (int64_t i = 0; i < scratch.num_sums; ++i) scratch.sums[i] = S(0);
   for (int64_t tile = first_tile; tile < first_tile + tiles; ++tile) {
     const int64_t at = tile * p.tile_state();
@@ -288,26 +329,37 @@ void backward_block(const LstmStepProblem& p, const Stages& stages, const LstmSt
     write_features<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.features, dropped);
     const S* state = static_cast<const S*>(args.state) + at;
     const S* grad_new_state = static_cast<const S*>(args.grad_new_state) + at;
+    S* grad_state = static_cast<S*>(args.grad_state) + at;
     const bool last = tile + 1 == first_tile + tiles;
-    NextTile next{{last ? nullptr : state + p.tile_state(), last ? nullptr : grad_new_state + p.tile_state()},
-                  int64_t(sizeof(S)) * p.tile_state()};
+    S* gates = static_cast<S*>(const_cast<void*>(args.gates));
+    if (gates != nullptr) gates += tile * p.tile_gates();
+    NextTile next(backward_steps(p, gates != nullptr));
+    if (!last) {
+      next.add(state + p.tile_state(), state_bytes);
+      next.add(grad_new_state + p.tile_state(), state_bytes);
+      next.add(grad_state + p.tile_state(), state_bytes);
+      if (gates != nullptr) next.add(gates + p.tile_gates(), int64_t(sizeof(S)) * p.tile_gates());
+    }
     if (used < tile_lanes) {  // values after the last coordinate, NaN included, must not reach the weights
       __builtin_memcpy(scratch.last_state, state, sizeof(S) * p.tile_state());
       clear_padding(scratch.last_state, int64_t(p.num_layers) * 2 * p.hidden_size, used);
       state = scratch.last_state;
     }
-    recompute_tile(p, packed, state, scratch, &next);
+    if (gates == nullptr)
+      recompute_tile(p, packed, state, scratch, &next);
+    else
+      restore_hidden(p, gates, scratch, used);
     const S* top = scratch.hidden + int64_t(p.num_layers - 1) * p.hidden_size * tile_lanes;
     head_backward<V>(stages, inputs, packed, top, p.hidden_size, gradients, scratch.grad_out,
                      scratch.own_sums + Stages::Features::weights * tile_lanes);
-    backward_tile<Stages::Head::outputs>(p, packed, state, grad_new_state, static_cast<S*>(args.grad_state) + at,
-                                         scratch, used);
+    backward_tile<Stages::Head::outputs>(p, packed, state, gates == nullptr ? scratch.gates : gates, grad_new_state,
+                                         grad_state, scratch, used, &next);
     features_backward<V>(stages, inputs, packed.features_weights(), p.stages.inputs, scratch.grad_x, gradients,
                          scratch.own_sums);
     add_head_gradients(p, scratch);
     gradients.write(p, args, tile, used);
   }
-  add_block(p, scratch, partial);
+  first ? add_block<true>(p, scratch, partial) : add_block<false>(p, scratch, partial);
 }
 
 template <class S, class Stages>
@@ -318,11 +370,11 @@ void backward_groups(const LstmStepProblem& p, const Stages& stages, const LstmS
   const int64_t tiles = p.num_tiles(), blocks = num_blocks(p), groups = num_groups(p);
   for (int64_t group = first_group; group < last_group; ++group) {
     double* partial = args.partials + group * p.flat_weights();
-    for (int64_t i = 0; i < p.flat_weights(); ++i) partial[i] = 0;
-    for (int64_t block = blocks * group / groups; block < blocks * (group + 1) / groups; ++block) {
+    const int64_t first_block = blocks * group / groups;
+    for (int64_t block = first_block; block < blocks * (group + 1) / groups; ++block) {
       const int64_t first = block * block_tiles;
       const int count = int(tiles - first < block_tiles ? tiles - first : block_tiles);
-      backward_block<S>(p, stages, args, scratch, first, count, partial);
+      backward_block<S>(p, stages, args, scratch, first, count, block == first_block, partial);
     }
   }
 }

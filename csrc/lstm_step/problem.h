@@ -18,6 +18,7 @@ namespace metakern {
 
 constexpr int max_hidden = 64;
 constexpr int max_layers = 3;
+constexpr int gate_rows_per_unit = 5;  // rows of a unit that the CPU's forward can keep for backward (cpu_cell.h)
 constexpr int max_weights = 4 * max_layers + 4;
 
 // Precision of the products of weights and hidden states, named as in torch.set_float32_matmul_precision. A processor
@@ -52,6 +53,7 @@ struct LstmStepProblem {
 
   MK_INLINE int64_t num_tiles() const { return (num_coordinates + tile_lanes - 1) / tile_lanes; }
   MK_INLINE int64_t tile_state() const { return int64_t(num_layers) * 2 * hidden_size * tile_lanes; }
+  MK_INLINE int64_t tile_gates() const { return int64_t(num_layers) * gate_rows_per_unit * hidden_size * tile_lanes; }
   MK_INLINE int64_t tile_stage_state() const { return int64_t(stages.states) * tile_lanes; }
   MK_INLINE int inputs(int layer) const { return layer == 0 ? stages.inputs : hidden_size; }
   MK_INLINE int num_weights() const {

@@ -28,7 +28,18 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metakern, m) {
       "lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, Tensor[] weights, "
       "int preprocess, float preprocess_scale, float output_scale, int precision) -> (Tensor, Tensor, Tensor[])");
   m.def(
+      "lstm_step_with_gates(Tensor params, Tensor grads, Tensor state, Tensor[] weights, int preprocess, "
+      "float preprocess_scale, float output_scale, int precision) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_step_with_gates_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, "
+      "Tensor gates, Tensor[] weights, int preprocess, float preprocess_scale, float output_scale, int precision) -> "
+      "(Tensor, Tensor, Tensor[])");
+  m.def(
       "lstm_step_staged(Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, "
+      "Tensor[] weights, int features, int head, float features_scale, float beta1, float beta2, float head_scale, "
+      "int precision) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_step_stacked(Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, "
       "Tensor[] weights, int features, int head, float features_scale, float beta1, float beta2, float head_scale, "
       "int precision) -> (Tensor, Tensor, Tensor)");
   m.def(

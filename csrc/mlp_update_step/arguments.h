@@ -43,22 +43,24 @@ inline void check_moment(const Tensor& t, const Element& name, const Tensor& par
 }
 
 inline void check_weights(MlpUpdateProblem& p, const Tensors& weights, const Tensor& decays, ScalarType dtype) {
+  const int64_t copies = p.stacked ? p.num_tasks : shared;
   const size_t count = weights.size();
   check_value(count % 2 == 0 && count >= 4 && count <= 2 * (most_hidden_layers + 1),
               "weights must hold 4, 6, 8 or 10 tensors, two a layer, got ", count);
   const Tensor& first = weights[0];
-  if (first.dim() != 2 || first.size(0) < smallest_width || first.size(0) > largest_width)
-    fail_value("weights[0] must have shape [W, ", mlp_inputs, "] with W of ", smallest_width, " to ", largest_width,
-               ", got ", shape_string(first.sizes()));
-  p.width = int(first.size(0));
+  const int axis = p.stacked ? 1 : 0;
+  if (first.dim() != axis + 2 || first.size(axis) < smallest_width || first.size(axis) > largest_width)
+    fail_value("weights[0] must have shape [", p.stacked ? "T, " : "", "W, ", mlp_inputs, "] with W of ",
+               smallest_width, " to ", largest_width, ", got ", shape_string(first.sizes()));
+  p.width = int(first.size(axis));
   p.hidden_layers = int(count) / 2 - 1;
   for (size_t i = 0; i < count; ++i) {
     const int layer = int(i) / 2;
     const Element name{"weights", i};
     if (i % 2)
-      check_shape(weights[i], name, {p.outputs(layer)});
+      check_shape(weights[i], name, {p.outputs(layer)}, copies);
     else
-      check_shape(weights[i], name, {p.outputs(layer), layer == 0 ? mlp_inputs : p.width});
+      check_shape(weights[i], name, {p.outputs(layer), layer == 0 ? mlp_inputs : p.width}, copies);
     check_dtype(weights[i], name, dtype);
     check_same_device(weights[i], name, decays, "decays");
   }
@@ -71,9 +73,10 @@ inline void check_numbers(MlpUpdateProblem& p, size_t count, const Tensor& decay
   p.exp_mult = exp_mult;
   const bool is_double = decays.scalar_type() == ScalarType::Double;
   const ScalarType dtype = is_double ? ScalarType::Double : ScalarType::Float;
-  check_shape(decays, "decays", {num_decays});
+  if (!p.stacked) check_shape(decays, "decays", {num_decays});
   check_dtype(decays, "decays", dtype);
   if (steps.dim() != 1) fail_value("steps must have shape [T], got ", shape_string(steps.sizes()));
+  if (p.stacked) check_shape(decays, "decays", {num_decays}, steps.size(0));
   check_dtype(steps, "steps", ScalarType::Long);
   check_same_device(steps, "steps", decays, "decays");
   p.num_tensors = int64_t(count);
@@ -138,8 +141,9 @@ inline FactoredShape factored_shape_of(const Tensor& params) {
 // dtype, or a dtype that belongs to it.
 inline MlpUpdateProblem checked_mlp_update(const MlpUpdateLists& lists, const Tensors& weights, const Tensor& decays,
                                            const Tensor& rates, const Tensor& keep, const Tensor& steps,
-                                           double exp_mult) {
+                                           double exp_mult, bool stacked = false) {
   MlpUpdateProblem p{};
+  p.stacked = stacked;
   const size_t count = lists.params.size();
   check_numbers(p, count, decays, rates, keep, steps, exp_mult);
   check_weights(p, weights, decays, decays.scalar_type());

@@ -68,11 +68,10 @@ void run_forward(const MlpUpdateKernels& k, const MlpPlan& plan, const MlpUpdate
 
 using Step = std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensor>;
 
-Step mlp_update_step(const Tensors& params, const Tensors& grads, const Tensors& m, const Tensors& v, const Tensors& r,
-                     const Tensors& c, const Tensors& weights, const Tensor& decays, const Tensor& rates,
-                     const Tensor& keep, const Tensor& steps, double exp_mult) {
-  const MlpUpdateLists lists{params, grads, m, v, r, c};
-  MlpUpdateProblem p = checked_mlp_update(lists, weights, decays, rates, keep, steps, exp_mult);
+Step forward_step(const MlpUpdateLists& lists, const Tensors& weights, const Tensor& decays, const Tensor& rates,
+                  const Tensor& keep, const Tensor& steps, double exp_mult, bool stacked) {
+  const auto& [params, grads, m, v, r, c] = lists;
+  MlpUpdateProblem p = checked_mlp_update(lists, weights, decays, rates, keep, steps, exp_mult, stacked);
   Contiguous kept;
   set_shared(&p, &kept, weights, decays, rates, keep, steps);
   Results new_params(params), new_m(m), new_v(v), new_r(r), new_c(c);
@@ -107,8 +106,27 @@ Step mlp_update_step(const Tensors& params, const Tensors& grads, const Tensors&
   return {new_params.take(), new_m.take(), new_v.take(), new_r.take(), new_c.take(), norms};
 }
 
+Step mlp_update_step(const Tensors& params, const Tensors& grads, const Tensors& m, const Tensors& v, const Tensors& r,
+                     const Tensors& c, const Tensors& weights, const Tensor& decays, const Tensor& rates,
+                     const Tensor& keep, const Tensor& steps, double exp_mult) {
+  return forward_step({params, grads, m, v, r, c}, weights, decays, rates, keep, steps, exp_mult, false);
+}
+
+// Each task has weights and decays of its own: they have one more axis in front, of T.
+std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors> mlp_update_step_stacked(
+    const Tensors& params, const Tensors& grads, const Tensors& m, const Tensors& v, const Tensors& r, const Tensors& c,
+    const Tensors& weights, const Tensor& decays, const Tensor& rates, const Tensor& keep, const Tensor& steps,
+    double exp_mult) {
+  auto [new_params, new_m, new_v, new_r, new_c, norms] =
+      forward_step({params, grads, m, v, r, c}, weights, decays, rates, keep, steps, exp_mult, true);
+  return {new_params, new_m, new_v, new_r, new_c};
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) { m.impl("mlp_update_step", TORCH_BOX(&mlp_update_step)); }
+STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
+  m.impl("mlp_update_step", TORCH_BOX(&mlp_update_step));
+  m.impl("mlp_update_step_stacked", TORCH_BOX(&mlp_update_step_stacked));
+}
 
 }  // namespace metakern

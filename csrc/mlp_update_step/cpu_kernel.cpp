@@ -13,15 +13,17 @@ namespace {
 // First-layer biases of every task: the time features are the same for all of its coordinates.
 template <class S>
 void biases(const MlpUpdateProblem& p, const double* time, void* out_) {
-  const S *weight = static_cast<const S*>(p.weights[0]), *bias = static_cast<const S*>(p.weights[1]);
   S* out = static_cast<S*>(out_);
-  for (int64_t task = 0; task < p.num_tasks; ++task)
+  for (int64_t task = 0; task < p.num_tasks; ++task) {
+    const S* weight = p.own<S>(p.weights[0], task, int64_t(p.width) * mlp_inputs);
+    const S* bias = p.own<S>(p.weights[1], task, p.width);
     for (int unit = 0; unit < p.width; ++unit) {
       double sum = double(bias[unit]);
       for (int j = 0; j < time_features; ++j)
         sum += double(weight[unit * mlp_inputs + tensor_features + j]) * time[task * time_features + j];
       out[task * p.width + unit] = S(sum);
     }
+  }
 }
 
 template <class S>

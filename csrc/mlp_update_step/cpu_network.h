@@ -46,19 +46,23 @@ template <class S>
 struct Network {
   using V = vec_t<S>;
   const MlpUpdateProblem& problem;
+  int64_t task;
   const S* first_bias;  // [W], with the time features' part
   S exp_mult;
 
-  MK_INLINE Network(const MlpUpdateCall& call, int64_t task)
+  MK_INLINE Network(const MlpUpdateCall& call, int64_t own_task)
       : problem(*call.problem),
+        task(own_task),
         first_bias(static_cast<const S*>(call.biases) + task * problem.width),
         exp_mult(S(problem.exp_mult)) {}
 
   MK_INLINE LaneMatrix<S> weight(int layer) const {
-    return {static_cast<const S*>(problem.weights[2 * layer]), layer == 0 ? mlp_inputs : problem.width, 1};
+    const int columns = layer == 0 ? mlp_inputs : problem.width;
+    return {problem.template own<S>(problem.weights[2 * layer], task, problem.outputs(layer) * columns), columns, 1};
   }
   MK_INLINE const S* bias(int layer) const {
-    return layer == 0 ? first_bias : static_cast<const S*>(problem.weights[2 * layer + 1]);
+    if (layer == 0) return first_bias;
+    return problem.template own<S>(problem.weights[2 * layer + 1], task, problem.outputs(layer));
   }
   template <class Pointer>
   MK_INLINE Pointer layer(Pointer hidden, int l) const {

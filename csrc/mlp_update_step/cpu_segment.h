@@ -44,7 +44,7 @@ struct Segment {
         index(segment),
         n(shape.numel()),
         start(place.task * n),
-        decays(static_cast<const S*>(problem.decays)) {}
+        decays(problem.template own<S>(problem.decays, place.task, num_decays)) {}
 
   MK_INLINE int64_t number() const { return place.tensor * problem.num_tasks + place.task; }  // in [M, T]
   MK_INLINE S* norms() const { return offset<S>(problem.norms, number() * tensor_features); }

@@ -53,11 +53,17 @@ struct MlpUpdateProblem {
   DType dtype;  // of params and grads; arithmetic: double for float64, else float
   const void* weights[2 * (most_hidden_layers + 1)];
   const void *decays, *rates, *keep;  // [7], [M, T], [M, T]
+  bool stacked;                       // whether weights and decays have an axis of T in front: each task has its own
   const int64_t* steps;               // [T]
   void* norms;                        // [M, T, 28]: (1e-5 + mean x^2)^-1/2 of every feature
 
   // Inputs of a layer that differ between coordinates: of the first, without the time features.
   MK_INLINE int inputs(int layer) const { return layer == 0 ? tensor_features : width; }
+  // The first element of a task's own weight of `numel` elements; of that of all tasks where they share it.
+  template <class S>
+  MK_INLINE const S* own(const void* weight, int64_t task, int64_t numel) const {
+    return static_cast<const S*>(weight) + (stacked ? task * numel : 0);
+  }
   MK_INLINE int outputs(int layer) const { return layer == hidden_layers ? network_outputs : width; }
 };
 

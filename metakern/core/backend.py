@@ -7,6 +7,7 @@ plain PyTorch reference does. A backend requested by name either runs or raises.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import os
@@ -38,6 +39,11 @@ except (ImportError, RuntimeError) as error:  # the package must import without 
 else:
     _C.cpu_capability()  # ValueError if METAKERN_CPU_CAPABILITY requests an unavailable instruction set
 
+_autograd: Any = None
+if _C is not None and _C.torch_version == torch.__version__:  # another torch may have another interface of autograd
+    with contextlib.suppress(ImportError):
+        from metakern import _autograd  # type: ignore[attr-defined,no-redef]
+
 _override = os.environ.get("METAKERN_BACKEND", "") or "auto"
 if _override not in BACKENDS:
     raise ValueError(f"METAKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {_override!r}")
@@ -46,6 +52,11 @@ if _override not in BACKENDS:
 def is_compiled() -> bool:
     """Whether the compiled kernels were found and loaded."""
     return _C is not None
+
+
+def autograd_library() -> Any:
+    """The library that records calls as nodes of C++; None if it was not built, or not with this torch."""
+    return _autograd
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

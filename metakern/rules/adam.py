@@ -35,6 +35,7 @@ class Adam(ElementwiseRule):
     title = "Adam"
     moments = ("m", "v")
     counts = True
+    takes_copies = True
 
     def __init__(
         self,
@@ -58,7 +59,8 @@ class Adam(ElementwiseRule):
         beta1, beta2 = self.number("beta1", grad), self.number("beta2", grad)
         m = beta1 * state["m"] + (1 - beta1) * grad
         v = beta2 * state["v"] + (1 - beta2) * grad * grad
-        c1, c2 = (per_task(_correction(beta, state["count"], grad), grad) for beta in (beta1, beta2))
+        count = per_task(state["count"], grad)
+        c1, c2 = (_correction(beta, count, grad) for beta in (beta1, beta2))
         return (m / c1) / (_root(v) / c2.sqrt() + self.number("eps", grad)), {"m": m, "v": v}
 
     def described(self) -> str:
@@ -67,7 +69,7 @@ class Adam(ElementwiseRule):
 
 
 def _correction(beta: float | Tensor, count: Tensor, like: Tensor) -> Tensor:
-    """1 − βᵗ, [T] or []; by expm1, since float32 loses digits in 1 − 0.999."""
+    """1 − βᵗ of the shape of ``count``; by expm1, since float32 loses digits in 1 − 0.999."""
     log = beta.log() if isinstance(beta, Tensor) else (math.log(beta) if beta else -math.inf)
     return -torch.expm1(count.to(like.dtype) * log)
 

@@ -57,13 +57,13 @@ class BiasGRU(nn.Module):
             h' [..., H]
         """
         dtype = h.dtype
-        gates = F.linear(torch.cat([x, h], -1), self.gates_weight.to(dtype), self.gates_bias.to(dtype))
+        gates = linear(torch.cat([x, h], -1), self.gates_weight.to(dtype), self.gates_bias.to(dtype))
         if bias is not None:
             of_gates, of_candidate = bias.split([2 * self.hidden_size, self.hidden_size], -1)
             gates = gates + of_gates
         r, u = gates.sigmoid().chunk(2, -1)
         weight, own = self.candidate_weight.to(dtype), self.candidate_bias.to(dtype)
-        candidate = F.linear(torch.cat([x, r * h], -1), weight, own)
+        candidate = linear(torch.cat([x, r * h], -1), weight, own)
         if bias is not None:
             candidate = candidate + of_candidate
         new: Tensor = u * h + (1 - u) * candidate.tanh()
@@ -71,7 +71,7 @@ class BiasGRU(nn.Module):
 
     def biases(self) -> Tensor:
         """b_g and b_c in one tensor [3H]."""
-        return torch.cat([self.gates_bias, self.candidate_bias])
+        return torch.cat([self.gates_bias, self.candidate_bias], -1)
 
     def extra_repr(self) -> str:
         """The sizes."""
@@ -89,7 +89,16 @@ class Affine(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """The map of x [..., inputs] to [..., outputs]."""
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """W x + b of x [..., I], with W [O, I] and b [O]; of x [..., T, I] also with W [T, O, I] and b [T, O]."""
+    if weight.dim() == 2:
+        return F.linear(x, weight, bias)
+    rows = x.reshape(-1, *x.shape[-2:]).transpose(0, 1)  # [T, rows, I]
+    out = torch.baddbmm(bias.unsqueeze(1), rows, weight.transpose(1, 2))
+    return out.transpose(0, 1).reshape(*x.shape[:-1], weight.shape[1])
 
 
 def drawn(*shape: int) -> Tensor:

@@ -83,9 +83,9 @@ class ElementwiseRule(PretrainedRule):
         return rebuild(new), RuleState(tuple(per_tensor), state.shared, state.tasks)
 
     def number(self, name: str, like: Tensor) -> float | Tensor:
-        """An option's value; a tensor is cast to the dtype of ``like``."""
+        """An option's value; a tensor is cast to the dtype of ``like``, and copies [T] broadcast against it."""
         value: float | Tensor = getattr(self, name)
-        return value.to(like.dtype) if isinstance(value, Tensor) else value
+        return per_task(value.to(like.dtype), like) if isinstance(value, Tensor) else value
 
     def set_number(self, name: str, value: Any, low: float, high: float) -> None:
         """Set an option to a number or a tensor []; an ``nn.Parameter`` is learned, without bounds.

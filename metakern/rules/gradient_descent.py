@@ -45,6 +45,7 @@ class GradientDescent(PretrainedRule):
     """
 
     title = "Gradient descent"
+    takes_copies = True
 
     def __init__(self, lr: Any = 0.01, *, steps: int | None = None, clip_norm: float | None = None) -> None:
         super().__init__()
@@ -125,6 +126,8 @@ class GradientDescent(PretrainedRule):
         leaves, grad_leaves, rebuild = matched_leaves(params, grads)
         if not leaves:
             return params, state
+        if self.copies is not None:
+            return rebuild(self._moved_copies(params, leaves, grad_leaves)), state
         rates = self._learning_rates(params, state.tasks)
         values: Any = rates.values
         if factor != 1:
@@ -146,6 +149,22 @@ class GradientDescent(PretrainedRule):
             new = [p.squeeze(0) for p in new]
         shared = state.shared if count is None else {"count": count + 1}
         return rebuild(new), RuleState(state.per_tensor, shared, state.tasks)
+
+    def can_take_copies(self) -> bool:
+        """Whether tasks may have rates of their own: not where rates differ by step, as all tasks share one count."""
+        return super().can_take_copies() and self.steps is None
+
+    def _moved_copies(self, params: Params, leaves: Sequence[Tensor], grads: Sequence[Tensor]) -> list[Tensor]:
+        """New params of tasks whose rates are their own."""
+        if self.lr is not None:
+            rates = [self.lr] * len(leaves)
+        else:
+            held = self.rates._parameters | self.rates._buffers
+            named: Any = {n: self._numbers[n] if n in self._numbers else held[n.replace(".", "/")] for n in self._names}
+            names = list(named_leaves(params))
+            rates = list((named if self._by_order else rates_by_name(named, names, strict=False)).values())
+        shaped = [_per_copy(rate, p) for rate, p in zip(rates, leaves, strict=True)]
+        return reference.inner_update(leaves, grads, shaped, clip_norm=self.clip_norm)
 
     def _learning_rates(self, params: Params, tasks: bool) -> LearningRates:
         """α for these params."""
@@ -191,6 +210,13 @@ class GradientDescent(PretrainedRule):
 
 def _rate(p: Tensor, shape: Sequence[int], lr: float) -> nn.Parameter:
     return nn.Parameter(torch.full(tuple(shape), float(lr), dtype=real_dtype(p), device=p.device))
+
+
+def _per_copy(rate: Any, like: Tensor) -> Any:
+    """A rate, in copies [T, *shape] if it is a parameter, so that it broadcasts against ``like`` [T, *shape]."""
+    if not isinstance(rate, nn.Parameter):
+        return rate.reshape(()) if isinstance(rate, Tensor) and rate.numel() == 1 else rate
+    return rate if rate.shape == like.shape else rate.reshape(-1, *[1] * (like.dim() - 1))
 
 
 def _register(module: nn.Module, name: str, tensor: Tensor) -> None:

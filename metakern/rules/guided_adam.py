@@ -87,7 +87,7 @@ class GuidedAdam(PretrainedRule):
     """
 
     title: ClassVar[str] = "Guided Adam"
-    takes_weight_rows: ClassVar[bool] = True
+    takes_copies: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("total_steps", *PretrainedRule.optional_options)
 
     def __init__(

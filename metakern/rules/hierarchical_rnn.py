@@ -21,6 +21,7 @@ from metakern.core.counter_draws import key_of, uniform
 from metakern.core.torch_private import pytree
 from metakern.ops.hrnn_step import MAX_HIDDEN, Step, hrnn_step, prepare
 from metakern.ops.hrnn_step.reference import FEATURES, READOUTS, SCALES, Weights, num_rows
+from metakern.ops.hrnn_step.stacked import hrnn_step_stacked
 from metakern.rules.bias_gru import Affine, BiasGRU, drawn
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
@@ -106,6 +107,7 @@ class HierarchicalRNN(PretrainedRule):
 
     title: ClassVar[str] = "Hierarchical RNN"
     draws_state: ClassVar[bool] = True
+    takes_copies: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
 
     def __init__(
@@ -160,28 +162,31 @@ class HierarchicalRNN(PretrainedRule):
         leaves, named = tensor_leaves(params, tasks=tasks), named_leaves(params)
         first = leaves[0] if leaves else self.scalars
         lead = first.shape[:1] if tasks and leaves else ()
+        of_weights = lead if self.copies is None else ()  # copies have the axis already
         dtype = arithmetic_dtype(leaves)
         per_tensor = []
         for name, p in zip(named, leaves, strict=True):
             coordinates, mean_rate = self._init_coordinates(name, math.prod(p.shape[len(lead) :]), dtype, p.device)
             entry = {
-                "coordinates": _repeated(coordinates, lead),
-                "tensor": _repeated(self.tensor_gru.initial.to(dtype), lead),
+                "coordinates": _repeated(coordinates, of_weights),
+                "tensor": _repeated(self.tensor_gru.initial.to(dtype), of_weights),
                 "mean_rate": _repeated(mean_rate, lead),
             }
             per_tensor.append(entry | ({"attended": p.to(dtype, copy=True)} if self.attention else {}))
-        shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), lead)}
+        shared = {"global": _repeated(self.global_gru.initial.to(first.device, dtype), of_weights)}
         return RuleState(tuple(per_tensor), shared, tasks)
 
     def _init_coordinates(
         self, name: str, number: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The state [R, n] of one tensor of one task, and the mean of ℓ, []."""
+        """The state [R, n] of one tensor of one task, [T, R, n] with copies of the weights, and the mean of ℓ, []."""
         low, high = LOG_RATES
         draws = uniform(key_of(self.seed, name), number + 1, device)
         rate = (2 * low + (high - low) * (draws[:1] + draws[1:])).to(dtype)
-        h = self.parameter_gru.initial.to(dtype).unsqueeze(1).expand(-1, number)
-        coordinates = torch.cat([h, h.new_zeros(2 * SCALES, number), rate.unsqueeze(0), h.new_zeros(2, number)])
+        initial = self.parameter_gru.initial.to(dtype)
+        h = initial.unsqueeze(-1).expand(*initial.shape, number)
+        rest = torch.cat([h.new_zeros(2 * SCALES, number), rate.unsqueeze(0), h.new_zeros(2, number)])
+        coordinates = torch.cat([h, rest.expand(*h.shape[:-2], *rest.shape)], -2)
         return coordinates, rate.sum() / max(number, 1)
 
     def state_header(self) -> dict[str, Any]:
@@ -278,7 +283,7 @@ class HierarchicalRNN(PretrainedRule):
         of_all = state.shared["global"].to(dtype)
         of_all = of_all if state.tasks else of_all.unsqueeze(0)
         tensor = torch.stack([entry["tensor"] for entry in entries]).to(dtype)
-        step = hrnn_step(
+        step = (hrnn_step if self.copies is None else hrnn_step_stacked)(
             params,
             grads,
             [entry["coordinates"].to(dtype) for entry in entries],

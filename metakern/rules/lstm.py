@@ -14,7 +14,8 @@ from torch import Tensor
 from metakern.ops import LSTMState, lstm_step, lstm_step_, pack_state, unpack_state
 from metakern.ops.lstm_step import check_options
 from metakern.ops.lstm_step.prepared import PreparedStep, serves
-from metakern.ops.lstm_step.state import check_layout
+from metakern.ops.lstm_step.stacked import lstm_step_stacked
+from metakern.ops.lstm_step.state import TILE_LANES, check_layout
 from metakern.rules.lstm_modules import LSTMWeights as LSTMWeights  # pickles of earlier versions name it here
 from metakern.rules.lstm_rule import LSTMRule
 from metakern.rules.protocol import Params, State
@@ -53,6 +54,7 @@ class CoordinatewiseLSTM(LSTMRule):
     """
 
     title: ClassVar[str] = "Learned LSTM"
+    takes_copies: ClassVar[bool] = True
 
     _prepared: PreparedStep | None = None
 
@@ -75,9 +77,10 @@ class CoordinatewiseLSTM(LSTMRule):
         if type(self) is not CoordinatewiseLSTM or not serves(self.backend):
             return None  # a subclass may take steps of its own
         options = self.preprocess, self.preprocess_scale, self.precision
-        if self._prepared is None or self._prepared.options != options:
+        copies = self.copies or 1
+        if self._prepared is None or (self._prepared.options, self._prepared.copies) != (options, copies):
             check_options(*options[:2], self.output_scale, self.precision)
-            self._prepared = PreparedStep(self.hidden_size, self.num_layers, options)
+            self._prepared = PreparedStep(self.hidden_size, self.num_layers, options, copies)
         return self._prepared
 
     def step_coordinates(
@@ -85,7 +88,22 @@ class CoordinatewiseLSTM(LSTMRule):
     ) -> tuple[Tensor, LSTMState]:
         """:func:`metakern.ops.lstm_step` with the rule's weights and options."""
         del loss
-        return lstm_step(params, grads, state, self.weights(state.compute_dtype), **self.step_options())
+        weights = self.weights(state.compute_dtype)
+        if self.copies is None:
+            return lstm_step(params, grads, state, weights, **self.step_options())
+        tiles, dtype = len(state.data), state.compute_dtype
+        new, new_state, _ = lstm_step_stacked(
+            *(params, grads, state, weights),
+            features=self.preprocess,
+            head="add",
+            stage_state=params.new_empty(tiles, 0, TILE_LANES, dtype=dtype),
+            coordinate_inputs=params.new_empty(0, params.numel(), dtype=dtype),
+            features_scale=self.preprocess_scale,
+            head_scale=self.output_scale,
+            precision=self.precision,
+            backend=self.backend,
+        )
+        return new, new_state
 
     def step_(
         self, params: Tensor, grads: Tensor, state: LSTMState, lr: float = 1.0, *, loss: Tensor | None = None

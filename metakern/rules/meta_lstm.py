@@ -52,6 +52,7 @@ class MetaLSTM(StagedRule):
 
     title: ClassVar[str] = "Meta-LSTM"
     needs_loss: ClassVar[bool] = True
+    takes_copies: ClassVar[bool] = True
     features: ClassVar[str] = "log_sign_with_loss"
     head_stage: ClassVar[str] = "gates"
     kept: ClassVar[str] = "gates"
@@ -96,7 +97,7 @@ class MetaLSTM(StagedRule):
     def own_weights(self) -> list[Any]:
         """The cells' weights, the gates' for h, their biases, and as one [4] those for θ and the gate before."""
         *cells, matrix, bias = super().own_weights()
-        return [*cells, matrix[:, : self.hidden_size], bias, matrix[:, self.hidden_size :].flatten()]
+        return [*cells, matrix[..., : self.hidden_size], bias, matrix[..., self.hidden_size :].flatten(-2)]
 
     def stage_options(self) -> dict[str, Any]:
         """The preprocessing's scale."""

@@ -28,6 +28,7 @@ class Momentum(ElementwiseRule):
 
     title = "Momentum"
     moments = ("velocity",)
+    takes_copies = True
 
     def __init__(self, lr: float | Tensor = 0.01, momentum: float | Tensor = 0.9, *, nesterov: bool = False) -> None:
         super().__init__()

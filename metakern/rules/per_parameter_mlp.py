@@ -31,6 +31,7 @@ from metakern.ops.mlp_update_step import (
     factor_shapes,
     mlp_update_step,
 )
+from metakern.ops.mlp_update_step.stacked import mlp_update_step_stacked
 from metakern.rules.pretrained import PretrainedRule
 from metakern.rules.protocol import (
     Params,
@@ -98,6 +99,7 @@ class PerParameterMLP(PretrainedRule):
     """
 
     title: ClassVar[str] = "Per-parameter MLP"
+    takes_copies: ClassVar[bool] = True
     optional_options: ClassVar[tuple[str, ...]] = ("backend", *PretrainedRule.optional_options)
 
     def __init__(
@@ -283,12 +285,15 @@ class PerParameterMLP(PretrainedRule):
         device = leaves[0].device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             rates, keep = self._rates(leaves, state.tasks, dtype)
-            new, new_moments = mlp_update_step(
+            decays = self.decays().to(dtype)
+            if self.copies is not None and decays.dim() == 1:
+                decays = decays.expand(self.copies, -1)
+            new, new_moments = (mlp_update_step if self.copies is None else mlp_update_step_stacked)(
                 [lift(x, kind) for x in leaves],
                 [lift(x, kind) for x in grad_leaves],
                 moments,
                 [w.to(dtype) for w in self.network.parameters()],
-                self.decays().to(dtype),
+                decays,
                 rates,
                 keep,
                 steps.to(leaves[0].device),

@@ -42,8 +42,9 @@ class Rule(nn.Module):
     Attributes:
         needs_loss: whether ``forward`` needs the argument ``loss``
         draws_state: whether ``init_state`` draws numbers, which an attribute ``seed`` decides
-        takes_weight_rows: whether weights may have a task axis, [T, *shape], in steps of T tasks: each task is then
-            stepped by weights of its own
+        takes_copies: whether ``forward`` takes weights of every task's own, see :func:`with_copies`. Not inherited: a
+            subclass with steps of its own says so itself.
+        copies: the number of copies of the weights in a rule made by :func:`with_copies`, else None
         horizon: steps that the rule was meta-trained for, or None
         trained_on: description of the meta-training tasks, or None
         title: name in figures and tables
@@ -53,13 +54,14 @@ class Rule(nn.Module):
 
     needs_loss: ClassVar[bool] = False
     draws_state: ClassVar[bool] = False
-    takes_weight_rows: ClassVar[bool] = False
+    takes_copies: ClassVar[bool] = False
     title: ClassVar[str] = "Rule"
     advice_for_other_networks: ClassVar[str] = "tune `lr` as for any optimizer, and let it decay"
     advice_beyond_horizon: ClassVar[str] = "let a scheduler decay lr"
 
     horizon: int | None = None
     trained_on: str | None = None
+    copies: int | None = None
 
     def init_state(self, params: Params, *, tasks: bool = False) -> State:
         """The state before the first step.
@@ -129,6 +131,10 @@ class Rule(nn.Module):
             old.copy_(p if lr == 1 else torch.lerp(old, p, lr))
         for old, x in zip(pytree.tree_leaves(state), pytree.tree_leaves(new_state), strict=True):
             old.copy_(x)
+
+    def can_take_copies(self) -> bool:
+        """Whether :func:`with_copies` may be called for this rule."""
+        return bool(vars(type(self)).get("takes_copies", False))
 
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
         """The state of a subset of tasks, as if the rule had stepped those alone.
@@ -327,6 +333,26 @@ def on_reference(rule: _Tree) -> _Tree:
     plain: Any = copy.deepcopy(rule)
     plain.backend = "reference"
     found: _Tree = plain
+    return found
+
+
+def with_copies(rule: _Tree, copies: int) -> _Tree:
+    """A rule that steps ``copies`` tasks, each with weights of its own; for evolution strategies.
+
+    Every parameter of the result is [copies, *shape], equal copies at first; buffers stay as they are. Params and
+    gradients of its steps have the leading axis of as many tasks. Coordinatewise rules take them as one tensor
+    [copies, P] with a P that is a multiple of their ``unit``. The kernels of such steps have no gradient.
+
+    Args:
+        rule: for which ``can_take_copies()`` is true
+        copies: number of tasks
+    """
+    stacked: Any = copy.deepcopy(rule)
+    for p in stacked.parameters():
+        p.requires_grad_(False)
+        p.data = p.data.expand(copies, *p.shape).clone()
+    stacked.copies = copies
+    found: _Tree = stacked
     return found
 
 

@@ -47,6 +47,7 @@ class RNNProp(StagedRule):
     """
 
     title: ClassVar[str] = "RNNProp"
+    takes_copies: ClassVar[bool] = True
     features: ClassVar[str] = "moments"
     head_stage: ClassVar[str] = "tanh"
     kept: ClassVar[str] = "moments"
@@ -82,8 +83,8 @@ class RNNProp(StagedRule):
 
     def own_weights(self) -> list[Any]:
         """The cells' and the head's weights, then those of the first layer as one tensor [60]."""
-        matrix = self.inputs.weight.flip(1) if self.moment_first else self.inputs.weight
-        return [*super().own_weights(), torch.cat([matrix.flatten(), self.inputs.bias])]
+        matrix = self.inputs.weight.flip(-1) if self.moment_first else self.inputs.weight
+        return [*super().own_weights(), torch.cat([matrix.flatten(-2), self.inputs.bias], -1)]
 
     def stage_options(self) -> dict[str, Any]:
         """Decays and scale."""

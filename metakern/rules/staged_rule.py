@@ -10,6 +10,7 @@ from torch import Tensor
 
 from metakern.ops import LSTMState, lstm_step_staged, lstm_step_staged_
 from metakern.ops.lstm_step import reference
+from metakern.ops.lstm_step.stacked import lstm_step_stacked
 from metakern.ops.lstm_step.state import TILE_LANES, check_layout, tiles
 from metakern.rules.lstm_cells import LSTMCells
 from metakern.rules.plain_lstm import PlainStages
@@ -55,7 +56,7 @@ class StagedRule(LSTMCells):
     ) -> tuple[Tensor, dict[str, Any]]:
         """:func:`metakern.ops.lstm_step_staged` with the rule's weights and options."""
         arguments, options = self._call(params, grads, state, loss)
-        new, cells, own = lstm_step_staged(*arguments, **options)
+        new, cells, own = (lstm_step_staged if self.copies is None else lstm_step_stacked)(*arguments, **options)
         return new, {"lstm": cells, self.kept: own}
 
     @torch.no_grad()
@@ -84,6 +85,8 @@ class StagedRule(LSTMCells):
         options |= {"stage_state": state[self.kept], "precision": self.precision, "backend": self.backend}
         if loss is not None:
             options["coordinate_inputs"] = loss.to(dtype).unsqueeze(0)
+        elif self.copies is not None:
+            options["coordinate_inputs"] = params.new_empty(0, params.numel(), dtype=dtype)
         return (params, self.fed(grads), cells, self.weights(dtype)), options
 
     def packed(self, state: dict[str, Any]) -> dict[str, Tensor]:

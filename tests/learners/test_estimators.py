@@ -155,10 +155,15 @@ class ByHand:
         return estimate + difference * self.factor / (2 * self.sigma)
 
 
+def learned(rate: float) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(rate, dtype=torch.float64))
+
+
 @every_strategy
-def test_estimates_are_those_of_the_definition(estimator):
+@pytest.mark.parametrize("make_rule", [Descent, lambda: GradientDescent(learned(0.1))], ids=["any rule", "copies"])
+def test_estimates_are_those_of_the_definition(make_rule, estimator):
     """Over twelve truncations in which problems end at all places, also at their borders."""
-    learner, begun, left = make_learner(estimator, min_steps=4, sigma=0.05), [], set()
+    learner, begun, left = make_learner(estimator, make_rule(), min_steps=4, sigma=0.05), [], set()
     noise = learner.pairs._noise
     begin = noise.begin
     noise.begin = lambda draws: (begin(draws), begun.append(noise.epsilon))
@@ -206,7 +211,7 @@ def test_weights_with_a_task_axis_step_a_group_at_once(estimator, monkeypatch):
     for seed in range(5):
         found = []
         for rows, one in zip((True, False), learners, strict=True):
-            monkeypatch.setattr(GuidedAdam, "takes_weight_rows", rows)
+            monkeypatch.setattr(GuidedAdam, "takes_copies", rows)
             found.append(one.pairs.estimate(one.rule, draw(problems, 5, seed)))
             assert [part.slots for part in one.pairs._flight.parts] == [(0, 1, 2), (3, 4)]
         for expected, actual in zip(*found, strict=True):
@@ -287,6 +292,62 @@ def test_differences_are_limited():
     factor = limited.pairs._noise.factor
     assert (found / factor).abs().max() > 1e-3 / 0.2
     assert (small / factor).abs().max() == pytest.approx(1e-3 / 0.2)
+
+
+TOGETHER = {
+    "coordinatewise-lstm": {"hidden_size": 4},
+    "rnnprop": {"hidden_size": 4},
+    "meta-lstm": {"hidden_size": 4},
+    "hierarchical-rnn": {"attention": True},
+    "small-fc-lopt": {},
+    "adam": {},
+    "momentum": {},
+    "sgd": {},
+}
+
+
+def no_copies(rule: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(rule), "takes_copies", False)
+
+
+@every_strategy
+@pytest.mark.parametrize("problems", [DigitsMLP(3, batch_size=4), toy_problems()], ids=["digits", "mixed"])
+@pytest.mark.parametrize("name", TOGETHER)
+def test_all_in_one_launch_gives_what_each_problem_alone_gives(name, problems, estimator, monkeypatch):
+    """With problems that end and begin in truncations."""
+    torch.manual_seed(0)
+    rule = make(name, TOGETHER[name], learned=True)
+    found = []
+    for together in (True, False):
+        if not together:
+            no_copies(rule, monkeypatch)
+        learner = make_learner(estimator, rule, objective="log")
+        assert rule.can_take_copies() is together
+        found.append([learner.pairs.estimate(rule, draw(problems, 4, seed)) for seed in range(3)])
+    for (losses, gradients), (expected, slopes) in zip(*found, strict=True):
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, slopes, rtol=2e-3, atol=2e-3)
+    assert gradients.abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("rates", [{"x": torch.full((3,), 0.05)}, {"*": torch.tensor(0.05)}, [torch.tensor(0.05)]])
+def test_rates_of_every_kind_are_copied(rates, monkeypatch):
+    lr = {k: nn.Parameter(r) for k, r in rates.items()} if isinstance(rates, dict) else [nn.Parameter(r) for r in rates]
+    rule, found = GradientDescent(lr, clip_norm=0.5), []
+    for together in (True, False):
+        if not together:
+            no_copies(rule, monkeypatch)
+        learner = make_learner("pes", rule, sigma=0.1)
+        found.append(torch.stack([learner.pairs.estimate(rule, draw(Quadratics(3), 4, s))[1] for s in range(3)]))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert found[0].abs().max() > 0.01
+
+
+def test_rates_that_differ_by_step_are_not_copied():
+    """All tasks share one count of steps, and problems begin at different times."""
+    params = {"x": torch.zeros(3)}
+    assert make("meta-sgd", params=params).can_take_copies()
+    assert not make("lslr", {"steps": 9}, params=params).can_take_copies()
 
 
 def training(folder: Any, estimator: str, problems: Any, iterations: int, rule: Any = None) -> Trainer:

@@ -187,6 +187,7 @@ def test_the_library_holds_no_symbols_that_nothing_needs() -> None:
 
 def test_sources_are_found_by_their_names(setup: ModuleType, tmp_path: Path) -> None:
     names = ["core/module.cpp", "op/schema.cpp", "op/cpu.cpp", "op/cpu_kernel.cpp", "op/cpu_kernel_backward.cpp"]
+    names += ["core/autograd.cpp"]
     names += ["op/cuda.cpp", "op/cuda_more.cpp", "op/cuda_kernels.cu", "op/problem.h", "op/deeper/cpu.cpp"]
     for name in names:
         path = tmp_path / "csrc" / name
@@ -195,6 +196,7 @@ def test_sources_are_found_by_their_names(setup: ModuleType, tmp_path: Path) -> 
     assert setup.Sources.find(tmp_path) == (
         ["csrc/op/cpu_kernel.cpp", "csrc/op/cpu_kernel_backward.cpp"],
         ["csrc/core/module.cpp", "csrc/op/cpu.cpp", "csrc/op/schema.cpp"],
+        ["csrc/core/autograd.cpp"],
         ["csrc/op/cuda_kernels.cu"],
         ["csrc/op/cuda.cpp", "csrc/op/cuda_more.cpp"],
     )

@@ -201,7 +201,8 @@ def test_a_build_compiles_what_changed_and_every_kernel_for_every_instruction_se
     everything, *later = builds(setup.ROOT, tmp_path, "nothing", "nothing", one, kernel, header, "nothing")
     sources, sets = setup.Sources.find(), len(setup.instruction_sets())
     assert sources.cpu_kernels
-    assert [source for source, _ in everything] == sorted([*sources.once, *sources.cpu_kernels * sets])
+    expected = [*sources.once, *sources.autograd, *sources.cpu_kernels * sets]
+    assert [source for source, _ in everything] == sorted(expected)
     outputs = [output for _, output in everything]
     assert len(set(outputs)) == len(outputs)
     # The compiler above reports the headers beside a source only: so one file reads module.h.

@@ -21,10 +21,10 @@ preload="$(library libasan.so):$(library libubsan.so):$(library libstdc++.so.6)"
 
 mkdir "$work/tree"
 cp -rL metakern csrc tests bench setup.py pyproject.toml README.md LICENSE "$work/tree"
-rm -f "$work"/tree/metakern/_C*.so
+rm -f "$work"/tree/metakern/*.so
 cd "$work/tree"
 METAKERN_CUDA=0 METAKERN_SANITIZE=address,undefined "$python" setup.py -q build_ext --build-lib "$work/lib"
-cp "$work"/lib/metakern/_C*.so metakern/
+cp "$work"/lib/metakern/*.so metakern/
 
 # verify_asan_link_order: the interpreter itself is not instrumented. detect_leaks: Python never frees all it has.
 run=(env "PYTHONPATH=$work/tree" TRITON_INTERPRET=0 METAKERN_BACKEND= METAKERN_CPU_CAPABILITY= PYTHONDONTWRITEBYTECODE=1

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from metakern.core.task_params import flat_params
-from metakern.core.torch_private import pytree
-from metakern.learners.estimators.copies import Copies, PairUpdate
+from metakern.learners.estimators.copies import Copies
 from metakern.learners.starts import starting_params
 from metakern.tasks import MixedBatch
 
@@ -28,14 +27,14 @@ class Part:
         slots: the slot of each pair
         batch: the problems, two for each slot
         params: their params
-        states: the state of each
+        states: theirs, as ``Copies.steps_of`` keeps them
     """
 
     kind: tuple[int, ...]
     slots: tuple[int, ...]
     batch: Any
     params: Any
-    states: list[Any]
+    states: Any
 
     @property
     def members(self) -> list[int]:
@@ -45,15 +44,14 @@ class Part:
     @classmethod
     def start(cls, kind: tuple[int, ...], slots: Sequence[int], batch: Any, copies: Copies) -> Self:
         """Problems at their starting points; a rule that learns these starts each pair at those of its two copies."""
-        part = cls(kind, tuple(slots), batch, None, [])
+        part = cls(kind, tuple(slots), batch, None, None)
         params = batch.init_params()
         rules = [copies.rules[member] for member in part.members]
         if getattr(rules[0], "initialisation", lambda: None)() is not None:
             alone = [batch.select(torch.tensor([row])) for row in range(len(rules))]
             starts = [flat_params(starting_params(rule, one))[0] for rule, one in zip(rules, alone, strict=True)]
             params = flat_params(params)[1]([torch.cat(rows) for rows in zip(*starts, strict=True)])
-        update = PairUpdate([copies.updates[member] for member in part.members])
-        (states,) = update.init_state((params,))
+        (states,) = copies.steps_of([part.members]).init_state((params,))
         return replace(part, params=params, states=states)
 
 
@@ -97,17 +95,20 @@ class Flight:
         return tuple(part.params for part in self.parts)
 
     @property
-    def states(self) -> tuple[list[Any], ...]:
+    def states(self) -> tuple[Any, ...]:
         """States of all parts."""
         return tuple(part.states for part in self.parts)
 
-    def order(self) -> list[int]:
-        """Index among the 2T of each problem, part after part."""
-        return [member for part in self.parts for member in part.members]
+    def members(self) -> list[list[int]]:
+        """Indices among the 2T of the problems of each part."""
+        return [part.members for part in self.parts]
 
-    def by_slot(self, device: torch.device) -> Tensor:
-        """Index that brings numbers of problems, part after part, into the order of the slots."""
-        return torch.tensor(self.order()).argsort().to(device)
+    def in_slots(self, losses: Tensor) -> Tensor:
+        """Bring numbers of problems, part after part, into the order of the slots."""
+        order = [member for members in self.members() for member in members]
+        if order == list(range(len(order))):
+            return losses
+        return losses[torch.tensor(order).argsort().to(losses.device)]
 
     def batch(self) -> MixedBatch:
         """All problems as one batch."""
@@ -121,7 +122,7 @@ class Flight:
         """Steps until a problem ends."""
         return min(length - age for age, length in zip(self.ages, self.lengths, strict=True))
 
-    def advance(self, params: Sequence[Any], states: Sequence[list[Any]], steps: int) -> None:
+    def advance(self, params: Sequence[Any], states: Sequence[Any], steps: int) -> None:
         """Take over what ``steps`` inner steps gave."""
         new = zip(self.parts, params, states, strict=True)
         self.parts = [replace(part, params=p, states=s) for part, p, s in new]
@@ -138,12 +139,13 @@ class Flight:
             self.first = shared if self.first is None else torch.where(begins, shared, self.first)
         return self.first
 
-    def keep_positive(self) -> None:
+    def keep_positive(self, copies: Copies) -> None:
         """Both of every pair go on from the positive one's params and state."""
+        steps = copies.steps_of(self.members())
         for index, part in enumerate(self.parts):
             leaves, rebuild = flat_params(part.params)
             params = rebuild([leaf[0::2].repeat_interleave(2, 0) for leaf in leaves])
-            states = [state for state in part.states[0::2] for _ in (0, 1)]
+            states = steps.select(index, part.states, [row - row % 2 for row in range(len(part.members))])
             self.parts[index] = replace(part, params=params, states=states)
 
     def restart(self, slots: Sequence[int], fresh: Any, copies: Copies, lengths: Sequence[int]) -> None:
@@ -160,23 +162,25 @@ class Flight:
         rows = torch.tensor([2 * slot + sign for slot in slots for sign in (0, 1)])
         started = [Part.start(kind, own, batch, copies) for kind, own, batch in _kinds(fresh.select(rows), slots)]
         if not isinstance(fresh, MixedBatch) or fresh.even:
-            by_kind = {part.kind: part for part in started}
-            self.parts = [_replaced(part, by_kind[part.kind]) if part.kind in by_kind else part for part in self.parts]
+            new = {part.kind: part for part in started}
+            self.parts = [_replaced(old, new[old.kind], copies) if old.kind in new else old for old in self.parts]
             return
-        kept = [_without(part, set(slots)) for part in self.parts]
+        kept = [_without(part, set(slots), copies) for part in self.parts]
         self.parts = [part for part in kept if part is not None] + started
+        copies.keep_rules_of(self.members())
 
-    def export_state(self) -> dict[str, Any]:
+    def export_state(self, copies: Copies) -> dict[str, Any]:
         """Plain data for a checkpoint."""
+        steps = copies.steps_of(self.members())
         parts = [
             {
                 "kind": list(part.kind),
                 "slots": list(part.slots),
                 "batch": part.batch.export_state(),
                 "params": flat_params(part.params)[0],
-                "states": [pytree.tree_leaves(state) for state in part.states],
+                "states": steps.export_state(index, part.states),
             }
-            for part in self.parts
+            for index, part in enumerate(self.parts)
         ]
         return {"parts": parts, "ages": list(self.ages), "lengths": list(self.lengths), "first": self.first}
 
@@ -221,20 +225,18 @@ def _kinds(batch: Any, slots: Sequence[int]) -> list[tuple[tuple[int, ...], list
     return found
 
 
-def _replaced(old: Part, new: Part) -> Part:
+def _replaced(old: Part, new: Part, copies: Copies) -> Part:
     """A part with new problems in the slots of another part of the same kind."""
     rows = [2 * old.slots.index(slot) + sign for slot in new.slots for sign in (0, 1)]
     leaves, rebuild = flat_params(old.params)
     index = torch.tensor(rows)
     merged = zip(leaves, flat_params(new.params)[0], strict=True)
-    states = list(old.states)
-    for row, state in zip(rows, new.states, strict=True):
-        states[row] = state
     params = rebuild([leaf.index_copy(0, index.to(leaf.device), other) for leaf, other in merged])
+    states = copies.steps_of([old.members]).replaced(0, old.states, rows, new.states)
     return replace(old, batch=old.batch.replaced(index, new.batch), params=params, states=states)
 
 
-def _without(part: Part, slots: set[int]) -> Part | None:
+def _without(part: Part, slots: set[int], copies: Copies) -> Part | None:
     """A part without some slots; None if nothing is left."""
     kept = [place for place, slot in enumerate(part.slots) if slot not in slots]
     if len(kept) == len(part.slots):
@@ -249,7 +251,7 @@ def _without(part: Part, slots: set[int]) -> Part | None:
         slots=tuple(part.slots[place] for place in kept),
         batch=part.batch.select(index),
         params=rebuild([leaf[index.to(leaf.device)] for leaf in leaves]),
-        states=[part.states[row] for row in rows],
+        states=copies.steps_of([part.members]).select(0, part.states, rows),
     )
 
 
@@ -266,16 +268,15 @@ def _template(kind: tuple[int, ...], batch: Any, tasks: Any, device: torch.devic
 
 def _restored(saved: Mapping[str, Any], copies: Copies, template: Any) -> Part:
     batch = template.import_state(saved["batch"])
-    part = Part(tuple(saved["kind"]), tuple(saved["slots"]), batch, None, [])
+    part = Part(tuple(saved["kind"]), tuple(saved["slots"]), batch, None, None)
     start = batch.select(slice(None)).init_params()  # a selection's draws leave the batch's alone
     leaves, rebuild = flat_params(start)
     params = rebuild(_like(saved["params"], leaves, "params"))
-    (fresh,) = PairUpdate([copies.updates[member] for member in part.members]).init_state((params,))
-    states = []
-    for state, own in zip(fresh, saved["states"], strict=True):
-        like, structure = pytree.tree_flatten(state)
-        states.append(pytree.tree_unflatten(_like(own, like, "the rule's state"), structure))
-    return replace(part, params=params, states=states)
+    steps = copies.steps_of([part.members])
+    (fresh,) = steps.init_state((params,))
+    pairs = zip(saved["states"], steps.export_state(0, fresh), strict=True)
+    states = [_like(own, like, "the rule's state") for own, like in pairs]
+    return replace(part, params=params, states=steps.import_state(0, fresh, states))
 
 
 def _like(saved: Sequence[Any], own: Sequence[Any], name: str) -> list[Tensor]:

@@ -5,8 +5,8 @@ draws; the difference of their losses gives the slot's meta-gradient. Problems b
 log-uniform number of steps, and are then replaced by the problem of the same slot in the newest meta-batch, also in the
 middle of a truncation. Vicol, Metz & Sohl-Dickstein 2021, arXiv 2112.13835.
 
-The antithetic pairs are 2T problems of one batch: one call gives all their losses and gradients. ε differs from slot to
-slot, so each of the 2T problems is stepped by a rule with weights of its own; see ``copies.py``.
+The antithetic pairs are 2T problems of one batch: one call gives all their losses and gradients, and one launch steps
+them all, each with weights of its own; see ``copies.py``.
 
 Axis legend: T slots, 2T problems in pairs, W weights of the rule, K steps of a truncation.
 """
@@ -122,15 +122,14 @@ class Pairs(nn.Module):
                 flight.restart(ended, fresh, copies, [lengths[slot] for slot in ended])
             stop = min(self.unroll, step + flight.steps_to_next_end())
             problem = scores.problem(step)
-            update = copies.update([part.members for part in flight.parts])
-            loop = InnerLoop(update, [True] * (stop - step))
-            params, states, _ = loop.run(problem, flight.params, update.gathered(flight.states))
-            flight.advance(params, update.scattered(states), stop - step)
+            loop = InnerLoop(copies.steps_of(flight.members()), [True] * (stop - step))
+            params, states, _ = loop.run(problem, flight.params, flight.states)
+            flight.advance(params, states, stop - step)
             step = stop
         every = list(range(flight.num_slots))
         gradients += self._part(scores.take(every), every)
         if noise.keeps_positive:
-            flight.keep_positive()
+            flight.keep_positive(copies)
         return scores.values(), gradients
 
     def _part(self, difference: Tensor, slots: Sequence[int]) -> Tensor:
@@ -147,10 +146,10 @@ class Pairs(nn.Module):
         """The problems of this process in flight, as plain data; None if there are none."""
         if self._saved is not None:
             return self._saved
-        if self._flight is None:
+        if self._flight is None or self._copies is None:
             return None
         noise = {"epsilon": self._noise.epsilon, "factor": self._noise.factor}
-        return {"kind": self._kind.__name__, "flight": self._flight.export_state(), "noise": noise}
+        return {"kind": self._kind.__name__, "flight": self._flight.export_state(self._copies), "noise": noise}
 
     def set_process(self, rank: int, world: int) -> None:
         """Which of the processes' states is this process's own."""
@@ -218,7 +217,7 @@ class _Scores:
             step: of the truncation
             starts: whether problems may begin at this step
         """
-        losses = losses[self.flight.by_slot(losses.device)]
+        losses = self.flight.in_slots(losses)
         first = self.flight.first_losses(losses, starts)
         if self.objective.last and step != self.unroll - 1:
             return

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import functools
 import importlib
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +24,7 @@ from metakern.core.memo import outside_modes
 from metakern.core.torch_private import below_autograd, forward_mode_is_active, func_is_active
 from metakern.core.transforms import wants_gradient
 from metakern.ops.core.batching import Batch, looped
+from metakern.ops.core.by_operator import BackwardOperator, recorder
 from metakern.ops.core.checks import check_dense
 from metakern.ops.core.devices import check_constants, check_devices
 from metakern.ops.core.functions import Backward, recorded, register, transformed
@@ -38,22 +39,27 @@ _NOTHING: frozenset[str] = frozenset()
 
 @dataclass(frozen=True)
 class Gradient:
-    """The gradient formula of an operator.
+    """The gradient of an operator: by a backward operator, or by a formula.
 
     Attributes:
-        formula: maps a :class:`Backward` to gradients by argument name; missing ones are None. A formula of
-            differentiable operators has second derivatives; if it calls an operator without a gradient, they raise.
+        by: the backward operator, or a formula. A backward operator is matched by names: it takes ``grad_x`` for a
+            result x, and arguments and results under their own names, and returns ``grad_y`` for an argument y. C++
+            runs it without Python, and second derivatives raise. A formula maps a :class:`Backward` to gradients by
+            argument name; missing ones are None. A formula of differentiable operators has second derivatives; if it
+            calls an operator without a gradient, they raise.
         of: names of the arguments that get gradients; any other tensor that requires one raises
         saves: names of the arguments and results whose values the formula reads
         shapes: names of arguments of which it reads only shapes and dtypes
         private: names of results for the formula only, hidden from callers
+        passes: with a backward operator: arguments whose gradient is that of a result, by the result's name
     """
 
-    formula: Callable[[Backward], dict[str, Any]]
+    by: Operator | Callable[[Backward], dict[str, Any]]
     of: Sequence[str]
     saves: Sequence[str] = ()
     shapes: Sequence[str] = ()
     private: Sequence[str] = ()
+    passes: Mapping[str, str] = field(default_factory=dict)
 
 
 class Operator:
@@ -100,7 +106,15 @@ class Operator:
         def places(among: Sequence[Place], chosen: Callable[[str], bool]) -> tuple[Place, ...]:
             return tuple(place for place in among if chosen(place.name))
 
-        self.formula, self.provided = gradient.formula, frozenset(gradient.of)
+        by = gradient.by
+        self.backward: BackwardOperator | None = None
+        self.formula: Callable[[Backward], dict[str, Any]]
+        if isinstance(by, Operator):
+            self.backward = BackwardOperator(schema, by, gradient.passes)
+            self.formula = self.backward.formula
+        else:
+            self.formula = by
+        self.provided = frozenset(gradient.of)
         self.differentiable = places(schema.tensors, lambda name: name in gradient.of)
         self.others = places(schema.tensors, lambda name: name not in gradient.of)
         self.saved_arguments = places(schema.tensors, lambda name: name in gradient.saves)
@@ -210,6 +224,7 @@ class Operator:
                 "built from other sources; reinstall metakern"
             )
         kernel = self._kernels[implementation] = Kernel(self, implementation, overload)
+        kernel.recorder = None if self.backward is None else recorder(kernel, self.backward)
         torch.library.register_fake(f"metakern::{name}", self.fake)
         if not self.schema.mutated:
             register(kernel)
@@ -267,10 +282,11 @@ class Operator:
 class Kernel:
     """An operator of one implementation."""
 
-    __slots__ = ("implementation", "operator", "overload")
+    __slots__ = ("implementation", "operator", "overload", "recorder")
 
     def __init__(self, operator: Operator, implementation: str, overload: Callable[..., Any]) -> None:
         self.operator, self.implementation, self.overload = operator, implementation, overload
+        self.recorder: Callable[[tuple[Any, ...]], Any] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
         """The public results in the form of torch.ops: a tensor, a list, or a tuple of those."""
@@ -296,6 +312,10 @@ class Kernel:
             if func_is_active() or forward_mode_is_active():
                 wants = operator.wanted(arguments) if wants is None else wants
                 return self._public(transformed(self, arguments, wants))
+            if self.recorder is not None and is_recorded is not False and torch.is_grad_enabled():
+                results = self.recorder(tuple(arguments))
+                if results is not None:
+                    return results
             if operator.is_recorded(arguments) if is_recorded is None else is_recorded:
                 return self._public(recorded(self, arguments))
             with below_autograd():

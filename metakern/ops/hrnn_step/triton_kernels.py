@@ -210,53 +210,18 @@ def _backward_block(
     h = cell.load_units(state, lanes, valid, n, H, HP)
     r, u, c, new_h = cell.gru(x, h, biases + task * (3 * H), gates, candidate, H, HP)
 
-    # Readouts.
-    kept = sigmoid(tl.load(scalars + 4))
-    delta = cell.readout(readouts, 0, new_h, H, HP) + cell.direction(x, scales)
-    step_rate = cell.clipped(rate + cell.readout(readouts, 1, new_h, H, HP) + tl.load(scalars))
-    size = tl.load(rms + task * (1 + A))
-    grad = to_arithmetic(tl.load(grad_new_params + task * n + lanes, mask=valid, other=0.0))
-    grad *= exp(step_rate + tl.load(scalars + 3)) / size
-    shared = tl.load(products + task * 2) / (size * size * size * n)
-    by_delta = shared * delta - grad
-    by_offset = -grad * delta
-    by_new_rate = cell.load_row(grad_new_state, H + 8, lanes, valid, n) + tl.load(means + H + 12)
-    by_step_rate = by_offset + (1 - kept) * by_new_rate
-    by_attention = tl.zeros([BLOCK], g.dtype)
-    if A == 1:
-        attention = cell.readout(readouts, 4, new_h, H, HP)
-        size = tl.load(rms + task * (1 + A) + 1)
-        grad = to_arithmetic(tl.load(grad_attended + task * n + lanes, mask=valid, other=0.0))
-        grad *= exp(step_rate) / size
-        by_attention = tl.load(products + task * 2 + 1) / (size * size * size * n) * attention - grad
-        by_step_rate -= grad * attention
-    scale_decay = sigmoid(cell.readout(readouts, 2, new_h, H, HP) + tl.load(scalars + 1))
-    input_decay = sigmoid(cell.readout(readouts, 3, new_h, H, HP) + tl.load(scalars + 2))
-    by_scale_decay = cell.load_row(grad_new_state, H + 9, lanes, valid, n) * scale_decay * (1 - scale_decay)
-    by_input_decay = cell.load_row(grad_new_state, H + 10, lanes, valid, n) * input_decay * (1 - input_decay)
-    d = tl.zeros([BLOCK, 16], g.dtype)
-    d = cell.with_column(cell.with_column(d, 0, by_delta), 1, by_step_rate)
-    d = cell.with_column(cell.with_column(d, 2, by_scale_decay), 3, by_input_decay)
-    d = cell.with_column(d, 4, by_attention)
-    d = tl.where(valid[:, None], d, 0.0)
+    d, by_delta, by_offset, by_new_rate, by_step_rate, step_rate, kept = _readouts_backward(
+        grad_new_params + task * n, grad_attended + task * n, grad_new_state, means, rms + task * (1 + A),
+        products + task * 2, readouts, scales, scalars, x, new_h, rate, n, lanes, valid, H, HP, A, BLOCK,
+    )  # fmt: skip
     rows = columns[:, None] * H + tl.arange(0, HP)[None, :]
     mask = (columns < 4 + A)[:, None] & (tl.arange(0, HP) < H)[None, :]
     grad_h = product(d, tl.load(readouts + rows, mask=mask, other=0.0))
     grad_h += cell.load_units(grad_new_state, lanes, valid, n, H, HP) + cell.load_vector(means, H, HP)[None, :]
     grad_h = tl.where(valid[:, None], grad_h, 0.0)
 
-    # GRU.
-    da_u = grad_h * (h - c) * u * (1 - u)
-    da_c = grad_h * (1 - u) * (1 - c * c)
-    by_rested = product(da_c, cell.load_weight(candidate, 0, 12, H, HP, H, HP))
-    da_r = by_rested * h * r * (1 - r)
-    old_h = grad_h * u + by_rested * r
-    old_h += product(da_r, cell.load_weight(gates, 0, 12, H, HP, H, HP))
-    old_h += product(da_u, cell.load_weight(gates, H, 12, H, HP, H, HP))
+    da_r, da_u, da_c, old_h, by_x = _gru_backward(grad_h, h, r, u, c, gates, candidate, H, HP)
     cell.store_units(grad_state, lanes, valid, n, old_h, H, HP)
-    by_x = product(da_r, cell.load_weight(gates, 0, 0, 12, 16, H, HP))
-    by_x += product(da_u, cell.load_weight(gates, H, 0, 12, 16, H, HP))
-    by_x += product(da_c, cell.load_weight(candidate, 0, 0, 12, 16, H, HP))
     by_x += tl.load(means + H + columns, mask=columns < 12, other=0.0)[None, :]
 
     # Features.
@@ -272,6 +237,59 @@ def _backward_block(
     d = tl.where(valid[:, None], d, 0.0)
     x = tl.where(valid[:, None], x, 0.0)
     return x, h, r * h, new_h, da_r, da_u, da_c, d, tl.where(valid, by_rate, 0.0)
+
+
+@triton.jit
+def _readouts_backward(
+    grad_new_params, grad_attended, grad_new_state, means, rms, products, readouts, scales, scalars, x, new_h, rate,
+    n, lanes, valid, H: tl.constexpr, HP: tl.constexpr, A: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The first five columns of D; gradients of delta, o, the new log rate and its step; that step, and σ(m)."""
+    kept = sigmoid(tl.load(scalars + 4))
+    delta = cell.readout(readouts, 0, new_h, H, HP) + cell.direction(x, scales)
+    step_rate = cell.clipped(rate + cell.readout(readouts, 1, new_h, H, HP) + tl.load(scalars))
+    size = tl.load(rms)
+    grad = to_arithmetic(tl.load(grad_new_params + lanes, mask=valid, other=0.0))
+    grad *= exp(step_rate + tl.load(scalars + 3)) / size
+    shared = tl.load(products) / (size * size * size * n)
+    by_delta = shared * delta - grad
+    by_offset = -grad * delta
+    by_new_rate = cell.load_row(grad_new_state, H + 8, lanes, valid, n) + tl.load(means + H + 12)
+    by_step_rate = by_offset + (1 - kept) * by_new_rate
+    by_attention = tl.zeros([BLOCK], x.dtype)
+    if A == 1:
+        attention = cell.readout(readouts, 4, new_h, H, HP)
+        size = tl.load(rms + 1)
+        grad = to_arithmetic(tl.load(grad_attended + lanes, mask=valid, other=0.0))
+        grad *= exp(step_rate) / size
+        by_attention = tl.load(products + 1) / (size * size * size * n) * attention - grad
+        by_step_rate -= grad * attention
+    scale_decay = sigmoid(cell.readout(readouts, 2, new_h, H, HP) + tl.load(scalars + 1))
+    input_decay = sigmoid(cell.readout(readouts, 3, new_h, H, HP) + tl.load(scalars + 2))
+    by_scale_decay = cell.load_row(grad_new_state, H + 9, lanes, valid, n) * scale_decay * (1 - scale_decay)
+    by_input_decay = cell.load_row(grad_new_state, H + 10, lanes, valid, n) * input_decay * (1 - input_decay)
+    d = tl.zeros([BLOCK, 16], x.dtype)
+    d = cell.with_column(cell.with_column(d, 0, by_delta), 1, by_step_rate)
+    d = cell.with_column(cell.with_column(d, 2, by_scale_decay), 3, by_input_decay)
+    d = cell.with_column(d, 4, by_attention)
+    d = tl.where(valid[:, None], d, 0.0)
+    return d, by_delta, by_offset, by_new_rate, by_step_rate, step_rate, kept
+
+
+@triton.jit
+def _gru_backward(grad_h, h, r, u, c, gates, candidate, H: tl.constexpr, HP: tl.constexpr):
+    """Gradients of the pre-activations of r, u and c, of the old h, and of x through the GRU."""
+    da_u = grad_h * (h - c) * u * (1 - u)
+    da_c = grad_h * (1 - u) * (1 - c * c)
+    by_rested = product(da_c, cell.load_weight(candidate, 0, 12, H, HP, H, HP))
+    da_r = by_rested * h * r * (1 - r)
+    old_h = grad_h * u + by_rested * r
+    old_h += product(da_r, cell.load_weight(gates, 0, 12, H, HP, H, HP))
+    old_h += product(da_u, cell.load_weight(gates, H, 12, H, HP, H, HP))
+    by_x = product(da_r, cell.load_weight(gates, 0, 0, 12, 16, H, HP))
+    by_x += product(da_u, cell.load_weight(gates, H, 0, 12, 16, H, HP))
+    by_x += product(da_c, cell.load_weight(candidate, 0, 0, 12, 16, H, HP))
+    return da_r, da_u, da_c, old_h, by_x
 
 
 @triton.jit

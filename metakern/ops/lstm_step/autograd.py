@@ -8,28 +8,48 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from metakern.core.torch_private import forward_mode_is_active, func_is_active
 from metakern.ops.core.batching import Batch, looped
-from metakern.ops.core.define_op import Gradient, define_op
-from metakern.ops.core.functions import Backward
+from metakern.ops.core.define_op import Gradient, Kernel, define_op
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.state import tiles
 
 _OPTIONS = "Tensor[] weights, int preprocess, float preprocess_scale, float output_scale, int precision"
 
+_WAY_OUT = "backend='reference' does (a second derivative of the optimizee needs none: it flows through `grads`)"
+
+#: Bytes of gates that a call keeps for backward; larger calls recompute them. 10,464 coordinates with H = 20, L = 2.
+MAX_GATES = 8 * 2**20
+
 _BACKENDS: dict[str, Any] = {"backends": ("cpp", "cuda", "triton"), "triton": "metakern.ops.lstm_step.triton"}
 
 
-def _gradients(backward: Backward) -> dict[str, Any]:
-    """The gradient of params equals that of the new params; the gates are recomputed from the incoming state."""
-    a, grads = backward.arguments, backward.grads
-    grad_grads, grad_state, grad_weights = backward.call(
-        step_backward,
-        *(grads.new_params, grads.new_state, a.grads, a.state),
-        *(a.weights, a.preprocess, a.preprocess_scale, a.output_scale, a.precision),
+def _gradient_shapes(a: Any) -> tuple[Any, ...]:
+    return a.grads.new_empty(a.grads.shape), a.state.new_empty(a.state.shape), [w.new_empty(w.shape) for w in a.weights]
+
+
+def empty_gates(state: Tensor) -> Tensor:
+    """What the CPU's forward can keep for backward: 5 numbers for each hidden unit of a coordinate."""
+    count, layers, _, hidden, lanes = state.shape
+    return state.new_empty(count, layers, 5, hidden, lanes)
+
+
+def keeps_gates(kernel: Kernel, state: Tensor) -> bool:
+    """Whether forward keeps its gates for backward, if a gradient is wanted: on the CPU, up to :data:`MAX_GATES`.
+
+    torch.compile and torch.func get the operator without gates. The results have the same bits.
+    """
+    if kernel.implementation != "compiled" or state.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return (
+        5 * state.numel() * state.element_size() <= 2 * MAX_GATES
+        and not func_is_active()
+        and not forward_mode_is_active()
     )
-    return {"params": grads.new_params, "grads": grad_grads, "state": grad_state, "weights": grad_weights}
 
 
 def _batched(batch: Batch) -> tuple[Any, Any]:
@@ -50,13 +70,9 @@ step_backward = define_op(
     f"lstm_step_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, {_OPTIONS}) "
     "-> (Tensor, Tensor, Tensor[])",
     results=("grad_grads", "grad_state", "grad_weights"),
-    shapes=lambda a: (
-        a.grads.new_empty(a.grads.shape),
-        a.state.new_empty(a.state.shape),
-        [w.new_empty(w.shape) for w in a.weights],
-    ),
+    shapes=_gradient_shapes,
     family="lstm_step",
-    way_out="backend='reference' does (a second derivative of the optimizee needs none: it flows through `grads`)",
+    way_out=_WAY_OUT,
     **_BACKENDS,
 )
 
@@ -64,10 +80,39 @@ step = define_op(
     f"lstm_step(Tensor params, Tensor grads, Tensor state, {_OPTIONS}) -> (Tensor, Tensor)",
     results=("new_params", "new_state"),
     shapes=lambda a: (a.params.new_empty(a.params.shape), a.state.new_empty(a.state.shape)),
-    gradient=Gradient(_gradients, of=("params", "grads", "state", "weights"), saves=("grads", "state", "weights")),
+    gradient=Gradient(
+        step_backward,  # recomputes the gates from the incoming state
+        of=("params", "grads", "state", "weights"),
+        saves=("grads", "state", "weights"),
+        passes={"params": "new_params"},
+    ),
     batching=_batched,
     reference=reference.lstm_step,
     **_BACKENDS,
+)
+
+step_with_gates_backward = define_op(
+    "lstm_step_with_gates_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grads, Tensor state, "
+    f"Tensor gates, {_OPTIONS}) -> (Tensor, Tensor, Tensor[])",
+    results=("grad_grads", "grad_state", "grad_weights"),
+    shapes=_gradient_shapes,
+    family="lstm_step",
+    way_out=_WAY_OUT,
+)
+
+#: :data:`step` that also returns what backward would recompute, [tiles, L, 5, H, 32]; for the CPU alone.
+step_with_gates = define_op(
+    f"lstm_step_with_gates(Tensor params, Tensor grads, Tensor state, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    results=("new_params", "new_state", "gates"),
+    shapes=lambda a: (a.params.new_empty(a.params.shape), a.state.new_empty(a.state.shape), empty_gates(a.state)),
+    gradient=Gradient(
+        step_with_gates_backward,
+        of=("params", "grads", "state", "weights"),
+        saves=("grads", "state", "weights", "gates"),
+        private=("gates",),
+        passes={"params": "new_params"},
+    ),
+    family="lstm_step",
 )
 
 step_ = define_op(

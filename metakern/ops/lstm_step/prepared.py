@@ -48,11 +48,12 @@ class PreparedStep:
         hidden_size: H
         num_layers: L
         options: preprocess, preprocess_scale and precision, as of :func:`metakern.ops.lstm_step`, checked
+        copies: C; more than one: weights are [C, *shape], and each copy has N/C coordinates, a multiple of 32
     """
 
-    __slots__ = ("_addresses", "_kernel", "_shapes", "_sizes", "_weights", "options")
+    __slots__ = ("_addresses", "_kernel", "_shapes", "_sizes", "_weights", "copies", "options")
 
-    def __init__(self, hidden_size: int, num_layers: int, options: tuple[str, float, str]) -> None:
+    def __init__(self, hidden_size: int, num_layers: int, options: tuple[str, float, str], copies: int = 1) -> None:
         preprocess, preprocess_scale, _ = self.options = options  # the CPU has one precision
         index = PREPROCESS.index(preprocess)
         self._sizes = (num_layers, 2, hidden_size, TILE_LANES)
@@ -65,10 +66,12 @@ class PreparedStep:
                 (4 * hidden_size,),
                 (4 * hidden_size,),
             ]
-        self._shapes = [*shapes, (1, hidden_size), (1,)]
+        shapes += [(1, hidden_size), (1,)]
+        self.copies = copies
+        self._shapes = [(copies, *shape) for shape in shapes] if copies > 1 else shapes
         self._weights: list[Tensor] = []
         self._addresses: list[int] = []
-        self._kernel = _C.PreparedLstmStep(hidden_size, num_layers, index, preprocess_scale)
+        self._kernel = _C.PreparedLstmStep(hidden_size, num_layers, index, preprocess_scale, copies)
 
     def __call__(
         self, params: Any, grads: Any, state: LSTMState, weights: Sequence[Tensor], output_scale: float
@@ -105,6 +108,8 @@ class PreparedStep:
         if not (_is_plain(params) and _is_plain(grads) and _is_plain(data) and state.layout == LAYOUT):
             return False
         n = params.numel()
+        if self.copies > 1 and n % (self.copies * TILE_LANES):
+            return False  # the operator says what is wrong
         if not 0 < n <= MAX_COORDINATES or n != state.num_coordinates or grads.shape != params.shape:
             return False
         shape: tuple[int, ...] = data.shape
@@ -136,7 +141,7 @@ class PreparedStep:
     def __reduce__(self) -> tuple[type[PreparedStep], tuple[Any, ...]]:
         """Copies and pickles hold only the sizes and options, and pack the weights anew."""
         layers, _, hidden, _ = self._sizes
-        return PreparedStep, (hidden, layers, self.options)
+        return PreparedStep, (hidden, layers, self.options, self.copies)
 
 
 def _overlap(a: int, a_size: int, b: int, b_size: int) -> bool:

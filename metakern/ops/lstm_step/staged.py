@@ -28,7 +28,6 @@ from metakern.ops.core.checks import (
     check_value,
 )
 from metakern.ops.core.define_op import Gradient, Kernel, Operator, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.lstm_step import (
     PARAM_DTYPES,
     PRECISION_INDEX,
@@ -53,8 +52,8 @@ from metakern.ops.lstm_step.state import (
 )
 
 _INPUTS = "Tensor coordinate_inputs, Tensor[] weights"
-_TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
-_OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
+TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
+OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
 
 #: Pairs of stages with compiled kernels: those of lstm_step, RNNProp and Meta-LSTM.
 COMPILED = frozenset(
@@ -66,21 +65,9 @@ COMPILED = frozenset(
 BACKENDS = ("cpp", "cuda")
 
 
-def _gradients(backward: Backward) -> dict[str, Any]:
-    a, grads = backward.arguments, backward.grads
-    found = backward.call(
-        step_backward,
-        *(grads.new_params, grads.new_state, grads.new_stage_state),
-        *(a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs, a.weights),
-        *(a.features, a.head, a.features_scale, a.beta1, a.beta2, a.head_scale, a.precision),
-    )
-    names = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
-    return dict(zip(names, found, strict=True))
-
-
 step_backward = define_op(
     "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
-    f"{_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"{TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     results=("grad_params", "grad_grads", "grad_state", "grad_stage_state", "grad_coordinate_inputs", "grad_weights"),
     shapes=lambda a: (
         *(x.new_empty(x.shape) for x in (a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs)),
@@ -91,11 +78,11 @@ step_backward = define_op(
 )
 
 step = define_op(
-    f"lstm_step_staged({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"lstm_step_staged({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     results=("new_params", "new_state", "new_stage_state"),
     shapes=lambda a: tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state)),
     gradient=Gradient(
-        _gradients,
+        step_backward,
         of=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
         saves=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
     ),
@@ -105,7 +92,7 @@ step = define_op(
 
 step_ = define_op(
     "lstm_step_staged_(Tensor(a!) params, Tensor grads, Tensor(b!) state, Tensor(c!) stage_state, "
-    f"{_INPUTS}, {_OPTIONS}) -> ()",
+    f"{_INPUTS}, {OPTIONS}) -> ()",
     shapes=lambda a: None,
     family="lstm_step_staged",
     backends=BACKENDS,

@@ -1,4 +1,4 @@
-"""The operators of mlp_inner_loop and mlp_meta_loss: shapes and gradient formulas, shared by all implementations.
+"""The operators of mlp_inner_loop and mlp_meta_loss: shapes and gradients, shared by all implementations.
 
 Axis legend: T tasks, K inner steps, P parameters of a task.
 """
@@ -17,7 +17,6 @@ from metakern.core.memo import constant
 from metakern.core.torch_private import below_autograd
 from metakern.core.transforms import is_transformed_or_dual, wants_gradient
 from metakern.ops.core.define_op import Gradient, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.mlp_inner_loop import reference
 from metakern.ops.mlp_inner_loop.batching import batched, batched_backward
 
@@ -172,36 +171,6 @@ def _gradient_shapes(a: Any) -> tuple[list[Tensor], list[Tensor]]:
     return [p.new_empty(p.shape) for p in a.params], [r.new_empty(r.shape) for r in a.lr]
 
 
-# --------------------------------------------------------------------------------------------------------- formulas
-
-
-def _found(backward: Backward, found: Sequence[Tensor], rates: Sequence[Tensor]) -> dict[str, Any]:
-    """Return the rates' gradients only if requested: under torch.func.vmap unrequested ones sum over all elements."""
-    return {"params": found, "lr": rates} if "lr" in backward.wants else {"params": found}
-
-
-def _adapt_gradients(backward: Backward) -> dict[str, Any]:
-    a = backward.arguments
-    found, rates = backward.call(
-        adapt_backward,
-        *(list(backward.grads.adapted_params), backward.results.trajectory, a.params, a.x, a.y, a.mask, a.lr),
-        *(a.rate, a.steps, a.per_step, a.adapted, a.activation, a.loss, a.checkpoint_every),
-        *(a.second_order, a.slopes, a.clip_norm),
-    )
-    return _found(backward, found, rates)
-
-
-def _meta_loss_gradients(backward: Backward) -> dict[str, Any]:
-    """The forward computed the gradients, one per task; of the other tensors only shapes are needed."""
-    a = backward.arguments
-    found, rates = backward.call(
-        meta_loss_backward,
-        *(backward.grads.losses, backward.results.task_grads, a.params, a.x, a.y, a.lr),
-        *(a.steps, a.per_step, a.loss),
-    )
-    return _found(backward, found, rates)
-
-
 # -------------------------------------------------------------------------------------------------------- operators
 
 _SCALARS = "float rate, int steps, bool per_step, int adapted, int[1] activation, int loss, int checkpoint_every"
@@ -239,10 +208,10 @@ meta_loss_backward = define_op(
 adapt = define_op(
     f"mlp_inner_loop(Tensor[] params, Tensor x, Tensor y, Tensor? mask, Tensor[] lr, {_SCALARS}, bool keep, "
     f"Tensor second_order, {_OPTIONS}) -> (Tensor[], Tensor)",
-    results=("adapted_params", "trajectory"),
+    results=("adapted", "trajectory"),
     shapes=_adapted_shapes,
     gradient=Gradient(
-        _adapt_gradients,
+        adapt_backward,
         of=("params", "lr"),
         saves=("params", "x", "y", "mask", "lr", "second_order", "trajectory"),
         private=("trajectory",),
@@ -260,7 +229,7 @@ meta_loss = define_op(
     results=("losses", "task_grads"),
     shapes=_loss_shapes,
     gradient=Gradient(
-        _meta_loss_gradients,
+        meta_loss_backward,  # the forward computed the gradients, one per task
         of=("params", "lr"),
         saves=("task_grads",),
         shapes=("params", "x", "y", "lr"),

@@ -9,7 +9,6 @@ from typing import Any
 
 from metakern.ops.core.batching import Batch, looped
 from metakern.ops.core.define_op import Gradient, define_op
-from metakern.ops.core.functions import Backward
 from metakern.ops.mlp_update_step import reference
 
 _BACKENDS: dict[str, Any] = {"backends": ("cpp", "triton"), "triton": "metakern.ops.mlp_update_step.triton"}
@@ -19,19 +18,6 @@ _BY_SEGMENT = ("rates", "keep")
 _TENSORS = ", ".join(f"Tensor[] {name}" for name in _LISTS)
 _REST = "Tensor[] weights, Tensor decays, Tensor rates, Tensor keep, Tensor steps, float exp_mult"
 _RESULTS = ("new_params", "new_m", "new_v", "new_r", "new_c")
-
-
-def _gradients(backward: Backward) -> dict[str, Any]:
-    """Backward recomputes all but the new factors and the features' norms."""
-    a, results, grads = backward.arguments, backward.results, backward.grads
-    found = backward.call(
-        step_backward,
-        *(list(getattr(grads, name)) for name in _RESULTS),
-        *(getattr(a, name) for name in _LISTS),
-        *(results.new_r, results.new_c, results.norms),
-        *(a.weights, a.decays, a.rates, a.keep, a.steps, a.exp_mult),
-    )
-    return dict(zip((*_LISTS, "weights", "decays", *_BY_SEGMENT), found, strict=True))
 
 
 def _batched(batch: Batch) -> tuple[Any, Any]:
@@ -74,7 +60,7 @@ step = define_op(
         a.rates.new_empty(*a.rates.shape, reference.TENSOR_FEATURES),
     ),
     gradient=Gradient(
-        _gradients,
+        step_backward,  # recomputes all but the new factors and the features' norms
         of=(*_LISTS, "weights", "decays", *_BY_SEGMENT),
         saves=(*_LISTS, "weights", "decays", *_BY_SEGMENT, "steps", "new_r", "new_c", "norms"),
         private=("norms",),

@@ -120,6 +120,24 @@ def update_kernel(
 
 
 @triton.jit
+def _old_features(
+    grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, task, lanes, valid,
+    n, rows, columns, span, inner, middle, joint, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The params of a block, and its features before they are normalised, from the old moments and the new factors."""
+    g, theta, old_m, old_v = features.load_old(
+        grads + task * n, old_params + task * n, m + task * 3 * n, v + task * n, lanes, valid, n
+    )
+    now_m, now_v = features.new_moments(g, old_m, old_v, decays)
+    r, c, _, _, of_g, of_m = features.load_factors(
+        new_r + task * 3 * rows, new_c + task * 3 * columns, row_factors + task * 3 * rows,
+        column_factors + task * 3 * columns, lanes, valid, n, rows, columns, span, inner, middle, joint, KIND, WIDE,
+    )  # fmt: skip
+    x0, x1, x2, x3, x4, x5, x6, x7 = features.groups(g, theta, now_m, now_v, r, c, of_g, of_m, valid)
+    return theta, features.matrix(x0, x1, x2, x3, x4, x5, x6, x7, BLOCK)
+
+
+@triton.jit
 def network_kernel(
     grad_new_params, grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, norms, weights, biases,
     rates, keeps, by_features, partials, weight_partials,
@@ -151,49 +169,28 @@ def network_kernel(
         for block in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, blocks)):
             lanes = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             valid = lanes < n
-            g, theta, now_m, now_v = features.load_old(
-                grads + task * n, old_params + task * n, m + task * 3 * n, v + task * n, lanes, valid, n
-            )
-            now_m, now_v = features.new_moments(g, now_m, now_v, decays)
-            r, c, _, _, of_g, of_m = features.load_factors(
-                new_r + task * 3 * rows, new_c + task * 3 * columns, row_factors + task * 3 * rows,
-                column_factors + task * 3 * columns, lanes, valid, n, rows, columns, span, inner, middle, joint,
-                KIND, WIDE,
+            theta, x = _old_features(
+                grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, task, lanes, valid,
+                n, rows, columns, span, inner, middle, joint, KIND, WIDE, BLOCK,
             )  # fmt: skip
-            x0, x1, x2, x3, x4, x5, x6, x7 = features.groups(g, theta, now_m, now_v, r, c, of_g, of_m, valid)
-            x = features.matrix(x0, x1, x2, x3, x4, x5, x6, x7, BLOCK) * norm[None, :]
+            x *= norm[None, :]
             h1, h2, h3, h4 = network.hidden_units(x, weights, biases + task * W, W, WP, L)
-
-            # Outputs. Their gradients are zero after the last coordinate, so all that follow are.
-            direction, direction_weights = network.output(weights, 0, h4, W, WP, L)
-            magnitude, magnitude_weights = network.output(weights, 1, h4, W, WP, L)
-            factor = scalar(exp_mult, exp_mult_low, direction)
             above = to_arithmetic(tl.load(grad_new_params + task * n + lanes, mask=valid, other=0.0))
-            scaled = tl.where(valid, above * exp(factor * magnitude), 0.0)
+            by_sum, of_d, of_s, scaled, direction = network.outputs_backward(
+                above, valid, h4, rate, exp_mult, exp_mult_low, weights, W, WP, L
+            )
             by_rate -= scaled * direction
             by_keep += above * theta
-            of_d = -scaled * rate
-            of_s = of_d * direction * factor
             of_direction += of_d[:, None] * h4
             of_magnitude += of_s[:, None] * h4
             by_direction += of_d
             by_magnitude += of_s
-
-            # Hidden layers.
-            by_sum = of_d[:, None] * direction_weights[None, :] + of_s[:, None] * magnitude_weights[None, :]
-            by_sum = tl.where(h4 > 0, by_sum, 0.0)
             if L > 3:
-                w3 += product(tl.trans(by_sum), h3)
-                b3 += by_sum
-                by_sum = network.through_hidden(by_sum, h3, weights, 3, W, WP)
+                w3, b3, by_sum = network.layer_backward(by_sum, h3, w3, b3, weights, 3, W, WP)
             if L > 2:
-                w2 += product(tl.trans(by_sum), h2)
-                b2 += by_sum
-                by_sum = network.through_hidden(by_sum, h2, weights, 2, W, WP)
+                w2, b2, by_sum = network.layer_backward(by_sum, h2, w2, b2, weights, 2, W, WP)
             if L > 1:
-                w1 += product(tl.trans(by_sum), h1)
-                b1 += by_sum
-                by_sum = network.through_hidden(by_sum, h1, weights, 1, W, WP)
+                w1, b1, by_sum = network.layer_backward(by_sum, h1, w1, b1, weights, 1, W, WP)
             first += product(tl.trans(by_sum), x)
             by_bias += by_sum
             by_y = product(by_sum, network.load_first(weights, W, WP))
@@ -206,25 +203,9 @@ def network_kernel(
         tl.store(row + 33, tl.sum(by_keep))
         tl.store(row + 34 + units, tl.sum(by_bias, axis=0))
     row = weight_partials + program * (32 * WP + (L - 1) * (WP * WP + WP) + 2 * WP + 2)
-    tl.store(row + units[:, None] * 32 + inputs[None, :], first)
-    row += 32 * WP
-    square = units[:, None] * WP + units[None, :]
-    if L > 1:
-        tl.store(row + square, w1)
-        tl.store(row + WP * WP + units, tl.sum(b1, axis=0))
-        row += WP * WP + WP
-    if L > 2:
-        tl.store(row + square, w2)
-        tl.store(row + WP * WP + units, tl.sum(b2, axis=0))
-        row += WP * WP + WP
-    if L > 3:
-        tl.store(row + square, w3)
-        tl.store(row + WP * WP + units, tl.sum(b3, axis=0))
-        row += WP * WP + WP
-    tl.store(row + units, tl.sum(of_direction, axis=0))
-    tl.store(row + WP + units, tl.sum(of_magnitude, axis=0))
-    tl.store(row + 2 * WP, tl.sum(by_direction))
-    tl.store(row + 2 * WP + 1, tl.sum(by_magnitude))
+    network.store_layers(row, first, w1, b1, w2, b2, w3, b3, WP, L)
+    row += 32 * WP + (L - 1) * (WP * WP + WP)
+    network.store_outputs(row, of_direction, of_magnitude, by_direction, by_magnitude, WP)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from metakern.ops.core.triton_arithmetic import product, tanh
+from metakern.ops.core.triton_arithmetic import exp, product, scalar, tanh
 from metakern.ops.mlp_update_step.triton_features import feature_numbers
 
 _INPUTS = tl.constexpr(39)
@@ -83,6 +83,63 @@ def output(weights, INDEX: tl.constexpr, h, W: tl.constexpr, WP: tl.constexpr, L
 def through_hidden(by_sum, h, weights, LAYER: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
     """Gradients by the sums of the layer before hidden layer LAYER, whose units are h."""
     return tl.where(h > 0, product(by_sum, load_hidden(weights, LAYER, W, WP)), 0.0)
+
+
+@triton.jit
+def outputs_backward(
+    above, valid, h, rate, exp_mult, exp_mult_low, weights, W: tl.constexpr, WP: tl.constexpr, L: tl.constexpr
+):
+    """Gradients by the last hidden sums and by both outputs; the gradient of the update's factor, and the direction.
+
+    All are zero after the last coordinate. ``above`` are the gradients of the new params, h the last hidden units.
+    """
+    direction, direction_weights = output(weights, 0, h, W, WP, L)
+    magnitude, magnitude_weights = output(weights, 1, h, W, WP, L)
+    factor = scalar(exp_mult, exp_mult_low, direction)
+    scaled = tl.where(valid, above * exp(factor * magnitude), 0.0)
+    of_d = -scaled * rate
+    of_s = of_d * direction * factor
+    by_sum = of_d[:, None] * direction_weights[None, :] + of_s[:, None] * magnitude_weights[None, :]
+    return tl.where(h > 0, by_sum, 0.0), of_d, of_s, scaled, direction
+
+
+@triton.jit
+def layer_backward(by_sum, h, of_weight, of_bias, weights, LAYER: tl.constexpr, W: tl.constexpr, WP: tl.constexpr):
+    """Adds to the gradients of hidden layer LAYER's weight and bias; then the gradients by the sums before it."""
+    of_weight += product(tl.trans(by_sum), h)
+    of_bias += by_sum
+    return of_weight, of_bias, through_hidden(by_sum, h, weights, LAYER, W, WP)
+
+
+@triton.jit
+def store_layer(row, of_weight, of_bias, WP: tl.constexpr):
+    """The gradients of a hidden layer's weight, [WP, WP], and bias, [WP]."""
+    units = tl.arange(0, WP)
+    tl.store(row + units[:, None] * WP + units[None, :], of_weight)
+    tl.store(row + WP * WP + units, tl.sum(of_bias, axis=0))
+
+
+@triton.jit
+def store_layers(row, first, w1, b1, w2, b2, w3, b3, WP: tl.constexpr, L: tl.constexpr):
+    """The gradients of the first layer's weight, [WP, 32], and of up to three hidden layers behind it."""
+    tl.store(row + tl.arange(0, WP)[:, None] * 32 + tl.arange(0, 32)[None, :], first)
+    row += 32 * WP
+    if L > 1:
+        store_layer(row, w1, b1, WP)
+    if L > 2:
+        store_layer(row + (WP * WP + WP), w2, b2, WP)
+    if L > 3:
+        store_layer(row + 2 * (WP * WP + WP), w3, b3, WP)
+
+
+@triton.jit
+def store_outputs(row, of_direction, of_magnitude, by_direction, by_magnitude, WP: tl.constexpr):
+    """The gradients of the outputs' weights, [WP] each, and of their biases."""
+    units = tl.arange(0, WP)
+    tl.store(row + units, tl.sum(of_direction, axis=0))
+    tl.store(row + WP + units, tl.sum(of_magnitude, axis=0))
+    tl.store(row + 2 * WP, tl.sum(by_direction))
+    tl.store(row + 2 * WP + 1, tl.sum(by_magnitude))
 
 
 @triton.jit

@@ -85,6 +85,7 @@ class HrnnStep(Operator):
     hides_infinity = ("states", "biases")  # the gates saturate
     one_scale = True
     operators = ("hrnn_step", "hrnn_step_backward")
+    cpu_operators = ("hrnn_step_stacked",)
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
         return kind not in ("emulated", "cuda")
@@ -164,6 +165,8 @@ class HrnnStep(Operator):
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         example = self.make(F32, tasks=tasks, shapes=((5, 2), (3,)), attention=True, seed=seed)
         params, grads, states, biases, mean_rate, weights = self._arguments(example.tensors)
+        if operator.endswith("stacked"):
+            return [params, grads, states, biases, mean_rate, self.copied(weights, tasks)]
         if not operator.endswith("backward"):
             return [params, grads, states, biases, mean_rate, weights]
         generator = torch.Generator().manual_seed(seed + 1)
@@ -179,5 +182,5 @@ class HrnnStep(Operator):
         return [*cotangents, attended, grads, states, steps, rms, biases, mean_rate, weights]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
-        for name in self.operators:
+        for name in (*self.operators, *self.cpu_operators):
             yield name, name, lambda name=name: tuple(self.raw(name))

@@ -86,6 +86,14 @@ def preprocessings() -> list[Spec]:
     return found
 
 
+def _kept(operator: str, problem: Any) -> list[Tensor]:
+    """The gates that a backward takes, as forward keeps them."""
+    if operator != "lstm_step_with_gates_backward":
+        return []
+    tensors = problem.params, problem.grads, problem.state.data, problem.weights
+    return [torch.ops.metakern.lstm_step_with_gates(*tensors, 1, 10.0, 0.1, 0)[2]]
+
+
 class LstmStep(Operator):
     """One step of the coordinatewise LSTM with packed state."""
 
@@ -117,7 +125,8 @@ class LstmStep(Operator):
     batches = (("params", "grads", "state"), ("grads", "weights"))
     exact_batches = True
     operators = ("lstm_step", "lstm_step_", "lstm_step_backward")
-    batched_operators = ("lstm_step_backward",)  # lstm_step's unused lanes differ
+    cpu_operators = ("lstm_step_with_gates", "lstm_step_with_gates_backward")
+    batched_operators = ("lstm_step_backward", "lstm_step_with_gates_backward")  # forward's unused lanes differ
 
     def make(
         self,
@@ -199,7 +208,7 @@ class LstmStep(Operator):
         if not operator.endswith("backward"):
             return [problem.params, problem.grads, problem.state.data, *options]
         grads = problem.cotangents[0], pack_state(*problem.cotangents[1:]).data
-        return [*grads, problem.grads, problem.state.data, *options]
+        return [*grads, problem.grads, problem.state.data, *_kept(operator, problem), *options]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
         def arguments(name: str, n: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -208,11 +217,12 @@ class LstmStep(Operator):
             tensors = [problem.params, problem.grads, data]
             if name.endswith("backward"):
                 tensors = [torch.randn(n).to(dtype), torch.randn(data.shape).to(data.dtype), problem.grads, data]
-            needs = name == "lstm_step"
+                tensors += _kept(name, problem)
+            needs = name in ("lstm_step", "lstm_step_with_gates")
             leaves = [x.clone().requires_grad_(needs) for x in tensors]
             return (*leaves, [w.clone().requires_grad_(needs) for w in problem.weights], 1, 10.0, 0.1, 0)
 
-        for name in self.operators:
+        for name in (*self.operators, *self.cpu_operators):
             for n in (0, 33):
                 for dtype in (F32, torch.bfloat16, F64) if name == "lstm_step" else (F32,):
                     yield f"{name} N={n} {dtype}", name, functools.partial(arguments, name, n, dtype)

@@ -60,6 +60,7 @@ class LstmStepStaged(Operator):
     differentiable = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
     tolerates = (("type", "stage_state"), ("type", "coordinate_inputs"))  # None: the stages keep and read nothing
     operators = ("lstm_step_staged", "lstm_step_staged_", "lstm_step_staged_backward")
+    cpu_operators = ("lstm_step_stacked",)
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
         return kind in KINDS
@@ -151,6 +152,10 @@ class LstmStepStaged(Operator):
         return spoiled
 
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
+        if operator.endswith("stacked"):
+            staged = make_staged(128, "log_sign_with_loss", "gates", hidden=5)
+            *tensors, weights = raw_inputs(staged)
+            return [*tensors, self.copied(weights, 2), *staged.options()]
         staged = make_staged(36, "log_sign_with_loss", "gates", hidden=5)
         arguments = [*raw_inputs(staged), *staged.options()]
         if not operator.endswith("backward"):
@@ -159,5 +164,5 @@ class LstmStepStaged(Operator):
         return [*grads, *arguments]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
-        for name in self.operators:
+        for name in (*self.operators, *self.cpu_operators):
             yield name, name, lambda name=name: tuple(self.raw(name))

@@ -129,6 +129,7 @@ class MlpUpdateStep(Operator):
     hides_infinity = ("rates", "keep")
     one_scale = True
     operators = ("mlp_update_step", "mlp_update_step_backward")
+    cpu_operators = ("mlp_update_step_stacked",)
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
         return kind not in ("emulated", "cuda")
@@ -170,6 +171,9 @@ class MlpUpdateStep(Operator):
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         params, grads, moments, weights, *numbers = make_call(((5, 2), (3,)), F32, tasks, seed=seed)
         lists, rest = [params, grads, *moments], [weights, *numbers, 0.1]
+        if operator.endswith("stacked"):
+            decays, *others = numbers
+            return [*lists, self.copied(weights, tasks), decays.repeat(tasks, 1), *others, 0.1]
         if not operator.endswith("backward"):
             return [*lists, *rest]
         generator = torch.Generator().manual_seed(seed + 1)
@@ -179,5 +183,5 @@ class MlpUpdateStep(Operator):
         return [*cotangents, *lists, *new, norms, *rest]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
-        for name in self.operators:
+        for name in (*self.operators, *self.cpu_operators):
             yield name, name, lambda name=name: tuple(self.raw(name))

@@ -109,6 +109,7 @@ class Operator:
         hides_infinity: tensors whose infinity may leave results finite
         one_scale: whether gradients are compared relative to the largest of all, as a single one may cancel
         operators: the raw operators torch.ops.metakern.* of the compiled library; Triton's insert ``_triton``
+        cpu_operators: raw operators of the compiled library that serve the CPU alone
         batched_operators: raw operators that support vmap directly
         faulted: an example with every tensor argument, one of which is spoiled at a time
         tolerates: pairs of a fault (test_arguments.py) and an argument that raise no error
@@ -138,6 +139,7 @@ class Operator:
     hides_infinity: tuple[str, ...] = ()
     one_scale = False
     operators: tuple[str, ...] = ()
+    cpu_operators: tuple[str, ...] = ()
     batched_operators: tuple[str, ...] = ()
     faulted: Mapping[str, Any]
     tolerates: tuple[tuple[str, str], ...] = ()
@@ -198,6 +200,11 @@ class Operator:
     def raw(self, operator: str, seed: int = 0, tasks: int = 3, loss: int = 0, suffix: str = "") -> list[Any]:
         """Arguments of a raw operator in schema order; ``suffix`` is ``_triton`` for Triton's."""
         raise NotImplementedError
+
+    @staticmethod
+    def copied(weights: Iterable[Tensor], copies: int) -> list[Tensor]:
+        """Different copies of weights, [copies, *shape] each."""
+        return [torch.stack([w * (1 + 0.1 * copy) for copy in range(copies)]) for w in weights]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
         """Names, operators and arguments for torch.library.opcheck, some of which require gradients."""

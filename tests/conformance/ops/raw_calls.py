@@ -12,9 +12,12 @@ from metakern.ops.core.registry import operators
 from tests.conformance.ops.rows import ROWS
 
 #: Operators of the compiled library.
-COMPILED = tuple(name for op in ROWS for name in op.operators)
+COMPILED = tuple(name for op in ROWS for name in (*op.operators, *op.cpu_operators))
 
-#: Those of Triton's kernels, in the same order.
+#: Those of them that also serve a GPU.
+ON_GPU = tuple(name for op in ROWS for name in op.operators)
+
+#: Operators of Triton's kernels.
 TRITON = tuple(
     f"{op.name}_triton{name.removeprefix(op.name)}"
     for op in ROWS
@@ -35,7 +38,7 @@ def operator(name: str) -> Callable[..., Any]:
 def arguments(name: str, seed: int = 0, tasks: int = 3, loss: int = 0) -> list[Any]:
     """Arguments of an operator call, in order."""
     kind = name.replace("_triton", "")
-    row = next(op for op in ROWS if kind in op.operators)
+    row = next(op for op in ROWS if kind in (*op.operators, *op.cpu_operators))
     return row.raw(kind, seed, tasks, loss, "_triton" if kind != name else "")
 
 

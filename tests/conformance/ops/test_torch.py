@@ -71,7 +71,7 @@ def test_opcheck_of_tritons_operators(name: str, interpreter_like_a_gpu: None, q
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [*raw_calls.COMPILED, *raw_calls.TRITON])
+@pytest.mark.parametrize("name", [*raw_calls.ON_GPU, *raw_calls.TRITON])
 def test_opcheck_on_a_gpu(name: str) -> None:
     constants = ("second_order", "step_weights")  # which the operators read on the CPU
     operator = raw_calls.operator(name).default

@@ -13,7 +13,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from metakern.rules.coordinatewise import CoordinatewiseRule
-from metakern.rules.protocol import named_leaves
+from metakern.rules.protocol import named_leaves, with_copies
 from tests.conformance.rules.rows import RANKED, ROWS, Row, given, grads_at, has_rates, make_params, make_rule, run
 from tests.conftest import assert_close, assert_same_bits
 
@@ -96,6 +96,36 @@ def test_tasks_side_by_side_are_tasks_alone(row: Row) -> None:
         alone, _ = run(rule, {name: p[task] for name, p in params.items()}, 3, tasks=False)
         for name in row.shapes:
             torch.testing.assert_close(together[name][task], alone[name], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("row", [row for row in ROWS if make_rule(row).can_take_copies()], ids=str)
+@pytest.mark.parametrize("backend", [None, "reference"], ids=["own", "reference"])
+@torch.no_grad()
+def test_tasks_with_weights_of_their_own_are_tasks_alone(row: Row, backend: str | None) -> None:
+    rule, tasks = make_rule(row, torch.float64), 3
+    if backend is not None and hasattr(rule, "backend"):
+        rule.backend = backend
+    together, rules = with_copies(rule, tasks), [copy.deepcopy(rule) for _ in range(tasks)]
+    for stack, *own in zip(together.parameters(), *(each.parameters() for each in rules), strict=True):
+        for task, p in enumerate(own):
+            stack[task] *= 1 - 0.1 * task
+            p.copy_(stack[task])
+    params: Any = make_params(row, tasks, torch.float64)
+    if isinstance(rule, CoordinatewiseRule):  # one tensor of whole units
+        params = {"x": torch.randn(tasks, 2 * rule.unit, dtype=torch.float64)}
+    alone = [{name: p[task : task + 1] for name, p in params.items()} for task in range(tasks)]
+    states = [each.init_state(p, tasks=True) for each, p in zip(rules, alone, strict=True)]
+    state: Any = together.init_state(params, tasks=True)
+    for step in range(3):
+        grads, loss = grads_at(params, step), torch.arange(1.0, tasks + 1, dtype=torch.float64)
+        params, state = together(params, grads, state, loss=loss)
+        for task, each in enumerate(rules):
+            one = slice(task, task + 1)
+            own_grads = {name: g[one] for name, g in grads.items()}
+            alone[task], states[task] = each(alone[task], own_grads, states[task], loss=loss[one])
+    for name, p in params.items():
+        torch.testing.assert_close(p, torch.cat([own[name] for own in alone]), rtol=1e-12, atol=1e-14)
+    assert len(list(rule.parameters())) == 0 or not torch.allclose(p[0] - alone[0][name], p[1] - alone[0][name])
 
 
 @every_rule

@@ -287,6 +287,6 @@ class GuidedAdam(PretrainedRule):
 def _direct() -> Tensor:
     """Initial direct connections [F, OUTPUTS]: ℓ grows with the agreement, and steps shrink slowly with time."""
     weight = torch.zeros(FEATURES, OUTPUTS)
-    weight[1, 0], weight[FEATURES - AVERAGED + 1, 0] = 0.1, 0.15
+    weight[1, 0], weight[FEATURES - AVERAGED + 1, 0] = 0.3, 0.45
     weight[12, 1] = -0.2
     return weight

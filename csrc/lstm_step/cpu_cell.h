@@ -18,7 +18,6 @@ class NextTile {
   explicit NextTile(int steps) : steps_(steps) {}
 
   void add(const void* array, int64_t bytes) {
-    constexpr int64_t cache_line = 64;
     const int64_t lines = (bytes + cache_line - 1) / cache_line;
     arrays_[count_++] = {static_cast<const char*>(array), bytes, (lines + steps_ - 1) / steps_ * cache_line};
   }
@@ -26,7 +25,7 @@ class NextTile {
     for (int i = 0; i < count_; ++i) {
       Array& array = arrays_[i];
       const int64_t end = array.step < array.bytes ? array.step : array.bytes;
-      for (int64_t at = 0; at < end; at += 64) __builtin_prefetch(array.next + at, 0, 2);
+      for (int64_t at = 0; at < end; at += cache_line) __builtin_prefetch(array.next + at, 0, 2);
       array.next += end;
       array.bytes -= end;
     }
@@ -38,6 +37,7 @@ class NextTile {
     int64_t bytes;  // still to fetch
     int64_t step;   // bytes a call
   };
+  static constexpr int64_t cache_line = 64;
   Array arrays_[4];
   int steps_, count_ = 0;
 };

@@ -33,7 +33,7 @@ from metakern.rules import Rule, load
 from metakern.rules.pretrained import shipped_folder
 from metakern.rules.registry import names, options_of
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.problems import PROBLEMS, RULE, make_problems, make_rule_learner
+from metakern.runs.problems import PROBLEMS, RULE, make_problems, make_rule_learner, problem_named
 from metakern.runs.progress import Display
 from metakern.tasks.variants import SCALE_SHARES
 from metakern.training import FolderLock, History, Trainer
@@ -43,7 +43,7 @@ LEARNER = "optimizer"
 
 def word_for(problem: str) -> str:
     """The word for problems of this name: networks, or functions to minimise."""
-    return "networks" if problem.startswith(("digits", "softmax")) else "functions"
+    return "networks" if problem.startswith(("digits", "softmax", "general")) or ":" in problem else "functions"
 
 
 #: File that records a run's training problem, for ``eval optimizer``.
@@ -198,7 +198,11 @@ def eval_optimizer(
     ] = None,
     problem: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help=f"{', '.join(PROBLEMS)}; default: what the rule was trained on, or digits."),
+        typer.Option(
+            metavar="TEXT",
+            help=f"{', '.join(PROBLEMS)}, or a function of yours that makes problems, FILE.py:FUNCTION; default: what "
+            "the rule was trained on, or digits.",
+        ),
     ] = None,
     networks: Annotated[int, typer.Option(min=2, metavar="N", help="Fresh networks, or functions.")] = 64,
     steps: Annotated[int, typer.Option(min=1, metavar="N", help="Steps of each network.")] = 100,
@@ -213,14 +217,15 @@ def eval_optimizer(
     try:
         check_installed(*LIBRARIES)
         rule, folder = _load_rule(rule_folder, output)
-        problem = choose("problem", problem or _trained_on(Path(rule_folder)), tuple(PROBLEMS))
+        problem = problem or _trained_on(Path(rule_folder))
+        problems = problem_named(problem)
         make_folder(folder)
         word = word_for(problem)
         with Display(console, f"training unseen {word}", TRAININGS) as display:
             done = itertools.count(1)
             curves = list(
                 compare_optimizers(
-                    rule, PROBLEMS[problem](), num_tasks=networks, steps=steps, seed=seed,
+                    rule, problems, num_tasks=networks, steps=steps, seed=seed,
                     advance=lambda what, curve: display.update(next(done), what, line=curve),
                 )
             )  # fmt: skip
@@ -231,7 +236,7 @@ def eval_optimizer(
                 console.print(f"{note}, fused and in plain PyTorch", highlight=False)
             with console.status(note):
                 unroll = math.gcd(steps, OptimizerSettings.unroll)
-                comparison = compare_speed(rule, PROBLEMS[problem](), steps=steps, unroll=unroll)
+                comparison = compare_speed(rule, problems, steps=steps, unroll=unroll)
         facts = {"problem": problem, "networks": networks, "steps": steps, "seed": seed}
         with FolderLock(folder):
             _report(console, folder, curves, comparison, facts, word)

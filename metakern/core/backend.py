@@ -8,6 +8,8 @@ plain PyTorch reference does. A backend requested by name either runs or raises.
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -39,11 +41,6 @@ except (ImportError, RuntimeError) as error:  # the package must import without 
 else:
     _C.cpu_capability()  # ValueError if METAKERN_CPU_CAPABILITY requests an unavailable instruction set
 
-_autograd: Any = None
-if _C is not None and _C.torch_version == torch.__version__:  # another torch may have another interface of autograd
-    with contextlib.suppress(ImportError):
-        from metakern import _autograd  # type: ignore[attr-defined,no-redef]
-
 _override = os.environ.get("METAKERN_BACKEND", "") or "auto"
 if _override not in BACKENDS:
     raise ValueError(f"METAKERN_BACKEND must be one of {', '.join(BACKENDS)}, got {_override!r}")
@@ -54,9 +51,17 @@ def is_compiled() -> bool:
     return _C is not None
 
 
+@functools.cache
 def autograd_library() -> Any:
-    """The library that records calls as nodes of C++; None if it was not built, or not with this torch."""
-    return _autograd
+    """The library that records calls as nodes of C++; None if it was not built, or not with this torch.
+
+    It is loaded by the first call that may be recorded.
+    """
+    if _C is None or _C.torch_version != torch.__version__:  # another torch may have another interface of autograd
+        return None
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("metakern._autograd")
+    return None
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None

@@ -7,6 +7,7 @@ from metakern.ops.lstm_step.staged import lstm_step_staged, lstm_step_staged_
 from metakern.ops.lstm_step.state import LSTMState, pack_state, unpack_state
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_update_step import mlp_update_step
+from metakern.ops.task_conv2d import task_conv2d, task_conv2d_input, task_conv2d_weight
 
 __all__ = [
     "LSTMState",
@@ -20,5 +21,8 @@ __all__ = [
     "mlp_meta_loss",
     "mlp_update_step",
     "pack_state",
+    "task_conv2d",
+    "task_conv2d_input",
+    "task_conv2d_weight",
     "unpack_state",
 ]

@@ -25,7 +25,7 @@ from metakern.optim.checkpoints import Kept, from_checkpoint, to_checkpoint
 from metakern.optim.groups import check_dense_grad, check_group, check_rate
 from metakern.rules import Rule
 from metakern.rules.coordinatewise import CoordinatewiseRule
-from metakern.rules.registry import as_rule
+from metakern.rules.pretrained import trained_or_named
 
 #: Allowed parameter dtypes; half-precision parameters are stepped in float32.
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -68,8 +68,9 @@ class LearnedOptimizer(Optimizer):
     Args:
         params: parameters, named parameters or group dicts, as for any torch optimizer; dense float32, bfloat16,
             float16 or float64, on the device of the rule.
-        rule: the update rule; optimizers may share one. Or the name of a rule without weights, as for
-            :func:`metakern.rules.make`: ``"adam"``.
+        rule: the update rule; optimizers may share one. Or a name: of a rule that ships with its weights, as
+            ``"general"``, see :func:`metakern.rules.pretrained`, or of one without weights, as ``"adam"``, see
+            :func:`metakern.rules.make`.
         lr: multiplier of the rule's update; 1 is the update as trained. A group's ``"lr"`` overrides it, and torch's
             schedulers can change it.
         weight_decay: decoupled weight decay, as in AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101): before the
@@ -83,7 +84,7 @@ class LearnedOptimizer(Optimizer):
 
     Example:
         >>> model = torch.nn.Linear(4, 1)
-        >>> optimizer = LearnedOptimizer(model.parameters(), metakern.rules.load("digits_lstm"), lr=0.1)
+        >>> optimizer = LearnedOptimizer(model.parameters(), "general")
         >>> for _ in range(3):
         ...     optimizer.zero_grad()
         ...     model(torch.randn(8, 4)).square().mean().backward()
@@ -95,7 +96,7 @@ class LearnedOptimizer(Optimizer):
     _past_horizon = False  # whether the warning about the horizon was given
 
     def __init__(self, params: Iterable[Any], rule: Rule | str, lr: float = 1.0, weight_decay: float = 0.0) -> None:
-        rule = as_rule(rule)
+        rule = trained_or_named(rule)
         if not isinstance(rule, Rule):
             raise TypeError(f"rule must be a metakern.rules.Rule, got {type(rule).__name__}")
         self.rule = rule

@@ -2,12 +2,13 @@
 
 from metakern.rules.adam import Adam
 from metakern.rules.gradient_descent import GradientDescent
+from metakern.rules.guided_adam import GuidedAdam
 from metakern.rules.hierarchical_rnn import HierarchicalRNN
 from metakern.rules.lstm import CoordinatewiseLSTM
 from metakern.rules.meta_lstm import MetaLSTM
 from metakern.rules.momentum import Momentum
 from metakern.rules.per_parameter_mlp import PerParameterMLP
-from metakern.rules.pretrained import PretrainedRule, load
+from metakern.rules.pretrained import PretrainedRule, load, pretrained
 from metakern.rules.protocol import Rule, RuleState
 from metakern.rules.registry import add_variant, get, make, names, register
 from metakern.rules.rnnprop import RNNProp
@@ -15,6 +16,7 @@ from metakern.rules.rnnprop import RNNProp
 register(Adam)
 register(CoordinatewiseLSTM)
 register(GradientDescent)
+register(GuidedAdam)
 register(MetaLSTM)
 register(HierarchicalRNN)
 register(Momentum)
@@ -34,6 +36,7 @@ __all__ = [
     "Adam",
     "CoordinatewiseLSTM",
     "GradientDescent",
+    "GuidedAdam",
     "HierarchicalRNN",
     "MetaLSTM",
     "Momentum",
@@ -46,5 +49,6 @@ __all__ = [
     "load",
     "make",
     "names",
+    "pretrained",
     "register",
 ]

@@ -176,8 +176,8 @@ class HierarchicalRNN(PretrainedRule):
             keys = [key_of(seed, name) for seed in ([self.seed] if seeds is None else seeds)]
             coordinates, mean_rate = self._init_coordinates(keys, math.prod(p.shape[len(lead) :]), dtype, p.device)
             if seeds is None:
-                coordinates = coordinates.clone() if of_weights != lead else _repeated(coordinates[0], lead)
                 mean_rate = _repeated(mean_rate[0], lead)
+                coordinates = _repeated(coordinates[0], lead) if self.copies is None else coordinates
             entry = {
                 "coordinates": coordinates,
                 "tensor": _repeated(self.tensor_gru.initial.to(dtype), of_weights),
@@ -190,14 +190,15 @@ class HierarchicalRNN(PretrainedRule):
     def _init_coordinates(
         self, keys: Sequence[int], number: int, dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor, Tensor]:
-        """The state [T, R, n] of one tensor, and the means of ℓ [keys]; T is the number of keys, or of copies."""
+        """The state [T, R, n] of one tensor for T keys or copies of the weights, and the means of ℓ, one per key."""
         low, high = LOG_RATES
         draws = uniform(keys, number + 1, device)
         rate = (2 * low + (high - low) * (draws[:, :1] + draws[:, 1:])).to(dtype)
-        tasks = len(keys) if self.copies is None else self.copies
-        h = self.parameter_gru.initial.to(dtype).unsqueeze(-1).expand(tasks, -1, number)
-        zeros = functools.partial(h.new_zeros, tasks)
-        rates = rate.unsqueeze(1).expand(tasks, -1, -1)
+        initial = self.parameter_gru.initial.to(dtype).view(self.copies or 1, -1, 1)
+        num_tasks = max(len(keys), len(initial))
+        h = initial.expand(num_tasks, -1, number)
+        zeros = functools.partial(h.new_zeros, num_tasks)
+        rates = rate.unsqueeze(1).expand(num_tasks, -1, -1)
         coordinates = torch.cat([h, zeros(2 * SCALES, number), rates, zeros(2, number)], 1)
         # Row by row: a sum over both axes at once may add in another order.
         return coordinates, torch.stack([row.sum() for row in rate]) / max(number, 1)
@@ -272,7 +273,7 @@ class HierarchicalRNN(PretrainedRule):
         active = [group for group in groups if group.active]
         if active:
             device = active[0].leaves[0].device.type
-            alike = self.copies is None and len({(group.dtype, group.leaves[0].device) for group in active}) == 1
+            alike = len({(group.dtype, group.leaves[0].device) for group in active}) == 1
             with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
                 for together in [active] if alike else [[group] for group in active]:
                     self._step(together)
@@ -282,38 +283,30 @@ class HierarchicalRNN(PretrainedRule):
         """Step every group's coordinates, then the tensors' states and the global states of all of them."""
         tensors = [group.of_entries("tensor") for group in groups]
         of_all = [group.of_problem() for group in groups]
-        lengths, dtype, many = [len(x) for x in of_all], groups[0].dtype, len(groups) > 1
+        several = len(groups) > 1
 
-        def rows(parts: Sequence[Tensor]) -> Tensor:
-            """Of all groups, one row for each tensor of each task; a single group keeps its axes [M, T]."""
-            return torch.cat([x.flatten(0, 1) for x in parts]) if many else parts[0]
+        def joined(xs: Sequence[Tensor]) -> Tensor:  # [M, T, ...], of several groups [rows, ...]
+            return torch.cat([x.flatten(0, 1) for x in xs]) if several else xs[0]
 
-        def parts(of_all_groups: Tensor) -> Sequence[Tensor]:
-            """Of every group, [M, T, ...]."""
-            if not many:
-                return [of_all_groups]
-            pieces = of_all_groups.split([x.shape[0] * x.shape[1] for x in tensors])
-            return [piece.view(*x.shape[:2], piece.shape[1]) for piece, x in zip(pieces, tensors, strict=True)]
+        def parted(x: Tensor) -> list[Tensor]:  # the inverse
+            rows = x.split([like.shape[0] * like.shape[1] for like in tensors]) if several else [x]
+            return [row.view(*like.shape[:2], -1) for row, like in zip(rows, tensors, strict=True)]
 
-        old, shared = rows(tensors), torch.cat(of_all) if many else of_all[0]
-        own: Tensor = self.parameter_gru.biases().to(dtype)
-        upper = (self.global_to_parameter(shared) + own).split(lengths)
-        weights = [w.to(dtype) for w in self.weights()]
+        problems = [len(x) for x in of_all]
+        flat, shared = joined(tensors), _joined(of_all)
+        own: Tensor = self.parameter_gru.biases().to(groups[0].dtype)
+        upper = (self.global_to_parameter(shared) + own).split(problems)
+        lower = parted(self.tensor_to_parameter(flat))
+        weights = [w.to(groups[0].dtype) for w in self.weights()]
         operator = hrnn_step if self.copies is None else hrnn_step_stacked
-        lower = parts(self.tensor_to_parameter(old))
-        steps = [
-            group.step(operator, below + above, weights, self.backend)
-            for group, below, above in zip(groups, lower, upper, strict=True)
-        ]
-        above = self.global_to_tensor(shared)
-        if many:
-            above = rows([x.expand(len(of), *x.shape) for x, of in zip(above.split(lengths), tensors, strict=True)])
-        new_tensors = parts(self.tensor_gru(rows([step.means[..., :-1] for step in steps]), old, above))
-        means = [x.mean(0) for x in new_tensors]
-        new_all: Tensor = self.global_gru(torch.cat(means) if many else means[0], shared)
-        of_problems = new_all.split(lengths)
-        for group, step, tensor, x in zip(groups, steps, new_tensors, of_problems, strict=True):
-            group.take(step, tensor, x)
+        step = functools.partial(operator, weights=weights, backend=self.backend)
+        steps = [group.step(step, x + y) for group, x, y in zip(groups, lower, upper, strict=True)]
+        to_tensors = self.global_to_tensor(shared).split(problems)
+        spread = joined([x.expand(len(of), *x.shape) for x, of in zip(to_tensors, tensors, strict=True)])
+        new_tensors = parted(self.tensor_gru(joined([result.means[..., :-1] for result in steps]), flat, spread))
+        new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
+        for group, result, tensor, x in zip(groups, steps, new_tensors, new_all.split(problems), strict=True):
+            group.take(result, tensor, x)
 
     def weights(self) -> list[Tensor]:
         """The weights of :func:`metakern.ops.hrnn_step`, in order."""
@@ -392,8 +385,8 @@ class _Group:
         of_all = self.state.shared["global"].to(self.dtype)
         return of_all if self.state.tasks else of_all.unsqueeze(0)
 
-    def step(self, operator: Callable[..., Step], biases: Tensor, weights: list[Tensor], backend: str | None) -> Step:
-        """The step of the coordinates; see :func:`metakern.ops.hrnn_step`."""
+    def step(self, operator: Callable[..., Step], biases: Tensor) -> Step:
+        """The step of the coordinates by :func:`metakern.ops.hrnn_step`, which has its weights already."""
         dtype = self.dtype
         params, grads = ([xs[index] for index in self.active] for xs in (self.leaves, self.grads))
         entries: Sequence[dict[str, Tensor]] = [self.state.per_tensor[index] for index in self.active]
@@ -404,7 +397,7 @@ class _Group:
             params, grads = ([x.to(dtype) for x in xs] for xs in (params, grads))
         mean_rate = _mean_rate(params, [entry["mean_rate"].to(dtype) for entry in entries])
         coordinates = [entry["coordinates"].to(dtype) for entry in entries]
-        return operator(params, grads, coordinates, biases, mean_rate, weights, backend=backend)
+        return operator(params, grads, coordinates, biases, mean_rate)
 
     def take(self, step: Step, tensor: Tensor, of_all: Tensor) -> None:
         """Put the results in the places of what went in."""
@@ -419,6 +412,11 @@ class _Group:
         old_global = self.state.shared["global"]
         shared = {"global": of_all.reshape(old_global.shape).to(old_global.dtype)}
         self.new_state = RuleState(tuple(per_tensor), shared, self.state.tasks)
+
+
+def _joined(rows: Sequence[Tensor]) -> Tensor:
+    """The rows of all groups."""
+    return rows[0] if len(rows) == 1 else torch.cat(list(rows))
 
 
 def _repeated(x: Tensor, lead: Sequence[int]) -> Tensor:

@@ -21,7 +21,7 @@ from metakern.core.text import quoted
 from metakern.rules import hub
 from metakern.rules.model_card import MARK, model_card
 from metakern.rules.protocol import Rule
-from metakern.rules.registry import get, name_of
+from metakern.rules.registry import as_rule, get, name_of
 
 #: File names in a folder of save_pretrained, as the Hub expects them.
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
@@ -54,7 +54,7 @@ class PretrainedRule(Rule):
         ``digits_lstm``, ``digits_rnnprop``, ``digits_mlp`` and ``digits_hierarchical_rnn`` were meta-trained on
         classifiers of 8×8 digits with one hidden layer of 20 sigmoid units, for 100 steps. On other networks, and for
         more steps, ``digits_lstm`` needs an ``lr`` of 0.03 to 0.3 that decays, and the others one to be tuned; see
-        :class:`metakern.optim.learned_optimizer.LearnedOptimizer`.
+        :class:`metakern.optim.learned_optimizer.LearnedOptimizer`. ``general`` is for any network.
 
         Raises:
             ValueError: for an unknown name; the message lists the shipped ones.
@@ -209,6 +209,43 @@ def load(name_or_path: str | Path, *, map_location: str | torch.device = "cpu", 
             f"{folder / WEIGHTS} is of the rule {found['rule']}, which is no metakern.rules.PretrainedRule"
         )
     return rule._from_folder(folder, map_location, **options)
+
+
+def pretrained(name: str, **options: Any) -> PretrainedRule:
+    """A rule that ships with the package, by its name.
+
+    ``"general"`` is for any network: a :class:`metakern.rules.GuidedAdam` that can be put in Adam's place, without a
+    learning rate to tune. The others, ``digits_...``, are for small networks on digits.
+
+    Args:
+        name: its name
+        options: options that override the saved ones, as ``total_steps=1000`` for ``"general"``
+
+    Raises:
+        ValueError: for an unknown name; the message lists the shipped ones.
+        TypeError: for an option that the rule does not have
+
+    Example:
+        >>> rule = metakern.rules.pretrained("general")
+    """
+    return load(shipped_folder(name), **options)
+
+
+def trained_or_named(rule: Any, name: str = "rule") -> Any:
+    """A rule that is ready for use: itself, that of a shipped name, or of a rule without weights by name.
+
+    Raises:
+        ValueError: for any other name; the message lists the known ones.
+    """
+    if not isinstance(rule, str):
+        return rule
+    shipped = _shipped()
+    if rule in shipped:
+        return pretrained(rule)
+    try:
+        return as_rule(rule, name)
+    except ValueError as error:
+        raise ValueError(f"{error}; rules that ship with their weights are {', '.join(shipped)}") from error
 
 
 def read_file(path: Path, map_location: str | torch.device) -> tuple[dict[str, str], dict[str, Tensor]]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import runpy
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from metakern.tasks import (
     Reparametrised,
     SoftmaxRegressions,
     SumOfProblems,
+    general_problems,
     toy_problems,
 )
 from metakern.tasks.classic_functions import FUNCTIONS
@@ -39,12 +42,44 @@ PROBLEMS: dict[str, Callable[[], Optimizees]] = {
     "digits-rnn": DigitsRNN,
     "digits-and-bowl": lambda: SumOfProblems([DigitsMLP(), ClippedBowls()]),
     "mixed": toy_problems,
+    "general": general_problems,
     "quadratics": Quadratics,
     "bowls": Bowls,
     "norms": Norms,
     "softmax": SoftmaxRegressions,
     **{name.replace("_", "-"): partial(ClassicFunction, name) for name in FUNCTIONS},
 }
+
+
+def problem_named(name: str) -> Optimizees:
+    """Problems by their name in :data:`PROBLEMS`, or made by a user's function, ``FILE.py:FUNCTION``.
+
+    Args:
+        name: the function takes no arguments and returns a distribution of problems, as a
+            :class:`metakern.tasks.NetworkProblem`. Its file is run.
+
+    Raises:
+        ValueError: for an unknown name, and a file or function that is missing or returns something else.
+    """
+    if name in PROBLEMS:
+        return PROBLEMS[name]()
+    file, colon, function = name.rpartition(":")
+    if not colon or not file.endswith(".py"):
+        raise ValueError(f"problem must be one of {', '.join(PROBLEMS)}, or FILE.py:FUNCTION, got {quoted(name)}")
+    if not Path(file).is_file():
+        raise ValueError(f"problem {quoted(name)}: there is no file {file}")
+    made = runpy.run_path(file).get(function)
+    if not callable(made):
+        raise ValueError(f"problem {quoted(name)}: {file} has no function {function}")
+    problems: Any = made()
+    if not hasattr(problems, "sample") or not hasattr(problems, "split"):
+        raise ValueError(
+            f"problem {quoted(name)}: {function}() must return problems with sample and split, as "
+            f"metakern.tasks.NetworkProblem, got {type(problems).__name__}"
+        )
+    found: Optimizees = problems
+    return found
+
 
 #: The rule that ``train optimizer`` trains by default.
 RULE = "coordinatewise-lstm"

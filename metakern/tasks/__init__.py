@@ -5,6 +5,7 @@ from metakern.tasks.digit_networks import DigitsCNN, DigitsMLP, DigitsRegression
 from metakern.tasks.digits import Digits
 from metakern.tasks.distribution import SPLITS, Episodes, TaskBatch, TaskDistribution
 from metakern.tasks.episodes import FewShotEpisodes, ImageClasses
+from metakern.tasks.general import general_problems
 from metakern.tasks.mini_imagenet import MiniImageNet
 from metakern.tasks.network_problems import NetworkProblem
 from metakern.tasks.omniglot import Omniglot
@@ -52,6 +53,7 @@ __all__ = [
     "Tanh",
     "TaskBatch",
     "TaskDistribution",
+    "general_problems",
     "mixture",
     "toy_problems",
 ]

@@ -23,14 +23,22 @@ class MixedOptimizees(ShortRepr):
     Args:
         distributions: the kinds
         weights: their probabilities, up to a common factor; default: all the same
+        even: whether a sample has the same number of problems of every kind, give or take one: the first kinds have
+            one more. Evolution strategies then keep the problems of a kind in one group, which saves most of the
+            overhead of small problems
 
     Raises:
         ValueError: without distributions, and for weights of another number, negative, not finite, or all zero.
     """
 
-    def __init__(self, distributions: Sequence[Optimizees], weights: Sequence[float] | None = None) -> None:
+    def __init__(
+        self, distributions: Sequence[Optimizees], weights: Sequence[float] | None = None, *, even: bool = False
+    ) -> None:
         self.distributions = tuple(distributions)
         self.weights = (1.0,) * len(self.distributions) if weights is None else tuple(weights)
+        self._even = even
+        if even and weights is not None and len(set(self.weights)) > 1:
+            raise ValueError(f"weights must all be the same for even=True, or left out, got {list(self.weights)}")
         if not self.distributions:
             raise ValueError("distributions must hold at least one, got none")
         if len(self.weights) != len(self.distributions):
@@ -38,15 +46,24 @@ class MixedOptimizees(ShortRepr):
         if not all(0 <= weight < math.inf for weight in self.weights) or not any(self.weights):
             raise ValueError(f"weights must be finite, at least 0, and not all 0, got {list(self.weights)}")
 
+    @property
+    def even(self) -> bool:
+        """Whether samples have the same number of problems of every kind."""
+        return self._even
+
     def split(self, name: str) -> MixedOptimizees:
         """The same mixture of another split."""
-        return MixedOptimizees([distribution.split(name) for distribution in self.distributions], self.weights)
+        kinds = [distribution.split(name) for distribution in self.distributions]
+        return MixedOptimizees(kinds, self.weights, even=self.even)
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> MixedBatch:
         """Draw the kind of every problem, then the problems, each kind with a generator of its own."""
         check_num_tasks(num_tasks)
-        weights = torch.tensor(self.weights, dtype=torch.float64)
-        modes = torch.multinomial(weights, num_tasks, replacement=True, generator=generator)
+        if self.even:
+            modes = torch.arange(num_tasks) % len(self.distributions)
+        else:
+            weights = torch.tensor(self.weights, dtype=torch.float64)
+            modes = torch.multinomial(weights, num_tasks, replacement=True, generator=generator)
         seeds = torch.randint(2**63 - 1, (len(self.distributions),), generator=generator).tolist()
         counts = modes.bincount(minlength=len(self.distributions)).tolist()
         groups = [
@@ -54,7 +71,7 @@ class MixedOptimizees(ShortRepr):
             for distribution, count, seed in zip(self.distributions, counts, seeds, strict=True)
             if count
         ]
-        return MixedBatch(groups, modes.sort().values)
+        return MixedBatch(groups, modes.sort().values, even=self.even)
 
 
 class MixedBatch:
@@ -63,9 +80,11 @@ class MixedBatch:
     Attributes:
         groups: one batch of problems per kind; the T problems are theirs, group after group
         modes: the kind of each problem, as its index in the mixture's distributions, [T], 64-bit integers, ascending
+        even: whether samples of the mixture all have the same modes
     """
 
-    def __init__(self, groups: Sequence[Any], modes: Tensor) -> None:
+    def __init__(self, groups: Sequence[Any], modes: Tensor, *, even: bool = False) -> None:
+        self.even = even
         self.groups, self.modes, self.num_tasks = tuple(groups), modes, len(modes)
 
     def __repr__(self) -> str:
@@ -120,11 +139,11 @@ class MixedBatch:
             first += group.num_tasks
             if len(kept):
                 groups.append(group.select(_slice(kept, tasks.step) if isinstance(tasks, slice) else kept))
-        return MixedBatch(groups, self.modes[rows.to(self.modes.device)])
+        return MixedBatch(groups, self.modes[rows.to(self.modes.device)], even=self.even)
 
     def to(self, device: torch.device | str) -> Self:
         """The same problems on another device."""
-        return type(self)([group.to(device) for group in self.groups], self.modes.to(device))
+        return type(self)([group.to(device) for group in self.groups], self.modes.to(device), even=self.even)
 
 
 def _slice(rows: Tensor, step: int | None) -> slice:

@@ -203,7 +203,8 @@ class Reparametrised(Variant):
     def __new__(cls, problems: Any = None, share: str = "problem", spread: float = 3.0) -> Any:
         """For a mixture the mixture of reparametrised kinds."""
         if isinstance(problems, MixedOptimizees):
-            return MixedOptimizees([cls(kind, share, spread) for kind in problems.distributions], problems.weights)
+            kinds = [cls(kind, share, spread) for kind in problems.distributions]
+            return MixedOptimizees(kinds, problems.weights, even=problems.even)
         return super().__new__(cls)
 
     def __init__(self, problems: Optimizees, share: str = "problem", spread: float = 3.0) -> None:

@@ -233,3 +233,21 @@ def test_the_other_rules_in_the_package_beat_tuned_adam(name):
     learned = rule_curve(load(name), DigitsMLP(split="test"), **options)[-1]
     adam = training_curve(lambda params: torch.optim.Adam(params, 0.1), DigitsMLP(split="test"), **options)[-1]
     assert learned.mean() < adam.mean()
+
+
+def test_a_users_own_problem(tmp_path):
+    """The shipped general optimizer on problems that a user's file makes, and messages for files that do not."""
+    own = tmp_path / "own.py"
+    own.write_text(
+        "import torch\nfrom torch import nn\nfrom metakern.tasks import NetworkProblem\n"
+        "def data(split):\n    x = torch.linspace(-1, 1, 20).view(20, 1)\n    return x, x.square()\n"
+        "def problem():\n    return NetworkProblem(lambda: nn.Linear(1, 1), data, loss=nn.functional.mse_loss)\n"
+        "def other():\n    return 3\n"
+    )
+    succeed(f"eval optimizer general --problem {own}:problem --networks 2 --steps 3 --output {tmp_path}/out")
+    assert (tmp_path / "out" / "curves.png").exists()
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["optimizers"][0]["optimizer"] == "Guided Adam"
+    for name, message in (("missing", "has no function missing"), ("other", "must return problems with sample")):
+        failed = invoke(f"eval optimizer general --problem {own}:{name}")
+        assert failed.exit_code == 1
+        assert message in " ".join(failed.output.split())

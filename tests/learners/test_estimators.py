@@ -10,8 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from metakern.learners import RuleLearner
-from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, make
-from metakern.tasks import DigitsMLP, GradientNoise, MixedOptimizees, ProblemBatch, Quadratics, toy_problems
+from metakern.rules import Adam, CoordinatewiseLSTM, GradientDescent, GuidedAdam, make
+from metakern.tasks import (
+    DigitsMLP,
+    GradientNoise,
+    MixedOptimizees,
+    ProblemBatch,
+    Quadratics,
+    Reparametrised,
+    toy_problems,
+)
 from metakern.training import Trainer, TrainerConfig
 from tests.learners.test_rule import draw
 from tests.training.problems import assert_same_state
@@ -194,6 +202,24 @@ def test_processes_that_share_slots_have_their_estimates(problems, estimator):
 
 
 @every_strategy
+def test_weights_with_a_task_axis_step_a_group_at_once(estimator, monkeypatch):
+    """The estimates are those of one copy of the rule a problem, and an even mixture stays in a group of each kind."""
+    rule = GuidedAdam(3)
+    torch.nn.init.normal_(rule.output_weight)
+    problems = MixedOptimizees([DigitsMLP(3, batch_size=4), Quadratics(3)], even=True)
+    learners = [make_learner(estimator, copy.deepcopy(rule), objective="relative-log") for _ in range(2)]
+    for seed in range(5):
+        found = []
+        for rows, one in zip((True, False), learners, strict=True):
+            monkeypatch.setattr(GuidedAdam, "takes_copies", rows)
+            found.append(one.pairs.estimate(one.rule, draw(problems, 5, seed)))
+            assert [part.slots for part in one.pairs._flight.parts] == [(0, 1, 2), (3, 4)]
+        for expected, actual in zip(*found, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=2e-3, atol=2e-3)
+    assert found[0][1].abs().max() > 0.01
+
+
+@every_strategy
 def test_the_trainer_gets_the_mean_of_the_estimates(estimator):
     learner = make_learner(estimator, CoordinatewiseLSTM(4))
     twin = copy.deepcopy(learner)
@@ -336,17 +362,23 @@ def training(folder: Any, estimator: str, problems: Any, iterations: int, rule: 
 
 @every_strategy
 @pytest.mark.parametrize(
-    "problems",
-    [GradientNoise(DigitsMLP(3, batch_size=4), 0.1), MixedOptimizees([toy_problems(), Quadratics(2)])],
-    ids=["digits", "mixed"],
+    ("problems", "make"),
+    [
+        (GradientNoise(DigitsMLP(3, batch_size=4), 0.1), lambda: CoordinatewiseLSTM(4)),
+        (MixedOptimizees([toy_problems(), Quadratics(2)]), lambda: CoordinatewiseLSTM(4)),
+        (MixedOptimizees([Reparametrised(Quadratics(3)), Quadratics(2)], even=True), lambda: GuidedAdam(3)),
+    ],
+    ids=["digits", "mixed", "even"],
 )
-def test_training_goes_on_to_the_same_bits(problems, estimator, tmp_path):
+def test_training_goes_on_to_the_same_bits(problems, make, estimator, tmp_path):
     """Problems in flight, their draws, the pair's states, ε and A are in the checkpoint."""
-    whole = training(tmp_path / "whole", estimator, problems, 6)
+    torch.manual_seed(1)
+    rule = make()
+    whole = training(tmp_path / "whole", estimator, problems, 6, copy.deepcopy(rule))
     whole.fit()
-    parted = training(tmp_path / "parted", estimator, problems, 4)
+    parted = training(tmp_path / "parted", estimator, problems, 4, copy.deepcopy(rule))
     parted.fit()
-    again = training(tmp_path / "parted", estimator, problems, 6)
+    again = training(tmp_path / "parted", estimator, problems, 6, rule)
     assert again.resume() == 4
     again.fit()
     assert_same_state(again.learner.state_dict(), whole.learner.state_dict())

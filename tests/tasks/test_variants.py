@@ -17,6 +17,7 @@ from metakern.tasks import (
     SoftmaxRegressions,
     SparseGradients,
     SumOfProblems,
+    general_problems,
     toy_problems,
 )
 from tests.conformance.tasks.contents import gradients
@@ -95,8 +96,20 @@ def test_the_mixture_holds_every_family_and_is_scaled_kind_by_kind():
     assert len(problems.distributions) == 28
     assert problems.sample(60, generator()).loss(problems.sample(60, generator()).init_params()).isfinite().all()
     scaled = Reparametrised(problems, "tensor", 1.0)
+    assert not scaled.even
     assert isinstance(scaled, MixedOptimizees)
     assert {kind.share for kind in scaled.distributions} == {"tensor"}
+
+
+def test_the_general_mixture_has_as_many_problems_of_every_kind():
+    problems = general_problems().split("valid")
+    batch = problems.sample(17, generator())
+    assert batch.modes.bincount().tolist() == [2] + [1] * 15
+    assert batch.loss(batch.init_params()).isfinite().all()
+    assert batch.select(slice(3, 9)).even
+    assert Reparametrised(MixedOptimizees([Bowls(), Norms(3)], even=True)).split("test").even
+    with pytest.raises(ValueError, match=r"weights must all be the same for even=True, or left out, got \[1, 2\]"):
+        MixedOptimizees([Bowls(), Norms(3)], [1, 2], even=True)
 
 
 @pytest.mark.parametrize(

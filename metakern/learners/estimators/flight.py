@@ -58,8 +58,9 @@ class Part:
 class Flight:
     """The problems of all slots.
 
-    A distribution of one kind makes one part, in which problems are replaced. In a mixture a slot's next problem may be
-    of another kind, so its pair leaves its part and makes a new one with those that begin at the same time.
+    A distribution of one kind makes one part, in which problems are replaced, and an even mixture one of each kind. In
+    any other mixture a slot's next problem may be of another kind, so its pair leaves its part and makes a new one with
+    those that begin at the same time.
 
     Attributes:
         parts: all pairs
@@ -160,14 +161,11 @@ class Flight:
             self.ages[slot], self.lengths[slot] = 0, length
         rows = torch.tensor([2 * slot + sign for slot in slots for sign in (0, 1)])
         started = [Part.start(kind, own, batch, copies) for kind, own, batch in _kinds(fresh.select(rows), slots)]
-        if not isinstance(fresh, MixedBatch):
-            (old,), (new,) = self.parts, started
-            index = rows.to(flat_params(old.params)[0][0].device)
-            leaves, rebuild = flat_params(old.params)
-            merged = zip(leaves, flat_params(new.params)[0], strict=True)
-            states = copies.steps_of([old.members]).replaced(0, old.states, rows.tolist(), new.states)
-            params = rebuild([leaf.index_copy(0, index, other) for leaf, other in merged])
-            self.parts = [replace(old, batch=old.batch.replaced(rows, new.batch), params=params, states=states)]
+        if not isinstance(fresh, MixedBatch) or fresh.even:
+            by_kind = {part.kind: part for part in started}
+            self.parts = [
+                _replaced(part, by_kind[part.kind], copies) if part.kind in by_kind else part for part in self.parts
+            ]
             return
         kept = [_without(part, set(slots), copies) for part in self.parts]
         self.parts = [part for part in kept if part is not None] + started
@@ -227,6 +225,17 @@ def _kinds(batch: Any, slots: Sequence[int]) -> list[tuple[tuple[int, ...], list
         found.append((kind, list(slots[start:stop]), group))
         start = stop
     return found
+
+
+def _replaced(old: Part, new: Part, copies: Copies) -> Part:
+    """A part with new problems in the slots of another part of the same kind."""
+    rows = [2 * old.slots.index(slot) + sign for slot in new.slots for sign in (0, 1)]
+    index = torch.tensor(rows)
+    leaves, rebuild = flat_params(old.params)
+    merged = zip(leaves, flat_params(new.params)[0], strict=True)
+    params = rebuild([leaf.index_copy(0, index.to(leaf.device), other) for leaf, other in merged])
+    states = copies.steps_of([old.members]).replaced(0, old.states, rows, new.states)
+    return replace(old, batch=old.batch.replaced(index, new.batch), params=params, states=states)
 
 
 def _without(part: Part, slots: set[int], copies: Copies) -> Part | None:

@@ -52,7 +52,13 @@ class BackwardOperator:
         return passed | {name: grad for place, grad in found if (name := place.name.removeprefix(_GRAD)) in wants}
 
 
-def recorder(kernel: Kernel, backward: BackwardOperator) -> Callable[[tuple[Any, ...]], Any] | None:
+def first_recorded(kernel: Kernel, backward: BackwardOperator, arguments: tuple[Any, ...]) -> Any:
+    """The first call of ``kernel.recorder``, which makes the recorder: C++'s library is not loaded before."""
+    kernel.recorder = _recorder(kernel, backward)
+    return None if kernel.recorder is None else kernel.recorder(arguments)
+
+
+def _recorder(kernel: Kernel, backward: BackwardOperator) -> Callable[[tuple[Any, ...]], Any] | None:
     """A function that calls a compiled kernel and records the call in C++; None where that is not available.
 
     It returns None for a call that must be recorded by Python, and for one that is not recorded.

@@ -24,7 +24,7 @@ from metakern.core.memo import outside_modes
 from metakern.core.torch_private import below_autograd, forward_mode_is_active, func_is_active
 from metakern.core.transforms import wants_gradient
 from metakern.ops.core.batching import Batch, looped
-from metakern.ops.core.by_operator import BackwardOperator, recorder
+from metakern.ops.core.by_operator import BackwardOperator, first_recorded
 from metakern.ops.core.checks import check_dense
 from metakern.ops.core.devices import check_constants, check_devices
 from metakern.ops.core.functions import Backward, recorded, register, transformed
@@ -224,7 +224,7 @@ class Operator:
                 "built from other sources; reinstall metakern"
             )
         kernel = self._kernels[implementation] = Kernel(self, implementation, overload)
-        kernel.recorder = None if self.backward is None else recorder(kernel, self.backward)
+        kernel.recorder = None if self.backward is None else functools.partial(first_recorded, kernel, self.backward)
         torch.library.register_fake(f"metakern::{name}", self.fake)
         if not self.schema.mutated:
             register(kernel)

@@ -1,4 +1,4 @@
-"""Checks that all tensors of a call are on one device.
+"""Checks that all tensors of a call are on one device; a device's autocast.
 
 The dispatcher sends a call with one tensor on "meta" to the fake kernel, whose results are uninitialized memory. So
 fake kernels, and the functions before them, refuse tensors on several devices.
@@ -7,6 +7,7 @@ fake kernels, and the functions before them, refuse tensors on several devices.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -37,6 +38,13 @@ def check_constants(device: torch.device, **arguments: Tensor) -> None:
     for name, x in arguments.items():
         if x.device != device and x.device != _CPU:
             raise RuntimeError(f"{name} must be on the CPU or on the device of params, {device}, got {x.device}")
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Context in which a reference ignores autocast, as the kernels do."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _refuse(name: str, first: str, device: torch.device, x: Any) -> None:

@@ -14,6 +14,7 @@ from tests.conformance.ops.lstm_step_staged import LstmStepStaged
 from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
 from tests.conformance.ops.mlp_update_step import MlpUpdateStep
 from tests.conformance.ops.operators import Operator
+from tests.conformance.ops.task_conv2d import TaskConv2d, TaskConv2dInput, TaskConv2dWeight
 
 ROWS: tuple[Operator, ...] = (
     LstmStep(),
@@ -23,6 +24,9 @@ ROWS: tuple[Operator, ...] = (
     MlpInnerLoop(),
     MlpMetaLoss(),
     MlpUpdateStep(),
+    TaskConv2d(),
+    TaskConv2dInput(),
+    TaskConv2dWeight(),
 )
 
 

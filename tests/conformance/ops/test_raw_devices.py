@@ -14,7 +14,7 @@ DEVICE = r"must be on the (CPU|device of)"
 def test_each_tensor_on_meta_is_refused(name: str) -> None:
     args = arguments(name)
     spots = list(places(args))
-    assert len(spots) >= 4
+    assert len(spots) >= 2
     for place in spots:
         changed = replaced(args, place, tensor_at(args, place).to("meta"))
         with pytest.raises(RuntimeError, match=DEVICE):

@@ -20,6 +20,7 @@ from metakern.rules import (
     Adam,
     CoordinatewiseLSTM,
     GradientDescent,
+    GuidedAdam,
     HierarchicalRNN,
     MetaLSTM,
     Momentum,
@@ -29,6 +30,7 @@ from metakern.rules import (
 )
 from tests.conformance.rules.added_rule import NormalisedLSTM
 from tests.rules import hrnn_formula, mlp_formula
+from tests.rules.guided_formula import guided_adam
 
 Tensors = dict[str, Tensor]
 
@@ -224,6 +226,14 @@ def per_parameter_mlp(
     return new
 
 
+def drawn(rule: Rule) -> Rule:
+    """The rule with all its weights moved, so that every one of them matters."""
+    with torch.no_grad():
+        for p in rule.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return rule
+
+
 ROWS = [
     Row(
         "SGD",
@@ -270,6 +280,7 @@ ROWS = [
     Row("momentum, learned", lambda _: Momentum(learned(0.1), learned(0.9)), momentum, compiled=False),
     Row("Adam", lambda _: Adam(0.1), adam, lambda params: torch.optim.Adam(params, 0.1), compiled=False),
     Row("Adam, learned", lambda _: Adam(*map(learned, (0.1, 0.9, 0.99, 1e-3))), adam),
+    Row("Guided Adam", lambda _: drawn(GuidedAdam(5, total_steps=4)), guided_adam, spreads="task"),
     Row("LSTM", lambda _: CoordinatewiseLSTM(6, 2, output_scale=1.0), lstm),
     Row("LSTM on plain gradients", lambda _: CoordinatewiseLSTM(5, 1, "none"), lstm, compiled=False),
     Row("RNNProp", lambda _: RNNProp(6, 2), rnnprop),

@@ -1,0 +1,1 @@
+"""Benchmarks of task_conv2d."""

@@ -1,0 +1,96 @@
+"""The comparison of optimizers: baselines are torch's, tasks are told apart, figures follow from curves."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from bench.optimizers import summary
+from bench.optimizers.baselines import WEIGHT_DECAY, Baseline
+from bench.optimizers.curves import GRID, HORIZONS, SEEDS, all_of_rule, grid, problems
+from bench.optimizers.tasks import TEST, VALIDATION
+from metakern.evaluation.optimizers import LEARNING_RATES
+from metakern.rules import GuidedAdam
+
+OF_TORCH = {
+    "SGD": lambda p, lr: torch.optim.SGD(p, lr),
+    "Momentum 0.9": lambda p, lr: torch.optim.SGD(p, lr, momentum=0.9),
+    "RMSprop": lambda p, lr: torch.optim.RMSprop(p, lr),
+    "Adam": lambda p, lr: torch.optim.Adam(p, lr),
+    "AdamW, cosine": lambda p, lr: torch.optim.AdamW(p, lr, weight_decay=WEIGHT_DECAY),
+}
+
+
+@pytest.mark.parametrize("name", OF_TORCH)
+def test_baselines_are_those_of_torch(name):
+    torch.manual_seed(0)
+    rates, start = torch.tensor([0.1, 0.01]).double(), torch.randn(2, 3).double()
+    baseline, params = Baseline(name, rates, 4), [start]
+    ones = [torch.nn.Parameter(row.clone()) for row in start]
+    optimizers = [OF_TORCH[name]([p], lr.item()) for p, lr in zip(ones, rates, strict=True)]
+    cosine = torch.optim.lr_scheduler.CosineAnnealingLR
+    schedules = [cosine(optimizer, 4) for optimizer in optimizers] if "cosine" in name else []
+    for _ in range(4):
+        grads = torch.randn(2, 3).double()
+        params = baseline.step(params, [grads])
+        for p, grad, optimizer in zip(ones, grads, optimizers, strict=True):
+            p.grad = grad
+            optimizer.step()
+        for schedule in schedules:
+            schedule.step()
+    torch.testing.assert_close(params[0], torch.stack([p.detach() for p in ones]))
+
+
+def test_tasks():
+    names = [task.name for task in (*TEST, *VALIDATION)]
+    assert len(set(names)) == len(names)
+    assert len(TEST) >= 16
+    assert set(HORIZONS) <= set(GRID)
+    batch = problems(TEST[0], 2)
+    start = next(iter(batch.init_params().values()))
+    assert torch.equal(start[:SEEDS], start[SEEDS:])
+    assert not torch.equal(start[0], start[1])
+
+
+def test_curves_of_a_rule(monkeypatch):
+    monkeypatch.setattr("bench.optimizers.curves.HORIZONS", (10,))
+    found = all_of_rule(TEST[1], GuidedAdam(4), {10: GuidedAdam(4, total_steps=10)})
+    assert {name: np.array(curve).shape for name, curve in found.items()} == {
+        "general/10": (len(grid(10)), SEEDS),
+        "general, told/10": (len(grid(10)), SEEDS),
+    }
+
+
+def test_figures(tmp_path):
+    """A rule that halves the loss, baselines that do so at one rate only and diverge at the largest."""
+
+    def part(name: str, good: int) -> dict:
+        curves = {}
+        for horizon in HORIZONS:
+            number = len(grid(horizon))
+            falling = np.linspace(1, 0.1, number)[:, None].repeat(SEEDS, 1)
+            of_rates = np.ones((number, len(LEARNING_RATES), SEEDS))
+            of_rates[:, good] = falling**0.5
+            of_rates[-1, -1] = np.inf
+            lists = [[[None if x == np.inf else x for x in row] for row in rows] for rows in of_rates.tolist()]
+            curves |= {f"{baseline}/{horizon}": lists for baseline in summary.BASELINES}
+            curves |= {f"{learned}/{horizon}": falling.tolist() for learned in summary.LEARNED}
+        return {"task": name, "curves": curves}
+
+    rates = summary.common_rates([part("a", 3), part("b", 3), part("c", 5)])
+    assert rates["Adam"]["500"] == LEARNING_RATES[3]
+    results = summary.summarise([part("d", 3), part("e", 5)], rates)
+    found = results["500"]
+    assert found["beats"]["general"]["every (ii)"] == 1
+    rows = [row["contenders"] for row in found["tasks"]]
+    assert rows[0]["Adam (i)"]["final_loss"] == pytest.approx(0.1**0.5)
+    assert rows[0]["Adam (i)"]["normalised"] == pytest.approx(0.5)
+    assert rows[1]["Adam (i)"]["final_loss"] == 1
+    assert rows[1]["Adam (ii)"]["normalised"] == pytest.approx(0.5)
+    assert rows[0]["general"]["steps_to_adam"] < 500
+    assert found["worse_than_start"]["general"] == 0
+    summary.plot(results, tmp_path / "profile.png")
+    summary.show(Console(quiet=True), "test", results)
+    assert (tmp_path / "profile.png").exists()

@@ -24,7 +24,7 @@ help:
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build a source distribution and a wheel into dist/"
 	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
-	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs, build/clusters and build/optimizers stay"
+	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs, build/clusters, build/optimizers and build/paper stay"
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metakern needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
@@ -129,4 +129,4 @@ check-wheel: $(VENV)/built
 	@echo "the wheel works"
 
 clean:
-	rm -rf $(filter-out build/clusters build/optimizers,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built
+	rm -rf $(filter-out build/clusters build/optimizers build/paper,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built

@@ -358,7 +358,7 @@ class ClusteredLearner(nn.Module):
             worst = members[losses[members].argsort(descending=True)[: max(1, int(WORST * len(members)))]]
             self.learners[empty].load_state_dict(self.learners[donor].state_dict())
             if len(worst):
-                self.learners[empty].approach(pool.select(worst))
+                self.learners[empty].approach(pool.select(worst.sort().values))  # mixtures take ascending indices
             self.restarted += (empty,)
             labels = self.assign(pool)
         return labels

@@ -389,6 +389,25 @@ def test_no_empty_cluster_starts_from_another(offset: float) -> None:
     assert all(abs(learner.learners[index].model[0].weight.item()) < 15 for index in learner.restarted)
 
 
+def test_an_empty_cluster_selects_its_tasks_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mixture of problems of several shapes takes ascending indices alone."""
+    chosen: list[Tensor] = []
+    select = Episodes.select
+
+    def watched(batch: Episodes, tasks: Any) -> Episodes:
+        chosen.append(tasks)
+        return select(batch, tasks)
+
+    learner = clustered(3)
+    train(learner, 6)
+    serve(learner, (10.0, 0.0, 900.0))
+    monkeypatch.setattr(Episodes, "select", watched)
+    learner.on_iteration(10, TwoFamilies(), generator())
+    assert learner.restarted == (2,)
+    assert max(map(len, chosen)) > 1
+    assert all(bool((tasks.diff() > 0).all()) for tasks in chosen)
+
+
 def test_tasks_whose_losses_are_not_finite_are_the_worst_served_and_lead_nowhere() -> None:
     """Falling lines are served badly, but one rising line is not served at all."""
 

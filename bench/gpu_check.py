@@ -41,8 +41,8 @@ BUDGET = (
     ("suite", 1, 170),  # all other tests
     ("memcheck", 1, 170),
     ("racecheck", 1, 170),
-    ("paper", 2, 50),
-    ("benchmarks", 3, 100),  # at least; plus time left over by earlier stages
+    ("paper", 2, 25),
+    ("benchmarks", 3, 128),  # at least; plus time left over by earlier stages
 )
 
 #: Total seconds: all groups, and a few for starting and stopping.

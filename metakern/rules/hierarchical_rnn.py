@@ -290,7 +290,7 @@ class HierarchicalRNN(PretrainedRule):
 
         def parted(x: Tensor) -> list[Tensor]:  # the inverse
             rows = x.split([like.shape[0] * like.shape[1] for like in tensors]) if several else [x]
-            return [row.view(*like.shape[:2], -1) for row, like in zip(rows, tensors, strict=True)]
+            return [row.view(*like.shape[:2], row.shape[-1]) for row, like in zip(rows, tensors, strict=True)]
 
         problems = [len(x) for x in of_all]
         flat, shared = joined(tensors), _joined(of_all)

@@ -22,10 +22,16 @@ from metakern.ops import (
     mlp_inner_loop,
     mlp_meta_loss,
     mlp_update_step,
+    task_conv2d,
+    task_conv2d_input,
+    task_conv2d_weight,
 )
 from metakern.ops.core.registry import operators
 from metakern.ops.hrnn_step.reference import weight_shapes
+from metakern.ops.hrnn_step.stacked import hrnn_step_stacked
+from metakern.ops.lstm_step.stacked import lstm_step_stacked
 from metakern.ops.mlp_update_step import Moments
+from metakern.ops.mlp_update_step.stacked import mlp_update_step_stacked
 
 ONES = [torch.ones(3, 1, 2), torch.ones(3, 1)]
 SET = torch.ones(3, 4, 2), torch.ones(3, 4, 1)
@@ -46,6 +52,18 @@ MOMENTS = Moments(
 MLP_WEIGHTS = [torch.ones(4, 39), torch.ones(4), torch.ones(2, 4), torch.ones(2)]
 MLP_NUMBERS = torch.ones(7), torch.ones(2, 3), torch.ones(2, 3), torch.zeros(3, dtype=torch.int64)
 
+#: Three copies of the weights, of 32 coordinates each for lstm_step.
+TILES = torch.ones(96), torch.ones(96), LSTMState.zeros(96, hidden_size=4, num_layers=1)
+ROWS = {"stage_state": torch.ones(3, 0, 32), "coordinate_inputs": torch.ones(0, 96)}
+
+IMAGES, FILTERS = torch.ones(2, 3, 1, 4, 4), torch.ones(2, 5, 1, 3, 3)
+SIZES = torch.ones(2, 3, 5, 2, 2)
+
+
+def copies(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [w.expand(3, *w.shape) for w in weights]
+
+
 #: One call of each public operator, which are those with a reference.
 CALLS: dict[str, Callable[[], Any]] = {
     "hrnn_step": lambda: hrnn_step(ONES, ONES, *HRNN, HRNN_WEIGHTS),
@@ -56,6 +74,14 @@ CALLS: dict[str, Callable[[], Any]] = {
     "mlp_inner_loop": lambda: mlp_inner_loop(ONES, *SET, lr=0.1, steps=1),
     "mlp_meta_loss": lambda: mlp_meta_loss(ONES, SET, SET, lr=0.1, steps=1),
     "mlp_update_step": lambda: mlp_update_step(ONES, ONES, MOMENTS, MLP_WEIGHTS, *MLP_NUMBERS),
+    "hrnn_step_stacked": lambda: hrnn_step_stacked(ONES, ONES, *HRNN, copies(HRNN_WEIGHTS)),
+    "lstm_step_stacked": lambda: lstm_step_stacked(*TILES, copies(WEIGHTS), **STAGES, **ROWS),
+    "mlp_update_step_stacked": lambda: mlp_update_step_stacked(
+        *(ONES, ONES, MOMENTS, copies(MLP_WEIGHTS), torch.ones(3, 7), *MLP_NUMBERS[1:])
+    ),
+    "task_conv2d": lambda: task_conv2d(IMAGES, FILTERS),
+    "task_conv2d_input": lambda: task_conv2d_input(SIZES, FILTERS, (4, 4)),
+    "task_conv2d_weight": lambda: task_conv2d_weight(IMAGES, SIZES, (3, 3)),
 }
 
 
@@ -73,7 +99,9 @@ def caught(call: Callable[[], Any]) -> list[warnings.WarningMessage]:
 
 
 def test_every_public_operator_is_called_here() -> None:
-    public = {name for name, operator in operators().items() if operator.reference is not None and name != "toy"}
+    public = {
+        name for name, operator in operators().items() if operator.reference is not None and not name.startswith("toy")
+    }
     assert public <= CALLS.keys()
 
 

@@ -17,9 +17,11 @@ from metakern.ops.lstm_step.autograd import step, step_with_gates
 from metakern.ops.mlp_inner_loop.autograd import meta_loss
 
 # y_i = x w_i and their sum where there is a bias; kept: x + 1, which the backward reads.
-SCHEMA = "twin(Tensor x, Tensor[] weights, Tensor? bias, Tensor index, float scale, int[] sizes) -> (Tensor[], Tensor)"
+SCHEMA = (
+    "toy_twin(Tensor x, Tensor[] weights, Tensor? bias, Tensor index, float scale, int[] sizes) -> (Tensor[], Tensor)"
+)
 BACKWARD = (
-    "twin_backward(Tensor[] grad_scaled, Tensor kept, Tensor x, Tensor[] weights, Tensor? bias, float scale) "
+    "toy_twin_backward(Tensor[] grad_scaled, Tensor kept, Tensor x, Tensor[] weights, Tensor? bias, float scale) "
     "-> (Tensor, Tensor[])"
 )
 
@@ -46,12 +48,12 @@ TWIN_BACKWARD = define_op(
     BACKWARD,
     results=("grad_x", "grad_weights"),
     shapes=lambda a: (a.kept.new_empty(a.kept.shape), [w.new_empty(w.shape) for w in a.weights]),
-    family="twin",
+    family="toy_twin",
 )
 DECLARED: dict[str, Any] = {
     "results": ("scaled", "kept"),
     "shapes": lambda a: ([a.x.new_empty(a.x.shape) for _ in a.weights], a.x.new_empty(a.x.shape)),
-    "family": "twin",
+    "family": "toy_twin",
 }
 TWIN = define_op(
     SCHEMA,
@@ -110,7 +112,7 @@ def test_python_records_what_a_mode_must_see() -> None:
     with Mode() as mode:
         found = call(*leaves())
     assert type(found[0].grad_fn).__name__ == "_RecordedBackward"
-    assert torch.ops.metakern.twin.default in mode.seen
+    assert torch.ops.metakern.toy_twin.default in mode.seen
 
 
 def test_gradients(language: str) -> None:

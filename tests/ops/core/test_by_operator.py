@@ -247,7 +247,7 @@ def test_compiled_autograd_traces_the_node() -> None:
 
 
 def test_names_that_do_not_match_are_errors() -> None:
-    with pytest.raises(ValueError, match=r"the arguments of the backward of twin must be among .*, got 'kept'"):
+    with pytest.raises(ValueError, match=r"the arguments of the backward of toy_twin must be among .*, got 'kept'"):
         define_op(SCHEMA, gradient=Gradient(TWIN_BACKWARD, of=("x",)), **DECLARED | {"results": ("scaled", "shifted")})
 
 

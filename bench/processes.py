@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
 import subprocess
@@ -24,6 +25,7 @@ def _status(key: str) -> int:
 
 def peak_bytes(work: Callable[[], Result]) -> tuple[int, Result]:
     """Additional peak resident memory of ``work``, and its return value."""
+    ctypes.CDLL(None).malloc_trim(0)  # else what an earlier call has freed would serve, unseen
     baseline = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     result = work()

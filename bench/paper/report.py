@@ -116,9 +116,10 @@ def judge(found: dict[str, Any]) -> list[dict[str, Any]]:
             targets.append(judged("must", f"against sequential, {of}", "≥", PAPER, sequential, "x"))
             targets.append(judged("aim", f"against sequential, {of}", "≥", AIM, sequential, "x"))
             best = min(speedup[name]["median"] for name in SLOWER if name in speedup)
-            targets.append(judged("must", f"against the better of vmap and torch.compile, {of}", ">", 1.0, best, "x"))
-            aim = f"against the better of vmap and torch.compile, {of}"
-            targets.append(judged("aim", aim, "≥", AIM_BATCHED, best, "x"))
+            both = all(name in speedup for name in SLOWER)
+            peer = "the better of vmap and torch.compile" if both else "vmap, torch.compile not measured"
+            targets.append(judged("must", f"against {peer}, {of}", ">", 1.0, best, "x"))
+            targets.append(judged("aim", f"against {peer}, {of}", "≥", AIM_BATCHED, best, "x"))
     for rule, entry in found["learning"].items():
         ways = entry["ways"]
         one, ours = ways["plain"], ways["scales"]

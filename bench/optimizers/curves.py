@@ -5,7 +5,7 @@ Axis legend: R rates, S seeds, G points of the curve.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from bench.optimizers.baselines import BASELINES, Baseline
 from bench.optimizers.tasks import Task
 from metakern.evaluation.optimizers import LEARNING_RATES
 from metakern.rules import Rule
+
+Params = dict[str, Tensor]
 
 #: Lengths of training, and number of seeds (starting points with their minibatches).
 HORIZONS = (100, 500, 2000)
@@ -38,41 +40,43 @@ def problems(task: Task, copies: int) -> Any:
 def baseline_curves(task: Task, name: str, steps: int) -> Tensor:
     """Losses [G, R, S] of a baseline."""
     rates = torch.tensor(LEARNING_RATES)
-    batch = problems(task, len(rates))
-    params: dict[str, Tensor] = batch.init_params()
     optimizer = Baseline(name, rates.repeat_interleave(SEEDS), steps)
-    losses = []
-    for step in range(steps + 1):
-        if step in GRID:
-            with torch.no_grad():
-                losses.append(batch.full_loss(params))
-        if step == steps:
-            break
-        leaves = [p.requires_grad_() for p in params.values()]
-        grads = torch.autograd.grad(batch.loss(params).sum(), leaves)
-        with torch.no_grad():
-            new = optimizer.step([p.detach() for p in leaves], list(grads))
-        params = dict(zip(params, new, strict=True))
-    return torch.stack(losses).view(-1, len(rates), SEEDS)
+
+    def step(params: Params, grads: Params) -> Params:
+        return dict(zip(params, optimizer.step(list(params.values()), list(grads.values())), strict=True))
+
+    batch = problems(task, len(rates))
+    return _curves(batch, batch.init_params(), step, steps).view(-1, len(rates), SEEDS)
 
 
 def rule_curves(task: Task, rule: Rule, steps: int) -> Tensor:
     """Losses [G, S] of a rule."""
     batch = problems(task, 1)
-    params: dict[str, Tensor] = batch.init_params()
-    state = rule.init_state(params, tasks=True)
+    start: Params = batch.init_params()
+    state = rule.init_state(start, tasks=True)
+
+    def step(params: Params, grads: Params) -> Params:
+        nonlocal state
+        new: Params
+        new, state = rule(params, grads, state)
+        return new
+
+    return _curves(batch, start, step, steps)
+
+
+def _curves(batch: Any, params: Params, take_step: Callable[[Params, Params], Params], steps: int) -> Tensor:
+    """Losses [G, T] on all samples along a training of T problems."""
     losses = []
     for step in range(steps + 1):
         if step in GRID:
             with torch.no_grad():
                 losses.append(batch.full_loss(params))
-        if step == steps:
-            break
-        leaves = [p.requires_grad_() for p in params.values()]
-        grads = torch.autograd.grad(batch.loss(params).sum(), leaves)
-        with torch.no_grad():
-            new, state = rule({n: p.detach() for n, p in params.items()}, dict(zip(params, grads, strict=True)), state)
-        params = new
+        if step < steps:
+            leaves = [p.requires_grad_() for p in params.values()]
+            grads = torch.autograd.grad(batch.loss(params).sum(), leaves)
+            with torch.no_grad():
+                detached = {name: p.detach() for name, p in params.items()}
+                params = take_step(detached, dict(zip(params, grads, strict=True)))
     return torch.stack(losses)
 
 

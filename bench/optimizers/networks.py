@@ -5,25 +5,15 @@ Axis legend: B samples, S steps of a sequence, H hidden units.
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from metakern.tasks.general import fully_connected
+
 #: Side of a digit's image in pixels.
 SIDE = 8
-
-
-def mlp(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
-    """Fully connected layers, with a layer norm before every activation if ``norm``."""
-    layers: list[nn.Module] = []
-    for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
-        layers.append(nn.Linear(inputs, outputs))
-        if index < len(sizes) - 2:
-            layers += [nn.LayerNorm(outputs), activation()] if norm else [activation()]
-    return nn.Sequential(*layers)
 
 
 class Residual(nn.Module):
@@ -115,7 +105,7 @@ class Picture(nn.Module):
     def __init__(self, octaves: int, width: int) -> None:
         super().__init__()
         self.octaves = octaves
-        self.layers = mlp(4 * octaves, width, width, 3, activation=nn.SiLU)
+        self.layers = fully_connected(4 * octaves, width, width, 3, activation=nn.SiLU)
 
     def forward(self, points: Tensor) -> Tensor:
         """Colours of points in [-1, 1]²."""

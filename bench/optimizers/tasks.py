@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from sklearn import datasets
 from torch import Tensor, nn
 
-from bench.optimizers.networks import Characters, Picture, Residual, RowAttention, RowGRU, mlp
+from bench.optimizers.networks import Characters, Picture, Residual, RowAttention, RowGRU
 from metakern.tasks import DigitsCNN, DigitsMLP, DigitsRegression, DigitsRNN, NetworkProblem
 from metakern.tasks.digit_networks import load_digits
+from metakern.tasks.general import fully_connected as mlp
 
 Data = tuple[Tensor, Tensor]
 

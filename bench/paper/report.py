@@ -15,7 +15,7 @@ from rich.console import Console
 
 from bench.paper import test_tasks
 from bench.paper.learning import REPORTED, WAYS, Plan
-from bench.paper.tables import SLOWER
+from bench.paper.tables import CAPABILITY_TITLES, RULE_TITLES, SLOWER, TIMED
 from bench.paper.timing import PARTS
 from bench.runs import RESULTS, describe_run, show_targets, write
 from bench.targets import judged
@@ -136,26 +136,27 @@ def plot(found: dict[str, Any], path: Path) -> None:
     """Above the meta-iterations' seconds of every way, below the curves of every rule."""
     times, learning = found["times"], found["learning"]
     columns = max(1, len(learning), len(times))
-    figure, rows = plt.subplots(2, columns, figsize=(5.4 * columns, 8), layout="constrained", squeeze=False)
+    height = 4 * (1 + bool(learning))
+    shape = 1 + bool(learning), columns
+    figure, rows = plt.subplots(*shape, figsize=(5.4 * columns, height), layout="constrained", squeeze=False)
     for axes, (capability, of) in zip(rows[0], times.items(), strict=False):
-        names = list(next(iter(of["rules"].values()))["contenders"])
-        for place, entry in enumerate(of["rules"].values()):
-            for at, name in enumerate(names):
-                if name in entry["contenders"]:
-                    seconds = entry["contenders"][name]["median_s"]
-                    bar = axes.bar(place + at * 0.16, seconds, 0.15, color=COLOURS[at], label="" if place else name)
-                    axes.bar_label(bar, fmt="%.2f", fontsize=7)
-            axes.set_title(f"seconds of a meta-iteration, {capability}", fontsize=11)
-        axes.set_xticks([0.32, 1.32][: len(of["rules"])], list(of["rules"]))
-        axes.set_yscale("log")
-        axes.legend(frameon=False, fontsize=8)
-    for axes, (rule, entry) in zip(rows[1], learning.items(), strict=False):
+        for at, name in enumerate(TIMED):  # a way has one colour in all parts
+            found_in = {place: e["contenders"].get(name) for place, e in enumerate(of["rules"].values())}
+            seconds = {place + at * 0.16: cell["median_s"] for place, cell in found_in.items() if cell}
+            bars = axes.bar(list(seconds), list(seconds.values()), 0.15, color=COLOURS[at], label=name)
+            axes.bar_label(bars, fmt="%.2f", fontsize=7)
+        axes.set_title(f"seconds of a meta-iteration, {CAPABILITY_TITLES[capability]}", fontsize=11)
+        axes.set_xticks([0.32, 1.32][: len(of["rules"])], [RULE_TITLES[rule] for rule in of["rules"]])
+        axes.set_ylabel("seconds")
+    handles, labels = rows[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(TIMED), frameon=False, fontsize=8)
+    for axes, (rule, entry) in zip(rows[-1], learning.items(), strict=False):
         for (_, way), colour in zip(entry["ways"].items(), COLOURS, strict=False):
             mean, low, high = ([point[key] for point in way["curve"]] for key in ("mean", "low", "high"))
             axes.plot(way["iterations"], mean, color=colour, label=way["title"])
             axes.fill_between(way["iterations"], low, high, color=colour, alpha=0.15, linewidth=0)
         axes.set(xlabel="meta-iteration", ylabel="validation meta-loss")
-        axes.set_title(f"{rule}: mean and 95 % interval over seeds", fontsize=11)
+        axes.set_title(f"{RULE_TITLES[rule]}: mean and 95 % interval over seeds", fontsize=11)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     for axes in rows.flatten():

@@ -7,8 +7,11 @@ from typing import Any
 #: The ways that metakern is compared with beside the sequential one.
 SLOWER = ("vmap", "compiled")
 
-_TITLES = {"lstm": "coordinatewise LSTM", "hrnn": "hierarchical RNN"}
-_CAPABILITIES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
+#: All ways, in the order of figures.
+TIMED = ("sequential", *SLOWER, "metakern", "metakern, clusters")
+
+RULE_TITLES = {"lstm": "coordinatewise LSTM", "hrnn": "hierarchical RNN"}
+CAPABILITY_TITLES = {"avx512": "AVX-512", "avx2": "AVX2", "baseline": "SSE2"}
 
 
 def paper_lines(results: dict[str, Any]) -> list[str]:
@@ -25,7 +28,7 @@ def _times(results: dict[str, Any]) -> list[str]:
     ]
     for capability, times in results["times"].items():
         for rule, entry in times["rules"].items():
-            title = f"{_TITLES[rule]}, {_CAPABILITIES[capability]}"
+            title = f"{RULE_TITLES[rule]}, {CAPABILITY_TITLES[capability]}"
             for name, figures in entry["contenders"].items():
                 ratio, shares = entry["speedup"].get(name), entry["profile"].get(name, {})
                 faster = "" if ratio is None else f"{ratio['median']:.2f}x ({ratio['low']:.2f} to {ratio['high']:.2f})"
@@ -69,10 +72,12 @@ def _learning(results: dict[str, Any]) -> list[str]:
 
     for rule, entry in results["learning"].items():
         for way in entry["ways"].values():
-            cells = [_TITLES[rule], way["title"], interval(way["test"]), interval(way["difference"])]
+            cells = [RULE_TITLES[rule], way["title"], interval(way["test"]), interval(way["difference"])]
             reaches = _reaches(way["reaches"])
             lines.append(f"| {' | '.join([*cells, interval(way['test_final']), reaches])} |")
-    goals = ", ".join(f"{entry['goal']['mean']:.3f} for the {_TITLES[r]}" for r, entry in results["learning"].items())
+    goals = ", ".join(
+        f"{entry['goal']['mean']:.3f} for the {RULE_TITLES[r]}" for r, entry in results["learning"].items()
+    )
     lines += [
         "",
         f"Meta-loss: the mean over {results['steps']} steps of log(f + 0.001). {results['iterations']} meta-iterations "
@@ -90,7 +95,7 @@ def _derived(results: dict[str, Any]) -> list[str]:
     for capability, of in results["derived_seconds"].items():
         for rule, seconds in of.items():
             figures = ", ".join(f"{name} {value:,.0f} s" for name, value in seconds.items())
-            lines.append(f"{_TITLES[rule]} on {_CAPABILITIES[capability]}: {figures}")
+            lines.append(f"{RULE_TITLES[rule]} on {CAPABILITY_TITLES[capability]}: {figures}")
     if not lines:
         return []
     text = "; ".join(lines)

@@ -60,7 +60,8 @@ def _images(split: str) -> tuple[Tensor, Tensor]:
     return images, images
 
 
-def _layers(*sizes: int, activation: Callable[[], nn.Module], norm: bool = False) -> nn.Module:
+def fully_connected(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, norm: bool = False) -> nn.Sequential:
+    """Linear layers with an activation between them, and a layer norm before each of these if ``norm``."""
     layers: list[nn.Module] = []
     for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
         layers.append(nn.Linear(inputs, outputs))
@@ -77,18 +78,20 @@ def general_problems() -> MixedOptimizees:
         Reparametrised(DigitsMLP(20, "sigmoid", 128), "tensor", 1.0),
         DigitsMLP(32, "relu", 32),
         Reparametrised(DigitsMLP(12, "tanh", 64), "problem", 3.0),
-        network(layers(_layers, 64, 24, 24, 24, 10, activation=nn.ReLU), load_digits, batch_size=64),
-        network(layers(_layers, 64, 28, 28, 10, activation=nn.GELU, norm=True), load_digits, batch_size=32),
+        network(layers(fully_connected, 64, 24, 24, 24, 10, activation=nn.ReLU), load_digits, batch_size=64),
+        network(layers(fully_connected, 64, 28, 28, 10, activation=nn.GELU, norm=True), load_digits, batch_size=32),
         Reparametrised(DigitsRegression(32), "tensor", 1.0),
         DigitsCNN(4, 32),
         DigitsRNN(16, 32),
-        network(layers(_layers, 64, 20, 10, activation=nn.Tanh), _one_hot, loss=F.mse_loss, batch_size=32),
-        network(layers(_layers, 64, 16, 64, activation=nn.Sigmoid), _images, loss=F.mse_loss, batch_size=48),
+        network(layers(fully_connected, 64, 20, 10, activation=nn.Tanh), _one_hot, loss=F.mse_loss, batch_size=32),
+        network(layers(fully_connected, 64, 16, 64, activation=nn.Sigmoid), _images, loss=F.mse_loss, batch_size=48),
         network(
-            layers(_layers, 5, 20, 20, 10, activation=nn.Tanh), functools.partial(_labelled, 5, 10), batch_size=32
+            layers(fully_connected, 5, 20, 20, 10, activation=nn.Tanh),
+            functools.partial(_labelled, 5, 10),
+            batch_size=32,
         ),
         network(
-            layers(_layers, 7, 32, 1, activation=nn.ReLU), _numbers, loss=F.smooth_l1_loss, batch_size=24
+            layers(fully_connected, 7, 32, 1, activation=nn.ReLU), _numbers, loss=F.smooth_l1_loss, batch_size=24
         ),
         network(layers(nn.Linear, 8, 2), functools.partial(_labelled, 8, 2), batch_size=64),
         SoftmaxRegressions(),

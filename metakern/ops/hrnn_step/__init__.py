@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from metakern.ops.core.checks import (
     check_value,
 )
 from metakern.ops.core.define_op import Kernel
+from metakern.ops.core.devices import without_autocast
 from metakern.ops.hrnn_step import reference
 from metakern.ops.hrnn_step.autograd import step
 from metakern.ops.hrnn_step.reference import Step
@@ -114,10 +114,7 @@ def _reference_step(
     mean_rate: Tensor,
     weights: Sequence[Tensor],
 ) -> Step:
-    device = biases.device.type
-    # The reference ignores autocast, as the kernels do.
-    available = torch.amp.is_autocast_available(device)
-    with torch.autocast(device, enabled=False) if available else nullcontext():
+    with without_autocast(biases.device):
         flat, flat_grads = ([x.reshape(x.shape[0], _coordinates(x)) for x in xs] for xs in (params, grads))
         new = reference.hrnn_step(flat, flat_grads, states, biases, mean_rate, weights)
     shaped = [[x.view(p.shape) for x, p in zip(xs, params, strict=False)] for xs in (new.params, new.attended)]

@@ -8,7 +8,6 @@ Axis legend: N coordinates, F features (1 or 2), H hidden units, L layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from metakern.ops.core.checks import check_dense, check_dtype, check_like, check_same_device, check_shape
 from metakern.ops.core.define_op import Kernel, Operator
+from metakern.ops.core.devices import without_autocast
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.autograd import keeps_gates, step, step_, step_backward, step_with_gates
 from metakern.ops.lstm_step.state import (
@@ -192,10 +192,7 @@ def _reference_step(
     preprocess_scale: float,
     output_scale: float,
 ) -> tuple[Tensor, LSTMState]:
-    device = params.device.type
-    # The reference ignores autocast, as the kernels do.
-    no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
-    with no_autocast:
+    with without_autocast(params.device):
         new_params, h, c = reference.lstm_step(
             params.reshape(-1),
             grads.reshape(-1),

@@ -10,7 +10,6 @@ state, K coordinate inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +27,7 @@ from metakern.ops.core.checks import (
     check_value,
 )
 from metakern.ops.core.define_op import Gradient, Kernel, Operator, define_op
+from metakern.ops.core.devices import without_autocast
 from metakern.ops.lstm_step import (
     PARAM_DTYPES,
     PRECISION_INDEX,
@@ -263,10 +263,8 @@ class _Call:
 
     def by_reference(self) -> tuple[Tensor, LSTMState, Tensor]:
         """The results by the definition in plain PyTorch."""
-        device, n = self.params.device.type, self.params.numel()
-        # The reference ignores autocast, as the kernels do.
-        available = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if available else nullcontext():
+        n = self.params.numel()
+        with without_autocast(self.params.device):
             new_params, h, c, rows = reference.staged_step(
                 *(self.params.reshape(-1), self.grads.reshape(-1), *unpack_state(self.state)),
                 *(unpack_rows(self.stage_state, n), self.coordinate_inputs, self.weights),

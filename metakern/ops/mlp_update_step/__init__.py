@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from metakern.ops.core.checks import (
     check_value,
 )
 from metakern.ops.core.define_op import Kernel
+from metakern.ops.core.devices import without_autocast
 from metakern.ops.mlp_update_step import reference
 from metakern.ops.mlp_update_step.autograd import step
 from metakern.ops.mlp_update_step.factors import RANKS, factor_shapes, factored_axes
@@ -109,10 +109,7 @@ def mlp_update_step(
     if not _checks_itself(kernel):
         _check(params, grads, moments, weights, numbers, exp_mult)
     if kernel is None:
-        device = decays.device.type
-        # The reference ignores autocast, as the kernels do.
-        available = torch.amp.is_autocast_available(device)
-        with torch.autocast(device, enabled=False) if available else nullcontext():
+        with without_autocast(decays.device):
             return reference.mlp_update_step(params, grads, moments, weights, decays, rates, keep, steps, exp_mult)
     lists = (list(xs) for xs in (params, grads, *moments, weights))
     new = kernel.call((*lists, decays, rates, keep, steps, float(exp_mult)))

@@ -68,15 +68,19 @@ class Problem:
             normal(layer.tasks, layer.samples, layer.outputs, *image),
         )
 
+    def to(self, device: torch.device) -> Problem:
+        """The same arguments on a device."""
+        return Problem(self.layer, self.x.to(device), self.weight.to(device), self.grad.to(device))
 
-def by_kernels(problem: Problem, which: str) -> list[Tensor]:
-    """The kernels for the CPU."""
+
+def by_kernels(problem: Problem, which: str, backend: str = "cpp") -> list[Tensor]:
+    """The kernels of a backend."""
     p, layer = problem, problem.layer
     if which == "y":
-        return [task_conv2d(p.x, p.weight, None, 1, layer.padding, backend="cpp")]
+        return [task_conv2d(p.x, p.weight, None, 1, layer.padding, backend=backend)]
     if which == "gradient by x":
-        return [task_conv2d_input(p.grad, p.weight, layer.size, 1, layer.padding, backend="cpp")]
-    return [task_conv2d_weight(p.x, p.grad, layer.kernel, 1, layer.padding, backend="cpp")[0]]
+        return [task_conv2d_input(p.grad, p.weight, layer.size, 1, layer.padding, backend=backend)]
+    return [task_conv2d_weight(p.x, p.grad, layer.kernel, 1, layer.padding, backend=backend)[0]]
 
 
 def by_loop(problem: Problem, which: str) -> list[Tensor]:

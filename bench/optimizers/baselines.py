@@ -20,6 +20,10 @@ Direction = Callable[[Tensor, dict[str, Tensor], int], Tensor]
 WEIGHT_DECAY = 0.01
 
 
+def _buffer(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    return state.setdefault(name, torch.zeros_like(like))
+
+
 def sgd(grad: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
     """The gradient."""
     del state, step
@@ -29,24 +33,22 @@ def sgd(grad: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
 def momentum(grad: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
     """V' = 0.9 v + g."""
     del step
-    state["v"] = 0.9 * state["v"] + grad if "v" in state else grad
-    return state["v"]
+    return _buffer(state, "v", grad).mul_(0.9).add_(grad)
 
 
 def rmsprop(grad: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
     """G / (√s' + 1e-8), s' = 0.99 s + 0.01 g²."""
     del step
-    state["s"] = 0.99 * state.get("s", torch.zeros_like(grad)) + 0.01 * grad * grad
-    return grad / (state["s"].sqrt() + 1e-8)
+    mean = _buffer(state, "s", grad).mul_(0.99).addcmul_(grad, grad, value=0.01)
+    return grad / mean.sqrt().add_(1e-8)
 
 
 def adam(grad: Tensor, state: dict[str, Tensor], step: int) -> Tensor:
     """m̂ / (√v̂ + 1e-8), decays 0.9 and 0.999."""
-    zero = torch.zeros_like(grad)
-    state["m"] = 0.9 * state.get("m", zero) + 0.1 * grad
-    state["v"] = 0.999 * state.get("v", zero) + 0.001 * grad * grad
-    root = (state["v"] / -math.expm1(step * math.log(0.999))).sqrt()
-    return state["m"] / -math.expm1(step * math.log(0.9)) / (root + 1e-8)
+    mean = _buffer(state, "m", grad).mul_(0.9).add_(grad, alpha=0.1)
+    square = _buffer(state, "v", grad).mul_(0.999).addcmul_(grad, grad, value=0.001)
+    first, second = (-math.expm1(step * math.log(decay)) for decay in (0.9, 0.999))
+    return mean / square.div(second).sqrt_().add_(1e-8).mul_(first)
 
 
 #: Direction of every baseline, and whether it is AdamW with a cosine decay over all steps.
@@ -81,5 +83,6 @@ class Baseline:
         for index, (p, g) in enumerate(zip(params, grads, strict=True)):
             rates = (share * self.rates).view(-1, *[1] * (p.dim() - 1))
             start = p * (1 - WEIGHT_DECAY * rates) if self.decays else p
-            new.append(start - rates * self.direction(g, self.states.setdefault(index, {}), self.done))
+            direction = self.direction(g, self.states.setdefault(index, {}), self.done)
+            new.append(start - rates * direction)
         return new

@@ -1,11 +1,13 @@
 """Loss curves of a task: of every baseline at every learning rate, and of a learned optimizer.
 
+Learning rates are chosen by the first two of five seeds; the other three then run at the rates that were chosen.
+
 Axis legend: R rates, S seeds, G points of the curve.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +20,10 @@ from metakern.rules import Rule
 
 Params = dict[str, Tensor]
 
-#: Lengths of training, and number of seeds (starting points with their minibatches).
+#: Lengths of training, number of seeds (starting points with their minibatches), and those that choose rates.
 HORIZONS = (100, 500, 2000)
 SEEDS = 5
+TUNING_SEEDS = 2
 
 #: Steps after which losses on all samples are taken.
 GRID = tuple(sorted({0, 1, 2, 5, *range(10, 101, 10), *range(125, 501, 25), *range(600, 2001, 100)}))
@@ -31,22 +34,22 @@ def grid(steps: int) -> list[int]:
     return [point for point in GRID if point <= steps]
 
 
-def problems(task: Task, copies: int) -> Any:
-    """The task from every seed, ``copies`` times: T = copies · S, seeds fastest."""
+def problems(task: Task, copies: int, seeds: range = range(SEEDS)) -> Any:
+    """The task from some of the seeds, ``copies`` times: T = copies · S, seeds fastest."""
     batch = task.make().sample(SEEDS, torch.Generator().manual_seed(1000))
-    return batch.select(torch.arange(SEEDS).repeat(copies))
+    return batch.select(torch.tensor(seeds).repeat(copies))
 
 
-def baseline_curves(task: Task, name: str, steps: int) -> Tensor:
+def baseline_curves(task: Task, name: str, steps: int, seeds: range, rates: Sequence[float]) -> Tensor:
     """Losses [G, R, S] of a baseline."""
-    rates = torch.tensor(LEARNING_RATES)
-    optimizer = Baseline(name, rates.repeat_interleave(SEEDS), steps)
+    number = len(seeds)
+    optimizer = Baseline(name, torch.tensor(rates).repeat_interleave(number), steps)
 
     def step(params: Params, grads: Params) -> Params:
         return dict(zip(params, optimizer.step(list(params.values()), list(grads.values())), strict=True))
 
-    batch = problems(task, len(rates))
-    return _curves(batch, batch.init_params(), step, steps).view(-1, len(rates), SEEDS)
+    batch = problems(task, len(rates), seeds)
+    return _curves(batch, batch.init_params(), step, steps).view(-1, len(rates), number)
 
 
 def rule_curves(task: Task, rule: Rule, steps: int) -> Tensor:
@@ -80,15 +83,28 @@ def _curves(batch: Any, params: Params, take_step: Callable[[Params, Params], Pa
     return torch.stack(losses)
 
 
-def all_baselines(task: Task) -> dict[str, list[Any]]:
-    """Curves by "optimizer/horizon", [G, R, S] as lists; one without a schedule has one curve for all horizons."""
+def tuning_curves(task: Task) -> dict[str, list[Any]]:
+    """Curves of baselines by "optimizer/horizon" at all rates, [G, R, 2] as lists."""
+    return _of_baselines(task, range(TUNING_SEEDS), lambda key: range(len(LEARNING_RATES)))
+
+
+def chosen_curves(task: Task, chosen: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
+    """Curves of baselines from the seeds that did not choose, at the rates of these indices: [G, R, 3] as lists."""
+    return _of_baselines(task, range(TUNING_SEEDS, SEEDS), chosen.__getitem__)
+
+
+def _of_baselines(task: Task, seeds: range, rates_of: Callable[[str], Sequence[int]]) -> dict[str, list[Any]]:
+    """One without a schedule trains once, for all horizons."""
     found = {}
     for name, (_, decays) in BASELINES.items():
-        longest = baseline_curves(task, name, HORIZONS[-1])
-        for horizon in HORIZONS:
-            short = decays and horizon < HORIZONS[-1]
-            curves = baseline_curves(task, name, horizon) if short else longest[: len(grid(horizon))]
-            found[f"{name}/{horizon}"] = _rounded(curves)
+        wanted = {horizon: list(rates_of(f"{name}/{horizon}")) for horizon in HORIZONS}
+        for steps in HORIZONS if decays else HORIZONS[-1:]:
+            served = (steps,) if decays else HORIZONS
+            indices = sorted({index for horizon in served for index in wanted[horizon]})
+            curves = baseline_curves(task, name, steps, seeds, [LEARNING_RATES[index] for index in indices])
+            for horizon in served:
+                places = [indices.index(index) for index in wanted[horizon]]
+                found[f"{name}/{horizon}"] = _rounded(curves[: len(grid(horizon)), places])
     return found
 
 

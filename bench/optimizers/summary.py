@@ -43,36 +43,60 @@ def _normalised(loss: Any, first: float, best: float) -> Any:
     return np.clip(np.log(np.asarray(loss) / best) / span, 0, 1)
 
 
-def _of_task(part: Mapping[str, Any], horizon: int) -> tuple[dict[str, Any], float, float]:
-    """Mean curves by contender ([G, R] for baselines, [G] for learned ones), the first loss, the lowest final one."""
-    names = [*BASELINES, *LEARNED]
-    curves = {name: _mean(_array(part["curves"][f"{name}/{horizon}"])) for name in names}
-    first = float(curves["general"][0])
-    return curves, first, min(float(np.min(curve[-1])) for curve in curves.values())
+def common_rates(tunings: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """For each baseline and length the rate of the lowest mean normalised loss over these tasks.
 
-
-def common_rates(parts: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """For each baseline and length the rate of the lowest mean normalised loss over these tasks."""
+    Args:
+        tunings: of every task its curves by "optimizer/horizon", [G, R, S]
+    """
     rates: dict[str, dict[str, float]] = {name: {} for name in BASELINES}
     for horizon in HORIZONS:
-        tasks = [_of_task(part, horizon) for part in parts]
-        for name in BASELINES:
-            scores = np.mean([_normalised(curves[name][-1], first, best) for curves, first, best in tasks], 0)
-            rates[name][str(horizon)] = LEARNING_RATES[int(np.argmin(scores))]
+        scores = dict.fromkeys(BASELINES, 0.0)
+        for tuning in tunings:
+            curves = {name: _mean(_array(tuning[f"{name}/{horizon}"])) for name in BASELINES}
+            first, best = curves["Adam"][0, 0], min(curve[-1].min() for curve in curves.values())
+            for name, curve in curves.items():
+                scores[name] = scores[name] + _normalised(curve[-1], first, best)
+        for name, score in scores.items():
+            rates[name][str(horizon)] = LEARNING_RATES[int(np.argmin(score))]
     return rates
 
 
-def summarise(parts: Sequence[Mapping[str, Any]], rates: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
-    """Figures by length: a row for each task, and those over all tasks."""
-    return {str(h): _summary([_row(part, rates, h) for part in parts]) for h in HORIZONS}
-
-
-def _row(part: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]], horizon: int) -> dict[str, Any]:
-    curves, first, best = _of_task(part, horizon)
-    chosen: dict[str, Any] = {name: curves[name] for name in LEARNED}
+def chosen_rates(tuning: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]]) -> dict[str, list[int]]:
+    """By "optimizer/horizon" the indices of the rate (i) of all tasks and of the rate (ii) of this one."""
+    found = {}
     for name in BASELINES:
-        chosen[f"{name} (i)"] = curves[name][:, LEARNING_RATES.index(rates[name][str(horizon)])]
-        chosen[f"{name} (ii)"] = curves[name][:, int(np.argmin(curves[name][-1]))]
+        for horizon in HORIZONS:
+            own = int(np.argmin(_mean(_array(tuning[f"{name}/{horizon}"])[-1])))
+            found[f"{name}/{horizon}"] = [LEARNING_RATES.index(rates[name][str(horizon)]), own]
+    return found
+
+
+def summarise(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Figures by length: a row for each task, and those over all tasks.
+
+    Args:
+        parts: of every task its name, and by "optimizer/horizon" ``learned`` curves [G, S], the curves of ``tuning``
+            [G, R, 2], the rates' indices (i) and (ii) in ``chosen`` and their curves from the other seeds, ``rest``
+            [G, 2, S - 2]
+    """
+    return {str(h): _summary([_row(part, h) for part in parts]) for h in HORIZONS}
+
+
+def _of_task(part: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    """Mean curves [G] by contender."""
+    curves = {name: _mean(_array(part["learned"][f"{name}/{horizon}"])) for name in LEARNED}
+    for name in BASELINES:
+        key = f"{name}/{horizon}"
+        seeds = [_array(part["tuning"][key])[:, part["chosen"][key]], _array(part["rest"][key])]
+        both = _mean(np.concatenate(seeds, 2))
+        curves |= {f"{name} (i)": both[:, 0], f"{name} (ii)": both[:, 1]}
+    return curves
+
+
+def _row(part: Mapping[str, Any], horizon: int) -> dict[str, Any]:
+    chosen = _of_task(part, horizon)
+    first, best = float(chosen["general"][0]), min(float(curve[-1]) for curve in chosen.values())
     points = grid(horizon)
     target = chosen["Adam (i)"][-1]
     contenders = {}
@@ -87,7 +111,7 @@ def _row(part: Mapping[str, Any], rates: Mapping[str, Mapping[str, float]], hori
         }
     worst = {}
     for name in LEARNED:
-        curves_of_seeds = _array(part["curves"][f"{name}/{horizon}"])
+        curves_of_seeds = _array(part["learned"][f"{name}/{horizon}"])
         worst[name] = _plain(np.max(curves_of_seeds[-1] / curves_of_seeds[0]))
     return {"task": part["task"], "first_loss": first, "worst_ratio_to_start": worst, "contenders": contenders}
 

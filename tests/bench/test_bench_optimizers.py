@@ -9,7 +9,17 @@ from rich.console import Console
 
 from bench.optimizers import summary
 from bench.optimizers.baselines import WEIGHT_DECAY, Baseline
-from bench.optimizers.curves import GRID, HORIZONS, SEEDS, all_of_rule, grid, problems
+from bench.optimizers.curves import (
+    GRID,
+    HORIZONS,
+    SEEDS,
+    TUNING_SEEDS,
+    all_of_rule,
+    baseline_curves,
+    chosen_curves,
+    grid,
+    problems,
+)
 from bench.optimizers.tasks import TEST, VALIDATION
 from metakern.evaluation.optimizers import LEARNING_RATES
 from metakern.rules import GuidedAdam
@@ -63,25 +73,47 @@ def test_curves_of_a_rule(monkeypatch):
     }
 
 
+def test_curves_of_baselines(monkeypatch):
+    """At rates that were chosen, the other seeds go on as they would in one run with those that chose."""
+    monkeypatch.setattr("bench.optimizers.curves.HORIZONS", (5, 10))
+    found = chosen_curves(TEST[1], {f"{name}/{steps}": [8, 11, 8] for name in summary.BASELINES for steps in (5, 10)})
+    for name in summary.BASELINES:
+        for steps in (5, 10):
+            whole = baseline_curves(TEST[1], name, steps, range(SEEDS), LEARNING_RATES[8:12])
+            expected = whole[:, [0, 3, 0], TUNING_SEEDS:]
+            torch.testing.assert_close(torch.tensor(found[f"{name}/{steps}"]), expected, rtol=1e-4, atol=1e-6)
+
+
 def test_figures(tmp_path):
     """A rule that halves the loss, baselines that do so at one rate only and diverge at the largest."""
 
-    def part(name: str, good: int) -> dict:
+    def tuning(good: int) -> dict:
         curves = {}
         for horizon in HORIZONS:
-            number = len(grid(horizon))
-            falling = np.linspace(1, 0.1, number)[:, None].repeat(SEEDS, 1)
-            of_rates = np.ones((number, len(LEARNING_RATES), SEEDS))
+            falling = np.linspace(1, 0.1, len(grid(horizon)))[:, None].repeat(TUNING_SEEDS, 1)
+            of_rates = np.ones((len(falling), len(LEARNING_RATES), TUNING_SEEDS))
             of_rates[:, good] = falling**0.5
             of_rates[-1, -1] = np.inf
             lists = [[[None if x == np.inf else x for x in row] for row in rows] for rows in of_rates.tolist()]
             curves |= {f"{baseline}/{horizon}": lists for baseline in summary.BASELINES}
-            curves |= {f"{learned}/{horizon}": falling.tolist() for learned in summary.LEARNED}
-        return {"task": name, "curves": curves}
+        return curves
 
-    rates = summary.common_rates([part("a", 3), part("b", 3), part("c", 5)])
+    rates = summary.common_rates([tuning(3), tuning(3), tuning(5)])
     assert rates["Adam"]["500"] == LEARNING_RATES[3]
-    results = summary.summarise([part("d", 3), part("e", 5)], rates)
+
+    def part(name: str, good: int) -> dict:
+        chosen = summary.chosen_rates(tuning(good), rates)
+        assert chosen["Adam/500"] == [3, good]
+        learned, rest = {}, {}
+        for horizon in HORIZONS:
+            falling = np.linspace(1, 0.1, len(grid(horizon)))[:, None]
+            learned |= {f"{rule}/{horizon}": falling.repeat(SEEDS, 1).tolist() for rule in summary.LEARNED}
+            of_rates = [np.ones_like(falling) if rate != good else falling**0.5 for rate in (3, good)]
+            curves = np.stack(of_rates, 1).repeat(SEEDS - TUNING_SEEDS, 2).tolist()
+            rest |= {f"{baseline}/{horizon}": curves for baseline in summary.BASELINES}
+        return {"task": name, "learned": learned, "tuning": tuning(good), "chosen": chosen, "rest": rest}
+
+    results = summary.summarise([part("d", 3), part("e", 5)])
     found = results["500"]
     assert found["beats"]["general"]["every (ii)"] == 1
     rows = [row["contenders"] for row in found["tasks"]]

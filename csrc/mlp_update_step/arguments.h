@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <utility>
 #include <vector>
 
 #include "../core/checks.h"
@@ -134,6 +135,10 @@ inline FactoredShape factored_shape_of(const Tensor& params) {
   for (int axis = 1; axis < int(params.dim()); ++axis)
     if (axis != one && axis != other)
       (axis < one ? shape.outer : axis < other ? shape.middle : shape.inner) *= params.size(axis);
+  if (shape.second == 1 && shape.first > 1) {  // no other axis has more than one index: make one long row of it
+    std::swap(shape.first, shape.second);
+    shape.rows_are_x = !shape.rows_are_x;
+  }
   return shape;
 }
 

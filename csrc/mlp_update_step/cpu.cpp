@@ -48,22 +48,31 @@ Schedule schedule_of(const MlpPlan& plan, const MlpUpdateProblem& p) {
 
 void run_forward(const MlpUpdateKernels& k, const MlpPlan& plan, const MlpUpdateCall& call) {
   const Schedule schedule = schedule_of(plan, *call.problem);
+  const int64_t scratch_bytes = k.scratch_bytes(*call.problem, plan.longest_column());
   parallel_for(0, int64_t(schedule.jobs.size()), 1, [&](int64_t first, int64_t last) {
+    const CachedMemory scratch(scratch_bytes);
     for (int64_t job = first; job < last; ++job)
       for (int64_t s = schedule.jobs[job].first; s < schedule.jobs[job].last; ++s) {
         const int64_t block = call.segments[s].first_block;
-        k.squares(call, block);
+        k.squares(call, block, scratch.data());
         k.factors(call, s);
-        k.feature_squares(call, block);
+        k.feature_squares(call, block, scratch.data());
         k.norms(call, s);
-        k.update(call, block);
+        k.update(call, block, scratch.data());
       }
   });
-  each(schedule.large_blocks, [&](int64_t block) { k.squares(call, block); });
+  const auto blocks = [&](void (*pass)(const MlpUpdateCall&, int64_t, void*)) {
+    const std::vector<int64_t>& all = schedule.large_blocks;
+    parallel_for(0, int64_t(all.size()), 1, [&](int64_t first, int64_t last) {
+      const CachedMemory scratch(scratch_bytes);
+      for (int64_t i = first; i < last; ++i) pass(call, all[i], scratch.data());
+    });
+  };
+  blocks(k.squares);
   each(schedule.large, [&](int64_t segment) { k.factors(call, segment); });
-  each(schedule.large_blocks, [&](int64_t block) { k.feature_squares(call, block); });
+  blocks(k.feature_squares);
   each(schedule.large, [&](int64_t segment) { k.norms(call, segment); });
-  each(schedule.large_blocks, [&](int64_t block) { k.update(call, block); });
+  blocks(k.update);
 }
 
 using Step = std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensor>;

@@ -26,6 +26,20 @@ struct MlpBlock {
   }
 };
 
+// Coordinates of a block's rows: those of one index of `first` and `middle`.
+MK_INLINE int64_t row_length(const FactoredShape& s, const MlpBlock& b) {
+  return (b.second[1] - b.second[0]) * s.inner;
+}
+
+// Whether the forward passes go by rows (cpu_rows.h). Short rows would leave lanes of their vectors empty.
+constexpr int64_t shortest_row = 16, longest_pattern = 256;
+MK_INLINE bool goes_by_rows(const FactoredShape& s) {
+  return !s.is_factored || (s.second * s.inner >= shortest_row && s.inner <= longest_pattern);
+}
+
+// Elements of an array that is read in whole vectors from any of its first n.
+MK_INLINE int64_t padded(int64_t n) { return (n + 31) / 16 * 16; }
+
 struct MlpSegment {
   int64_t tensor, task;
   int64_t first_block, num_blocks;
@@ -63,11 +77,12 @@ struct MlpUpdateCall {
 // The loops of one instruction set and compute dtype. Ranges are half-open.
 struct MlpUpdateKernels {
   void (*biases)(const MlpUpdateProblem&, const double* time, void* biases);
-  void (*squares)(const MlpUpdateCall&, int64_t block);          // sums of g^2 over rows and columns
-  void (*factors)(const MlpUpdateCall&, int64_t segment);        // new r and c, and their tables
-  void (*feature_squares)(const MlpUpdateCall&, int64_t block);  // sums of squares of the features
+  int64_t (*scratch_bytes)(const MlpUpdateProblem&, int64_t longest_column);
+  void (*squares)(const MlpUpdateCall&, int64_t block, void* scratch);          // sums of g^2 over rows and columns
+  void (*factors)(const MlpUpdateCall&, int64_t segment);                       // new r and c, and their tables
+  void (*feature_squares)(const MlpUpdateCall&, int64_t block, void* scratch);  // sums of squares of the features
   void (*norms)(const MlpUpdateCall&, int64_t segment);
-  void (*update)(const MlpUpdateCall&, int64_t block);  // the network; new params, m, v
+  void (*update)(const MlpUpdateCall&, int64_t block, void* scratch);  // the network; new params, m, v
 };
 
 struct MlpUpdateBackwardKernels {

@@ -4,7 +4,8 @@
 // the features, for their norms), and all of it again (the network and the update). Within a block they read the cache.
 #include "cpu_factors.h"
 #include "cpu_network.h"
-#include "cpu_segment.h"
+#include "cpu_row_sums.h"
+#include "cpu_row_update.h"
 
 namespace metakern {
 inline namespace MK_CAPABILITY {
@@ -26,8 +27,18 @@ void biases(const MlpUpdateProblem& p, const double* time, void* out_) {
   }
 }
 
+// Scratch memory of the passes over blocks that go by rows, whose arrays cpu_row_sums.h and cpu_row_update.h lay out.
 template <class S>
-void squares(const MlpUpdateCall& call, int64_t index) {
+int64_t scratch_bytes(const MlpUpdateProblem& p, int64_t longest_column) {
+  const int64_t rows = padded(longest_pattern), columns = padded(longest_column);
+  const int64_t squares = 16 * rows, feature_squares = 3 * (rows + columns);
+  const int64_t update = p.width * (full_inputs + 2 * inputs_of_tables + rows + columns) + 3 * rows;
+  const int64_t most = squares > feature_squares ? squares : feature_squares;
+  return (most > update ? most : update) * int64_t(sizeof(S));
+}
+
+template <class S>
+void squares(const MlpUpdateCall& call, int64_t index, void* scratch) {
   using V = vec_t<S>;
   const MlpBlock& b = call.blocks[index];
   const Segment<S> s(call, b.segment);
@@ -35,6 +46,7 @@ void squares(const MlpUpdateCall& call, int64_t index) {
   S *x = s.block_sums_x(b), *y = s.block_sums_y(b, forward_sums);
   for (int64_t i = 0; i < b.x_size(s.shape); ++i) x[i] = S(0);
   for (int64_t i = 0; i < b.y_size(s.shape); ++i) y[i] = S(0);
+  if (goes_by_rows(s.shape)) return squares_of_rows(s, b, x, y, static_cast<S*>(scratch));
   alignas(64) S g[tile_size];
   for_tiles(s.shape, b, [&](const TilePlace& tile) {
     read_tile(s.tensor.grads, s.problem.dtype, s.start + tile.start, tile.count, g);
@@ -91,57 +103,49 @@ constexpr bool is_own(bool is_factored, int feature) {
 }
 
 // Adds the squares of a vector of coordinates. Lanes after the last coordinate are not counted.
-template <bool IsFactored, bool IsPartial, class S>
+template <bool IsPartial, class S>
 MK_INLINE void add_squares(const TileInputs<S>& inputs, const Decays<S>& decays, int lane, int count,
                            vec_t<S> (&sums)[tensor_features]) {
   using V = vec_t<S>;
-  const NewMoments<V> now = inputs.moments(lane, decays);
-  V x[tensor_features];
-  if constexpr (IsFactored) {
-    V factors[3];
-    for (int k = 0; k < 3; ++k)
-      factors[k] = load<V>(inputs.row_factor[k] + lane) * load<V>(inputs.column_factor[k] + lane);
-    own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, factors, factors, x);
-  } else {
-    const Factors<V> f = inputs.template factors<false>(lane, decays);
-    table_features(f, x);
-    own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, f.of_g, f.of_m, x);
-  }
-  V used = broadcast<V>(1);
-  if constexpr (IsPartial)
-    for (int i = count - lane; i < lanes<V>; ++i) used[i] = S(0);
+  V x[tensor_features], factors[3], used = broadcast<V>(1);
+  for (int k = 0; k < 3; ++k)
+    factors[k] = load<V>(inputs.row_factor[k] + lane) * load<V>(inputs.column_factor[k] + lane);
+  own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), inputs.moments(lane, decays), factors, factors, x);
+  if constexpr (IsPartial) clear_lanes(&used, count - lane);
 #pragma GCC unroll 28
   for (int f = 0; f < tensor_features; ++f)
-    if (is_own(IsFactored, f)) sums[f] += IsPartial ? x[f] * x[f] * used : x[f] * x[f];
+    if (is_own(true, f)) sums[f] += IsPartial ? x[f] * x[f] * used : x[f] * x[f];
 }
 
-// Sums of squares over a block of the features that are no table's; with one axis of all.
-template <class S, bool IsFactored>
-void feature_squares_of(const Segment<S>& s, const MlpBlock& b, double* out) {
+// Sums of squares over a block with short rows of the features that are no table's.
+template <class S>
+void squares_of_tiles(const Segment<S>& s, const MlpBlock& b, double* out) {
   using V = vec_t<S>;
   TileInputs<S> inputs;
   for_tiles(s.shape, b, [&](const TilePlace& tile) {
     inputs.read(s, tile);
-    if (IsFactored) inputs.read_factors(s, tile);
+    inputs.read_factors(s, tile);
     V sums[tensor_features];
 #pragma GCC unroll 28
     for (int f = 0; f < tensor_features; ++f) sums[f] = broadcast<V>(0);
     int lane = 0;
     for (; lane + lanes<V> <= tile.count; lane += lanes<V>)
-      add_squares<IsFactored, false>(inputs, s.decays, lane, tile.count, sums);
-    if (lane < tile.count) add_squares<IsFactored, true>(inputs, s.decays, lane, tile.count, sums);
+      add_squares<false>(inputs, s.decays, lane, tile.count, sums);
+    if (lane < tile.count) add_squares<true>(inputs, s.decays, lane, tile.count, sums);
     for (int f = 0; f < tensor_features; ++f)
-      if (is_own(IsFactored, f)) out[f] += double(sum_lanes(sums[f]));
+      if (is_own(true, f)) out[f] += double(sum_lanes(sums[f]));
   });
 }
 
 template <class S>
-void feature_squares(const MlpUpdateCall& call, int64_t index) {
+void feature_squares(const MlpUpdateCall& call, int64_t index, void* scratch) {
   const MlpBlock& b = call.blocks[index];
   const Segment<S> s(call, b.segment);
   double* out = call.block_sums + index * block_numbers;
   for (int f = 0; f < tensor_features; ++f) out[f] = 0;
-  s.shape.is_factored ? feature_squares_of<S, true>(s, b, out) : feature_squares_of<S, false>(s, b, out);
+  if (!s.shape.is_factored) return full_squares(s, b, out);
+  if (goes_by_rows(s.shape)) return factored_squares(s, b, static_cast<S*>(scratch), out);
+  squares_of_tiles(s, b, out);
 }
 
 template <class S>
@@ -154,8 +158,9 @@ void norms(const MlpUpdateCall& call, int64_t index) {
   }
 }
 
-template <class S, bool IsFactored>
-void update_block(const Segment<S>& s, const MlpBlock& b) {
+// The network and the update of a block with short rows.
+template <class S>
+void update_tiles(const Segment<S>& s, const MlpBlock& b) {
   using V = vec_t<S>;
   const Network<S> network(s.call, s.place.task);
   const S rate = static_cast<const S*>(s.problem.rates)[s.number()];
@@ -165,27 +170,21 @@ void update_block(const Segment<S>& s, const MlpBlock& b) {
   constexpr int C = tile_vectors<V>;
   V x[tensor_features * C], hidden[most_hidden_layers * largest_width * C], out[network_outputs * C];
   S* new_m = offset<S>(s.tensor.new_m, 3 * s.start);
-  S* new_full = offset<S>(s.tensor.new_r, 3 * s.start);
   for_tiles(s.shape, b, [&](const TilePlace& tile) {
     inputs.read(s, tile);
-    if (IsFactored) {
-      inputs.read_factors(s, tile);
-      inputs.read_tables(s, tile);
-    }
+    inputs.read_factors(s, tile);
+    inputs.read_tables(s, tile);
     const int vectors = (tile.count + lanes<V> - 1) / lanes<V>;
     for (int j = 0; j < vectors; ++j) {
       const int lane = j * lanes<V>;
       const NewMoments<V> now = inputs.moments(lane, s.decays);
-      const Factors<V> f = inputs.template factors<IsFactored>(lane, s.decays);
+      const Factors<V> f = inputs.template factors<true>(lane, s.decays);
       V features[tensor_features];
       own_features(load<V>(inputs.g + lane), load<V>(inputs.p + lane), now, f.of_g, f.of_m, features);
       table_features(f, features);
 #pragma GCC unroll 28
       for (int i = 0; i < tensor_features; ++i) x[i * C + j] = features[i] * norms[i];
-      for (int k = 0; k < 3; ++k) {
-        store(inputs.m[k] + lane, now.m[k]);
-        if (!IsFactored) store(inputs.r[k] + lane, f.r[k]);
-      }
+      for (int k = 0; k < 3; ++k) store(inputs.m[k] + lane, now.m[k]);
       store(inputs.v + lane, now.v);
     }
     network.forward(x, hidden, out, vectors);
@@ -194,23 +193,23 @@ void update_block(const Segment<S>& s, const MlpBlock& b) {
       store(p, load<V>(p) * keep - out[j] * rate * exponential<V>(out[C + j] * network.exp_mult));
     }
     write_tile(s.tensor.new_params, s.problem.dtype, s.start + tile.start, tile.count, inputs.p);
-    for (int k = 0; k < 3; ++k) {
-      store_tile(new_m + k * s.n + tile.start, tile.count, inputs.m[k]);
-      if (!IsFactored) store_tile(new_full + k * s.n + tile.start, tile.count, inputs.r[k]);
-    }
+    for (int k = 0; k < 3; ++k) store_tile(new_m + k * s.n + tile.start, tile.count, inputs.m[k]);
     store_tile(offset<S>(s.tensor.new_v, s.start + tile.start), tile.count, inputs.v);
   });
 }
 
 template <class S>
-void update(const MlpUpdateCall& call, int64_t index) {
+void update(const MlpUpdateCall& call, int64_t index, void* scratch) {
   const MlpBlock& b = call.blocks[index];
   const Segment<S> s(call, b.segment);
-  s.shape.is_factored ? update_block<S, true>(s, b) : update_block<S, false>(s, b);
+  if (!goes_by_rows(s.shape)) return update_tiles(s, b);
+  S* memory = static_cast<S*>(scratch);
+  s.shape.is_factored ? RowUpdate<S, true>(s, b, memory).run() : RowUpdate<S, false>(s, b, memory).run();
 }
 
 template <class S>
-constexpr MlpUpdateKernels kernels{biases<S>, squares<S>, factors<S>, feature_squares<S>, norms<S>, update<S>};
+constexpr MlpUpdateKernels kernels{biases<S>,          scratch_bytes<S>, squares<S>, factors<S>,
+                                   feature_squares<S>, norms<S>,         update<S>};
 
 }  // namespace
 }  // namespace MK_CAPABILITY

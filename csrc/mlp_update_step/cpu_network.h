@@ -71,10 +71,18 @@ struct Network {
 
   // x [28], hidden [L, W], out [2]: direction and magnitude.
   void forward(const V* x, V* hidden, V* out, int vectors) const {
-    for (int l = 0; l <= problem.hidden_layers; ++l) {
+    const LaneTerm<V, S> terms[1] = {{weight(0), tile_rows(x), tensor_features}};
+    product(terms, problem.width, vectors, AddBias<V>{hidden, bias(0), true});
+    after_first(hidden, out, vectors);
+  }
+
+  // The other layers, from the first one's units.
+  void after_first(V* hidden, V* out, int vectors) const {
+    const V* x = hidden;
+    for (int l = 1; l <= problem.hidden_layers; ++l) {
       const bool is_hidden = l < problem.hidden_layers;
       V* to = is_hidden ? layer(hidden, l) : out;
-      const LaneTerm<V, S> terms[1] = {{weight(l), tile_rows(x), problem.inputs(l)}};
+      const LaneTerm<V, S> terms[1] = {{weight(l), tile_rows(x), problem.width}};
       product(terms, problem.outputs(l), vectors, AddBias<V>{to, bias(l), is_hidden});
       x = to;
     }

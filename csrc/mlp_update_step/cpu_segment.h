@@ -58,6 +58,8 @@ struct Segment {
     S* tables = offset<S>(call.tables, (place.tables + shape.rows()) * table_rows);
     return {entries, offset<S>(tensor.c, at), offset<S>(tensor.new_c, at), tables, tables + 3 * entries};
   }
+  MK_INLINE Table<S> table_x() const { return shape.rows_are_x ? rows() : columns(); }
+  MK_INLINE Table<S> table_y() const { return shape.rows_are_x ? columns() : rows(); }
   MK_INLINE S* block_sums_x(const MlpBlock& b) const { return offset<S>(call.sums, b.sums); }
   MK_INLINE S* block_sums_y(const MlpBlock& b, int rows) const {
     return offset<S>(call.sums, b.sums + rows * b.x_size(shape));

@@ -13,8 +13,9 @@ from metakern.core.text import quoted
 from metakern.learners.clustered import ASSIGNMENTS
 from metakern.learners.clustering import BATCHES, EMBEDDINGS, METHODS
 from metakern.models import resnet12_widths
-from metakern.rules.registry import names
-from metakern.runs.fewshot import IMAGES, REGRESSION
+from metakern.rules.registry import names, options_of
+from metakern.runs.fewshot import IMAGES, OWN_OPTIONS, REGRESSION
+from metakern.runs.problems import rule_options
 
 _REGRESSION = {"shots": 10, "queries": 10, "steps": 5, "num_tasks": 32, "hidden": "40,40", "filters": 0}
 _DIGITS = {"shots": 1, "queries": 15, "steps": 5, "inner_lr": 0.1, "num_tasks": 32, "hidden": "64,64", "filters": 0}
@@ -94,8 +95,9 @@ class MAMLSettings(OuterSettings):
     rates: Annotated[str, _INNER(help="Inner rates: fixed; learned by step, lslr; by parameter, meta-sgd.")] = "fixed"
     rule: Annotated[
         str | None,
-        _INNER(help="Update rule of the inner steps, learned too: adam, hierarchical-rnn, ...; default: SGD at RATES."),
+        _INNER(help="Update rule of the inner steps, learned too: adam, meta-lstm, ...; default: SGD at RATES."),
     ] = None
+    rule_options: Annotated[str | None, _INNER(help="Options of the rule, as hidden_size=10,num_layers=1.")] = None
     first_order: Annotated[bool, _INNER(help="FOMAML: take inner gradients as constants.")] = False
     anil: Annotated[bool, _INNER(help="Adapt the last layer alone.")] = False
     parameters: Annotated[str | None, _INNER(help="Glob pattern of the parameters to adapt.")] = None
@@ -127,6 +129,10 @@ class MAMLSettings(OuterSettings):
             yield ("hidden",), f"with --model {self.model}, whose size is --filters; --model mlp has hidden layers"
         else:
             yield ("filters",), "with --model mlp, whose size is --hidden; --model conv4 and resnet12 have filters"
+        if self.rule is None:
+            yield ("rule_options",), "without --rule, whose options they are"
+        elif "lr" not in options_of(self.rule):
+            yield ("inner_lr",), f"with --rule {self.rule}, which learns the size of its steps itself"
         if self.clusters == "0":
             own = [field.name for field in fields(self) if field.name.startswith("cluster_")]
             yield own, "without clusters: --clusters 4 makes four, --clusters auto as many as fit"
@@ -151,6 +157,7 @@ class MAMLSettings(OuterSettings):
             choose("rule", self.rule, names())
             if self.rates != "fixed":
                 raise ValueError(f"rates must be left out where rule is given, which has its own, got {self.rates!r}")
+            self._check_rule_options()
         self.check_outer("loss", *(() if self.tasks in REGRESSION else ("accuracy",)))
         if self.clusters != "auto" and not self.clusters.isdecimal():
             raise ValueError(f"clusters must be a number, auto, or 0 for none, got {quoted(self.clusters)}")
@@ -171,10 +178,25 @@ class MAMLSettings(OuterSettings):
         decay = settled.decay_iterations or settled.iterations
         return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
 
+    def _check_rule_options(self) -> None:
+        """Raise ValueError for options that the rule lacks, and for those that are settings of their own."""
+        known = options_of(self.rule or "")
+        for name in rule_options(self.rule_options):
+            if name in OWN_OPTIONS:
+                raise ValueError(
+                    f"rule_options must leave {name} out, which {OWN_OPTIONS[name]} decides, got {self.rule_options!r}"
+                )
+            if name not in known:
+                raise ValueError(
+                    f"rule_options of rule {self.rule} are {', '.join(known) or 'none'}, got {self.rule_options!r}"
+                )
+
     def describe(self) -> str:
         """One-line description of the run."""
         shape = f"{self.shots}-shot" if self.tasks in REGRESSION else f"{self.ways}-way {self.shots}-shot"
         size = f"mlp {self.hidden}" if self.model == "mlp" else f"{self.model} of {self.filters} filters"
         clusters = f", clusters: {self.clusters}" if self.clusters != "0" else ""
         rule = "" if self.rule is None else f" by {self.rule}"
-        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps of {self.inner_lr:g}{rule}{clusters}"
+        learns = self.rule is not None and "lr" not in options_of(self.rule)
+        rate = "" if learns else f" of {self.inner_lr:g}"
+        return f"{self.tasks}, {shape}, {size}, {self.steps} inner steps{rate}{rule}{clusters}"

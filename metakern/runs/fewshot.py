@@ -21,12 +21,16 @@ from metakern.learners.clustering import ClusterSampler
 from metakern.models import conv4, mlp, resnet12, resnet12_widths
 from metakern.rules import Rule
 from metakern.rules.registry import make, options_of
+from metakern.runs.problems import rule_options
 from metakern.tasks import Digits, MiniImageNet, Omniglot, Sinusoid, TaskDistribution, mixture
 from metakern.tasks.digits import DOMAINS
 
 #: Regression tasks, which have no classes; and image tasks that are read from a folder.
 REGRESSION = ("sinusoid", "regression-2", "regression-3", "regression-5")
 IMAGES = ("omniglot", "mini-imagenet")
+
+#: Options of a rule that are settings of the inner loop, and those settings.
+OWN_OPTIONS = {"lr": "inner_lr", "steps": "steps"}
 
 
 def make_tasks(settings: Any) -> TaskDistribution:
@@ -94,6 +98,11 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
     )
     if settings.clusters == "0":
         return learner
+    if hasattr(learner, "rule") and learner.rule.initialisation() is not None:
+        raise ValueError(
+            f"clusters look at tasks from the model's own parameters, which rule {settings.rule} does not train, as it "
+            f"learns others to start from: rule {settings.rule.removesuffix('-with-start')} learns the model's"
+        )
     return ClusteredLearner(
         learner,
         None if settings.clusters == "auto" else int(settings.clusters),
@@ -115,8 +124,9 @@ def _make_rule(settings: Any, model: nn.Module, parameters: Any) -> Rule | None:
     name: str | None = getattr(settings, "rule", None)  # runs of earlier releases have no such setting
     if name is None:
         return None
-    own = {"lr": settings.inner_lr, "steps": settings.steps}
+    own = {option: getattr(settings, setting) for option, setting in OWN_OPTIONS.items()}
     options = {key: own[key] for key in options_of(name) if own.get(key) is not None}
+    options |= rule_options(getattr(settings, "rule_options", None))
     params = dict(model.named_parameters())
     return make(name, options, params={n: params[n] for n in adapted_names(model, parameters)}, learned=True)
 

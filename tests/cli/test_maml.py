@@ -43,7 +43,8 @@ def test_the_configuration_is_complete(run):
     folder, _ = run
     config = yaml.safe_load((folder / "config.yaml").read_text())
     assert config.keys() - {"learner", "metakern"} == {field.name for field in fields(MAMLSettings)}
-    assert {key for key, value in config.items() if value is None} == {"data", "parameters", "mixed_precision", "rule"}
+    absent = {"data", "parameters", "mixed_precision", "rule", "rule_options"}
+    assert {key for key, value in config.items() if value is None} == absent
     assert (config["tasks"], config["hidden"], config["shots"], config["seed"]) == ("digits", "8", 1, 0)
 
 
@@ -221,6 +222,32 @@ def test_a_rule_for_the_inner_steps_is_learned_and_found_again(tmp_path):
     assert measures(tmp_path / "run") == before
 
 
+@pytest.mark.filterwarnings("ignore:plain PyTorch serves this small MLP")
+@pytest.mark.parametrize(
+    ("options", "weight", "size"),
+    [
+        ("--rule meta-lstm --rule-options hidden_size=4", "rule.lstm.weight_hh_l0", 4),
+        ("--rule coordinatewise-lstm --rule-options num_layers=1,hidden_size=3", "rule.lstm.weight_hh_l0", 3),
+    ],
+)
+def test_a_learned_rule_adapts_to_few_shots_with_its_own_options(options, weight, size, tmp_path):
+    printed = succeed(f"{DIGITS} --iterations 3 {options} --first-order --output {tmp_path}/run")
+    assert f"inner steps by {options.split()[1]}" in printed
+    weights = load_file(tmp_path / "run" / "model.safetensors")
+    assert weights[weight].shape == (4 * size, size)
+    assert any(name.startswith("model.") for name in weights)  # the start, which is learned too
+    before = measures(tmp_path / "run")
+    succeed(f"eval maml {tmp_path}/run --num-tasks 6 --quiet")
+    assert measures(tmp_path / "run") == before
+
+
+@pytest.mark.filterwarnings("ignore:plain PyTorch serves this small MLP")
+def test_a_learned_rule_trains_on_batches_by_cluster(tmp_path):
+    options = "--rule meta-lstm --rule-options hidden_size=4 --first-order --clusters 2 --cluster-by embedding"
+    succeed(f"{DIGITS} --iterations 3 {options} --cluster-batches balanced --cluster-shared --output {tmp_path}/run")
+    assert (tmp_path / "run" / "results.json").is_file()
+
+
 def test_patience_ends_a_run_early(tmp_path):
     succeed(f"{SINUSOID} --iterations 60 --eval-every 1 --patience 1 --outer-lr 0.5 --output {tmp_path}/run")
     assert len(metrics(tmp_path / "run")) < 60
@@ -259,6 +286,14 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
         ("--rule lion", "rule must be one of adam, coordinatewise-lstm,"),
         ("--rule adam --rates lslr", "rates must be left out where rule is given, which has its own, got 'lslr'"),
+        ("--rule adam --rule-options lr=1", "rule_options must leave lr out, which inner_lr decides, got 'lr=1'"),
+        ("--rule lslr --rule-options steps=1", "rule_options must leave steps out, which steps decides, got 'steps=1'"),
+        ("--rule adam --rule-options layers=1", "rule_options of rule adam are lr, beta1, beta2, eps, got 'layers=1'"),
+        ("--rule adam --rule-options lr", "rule_options must be name=value,name=value with each name once, got 'lr'"),
+        (
+            "--rule meta-lstm-with-start --clusters 2",
+            "which rule meta-lstm-with-start does not train, as it learns others to start from: rule meta-lstm learns",
+        ),
         ("--optimizer lion", "optimizer must be one of adam, adamw, rmsprop, rmsprop-0.9, sgd, got 'lion'"),
         ("--scheduler step", "scheduler must be one of cosine, none, got 'step'"),
         ("--hidden 4;4", "hidden must be numbers with commas between, as 40,40, got '4;4'"),

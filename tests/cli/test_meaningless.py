@@ -37,6 +37,11 @@ CLUSTERED = "--tasks regression-3 --iterations 2 --clusters 2 --cluster-begin 1"
             "--clusters 2 --cluster-by embedding --cluster-shared",
             "--cluster-shared has no meaning with --cluster-batch",
         ),
+        ("--rule-options hidden_size=4", "--rule-options has no meaning without --rule, whose options they are"),
+        (
+            "--rule meta-lstm --inner-lr 0.1",
+            "--inner-lr has no meaning with --rule meta-lstm, which learns the size of its steps itself",
+        ),
         ("--resume --overwrite", "--resume continues a run and --overwrite replaces it: give one of them"),
         ("--anil --parameters 0.*", "parameters must be left out where anil chooses them, got '0.*'"),
     ],

@@ -23,7 +23,7 @@ from bench.runs import Advance
 from metakern.inner_loop.loop import InnerLoop
 from metakern.inner_loop.updates import RuleUpdate
 from metakern.learners import ClusteredLearner, RuleLearner, ScaledRuleLearner
-from metakern.learners.scaled import kinds_by_shape
+from metakern.learners.scaled import kinds_by_shape, one_cluster
 from metakern.learners.starts import starting_params
 from metakern.learners.unroll import Optimized
 from metakern.rules import CoordinatewiseLSTM, HierarchicalRNN
@@ -143,11 +143,6 @@ def _probes(group: Any) -> tuple[Tensor, Tensor]:
         params = {n: p - PROBE_LENGTH * d.view(p.shape) for (n, p), d in zip(params.items(), steps, strict=True)}
     assert curved is not None
     return torch.stack(figures, 1), curved.unsqueeze(1)
-
-
-def one_cluster(batch: Any) -> Tensor:
-    """[T] zeros."""
-    return torch.zeros(batch.num_tasks, dtype=torch.int64)
 
 
 # ------------------------------------------------------------------------------------------------------------- the runs

@@ -157,7 +157,8 @@ class MAMLSettings(OuterSettings):
             choose("rule", self.rule, names())
             if self.rates != "fixed":
                 raise ValueError(f"rates must be left out where rule is given, which has its own, got {self.rates!r}")
-            self._check_rule_options()
+            for option in OWN_OPTIONS.keys() & rule_options(self.rule_options).keys():
+                raise ValueError(f"rule_options must leave out {option}, which is {OWN_OPTIONS[option]}, a setting")
         self.check_outer("loss", *(() if self.tasks in REGRESSION else ("accuracy",)))
         if self.clusters != "auto" and not self.clusters.isdecimal():
             raise ValueError(f"clusters must be a number, auto, or 0 for none, got {quoted(self.clusters)}")
@@ -177,19 +178,6 @@ class MAMLSettings(OuterSettings):
             settled = replace(settled, filters=resnet12_widths(self.filters)[-1])
         decay = settled.decay_iterations or settled.iterations
         return replace(settled, model=model, eval_steps=settled.eval_steps or settled.steps, decay_iterations=decay)
-
-    def _check_rule_options(self) -> None:
-        """Raise ValueError for options that the rule lacks, and for those that are settings of their own."""
-        known = options_of(self.rule or "")
-        for name in rule_options(self.rule_options):
-            if name in OWN_OPTIONS:
-                raise ValueError(
-                    f"rule_options must leave {name} out, which {OWN_OPTIONS[name]} decides, got {self.rule_options!r}"
-                )
-            if name not in known:
-                raise ValueError(
-                    f"rule_options of rule {self.rule} are {', '.join(known) or 'none'}, got {self.rule_options!r}"
-                )
 
     def describe(self) -> str:
         """One-line description of the run."""

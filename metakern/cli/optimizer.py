@@ -28,13 +28,26 @@ from metakern.evaluation.optimizers import (
     compare_optimizers,
     compare_speed,
 )
+from metakern.learners import RuleLearner, ScaledRuleLearner
 from metakern.learners.estimators import ESTIMATORS, SIGMA, STRATEGIES
+from metakern.learners.scaled import ScaledRule
 from metakern.rules import Rule, load
 from metakern.rules.pretrained import shipped_folder
 from metakern.rules.registry import names, options_of
 from metakern.runs.folder import make_folder, write_json
-from metakern.runs.problems import PROBLEMS, RULE, make_problems, make_rule_learner, problem_named
+from metakern.runs.problems import (
+    PROBLEMS,
+    RULE,
+    SCALES,
+    TRAINING,
+    load_scales,
+    make_problems,
+    make_rule_learner,
+    problem_named,
+    rule_of,
+)
 from metakern.runs.progress import Display
+from metakern.tasks import Optimizees
 from metakern.tasks.variants import SCALE_SHARES
 from metakern.training import FolderLock, History, Trainer
 
@@ -44,10 +57,6 @@ LEARNER = "optimizer"
 def word_for(problem: str) -> str:
     """The word for problems of this name: networks, or functions to minimise."""
     return "networks" if problem.startswith(("digits", "softmax", "general")) or ":" in problem else "functions"
-
-
-#: File that records a run's training problem, for ``eval optimizer``.
-TRAINING = "training.json"
 
 
 _PROBLEM = group("Problem and episodes")
@@ -93,6 +102,10 @@ class OptimizerSettings(OuterSettings):
     max_difference: Annotated[
         float | None, _ESTIMATOR(help="Largest difference of a pair's losses; default: no limit.")
     ] = None
+    scales: Annotated[
+        str, _PROBLEM(help="Learned factors of the updates: none, one, or one for each kind of problem by its shapes.")
+    ] = "none"
+    scale_rate: Annotated[float, _PROBLEM(help="Their logarithms' multiple of the outer learning rate.")] = 10.0
     rule: Annotated[str, _RULE(help=f"The rule: {', '.join(names())}.")] = RULE
     rule_options: Annotated[str | None, _RULE(help="Options of other rules, as hidden_size=20,preprocess=none.")] = None
     hidden_size: Annotated[int, _RULE(min=1, max=64, help="Units of each LSTM layer.")] = 20
@@ -121,6 +134,11 @@ class OptimizerSettings(OuterSettings):
         choose("rule", self.rule, names())
         choose("estimator", self.estimator, ESTIMATORS)
         choose("augment", self.augment, ("none", *SCALE_SHARES))
+        choose("scales", self.scales, ("none", *SCALES))
+        if self.scales != "none" and self.estimator != "tbptt":
+            raise ValueError(f"scales need estimator tbptt, which has gradients of them, got {self.estimator}")
+        if not 0 < self.scale_rate < math.inf:
+            raise ValueError(f"scale_rate must be positive and finite, got {self.scale_rate}")
         self.check_outer("loss", *(("relative",) if self.objective == "relative-log" else ()))
         if self.estimator != "tbptt" and self.batch_parts != 1:
             raise ValueError(
@@ -151,6 +169,8 @@ class OptimizerSettings(OuterSettings):
             yield ("sigma", "min_steps", "max_difference"), f"with --estimator tbptt; {others} perturb weights"
         if self.augment == "none":
             yield ("augment_spread",), "with --augment none; problem, tensor and coordinate draw scales"
+        if self.scales == "none":
+            yield ("scale_rate",), "with --scales none, where no factors are learned"
 
 
 def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
@@ -171,20 +191,22 @@ def train_optimizer(settings: OptimizerSettings, options: RunOptions) -> None:
     )
     with begin(run, trainer):
         history = fit(run, trainer)
-        if finish(run, trainer, learner.rule.save_pretrained):
-            _write_history(run.folder, history, settings)
+        if finish(run, trainer, rule_of(learner).save_pretrained):
+            _write_history(run.folder, history, settings, learner)
             best = f"best validation {settings.monitor} {history.best:.3g}; weights and history are in {run.folder}/"
             run.console.print(best, highlight=False, markup=False, soft_wrap=True)
 
 
-def _write_history(folder: Path, history: History, settings: OptimizerSettings) -> None:
-    figures = {
+def _write_history(folder: Path, history: History, settings: OptimizerSettings, learner: RuleLearner) -> None:
+    figures: dict[str, Any] = {
         "problem": settings.problem,
         "config": asdict(settings),
         "episodes": [asdict(record) for record in history.records],
         "evaluations": [(iteration, measures["loss"]) for iteration, measures in history.evaluations],
         "best": history.best,
     }
+    if isinstance(learner, ScaledRuleLearner):
+        figures |= {"scales": learner.factors().tolist(), "scale_offsets": learner.rule.offsets.tolist()}
     write_json(folder / TRAINING, figures)
 
 
@@ -219,13 +241,14 @@ def eval_optimizer(
         rule, folder = _load_rule(rule_folder, output)
         problem = problem or _trained_on(Path(rule_folder))
         problems = problem_named(problem)
+        scaled = _scaled(rule, Path(rule_folder), problems, networks, seed)
         make_folder(folder)
         word = word_for(problem)
         with Display(console, f"training unseen {word}", TRAININGS) as display:
             done = itertools.count(1)
             curves = list(
                 compare_optimizers(
-                    rule, problems, num_tasks=networks, steps=steps, seed=seed,
+                    scaled, problems, num_tasks=networks, steps=steps, seed=seed,
                     advance=lambda what, curve: display.update(next(done), what, line=curve),
                 )
             )  # fmt: skip
@@ -253,6 +276,18 @@ def _load_rule(name: str, output: Path | None) -> tuple[Rule, Path]:
     except ValueError as error:
         raise ValueError(f"{name!r} is not a folder, and {error}") from error
     return load(folder), output or Path("runs/eval") / LEARNER
+
+
+def _scaled(rule: Rule, folder: Path, problems: Optimizees, networks: int, seed: int) -> Any:
+    """The rule with the factors that its run learned for the kinds of these problems; itself if it learned none."""
+    found = load_scales(folder)
+    if found is None:
+        return rule
+    offsets, rate, label = found
+    scaled = ScaledRule(rule, len(offsets), rate)
+    scaled.offsets.data.copy_(offsets)
+    scaled.labels = label(problems.split("test").sample(networks, torch.Generator().manual_seed(seed)))
+    return scaled
 
 
 def _trained_on(folder: Path) -> str:

@@ -38,6 +38,11 @@ def kinds_by_shape(batch: OptimizeeBatch) -> Tensor:
     return torch.tensor(labels)
 
 
+def one_cluster(batch: OptimizeeBatch) -> Tensor:
+    """Clusters [T] of problems that all belong together: zeros."""
+    return torch.zeros(batch.num_tasks, dtype=torch.int64)
+
+
 class ScaledRule(nn.Module):
     """A rule whose update of a task is multiplied by the factor of the task's cluster.
 
@@ -56,6 +61,11 @@ class ScaledRule(nn.Module):
         self.offsets = nn.Parameter(torch.zeros(num_clusters))
         self.labels: Tensor | None = None
         self._update = RuleUpdate(rule, redraws=True)
+
+    @property
+    def title(self) -> str:
+        """The rule's title."""
+        return f"{self.rule.title}, scaled"
 
     def factors(self) -> Tensor:
         """Every cluster's factor, [C]."""

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from metakern.core.text import one_line, quoted
+from metakern.learners import ScaledRuleLearner
 from metakern.rules import Rule
 from metakern.rules import load as load_rule
 from metakern.runs.fewshot import make_learner, make_tasks
 from metakern.runs.folder import CHECKPOINTS, CONFIG, WEIGHTS, load_weights, read_config
-from metakern.runs.problems import make_problems, make_rule_learner
+from metakern.runs.problems import TRAINING, load_scales, make_problems, make_rule_learner, rule_of
 from metakern.tasks import TaskDistribution
 from metakern.training.checkpoints import CheckpointError, Checkpoints, from_bytes
 
@@ -48,8 +49,7 @@ class LoadedRun:
         """
         if self.command != "optimizer":
             raise AttributeError(f"{self.folder} is a run of `metakern train {self.command}` and has no rule")
-        rule: Rule = self.learner.rule
-        return rule
+        return rule_of(self.learner)
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | None = None) -> LoadedRun:
@@ -106,6 +106,7 @@ _FRACTIONS = (
     "sigma",
     "max_difference",
     "augment_spread",
+    "scale_rate",
 )
 
 
@@ -135,7 +136,12 @@ def _load_best(folder: Path, command: str, learner: Any) -> None:
     elif command == "maml":
         load_weights(folder, learner)
     else:
-        learner.rule.load_state_dict(load_rule(folder).state_dict())
+        rule_of(learner).load_state_dict(load_rule(folder).state_dict())
+        if isinstance(learner, ScaledRuleLearner):
+            scales = load_scales(folder)
+            if scales is None:
+                raise ValueError(f"{folder} lacks the factors of its run, which {TRAINING} holds")
+            learner.rule.offsets.data.copy_(scales[0])
 
 
 def _load_from_checkpoint(folder: Path, learner: nn.Module) -> None:

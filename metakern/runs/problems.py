@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
-from metakern.core.text import quoted
-from metakern.learners import RuleLearner
+from metakern.core.plain_data import RESULT_BYTES, read_json
+from metakern.core.text import one_line, quoted
+from metakern.learners import RuleLearner, ScaledRuleLearner
+from metakern.learners.scaled import SHAPE_KINDS, kinds_by_shape, one_cluster
 from metakern.rules import Rule
 from metakern.rules.registry import make, options_of
 from metakern.tasks import (
@@ -98,6 +100,14 @@ _LATER: dict[str, Any] = {
     "loss_on": "train",
     "augment": "none",
     "augment_spread": 3.0,
+    "scales": "none",
+    "scale_rate": 10.0,
+}
+
+#: Clusters of problems whose updates have learned factors, by the setting ``scales``: their number and labels.
+SCALES: dict[str, tuple[int, Callable[[Any], torch.Tensor]]] = {
+    "one": (1, one_cluster),
+    "shapes": (SHAPE_KINDS, kinds_by_shape),
 }
 
 
@@ -190,13 +200,49 @@ def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
     rule = make_rule(settings, make_problems(settings), backend)
     estimator = setting(settings, "estimator")
     given = {} if estimator == "tbptt" else {n: setting(settings, n) for n in ("sigma", "min_steps", "max_difference")}
-    return RuleLearner(
-        rule,
-        steps=settings.steps,
-        unroll=settings.unroll,
-        objective=settings.objective,
-        second_order=settings.second_order,
-        loss_on=setting(settings, "loss_on"),
-        estimator=estimator,
+    options = {
+        "steps": settings.steps,
+        "unroll": settings.unroll,
+        "objective": settings.objective,
+        "second_order": settings.second_order,
+        "loss_on": setting(settings, "loss_on"),
+        "estimator": estimator,
         **given,
-    )
+    }
+    scales = setting(settings, "scales")
+    if scales == "none":
+        return RuleLearner(rule, **options)
+    number, label = SCALES[scales]
+    return ScaledRuleLearner(rule, number, label=label, rate=setting(settings, "scale_rate"), **options)
+
+
+def rule_of(learner: RuleLearner) -> Rule:
+    """The rule that a learner trains, without the factors of clusters."""
+    rule: Rule = learner.shared if isinstance(learner, ScaledRuleLearner) else learner.rule
+    return rule
+
+
+#: File with a run's training problem, its losses, and the factors of its updates.
+TRAINING = "training.json"
+
+
+def load_scales(folder: Path) -> tuple[torch.Tensor, float, Callable[[Any], torch.Tensor]] | None:
+    """The logarithms of a run's factors by ``scale_rate`` [C], that rate, and the labels of problems, or None.
+
+    Raises:
+        ValueError: for a file that does not hold what a run writes.
+    """
+    try:
+        content = read_json(folder / TRAINING, RESULT_BYTES)
+    except OSError:
+        return None  # a rule that ships, or one that was saved from Python
+    if not isinstance(content, dict) or "scale_offsets" not in content:
+        return None
+    try:
+        number, label = SCALES[content["config"]["scales"]]
+        offsets, rate = torch.tensor(content["scale_offsets"]), float(content["config"]["scale_rate"])
+        if offsets.shape != (number,):
+            raise ValueError(f"{number} factors were expected, got {list(offsets.shape)}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{folder / TRAINING} does not hold a run's factors: {one_line(error)}") from error
+    return offsets, rate, label

@@ -21,6 +21,10 @@ def mlp(*widths: int) -> nn.Sequential:
 
     Raises:
         ValueError: for fewer than two widths, and widths below 1.
+
+    Example:
+        >>> mlp(64, 20, 5)(torch.rand(3, 64)).shape
+        torch.Size([3, 5])
     """
     if len(widths) < 2 or min(widths) < 1:
         raise ValueError(f"widths must be inputs, hidden layers, outputs, at least 1 each, got {list(widths)}")
@@ -44,6 +48,10 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
 
     Raises:
         ValueError: for any other shape, and sizes below 1.
+
+    Example:
+        >>> conv4((1, 28, 28), filters=64, outputs=5)(torch.rand(3, 1, 28, 28)).shape
+        torch.Size([3, 5])
     """
     _check_shape(shape)
     if filters < 1 or outputs < 1:
@@ -57,7 +65,12 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
 
 
 class ResidualBlock(nn.Module):
-    """Block of ResNet-12: three convolutions with batch norm, a 1x1 shortcut, leaky ReLU (0.1), max-pooling by 2."""
+    """Block of ResNet-12: three convolutions with batch norm, a 1x1 shortcut, leaky ReLU (0.1), max-pooling by 2.
+
+    Example:
+        >>> ResidualBlock(3, 64)(torch.rand(2, 3, 84, 84)).shape
+        torch.Size([2, 64, 42, 42])
+    """
 
     def __init__(self, inputs: int, filters: int) -> None:
         super().__init__()
@@ -90,6 +103,10 @@ def resnet12(shape: Sequence[int], outputs: int, widths: Sequence[int] = RESNET1
 
     Raises:
         ValueError: for any other shape, other than four widths, and sizes below 1.
+
+    Example:
+        >>> resnet12((3, 84, 84), outputs=5)(torch.rand(2, 3, 84, 84)).shape
+        torch.Size([2, 5])
     """
     _check_shape(shape)
     if len(widths) != 4 or min(widths) < 1 or outputs < 1:
@@ -106,6 +123,10 @@ def resnet12_widths(filters: int | None) -> tuple[int, ...]:
 
     Raises:
         ValueError: for counts that cannot be halved three times.
+
+    Example:
+        >>> resnet12_widths(640)
+        (64, 160, 320, 640)
     """
     if filters is None:
         return RESNET12_WIDTHS

@@ -98,7 +98,12 @@ _warned: set[str] = set()
 
 
 class FallbackWarning(UserWarning):
-    """A call falls back to the plain PyTorch reference, because no kernel can serve it."""
+    """A call falls back to the plain PyTorch reference, because no kernel can serve it.
+
+    Example:
+        >>> import warnings
+        >>> warnings.simplefilter("ignore", metakern.FallbackWarning)  # plain PyTorch is expected here
+    """
 
 
 def missing(name: str, device: torch.device) -> str:
@@ -187,6 +192,9 @@ def empty_cache() -> None:
     """Free the CPU kernels' cache of memory for large results.
 
     It holds up to 1 GiB; the environment variable ``METAKERN_CPU_CACHE_MB`` sets another limit, 0 turns it off.
+
+    Example:
+        >>> metakern.empty_cache()
     """
     if _C is not None:
         _C.empty_cache()
@@ -200,7 +208,12 @@ def _triton_version() -> str:
 
 
 def build_info() -> dict[str, Any]:
-    """Facts about this installation: versions, compiler, instruction sets, CUDA architectures."""
+    """Facts about this installation: versions, compiler, instruction sets, CUDA architectures.
+
+    Example:
+        >>> sorted(metakern.build_info())[:3]
+        ['backend', 'built_with_torch', 'compiled']
+    """
     facts: dict[str, Any] = {
         "metakern": __version__,
         "torch": torch.__version__,

@@ -139,9 +139,11 @@ def per_step_batch_norm(model: nn.Module, steps: int, affine_per_step: bool = Fa
             as the average over all batches is not supported.
 
     Example:
+        >>> net = nn.Sequential(nn.Linear(64, 20), nn.BatchNorm1d(20), nn.ReLU(), nn.Linear(20, 5))
         >>> net = per_step_batch_norm(net, steps=5)
-        >>> meta_loss(net, support, query, steps=5, lr=0.01).mean().backward()  # moves net's running statistics
-        >>> accuracy = (adapt(net.eval(), *support, steps=5, lr=0.01)(query_x).argmax(-1) == query_y).float().mean()
+        >>> support, options = (support_x, support_y), {"loss": F.cross_entropy, "steps": 5, "lr": 0.01}
+        >>> meta_loss(net, support, (query_x, query_y), **options).mean().backward()  # moves running statistics
+        >>> accuracy = (adapt(net.eval(), support, **options)(query_x).argmax(-1) == query_y).float().mean()
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

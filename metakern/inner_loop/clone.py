@@ -31,6 +31,10 @@ def clone_module(module: _M, memo: Replaced | None = None) -> _M:
     Raises:
         TypeError: for modules of torch.jit, which cannot be copied this way
         ValueError: for a lazy module that has no parameters yet
+
+    Example:
+        >>> copied = clone_module(net)
+        >>> copied(support_x[0]).sum().backward()  # gradients of net
     """
     if not isinstance(module, nn.Module):
         return module
@@ -145,6 +149,10 @@ def update_module(module: _M, updates: Sequence[Tensor | None] | None = None, me
 
     Raises:
         ValueError: for another number of updates than parameters, and an update that does not have a parameter's shape
+
+    Example:
+        >>> copied = clone_module(net)
+        >>> copied = update_module(copied, [-0.1 * p for p in copied.parameters()])
     """
     if not isinstance(module, nn.Module):
         return module
@@ -175,6 +183,12 @@ def detach_module(module: Any, keep_requires_grad: bool = False) -> None:
     Args:
         module: anything but an ``nn.Module`` is left as it is
         keep_requires_grad: whether tensors that required a gradient still do afterwards; else none does
+
+    Example:
+        >>> copied = clone_module(net)
+        >>> detach_module(copied)
+        >>> copied(support_x[0]).requires_grad
+        False
     """
     if not isinstance(module, nn.Module):
         return
@@ -198,6 +212,11 @@ def maml_update(model: _M, lr: float | Tensor, grads: Sequence[Tensor | None] | 
     Raises:
         TypeError, ValueError: for another number of gradients than parameters, and an ``lr`` that is not finite or has
             more elements
+
+    Example:
+        >>> copied = clone_module(net)
+        >>> loss = F.cross_entropy(copied(support_x[0]), support_y[0])
+        >>> copied = maml_update(copied, 0.1, torch.autograd.grad(loss, copied.parameters(), create_graph=True))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

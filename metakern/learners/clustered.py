@@ -90,6 +90,11 @@ class ClusteredLearner(nn.Module):
 
     Raises:
         ValueError: for arguments out of range, and a learner without the methods that the options need.
+
+    Example:
+        >>> learner = ClusteredLearner(MAMLLearner(mlp(1, 40, 1), steps=5), 3, warmup=100, begin=100)
+        >>> config = TrainerConfig(iterations=1, eval_tasks=32)
+        >>> history = Trainer(learner, mixture(3), torch.optim.Adam(learner.parameters(), 1e-3), config).fit()
     """
 
     iteration: Tensor

@@ -55,6 +55,11 @@ class MAMLLearner(nn.Module):
     Raises:
         TypeError, ValueError: for unknown ``rates``, for ``eval_steps`` other than the steps that rates are learned
             for, and for numbers out of range.
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1), steps=5, inner_lr=0.01)
+        >>> for losses in learner.meta_losses(Sinusoid().sample(32, generator)):
+        ...     losses.mean().backward()
     """
 
     def __init__(

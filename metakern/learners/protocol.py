@@ -16,6 +16,12 @@ class MetaLearner(Protocol):
     ``set_process(rank, world)``; ``process_state()``, plain data that only this process knows, or None;
     ``set_process_states(states)``, those of all processes, which its extra state then holds; and
     ``without_process_states(state_dict)``, the same without any.
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1))
+        >>> measures = learner.evaluate(Sinusoid().sample(32, generator))
+        >>> measures["loss"].shape
+        torch.Size([32])
     """
 
     def meta_losses(self, batch: Any) -> Iterator[Tensor]:

@@ -53,6 +53,11 @@ class Adapted:
 
     Attributes:
         parameters: the adapted parameters by name, [T, *shape] each; meta-gradients flow through them to the model
+
+    Example:
+        >>> adapted = adapt(net, (support_x, support_y), loss=F.cross_entropy, steps=5, lr=0.1)
+        >>> adapted(query_x).shape
+        torch.Size([8, 5, 5])
     """
 
     def __init__(self, parameters: dict[str, Tensor], model: TaskModel, steps: int) -> None:
@@ -274,7 +279,8 @@ def meta_loss(
 
     Example:
         >>> optimizer.zero_grad()
-        >>> meta_loss(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01).mean().backward()
+        >>> losses = meta_loss(net, (support_x, support_y), (query_x, query_y), loss=F.cross_entropy, steps=5, lr=0.01)
+        >>> losses.mean().backward()
         >>> optimizer.step()
     """
     options = LoopOptions(
@@ -344,7 +350,8 @@ def meta_backward(
 
     Example:
         >>> optimizer.zero_grad()
-        >>> losses = meta_backward(net, (support_x, support_y), (query_x, query_y), steps=5, lr=0.01)
+        >>> sets = (support_x, support_y), (query_x, query_y)
+        >>> losses = meta_backward(net, *sets, loss=F.cross_entropy, steps=5, lr=0.01)
         >>> optimizer.step()
     """
     if is_transformed():
@@ -387,6 +394,10 @@ def multi_step_weights(steps: int, epoch: int, epochs: int) -> Tensor:
 
     Raises:
         TypeError, ValueError: unless K and E are at least 1 and e is not negative.
+
+    Example:
+        >>> multi_step_weights(steps=4, epoch=0, epochs=10)
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
     """
     steps, epochs, epoch = check_count("steps", steps), check_count("epochs", epochs), check_count("epoch", epoch, 0)
     weights = torch.full((steps,), max(1 / steps - epoch / (steps * epochs), 0.03 / steps))
@@ -407,6 +418,11 @@ def reptile_step(model: nn.Module, adapted: Adapted, epsilon: float) -> None:
 
     Raises:
         TypeError, ValueError: for an ``epsilon`` that is no finite number, and parameters that the model does not have.
+
+    Example:
+        >>> with torch.no_grad():
+        ...     adapted = adapt(net, (support_x, support_y), loss=F.cross_entropy, steps=5, lr=0.1)
+        >>> reptile_step(net, adapted, 0.1)
     """
     check_rate("epsilon", epsilon)
     parameters = dict(model.named_parameters())

@@ -222,10 +222,10 @@ class MAML(Learner):
             reference that cloning cannot replace
 
     Example:
-        >>> maml = MAML(torch.nn.Linear(3, 1), lr=0.1)
+        >>> maml = MAML(net, lr=0.1)
         >>> learner = maml.clone()
-        >>> learner.adapt(F.mse_loss(learner(support_x), support_y))
-        >>> F.mse_loss(learner(query_x), query_y).backward()  # meta-gradients in maml.parameters()
+        >>> learner.adapt(F.cross_entropy(learner(support_x[0]), support_y[0]))
+        >>> F.cross_entropy(learner(query_x[0]), query_y[0]).backward()  # meta-gradients in maml.parameters()
     """
 
     def __init__(
@@ -298,6 +298,12 @@ class MetaSGD(Learner):
 
     Raises:
         TypeError, ValueError: for a model that is no module, and for ``lrs`` of another number or shape.
+
+    Example:
+        >>> learner = MetaSGD(net, lr=0.1)
+        >>> clone = learner.clone()
+        >>> clone.adapt(F.cross_entropy(clone(support_x[0]), support_y[0]))
+        >>> F.cross_entropy(clone(query_x[0]), query_y[0]).backward()  # meta-gradients of learner.lrs, too
     """
 
     lrs: Any

@@ -41,7 +41,7 @@ class GradientDescent(PretrainedRule):
 
     Example:
         >>> rule = GradientDescent(0.1, clip_norm=10.0)
-        >>> learned = GradientDescent.lslr(model.named_parameters(), steps=5, lr=0.01)
+        >>> learned = GradientDescent.lslr(net.named_parameters(), steps=5, lr=0.01)
     """
 
     title = "Gradient descent"

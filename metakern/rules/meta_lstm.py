@@ -47,7 +47,8 @@ class MetaLSTM(StagedRule):
 
     Example:
         >>> rule = MetaLSTM.for_model(net)
-        >>> meta_loss(net, (support_x, support_y), (query_x, query_y), steps=5, rule=rule).mean().backward()
+        >>> sets = (support_x, support_y), (query_x, query_y)
+        >>> meta_loss(net, *sets, loss=F.cross_entropy, steps=5, rule=rule).mean().backward()
     """
 
     title: ClassVar[str] = "Meta-LSTM"

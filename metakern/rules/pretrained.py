@@ -43,6 +43,10 @@ class PretrainedRule(Rule):
 
     Attributes:
         optional_options: constructor arguments that may be missing from a saved rule
+
+    Example:
+        >>> CoordinatewiseLSTM().save_pretrained("my-rule")
+        >>> rule = CoordinatewiseLSTM.from_pretrained("my-rule")
     """
 
     optional_options: ClassVar[tuple[str, ...]] = ("horizon", "trained_on")

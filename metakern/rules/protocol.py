@@ -51,6 +51,16 @@ class Rule(nn.Module):
         title: name in figures and tables
         advice_for_other_networks: how to use the rule on other networks, for its model card
         advice_beyond_horizon: advice in LearnedOptimizer's warning after ``horizon`` steps
+
+    Example:
+        >>> class HalfStep(Rule):
+        ...     def init_state(self, params, *, tasks=False):
+        ...         return {}
+        ...     def forward(self, params, grads, state, *, loss=None):
+        ...         return {name: p - 0.5 * grads[name] for name, p in params.items()}, state
+        >>> losses = meta_loss(
+        ...     net, (support_x, support_y), (query_x, query_y), loss=F.cross_entropy, steps=2, rule=HalfStep()
+        ... )
     """
 
     needs_loss: ClassVar[bool] = False
@@ -220,6 +230,11 @@ class RuleState:
         per_tensor: a dict of named tensors for each tensor of params, in the order of the tree
         shared: tensors that belong to no single tensor of params, by name
         tasks: whether params have a task axis
+
+    Example:
+        >>> state = Adam().init_state({"weight": torch.zeros(3)})
+        >>> isinstance(state, RuleState), state.tasks
+        (True, False)
     """
 
     per_tensor: tuple[dict[str, Tensor], ...]

@@ -72,6 +72,10 @@ def get(name: str) -> type[Rule]:
 
     Raises:
         ValueError: for an unregistered name; the message lists the registered ones.
+
+    Example:
+        >>> metakern.rules.get("Adam")
+        <class 'metakern.rules.adam.Adam'>
     """
     if name not in _rules:
         raise ValueError(
@@ -100,7 +104,12 @@ def add_variant(name: str, make: Callable[..., Rule], *, needs_params: bool = Fa
 
 
 def names() -> list[str]:
-    """The names that :func:`make` takes, in kebab-case and sorted."""
+    """The names that :func:`make` takes, in kebab-case and sorted.
+
+    Example:
+        >>> "coordinatewise-lstm" in metakern.rules.names()
+        True
+    """
     short = {_plain(name) for name in _variants}
     return sorted([*_variants, *(_kebab(name) for name in _rules if _plain(name) not in short)])
 

@@ -86,6 +86,9 @@ def open_folder(folder: Path, *, resume: bool = False, overwrite: bool = False) 
     Raises:
         ValueError: if it holds a run that is neither resumed nor overwritten, or no run to resume.
         OSError: if it cannot be created or written, or if a directory or link has the name of a file to write.
+
+    Example:
+        >>> open_folder(Path("runs/mine"))
     """
     exists = (folder / CONFIG).is_file()
     if holds_run(folder) and not resume and not overwrite:
@@ -147,6 +150,12 @@ def read_config(path: Path, learner: str | None = None) -> dict[str, Any]:
     Raises:
         ValueError: for a file that is missing, belongs to another learner, or is not a short YAML mapping of settings
             to scalars and short lists.
+
+    Example:
+        >>> open_folder(Path("runs/mine"))
+        >>> write_config(Path("runs/mine"), "maml", {"steps": 5})
+        >>> read_config(Path("runs/mine/config.yaml"), "maml")["steps"]
+        5
     """
     try:
         text = read_text(path, CONFIG_BYTES)
@@ -166,7 +175,12 @@ def read_config(path: Path, learner: str | None = None) -> dict[str, Any]:
 
 
 def save_weights(folder: Path, module: nn.Module) -> None:
-    """Write model.safetensors: parameters and buffers of a learner, and their checksum."""
+    """Write model.safetensors: parameters and buffers of a learner, and their checksum.
+
+    Example:
+        >>> open_folder(Path("runs/weights"))
+        >>> save_weights(Path("runs/weights"), net)
+    """
     save_state(folder, type(module).__name__, module.state_dict())
 
 
@@ -175,6 +189,11 @@ def load_weights(folder: Path, module: nn.Module) -> None:
 
     Raises:
         ValueError: for a file that is missing, damaged, or of another learner.
+
+    Example:
+        >>> open_folder(Path("runs/weights"))
+        >>> save_weights(Path("runs/weights"), net)
+        >>> load_weights(Path("runs/weights"), net)
     """
     path = folder / WEIGHTS
     if not path.is_file():

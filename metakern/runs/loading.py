@@ -32,6 +32,10 @@ class LoadedRun:
             for a run with clusters, or a ``RuleLearner`` for a learned optimizer
         tasks: the task distribution; its "test" split has tasks that training did not see
         settings: the run's config.yaml
+
+    Example:
+        >>> run = metakern.runs.load("runs/5way")  # doctest: +SKIP
+        >>> run.learner, run.tasks, run.settings["iterations"]  # doctest: +SKIP
     """
 
     folder: Path
@@ -68,9 +72,9 @@ def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | 
             :class:`metakern.training.Trainer` in Python, whose learner only its own program can construct
 
     Example:
-        >>> run = metakern.runs.load("runs/5way")
-        >>> batch = run.tasks.split("test").sample(100, torch.Generator().manual_seed(0))
-        >>> run.learner.evaluate(batch)["accuracy"].mean()
+        >>> run = metakern.runs.load("runs/5way")  # doctest: +SKIP
+        >>> batch = run.tasks.split("test").sample(100, generator)  # doctest: +SKIP
+        >>> run.learner.evaluate(batch)["accuracy"].mean()  # doctest: +SKIP
     """
     folder = Path(folder)
     settings = read_config(folder / CONFIG)

@@ -35,10 +35,17 @@ _LINE_BYTES = 64 * 1024
 
 
 def read_metrics(path: Path) -> tuple[list[Line], list[Line]]:
-    """Read the iteration lines and the evaluation lines, up to the first invalid line.
+    r"""Read the iteration lines and the evaluation lines, up to the first invalid line.
 
     Invalid are the unfinished line of a killed process, text that is not a JSON object with an integer "iteration",
     and lines that are too long or nested too deeply.
+
+    Example:
+        >>> file = Path("metrics.jsonl")
+        >>> _ = file.write_text('{"iteration": 1, "loss": 0.5}\n')
+        >>> iterations, evaluations = read_metrics(file)
+        >>> iterations
+        [{'iteration': 1, 'loss': 0.5}]
     """
     lines = []
     with path.open("rb") as file:
@@ -67,7 +74,11 @@ def line_of(record: Record) -> Line:
 
 
 class MetricsLog(Callback):
-    """Writes a folder's metrics.jsonl. A resumed run drops the lines after its checkpoint and writes them again."""
+    """Writes a folder's metrics.jsonl. A resumed run drops the lines after its checkpoint and writes them again.
+
+    Example:
+        >>> callbacks = [MetricsLog(Path("runs/mine"))]
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / METRICS
@@ -109,6 +120,9 @@ class TensorBoardLog(Callback):
     """Writes the same metrics as TensorBoard events; ``tensorboard --logdir runs`` compares runs.
 
     In a long run only every nth iteration, :data:`POINTS` in all: an event takes as long as a small meta-iteration.
+
+    Example:
+        >>> callbacks = [TensorBoardLog(Path("runs/mine"))]
     """
 
     def __init__(self, folder: Path) -> None:
@@ -144,7 +158,11 @@ class TensorBoardLog(Callback):
 
 
 class LearningCurves(Callback):
-    """Draws figures/learning.png from all lines when a run ends; must come after :class:`MetricsLog`."""
+    """Draws figures/learning.png from all lines when a run ends; must come after :class:`MetricsLog`.
+
+    Example:
+        >>> callbacks = [MetricsLog(Path("runs/mine")), LearningCurves(Path("runs/mine"))]
+    """
 
     def __init__(self, folder: Path, word: str = "iteration") -> None:
         self.folder, self.word = folder, word

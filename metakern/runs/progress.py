@@ -138,6 +138,10 @@ class ProgressReport(Callback):
     Args:
         console: where to print
         word: name for an iteration
+
+    Example:
+        >>> from rich.console import Console
+        >>> callbacks = [ProgressReport(Console())]
     """
 
     def __init__(self, console: Console, word: str = "iteration") -> None:

@@ -35,6 +35,13 @@ class RunRecord(FolderRecord):
         command: the subcommand of ``metakern train``; None in Python
         settings: content of config.yaml; default: the trainer's configuration, optimizer, schedule and learner
         weights: whether to write model.safetensors when the training ends
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1))
+        >>> record = RunRecord("runs/quiet", progress=False, settings={"tasks": "sinusoid"})
+        >>> config = TrainerConfig(iterations=1, eval_tasks=32)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> history = Trainer(learner, Sinusoid(), optimizer, config, folder=record).fit()
     """
 
     def __init__(

@@ -61,7 +61,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
-    """Write results as JSON with the command, date and installation that produced them."""
+    """Write results as JSON with the command, date and installation that produced them.
+
+    Example:
+        >>> write_json(Path("results.json"), {"accuracy": 0.9})
+    """
     header: dict[str, object] = {
         "command": " ".join(["metakern", *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,6 +126,10 @@ def write_config(folder: Path, learner: str, settings: Mapping[str, object], *, 
         learner: the subcommand of ``metakern train``, or the learner's class
         settings: names and values
         command: whether ``metakern train LEARNER`` accepts them
+
+    Example:
+        >>> open_folder(Path("runs/mine"))
+        >>> write_config(Path("runs/mine"), "maml", {"steps": 5})
     """
     head = (
         f"# metakern train {learner} --config {folder / CONFIG} --output FOLDER repeats this run in another folder; "

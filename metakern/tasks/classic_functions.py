@@ -131,6 +131,11 @@ class ClassicFunction(EndlessProblems):
 
     Raises:
         ValueError: for an unknown name, and for a dimension that the function does not have.
+
+    Example:
+        >>> batch = ClassicFunction("rosenbrock", dim=4).sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, name: str, dim: int = 2) -> None:

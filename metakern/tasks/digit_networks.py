@@ -57,6 +57,11 @@ class DigitsMLP(NetworkProblem):
         activation: ``"sigmoid"``, ``"tanh"`` or ``"relu"``
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
+
+    Example:
+        >>> batch = DigitsMLP(hidden_size=20).sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(
@@ -86,6 +91,11 @@ class DigitsRegression(NetworkProblem):
     Args:
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
+
+    Example:
+        >>> batch = DigitsRegression().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, batch_size: int = 128, split: str = "train") -> None:
@@ -105,6 +115,11 @@ class DigitsCNN(NetworkProblem):
         channels: output channels of the first convolution; the second has twice as many
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
+
+    Example:
+        >>> batch = DigitsCNN().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, channels: int = 8, batch_size: int = 128, split: str = "train") -> None:
@@ -138,6 +153,11 @@ class DigitsRNN(NetworkProblem):
         hidden_size: units of the hidden state
         batch_size: B
         split: ``"train"``, ``"valid"`` or ``"test"``
+
+    Example:
+        >>> batch = DigitsRNN().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, hidden_size: int = 20, batch_size: int = 128, split: str = "train") -> None:

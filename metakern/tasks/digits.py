@@ -63,6 +63,12 @@ class Digits(FewShotEpisodes):
 
     Raises:
         ValueError: for unknown domains, and as :class:`FewShotEpisodes` does.
+
+    Example:
+        >>> tasks = Digits(ways=5, support=1, query=15)
+        >>> batch = tasks.split("train").sample(4, generator)
+        >>> batch.support_x.shape, batch.query_y.shape
+        (torch.Size([4, 5, 64]), torch.Size([4, 75]))
     """
 
     def __init__(self, *, domains: Sequence[str] = (), flat: bool = True, **options: Any) -> None:

@@ -33,7 +33,13 @@ class ShortRepr:
 
 
 class TaskBatch(Protocol):
-    """T tasks that are learned side by side."""
+    """T tasks that are learned side by side.
+
+    Example:
+        >>> batch = Sinusoid().sample(32, generator)
+        >>> batch.select(slice(0, 8)).num_tasks
+        8
+    """
 
     num_tasks: int
 
@@ -44,7 +50,12 @@ class TaskBatch(Protocol):
 
 @runtime_checkable
 class TaskDistribution(Protocol):
-    """A distribution of tasks; any class with these two methods is one."""
+    """A distribution of tasks; any class with these two methods is one.
+
+    Example:
+        >>> isinstance(Sinusoid(), TaskDistribution)
+        True
+    """
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> Any:
         """Draw a :class:`TaskBatch` of ``num_tasks`` tasks; all randomness comes from ``generator``."""
@@ -73,6 +84,11 @@ class Episodes:
     Raises:
         TypeError: for anything but tensors, tuples and dicts of them.
         ValueError: for tensors that do not share the task axis.
+
+    Example:
+        >>> batch = Episodes(support_x, support_y, query_x, query_y)
+        >>> batch.num_tasks
+        8
     """
 
     support_x: Data

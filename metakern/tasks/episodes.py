@@ -25,6 +25,10 @@ class ImageClasses:
 
     Raises:
         ValueError: for no classes, and for counts that do not add up to M.
+
+    Example:
+        >>> ImageClasses.from_labels(torch.rand(100, 1, 28, 28), torch.arange(100) % 10)
+        ImageClasses(classes=10, images=[100, 1, 28, 28])
     """
 
     def __init__(self, images: Tensor, counts: Sequence[int]) -> None:
@@ -94,6 +98,12 @@ class FewShotEpisodes(ShortRepr):
     Raises:
         ValueError: for sizes below 1, a split that is not in ``classes``, one of fewer than ``ways`` classes, and one
             with a class of fewer than ``support + query`` images.
+
+    Example:
+        >>> classes = {name: [torch.rand(20, 1, 28, 28) for _ in range(8)] for name in ("train", "valid", "test")}
+        >>> batch = FewShotEpisodes(classes, ways=5, support=1, query=15).sample(4, generator)
+        >>> batch.support_x.shape
+        torch.Size([4, 5, 1, 28, 28])
     """
 
     def __init__(

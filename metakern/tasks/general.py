@@ -71,7 +71,11 @@ def fully_connected(*sizes: int, activation: Callable[[], nn.Module] = nn.ReLU, 
 
 
 def general_problems() -> MixedOptimizees:
-    """The mixture, with the same number of problems of every kind in a sample."""
+    """The mixture, with the same number of problems of every kind in a sample.
+
+    Example:
+        >>> problems = general_problems()
+    """
     network = NetworkProblem
     layers = functools.partial
     kinds: list[Optimizees] = [

@@ -49,6 +49,9 @@ class MiniImageNet(FewShotEpisodes):
         FileNotFoundError: for a missing folder, list or image.
         ValueError: for damaged lists or images, missing classes or images, classes that are in two splits, and as
             :class:`FewShotEpisodes` does.
+
+    Example:
+        >>> tasks = MiniImageNet("data/miniImageNet", ways=5, support=1)  # doctest: +SKIP
     """
 
     def __init__(self, root: str | Path, **options: Any) -> None:

@@ -48,6 +48,9 @@ class Omniglot(FewShotEpisodes):
     Raises:
         FileNotFoundError: for a missing folder.
         ValueError: for missing characters or drawings, damaged images, and as :class:`FewShotEpisodes` does.
+
+    Example:
+        >>> tasks = Omniglot("data/omniglot", ways=20, support=1)  # doctest: +SKIP
     """
 
     def __init__(self, root: str | Path, *, rotations: bool = True, **options: Any) -> None:

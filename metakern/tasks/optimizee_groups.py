@@ -29,6 +29,12 @@ class MixedOptimizees(ShortRepr):
 
     Raises:
         ValueError: without distributions, and for weights of another number, negative, not finite, or all zero.
+
+    Example:
+        >>> problems = MixedOptimizees([DigitsMLP(), DigitsCNN()], weights=[0.75, 0.25])
+        >>> batch = problems.sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(
@@ -81,6 +87,11 @@ class MixedBatch:
         groups: one batch of problems per kind; the T problems are theirs, group after group
         modes: the kind of each problem, as its index in the mixture's distributions, [T], 64-bit integers, ascending
         even: whether samples of the mixture all have the same modes
+
+    Example:
+        >>> batch = MixedOptimizees([Quadratics(), Bowls()]).sample(8, generator)
+        >>> isinstance(batch, MixedBatch), len(batch.init_params())
+        (True, 2)
     """
 
     def __init__(self, groups: Sequence[Any], modes: Tensor, *, even: bool = False) -> None:

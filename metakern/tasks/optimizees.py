@@ -24,6 +24,11 @@ class OptimizeeBatch(Protocol):
     Params are a tree of tensors with the task axis first: a dict ``{name: [T, *shape]}`` for metakern's own problems;
     user-defined problems may use a single tensor [T, P]. Problems of different shapes form groups: their params are a
     tuple of such trees, one per group, and the T problems are in the groups' order.
+
+    Example:
+        >>> batch = Quadratics().sample(8, generator)
+        >>> params = batch.init_params()
+        >>> losses = batch.loss(params)
     """
 
     num_tasks: int
@@ -46,7 +51,12 @@ class OptimizeeBatch(Protocol):
 
 
 class Optimizees(Protocol):
-    """A distribution of problems; any class with these two methods is one."""
+    """A distribution of problems; any class with these two methods is one.
+
+    Example:
+        >>> problems = Quadratics()  # or a class of your own with sample and split
+        >>> batch = problems.split("valid").sample(8, generator)
+    """
 
     def sample(self, num_tasks: int, generator: torch.Generator) -> OptimizeeBatch:
         """Draw ``num_tasks`` problems; all randomness comes from ``generator``."""
@@ -67,6 +77,11 @@ class ProblemBatch(ShortRepr):
 
     Subclasses list their tensors, or dicts of tensors, with a task axis in ``per_task``, and tensors that all tasks
     share in ``shared``.
+
+    Example:
+        >>> batch = Quadratics().sample(8, generator)
+        >>> isinstance(batch, ProblemBatch), batch.select(slice(0, 4)).num_tasks
+        (True, 4)
     """
 
     @property
@@ -201,7 +216,13 @@ class EndlessProblems(ShortRepr):
 
 
 class Quadratics(EndlessProblems):
-    """f(x) = ‖Wx - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1). Params are ``{"x": [T, dim]}``."""
+    """f(x) = ‖Wx - y‖², the entries of W [dim, dim] and y [dim] drawn from N(0, 1). Params are ``{"x": [T, dim]}``.
+
+    Example:
+        >>> batch = Quadratics(dim=10).sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
+    """
 
     def __init__(self, dim: int = 10) -> None:
         if dim < 1:

@@ -39,6 +39,10 @@ class Family(ShortRepr):
 
     Raises:
         ValueError: for fewer than 1 support or query sample, and for negative noise.
+
+    Example:
+        >>> isinstance(Sinusoid(), Family)
+        True
     """
 
     #: The shape function s, elementwise.
@@ -78,7 +82,12 @@ class Family(ShortRepr):
 
 
 class Sinusoid(Family):
-    """A·sin(x - φ), A from U[0.1, 5], φ from U[0, π]; with ``noise=0`` that of Finn et al. 2017, arXiv 1703.03400."""
+    """A·sin(x - φ), A from U[0.1, 5], φ from U[0, π]; with ``noise=0`` that of Finn et al. 2017, arXiv 1703.03400.
+
+    Example:
+        >>> Sinusoid(support=5, query=5).sample(32, generator).support_x.shape
+        torch.Size([32, 5, 1])
+    """
 
     shape = torch.sin
     factor = (0.1, 5.0)
@@ -87,7 +96,12 @@ class Sinusoid(Family):
 
 
 class Linear(Family):
-    """a·x + b, both from U[-3, 3]."""
+    """a·x + b, both from U[-3, 3].
+
+    Example:
+        >>> Linear().sample(32, generator).support_x.shape
+        torch.Size([32, 5, 1])
+    """
 
     shape = torch.Tensor.clone
     factor = (-3.0, 3.0)
@@ -95,7 +109,12 @@ class Linear(Family):
 
 
 class Quadratic(Family):
-    """±a·(x - c)² + b, a from U[0.02, 0.15], both signs equally likely."""
+    """±a·(x - c)² + b, a from U[0.02, 0.15], both signs equally likely.
+
+    Example:
+        >>> Quadratic().sample(32, generator).support_x.shape
+        torch.Size([32, 5, 1])
+    """
 
     shape = torch.square
     factor = (-0.13, 0.13)
@@ -103,14 +122,24 @@ class Quadratic(Family):
 
 
 class Tanh(Family):
-    """a·tanh(x - c) + b, a from U[-3, 3]."""
+    """a·tanh(x - c) + b, a from U[-3, 3].
+
+    Example:
+        >>> Tanh().sample(32, generator).support_x.shape
+        torch.Size([32, 5, 1])
+    """
 
     shape = torch.tanh
     factor = (-3.0, 3.0)
 
 
 class Abs(Family):
-    """a·|x - c| + b, a from U[-3, 3]."""
+    """a·|x - c| + b, a from U[-3, 3].
+
+    Example:
+        >>> Abs().sample(32, generator).support_x.shape
+        torch.Size([32, 5, 1])
+    """
 
     shape = torch.abs
     factor = (-3.0, 3.0)
@@ -129,6 +158,11 @@ class Mixture(ShortRepr):
     Raises:
         ValueError: for no components, components of different S or Q, and weights that are not K nonnegative numbers
             with a positive sum.
+
+    Example:
+        >>> tasks = Mixture([Sinusoid(), Linear()], weights=[0.75, 0.25])
+        >>> tasks.sample(32, generator).modes.shape
+        torch.Size([32])
     """
 
     def __init__(self, components: Sequence[Family], weights: Sequence[float] | None = None) -> None:
@@ -174,6 +208,9 @@ def mixture(num_modes: int, support: int = 5, query: int = 5, noise: float = 0.3
 
     Raises:
         ValueError: for another number of modes, and as the families do.
+
+    Example:
+        >>> batch = mixture(3).sample(32, generator)  # sinusoids, lines and parabolas
     """
     if num_modes not in (2, 3, 5):
         raise ValueError(f"num_modes must be 2, 3 or 5, got {num_modes}")

@@ -34,6 +34,11 @@ class Bowls(EndlessProblems):
 
     Args:
         condition: (low, high) of κ, which is drawn log-uniformly; the angle is uniform
+
+    Example:
+        >>> batch = Bowls().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, condition: tuple[float, float] = (0.1, 100.0)) -> None:
@@ -61,6 +66,11 @@ class Norms(Quadratics):
     Args:
         dim: D
         power: p
+
+    Example:
+        >>> batch = Norms().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, dim: int = 10, power: float = 2.0) -> None:
@@ -94,6 +104,11 @@ class ClippedBowls(EndlessProblems):
 
     Args:
         dim: D
+
+    Example:
+        >>> batch = ClippedBowls().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, dim: int = 20) -> None:
@@ -138,6 +153,11 @@ class SoftmaxRegressions(EndlessProblems):
         classes: number of classes
         samples: S
         batch_size: B
+
+    Example:
+        >>> batch = SoftmaxRegressions().sample(8, generator)
+        >>> batch.loss(batch.init_params()).shape
+        torch.Size([8])
     """
 
     def __init__(self, features: int = 10, classes: int = 2, samples: int = 200, batch_size: int = 32) -> None:
@@ -200,6 +220,9 @@ def toy_problems() -> MixedOptimizees:
     """The mixture of small problems and their variants, each kind with the same probability.
 
     The kinds are those of Wichrowska et al. 2017, scaled down; the paper trains on no neural network.
+
+    Example:
+        >>> problems = toy_problems()
     """
     functions = [ClassicFunction(name) for name in FUNCTIONS]
     sparse = [SparseGradients(Quadratics(20)), SparseGradients(SoftmaxRegressions())]

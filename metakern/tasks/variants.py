@@ -116,6 +116,9 @@ class GradientNoise(Variant):
     Args:
         problems: problems of one kind; mix noisy and noiseless ones by :class:`MixedOptimizees`
         std: standard deviation of the noise
+
+    Example:
+        >>> problems = GradientNoise(ClassicFunction("ackley"), std=0.1)
     """
 
     def __init__(self, problems: Optimizees, std: float) -> None:
@@ -151,6 +154,9 @@ class SparseGradients(Variant):
     Args:
         problems: problems of one kind
         keep: probability that an entry stays, above 0
+
+    Example:
+        >>> problems = SparseGradients(Quadratics(), keep=0.1)
     """
 
     def __init__(self, problems: Optimizees, keep: float = 0.01) -> None:
@@ -268,7 +274,11 @@ class ReparametrisedBatch(VariantBatch):
 
 
 class LogObjective(Variant):
-    """Problems with the loss log(f + 1e-6) - log 1e-6, for losses f that are nowhere negative."""
+    """Problems with the loss log(f + 1e-6) - log 1e-6, for losses f that are nowhere negative.
+
+    Example:
+        >>> problems = LogObjective(Quadratics())
+    """
 
     def __init__(self, problems: Optimizees) -> None:
         self.problems = problems
@@ -307,6 +317,9 @@ class SumOfProblems(Variant):
 
     Args:
         kinds: distributions whose problems have params by name
+
+    Example:
+        >>> problems = SumOfProblems([Quadratics(), Bowls()])
     """
 
     def __init__(self, kinds: Sequence[Optimizees]) -> None:

@@ -18,6 +18,11 @@ class Callback:
     """Base class of callbacks, called in process 0 only; a subclass overrides the methods that it needs.
 
     An exception in a callback ends the training.
+
+    Example:
+        >>> class Printer(Callback):
+        ...     def on_evaluation(self, trainer, measures):
+        ...         print(measures["loss"])
     """
 
     def on_start(self, trainer: Trainer) -> None:
@@ -45,6 +50,10 @@ class FolderRecord(Callback):
     Attributes:
         folder: of the run
         lock: held while a process trains in the folder
+
+    Example:
+        >>> issubclass(RunRecord, FolderRecord)
+        True
     """
 
     folder: Path

@@ -35,7 +35,15 @@ _READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint is damaged or has invalid content."""
+    """A checkpoint is damaged or has invalid content.
+
+    Example:
+        >>> file = Path("damaged.pt")
+        >>> _ = file.write_bytes(b"no checkpoint"), Path("damaged.pt.sha256").write_text("0")
+        >>> load_checkpoint(file)
+        Traceback (most recent call last):
+        metakern.training.checkpoints.CheckpointError: ...
+    """
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -48,6 +56,14 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: where there is no such file.
         CheckpointError: for a missing digest, a digest that does not match, or content other than tensors and plain
             data. No code in it is run.
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1))
+        >>> config = TrainerConfig(iterations=1, eval_tasks=32)
+        >>> optimizer = torch.optim.Adam(learner.parameters())
+        >>> trainer = Trainer(learner, Sinusoid(), optimizer, config, folder="runs/one", progress=False)
+        >>> history = trainer.fit()
+        >>> state = load_checkpoint(sorted(Path("runs/one/checkpoints").glob("*.pt"))[-1])
     """
     return from_bytes(read_verified(Path(path)), str(path))
 
@@ -118,6 +134,9 @@ class Checkpoints:
     Args:
         folder: holds only checkpoints
         keep: number of newest checkpoints to keep
+
+    Example:
+        >>> checkpoints = Checkpoints(Path("runs/mine/checkpoints"), keep=3)
     """
 
     def __init__(self, folder: Path, keep: int) -> None:

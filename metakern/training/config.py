@@ -58,6 +58,9 @@ class TrainerConfig:
 
     Raises:
         TypeError, ValueError: for a value of another type, or out of range.
+
+    Example:
+        >>> config = TrainerConfig(iterations=5000, num_tasks=32, eval_every=250, monitor="accuracy", ema=0.99)
     """
 
     iterations: int = 1000

@@ -48,7 +48,12 @@ def is_launched() -> bool:
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run no longer responds."""
+    """Another process of the run no longer responds.
+
+    Example:
+        >>> issubclass(ProcessLost, RuntimeError)
+        True
+    """
 
 
 class Processes:
@@ -64,6 +69,11 @@ class Processes:
 
     Raises:
         RuntimeError: for a GPU that does not exist.
+
+    Example:
+        >>> processes = Processes("cpu")
+        >>> processes.rank, processes.world
+        (0, 1)
     """
 
     _store: Any = None  # key-value store for messages; global, like torch's process group

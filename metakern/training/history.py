@@ -23,6 +23,13 @@ class Record:
         grad_norm: 2-norm of the meta-gradient before clipping, mean over its outer steps
         skipped: outer steps skipped so far
         seconds: duration, without evaluation and checkpoint
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1))
+        >>> config = TrainerConfig(iterations=2, eval_tasks=32)
+        >>> history = Trainer(learner, Sinusoid(), torch.optim.Adam(learner.parameters()), config).fit()
+        >>> history.records[-1].iteration
+        2
     """
 
     iteration: int
@@ -43,6 +50,13 @@ class History:
         evaluations: (iterations so far, measures of the "valid" split)
         best: the best value of the monitored measure, None before there is one
         best_iteration: iteration at which ``best`` was reached
+
+    Example:
+        >>> learner = MAMLLearner(mlp(1, 40, 1))
+        >>> config = TrainerConfig(iterations=2, eval_tasks=32)
+        >>> history = Trainer(learner, Sinusoid(), torch.optim.Adam(learner.parameters()), config).fit()
+        >>> len(history.records), history.best_iteration
+        (2, 2)
     """
 
     records: list[Record] = field(default_factory=list)

@@ -29,7 +29,12 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class FolderInUse(RuntimeError):
-    """Another process, or another trainer in this process, trains in the folder."""
+    """Another process, or another trainer in this process, trains in the folder.
+
+    Example:
+        >>> with FolderLock(Path("runs/mine")):
+        ...     pass  # a second process that trains there raises FolderInUse
+    """
 
 
 class FolderLock:
@@ -39,6 +44,10 @@ class FolderLock:
 
     Args:
         folder: of the run; created if missing
+
+    Example:
+        >>> with FolderLock(Path("runs/mine")):
+        ...     pass  # write files
     """
 
     def __init__(self, folder: Path) -> None:

@@ -16,6 +16,10 @@ class Interrupted(SystemExit):
 
     Attributes:
         message: what stopped it, where, and how to go on
+
+    Example:
+        >>> issubclass(Interrupted, SystemExit)
+        True
     """
 
     def __init__(self, signum: int, message: str) -> None:

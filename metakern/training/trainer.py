@@ -87,11 +87,14 @@ class Trainer:
         RuntimeError: for an unavailable mixed precision or device
 
     Example:
-        >>> learner = MAMLLearner(model, steps=5, inner_lr=0.01)
-        >>> trainer = Trainer(learner, tasks, torch.optim.Adam(learner.parameters(), 1e-3), folder=Path("runs/first"))
-        >>> trainer.resume(required=False)
+        >>> learner, config = MAMLLearner(mlp(1, 40, 1), steps=5), TrainerConfig(iterations=5)
+        >>> optimizer = torch.optim.Adam(learner.parameters(), 1e-3)
+        >>> trainer = Trainer(learner, Sinusoid(), optimizer, config, folder="runs/first", progress=False)
+        >>> trainer.resume(required=False)  # iterations that a checkpoint has
+        0
         >>> history = trainer.fit()
-        >>> trainer.load_best()
+        >>> trainer.load_best()  # the iteration of the best weights
+        5
     """
 
     def __init__(

@@ -79,6 +79,16 @@ def hrnn_step(
         ValueError: for shapes or counts that do not fit.
         TypeError: for dtypes or types that do not fit.
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
+
+    Example:
+        >>> T, M, n, H = 1, 1, 6, 10  # tasks, tensors, coordinates, hidden units
+        >>> params, grads = [torch.randn(T, n)], [torch.randn(T, n)]
+        >>> states, biases, mean_rate = [torch.zeros(T, H + 11, n)], torch.zeros(M, T, 3 * H), torch.zeros(T)
+        >>> shapes = [(2 * H, 12 + H), (H, 12 + H), (4, H), (4,), (5,)]
+        >>> weights = [0.1 * torch.randn(shape) for shape in shapes]
+        >>> step = hrnn_step(params, grads, states, biases, mean_rate, weights)
+        >>> step.params[0].shape, step.states[0].shape
+        (torch.Size([1, 6]), torch.Size([1, 21, 6]))
     """
     _check_lists(params, grads, states, weights)
     for name, x in (("biases", biases), ("mean_rate", mean_rate)):

@@ -122,6 +122,12 @@ def lstm_step_(
     For training with a finished optimizer: saves the allocation of a new state, 320 bytes per
     coordinate in float32 with H = 20 and L = 2.
     Arguments and errors as for :func:`lstm_step`.
+
+    Example:
+        >>> lstm, head = torch.nn.LSTM(2, 20, num_layers=2), torch.nn.Linear(20, 1)
+        >>> weights = [*lstm.parameters(), *head.parameters()]
+        >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
+        >>> lstm_step_(params, 2 * params, state, weights)  # params and state have moved
     """
     options = check_options(preprocess, preprocess_scale, output_scale, precision)
     kernel = _chosen(step_, params, grads, state, weights, preprocess, backend)

@@ -150,6 +150,15 @@ def lstm_step_staged(
         ValueError: for shapes, counts, names or option values that do not fit.
         TypeError: for dtypes or types that do not fit.
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
+
+    Example:
+        >>> lstm, head = torch.nn.LSTM(4, 20), torch.nn.Linear(20, 2)  # Meta-LSTM: two gates from log, sign and loss
+        >>> weights = [*lstm.parameters(), *head.parameters(), torch.zeros(4)]
+        >>> params, state, gates = torch.randn(100), LSTMState.zeros(100, num_layers=1), torch.zeros(4, 2, 32)
+        >>> options = {"features": "log_sign_with_loss", "head": "gates", "coordinate_inputs": torch.ones(1, 100)}
+        >>> params, state, gates = lstm_step_staged(
+        ...     params, 2 * params, state, weights, stage_state=gates, **options
+        ... )
     """
     scalars = reference.Scalars(features_scale, beta1, beta2, head_scale)
     call = _Call(params, grads, state, weights, features, head, stage_state, coordinate_inputs, scalars, precision)
@@ -182,6 +191,12 @@ def lstm_step_staged_(
 
     All three must be contiguous. ``params`` and ``grads`` may be the same tensor; no other arguments may share memory.
     Arguments and errors as for :func:`lstm_step_staged`.
+
+    Example:
+        >>> lstm, head = torch.nn.LSTM(2, 20, num_layers=2), torch.nn.Linear(20, 1)
+        >>> weights = [*lstm.parameters(), *head.parameters()]
+        >>> params, state = torch.randn(1000), LSTMState.zeros(1000)
+        >>> lstm_step_staged_(params, 2 * params, state, weights, features="log_sign", head="add")
     """
     scalars = reference.Scalars(features_scale, beta1, beta2, head_scale)
     call = _Call(params, grads, state, weights, features, head, stage_state, coordinate_inputs, scalars, precision)

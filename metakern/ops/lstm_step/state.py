@@ -34,6 +34,11 @@ class LSTMState:
         data: [ceil(N/32), L, 2 (h, c), H, 32]; lanes after the last coordinate carry no meaning.
         num_coordinates: N
         layout: version of the layout
+
+    Example:
+        >>> state = LSTMState.zeros(100)
+        >>> state.data.shape  # 100 coordinates in 4 tiles of 32
+        torch.Size([4, 2, 2, 20, 32])
     """
 
     data: Tensor
@@ -118,6 +123,10 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
         ValueError: for shapes that differ, are not three-dimensional or exceed 3 layers or 64 hidden units
         TypeError: for dtypes that differ or are not float32, float64 or bfloat16
         RuntimeError: for tensors on two devices
+
+    Example:
+        >>> state = pack_state(torch.zeros(2, 100, 20), torch.zeros(2, 100, 20))
+        >>> h, c = unpack_state(state)
     """
     for name, x in (("h", h), ("c", c)):
         if not isinstance(x, Tensor):
@@ -137,7 +146,13 @@ def pack_state(h: Tensor, c: Tensor) -> LSTMState:
 
 
 def unpack_state(state: LSTMState) -> tuple[Tensor, Tensor]:
-    """Hidden and cell states, each [L, N, H], of a packed state. Differentiable."""
+    """Hidden and cell states, each [L, N, H], of a packed state. Differentiable.
+
+    Example:
+        >>> h, c = unpack_state(LSTMState.zeros(100))
+        >>> h.shape
+        torch.Size([2, 100, 20])
+    """
     check_layout(state)
     n = state.num_coordinates
     both = state.data.permute(2, 1, 0, 4, 3).reshape(2, state.num_layers, -1, state.hidden_size)

@@ -172,6 +172,12 @@ def mlp_inner_loop(
         ValueError: for shapes, sizes, counts, labels or option values that do not fit
         TypeError: for dtypes or types that do not fit
         RuntimeError: for tensors on several devices, a backend that cannot run, and a second derivative
+
+    Example:
+        >>> model = mlp(64, 20, 5)
+        >>> new = mlp_inner_loop(list(model.parameters()), support_x, support_y, lr=0.1, steps=3, loss="cross_entropy")
+        >>> new[0].shape  # the first layer of 8 tasks
+        torch.Size([8, 20, 64])
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or 1, clip_norm
@@ -232,6 +238,12 @@ def mlp_meta_loss(
 
     Raises:
         TypeError, ValueError, RuntimeError: as :func:`mlp_inner_loop`.
+
+    Example:
+        >>> model = mlp(64, 20, 5)
+        >>> support, query = (support_x, support_y), (query_x, query_y)
+        >>> losses = mlp_meta_loss(list(model.parameters()), support, query, lr=0.1, steps=3, loss="cross_entropy")
+        >>> losses.mean().backward()
     """
     problem = make_problem(
         params, lr, steps, per_step, adapted, activation, loss, first_order, checkpoint_every or steps, clip_norm

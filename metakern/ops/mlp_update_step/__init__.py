@@ -101,6 +101,16 @@ def mlp_update_step(
         ValueError: for shapes or counts that do not fit.
         TypeError: for dtypes or types that do not fit.
         RuntimeError: for a backend that cannot run, and for a second derivative of a kernel.
+
+    Example:
+        >>> from metakern.ops.mlp_update_step import Moments, factor_shapes
+        >>> params, grads = [torch.randn(1, 6, 4)], [torch.randn(1, 6, 4)]  # one task, one matrix
+        >>> rows, columns = (torch.zeros(1, 3, *shape) for shape in factor_shapes((6, 4)))
+        >>> moments = Moments([torch.zeros(1, 3, 6, 4)], [torch.zeros(1, 6, 4)], [rows], [columns])
+        >>> weights = [p.detach() for p in mlp(39, 32, 2).parameters()]
+        >>> rates, keep, steps = torch.full((1, 1), 1e-3), torch.ones(1, 1), torch.zeros(1, dtype=torch.int64)
+        >>> decays = torch.tensor([0.9, 0.99, 0.999, 0.999, 0.9, 0.99, 0.999])
+        >>> params, moments = mlp_update_step(params, grads, moments, weights, decays, rates, keep, steps)
     """
     numbers = (decays, rates, keep, steps)
     _check_types(params, grads, moments, weights, numbers)

@@ -98,6 +98,11 @@ def task_conv2d_input(
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`task_conv2d`
+
+    Example:
+        >>> grad, weight = torch.randn(4, 5, 8, 28, 28), torch.randn(4, 8, 1, 3, 3)
+        >>> task_conv2d_input(grad, weight, (28, 28), padding=1).shape
+        torch.Size([4, 5, 1, 28, 28])
     """
     _check_tensors(grad=grad, weight=weight)
     size, stride, padding = pair(size, "size", 0), pair(stride, "stride", 1), pair(padding, "padding", 0)
@@ -129,6 +134,12 @@ def task_conv2d_weight(
 
     Raises:
         ValueError, TypeError, RuntimeError: as :func:`task_conv2d`
+
+    Example:
+        >>> x, grad = torch.randn(4, 5, 1, 28, 28), torch.randn(4, 5, 8, 28, 28)
+        >>> weight, bias = task_conv2d_weight(x, grad, 3, padding=1)
+        >>> weight.shape, bias.shape
+        (torch.Size([4, 8, 1, 3, 3]), torch.Size([4, 8]))
     """
     _check_tensors(x=x, grad=grad)
     kernel_size = pair(kernel_size, "kernel_size", 1)

@@ -8,6 +8,7 @@ from metakern.ops.lstm_step.state import LSTMState, pack_state, unpack_state
 from metakern.ops.mlp_inner_loop import mlp_inner_loop, mlp_meta_loss
 from metakern.ops.mlp_update_step import mlp_update_step
 from metakern.ops.task_conv2d import task_conv2d, task_conv2d_input, task_conv2d_weight
+from metakern.ops.task_norm_act_pool import task_norm_act_pool
 
 __all__ = [
     "LSTMState",
@@ -24,5 +25,6 @@ __all__ = [
     "task_conv2d",
     "task_conv2d_input",
     "task_conv2d_weight",
+    "task_norm_act_pool",
     "unpack_state",
 ]

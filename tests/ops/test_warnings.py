@@ -25,6 +25,7 @@ from metakern.ops import (
     task_conv2d,
     task_conv2d_input,
     task_conv2d_weight,
+    task_norm_act_pool,
 )
 from metakern.ops.core.registry import operators
 from metakern.ops.hrnn_step.reference import weight_shapes
@@ -82,6 +83,7 @@ CALLS: dict[str, Callable[[], Any]] = {
     "task_conv2d": lambda: task_conv2d(IMAGES, FILTERS),
     "task_conv2d_input": lambda: task_conv2d_input(SIZES, FILTERS, (4, 4)),
     "task_conv2d_weight": lambda: task_conv2d_weight(IMAGES, SIZES, (3, 3)),
+    "task_norm_act_pool": lambda: task_norm_act_pool(IMAGES),
 }
 
 

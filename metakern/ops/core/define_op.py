@@ -51,6 +51,7 @@ class Gradient:
         saves: names of the arguments and results whose values the formula reads
         shapes: names of arguments of which it reads only shapes and dtypes
         private: names of results for the formula only, hidden from callers
+        constant: with a formula: names of results that callers get without a gradient
         passes: with a backward operator: arguments whose gradient is that of a result, by the result's name
     """
 
@@ -59,6 +60,7 @@ class Gradient:
     saves: Sequence[str] = ()
     shapes: Sequence[str] = ()
     private: Sequence[str] = ()
+    constant: Sequence[str] = ()
     passes: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -99,6 +101,7 @@ class Operator:
             ("Gradient.saves", gradient.saves, names + results),
             ("Gradient.shapes", gradient.shapes, names),
             ("Gradient.private", gradient.private, results),
+            ("Gradient.constant", gradient.constant, results),
             ("constants", self.constants, names),
         ):
             schema.check_names(what, given, among)
@@ -110,6 +113,8 @@ class Operator:
         self.backward: BackwardOperator | None = None
         self.formula: Callable[[Backward], dict[str, Any]]
         if isinstance(by, Operator):
+            if gradient.constant:
+                raise ValueError(f"Gradient.constant of {self.name} needs a formula, not a backward operator")
             self.backward = BackwardOperator(schema, by, gradient.passes)
             self.formula = self.backward.formula
         else:
@@ -123,6 +128,7 @@ class Operator:
         self.dropped = places(schema.tensors, lambda name: name not in gradient.shapes or name in gradient.saves)
         self.private = places(schema.outputs, lambda name: name in gradient.private)
         self.public = places(schema.outputs, lambda name: name not in gradient.private)
+        self.constant = places(schema.outputs, lambda name: name in gradient.constant)
         #: Whether no result is private or a list, so that autograd can take the results unchanged.
         self.is_flat = not self.private and not any(place.is_list for place in schema.outputs)
 

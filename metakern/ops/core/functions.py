@@ -159,6 +159,7 @@ class _Recorded(torch.autograd.Function):
         if operator.saved_results:
             saved += flatten(results, operator.saved_results)
         ctx.save_for_backward(*saved)
+        ctx.mark_non_differentiable(*flatten(results, operator.constant))
         call.arguments = without_tensors(arguments, operator.dropped)
         call.results = without_tensors(results, operator.schema.outputs)
         return tuple(results if operator.is_flat else flatten(results, operator.public))
@@ -193,7 +194,7 @@ class _Transformed(torch.autograd.Function):
         put(inputs[1:], arguments, operator.schema.tensors, arguments)
         put(output, results, operator.schema.outputs, results)
         ctx.call = call
-        ctx.mark_non_differentiable(*flatten(results, operator.private))
+        ctx.mark_non_differentiable(*flatten(results, operator.private), *flatten(results, operator.constant))
         ctx.save_for_backward(*flatten(arguments, operator.read), *flatten(results, operator.saved_results))
 
     @staticmethod
@@ -236,6 +237,7 @@ def register(kernel: Kernel) -> None:
         ctx.save_for_backward(*flatten(inputs, operator.read), *flatten(results, operator.saved_results))
         ctx.call = Call(kernel, without_tensors(inputs, schema.tensors), _NOTHING)
         ctx.call.results = without_tensors(results, schema.outputs)
+        ctx.mark_non_differentiable(*flatten(results, operator.constant))
 
     def backward(ctx: Any, *grads: Any) -> tuple[Any, ...]:
         needs = ctx.needs_input_grad

@@ -15,6 +15,7 @@ from tests.conformance.ops.mlp_inner_loop import MlpInnerLoop, MlpMetaLoss
 from tests.conformance.ops.mlp_update_step import MlpUpdateStep
 from tests.conformance.ops.operators import Operator
 from tests.conformance.ops.task_conv2d import TaskConv2d, TaskConv2dInput, TaskConv2dWeight
+from tests.conformance.ops.task_norm_act_pool import TaskNormActPool
 
 ROWS: tuple[Operator, ...] = (
     LstmStep(),
@@ -27,6 +28,7 @@ ROWS: tuple[Operator, ...] = (
     TaskConv2d(),
     TaskConv2dInput(),
     TaskConv2dWeight(),
+    TaskNormActPool(),
 )
 
 

@@ -58,6 +58,17 @@ TOY = define_op(
     gradient=Gradient(gradients, of=("x", "weights"), saves=("weights", "mask", "shifted"), private=("shifted",)),
     reference=kernel,
 )
+
+# Twice x, and x + 1 as a constant.
+CONSTANT_SCHEMA = "constant_toy(Tensor x) -> (Tensor, Tensor)"
+LIBRARY.define(CONSTANT_SCHEMA)
+LIBRARY.impl("constant_toy", lambda x: (2 * x, x + 1), "CPU")
+CONSTANT_TOY = define_op(
+    CONSTANT_SCHEMA,
+    results=("scaled", "shifted"),
+    shapes=lambda a: (a.x.new_empty(a.x.shape), a.x.new_empty(a.x.shape)),
+    gradient=Gradient(lambda backward: {"x": 2 * backward.grads.scaled}, of=("x",), constant=("shifted",)),
+)
 N = 5
 
 
@@ -115,6 +126,23 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
     weights[1].requires_grad_()
     (found,) = torch.autograd.grad(total(call, x, weights, tuple(rest)), weights[1])
     assert_all_close([found], torch.autograd.grad(total(expected, x, weights, tuple(rest)), weights[1]))
+
+
+@pytest.mark.parametrize("transform", [None, grad, "compile"])
+def test_a_constant_result_has_no_gradient_however_it_is_used(transform: Any) -> None:
+    def both(x: Tensor) -> Tensor:
+        scaled, shifted = torch.ops.metakern.constant_toy(x) if transform == "compile" else call_it(x)
+        assert transform is grad or not shifted.requires_grad
+        return scaled.sin().sum() + shifted.square().sum()
+
+    call_it = CONSTANT_TOY.kernel("compiled")
+    x = drawn(N)
+    if transform is grad:
+        found = grad(both)(x)
+    else:
+        function = torch.compile(both, backend="aot_eager", fullgraph=True) if transform == "compile" else both
+        (found,) = torch.autograd.grad(function(x.requires_grad_()), x)
+    assert_close("gradient", found, 2 * (2 * x).cos(), 1e-12)
 
 
 @pytest.mark.parametrize("transform", [grad, jacrev])
@@ -244,6 +272,14 @@ def test_a_gradient_that_is_not_provided_is_refused_not_silently_zero(way: str) 
         ({"gradient": Gradient(gradients, of=("x",), saves=("y",))}, "Gradient.saves of toy must be among"),
         ({"gradient": Gradient(gradients, of=("x",), shapes=("scale",))}, "Gradient.shapes of toy must be among"),
         ({"gradient": Gradient(gradients, of=("x",), private=("x",))}, "Gradient.private of toy must be among scaled"),
+        (
+            {"gradient": Gradient(gradients, of=("x",), constant=("x",))},
+            "Gradient.constant of toy must be among scaled",
+        ),
+        (
+            {"gradient": Gradient(TOY_BACKWARD, of=("x",), constant=("shifted",))},
+            "Gradient.constant of toy needs a formula, not a backward operator",
+        ),
         ({"constants": ("number",)}, "constants of toy must be among"),
         ({"results": ("scaled",)}, "results must name as many tensors, got"),
     ],

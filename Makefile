@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters optimizers paper paper-times paper-curves ptxas gpu-check sanitize wheel check-wheel clean
+.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters few-shot optimizers paper paper-times paper-curves ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
@@ -16,6 +16,7 @@ help:
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make bench-avx2  the same with the kernels for AVX2"
 	@echo "make clusters  train with and without clusters, five seeds, and compare (two hours of two cores; goes on where it was stopped)"
+	@echo "make few-shot  Meta-LSTM and the LSTM rule in the inner loop, against MAML, Meta-SGD and ANIL (half an hour of one core; goes on where it was stopped)"
 	@echo "make optimizers  the shipped optimizer \"general\" against tuned baselines on tasks that it has never seen (hours of two cores; goes on where it was stopped)"
 	@echo "make paper     the experiment of arXiv 2110.14459: times on every instruction set, curves, table and figure (45 minutes)"
 	@echo "make paper-times, make paper-curves  its parts; curves go on where they were stopped"
@@ -24,7 +25,7 @@ help:
 	@echo "make sanitize  run the kernels' tests under AddressSanitizer and UBSan"
 	@echo "make wheel     build a source distribution and a wheel into dist/"
 	@echo "make check-wheel  build them, install the wheel into an empty folder, import it"
-	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs, build/clusters, build/optimizers and build/paper stay"
+	@echo "make clean     remove what was built, and the demo's runs; .venv, other runs, build/clusters, build/few_shot, build/optimizers and build/paper stay"
 
 $(VENV)/installed: requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "metakern needs Python 3.11 or newer; set PYTHON=..."; exit 1; }
@@ -86,6 +87,9 @@ bench-avx2:
 clusters: $(VENV)/built
 	$(BIN)/python -m bench.clusters --workers $(WORKERS)
 
+few-shot: $(VENV)/built
+	OMP_NUM_THREADS=1 $(BIN)/python -m bench.few_shot --workers $(WORKERS)
+
 optimizers: $(VENV)/built
 	$(BIN)/python -m bench.optimizers
 
@@ -129,4 +133,4 @@ check-wheel: $(VENV)/built
 	@echo "the wheel works"
 
 clean:
-	rm -rf $(filter-out build/clusters build/optimizers build/paper,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built
+	rm -rf $(filter-out build/clusters build/few_shot build/optimizers build/paper,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built

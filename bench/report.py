@@ -14,6 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_budget
+from bench.few_shot.tables import few_shot_lines
 from bench.paper.tables import paper_lines
 from bench.step_tables import evolution_lines, hrnn_lines, mlp_update_lines, rules_lines
 from bench.targets import measured
@@ -351,6 +352,7 @@ TABLES = {
     "mlp_inner_loop": render_inner_loop,
     "sinusoid": render_sinusoid,
     "clusters": render_clusters,
+    "few_shot": render_lines(few_shot_lines),
     "optimizee_groups": render_optimizee_groups,
     "paper": render_lines(paper_lines),
     "gpu": render_gpu,

@@ -85,6 +85,7 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
     if settings.anil:
         parameters = [name for name, _ in model.named_parameters()][-1].rpartition(".")[0] + ".*"
     loss: Callable[..., Tensor] = F.mse_loss if settings.tasks in REGRESSION else F.cross_entropy
+    rule = _make_rule(settings, model, parameters)
     learner = MAMLLearner(
         model,
         loss=loss,
@@ -94,11 +95,11 @@ def make_learner(settings: Any, tasks: TaskDistribution) -> MAMLLearner | Cluste
         rates=settings.rates.replace("-", "_"),
         first_order=settings.first_order,
         parameters=parameters,
-        rule=_make_rule(settings, model, parameters),
+        rule=rule,
     )
     if settings.clusters == "0":
         return learner
-    if hasattr(learner, "rule") and learner.rule.initialisation() is not None:
+    if rule is not None and rule.initialisation() is not None:
         raise ValueError(
             f"clusters look at tasks from the model's own parameters, which rule {settings.rule} does not train, as it "
             f"learns others to start from: rule {settings.rule.removesuffix('-with-start')} learns the model's"

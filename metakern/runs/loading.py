@@ -53,7 +53,8 @@ class LoadedRun:
         """
         if self.command != "optimizer":
             raise AttributeError(f"{self.folder} is a run of `metakern train {self.command}` and has no rule")
-        return rule_of(self.learner)
+        rule: Rule = rule_of(self.learner)
+        return rule
 
 
 def load(folder: str | Path, *, device: str | torch.device = "cpu", data: str | None = None) -> LoadedRun:

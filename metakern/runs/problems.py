@@ -216,10 +216,9 @@ def make_rule_learner(settings: Any, backend: str | None = None) -> RuleLearner:
     return ScaledRuleLearner(rule, number, label=label, rate=setting(settings, "scale_rate"), **options)
 
 
-def rule_of(learner: RuleLearner) -> Rule:
+def rule_of(learner: RuleLearner) -> Any:
     """The rule that a learner trains, without the factors of clusters."""
-    rule: Rule = learner.shared if isinstance(learner, ScaledRuleLearner) else learner.rule
-    return rule
+    return learner.shared if isinstance(learner, ScaledRuleLearner) else learner.rule
 
 
 #: File with a run's training problem, its losses, and the factors of its updates.

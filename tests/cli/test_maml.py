@@ -286,9 +286,9 @@ def test_batches_by_cluster_train_one_learner(tmp_path):
         ("--rates learned", "rates must be one of fixed, lslr, meta-sgd, got 'learned'"),
         ("--rule lion", "rule must be one of adam, coordinatewise-lstm,"),
         ("--rule adam --rates lslr", "rates must be left out where rule is given, which has its own, got 'lslr'"),
-        ("--rule adam --rule-options lr=1", "rule_options must leave lr out, which inner_lr decides, got 'lr=1'"),
-        ("--rule lslr --rule-options steps=1", "rule_options must leave steps out, which steps decides, got 'steps=1'"),
-        ("--rule adam --rule-options layers=1", "rule_options of rule adam are lr, beta1, beta2, eps, got 'layers=1'"),
+        ("--rule adam --rule-options lr=1", "rule_options must leave out lr, which is inner_lr, a setting"),
+        ("--rule lslr --rule-options steps=1", "rule_options must leave out steps, which is steps, a setting"),
+        ("--rule adam --rule-options layers=1", "options of rule 'adam' are lr, beta1, beta2, eps; got 'layers'"),
         ("--rule adam --rule-options lr", "rule_options must be name=value,name=value with each name once, got 'lr'"),
         (
             "--rule meta-lstm-with-start --clusters 2",

@@ -170,26 +170,54 @@ PlainGradients lstm_step_with_gates_backward(const Tensor& grad_new_params, cons
 
 // ------------------------------------------------------------------------------------------------ with any stages
 
-std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params_, const Tensor& grads_, const Tensor& state_,
-                                                    const Tensor& stage_state_, const Tensor& coordinate_inputs_,
-                                                    const std::vector<Tensor>& weights, int64_t features, int64_t head,
-                                                    double features_scale, double beta1, double beta2,
-                                                    double head_scale, int64_t precision) {
-  check_like(grads_, "grads", params_, "params");
-  const LstmStepProblem p = cpu_problem(
-      params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
-  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
+LstmStepProblem staged_problem(const Tensor& params, const Tensor& grads, const Tensor& state,
+                               const Tensor& stage_state, const Tensor& coordinate_inputs,
+                               const std::vector<Tensor>& weights, const LstmStepOptions& options,
+                               int64_t copies = shared) {
+  check_like(grads, "grads", params, "params");
+  const LstmStepProblem p = cpu_problem(params, state, weights, options, "params", copies);
+  check_stage_tensors(p, params, stage_state, coordinate_inputs);
+  return p;
+}
+
+std::tuple<Tensor, Tensor, Tensor> staged_step(const LstmStepProblem& p, const Tensor& params_, const Tensor& grads_,
+                                               const Tensor& state_, const Tensor& stage_state_,
+                                               const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights,
+                                               LstmStepForward args) {
   const Tensor params = as_contiguous(params_), grads = as_contiguous(grads_), state = as_contiguous(state_);
   const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
   Tensor new_params = torch::stable::new_empty(params, params.sizes());
   Tensor new_state = empty_result(state);
   Tensor new_stage_state = torch::stable::new_empty(stage_state, stage_state.sizes());
-  LstmStepForward args{};
   args.stage_state = stage_state.const_data_ptr();
   args.coordinate_inputs = coordinate_inputs.const_data_ptr();
   args.new_stage_state = new_stage_state.mutable_data_ptr();
   step_into(p, weights, params, grads, state, new_params, new_state, args);
   return {new_params, new_state, new_stage_state};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lstm_step_staged(const Tensor& params, const Tensor& grads, const Tensor& state,
+                                                    const Tensor& stage_state, const Tensor& coordinate_inputs,
+                                                    const std::vector<Tensor>& weights, int64_t features, int64_t head,
+                                                    double features_scale, double beta1, double beta2,
+                                                    double head_scale, int64_t precision) {
+  const auto p = staged_problem(params, grads, state, stage_state, coordinate_inputs, weights,
+                                {features, head, features_scale, beta1, beta2, head_scale, precision});
+  return staged_step(p, params, grads, state, stage_state, coordinate_inputs, weights, {});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> lstm_step_staged_with_gates(
+    const Tensor& params, const Tensor& grads, const Tensor& state, const Tensor& stage_state,
+    const Tensor& coordinate_inputs, const std::vector<Tensor>& weights, int64_t features, int64_t head,
+    double features_scale, double beta1, double beta2, double head_scale, int64_t precision) {
+  const auto p = staged_problem(params, grads, state, stage_state, coordinate_inputs, weights,
+                                {features, head, features_scale, beta1, beta2, head_scale, precision});
+  Tensor gates = empty_gates(p, state);
+  LstmStepForward args{};
+  args.gates = gates.mutable_data_ptr();
+  const auto [new_params, new_state, new_stage_state] =
+      staged_step(p, params, grads, state, stage_state, coordinate_inputs, weights, args);
+  return {new_params, new_state, new_stage_state, gates};
 }
 
 // Every weight has one more axis in front, of C copies; each of C equal runs of whole tiles has its own copy.
@@ -198,12 +226,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_step_stacked(const Tensor& params_, cons
                                                      const std::vector<Tensor>& weights, int64_t features, int64_t head,
                                                      double features_scale, double beta1, double beta2,
                                                      double head_scale, int64_t precision) {
-  check_like(grads_, "grads", params_, "params");
   const int64_t copies = weights.empty() || weights[0].dim() == 0 ? 1 : weights[0].size(0);
-  const LstmStepProblem p =
-      cpu_problem(params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision},
-                  "params", copies);
-  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
+  const auto p = staged_problem(params_, grads_, state_, stage_state_, coordinate_inputs_, weights,
+                                {features, head, features_scale, beta1, beta2, head_scale, precision}, copies);
   check_value(copies > 0 && p.num_coordinates % (copies * tile_lanes) == 0,
               "params must hold the same number of coordinates for each of ", copies,
               " copies of the weights, a multiple of ", tile_lanes, ", got ", p.num_coordinates, " in all");
@@ -238,10 +263,8 @@ void lstm_step_staged_(Tensor params, const Tensor& grads_, Tensor state, Tensor
                        const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights, int64_t features,
                        int64_t head, double features_scale, double beta1, double beta2, double head_scale,
                        int64_t precision) {
-  check_like(grads_, "grads", params, "params");
-  const LstmStepProblem p = cpu_problem(
-      params, state, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
-  check_stage_tensors(p, params, stage_state, coordinate_inputs_);
+  const auto p = staged_problem(params, grads_, state, stage_state, coordinate_inputs_, weights,
+                                {features, head, features_scale, beta1, beta2, head_scale, precision});
   const Tensor grads = as_contiguous(grads_), coordinate_inputs = as_contiguous(coordinate_inputs_);
   check_stages_in_place(params, grads, state, stage_state, coordinate_inputs);
   LstmStepForward args{};
@@ -251,22 +274,24 @@ void lstm_step_staged_(Tensor params, const Tensor& grads_, Tensor state, Tensor
   step_into(p, weights, params, grads, state, params, state, args);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_step_staged_backward(
-    const Tensor& grad_new_params_, const Tensor& grad_new_state_, const Tensor& grad_new_stage_state_,
-    const Tensor& params_, const Tensor& grads_, const Tensor& state_, const Tensor& stage_state_,
-    const Tensor& coordinate_inputs_, const std::vector<Tensor>& weights, int64_t features, int64_t head,
-    double features_scale, double beta1, double beta2, double head_scale, int64_t precision) {
-  check_like(grads_, "grads", params_, "params");
-  const LstmStepProblem p = cpu_problem(
-      params_, state_, weights, {features, head, features_scale, beta1, beta2, head_scale, precision}, "params");
-  check_stage_tensors(p, params_, stage_state_, coordinate_inputs_);
+using StagedGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>>;
+
+// `gates` as forward kept them, null to recompute them.
+StagedGradients staged_backward(const Tensor& grad_new_params_, const Tensor& grad_new_state_,
+                                const Tensor& grad_new_stage_state_, const Tensor& params_, const Tensor& grads_,
+                                const Tensor& state_, const Tensor& stage_state_, const Tensor& coordinate_inputs_,
+                                const Tensor* gates_, const std::vector<Tensor>& weights,
+                                const LstmStepOptions& options) {
+  const auto p = staged_problem(params_, grads_, state_, stage_state_, coordinate_inputs_, weights, options);
   check_like(grad_new_params_, "grad_new_params", params_, "params");
   check_like(grad_new_state_, "grad_new_state", state_, "state");
   check_like(grad_new_stage_state_, "grad_new_stage_state", stage_state_, "stage_state");
+  if (gates_ != nullptr) check_gates(p, *gates_, state_);
   const Tensor grad_new_params = as_contiguous(grad_new_params_), grad_new_state = as_contiguous(grad_new_state_);
   const Tensor grad_new_stage_state = as_contiguous(grad_new_stage_state_), params = as_contiguous(params_);
   const Tensor grads = as_contiguous(grads_), state = as_contiguous(state_);
   const Tensor stage_state = as_contiguous(stage_state_), coordinate_inputs = as_contiguous(coordinate_inputs_);
+  const Tensor gates = gates_ == nullptr ? state : as_contiguous(*gates_);
   Tensor grad_params = torch::stable::new_empty(params, params.sizes());
   Tensor grad_grads = torch::stable::new_empty(grads, grads.sizes());
   Tensor grad_state = empty_result(state);
@@ -286,8 +311,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, std::vector<Tensor>> lstm_ste
   args.grad_params = grad_params.mutable_data_ptr();
   args.grad_stage_state = grad_stage_state.mutable_data_ptr();
   args.grad_coordinate_inputs = grad_coordinate_inputs.mutable_data_ptr();
+  if (gates_ != nullptr) args.gates = gates.const_data_ptr();
   const auto grad_weights = run_backward(p, weights, args);
   return {grad_params, grad_grads, grad_state, grad_stage_state, grad_coordinate_inputs, grad_weights};
+}
+
+StagedGradients lstm_step_staged_backward(const Tensor& grad_new_params, const Tensor& grad_new_state,
+                                          const Tensor& grad_new_stage_state, const Tensor& params, const Tensor& grads,
+                                          const Tensor& state, const Tensor& stage_state,
+                                          const Tensor& coordinate_inputs, const std::vector<Tensor>& weights,
+                                          int64_t features, int64_t head, double features_scale, double beta1,
+                                          double beta2, double head_scale, int64_t precision) {
+  return staged_backward(grad_new_params, grad_new_state, grad_new_stage_state, params, grads, state, stage_state,
+                         coordinate_inputs, nullptr, weights,
+                         {features, head, features_scale, beta1, beta2, head_scale, precision});
+}
+
+StagedGradients lstm_step_staged_with_gates_backward(const Tensor& grad_new_params, const Tensor& grad_new_state,
+                                                     const Tensor& grad_new_stage_state, const Tensor& params,
+                                                     const Tensor& grads, const Tensor& state,
+                                                     const Tensor& stage_state, const Tensor& coordinate_inputs,
+                                                     const Tensor& gates, const std::vector<Tensor>& weights,
+                                                     int64_t features, int64_t head, double features_scale,
+                                                     double beta1, double beta2, double head_scale, int64_t precision) {
+  return staged_backward(grad_new_params, grad_new_state, grad_new_stage_state, params, grads, state, stage_state,
+                         coordinate_inputs, &gates, weights,
+                         {features, head, features_scale, beta1, beta2, head_scale, precision});
 }
 
 }  // namespace
@@ -302,6 +351,8 @@ STABLE_TORCH_LIBRARY_IMPL(metakern, CPU, m) {
   m.impl("lstm_step_stacked", TORCH_BOX(&lstm_step_stacked));
   m.impl("lstm_step_staged_", TORCH_BOX(&lstm_step_staged_));
   m.impl("lstm_step_staged_backward", TORCH_BOX(&lstm_step_staged_backward));
+  m.impl("lstm_step_staged_with_gates", TORCH_BOX(&lstm_step_staged_with_gates));
+  m.impl("lstm_step_staged_with_gates_backward", TORCH_BOX(&lstm_step_staged_with_gates_backward));
 }
 
 }  // namespace metakern

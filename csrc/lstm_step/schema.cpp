@@ -51,4 +51,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(metakern, m) {
       "Tensor params, Tensor grads, Tensor state, Tensor stage_state, Tensor coordinate_inputs, Tensor[] weights, "
       "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision) -> "
       "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])");
+  m.def(
+      "lstm_step_staged_with_gates(Tensor params, Tensor grads, Tensor state, Tensor stage_state, "
+      "Tensor coordinate_inputs, Tensor[] weights, int features, int head, float features_scale, float beta1, "
+      "float beta2, float head_scale, int precision) -> (Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "lstm_step_staged_with_gates_backward(Tensor grad_new_params, Tensor grad_new_state, "
+      "Tensor grad_new_stage_state, Tensor params, Tensor grads, Tensor state, Tensor stage_state, "
+      "Tensor coordinate_inputs, Tensor gates, Tensor[] weights, int features, int head, float features_scale, "
+      "float beta1, float beta2, float head_scale, int precision) -> (Tensor, Tensor, Tensor, Tensor, Tensor, "
+      "Tensor[])");
 }

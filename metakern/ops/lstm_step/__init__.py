@@ -17,7 +17,7 @@ from metakern.ops.core.checks import check_dense, check_dtype, check_like, check
 from metakern.ops.core.define_op import Kernel, Operator
 from metakern.ops.core.devices import without_autocast
 from metakern.ops.lstm_step import reference
-from metakern.ops.lstm_step.autograd import keeps_gates, step, step_, step_backward, step_with_gates
+from metakern.ops.lstm_step.autograd import call_keeping_gates, step, step_, step_backward, step_with_gates
 from metakern.ops.lstm_step.state import (
     LAYOUT,
     LSTMState,
@@ -96,10 +96,7 @@ def lstm_step(
     if kernel is None:
         return _reference_step(params, grads, state, weights, preprocess, preprocess_scale, output_scale)
     arguments = (params, grads, state.data, weights, *options)
-    is_recorded = keeps_gates(kernel, state.data) and kernel.operator.is_recorded(arguments)
-    if is_recorded:
-        kernel = step_with_gates.kernel(kernel.implementation)
-    new_params, new_state = kernel.call(arguments, is_recorded=is_recorded or None)
+    new_params, new_state = call_keeping_gates(kernel, step_with_gates, state.data, arguments)
     return new_params, LSTMState(new_state, state.num_coordinates)
 
 

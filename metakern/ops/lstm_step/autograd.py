@@ -14,7 +14,7 @@ from torch import Tensor
 
 from metakern.core.torch_private import forward_mode_is_active, func_is_active
 from metakern.ops.core.batching import Batch, looped
-from metakern.ops.core.define_op import Gradient, Kernel, define_op
+from metakern.ops.core.define_op import Gradient, Kernel, Operator, define_op
 from metakern.ops.lstm_step import reference
 from metakern.ops.lstm_step.state import tiles
 
@@ -38,11 +38,28 @@ def empty_gates(state: Tensor) -> Tensor:
     return state.new_empty(count, layers, 5, hidden, lanes)
 
 
-def keeps_gates(kernel: Kernel, state: Tensor) -> bool:
-    """Whether forward keeps its gates for backward, if a gradient is wanted: on the CPU, up to :data:`MAX_GATES`.
+def call_keeping_gates(
+    kernel: Kernel, with_gates: Operator, state: Tensor, arguments: tuple[Any, ...]
+) -> tuple[Any, ...]:
+    """The results of ``kernel``, by the operator that keeps gates for backward where autograd records and it pays.
 
-    torch.compile and torch.func get the operator without gates. The results have the same bits.
+    That is on the CPU, up to :data:`MAX_GATES`. torch.compile and torch.func get the operator without gates. The
+    results have the same bits.
+
+    Args:
+        kernel: of the operator without gates
+        with_gates: the operator of the same arguments whose last result, a private one, are the gates
+        state: the LSTM's packed state
+        arguments: the operators'
     """
+    is_recorded = _may_keep_gates(kernel, state) and kernel.operator.is_recorded(arguments)
+    if is_recorded:
+        kernel = with_gates.kernel(kernel.implementation)
+    results: tuple[Any, ...] = kernel.call(arguments, is_recorded=is_recorded or None)
+    return results
+
+
+def _may_keep_gates(kernel: Kernel, state: Tensor) -> bool:
     if kernel.implementation != "compiled" or state.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     return (

@@ -40,6 +40,7 @@ from metakern.ops.lstm_step import (
     overlap,
     reference,
 )
+from metakern.ops.lstm_step.autograd import call_keeping_gates, empty_gates
 from metakern.ops.lstm_step.state import (
     TILE_LANES,
     LSTMState,
@@ -52,7 +53,8 @@ from metakern.ops.lstm_step.state import (
 )
 
 _INPUTS = "Tensor coordinate_inputs, Tensor[] weights"
-TENSORS = f"Tensor params, Tensor grads, Tensor state, Tensor stage_state, {_INPUTS}"
+_COORDINATES = "Tensor params, Tensor grads, Tensor state, Tensor stage_state"
+TENSORS = f"{_COORDINATES}, {_INPUTS}"
 OPTIONS = "int features, int head, float features_scale, float beta1, float beta2, float head_scale, int precision"
 
 #: Pairs of stages with compiled kernels: those of lstm_step, RNNProp and Meta-LSTM.
@@ -60,34 +62,67 @@ COMPILED = frozenset(
     {*((name, "add") for name in reference.PREPROCESS), ("moments", "tanh"), ("log_sign_with_loss", "gates")}
 )
 
+_FEATURES_INDEX, _HEADS_INDEX = (
+    {name: index for index, name in enumerate(stages)} for stages in (reference.FEATURES, reference.HEADS)
+)
+
 #: On a GPU the CUDA kernels of lstm_step take the stages, as the structs of csrc/math that the CPU kernels take too. In
 #: Triton every stage would be written again, in Python.
 BACKENDS = ("cpp", "cuda")
 
 
-step_backward = define_op(
-    "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
-    f"{TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    results=("grad_params", "grad_grads", "grad_state", "grad_stage_state", "grad_coordinate_inputs", "grad_weights"),
-    shapes=lambda a: (
+_GRADIENTS: dict[str, Any] = {
+    "results": (
+        "grad_params",
+        "grad_grads",
+        "grad_state",
+        "grad_stage_state",
+        "grad_coordinate_inputs",
+        "grad_weights",
+    ),
+    "shapes": lambda a: (
         *(x.new_empty(x.shape) for x in (a.params, a.grads, a.state, a.stage_state, a.coordinate_inputs)),
         [w.new_empty(w.shape) for w in a.weights],
     ),
-    family="lstm_step_staged",
+    "family": "lstm_step_staged",
+}
+_ALL = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
+
+
+def _new_shapes(a: Any) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state))
+
+
+step_backward = define_op(
+    "lstm_step_staged_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
+    f"{TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     backends=BACKENDS,
+    **_GRADIENTS,
 )
 
 step = define_op(
     f"lstm_step_staged({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor)",
     results=("new_params", "new_state", "new_stage_state"),
-    shapes=lambda a: tuple(x.new_empty(x.shape) for x in (a.params, a.state, a.stage_state)),
-    gradient=Gradient(
-        step_backward,
-        of=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
-        saves=("params", "grads", "state", "stage_state", "coordinate_inputs", "weights"),
-    ),
+    shapes=_new_shapes,
+    gradient=Gradient(step_backward, of=_ALL, saves=_ALL),  # recomputes the gates from the incoming state
     reference=reference.staged_step,
     backends=BACKENDS,
+)
+
+step_with_gates_backward = define_op(
+    "lstm_step_staged_with_gates_backward(Tensor grad_new_params, Tensor grad_new_state, Tensor grad_new_stage_state, "
+    f"{_COORDINATES}, Tensor coordinate_inputs, Tensor gates, Tensor[] weights, {OPTIONS}) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    **_GRADIENTS,
+)
+
+#: :data:`step` that also returns what backward would recompute; see lstm_step's of this name.
+step_with_gates = define_op(
+    f"lstm_step_staged_with_gates({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    results=("new_params", "new_state", "new_stage_state", "gates"),
+    shapes=lambda a: (*_new_shapes(a), empty_gates(a.state)),
+    gradient=Gradient(step_with_gates_backward, of=_ALL, saves=(*_ALL, "gates"), private=("gates",)),
+    family="lstm_step_staged",
 )
 
 step_ = define_op(
@@ -119,7 +154,8 @@ def lstm_step_staged(
     """One step of a learned optimizer with LSTM cells and the given stages. Differentiable once.
 
     The kernels, for CPUs and in CUDA C++ for GPUs, are those of :func:`metakern.ops.lstm_step`, compiled with the
-    stages of RNNProp and of Meta-LSTM; other pairs run by the reference.
+    stages of RNNProp and of Meta-LSTM; other pairs run by the reference. What forward keeps for backward is that of
+    :func:`metakern.ops.lstm_step`, too.
 
     Args:
         params: θ, N coordinates in any shape; float32, bfloat16, float16 or float64.
@@ -165,7 +201,7 @@ def lstm_step_staged(
     kernel = call.chosen(step, backend)
     if kernel is None:
         return call.by_reference()
-    new_params, new_state, new_stage_state = kernel.call(call.arguments())
+    new_params, new_state, new_stage_state = call_keeping_gates(kernel, step_with_gates, state.data, call.arguments())
     return new_params, LSTMState(new_state, state.num_coordinates), new_stage_state
 
 
@@ -240,9 +276,9 @@ class _Call:
         dtype = torch.float64 if params.dtype == torch.float64 else torch.float32
         n = params.numel()
         if stage_state is None:
-            stage_state = params.new_zeros(tiles(n), 0, TILE_LANES, dtype=dtype)
+            stage_state = params.new_empty(tiles(n), 0, TILE_LANES, dtype=dtype)
         if coordinate_inputs is None:
-            coordinate_inputs = params.new_zeros(0, n, dtype=dtype)
+            coordinate_inputs = params.new_empty(0, n, dtype=dtype)
         self.params, self.grads, self.state, self.weights = params, grads, state, weights
         self.stage_state, self.coordinate_inputs = stage_state, coordinate_inputs
         self.names = features, head
@@ -272,7 +308,7 @@ class _Call:
         features, head = self.names
         return (
             *(self.params, self.grads, self.state.data, self.stage_state, self.coordinate_inputs, self.weights),
-            *(list(reference.FEATURES).index(features), list(reference.HEADS).index(head)),
+            *(_FEATURES_INDEX[features], _HEADS_INDEX[head]),
             *(*map(float, self.scalars), PRECISION_INDEX[self.precision]),
         )
 

@@ -5,6 +5,7 @@ Axis legend: N coordinates, H hidden units, L layers, E rows of the stages' own 
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -60,7 +61,7 @@ class LstmStepStaged(Operator):
     differentiable = ("params", "grads", "state", "stage_state", "coordinate_inputs", "weights")
     tolerates = (("type", "stage_state"), ("type", "coordinate_inputs"))  # None: the stages keep and read nothing
     operators = ("lstm_step_staged", "lstm_step_staged_", "lstm_step_staged_backward")
-    cpu_operators = ("lstm_step_stacked",)
+    cpu_operators = ("lstm_step_stacked", "lstm_step_staged_with_gates", "lstm_step_staged_with_gates_backward")
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
         return kind in KINDS
@@ -157,12 +158,23 @@ class LstmStepStaged(Operator):
             *tensors, weights = raw_inputs(staged)
             return [*tensors, self.copied(weights, 2), *staged.options()]
         staged = make_staged(36, "log_sign_with_loss", "gates", hidden=5)
-        arguments = [*raw_inputs(staged), *staged.options()]
+        *tensors, weights = raw_inputs(staged)
+        options = [weights, *staged.options()]
         if not operator.endswith("backward"):
-            return arguments
+            return [*tensors, *options]
         grads = [staged.cotangents[0], pack_state(*staged.cotangents[1:3]).data, pack_rows(staged.cotangents[3])]
-        return [*grads, *arguments]
+        kept = []
+        if operator == "lstm_step_staged_with_gates_backward":
+            kept = [torch.ops.metakern.lstm_step_staged_with_gates(*tensors, *options)[-1]]
+        return [*grads, *tensors, *kept, *options]
 
     def opchecks(self) -> Iterable[tuple[str, str, Callable[[], tuple[Any, ...]]]]:
+        def arguments(name: str) -> tuple[Any, ...]:
+            *tensors, weights = (x for x in self.raw(name) if isinstance(x, (Tensor, list)))
+            if name == "lstm_step_staged_with_gates":
+                leaves = [x.clone().requires_grad_() for x in (*tensors, *weights)]
+                tensors, weights = leaves[: len(tensors)], leaves[len(tensors) :]
+            return (*tensors, weights, *(x for x in self.raw(name) if not isinstance(x, (Tensor, list))))
+
         for name in (*self.operators, *self.cpu_operators):
-            yield name, name, lambda name=name: tuple(self.raw(name))
+            yield name, name, functools.partial(arguments, name)

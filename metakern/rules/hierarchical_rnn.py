@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern.core.backend import check_backend
@@ -267,7 +268,10 @@ class HierarchicalRNN(PretrainedRule):
         *,
         loss: Tensor | None = None,
     ) -> tuple[tuple[Params, ...], tuple[RuleState, ...]]:
-        """See :meth:`metakern.rules.Rule.step_groups`; the tensor and global levels of all groups are one launch."""
+        """See :meth:`metakern.rules.Rule.step_groups`; the tensor and global levels of all groups are one launch.
+
+        With copies of the weights, all groups must have coordinates, of one dtype on one device.
+        """
         del loss
         groups = [_Group.of(self, *of_group) for of_group in zip(params, grads, states, strict=True)]
         active = [group for group in groups if group.active]
@@ -283,30 +287,33 @@ class HierarchicalRNN(PretrainedRule):
         """Step every group's coordinates, then the tensors' states and the global states of all of them."""
         tensors = [group.of_entries("tensor") for group in groups]
         of_all = [group.of_problem() for group in groups]
-        several = len(groups) > 1
-
-        def joined(xs: Sequence[Tensor]) -> Tensor:  # [M, T, ...], of several groups [rows, ...]
-            return torch.cat([x.flatten(0, 1) for x in xs]) if several else xs[0]
-
-        def parted(x: Tensor) -> list[Tensor]:  # the inverse
-            rows = x.split([like.shape[0] * like.shape[1] for like in tensors]) if several else [x]
-            return [row.view(*like.shape[:2], row.shape[-1]) for row, like in zip(rows, tensors, strict=True)]
-
+        levels = (_Rows if self.copies is None else _Columns)(tensors)
         problems = [len(x) for x in of_all]
-        flat, shared = joined(tensors), _joined(of_all)
+        flat, shared = levels.joined(tensors), _joined(of_all)
         own: Tensor = self.parameter_gru.biases().to(groups[0].dtype)
         upper = (self.global_to_parameter(shared) + own).split(problems)
-        lower = parted(self.tensor_to_parameter(flat))
-        weights = [w.to(groups[0].dtype) for w in self.weights()]
-        operator = hrnn_step if self.copies is None else hrnn_step_stacked
-        step = functools.partial(operator, weights=weights, backend=self.backend)
-        steps = [group.step(step, x + y) for group, x, y in zip(groups, lower, upper, strict=True)]
+        lower = levels.parted(self.tensor_to_parameter(flat))
+        steps = [
+            group.step(operator, x + y)
+            for group, operator, x, y in zip(
+                groups, self._operators(groups[0].dtype, problems), upper, lower, strict=True
+            )
+        ]
         to_tensors = self.global_to_tensor(shared).split(problems)
-        spread = joined([x.expand(len(of), *x.shape) for x, of in zip(to_tensors, tensors, strict=True)])
-        new_tensors = parted(self.tensor_gru(joined([result.means[..., :-1] for result in steps]), flat, spread))
+        spread = levels.joined([x.expand(len(of), *x.shape) for x, of in zip(to_tensors, tensors, strict=True)])
+        means = levels.joined([result.means[..., :-1] for result in steps])
+        new_tensors = levels.parted(self.tensor_gru(means, flat, spread))
         new_all: Tensor = self.global_gru(_joined([x.mean(0) for x in new_tensors]), shared)
         for group, result, tensor, x in zip(groups, steps, new_tensors, new_all.split(problems), strict=True):
             group.take(result, tensor, x)
+
+    def _operators(self, dtype: torch.dtype, problems: Sequence[int]) -> list[Callable[..., Step]]:
+        """:func:`metakern.ops.hrnn_step` for every group of this number of problems, with its weights."""
+        weights = [w.to(dtype) for w in self.weights()]
+        if self.copies is None:
+            return [functools.partial(hrnn_step, weights=weights, backend=self.backend)] * len(problems)
+        of_groups = zip(*(w.split(list(problems)) for w in weights), strict=True)
+        return [functools.partial(hrnn_step_stacked, weights=list(own), backend=self.backend) for own in of_groups]
 
     def weights(self) -> list[Tensor]:
         """The weights of :func:`metakern.ops.hrnn_step`, in order."""
@@ -412,6 +419,39 @@ class _Group:
         old_global = self.state.shared["global"]
         shared = {"global": of_all.reshape(old_global.shape).to(old_global.dtype)}
         self.new_state = RuleState(tuple(per_tensor), shared, self.state.tasks)
+
+
+class _Rows:
+    """The tensors of several groups, [M, T, ...] each, as one [rows, ...]; those of one group as they are."""
+
+    def __init__(self, groups: Sequence[Tensor]) -> None:
+        self.sizes = [x.shape[:2] for x in groups]
+
+    def joined(self, xs: Sequence[Tensor]) -> Tensor:
+        """One tensor of all groups."""
+        return xs[0] if len(xs) == 1 else torch.cat([x.flatten(0, 1) for x in xs])
+
+    def parted(self, x: Tensor) -> list[Tensor]:
+        """The inverse."""
+        rows = x.split([math.prod(size) for size in self.sizes]) if len(self.sizes) > 1 else [x]
+        return [row.view(*size, row.shape[-1]) for row, size in zip(rows, self.sizes, strict=True)]
+
+
+class _Columns:
+    """The same as [most M, all T, ...], so that every task meets weights of its own; zeros stand where M is less."""
+
+    def __init__(self, groups: Sequence[Tensor]) -> None:
+        self.counts, self.tasks = [len(x) for x in groups], [x.shape[1] for x in groups]
+
+    def joined(self, xs: Sequence[Tensor]) -> Tensor:
+        """One tensor of all groups."""
+        most = max(self.counts)
+        padded = [x if len(x) == most else F.pad(x, (0, 0) * (x.dim() - 1) + (0, most - len(x))) for x in xs]
+        return padded[0] if len(padded) == 1 else torch.cat(padded, 1)
+
+    def parted(self, x: Tensor) -> list[Tensor]:
+        """The inverse."""
+        return [column[:count] for column, count in zip(x.split(self.tasks, 1), self.counts, strict=True)]
 
 
 def _joined(rows: Sequence[Tensor]) -> Tensor:

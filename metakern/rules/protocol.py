@@ -105,6 +105,9 @@ class Rule(nn.Module):
     ) -> tuple[tuple[Params, ...], tuple[State, ...]]:
         """One step of several groups of tasks, whose tensors differ; by default :meth:`forward` for one after another.
 
+        A rule that overrides it and ``takes_copies`` takes them here, too: a copy for each task of all groups, which
+        have coordinates of one dtype on one device.
+
         Args:
             params: of every group, with the task axis
             grads: likewise
@@ -165,6 +168,10 @@ class Rule(nn.Module):
     def can_take_copies(self) -> bool:
         """Whether :func:`with_copies` may be called for this rule."""
         return bool(vars(type(self)).get("takes_copies", False))
+
+    def steps_groups_at_once(self) -> bool:
+        """Whether :meth:`step_groups` is the rule's own."""
+        return type(self).step_groups is not Rule.step_groups
 
     def select_tasks(self, state: State, index: Tensor, params: Params) -> State:
         """The state of a subset of tasks, as if the rule had stepped those alone.

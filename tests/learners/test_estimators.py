@@ -330,6 +330,22 @@ def test_all_in_one_launch_gives_what_each_problem_alone_gives(name, problems, e
     assert gradients.abs().max() > 1e-4
 
 
+def test_kinds_of_two_dtypes_give_what_each_problem_alone_gives(monkeypatch):
+    """By a rule that steps all kinds at once where it can."""
+    torch.manual_seed(0)
+    rule, found = make("hierarchical-rnn", learned=True), []
+    problems = MixedOptimizees([Slopes(), Quadratics(3)], even=True)
+    for together in (True, False):
+        if not together:
+            no_copies(rule, monkeypatch)
+        learner = make_learner("pes", rule, objective="log")
+        found.append([learner.pairs.estimate(rule, draw(problems, 4, seed)) for seed in range(3)])
+    for (losses, gradients), (expected, slopes) in zip(*found, strict=True):
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(gradients, slopes, rtol=2e-3, atol=2e-3)
+    assert gradients.abs().max() > 1e-4
+
+
 @pytest.mark.parametrize("rates", [{"x": torch.full((3,), 0.05)}, {"*": torch.tensor(0.05)}, [torch.tensor(0.05)]])
 def test_rates_of_every_kind_are_copied(rates, monkeypatch):
     lr = {k: nn.Parameter(r) for k, r in rates.items()} if isinstance(rates, dict) else [nn.Parameter(r) for r in rates]

@@ -19,7 +19,7 @@ from metakern.learners import RuleLearner
 from metakern.maml import adapt, meta_loss
 from metakern.optim import LearnedOptimizer
 from metakern.rules import Adam, HierarchicalRNN, RuleState
-from metakern.rules.protocol import Rule, detached
+from metakern.rules.protocol import Rule, detached, with_copies
 from metakern.tasks import Quadratics
 from tests.conftest import assert_same_bits
 from tests.rules import hrnn_by_hand, hrnn_formula
@@ -412,6 +412,47 @@ def test_groups_step_together_as_one_after_another(attention: bool) -> None:
     assert len(found[0]) > number + 10
     for ours, expected in zip(*found, strict=True):
         torch.testing.assert_close(ours, expected)
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@torch.no_grad()
+def test_groups_with_copies_of_the_weights_step_as_each_task_alone(attention: bool) -> None:
+    torch.manual_seed(0)
+    rule = HierarchicalRNN(attention=attention).double()
+    together, rules = with_copies(rule, 6), [copy.deepcopy(rule) for _ in range(6)]
+    for stack, *own in zip(together.parameters(), *(each.parameters() for each in rules), strict=True):
+        stack *= torch.linspace(0.5, 1.5, 6, dtype=torch.float64).view(-1, *[1] * (stack.dim() - 1))
+        for p, value in zip(own, stack, strict=True):
+            p.copy_(value)
+    shapes: list[dict[str, list[int]]] = [{"a": [3, 4, 2], "b": [3, 5]}, {"c": [2, 6]}, {"d": [1, 3], "e": [1, 0]}]
+    params = tuple({k: torch.randn(shape, dtype=torch.float64) for k, shape in group.items()} for group in shapes)
+    grads = tuple({name: torch.randn_like(p) for name, p in group.items()} for group in params)
+    tasks = [
+        ({name: p[at : at + 1] for name, p in own.items()}, {name: g[at : at + 1] for name, g in of_own.items()})
+        for own, of_own in zip(params, grads, strict=True)
+        for at in range(len(next(iter(own.values()))))
+    ]
+    alone = [each.init_state(p, tasks=True) for each, (p, _) in zip(rules, tasks, strict=True)]
+    flat = iter(alone)
+    states: Any = []
+    for own in params:
+        of_group = [next(flat) for _ in range(len(next(iter(own.values()))))]
+        columns = zip(*map(pytree.tree_leaves, of_group), strict=True)
+        states.append(pytree.tree_unflatten([torch.cat(x) for x in columns], pytree.tree_structure(of_group[0])))
+    for _ in range(2):
+        params, states = together.step_groups(params, grads, states)
+        stepped = [each(p, g, state) for each, (p, g), state in zip(rules, tasks, alone, strict=True)]
+        tasks = [(p, g) for (p, _), (_, g) in zip(stepped, tasks, strict=True)]
+        alone = [state for _, state in stepped]
+    rest = iter(zip(tasks, alone, strict=True))
+    for own, state in zip(params, states, strict=True):
+        for at in range(len(next(iter(own.values())))):
+            (expected, _), expected_state = next(rest)
+            for name, p in own.items():
+                torch.testing.assert_close(p[at : at + 1], expected[name], rtol=1e-12, atol=1e-14)
+            pairs = zip(pytree.tree_leaves(state), pytree.tree_leaves(expected_state), strict=True)
+            for x, y in pairs:
+                torch.testing.assert_close(x[at : at + 1], y, rtol=1e-12, atol=1e-14)
 
 
 def test_groups_of_two_dtypes_step_apart() -> None:

@@ -119,11 +119,12 @@ class Copies:
         if not self._takes_copies:
             return OneByOne([[self.updates[member] for member in members] for members in parts])
         own = [[self.updates[member] for member in members] for members in parts]
-        return Together(own, lambda part: self._rule_of(tuple(parts[part])))
+        every = tuple(member for members in parts for member in members)
+        return Together(own, lambda part: self._rule_of(every if part is None else tuple(parts[part])))
 
     def keep_rules_of(self, parts: Sequence[Sequence[int]]) -> None:
         """Drop the rules that step other problems than these parts."""
-        kept = {tuple(members) for members in parts}
+        kept = {tuple(members) for members in (*parts, [member for members in parts for member in members])}
         self._rules_of = {members: rule for members, rule in self._rules_of.items() if members in kept}
 
     def _rule_of(self, members: tuple[int, ...]) -> Any:

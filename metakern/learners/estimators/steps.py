@@ -132,18 +132,19 @@ class _Rows:
 class Together(_OwnRules):
     """A launch for all problems of a part. The state of a part is that of a rule with n copies of its weights.
 
-    A rule that treats all coordinates alike gets its params as one tensor [n, P], with zeros at the end of each row up
-    to a multiple of the rule's unit.
+    A rule with a ``step_groups`` of its own steps all parts by that. A rule that treats all coordinates alike gets its
+    params as one tensor [n, P], with zeros at the end of each row up to a multiple of the rule's unit.
 
     Args:
         updates: a rule for each problem of each part
-        rule_of: makes the rule with copies that steps a part
+        rule_of: makes the rule with copies that steps a part, or all parts for None
     """
 
-    def __init__(self, updates: Sequence[Sequence[RuleUpdate]], rule_of: Callable[[int], Any]) -> None:
+    def __init__(self, updates: Sequence[Sequence[RuleUpdate]], rule_of: Callable[[int | None], Any]) -> None:
         self.updates = updates
         self.rule = updates[0][0].rule  # for what does not depend on the weights
         self.joins = isinstance(self.rule, CoordinatewiseRule | ElementwiseRule)
+        self._at_once = len(updates) > 1 and self.rule.steps_groups_at_once()
         self._rule_of = functools.cache(rule_of)
         self._rows: dict[int, _Rows] = {}  # of each part
         self._last: dict[int, tuple[Any, Tensor]] = {}  # by part: params of the last step, and their row
@@ -171,6 +172,9 @@ class Together(_OwnRules):
     def step(self, weights: Any, params: Any, grads: Any, state: Any, losses: Tensor, step: int) -> tuple[Any, Any]:
         """A step of every problem's own rule."""
         del weights, step
+        if self._at_once and _alike(params):
+            new, kept = self._rule_of(None).step_groups(params, grads, state, loss=losses)
+            return new, kept
         parts = losses.split([len(updates) for updates in self.updates]) if len(self.updates) > 1 else (losses,)
         new_params, new_state = [], []
         for part, of_part in enumerate(zip(params, grads, state, parts, strict=True)):
@@ -235,6 +239,13 @@ class Together(_OwnRules):
     def import_state(self, part: int, fresh: Any, saved: Sequence[Sequence[Tensor]]) -> Any:
         """The state with these tensors; see :meth:`OneByOne.import_state`."""
         return pytree.tree_unflatten([torch.cat(x) for x in zip(*saved, strict=True)], pytree.tree_structure(fresh))
+
+
+def _alike(parts: Sequence[Any]) -> bool:
+    """Whether all parts have coordinates, of one dtype on one device."""
+    leaves = [flat_params(tree)[0] for tree in parts]
+    one_kind = len({(leaf.dtype, leaf.device) for own in leaves for leaf in own}) == 1
+    return one_kind and all(any(leaf.numel() for leaf in own) for own in leaves)
 
 
 def by_problem(x: Tensor, number: int) -> Tensor:

@@ -28,8 +28,11 @@ from metakern.rules.protocol import (
     tensor_leaves,
 )
 
-#: Decays of the moving means of g (2) and of g².
+#: Decays of the moving means of g, slower of g, and of g²; the first and the last are where learned ones start.
 DECAYS = (0.9, 0.98, 0.99)
+
+#: Tensors of the state that have a parameter tensor's shape.
+SHAPED = ("mean", "slow", "square", "delayed", "last")
 
 #: Decays of a tensor's moving means: two of its agreement, then two of its mean g².
 TENSOR_DECAYS = (0.8, 0.96, 0.8, 0.98)
@@ -52,25 +55,35 @@ LAST = 0.01
 
 _EPS = 1e-16
 
+#: Keeps the agreement finite at the first step, where nothing has changed yet; changes may be small.
+_TINY = 1e-30
+
 
 class GuidedAdam(PretrainedRule):
-    """Adam, whose step size a small network sets for every tensor from how well its gradients agree.
+    """Adam, whose step size a small network sets for every tensor from how well gradients agree with its steps.
 
-    θ ← θ − exp(b + ℓ + 1.5 tanh o₂) · s · (û₁ + tanh(o₃) û₂ + tanh(o₄) ĝ)
+    v = −exp(b + ℓ + 1.5 tanh o₂) · s · (û₁ + tanh(o₃) û₂ + tanh(o₄) ĝ),
+    θ ← θ + a v + (1 − a) c (d + v),  d ← (1 − c) (d + v),  c = min(1, k/t)
 
-    û₁, û₂ and ĝ are moving means of the gradient (decays 0.9 and 0.98, bias-corrected) and the gradient itself, each
-    divided by the root of the moving mean of its square (decay 0.99). s is a geometric mean of the root mean squares of
-    the tensor and of all parameters, so steps are relative to the parameters' size. ℓ is a state of the tensor:
-    ℓ ← ℓ + 0.1 tanh o₁, |ℓ| ≤ 6. The outputs o come from a network with one hidden layer of tanh units and direct
-    connections, shared by all tensors. Its features are of a tensor: agreement of a gradient with the mean of those
-    before, sizes of the means, growth of the gradient, size of the tensor and of its values, ℓ, time; and means of some
-    of them over the task's tensors. None depends on the scale of the loss, nor of the parameters.
+    û₁, û₂ and ĝ are moving means of the gradient (learned decay and 0.98, bias-corrected) and the gradient itself, each
+    divided by the root of the moving mean of its square (learned decay). s is a geometric mean of the root mean squares
+    of the tensor and of all parameters, so steps are relative to the parameters' size. ℓ is a state of the tensor:
+    ℓ ← ℓ + 0.1 tanh o₁, |ℓ| ≤ 6.
 
-    The direction of every coordinate is bounded, and so is a step's size. The state holds 12 bytes a coordinate
+    A share a of the step v is taken at once. The rest waits in d, of which a share c is released in every step t. If
+    a = 0, θ is the running average of the points that steps alone would reach (Defazio et al. 2024, arXiv 2405.15682,
+    average likewise), over ever longer times: noise of the gradients averages out, without a known end of training.
+
+    The outputs o come from a network with one hidden layer of tanh units and direct connections, shared by all tensors.
+    Its features are of a tensor: agreement of a gradient with the last change of θ, sizes of the means, growth of the
+    gradient, size of the tensor and of its values, ℓ, time; and means of some of them over the task's tensors. None
+    depends on the scale of the loss, nor of the parameters.
+
+    The direction of every coordinate is bounded, and so is a step's size. The state holds 20 bytes a coordinate
     (float32) and 6 numbers a tensor.
 
     Args:
-        hidden_size: W, 1 to 256.
+        hidden_size: W, 0 to 256; 0: direct connections alone.
         total_steps: steps that the training will take, if known: the steps then also shrink along a half cosine, to 1 %
             at the end and from there on.
         horizon: steps that the rule was meta-trained for; only used by LearnedOptimizer, which warns beyond it.
@@ -99,7 +112,7 @@ class GuidedAdam(PretrainedRule):
         trained_on: str | None = None,
     ) -> None:
         super().__init__()
-        check_integer("hidden_size", hidden_size, 1, 256)
+        check_integer("hidden_size", hidden_size, 0, 256)
         if total_steps is not None:
             check_integer("total_steps", total_steps, 1, 2**53)
         check_training(horizon, trained_on)
@@ -110,13 +123,14 @@ class GuidedAdam(PretrainedRule):
         self.output_weight = nn.Parameter(torch.zeros(hidden_size, OUTPUTS))
         self.direct_weight = nn.Parameter(_direct())
         self.output_bias = nn.Parameter(torch.tensor([[0.0, 0.0, 0.0, 0.0]]))
-        # b, and the tensor's share in s before a sigmoid.
-        self.scalars = nn.Parameter(torch.tensor([[math.log(0.1), 0.0]]))
+        # b, the tensor's share in s, log k, a, decays of g and g²; share, a and decays before a sigmoid.
+        decays = [math.log(decay / (1 - decay)) for decay in (DECAYS[0], DECAYS[2])]
+        self.scalars = nn.Parameter(torch.tensor([[math.log(0.1), 0.0, math.log(3.0), 0.0, *decays]]))
 
     # --------------------------------------------------------------------------------------------------------- state
 
     def init_state(self, params: Params, *, tasks: bool = False) -> RuleState:
-        """Zeros: ``mean``, ``slow`` and ``square`` [*shape], ``tensor`` [5], and ``count``; a task axis comes first.
+        """Zeros: :data:`SHAPED` [*shape], ``tensor`` [5], and ``count``; a task axis comes first.
 
         ``tensor`` holds the moving means of :data:`TENSOR_DECAYS`, then ℓ.
         """
@@ -124,7 +138,7 @@ class GuidedAdam(PretrainedRule):
         for p in tensor_leaves(params, tasks=tasks):
             lead = p.shape[:1] if tasks else ()
             dtype = arithmetic_dtype([p])
-            entry = {name: torch.zeros_like(p.detach(), dtype=dtype) for name in ("mean", "slow", "square")}
+            entry = {name: torch.zeros_like(p.detach(), dtype=dtype) for name in SHAPED}
             entry["tensor"] = torch.zeros(*lead, len(TENSOR_DECAYS) + 1, dtype=dtype, device=p.device)
             entry["count"] = torch.zeros(lead, dtype=torch.int64, device=p.device)
             per_tensor.append(entry)
@@ -138,7 +152,7 @@ class GuidedAdam(PretrainedRule):
             raise ValueError(f"state must be that of params, {len(leaves)} tensors, got {len(state.per_tensor)}")
         for index, (entry, p) in enumerate(zip(state.per_tensor, leaves, strict=True)):
             lead = tuple(p.shape[:1]) if state.tasks else ()
-            shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name in ("mean", "slow", "square")}
+            shapes: dict[str, tuple[int, ...]] = {name: tuple(p.shape) for name in SHAPED}
             shapes |= {"tensor": (*lead, len(TENSOR_DECAYS) + 1), "count": lead}
             check_entry(f"state of tensor {index}", rule, entry, shapes)
 
@@ -179,17 +193,19 @@ class GuidedAdam(PretrainedRule):
             return torch.cat([column.expand(-1, n) for column, n in zip(x.split(1, 1), sizes, strict=True)], 1)
 
         p, g = flat(leaves), flat(grads)
-        old = {name: flat([entry[name] for entry in entries]) for name in ("mean", "slow", "square")}
+        old = {name: flat([entry[name] for entry in entries]) for name in SHAPED}
         count = torch.stack([entry["count"].reshape(num_tasks) for entry in entries], 1) + 1  # [T, M]
         tensor = torch.stack([entry["tensor"].reshape(num_tasks, -1) for entry in entries], 1).to(dtype)
         steps = count.to(dtype)
-        corrections = [-torch.expm1(steps * math.log(decay)) for decay in DECAYS]
+        base = self._weight(self.scalars, dtype)  # [1 or T, 1, 6] or [1, 6]
+        decays = [torch.sigmoid(base[..., 4]), base.new_tensor(DECAYS[1]), torch.sigmoid(base[..., 5])]
+        corrections = [-torch.expm1(steps * decay.log()) for decay in decays]
 
-        square = torch.lerp(g * g, old["square"], DECAYS[2])
-        mean, slow = torch.lerp(g, old["mean"], DECAYS[0]), torch.lerp(g, old["slow"], DECAYS[1])
+        square = torch.lerp(g * g, old["square"], decays[2])
+        mean, slow = torch.lerp(g, old["mean"], decays[0]), torch.lerp(g, old["slow"], decays[1])
         scale = (square / spread(corrections[2]) + _EPS).rsqrt()
         fast, late, now = mean * scale / spread(corrections[0]), slow * scale / spread(corrections[1]), g * scale
-        before = old["mean"] * scale
+        before = -old["last"]
         sums = torch.stack(
             [now * before, now * now, before * before, fast * fast, late * late, fast * late, p * p, g * g]
         )
@@ -202,13 +218,16 @@ class GuidedAdam(PretrainedRule):
         change, factor, of_slow, of_grad = outputs.unbind(2)
         rate = (tensor[..., -1] + RATE * change).clamp(-RANGE, RANGE)
         tensor = torch.cat([tensor[..., :-1], rate.unsqueeze(2)], 2)
-        base = self._weight(self.scalars, dtype)
         share = torch.sigmoid(base[..., 1])
         log_size = base[..., 0] + rate + FACTOR * factor + share * level[0] + (1 - share) * level[1]
         size = log_size.exp() * self._schedule(steps)
-        moved = p - spread(size) * fast - spread(size * of_slow) * late - spread(size * of_grad) * now
+        step = -spread(size) * fast - spread(size * of_slow) * late - spread(size * of_grad) * now
+        released = spread((base[..., 2] - steps.log()).clamp(max=0).exp())
+        waiting, at_once = old["delayed"] + step, torch.sigmoid(base[..., 3])
+        last = at_once * step + (1 - at_once) * released * waiting
+        moved = p + last
 
-        kept = {"mean": mean, "slow": slow, "square": square}
+        kept = {"mean": mean, "slow": slow, "square": square, "delayed": (1 - released) * waiting, "last": last}
         pieces = {name: x.split(sizes, 1) for name, x in kept.items()}
         found = []
         for index, (leaf, entry) in enumerate(zip(leaves, entries, strict=True)):
@@ -235,7 +254,7 @@ class GuidedAdam(PretrainedRule):
     ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
         """New moving means of the tensors, [T, M, 5], logarithms of sizes [T, M], and features [T, M, F]."""
         product, now, before, fast, late, between, values, energy = means.unbind(0)
-        agreement = product / (now * before + 1e-12).sqrt()
+        agreement = product / (now * before + _TINY).sqrt()
         fresh = torch.stack([agreement, agreement, energy, energy], 2)
         decays = fresh.new_tensor(TENSOR_DECAYS)
         ema = torch.lerp(fresh, tensor[..., :-1], decays)
@@ -280,7 +299,8 @@ class GuidedAdam(PretrainedRule):
         """Description for the model card."""
         return (
             "A learned optimizer: Adam's direction for every parameter, and a network of "
-            f"{self.hidden_size} hidden units that sets every tensor's step size from how well its gradients agree."
+            f"{self.hidden_size} hidden units that sets every tensor's step size from how well gradients agree with "
+            "its last steps. A part of each step is delayed, which averages noise."
         )
 
 

@@ -27,20 +27,22 @@ def guided_adam(
         return {name: torch.stack([row[name] for row in rows]) for name in params}
     t = step + 1
     whole = sum((p * p).sum() for p in params.values()) / sum(p.numel() for p in params.values()) + 1e-6
+    numbers = w["scalars"][0]
+    of_mean, of_square = torch.sigmoid(numbers[4]), torch.sigmoid(numbers[5])
     seen, kept, sizes = {}, {}, {}
     for name, p in params.items():
         g = grads[name]
         zero = torch.zeros_like(g)
-        old = memory.get(name, {"m": zero, "s": zero, "v": zero, "tensor": [0.0] * 4, "rate": p.new_zeros(())})
-        m, s = 0.9 * old["m"] + 0.1 * g, 0.98 * old["s"] + 0.02 * g
-        v = 0.99 * old["v"] + 0.01 * g * g
-        root = (v / (1 - 0.99**t) + 1e-16).sqrt()
-        fast, late, now, before = m / (1 - 0.9**t) / root, s / (1 - 0.98**t) / root, g / root, old["m"] / root
+        old = memory.get(name, dict.fromkeys("msvdu", zero) | {"tensor": [0.0] * 4, "rate": p.new_zeros(())})
+        m, s = of_mean * old["m"] + (1 - of_mean) * g, 0.98 * old["s"] + 0.02 * g
+        v = of_square * old["v"] + (1 - of_square) * g * g
+        root = (v / (1 - of_square**t) + 1e-16).sqrt()
+        fast, late, now, before = m / (1 - of_mean**t) / root, s / (1 - 0.98**t) / root, g / root, -old["u"]
 
         def mean(x: Tensor) -> Tensor:
             return x.sum() / x.numel()
 
-        agreement = mean(now * before) / (mean(now * now) * mean(before * before) + 1e-12).sqrt()
+        agreement = mean(now * before) / (mean(now * now) * mean(before * before) + 1e-30).sqrt()
         energy = mean(g * g)
         averages = [
             decay * x + (1 - decay) * y
@@ -69,7 +71,7 @@ def guided_adam(
         ]
         kept[name] = (fast, late, now)
         sizes[name] = (own.log() / 2, whole.log() / 2)
-        memory[name] = {"m": m, "s": s, "v": v, "tensor": averages, "rate": old["rate"]}
+        memory[name] = {"m": m, "s": s, "v": v, "d": old["d"], "tensor": averages, "rate": old["rate"]}
     new = {}
     for name, p in params.items():
         shared = [sum(row[i] for row in seen.values()) / len(seen) for i in range(8)]
@@ -78,12 +80,16 @@ def guided_adam(
         o = torch.tanh(x @ w["direct_weight"] + hidden @ w["output_weight"] + w["output_bias"][0])
         rate = (memory[name]["rate"] + 0.1 * o[0]).clamp(-6, 6)
         memory[name]["rate"] = rate
-        share = torch.sigmoid(w["scalars"][0, 1])
-        log_size = w["scalars"][0, 0] + rate + 1.5 * o[1] + share * sizes[name][0] + (1 - share) * sizes[name][1]
+        share = torch.sigmoid(numbers[1])
+        log_size = numbers[0] + rate + 1.5 * o[1] + share * sizes[name][0] + (1 - share) * sizes[name][1]
         if rule.total_steps is not None:
             log_size = log_size + math.log(
                 0.01 + 0.99 * (1 + math.cos(math.pi * min(1.0, step / rule.total_steps))) / 2
             )
         fast, late, now = kept[name]
-        new[name] = p - log_size.exp() * (fast + o[2] * late + o[3] * now)
+        waiting = memory[name]["d"] - log_size.exp() * (fast + o[2] * late + o[3] * now)
+        at_once, released = torch.sigmoid(numbers[3]), torch.clamp(numbers[2].exp() / t, max=1)
+        change = at_once * (waiting - memory[name]["d"]) + (1 - at_once) * released * waiting
+        memory[name] |= {"d": (1 - released) * waiting, "u": change}
+        new[name] = p + change
     return new

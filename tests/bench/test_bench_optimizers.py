@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
-from bench.optimizers import summary
+from bench.optimizers import evolve, summary
 from bench.optimizers.baselines import WEIGHT_DECAY, Baseline
 from bench.optimizers.curves import (
     GRID,
@@ -21,8 +23,10 @@ from bench.optimizers.curves import (
     problems,
 )
 from bench.optimizers.tasks import TEST, VALIDATION
+from bench.runs import RESULTS
 from metakern.evaluation.optimizers import LEARNING_RATES
 from metakern.rules import GuidedAdam
+from metakern.tasks import Quadratics
 
 OF_TORCH = {
     "SGD": lambda p, lr: torch.optim.SGD(p, lr),
@@ -126,3 +130,29 @@ def test_figures(tmp_path):
     summary.plot(results, tmp_path / "profile.png")
     summary.show(Console(quiet=True), "test", results)
     assert (tmp_path / "profile.png").exists()
+
+
+def test_evolution(monkeypatch):
+    """The mean moves to members that score better; the rule that ships is the average that its metrics name."""
+    monkeypatch.setattr(evolve, "scores", lambda numbers, *_: numbers[:, 0])
+    start = torch.tensor([value for _, _, value, _ in evolve.NUMBERS.values()])
+    mean, score = evolve.generation(start, 0, [None, None], [None, None])
+    assert mean[0] < start[0]
+    assert score == start[0]
+    metrics = json.loads((RESULTS / "general" / "metrics.json").read_text())
+    weights = evolve.weights_of(torch.tensor(metrics["average"])[None])
+    for name, p in GuidedAdam.pretrained("general").named_parameters():
+        torch.testing.assert_close(p.detach(), weights[name][0])
+
+
+def test_scores_of_numbers(monkeypatch):
+    """Every member by its own numbers: a rule without steps stays where it starts, and above any reference below."""
+    monkeypatch.setattr(evolve, "STEPS", 100)
+    monkeypatch.setattr(evolve, "POINTS", (20, 50, 80, 90, 100))
+    start = torch.tensor([value for _, _, value, _ in evolve.NUMBERS.values()])
+    still = start.clone()
+    still[0] = -30
+    kind = Quadratics(3)
+    found = evolve.scores(torch.stack([start, still, start]), kind, 0, [3.0, 1.0, 0.0, 0.0])
+    assert found[0] == found[2]
+    assert found[0] < found[1]

@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 NATIVE := $(shell find csrc -type f) setup.py pyproject.toml
 CPP := $(filter csrc/%,$(NATIVE)) $(wildcard tests/cuda/emulation/*)
 
-.PHONY: help demo test lint format bench bench-avx2 bench-readme clusters few-shot optimizers paper paper-times paper-curves ptxas gpu-check sanitize wheel check-wheel clean
+.PHONY: help demo test lint docs format bench bench-avx2 bench-readme clusters few-shot optimizers paper paper-times paper-curves ptxas gpu-check sanitize wheel check-wheel clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo      meta-train an optimizer, against tuned baselines, and MAML with and without clusters; pictures in runs (4 minutes)"
 	@echo "make test      run the tests"
 	@echo "make lint      ruff, mypy, import-linter, clang-format"
+	@echo "make docs      build the documentation into site/, and check its links and anchors"
 	@echo "make format    let ruff and clang-format rewrite the sources"
 	@echo "make bench     measure the kernels against PyTorch (bench/results)"
 	@echo "make bench-avx2  the same with the kernels for AVX2"
@@ -64,6 +65,11 @@ lint: $(VENV)/built
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+# Warnings are errors: a link or an anchor that leads nowhere, a name of the reference that does not exist.
+docs: $(VENV)/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open site/index.html"
 
 format: $(VENV)/installed
 	$(BIN)/ruff check --fix .
@@ -133,4 +139,4 @@ check-wheel: $(VENV)/built
 	@echo "the wheel works"
 
 clean:
-	rm -rf $(filter-out build/clusters build/few_shot build/optimizers build/paper,$(wildcard build/*)) dist runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built
+	rm -rf $(filter-out build/clusters build/few_shot build/optimizers build/paper,$(wildcard build/*)) dist site runs/demo runs/fit *.egg-info metakern/*.so $(VENV)/built

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -124,6 +125,49 @@ class FewShotEpisodes(ShortRepr):
         self.domains, self.flat = tuple(domains), flat
         self._choose(split)
 
+    @staticmethod
+    def from_dataset(
+        dataset: Any, *, shares: tuple[float, float, float] = (0.64, 0.16, 0.2), seed: int = 0, **options: Any
+    ) -> FewShotEpisodes:
+        """Episodes of any data set of pairs (image, class), such as torchvision's, split by class.
+
+        All images are read once and kept in memory.
+
+        Args:
+            dataset: has a length, and ``dataset[i]`` is (image, class). Images are of one shape and dtype: tensors
+                [...], or Pillow images or NumPy arrays, [H, W] or [H, W, channels], which become [channels, H, W];
+                floating point, or ``uint8`` for 0 to 1. A class is an integer, a tensor of one, or a name
+            shares: of the classes, for training, validation and test; they add up to 1. The classes, in a random
+                order, are cut at these shares, rounded
+            seed: of that order
+            options: those of :class:`FewShotEpisodes`
+
+        Raises:
+            TypeError: unless ``dataset`` has a length and items that are pairs of an image and a class.
+            ValueError: for shares that do not add up to 1, images of several shapes or dtypes, too few classes for
+                three splits, and as :class:`FewShotEpisodes` does.
+
+        Example:
+            >>> images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 10
+            >>> tasks = FewShotEpisodes.from_dataset(
+            ...     list(zip(images, labels)), shares=(0.6, 0.2, 0.2), ways=2, support=1, query=2
+            ... )
+            >>> {split: len(classes) for split, classes in tasks.classes.items()}
+            {'train': 6, 'valid': 2, 'test': 2}
+        """
+        if min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"shares must be at least 0 and add up to 1, got {shares}")
+        by_class = _by_class(dataset)
+        names = sorted(by_class)
+        order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
+        ends = [round(len(names) * end) for end in (shares[0], shares[0] + shares[1])]
+        parts = order[: ends[0]], order[ends[0] : ends[1]], order[ends[1] :]
+        if not all(parts):
+            sizes = ", ".join(str(len(part)) for part in parts)
+            raise ValueError(f"each split needs a class, but shares {shares} of {len(names)} classes are {sizes}")
+        chosen = (ImageClasses.from_list([by_class[names[index]] for index in part]) for part in parts)
+        return FewShotEpisodes(dict(zip(("train", "valid", "test"), chosen, strict=True)), **options)
+
     def sample(self, num_tasks: int, generator: torch.Generator) -> Episodes:
         """Draw tasks: images [T, N·S, ...] and [T, N·Q, ...], float32 unless the images are of another floating type.
 
@@ -176,6 +220,39 @@ class FewShotEpisodes(ShortRepr):
         images = self._images.index_select(0, rows.flatten())
         images = images.view(rows.shape[0], -1, *([images[0].numel()] if self.flat else images.shape[1:]))
         return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def _by_class(dataset: Any) -> dict[int | str, Tensor]:
+    """The images [n, ...] of each class of a data set of pairs."""
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"dataset must have a length and items, got {type(dataset).__name__}")
+    found: dict[int | str, list[Tensor]] = {}
+    kinds = set()
+    for index in range(len(dataset)):
+        item = dataset[index]
+        if not isinstance(item, tuple | list) or len(item) != 2:
+            raise TypeError(f"dataset[{index}] must be a pair of an image and a class, got {type(item).__name__}")
+        image, label = _image_tensor(item[0], index), item[1]
+        found.setdefault(label if isinstance(label, str) else int(label), []).append(image)
+        kinds.add((tuple(image.shape), image.dtype))
+    if len(kinds) != 1:
+        shown = ", ".join(f"{list(shape)} {dtype}" for shape, dtype in sorted(kinds, key=str)) or "no image"
+        raise ValueError(f"images of a data set must be of one shape and dtype (resize them in it), got {shown}")
+    return {label: torch.stack(images) for label, images in found.items()}
+
+
+def _image_tensor(image: Any, index: int) -> Tensor:
+    if not isinstance(image, Tensor):
+        pixels = np.array(image)
+        if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "fu":
+            raise TypeError(
+                f"the image of dataset[{index}] must be a tensor, a Pillow image, or an array [H, W] or [H, W, "
+                f"channels] of floating point or uint8, got {type(image).__name__}"
+            )
+        image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., np.newaxis]).permute(2, 0, 1)
+    if image.dtype != torch.uint8 and not image.is_floating_point():
+        raise TypeError(f"the image of dataset[{index}] must be floating point or uint8, got {image.dtype}")
+    return image
 
 
 def _distinct(counts: Tensor, k: int, generator: torch.Generator) -> Tensor:

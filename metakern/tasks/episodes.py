@@ -242,6 +242,7 @@ def _by_class(dataset: Any) -> dict[int | str, Tensor]:
 
 
 def _image_tensor(image: Any, index: int) -> Tensor:
+    found: Tensor = image
     if not isinstance(image, Tensor):
         pixels = np.array(image)
         if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "fu":
@@ -249,10 +250,10 @@ def _image_tensor(image: Any, index: int) -> Tensor:
                 f"the image of dataset[{index}] must be a tensor, a Pillow image, or an array [H, W] or [H, W, "
                 f"channels] of floating point or uint8, got {type(image).__name__}"
             )
-        image = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., np.newaxis]).permute(2, 0, 1)
-    if image.dtype != torch.uint8 and not image.is_floating_point():
-        raise TypeError(f"the image of dataset[{index}] must be floating point or uint8, got {image.dtype}")
-    return image
+        found = torch.from_numpy(pixels if pixels.ndim == 3 else pixels[..., np.newaxis]).permute(2, 0, 1)
+    if found.dtype != torch.uint8 and not found.is_floating_point():
+        raise TypeError(f"the image of dataset[{index}] must be floating point or uint8, got {found.dtype}")
+    return found
 
 
 def _distinct(counts: Tensor, k: int, generator: torch.Generator) -> Tensor:

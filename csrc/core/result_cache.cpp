@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 #include <sys/mman.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -133,15 +134,28 @@ void give_back(void* data) noexcept { cache.give(data); }
 
 namespace {
 
+// An operator that returns hundreds of small tensors would spend most of its time in the dispatcher, which new_empty
+// goes through.
+Tensor small_tensor(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape,
+                    const std::vector<int64_t>& strides) {
+  int32_t dtype;
+  AtenTensorHandle result;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(shape.size()), shape.data(), strides.data(), dtype,
+                                                         aoti_torch_device_type_cpu(), 0, &result));
+  return Tensor(result);
+}
+
 Tensor empty_of_shape(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef shape) {
   std::vector<int64_t> strides(shape.size());
-  int64_t stride = 1;
+  int64_t stride = 1, numel = 1;
   for (size_t axis = shape.size(); axis-- > 0;) {
     strides[axis] = stride;
-    stride *= shape[axis];
+    stride *= shape[axis] > 0 ? shape[axis] : 1;
+    numel *= shape[axis];
   }
-  const int64_t bytes = stride * int64_t(like.element_size());
-  if (bytes < smallest) return torch::stable::new_empty(like, shape);
+  const int64_t bytes = numel * int64_t(like.element_size());
+  if (bytes < smallest) return small_tensor(like, shape, strides);
   return torch::stable::from_blob(cache.take(bytes), shape, {strides.data(), strides.size()}, like.device(),
                                   like.scalar_type(), &give_back);
 }

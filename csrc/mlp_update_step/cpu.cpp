@@ -14,25 +14,37 @@ namespace {
 
 // Segments of one block run all passes at once, neighbouring ones together up to so many coordinates.
 constexpr int64_t job_target = 8192;
+// Segments of several blocks do so too, as far as the third-level cache holds what they read: 24 bytes a coordinate.
+constexpr int64_t group_target = int64_t(1) << 19;
 
 struct Job {
   int64_t first, last;  // segments
 };
 
+// Segments of several blocks, and all of their blocks.
+struct Group {
+  std::vector<int64_t> segments, blocks;
+};
+
 struct Schedule {
-  std::vector<Job> jobs;              // of segments of one block
-  std::vector<int64_t> large;         // segments of several blocks
-  std::vector<int64_t> large_blocks;  // all of theirs
+  std::vector<Job> jobs;  // of segments of one block
+  std::vector<Group> groups;
 };
 
 Schedule schedule_of(const MlpPlan& plan, const MlpUpdateProblem& p) {
   Schedule schedule;
-  int64_t size = job_target;
+  int64_t size = job_target, group_size = group_target;
   for (int64_t i = 0; i < int64_t(plan.segments().size()); ++i) {
     const MlpSegment& s = plan.segments()[i];
+    const int64_t n = p.tensors[s.tensor].shape.numel();
     if (s.num_blocks > 1) {
-      schedule.large.push_back(i);
-      for (int64_t b = 0; b < s.num_blocks; ++b) schedule.large_blocks.push_back(s.first_block + b);
+      if (group_size + n > group_target) {
+        schedule.groups.emplace_back();
+        group_size = 0;
+      }
+      schedule.groups.back().segments.push_back(i);
+      for (int64_t b = 0; b < s.num_blocks; ++b) schedule.groups.back().blocks.push_back(s.first_block + b);
+      group_size += n;
       size = job_target;
       continue;
     }
@@ -41,7 +53,7 @@ Schedule schedule_of(const MlpPlan& plan, const MlpUpdateProblem& p) {
       size = 0;
     }
     schedule.jobs.back().last = i + 1;
-    size += p.tensors[s.tensor].shape.numel();
+    size += n;
   }
   return schedule;
 }
@@ -61,18 +73,19 @@ void run_forward(const MlpUpdateKernels& k, const MlpPlan& plan, const MlpUpdate
         k.update(call, block, scratch.data());
       }
   });
-  const auto blocks = [&](void (*pass)(const MlpUpdateCall&, int64_t, void*)) {
-    const std::vector<int64_t>& all = schedule.large_blocks;
-    parallel_for(0, int64_t(all.size()), 1, [&](int64_t first, int64_t last) {
-      const CachedMemory scratch(scratch_bytes);
-      for (int64_t i = first; i < last; ++i) pass(call, all[i], scratch.data());
-    });
-  };
-  blocks(k.squares);
-  each(schedule.large, [&](int64_t segment) { k.factors(call, segment); });
-  blocks(k.feature_squares);
-  each(schedule.large, [&](int64_t segment) { k.norms(call, segment); });
-  blocks(k.update);
+  for (const Group& group : schedule.groups) {
+    const auto blocks = [&](void (*pass)(const MlpUpdateCall&, int64_t, void*)) {
+      parallel_for(0, int64_t(group.blocks.size()), 1, [&](int64_t first, int64_t last) {
+        const CachedMemory scratch(scratch_bytes);
+        for (int64_t i = first; i < last; ++i) pass(call, group.blocks[i], scratch.data());
+      });
+    };
+    blocks(k.squares);
+    each(group.segments, [&](int64_t segment) { k.factors(call, segment); });
+    blocks(k.feature_squares);
+    each(group.segments, [&](int64_t segment) { k.norms(call, segment); });
+    blocks(k.update);
+  }
 }
 
 using Step = std::tuple<Tensors, Tensors, Tensors, Tensors, Tensors, Tensor>;

@@ -3,6 +3,7 @@
 // The norms are part of the first layer's weights. What a coordinate's features r, c and their roots add to that layer
 // is the same for all coordinates of a row or of a column: it is added to the biases, once a row and once a block.
 #pragma once
+#include "../math/inverse_root.h"
 #include "cpu_network.h"
 #include "cpu_rows.h"
 
@@ -168,7 +169,7 @@ class RowUpdate {
       features_[feature_g * C + j] = g;
       features_[feature_p * C + j] = load<V>(state.p + lane);
       features_[feature_v * C + j] = v;
-      features_[feature_root * C + j] = inverse_root<V>(v + S(1e-6));
+      features_[feature_root * C + j] = estimated_inverse_root<V>(v + S(1e-6));
     }
   }
 
@@ -186,10 +187,10 @@ class RowUpdate {
       } else {
         const V full = new_full_factor<V>(g, load<V>(state.full[k] + lane), k, s_.decays);
         store(now.full[k] + lane, full);
-        of_g = safe_inverse_root<V>(full + S(1e-9));
-        of_m = inverse_root<V>(full + S(1e-6));
+        of_g = estimated_inverse_root<V>(at_least<V>(full + S(1e-9), S(1e-9)));
+        of_m = estimated_inverse_root<V>(full + S(1e-6));
         features_[(input_full + k) * C + j] = full;
-        features_[(input_full_root + k) * C + j] = inverse_root<V>(full + S(1e-8));
+        features_[(input_full_root + k) * C + j] = estimated_inverse_root<V>(full + S(1e-8));
       }
       features_[(feature_m + k) * C + j] = m;
       features_[(feature_m_root + k) * C + j] = m * features_[feature_root * C + j];

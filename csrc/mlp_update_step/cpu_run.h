@@ -29,13 +29,13 @@ class Contiguous {
 class Results {
  public:
   explicit Results(const Tensors& like) {
-    for (const Tensor& t : like) tensors_.push_back(t.numel() > 0 && t.is_contiguous() ? empty_result(t) : empty(t));
+    tensors_.reserve(like.size());
+    for (const Tensor& t : like) tensors_.push_back(empty_result(t));
   }
   void* data(size_t i) { return tensors_[i].mutable_data_ptr(); }
   Tensors take() { return std::move(tensors_); }
 
  private:
-  static Tensor empty(const Tensor& t) { return torch::stable::new_empty(t, t.sizes()); }
   Tensors tensors_;
 };
 

@@ -106,7 +106,7 @@ def measure(cases: tuple[Case, ...], quick: bool, seconds: float, console: Conso
         "sgemm_gflops": rates[0],
         "copy_bytes_per_second": rates[1],
         "flops": "of the network's products with all 39 inputs; backward counts three times forward",
-        "bytes": f"{bytes_per_coordinate()} a coordinate of a forward step, by three passes over memory",
+        "bytes": f"{bytes_per_coordinate()} a coordinate of a forward step, each number read or written once",
         "cells": cells,
         "targets": judge(cells),
     }

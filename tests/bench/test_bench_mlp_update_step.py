@@ -15,7 +15,7 @@ from bench.mlp_update_step.work import bytes_per_coordinate, flops_per_coordinat
 def test_floors() -> None:
     assert flops_per_coordinate(32, 2) == 2 * (39 * 32 + 32 * 32 + 2 * 32)
     assert flops_per_coordinate(4, 2) == 2 * (39 * 4 + 4 * 4 + 2 * 4)
-    assert bytes_per_coordinate() == 72
+    assert bytes_per_coordinate() == 4 * (6 + 5)
 
 
 def test_small_cases_agree_and_are_shown() -> None:

@@ -110,7 +110,7 @@ paper-curves: $(VENV)/built
 paper: paper-times paper-curves
 	$(BIN)/python -m bench.paper.report
 
-# The README's tables, from bench/results.
+# The tables of docs/benchmarks.md and the README's, from bench/results.
 bench-readme: $(VENV)/built
 	$(BIN)/python -m bench.report
 

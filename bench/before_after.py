@@ -181,7 +181,7 @@ def main(
     }
     report = {
         "command": "python -m bench.before_after --before CHECKOUT --output FILE",
-        "host": describe(),  # not "machine": that marks results with a table in the README
+        "host": describe(),  # not "machine": that marks results with a table in docs/benchmarks.md
         "cpu_capability": results["after"][0]["cpu_capability"],
         "commits": commits,
         "rounds": rounds,

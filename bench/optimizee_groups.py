@@ -1,6 +1,6 @@
 """Speed-up by grouping: meta-iterations over problems one by one, grouped by shape, and grouped with one launch.
 
-python -m bench.optimizee_groups            the README's measurement (minutes)
+python -m bench.optimizee_groups            the documentation's measurement (minutes)
 python -m bench.optimizee_groups --quick    smoke test: small mixtures, nothing written (seconds)
 
 One CoordinatewiseLSTM solves the same problems of several kinds in three ways, each with the backward of the unroll.

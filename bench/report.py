@@ -1,4 +1,6 @@
-"""Inserts the measured tables into the README, between their markers; one per measured instruction set.
+"""Inserts the measured tables into docs/benchmarks.md and the headline ratios into the README, between their markers.
+
+There is one table per measured instruction set.
 
 python -m bench.report [RESULTS.json ...]
 """
@@ -15,6 +17,7 @@ import typer
 
 from bench import gpu_budget
 from bench.few_shot.tables import few_shot_lines
+from bench.headline import headline
 from bench.paper.tables import paper_lines
 from bench.step_tables import evolution_lines, hrnn_lines, mlp_update_lines, rules_lines
 from bench.targets import measured
@@ -341,7 +344,7 @@ def insert(text: str, name: str, table: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{table}\n{END}", text)
 
 
-#: Renderers by a table's name in the README.
+#: Renderers by a table's name in docs/benchmarks.md.
 TABLES = {
     "lstm_step": render,
     "lstm_step_rules": render_lines(rules_lines),
@@ -401,14 +404,19 @@ def main(
     results: Annotated[
         list[Path] | None, typer.Argument(help="Default: the newest of each instruction set in bench/results.")
     ] = None,
-    readme: Annotated[Path, typer.Option(help="The file that holds the markers.")] = ROOT / "README.md",
+    page: Annotated[Path, typer.Option(help="The file that holds the tables' markers.")] = ROOT / "docs/benchmarks.md",
+    readme: Annotated[Path | None, typer.Option(help="The file of the headline ratios; default: README.md.")] = None,
 ) -> None:
-    """Put the measured tables into the README; what was not measured stays as it is."""
-    text = readme.read_text()
-    text = insert(text, "gpu", render_gpu({}, ""))
-    for name, files in sources(results or []).items():
+    """Put the measured tables into the documentation; what was not measured stays as it is."""
+    text = insert(page.read_text(), "gpu", render_gpu({}, ""))
+    found = sources(results or [])
+    for name, files in found.items():
         text = insert(text, name, tables(name, files))
-    readme.write_text(text)
+    page.write_text(text)
+    if readme is None and not results:
+        readme = ROOT / "README.md"
+    if readme is not None:
+        readme.write_text(insert(readme.read_text(), "headline", headline(found)))
 
 
 if __name__ == "__main__":

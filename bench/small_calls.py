@@ -123,7 +123,7 @@ def main(output: Annotated[Path, typer.Option(help="JSON to write.")]) -> None:
     steps, iterations = rule_steps(), meta_iterations()
     results = {
         "command": "python -m bench.small_calls --output FILE",
-        "host": describe(),  # not "machine": that marks results with a table in the README
+        "host": describe(),  # not "machine": that marks results with a table in docs/benchmarks.md
         "seconds": steps,
         "rule() at N = 16 against a + a": steps["rule(), N = 16"] / steps["a + a"],
         "meta-iterations": iterations,

@@ -1,4 +1,4 @@
-"""README tables of hrnn_step, of mlp_update_step, of the rules on lstm_step's stages, and of evolution strategies."""
+"""Tables of docs/benchmarks.md: hrnn_step, mlp_update_step, rules on lstm_step's stages, and evolution strategies."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Checks that MAML training through metakern equals plain PyTorch's, on the 5-shot sinusoid of Finn et al. 2017.
 
-python -m bench.train_sinusoid            the README's runs (minutes)
+python -m bench.train_sinusoid            the documentation's runs (minutes)
 python -m bench.train_sinusoid --quick    smoke test: a few iterations, nothing written
 
 For every seed an MLP 1-40-40-1 is trained twice from the same weights on the same tasks: by metakern.meta_loss, and by

@@ -34,7 +34,7 @@ def test_a_notebook_runs(notebook: Path, tmp_path: Path) -> None:
     content = nbformat.read(notebook, as_version=4)
     for cell in content.cells:
         cell.source = re.sub(r"\b(iterations ?= ?)\d+", r"\g<1>4", cell.source)
-    nbclient.NotebookClient(content, timeout=300, resources={"metadata": {"path": tmp_path}}).execute()
+    nbclient.NotebookClient(content, timeout=900, resources={"metadata": {"path": tmp_path}}).execute()
 
 
 def test_there_are_seven_scripts_and_two_notebooks() -> None:

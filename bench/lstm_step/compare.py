@@ -1,6 +1,6 @@
 """Benchmark of the fused step against its peers, in one process; results go to bench/results/<device>.json.
 
-python -m bench.lstm_step.compare            the README's measurement (minutes)
+python -m bench.lstm_step.compare            the documentation's measurement (minutes)
 python -m bench.lstm_step.compare --quick    smoke test: small sizes, no compiled peer, nothing written
 """
 

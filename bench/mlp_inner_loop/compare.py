@@ -1,6 +1,6 @@
 """Benchmark of MAML's batched inner loop against its peers, in one process.
 
-python -m bench.mlp_inner_loop.compare            the README's measurement (tens of minutes)
+python -m bench.mlp_inner_loop.compare            the documentation's measurement (tens of minutes)
 python -m bench.mlp_inner_loop.compare --quick    smoke test: small cases, no compiled peer, nothing written
 python -m bench.mlp_inner_loop.compare --cases TEXT --output FILE    only cases with TEXT in their title, and MAML.adapt
 

@@ -1,4 +1,4 @@
-"""The experiment's tables for the README, from bench/results/paper.json."""
+"""The experiment's tables for docs/benchmarks.md, from bench/results/paper.json."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ def test_quick_comparison_writes_everything(quick: Path) -> None:
 
 
 @needs_kernels
-def test_report_renders_the_results_into_a_readme(quick: Path, tmp_path: Path) -> None:
+def test_report_renders_the_results_into_a_page(quick: Path, tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     inner_loop = tmp_path / "inner-loop.json"
     inner_loop.write_text(json.dumps(INNER_LOOP))
@@ -275,11 +275,16 @@ def test_a_twenty_step_unroll_takes_at_most_half_the_memory_of_eager() -> None:
     assert ours <= eager / 2
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
-    text = (report.ROOT / "README.md").read_text()
+def test_the_headline_ratios_are_those_of_the_results() -> None:
+    readme = (report.ROOT / "README.md").read_text()
+    assert readme == report.insert(readme, "headline", report.headline(report.sources([])))
+
+
+def test_the_tables_of_the_documentation_are_those_of_the_results() -> None:
+    text = (report.ROOT / "docs" / "benchmarks.md").read_text()
     for name in ("lstm_step", "digits_lstm", "sinusoid"):
         table = text.split(f"<!-- bench:{name} -->")[1].split(report.END)[0]
-        assert "| --" in table or "--:|" in table, f"no table of {name} in the README"
+        assert "| --" in table or "--:|" in table, f"no table of {name} in the documentation"
     for source in re.findall(r"all figures in `(.*?)`", text):
         assert (report.ROOT / source).is_file(), source
 

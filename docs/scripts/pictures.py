@@ -69,7 +69,7 @@ def lanes(figure: Figure) -> None:
     bare(left, 9.4, 6)
     bare(right, 9.4, 6)
     left.text(4.7, 5.6, "CPU: a task in every SIMD lane", ha="center", fontsize=12)
-    edge, shades = plt.rcParams["text.color"], matplotlib.colormaps["viridis"](np.linspace(0.35, 1, 8))
+    edge, shades = plt.rcParams["text.color"], matplotlib.colormaps["viridis"](np.linspace(0.5, 1, 8))
     for row, name in enumerate(("weight 1", "weight 2", "weight 3")):
         y = 3.7 - 1.2 * row
         left.text(1.3, y + 0.4, name, ha="right", va="center")
@@ -145,7 +145,7 @@ DRAWN: dict[str, tuple[Callable[[Figure], None], tuple[float, float]]] = {
     "lanes": (lanes, (9.5, 3.4)),
     "clusters": (clusters, (9.5, 3.8)),
     "speed": (speed, (9.5, 3.6)),
-    # "memory": (memory, (7.5, 3.8)),
+    "memory": (memory, (7.5, 3.8)),
 }
 
 
@@ -164,6 +164,8 @@ def draw(folder: Path = PICTURES, kind: str = "svg") -> None:
     """Draw all pictures into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, (draw_one, size) in DRAWN.items():
+        if name == "memory" and not (RESULTS / "memory-steps.json").exists():
+            continue  # python -m bench.memory_steps has not run yet
         for theme in THEMES:
             with plt.rc_context(style(theme)):
                 figure = plt.figure(figsize=size, layout="constrained")

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <tuple>
 
 #include "../core/result_cache.h"
@@ -23,20 +24,21 @@ LstmStepProblem cpu_problem(const Tensor& params, const Tensor& state, const std
   return p;
 }
 
-Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_backward) {
+Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const std::vector<Tensor>& weights, bool for_forward,
+            bool for_backward) {
   std::vector<Tensor> contiguous;
   std::vector<const void*> pointers;
   for (const Tensor& w : weights) {
     contiguous.push_back(as_contiguous(w));
     pointers.push_back(contiguous.back().const_data_ptr());
   }
-  return pack(k, p, pointers.data(), for_backward);
+  return pack(k, p, pointers.data(), for_forward, for_backward);
 }
 
 // Completes `args` and runs backward; returns the gradients of the weights.
 std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Tensor>& weights, LstmStepBackward args) {
   const LstmStepKernels& k = kernels_for(p);
-  const Buffer packed = pack(k, p, weights, true);
+  const Buffer packed = pack(k, p, weights, args.gates == nullptr, true);
   std::vector<Tensor> grad_weights;
   std::vector<void*> pointers;
   for (const Tensor& w : weights) {
@@ -51,7 +53,10 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
     const CachedMemory scratch(k.scratch_bytes(p));
     k.backward(p, args, scratch.data(), first, last);
   });
-  k.reduce(p, args.partials, pointers.data());
+  const int64_t grain = (1 << 16) / std::max<int64_t>(1, num_groups(p));  // a few partials are not worth two threads
+  parallel_for(0, p.flat_weights(), grain,
+               [&](int64_t first, int64_t last) { k.sum_partials(p, args.partials, first, last); });
+  k.write_weight_gradients(p, args.partials, pointers.data());
   return grad_weights;
 }
 
@@ -59,7 +64,7 @@ std::vector<Tensor> run_backward(const LstmStepProblem& p, const std::vector<Ten
 void step_into(const LstmStepProblem& p, const std::vector<Tensor>& weights, const Tensor& params, const Tensor& grads,
                const Tensor& state, Tensor& new_params, Tensor& new_state, LstmStepForward args = {}) {
   const LstmStepKernels& k = kernels_for(p);  // looked up once: packing and loops belong together
-  const Buffer packed = pack(k, p, weights, false);
+  const Buffer packed = pack(k, p, weights, true, false);
   args.packed = packed.get();
   args.params = params.const_data_ptr();
   args.grads = grads.const_data_ptr();

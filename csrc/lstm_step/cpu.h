@@ -48,13 +48,16 @@ struct LstmStepBackward {
 // The loops of one instruction set and compute dtype. Ranges are half-open.
 struct LstmStepKernels {
   int64_t (*packed_bytes)(const LstmStepProblem&, bool for_backward);
-  void (*pack)(const LstmStepProblem&, const void* const* weights, bool for_backward, void* packed);
+  // The parts that a forward and a backward read; a backward whose gates are kept needs its own alone.
+  void (*pack)(const LstmStepProblem&, const void* const* weights, bool for_forward, bool for_backward, void* packed);
   void (*forward)(const LstmStepProblem&, const LstmStepForward&, int64_t first_tile, int64_t last_tile);
   int64_t (*scratch_bytes)(const LstmStepProblem&);
   void (*backward)(const LstmStepProblem&, const LstmStepBackward&, void* scratch, int64_t first_group,
                    int64_t last_group);
-  // Adds the partials up by a fixed tree (in place) and writes the gradient of every weight.
-  void (*reduce)(const LstmStepProblem&, double* partials, void* const* grad_weights);
+  // Adds up a range of the elements of all partials, in place.
+  void (*sum_partials)(const LstmStepProblem&, double* partials, int64_t first, int64_t last);
+  // Writes the gradient of every weight from the sums.
+  void (*write_weight_gradients)(const LstmStepProblem&, const double* partials, void* const* grad_weights);
 };
 
 MK_DECLARE_KERNELS(LstmStepKernels, lstm_step_kernels, bool is_double)

@@ -391,8 +391,8 @@ int64_t scratch_bytes(const LstmStepProblem& p) {
 }
 
 template <class S>
-constexpr LstmStepKernels kernels{packed_bytes<S>,  pack_weights<S>, forward<S>,
-                                  scratch_bytes<S>, backward<S>,     reduce_partials<S>};
+constexpr LstmStepKernels kernels{packed_bytes<S>, pack_weights<S>,          forward<S>, scratch_bytes<S>, backward<S>,
+                                  sum_partials,    write_weight_gradients<S>};
 
 }  // namespace
 }  // namespace MK_CAPABILITY

@@ -31,9 +31,10 @@ inline Buffer allocate(int64_t bytes) {
 }
 
 // Packs contiguous weights in the order in which the loops read them.
-inline Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const void* const* weights, bool for_backward) {
+inline Buffer pack(const LstmStepKernels& k, const LstmStepProblem& p, const void* const* weights, bool for_forward,
+                   bool for_backward) {
   Buffer packed = allocate(k.packed_bytes(p, for_backward));
-  k.pack(p, weights, for_backward, packed.get());
+  k.pack(p, weights, for_forward, for_backward, packed.get());
   return packed;
 }
 
@@ -55,7 +56,7 @@ inline PackedCopies pack_copies(const LstmStepKernels& k, const LstmStepProblem&
     std::vector<const void*> own(weights.size());
     for (int64_t copy = first; copy < last; ++copy) {
       for (size_t i = 0; i < weights.size(); ++i) own[i] = static_cast<const char*>(weights[i]) + copy * sizes[i];
-      k.pack(p, own.data(), false, const_cast<void*>(packed.of(copy)));
+      k.pack(p, own.data(), true, false, const_cast<void*>(packed.of(copy)));
     }
   });
   return packed;

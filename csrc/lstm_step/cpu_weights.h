@@ -1,6 +1,7 @@
 // The weights of lstm_step in the order in which its loops read them, and the flat layout of their gradients.
 #pragma once
 #include "../core/vec.h"
+#include "../math/transpose.h"
 #include "cpu.h"
 
 namespace metakern {
@@ -76,9 +77,52 @@ class PackedWeights {
   S* data;
 };
 
+// Packing stores whole vectors, so up to one vector is written after the last element.
 template <class S>
 int64_t packed_bytes(const LstmStepProblem& p, bool for_backward) {
-  return PackedWeights<S>(p, nullptr).elements(for_backward) * int64_t(sizeof(S));
+  return (PackedWeights<S>(p, nullptr).elements(for_backward) + lanes<vec_t<S>>)*int64_t(sizeof(S));
+}
+
+// out[k * M + m] = rows[m][k] for M rows of `columns`. In vectors where one holds M elements: every store overwrites
+// what the one before wrote after its M elements. Packing element by element took a tenth of a small step.
+template <class S, int M>
+MK_INLINE void pack_rows(const S* const rows[M], int columns, S* out) {
+  using V = vec_t<S>;
+  constexpr int n = lanes<V>;
+  if constexpr (M <= n) {
+    for (int k = 0; k < columns; k += n) {
+      const int count = columns - k < n ? columns - k : n;
+      V tile[n];
+#pragma GCC unroll 16
+      for (int m = 0; m < n; ++m)
+        tile[m] = m >= M ? V{} : count == n ? load<V>(rows[m] + k) : load_first<V>(rows[m] + k, count);
+      transpose_lanes(tile);
+      if (count == n) {
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) store(out + (k + i) * M, tile[i]);
+      } else {
+        for (int i = 0; i < count; ++i) store(out + (k + i) * M, tile[i]);
+      }
+    }
+  } else {
+    for (int k = 0; k < columns; ++k)
+      for (int m = 0; m < M; ++m) out[k * M + m] = rows[m][k];
+  }
+}
+
+// The next M rows of gates from row `first` of a group of units on; returns where the packed ones end.
+template <class S, int M>
+S* pack_gate_rows(S* out, const S* const w[4], int inputs, int H, int unit, int first) {
+  const S *x[M], *h[M];
+  for (int m = 0; m < M; ++m) {
+    const int row = (first + m) % 4 * H + unit + (first + m) / 4;
+    out[m] = w[2][row] + w[3][row];
+    x[m] = w[0] + row * inputs;
+    h[m] = w[1] + row * H;
+  }
+  pack_rows<S, M>(x, inputs, out + M);
+  pack_rows<S, M>(h, H, out + (1 + inputs) * M);
+  return out + (1 + inputs + H) * M;
 }
 
 template <class S>
@@ -87,14 +131,15 @@ S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
     const int rows = 4 * (H - unit < group_units ? H - unit : group_units);
     for (int first = 0; first < rows;) {
       const int count = row_block(rows - first);
-      for (int m = 0; m < count; ++m, ++first) {
-        const int row = first % 4 * H + unit + first / 4;
-        S* at = out + m;  // rows are read in order and written with a stride
-        *at = w[2][row] + w[3][row];
-        for (int k = 0; k < inputs; ++k) at[(1 + k) * count] = w[0][row * inputs + k];
-        for (int k = 0; k < H; ++k) at[(1 + inputs + k) * count] = w[1][row * H + k];
+      switch (count) {
+        case 4: out = pack_gate_rows<S, 4>(out, w, inputs, H, unit, first); break;
+        case 6: out = pack_gate_rows<S, 6>(out, w, inputs, H, unit, first); break;
+#if defined(__AVX512F__)
+        case 8: out = pack_gate_rows<S, 8>(out, w, inputs, H, unit, first); break;
+        case 16: out = pack_gate_rows<S, 16>(out, w, inputs, H, unit, first); break;
+#endif
       }
-      out += (1 + inputs + H) * count;
+      first += count;
     }
   }
   return out;
@@ -102,24 +147,32 @@ S* pack_forward(S* out, const S* const w[4], int inputs, int H) {
 
 template <class S>
 S* pack_transposed(S* out, const S* w, int inputs, int H) {
+  using V = vec_t<S>;
   for (int k = 0; k < inputs;) {
     const int count = input_block(inputs - k);
-    for (int row = 0; row < 4 * H; ++row)
-      for (int i = 0; i < count; ++i) *out++ = w[int64_t(row) * inputs + k + i];
+    const S* from = w + k;
+    if (count <= lanes<V>) {  // as pack_rows stores
+      for (int row = 0; row < 4 * H; ++row, from += inputs, out += count) store(out, load_first<V>(from, count));
+    } else {
+      for (int row = 0; row < 4 * H; ++row, from += inputs)
+        for (int i = 0; i < count; ++i) *out++ = from[i];
+    }
     k += count;
   }
   return out;
 }
 
 template <class S>
-void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for_backward, void* memory) {
+void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for_forward, bool for_backward,
+                  void* memory) {
   const int H = p.hidden_size;
-  S* out = static_cast<S*>(memory);
-  for (int layer = 0; layer < p.num_layers; ++layer) {
+  const PackedWeights<S> packed(p, static_cast<S*>(memory));
+  for (int layer = 0; for_forward && layer < p.num_layers; ++layer) {
     const S* w[4];
     for (int i = 0; i < 4; ++i) w[i] = static_cast<const S*>(weights[layer * 4 + i]);
-    out = pack_forward(out, w, p.inputs(layer), H);
+    pack_forward(packed.forward(layer), w, p.inputs(layer), H);
   }
+  S* out = packed.head();
   int weight = p.num_layers * 4;
   const int counts[] = {p.stages.outputs * H, p.stages.outputs, p.stages.features_weights, p.stages.head_weights};
   for (const int count : counts) {
@@ -134,12 +187,21 @@ void pack_weights(const LstmStepProblem& p, const void* const* weights, bool for
   }
 }
 
+// Adds up elements [first, last) of the partials by a fixed tree, in spans that stay in the first-level cache.
+inline void sum_partials(const LstmStepProblem& p, double* partials, int64_t first, int64_t last) {
+  constexpr int64_t span = 256;
+  const int64_t n = p.flat_weights(), groups = num_groups(p);
+  for (int64_t at = first; at < last; at += span) {
+    const int64_t end = at + span < last ? at + span : last;
+    for (int64_t step = 1; step < groups; step *= 2)
+      for (int64_t group = 0; group + step < groups; group += 2 * step)
+        for (int64_t i = at; i < end; ++i) partials[group * n + i] += partials[(group + step) * n + i];
+  }
+}
+
 template <class S>
-void reduce_partials(const LstmStepProblem& p, double* partials, void* const* grad_weights) {
+void write_weight_gradients(const LstmStepProblem& p, const double* partials, void* const* grad_weights) {
   const int64_t n = p.flat_weights(), H = p.hidden_size;
-  for (int64_t step = 1; step < num_groups(p); step *= 2)
-    for (int64_t group = 0; group + step < num_groups(p); group += 2 * step)
-      for (int64_t i = 0; i < n; ++i) partials[group * n + i] += partials[(group + step) * n + i];
   const auto copy = [&](int weight, int64_t from, int64_t count) {
     S* out = static_cast<S*>(grad_weights[weight]);
     for (int64_t i = 0; i < count; ++i) out[i] = p.num_coordinates ? S(partials[from + i]) : S(0);

@@ -120,21 +120,35 @@ def update_kernel(
 
 
 @triton.jit
-def _old_features(
+def _old_block(
     grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, task, lanes, valid,
     n, rows, columns, span, inner, middle, joint, KIND: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The params of a block, and its features before they are normalised, from the old moments and the new factors."""
+    """A block's g, params, old and new moments and factors, and its features before they are normalised.
+
+    From the old moments and the new factors.
+    """
     g, theta, old_m, old_v = features.load_old(
         grads + task * n, old_params + task * n, m + task * 3 * n, v + task * n, lanes, valid, n
     )
     now_m, now_v = features.new_moments(g, old_m, old_v, decays)
-    r, c, _, _, of_g, of_m = features.load_factors(
+    row, column, row_factor, column_factor, of_g, of_m = features.load_factors(
         new_r + task * 3 * rows, new_c + task * 3 * columns, row_factors + task * 3 * rows,
         column_factors + task * 3 * columns, lanes, valid, n, rows, columns, span, inner, middle, joint, KIND, WIDE,
     )  # fmt: skip
-    x0, x1, x2, x3, x4, x5, x6, x7 = features.groups(g, theta, now_m, now_v, r, c, of_g, of_m, valid)
-    return theta, features.matrix(x0, x1, x2, x3, x4, x5, x6, x7, BLOCK)
+    x0, x1, x2, x3, x4, x5, x6, x7 = features.groups(g, theta, now_m, now_v, row, column, of_g, of_m, valid)
+    x = features.matrix(x0, x1, x2, x3, x4, x5, x6, x7, BLOCK)
+    return g, theta, old_m, old_v, now_m, now_v, row, column, row_factor, column_factor, of_g, of_m, x
+
+
+@triton.jit
+def _store_chunk(row, by_norm, by_rate, by_keep, by_bias, WP: tl.constexpr):
+    """A chunk's row of partials of :func:`network_kernel`."""
+    inputs = tl.arange(0, 32)
+    tl.store(row + inputs, tl.sum(by_norm, axis=0))
+    tl.store(row + 32, tl.sum(by_rate))
+    tl.store(row + 33, tl.sum(by_keep))
+    tl.store(row + 34 + tl.arange(0, WP), tl.sum(by_bias, axis=0))
 
 
 @triton.jit
@@ -153,7 +167,7 @@ def network_kernel(
     """
     program = tl.program_id(0).to(tl.int64)
     n, rows, columns = tl.cast(n, tl.int64), tl.cast(rows, tl.int64), tl.cast(columns, tl.int64)
-    units, inputs = tl.arange(0, WP), tl.arange(0, 32)
+    inputs = tl.arange(0, 32)
     first = tl.zeros([WP, 32], partials.dtype.element_ty)
     w1, w2, w3 = (tl.zeros([WP, WP], partials.dtype.element_ty),) * 3
     b1, b2, b3 = (tl.zeros([BLOCK, WP], partials.dtype.element_ty),) * 3
@@ -169,7 +183,7 @@ def network_kernel(
         for block in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, blocks)):
             lanes = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
             valid = lanes < n
-            theta, x = _old_features(
+            _, theta, _, _, _, _, _, _, _, _, _, _, x = _old_block(
                 grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, task, lanes, valid,
                 n, rows, columns, span, inner, middle, joint, KIND, WIDE, BLOCK,
             )  # fmt: skip
@@ -185,27 +199,29 @@ def network_kernel(
             of_magnitude += of_s[:, None] * h4
             by_direction += of_d
             by_magnitude += of_s
-            if L > 3:
-                w3, b3, by_sum = network.layer_backward(by_sum, h3, w3, b3, weights, 3, W, WP)
-            if L > 2:
-                w2, b2, by_sum = network.layer_backward(by_sum, h2, w2, b2, weights, 2, W, WP)
-            if L > 1:
-                w1, b1, by_sum = network.layer_backward(by_sum, h1, w1, b1, weights, 1, W, WP)
+            by_sum, w1, b1, w2, b2, w3, b3 = network.hidden_backward(
+                by_sum, h1, h2, h3, w1, b1, w2, b2, w3, b3, weights, W, WP, L
+            )
             first += product(tl.trans(by_sum), x)
             by_bias += by_sum
             by_y = product(by_sum, network.load_first(weights, W, WP))
             by_norm += by_y * x
             at = by_features + ((task * n + lanes) * 32)[:, None] + inputs[None, :]
             tl.store(at, by_y * norm[None, :], mask=valid[:, None])
-        row = partials + tl.cast(item, tl.int64) * (34 + WP)
-        tl.store(row + inputs, tl.sum(by_norm, axis=0))
-        tl.store(row + 32, tl.sum(by_rate))
-        tl.store(row + 33, tl.sum(by_keep))
-        tl.store(row + 34 + units, tl.sum(by_bias, axis=0))
+        _store_chunk(partials + tl.cast(item, tl.int64) * (34 + WP), by_norm, by_rate, by_keep, by_bias, WP)
     row = weight_partials + program * (32 * WP + (L - 1) * (WP * WP + WP) + 2 * WP + 2)
     network.store_layers(row, first, w1, b1, w2, b2, w3, b3, WP, L)
     row += 32 * WP + (L - 1) * (WP * WP + WP)
     network.store_outputs(row, of_direction, of_magnitude, by_direction, by_magnitude, WP)
+
+
+@triton.jit
+def _store_by_factors(base, by_both, by_r, by_c, row_factor, column, column_factor, lanes, valid, n):
+    """What a block adds to the gradients of R, of r but through R, and of c."""
+    features.store_lanes(base, n, lanes, valid, by_both * column_factor)
+    features.store_lanes(base + 3 * n, n, lanes, valid, by_r)
+    by_c += by_both * row_factor * features.safe_slope(column, column_factor)
+    features.store_lanes(base + 6 * n, n, lanes, valid, by_c)
 
 
 @triton.jit
@@ -233,16 +249,10 @@ def coordinates_kernel(
     for block in range(chunk * blocks_per_chunk, tl.minimum((chunk + 1) * blocks_per_chunk, blocks)):
         lanes = tl.cast(block, tl.int64) * BLOCK + tl.arange(0, BLOCK)
         valid = lanes < n
-        g, theta, old_m, old_v = features.load_old(
-            grads + task * n, old_params + task * n, m + task * 3 * n, v + task * n, lanes, valid, n
-        )
-        now_m, now_v = features.new_moments(g, old_m, old_v, decays)
-        row, column, row_factor, column_factor, of_g, of_m = features.load_factors(
-            new_r + task * 3 * rows, new_c + task * 3 * columns, row_factors + task * 3 * rows,
-            column_factors + task * 3 * columns, lanes, valid, n, rows, columns, span, inner, middle, joint, KIND, WIDE,
+        g, _, old_m, old_v, now_m, now_v, row, column, row_factor, column_factor, of_g, of_m, x = _old_block(
+            grads, old_params, m, v, new_r, new_c, row_factors, column_factors, decays, task, lanes, valid,
+            n, rows, columns, span, inner, middle, joint, KIND, WIDE, BLOCK,
         )  # fmt: skip
-        x0, x1, x2, x3, x4, x5, x6, x7 = features.groups(g, theta, now_m, now_v, row, column, of_g, of_m, valid)
-        x = features.matrix(x0, x1, x2, x3, x4, x5, x6, x7, BLOCK)
         at = by_features + ((task * n + lanes) * 32)[:, None] + inputs[None, :]
         d = tl.load(at, mask=valid[:, None], other=0.0) - x * slope[None, :]
         d0, d1, d2, d3, d4, d5, d6, d7 = features.split_groups(d, BLOCK)
@@ -269,12 +279,10 @@ def coordinates_kernel(
             of_full += tl.where(valid[:, None], by_r * (old - (g * g + 1e-30)[:, None]), 0.0)
             by_square += features.sum_of_three(by_r * (1 - decay_r)[None, :])
         else:
-            by_both = by_of_g + by_of_m
-            base = by_factors + task * 9 * n
-            features.store_lanes(base, n, lanes, valid, by_both * column_factor)
-            features.store_lanes(base + 3 * n, n, lanes, valid, by_r)
-            by_c += by_both * row_factor * features.safe_slope(column, column_factor)
-            features.store_lanes(base + 6 * n, n, lanes, valid, by_c)
+            _store_by_factors(
+                by_factors + task * 9 * n, by_of_g + by_of_m, by_r, by_c, row_factor, column, column_factor,
+                lanes, valid, n,
+            )  # fmt: skip
         by_g += 2 * by_square * g
         tl.store(grad_grads + task * n + lanes, by_g.to(grad_grads.dtype.element_ty), mask=valid)
     row = partials + item * 8 + k

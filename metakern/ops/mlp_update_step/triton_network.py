@@ -120,6 +120,24 @@ def store_layer(row, of_weight, of_bias, WP: tl.constexpr):
 
 
 @triton.jit
+def hidden_backward(
+    by_sum, h1, h2, h3, w1, b1, w2, b2, w3, b3, weights, W: tl.constexpr, WP: tl.constexpr, L: tl.constexpr
+):
+    """Gradients of the first layer's sums from those of the last hidden layer's; the layers' own are added to w and b.
+
+    Returns:
+        the gradients, then the sums w and b of each layer
+    """
+    if L > 3:
+        w3, b3, by_sum = layer_backward(by_sum, h3, w3, b3, weights, 3, W, WP)
+    if L > 2:
+        w2, b2, by_sum = layer_backward(by_sum, h2, w2, b2, weights, 2, W, WP)
+    if L > 1:
+        w1, b1, by_sum = layer_backward(by_sum, h1, w1, b1, weights, 1, W, WP)
+    return by_sum, w1, b1, w2, b2, w3, b3
+
+
+@triton.jit
 def store_layers(row, first, w1, b1, w2, b2, w3, b3, WP: tl.constexpr, L: tl.constexpr):
     """The gradients of the first layer's weight, [WP, 32], and of up to three hidden layers behind it."""
     tl.store(row + tl.arange(0, WP)[:, None] * 32 + tl.arange(0, 32)[None, :], first)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,8 +24,7 @@ import typer
 from rich.console import Console
 from rich.markdown import Markdown
 
-from bench.few_shot import cases as of
-from bench.few_shot.cases import MAML, METHODS, UNIFORM, Case, Plan
+from bench.few_shot.cases import MAML, METHODS, UNIFORM, Case, Plan, cases
 from bench.few_shot.learning import kept
 from bench.few_shot.tables import few_shot_lines
 from bench.runs import RESULTS, Job, describe_run, run_jobs, write
@@ -61,9 +60,11 @@ def shortened(runs: Runs, plan: Plan) -> dict[Case, Plan]:
     return plans
 
 
-def measure(plan: Plan, folder: Path | None, console: Console, workers: int = 1) -> dict[str, Any]:
-    """All runs, for equal tasks and for equal time."""
-    full = runs_of(dict.fromkeys(of.cases(), plan), folder, console, workers)
+def measure(
+    chosen: Sequence[Case], plan: Plan, folder: Path | None, console: Console, workers: int = 1
+) -> dict[str, Any]:
+    """All runs of these cases, MAML's among them, for equal tasks and for equal time."""
+    full = runs_of(dict.fromkeys(chosen, plan), folder, console, workers)
     timed = runs_of(shortened(full, plan), folder, console, workers)
     return {
         "tasks": plan.iterations * plan.num_tasks,
@@ -118,7 +119,7 @@ def main(
     torch.set_num_threads(threads)
     console = Console()
     plan = QUICK if quick else replace(FULL, seeds=seeds)
-    found = measure(plan, None if quick else parts, console, workers)
+    found = measure(cases(), plan, None if quick else parts, console, workers)
     results = describe_run("few_shot", "bench.few_shot") | found
     console.print(Markdown("\n".join(few_shot_lines(results))))
     write(results, output or (None if quick else RESULTS / "few-shot.json"), console)

@@ -36,8 +36,8 @@ _RULE = {"first_order": True, "max_grad_norm": 0.25}
 
 METHODS = {
     MAML: Method("MAML", {"inner_lr": 0.4, "outer_lr": 1e-2}),
-    "meta-sgd": Method("Meta-SGD", {"rates": "meta-sgd", "inner_lr": 0.4, "outer_lr": 1e-2}),
-    "anil": Method("ANIL", {"anil": True, "inner_lr": 0.8, "outer_lr": 1e-2}),
+    "meta-sgd": Method("Meta-SGD", {"rates": "meta-sgd", "inner_lr": 0.4, "outer_lr": 3e-3}),
+    "anil": Method("ANIL", {"anil": True, "inner_lr": 0.8, "outer_lr": 3e-3}),
     "lstm": Method(
         "LSTM rule", {"rule": "coordinatewise-lstm", "rule_options": "num_layers=1", "outer_lr": 3e-4, **_RULE}
     ),

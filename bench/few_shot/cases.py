@@ -32,12 +32,12 @@ class Method:
 MAML = "maml"
 
 #: First-order meta-gradients of limited norm, as Ravi & Larochelle 2017 train Meta-LSTM.
-_RULE = {"first_order": True, "max_grad_norm": 0.25}
+_RULE = {"steps": 5, "first_order": True, "max_grad_norm": 0.25}
 
 METHODS = {
-    MAML: Method("MAML", {"inner_lr": 0.4, "outer_lr": 1e-2}),
-    "meta-sgd": Method("Meta-SGD", {"rates": "meta-sgd", "inner_lr": 0.4, "outer_lr": 3e-3}),
-    "anil": Method("ANIL", {"anil": True, "inner_lr": 0.8, "outer_lr": 3e-3}),
+    MAML: Method("MAML", {"steps": 10, "inner_lr": 0.2, "outer_lr": 1e-2}),
+    "meta-sgd": Method("Meta-SGD", {"rates": "meta-sgd", "steps": 10, "inner_lr": 0.2, "outer_lr": 3e-3}),
+    "anil": Method("ANIL", {"anil": True, "steps": 10, "inner_lr": 0.8, "outer_lr": 3e-3}),
     "lstm": Method(
         "LSTM rule", {"rule": "coordinatewise-lstm", "rule_options": "num_layers=1", "outer_lr": 3e-4, **_RULE}
     ),

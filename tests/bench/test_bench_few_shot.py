@@ -148,7 +148,13 @@ def test_the_table(results: dict[str, Any]) -> None:
     assert len(rows) == 2 + len(CHOSEN) // len(SHOTS)
     assert len({row.count("|") for row in rows}) == 1
     text = report.TABLES["few_shot"](results, "file.json")
-    for said in ("Meta-LSTM, 5 steps | balanced over clusters", "of 2 seeds", "on 4 test tasks", "`file.json`", " (8) "):
+    for said in (
+        "Meta-LSTM, 5 steps | balanced over clusters",
+        "of 2 seeds",
+        "on 4 test tasks",
+        "`file.json`",
+        " (8) ",
+    ):
         assert said in text
 
 

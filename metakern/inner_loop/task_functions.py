@@ -1,8 +1,8 @@
-"""Corrected forms of PyTorch functions whose derivatives are wrong in the inner loop.
+"""Corrected forms of PyTorch functions whose derivatives are wrong in the inner loop, and kernels for slow ones.
 
-There are two causes: batching rules of torch.vmap whose result autograd differentiates wrongly, and functions without a
-second derivative. The list comes from comparing torch's operators under vmap with a loop: values, gradients, second
-derivatives.
+Derivatives are wrong for two causes: batching rules of torch.vmap whose result autograd differentiates wrongly, and
+functions without a second derivative. The list comes from comparing torch's operators under vmap with a loop: values,
+gradients, second derivatives.
 
 Axis legend: N indices, B bags, V rows of a table, D its columns.
 """
@@ -10,7 +10,7 @@ Axis legend: N indices, B bags, V rows of a table, D its columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FunctionType
 from typing import Any
 
@@ -20,23 +20,32 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from metakern.core.transforms import is_batched, wants_gradient
+from metakern.inner_loop.task_layers import TaskLayers
 
 #: An index beyond any table.
 _OUTSIDE = 2**40
 
+_NO_NAMES: Mapping[int, str] = {}
+
 
 class TaskFunctions(TorchFunctionMode):
-    """Mode that redirects calls of these functions to their corrected forms.
+    """Mode that redirects calls of these functions to their corrected forms, and layers to kernels for all tasks.
 
     Args:
         vectorize: whether the model runs under torch.vmap
         transformed: whether torch.compile or torch.func transforms the call; gradients are then taken inside
             torch.vmap, otherwise outside
+        layers: the kernels, which serve under torch.vmap, but not in torch.compile: there torch.func.grad does not take
+            operators that register a gradient (pytorch issue 170834)
+        names: the model's parameters by the ids of this task's tensors
     """
 
-    def __init__(self, vectorize: bool, transformed: bool) -> None:
+    def __init__(
+        self, vectorize: bool, transformed: bool, layers: TaskLayers | None = None, names: Mapping[int, str] = _NO_NAMES
+    ) -> None:
         super().__init__()
         self.replaced = _EVERYWHERE
+        self.layers, self.names = layers if vectorize and not torch.compiler.is_compiling() else None, names
         if vectorize:
             self.replaced = _TRANSFORMED if transformed else _BATCHED
 
@@ -45,6 +54,8 @@ class TaskFunctions(TorchFunctionMode):
     ) -> Any:
         if type(func) is FunctionType and not torch.compiler.is_compiling() and func not in _SHIPPED:
             func = _behind(func)
+        if self.layers is not None and self.layers.serves(func):
+            return self.layers.conv2d(self.names, *args, **(kwargs or {}))
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 

@@ -30,6 +30,7 @@ from metakern.inner_loop.lineage import nodes_of, recomputes
 from metakern.inner_loop.loop import Problem, losses_and_gradients
 from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.task_functions import TaskFunctions
+from metakern.inner_loop.task_layers import TaskLayers
 from metakern.inner_loop.task_loss import TaskLoss
 from metakern.inner_loop.vectorize import Vectorization, Vectorize
 from metakern.rules.protocol import detached
@@ -51,17 +52,29 @@ class TaskModel:
         loss: loss of one task
         names: the per-task parameters; the tasks share the others
         vectorize: whether to evaluate all tasks at once by torch.vmap, or "auto"
+        backend: of the kernels for layers under torch.vmap
+
+    Attributes:
+        layers: these kernels
 
     Raises:
         TypeError: for a model whose parameters torch.func cannot replace
     """
 
-    def __init__(self, model: nn.Module, loss: TaskLoss, names: Sequence[str], vectorize: Vectorize) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: TaskLoss,
+        names: Sequence[str],
+        vectorize: Vectorize,
+        backend: str | None = None,
+    ) -> None:
         _check_replaceable(model)
         self.model, self.loss, self.names = model, loss, list(names)
         self.vectorization = Vectorization(model, loss.loss, vectorize)
         parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
         self.initial = {name: parameters[name] for name in names}
+        self.layers = TaskLayers(next(iter(parameters.values())).device, backend)
         self.shared: Tensors = {name: p for name, p in parameters.items() if name not in self.initial} | buffers
         self.buffers = list(buffers)
         per_step = [m for m in model.modules() if isinstance(m, PerStepBatchNorm)]
@@ -208,12 +221,14 @@ class TaskModel:
         return self._corrected(task_loss)
 
     def _corrected(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function of one task, wrapped to use the corrected forms of PyTorch functions."""
-        transformed = is_transformed()
+        """A function (params, shared, ...) of one task, wrapped to use the corrected forms of PyTorch functions."""
+        transformed, at_once = is_transformed(), self.vectorization.at_once
 
-        def corrected(*arguments: Any) -> Any:
-            with TaskFunctions(self.vectorization.at_once, transformed):
-                return function(*arguments)
+        def corrected(params: Tensors, shared: Tensors, *rest: Any) -> Any:
+            named = at_once and not torch.compiler.is_compiling()
+            names = {id(tensor): name for part in (shared, params) for name, tensor in part.items()} if named else {}
+            with TaskFunctions(at_once, transformed, self.layers, names):
+                return function(params, shared, *rest)
 
         return corrected
 

@@ -103,9 +103,10 @@ class GenericEngine:
         """Sizes, how the tasks are evaluated, and why no other engine serves."""
         plan: _Plan = call.prepared[self.name]
         how = "all tasks at once by torch.vmap" if plan.model.vectorization.at_once else "one task after another"
-        support = plan.support
+        support, layers = plan.support, plan.model.layers.described()
         return (
             f"T={support.num_tasks}, S={support.num_samples}, K={plan.loop.num_steps}: generic path, {how}; "
+            f"{layers}{'; ' if layers else ''}"
             f"the fused inner loop does not serve: {'; '.join(call.reasons)}"
         )
 
@@ -119,7 +120,7 @@ def task_model(call: Call) -> TaskModel:
     task_loss = TaskLoss(options.loss, call.is_masked or options.accumulate > 1)
     with exclusive(options.model):
         names = adapted_names(options.model, options.parameters)
-        model = TaskModel(options.model, task_loss, names, options.vectorize)
+        model = TaskModel(options.model, task_loss, names, options.vectorize, options.backend)
     if model.max_steps is not None and options.steps > model.max_steps:
         raise ValueError(
             f"steps must be at most {model.max_steps}, for which the model has batch norm, got {options.steps}"

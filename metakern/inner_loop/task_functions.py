@@ -38,14 +38,21 @@ class TaskFunctions(TorchFunctionMode):
         layers: the kernels, which serve under torch.vmap, but not in torch.compile: there torch.func.grad does not take
             operators that register a gradient (pytorch issue 170834)
         names: the model's parameters by the ids of this task's tensors
+        auto: whether a loop over the tasks may evaluate the model instead
     """
 
     def __init__(
-        self, vectorize: bool, transformed: bool, layers: TaskLayers | None = None, names: Mapping[int, str] = _NO_NAMES
+        self,
+        vectorize: bool,
+        transformed: bool,
+        layers: TaskLayers | None = None,
+        names: Mapping[int, str] = _NO_NAMES,
+        auto: bool = False,
     ) -> None:
         super().__init__()
         self.replaced = _EVERYWHERE
         self.layers, self.names = layers if vectorize and not torch.compiler.is_compiling() else None, names
+        self.auto = auto and not transformed
         if vectorize:
             self.replaced = _TRANSFORMED if transformed else _BATCHED
 
@@ -55,7 +62,7 @@ class TaskFunctions(TorchFunctionMode):
         if type(func) is FunctionType and not torch.compiler.is_compiling() and func not in _SHIPPED:
             func = _behind(func)
         if self.layers is not None and self.layers.serves(func):
-            return self.layers.conv2d(self.names, *args, **(kwargs or {}))
+            return self.layers.conv2d(self.names, self.auto, *args, **(kwargs or {}))
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
 
 

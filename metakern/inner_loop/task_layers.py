@@ -19,7 +19,13 @@ from torch import Tensor
 from metakern.core import backend as _backend
 from metakern.core.torch_private import forward_mode_is_active
 from metakern.core.transforms import is_batched
+from metakern.inner_loop.vectorize import Slower
 from metakern.ops.task_conv2d import task_conv2d
+
+#: Products of a task's convolution from which the kernel is faster than PyTorch's grouped convolution, and from which a
+#: loop over the tasks is faster than either on the CPU, as batch norm and pooling are slow under torch.vmap; measured,
+#: see bench/NOTES.md.
+KERNEL_PRODUCTS, LOOP_PRODUCTS = 2**19, 2**26
 
 #: Backend of the kernels by type of device.
 _BACKENDS = {"cpu": "cpp", "cuda": "triton"}
@@ -45,20 +51,28 @@ class TaskLayers:
         """Whether calls of a function come here under torch.vmap."""
         return func is F.conv2d
 
-    def conv2d(self, names: Mapping[int, str], *args: Any, **kwargs: Any) -> Tensor:
+    def conv2d(self, names: Mapping[int, str], auto: bool, *args: Any, **kwargs: Any) -> Tensor:
         """F.conv2d of one task under torch.vmap, by a kernel for all tasks, or by PyTorch.
 
         Args:
             names: the model's parameters by id
+            auto: whether a loop over the tasks may evaluate the model instead
             args: of F.conv2d
             kwargs: of F.conv2d
+
+        Raises:
+            Slower: with ``auto``, where the loop is faster
         """
         try:
             x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
         except TypeError:
             return F.conv2d(*args, **kwargs)  # raises PyTorch's own error
         reason = self.missing or _unserved_options(dilation, groups) or _unserved_tensors(x, weight, bias)
-        border = None
+        border, products = None, _products(x, weight, stride)
+        if auto and products >= LOOP_PRODUCTS and x.device.type == "cpu" and is_batched(weight):
+            raise Slower
+        if not reason and products < KERNEL_PRODUCTS and x.device.type == "cpu":
+            reason = "it is too small for a kernel"
         if not reason:
             border = _border(x, weight, stride, padding)
             reason = "" if border else f"its padding {padding!r} is not that of task_conv2d, or its kernel does not fit"
@@ -121,6 +135,14 @@ def _unserved_options(dilation: Any, groups: Any) -> str:
     if groups != 1:
         return f"it has {groups} groups"
     return "" if dilation in (1, (1, 1), [1, 1], (1,), [1]) else f"it has dilation {dilation}"
+
+
+def _products(x: Any, weight: Any, stride: Any) -> int:
+    """Products of a task's convolution, about; 0 for arguments that are not a convolution's."""
+    strides = _pair(stride)
+    if not isinstance(x, Tensor) or not isinstance(weight, Tensor) or x.dim() != 4 or strides is None or 0 in strides:
+        return 0
+    return x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() // (strides[0] * strides[1])
 
 
 def _border(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

@@ -227,7 +227,8 @@ class TaskModel:
         def corrected(params: Tensors, shared: Tensors, *rest: Any) -> Any:
             named = at_once and not torch.compiler.is_compiling()
             names = {id(tensor): name for part in (shared, params) for name, tensor in part.items()} if named else {}
-            with TaskFunctions(at_once, transformed, self.layers, names):
+            auto = self.vectorization.wanted == "auto"
+            with TaskFunctions(at_once, transformed, self.layers, names, auto):
                 return function(params, shared, *rest)
 
         return corrected

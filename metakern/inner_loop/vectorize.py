@@ -31,8 +31,17 @@ def check_vectorize(vectorize: Any) -> None:
         raise TypeError(f"vectorize must be True, False or 'auto', got {vectorize!r}")
 
 
+class Slower(Exception):
+    """Raised within torch.vmap, with "auto", by a model that a loop over the tasks evaluates faster.
+
+    The call is repeated as a loop, and so are later calls with the model, without a warning.
+    """
+
+
 class Vectorization:
     """How the tasks of one call are evaluated: by torch.vmap or in a loop.
+
+    With "auto" the CPU evaluates models with large convolutions in a loop, which is faster: see :class:`Slower`.
 
     With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The failure is
     cached, and later calls with the same modules, modes, hooks and loss use the loop at once. A stale entry costs only
@@ -46,15 +55,17 @@ class Vectorization:
     Attributes:
         wanted: ``vectorize``
         at_once: whether torch.vmap evaluates all tasks at once
+        slower: whether it does not because a loop is faster
     """
 
     def __init__(self, model: nn.Module, loss: Callable[..., Any], vectorize: Vectorize) -> None:
-        self.wanted, self.at_once = vectorize, bool(vectorize)
+        self.wanted, self.at_once, self.slower = vectorize, bool(vectorize), False
         self._model, self._loss = model, loss
         compiling = torch.compiler.is_compiling()
         self._hooked = _module_with_backward_hook(model, loss) if vectorize and not compiling else ""
         if vectorize == "auto" and not is_transformed():
-            self.at_once = not self._hooked and not _loops.get(model, self._kind())
+            cached = _loops.get(model, self._kind())
+            self.at_once, self.slower = not self._hooked and cached is None, cached is True
 
     def run(self, evaluate: Callable[[Instead], Result], data: Mapping[str, Tensor]) -> Result:
         """Run ``evaluate({})``, which reads ``at_once``; falls back to the loop with "auto".
@@ -80,7 +91,7 @@ class Vectorization:
             return evaluate({})
         if self._hooked and self.at_once:
             raise RuntimeError(f"vectorize=True cannot run the model: {self._hooked}; {_WAY_OUT}")
-        if self._hooked and not _loops.get(self._model, self._kind()):
+        if self._hooked and _loops.get(self._model, self._kind()) is None:
             self._remember(f": {self._hooked}")
         if not self.at_once:
             return self._loop(evaluate, data)
@@ -92,6 +103,8 @@ class Vectorization:
             return evaluate({})
         except torch.OutOfMemoryError:
             raise
+        except Slower:
+            cause, failure = "", None
         except Exception as error:
             cause = _cause(error, self._model)
             # The error's traceback would keep everything computed alive.
@@ -99,6 +112,10 @@ class Vectorization:
         set_random_state(state)
         self.at_once = False
         result = self._loop(evaluate, data)  # an error here, too, is not torch.vmap's
+        if not cause:
+            self.slower = True
+            _loops.put(self._model, self._kind(), True)
+            return result
         if failure is None:
             self._remember(f", as torch.vmap fails in {cause}")
             return result
@@ -109,7 +126,7 @@ class Vectorization:
         raise RuntimeError(f"vectorize=True cannot run the model: torch.vmap fails in {cause}; {_WAY_OUT}") from failure
 
     def _remember(self, reason: str) -> None:
-        _loops.put(self._model, self._kind(), True)
+        _loops.put(self._model, self._kind(), False)
         warn_user(f"the tasks are evaluated one after another{reason}; vectorize=False chooses it without this warning")
 
     def _kind(self) -> Hashable:
@@ -141,7 +158,8 @@ _WAY_OUT = 'pass vectorize="auto" or False: the tasks are then evaluated one aft
 # ------------------------------------------------------------------------------------------------------------- memory
 
 
-#: Cache of models that torch.vmap could not run, keyed by module types, train() or eval() modes, hooks and loss.
+#: Cache of models for the loop, keyed by module types, train() or eval() modes, hooks and loss: True where the loop is
+#: faster, False where torch.vmap cannot run the model.
 _loops: Remembered[bool] = Remembered(most=16)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from metakern import adapt, meta_loss
+from metakern.inner_loop import task_layers
 from metakern.maml import per_step_batch_norm
 from metakern.rules import MetaLSTM
 from tests.conftest import assert_close, assert_same_bits
@@ -48,6 +49,11 @@ def small(shape: tuple[int, ...] = (2, 7, 5), dtype: torch.dtype = F64) -> nn.Se
     """Two convolutions on odd images that are not square."""
     convolutions = nn.Conv2d(shape[0], 4, 3, padding=1), nn.Conv2d(4, 3, (3, 1), stride=2, bias=False)
     return net(convolutions[0], nn.Tanh(), convolutions[1], nn.Tanh(), shape=shape, dtype=dtype)
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_layers, "KERNEL_PRODUCTS", 0)
 
 
 OPTIONS: dict[str, Any] = {"loss": F.cross_entropy, "vectorize": True}
@@ -306,3 +312,37 @@ def test_predictions_are_served_too() -> None:
         adapt(model, *data.support, loss=F.cross_entropy, lr=0.3, vectorize=way)(data.query[0]) for way in (True, False)
     ]
     assert_close("predictions", *predictions, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ auto
+
+
+def test_auto_takes_the_loop_for_large_convolutions(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first call notices, later ones take the loop at once; vectorize=True never does. The values are the same."""
+    model, data = small(), episode(2, 7, 5)
+    at_once = meta_loss(model, data.support, data.query, **OPTIONS)
+    monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", S * 35 * 72)
+    for _ in range(2):
+        losses = meta_loss(model, data.support, data.query, loss=F.cross_entropy, explain=True)
+        assert "one task after another, which is faster for convolutions of this size" in capsys.readouterr().out
+        assert_close("losses", losses, at_once, 1e-12)
+    assert "all tasks at once" in explained(model, data, capsys)
+
+
+def test_auto_keeps_smaller_convolutions_at_once_and_transforms_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = small(), episode(2, 7, 5)
+    monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", Q * 35 * 72 + 1)
+    assert "all tasks at once" in explained(model, data, capsys, vectorize="auto")
+    monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", 0)
+    adapted = adapt(small(), *data.support, loss=F.cross_entropy)  # a model of its own: this one takes the loop
+    predict = torch.func.vmap(lambda shift: adapted(data.query[0] + shift))
+    assert predict(torch.zeros(2, dtype=F64)).shape == (2, T, Q, CLASSES)
+
+
+def test_small_convolutions_stay_with_pytorch(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    monkeypatch.setattr(task_layers, "KERNEL_PRODUCTS", 2**19)
+    assert "PyTorch runs 0: it is too small for a kernel" in explained(small(), episode(2, 7, 5), capsys)

@@ -102,8 +102,12 @@ class GenericEngine:
     def described(self, call: Call) -> str:
         """Sizes, how the tasks are evaluated, and why no other engine serves."""
         plan: _Plan = call.prepared[self.name]
-        how = "all tasks at once by torch.vmap" if plan.model.vectorization.at_once else "one task after another"
-        support, layers = plan.support, plan.model.layers.described()
+        how, layers = "one task after another", ""
+        if plan.model.vectorization.at_once:
+            how, layers = "all tasks at once by torch.vmap", plan.model.layers.described()
+        elif plan.model.vectorization.slower:
+            how += ", which is faster for convolutions of this size"
+        support = plan.support
         return (
             f"T={support.num_tasks}, S={support.num_samples}, K={plan.loop.num_steps}: generic path, {how}; "
             f"{layers}{'; ' if layers else ''}"

@@ -83,6 +83,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m bench.mlp_inner_loop.compare
 	$(BIN)/python -m bench.mlp_update_step.compare
 	$(BIN)/python -m bench.task_conv2d.compare
+	$(BIN)/python -m bench.task_norm_act_pool.compare
 	$(BIN)/python -m bench.optimizee_groups
 	$(BIN)/python -m bench.evolution
 	$(BIN)/python -m pytest bench/*/bench_*.py --benchmark-only --benchmark-columns=median,iqr,rounds --benchmark-sort=name

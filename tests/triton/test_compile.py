@@ -50,12 +50,12 @@ def test_every_kernel_compiles_without_a_gpu(arch: int) -> None:
 
 #: Kernels that the operators of tests/ops/*/triton_launches.py launch, by architecture; others follow from the suite.
 LAUNCHED = {
-    80: {"hrnn_step": 5, "mlp_update_step": 12, "task_conv2d": 3},
+    80: {"hrnn_step": 5, "mlp_update_step": 12, "task_conv2d": 3, "task_norm_act_pool": 3},
     90: {
         **{"lstm_step": 6, "hrnn_step": 5, "inner_update": 3, "mlp_inner_loop": 8, "mlp_update_step": 11},
-        "task_conv2d": 6,
+        **{"task_conv2d": 6, "task_norm_act_pool": 9},
     },
-    100: {"hrnn_step": 5, "mlp_inner_loop": 2, "mlp_update_step": 6, "task_conv2d": 3},
+    100: {"hrnn_step": 5, "mlp_inner_loop": 2, "mlp_update_step": 6, "task_conv2d": 3, "task_norm_act_pool": 3},
 }
 
 

@@ -20,7 +20,8 @@ from metakern.ops.task_norm_act_pool import reference
 
 _SHARED: dict[str, Any] = {
     "family": "task_norm_act_pool",
-    "backends": ("cpp",),
+    "backends": ("cpp", "triton"),
+    "triton": "metakern.ops.task_norm_act_pool.triton",
 }
 
 _OPTIONS = "int statistics, float eps, int activation, float slope, bool pool"

@@ -79,7 +79,7 @@ class TaskNormActPool(Operator):
     tolerates = tuple(("type", name) for name in ("gamma", "beta", "running_mean", "running_var"))
 
     def serves(self, kind: str, dtype: torch.dtype) -> bool:
-        return kind not in ("emulated", "cuda", "interpreted", "triton") and dtype in self.dtypes
+        return kind not in ("emulated", "cuda") and dtype in self.dtypes
 
     def make(
         self,

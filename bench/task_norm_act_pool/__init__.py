@@ -1,0 +1,1 @@
+"""Benchmarks of task_norm_act_pool."""

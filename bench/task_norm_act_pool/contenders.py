@@ -73,7 +73,8 @@ def by_channels(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
     """PyTorch's operators once, on the channels of all tasks, as torch.func.vmap makes them of a model."""
     images = x.transpose(0, 1).flatten(1, 2)
     y = F.max_pool2d(F.relu(F.batch_norm(images, None, None, gamma.flatten(), beta.flatten(), True)), 2)
-    return y.unflatten(1, gamma.shape).transpose(0, 1)
+    found: Tensor = y.unflatten(1, gamma.shape).transpose(0, 1)
+    return found
 
 
 CONTENDERS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {

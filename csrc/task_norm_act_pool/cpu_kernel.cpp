@@ -22,26 +22,40 @@ int64_t chunk_rows(const TaskNormActPoolProblem& p) {
   return rows < 2 ? 2 : rows < p.size[0] ? rows : (p.size[0] + 1) / 2 * 2;
 }
 
-// Some rows of one image: where they begin in x and in y, and how many elements they have there.
+// Small images go several at a time: a row is then stored long before it is loaded with the next one, and sums are
+// taken over many.
+int64_t chunk_images(const TaskNormActPoolProblem& p) {
+  const int64_t images = p.pixels() > 0 ? chunk_elements / p.pixels() : 1;
+  return images < 1 ? 1 : images < p.num_samples ? images : p.num_samples;
+}
+
+// Some rows of one image, or several whole images: where they begin in x and in y, the elements of one image, and the
+// step to the next.
 struct Chunk {
-  int64_t at, elements, out_at, outs, rows;
+  int64_t at, elements, out_at, outs, rows, images, step, out_step;
+
+  MK_INLINE int64_t image(int64_t q) const { return at + q * step; }
+  MK_INLINE int64_t out_image(int64_t q) const { return out_at + q * out_step; }
 };
 
 // Calls f for the chunks of a channel.
 template <class F>
 void each_chunk(const TaskNormActPoolProblem& p, int64_t item, const F& f) {
-  const int64_t task = item / p.channels, channel = item % p.channels, most = chunk_rows(p), shrink = p.pool ? 2 : 1;
-  for (int64_t s = 0; s < p.num_samples; ++s) {
+  const int64_t task = item / p.channels, channel = item % p.channels, shrink = p.pool ? 2 : 1;
+  const int64_t most = chunk_rows(p), images = chunk_images(p);
+  for (int64_t s = 0; s < p.num_samples; s += images) {
     const int64_t plane = (task * p.num_samples + s) * p.channels + channel;
     for (int64_t row = 0; row < p.size[0]; row += most) {
       const int64_t rows = p.size[0] - row < most ? p.size[0] - row : most;
       f(Chunk{plane * p.pixels() + row * p.size[1], rows * p.size[1],
-              plane * p.out_pixels() + row / shrink * p.out_size[1], rows / shrink * p.out_size[1], rows});
+              plane * p.out_pixels() + row / shrink * p.out_size[1], rows / shrink * p.out_size[1], rows,
+              p.num_samples - s < images ? p.num_samples - s : images, p.channels * p.pixels(),
+              p.channels * p.out_pixels()});
     }
   }
 }
 
-// Working memory: a chunk's pixels, and its windows' values and winners.
+// Working memory: a chunk's pixels, and its windows' values and winners, image by image without gaps.
 template <class S>
 struct Scratch {
   S *pixels, *values;
@@ -49,7 +63,7 @@ struct Scratch {
   int64_t bytes;
 
   Scratch(const TaskNormActPoolProblem& p, void* memory) {
-    const int64_t elements = chunk_rows(p) * p.size[1] + pooling_slack<vec_t<S>>;
+    const int64_t elements = chunk_images(p) * chunk_rows(p) * p.size[1] + pooling_slack<vec_t<S>>;
     pixels = static_cast<S*>(memory);
     values = pixels + elements;
     which = reinterpret_cast<int_t<S>*>(values + elements);
@@ -106,16 +120,17 @@ Moments moments_of(const TaskNormActPoolProblem& p, const S* x, int64_t item) {
   Moments moments;
   each_chunk(p, item, [&](const Chunk& c) {
     if (c.elements == 0) return;
-    const S* from = x + c.at;
     Sum<S> sum, rest, squares;
-    each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) { sum.add(v.load_values(from + i), k); });
-    const double n = double(c.elements);
+    for (int64_t q = 0; q < c.images; ++q)
+      each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) { sum.add(v.load_values(x + c.image(q) + i), k); });
+    const double n = double(c.images * c.elements);
     const S centre = S(sum.total() / n);
-    each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) {
-      const vec_t<S> d = v.keep(v.load_values(from + i) - centre);
-      rest.add(d, k);
-      squares.add(d * d, k);
-    });
+    for (int64_t q = 0; q < c.images; ++q)
+      each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) {
+        const vec_t<S> d = v.keep(v.load_values(x + c.image(q) + i) - centre);
+        rest.add(d, k);
+        squares.add(d * d, k);
+      });
     const double offset = rest.total();  // from the rounding of `centre`
     moments.join(n, double(centre) + offset / n, squares.total() - offset * offset / n);
   });
@@ -144,11 +159,13 @@ Norm<S> statistics(const NormForward& pass, int64_t item) {
 // The maxima of a chunk's windows.
 template <class S>
 void pool(const TaskNormActPoolProblem& p, const Chunk& c, const Scratch<S>& scratch) {
-  for (int64_t i = 0; i < c.rows / 2; ++i) {
-    const S* above = scratch.pixels + 2 * i * p.size[1];
-    pool_row(above, above + p.size[1], p.out_size[1], scratch.values + i * p.out_size[1],
-             scratch.which + i * p.out_size[1]);
-  }
+  const int64_t width = p.size[1], windows = p.out_size[1];
+  for (int64_t q = 0; q < c.images; ++q)
+    for (int64_t i = 0; i < c.rows / 2; ++i) {
+      const S* above = scratch.pixels + q * c.elements + 2 * i * width;
+      const int64_t at = q * c.outs + i * windows;
+      pool_row(above, above + width, windows, scratch.values + at, scratch.which + at);
+    }
 }
 
 // y and the index of a chunk. Of ReLU's negative pixels any may win: the gradient of all is zero.
@@ -156,18 +173,20 @@ template <class S>
 void activate(const NormForward& pass, const Chunk& c, const S* values, const int_t<S>* which) {
   using V = vec_t<S>;
   using I = int_t<V>;
-  S* y = static_cast<S*>(pass.y) + c.out_at;
-  uint8_t* index = pass.index + c.out_at;
   const bool relu = pass.problem.activation == NormActivation::relu;
   const I of_nan = I{} - int(relu), always = I{} - int(pass.problem.activation == NormActivation::identity);
-  each_vector<S>(c.outs, [&](int64_t i, auto v, int) {
-    const V value = load<V>(values + i);
-    const I passed = (value > V{}) | ((value != value) & of_nan) | always;
-    v.store_values(y + i, relu ? (passed ? value : V{}) : value);
-    I place;
-    __builtin_memcpy(&place, which + i, sizeof(I));
-    v.store_bytes(index + i, place | (passed & passed_bit));
-  });
+  for (int64_t q = 0; q < c.images; ++q, values += c.outs, which += c.outs) {
+    S* y = static_cast<S*>(pass.y) + c.out_image(q);
+    uint8_t* index = pass.index + c.out_image(q);
+    each_vector<S>(c.outs, [&](int64_t i, auto v, int) {
+      const V value = load<V>(values + i);
+      const I passed = (value > V{}) | ((value != value) & of_nan) | always;
+      v.store_values(y + i, relu ? (passed ? value : V{}) : value);
+      I place;
+      __builtin_memcpy(&place, which + i, sizeof(I));
+      v.store_bytes(index + i, place | (passed & passed_bit));
+    });
+  }
 }
 
 template <class S>
@@ -181,11 +200,14 @@ void forward(const NormForward& pass, void* memory, int64_t first_item, int64_t 
     const Norm<S> norm = statistics<S>(pass, item);
     const S scale = S(norm.rstd * double(number(pass.gamma, item, S(1)))), shift = number(pass.beta, item, S(0));
     each_chunk(p, item, [&](const Chunk& c) {
-      const S* x = static_cast<const S*>(pass.x) + c.at;
-      each_vector<S>(c.elements, [&](int64_t i, auto v, int) {
-        const V z = (v.load_values(x + i) - norm.mean) * scale + shift;
-        store(scratch.pixels + i, leaky ? (z > V{} ? z : z * slope) : z);
-      });
+      for (int64_t q = 0; q < c.images; ++q) {
+        const S* x = static_cast<const S*>(pass.x) + c.image(q);
+        S* pixels = scratch.pixels + q * c.elements;
+        each_vector<S>(c.elements, [&](int64_t i, auto v, int) {
+          const V z = (v.load_values(x + i) - norm.mean) * scale + shift;
+          store(pixels + i, leaky ? (z > V{} ? z : z * slope) : z);
+        });
+      }
       if (p.pool) pool(p, c, scratch);
       activate(pass, c, p.pool ? scratch.values : scratch.pixels, scratch.which);
     });
@@ -200,26 +222,31 @@ S* spread(const NormSaved& saved, const Chunk& c, const Scratch<S>& scratch, Sum
   using V = vec_t<S>;
   using I = int_t<V>;
   const TaskNormActPoolProblem& p = saved.problem;
-  const S* grad = static_cast<const S*>(saved.grad_y) + c.out_at;
-  const uint8_t* index = saved.index + c.out_at;
   const S slope = S(p.activation == NormActivation::leaky_relu ? p.slope : 0);
   const I kept = I{} - int(p.activation == NormActivation::leaky_relu);  // a product with 0 would keep NaN
-  each_vector<S, 2>(c.outs, [&](int64_t i, auto v, int k) {
-    const I bits = v.load_bytes(index + i);
-    const V g = v.load_values(grad + i), value = (bits & passed_bit) != 0 ? g : V(I(g * slope) & kept);
-    sum.add(value, k);
-    store(scratch.values + i, value);
-    const I place = bits & place_bits;
-    __builtin_memcpy(scratch.which + i, &place, sizeof(I));
-  });
+  for (int64_t q = 0; q < c.images; ++q) {
+    const S* grad = static_cast<const S*>(saved.grad_y) + c.out_image(q);
+    const uint8_t* index = saved.index + c.out_image(q);
+    S* values = scratch.values + q * c.outs;
+    int_t<S>* which = scratch.which + q * c.outs;
+    each_vector<S, 2>(c.outs, [&](int64_t i, auto v, int k) {
+      const I bits = v.load_bytes(index + i);
+      const V g = v.load_values(grad + i), value = (bits & passed_bit) != 0 ? g : V(I(g * slope) & kept);
+      sum.add(value, k);
+      store(values + i, value);
+      const I place = bits & place_bits;
+      __builtin_memcpy(which + i, &place, sizeof(I));
+    });
+  }
   if (!p.pool) return scratch.values;
   const int64_t width = p.size[1], windows = p.out_size[1];
-  for (int64_t row = 0; row < c.rows; ++row) {
-    S* pixels = scratch.pixels + row * width;
-    const int64_t at = row / 2 * windows;
-    if (at < c.outs) spread_row(scratch.values + at, scratch.which + at, windows, int(row % 2), pixels);
-    for (int64_t i = at < c.outs ? 2 * windows : 0; i < width; ++i) pixels[i] = S(0);
-  }
+  for (int64_t q = 0; q < c.images; ++q)
+    for (int64_t row = 0; row < c.rows; ++row) {
+      S* pixels = scratch.pixels + q * c.elements + row * width;
+      const int64_t own = row / 2 * windows, at = q * c.outs + own;
+      if (own < c.outs) spread_row(scratch.values + at, scratch.which + at, windows, int(row % 2), pixels);
+      for (int64_t i = own < c.outs ? 2 * windows : 0; i < width; ++i) pixels[i] = S(0);
+    }
   return scratch.pixels;
 }
 
@@ -234,12 +261,14 @@ void backward(const NormBackward& pass, void* memory, int64_t first_item, int64_
     const Norm<S> norm = Norm<S>::of(p, number(saved.mean, item, S(0)), number(saved.var, item, S(0)));
     double grad_beta = 0, product = 0;
     each_chunk(p, item, [&](const Chunk& c) {
-      const S* x = static_cast<const S*>(saved.x) + c.at;
       Sum<S> sum, of_product;
       const S* gz = spread(saved, c, scratch, sum);
-      each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) {
-        of_product.add(v.load_values(gz + i) * (v.load_values(x + i) - norm.mean), k);
-      });
+      for (int64_t q = 0; q < c.images; ++q, gz += c.elements) {
+        const S* x = static_cast<const S*>(saved.x) + c.image(q);
+        each_vector<S, 4>(c.elements, [&](int64_t i, auto v, int k) {
+          of_product.add(v.load_values(gz + i) * (v.load_values(x + i) - norm.mean), k);
+        });
+      }
       grad_beta += sum.total();
       product += of_product.total();
     });
@@ -249,15 +278,17 @@ void backward(const NormBackward& pass, void* memory, int64_t first_item, int64_
     const bool batch = p.statistics == NormStatistics::batch;
     const S of_gz = S(scale), of_x = S(-scale * norm.rstd * grad_gamma / n), rest = S(-scale * grad_beta / n);
     each_chunk(p, item, [&](const Chunk& c) {
-      const S* x = static_cast<const S*>(saved.x) + c.at;
-      S* grad_x = static_cast<S*>(pass.grad_x) + c.at;
       Sum<S> unused;
       const S* gz = spread(saved, c, scratch, unused);
-      each_vector<S>(c.elements, [&](int64_t i, auto v, int) {
-        V grad = of_gz * load<V>(gz + i);
-        if (batch) grad += of_x * (v.load_values(x + i) - norm.mean) + rest;
-        v.store_values(grad_x + i, grad);
-      });
+      for (int64_t q = 0; q < c.images; ++q, gz += c.elements) {
+        const S* x = static_cast<const S*>(saved.x) + c.image(q);
+        S* grad_x = static_cast<S*>(pass.grad_x) + c.image(q);
+        each_vector<S>(c.elements, [&](int64_t i, auto v, int) {
+          V grad = of_gz * load<V>(gz + i);
+          if (batch) grad += of_x * (v.load_values(x + i) - norm.mean) + rest;
+          v.store_values(grad_x + i, grad);
+        });
+      }
     });
   }
 }
@@ -306,18 +337,20 @@ SecondSums second_sums(const NormSecond& pass, const Norm<S>& norm, const Scratc
   using V = vec_t<S>;
   SecondSums sums;
   each_chunk(pass.saved.problem, item, [&](const Chunk& c) {
-    const S* x = static_cast<const S*>(pass.saved.x) + c.at;
-    const S* by_x = static_cast<const S*>(pass.grad_x) + c.at;
     Sum<S> gz, gz_d, v, v_d, v_gz;
     const S* spreaded = spread(pass.saved, c, scratch, gz);
-    each_vector<S, 2>(c.elements, [&](int64_t i, auto part, int k) {
-      const V d = part.load_values(x + i) - norm.mean, a = part.load_values(by_x + i);
-      const V g = part.load_values(spreaded + i);
-      gz_d.add(g * d, k);
-      v.add(a, k);
-      v_d.add(a * d, k);
-      v_gz.add(a * g, k);
-    });
+    for (int64_t q = 0; q < c.images; ++q, spreaded += c.elements) {
+      const S* x = static_cast<const S*>(pass.saved.x) + c.image(q);
+      const S* by_x = static_cast<const S*>(pass.grad_x) + c.image(q);
+      each_vector<S, 2>(c.elements, [&](int64_t i, auto part, int k) {
+        const V d = part.load_values(x + i) - norm.mean, a = part.load_values(by_x + i);
+        const V g = part.load_values(spreaded + i);
+        gz_d.add(g * d, k);
+        v.add(a, k);
+        v_d.add(a * d, k);
+        v_gz.add(a * g, k);
+      });
+    }
     sums.gz += gz.total();
     sums.gz_d += gz_d.total();
     sums.v += v.total();
@@ -333,21 +366,24 @@ void pick(const NormSecond& pass, const Chunk& c, S* pixels, const Scratch<S>& s
   using V = vec_t<S>;
   using I = int_t<V>;
   const TaskNormActPoolProblem& p = pass.saved.problem;
-  if (p.pool)
+  for (int64_t q = 0; p.pool && q < c.images; ++q)
     for (int64_t i = 0; i < c.rows / 2; ++i) {
-      const int64_t at = i * p.out_size[1];
-      const S* above = pixels + 2 * i * p.size[1];
+      const int64_t at = q * c.outs + i * p.out_size[1];
+      const S* above = pixels + q * c.elements + 2 * i * p.size[1];
       pick_row(above, above + p.size[1], scratch.which + at, p.out_size[1], scratch.values + at);
     }
   const S slope = S(p.activation == NormActivation::leaky_relu ? p.slope : 0);
   const I kept = I{} - int(p.activation == NormActivation::leaky_relu);
-  const uint8_t* index = pass.saved.index + c.out_at;
-  S* out = static_cast<S*>(pass.of_grad_y) + c.out_at;
-  each_vector<S>(c.outs, [&](int64_t i, auto part, int) {
-    const V g = load<V>(scratch.values + i);
-    const I passed = part.load_bytes(index + i) & passed_bit;
-    part.store_values(out + i, passed != 0 ? g : V(I(g * slope) & kept));
-  });
+  for (int64_t q = 0; q < c.images; ++q) {
+    const uint8_t* index = pass.saved.index + c.out_image(q);
+    const S* values = scratch.values + q * c.outs;
+    S* out = static_cast<S*>(pass.of_grad_y) + c.out_image(q);
+    each_vector<S>(c.outs, [&](int64_t i, auto part, int) {
+      const V g = load<V>(values + i);
+      const I passed = part.load_bytes(index + i) & passed_bit;
+      part.store_values(out + i, passed != 0 ? g : V(I(g * slope) & kept));
+    });
+  }
 }
 
 template <class S>
@@ -362,19 +398,22 @@ void second(const NormSecond& pass, void* memory, int64_t first_item, int64_t la
     set<S>(pass.of_gamma, item, of.of_gamma);
     const bool batch = p.statistics == NormStatistics::batch;
     each_chunk(p, item, [&](const Chunk& c) {
-      const S* x = static_cast<const S*>(saved.x) + c.at;
-      const S* by_x = static_cast<const S*>(pass.grad_x) + c.at;
-      S* of_x = static_cast<S*>(pass.of_x) + c.at;
       Sum<S> unused;
-      S* gz = spread(saved, c, scratch, unused);
-      each_vector<S>(c.elements, [&](int64_t i, auto part, int) {
-        const V d = part.load_values(x + i) - norm.mean, v = part.load_values(by_x + i), g = load<V>(gz + i);
-        V grad = of.x_gz * g;
-        if (batch) grad += of.x_v * v + of.x_d * d + of.x_rest;
-        part.store_values(of_x + i, grad);
-        store(gz + i, of.gz_v * v + of.gz_d * d + of.gz_rest);
-      });
-      pick(pass, c, gz, scratch);
+      S* spreaded = spread(saved, c, scratch, unused);
+      for (int64_t q = 0; q < c.images; ++q) {
+        S* gz = spreaded + q * c.elements;
+        const S* x = static_cast<const S*>(saved.x) + c.image(q);
+        const S* by_x = static_cast<const S*>(pass.grad_x) + c.image(q);
+        S* of_x = static_cast<S*>(pass.of_x) + c.image(q);
+        each_vector<S>(c.elements, [&](int64_t i, auto part, int) {
+          const V d = part.load_values(x + i) - norm.mean, v = part.load_values(by_x + i), g = load<V>(gz + i);
+          V grad = of.x_gz * g;
+          if (batch) grad += of.x_v * v + of.x_d * d + of.x_rest;
+          part.store_values(of_x + i, grad);
+          part.store_values(gz + i, of.gz_v * v + of.gz_d * d + of.gz_rest);
+        });
+      }
+      pick(pass, c, spreaded, scratch);
     });
   }
 }

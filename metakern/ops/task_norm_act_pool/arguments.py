@@ -54,5 +54,5 @@ def check_norm(
         wanted = "a tensor" if statistics == "given" else "None"
         check_value(given == wanted, name, " must be ", wanted, " with these statistics, got ", given)
     if statistics == "batch" and x.shape[1] * x.shape[3] * x.shape[4] == 1:
-        size = f"torch.Size({list(x.shape[1:])})"
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {size}")
+        images = f"torch.Size({list(x.shape[1:])})"
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {images}")

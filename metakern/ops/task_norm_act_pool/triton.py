@@ -24,17 +24,14 @@ from metakern.ops.task_norm_act_pool.triton_kernels import backward_kernel, forw
 CONFIG = Config(1024, 8)
 
 
-def _launch(kernel: Any, a: Any, x: Tensor, tensors: list[Tensor], **constants: int) -> None:
+def _launch(kernel: Any, a: Any, x: Tensor, tensors: list[Tensor], **constants: Any) -> None:
     """Launch a program for every channel of every task."""
     tasks, samples, channels, *size = x.shape
     sizes = [*size, *(output_size(n, a.pool) for n in size)]
     constants |= {"STATISTICS": a.statistics, "ACTIVATION": a.activation, "POOL": int(a.pool), "BLOCK": CONFIG.block}
     if tasks:
-        launch_in_parts(
-            *(kernel, tasks * channels, CONFIG, *tensors, samples, channels, *sizes),
-            *split(a.eps, a.slope),
-            **constants,
-        )
+        arguments = (*tensors, samples, channels, *sizes, *split(a.eps, a.slope))
+        launch_in_parts(kernel, tasks * channels, CONFIG, *arguments, **constants)
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:

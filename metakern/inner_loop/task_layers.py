@@ -145,7 +145,7 @@ def _products(x: Any, weight: Any, stride: Any) -> int:
     return x.shape[0] * x.shape[2] * x.shape[3] * weight.numel() // (strides[0] * strides[1])
 
 
-def _border(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+def _border(x: Tensor, weight: Tensor, stride: Any, padding: Any) -> tuple[tuple[int, int], tuple[int, int]] | None:
     """Stride and padding as pairs; None where the kernel does not fit, or the padding is not the same on both sides."""
     kernel = weight.shape[2:]
     if padding == "valid":

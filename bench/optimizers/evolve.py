@@ -35,7 +35,7 @@ from metakern.tasks import Optimizees, general_problems
 
 #: A number by its weight and place: (weight, place, start, standard deviation in the first generation). Outputs 0 to 3
 #: are the change of ℓ, the factor of the step, and the shares of the slow mean and of the gradient.
-NUMBERS: dict[str, tuple[str, tuple[int, ...], float, float]] = {
+NUMBERS: dict[str, tuple[str, tuple[int, int], float, float]] = {
     "size": ("scalars", (0, 0), math.log(0.1), 0.3),
     "agreement": ("direct_weight", (1, 0), 0.9, 0.25),
     "agreement of all": ("direct_weight", (15, 0), 1.35, 0.35),

@@ -35,7 +35,7 @@ class CellPlan:
         return [job for each in itertools.zip_longest(*by_operator) for job in each if job is not None]
 
 
-FULL = CellPlan({name: cells.full for name, cells in CELLS.items()}, Limits(1.25, 45.0, 5), share=0.5)
+FULL = CellPlan({name: cells.full for name, cells in CELLS.items()}, Limits(1.1, 45.0, 5), share=0.5)
 DRY = CellPlan({name: cells.dry for name, cells in CELLS.items()}, Limits(0.05, 20.0, 2), share=0.5)
 
 

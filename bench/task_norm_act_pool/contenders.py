@@ -57,10 +57,16 @@ class Problem:
         grad_y = normal(block.tasks, block.samples, block.channels, half, half)
         return cls(block, [x.requires_grad_() for x in leaves], grad_y.requires_grad_(), cotangents)
 
+    def to(self, device: torch.device) -> Problem:
+        """The same numbers on a device."""
+        leaves = [x.detach().to(device).requires_grad_() for x in self.leaves]
+        grad_y = self.grad_y.detach().to(device).requires_grad_()
+        return Problem(self.block, leaves, grad_y, [x.to(device) for x in self.cotangents])
 
-def by_kernels(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-    """The kernels for the CPU."""
-    return task_norm_act_pool(x, gamma, beta, backend="cpp")[0]
+
+def by_kernels(x: Tensor, gamma: Tensor, beta: Tensor, backend: str = "cpp") -> Tensor:
+    """The kernels of a backend."""
+    return task_norm_act_pool(x, gamma, beta, backend=backend)[0]
 
 
 def by_loop(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:

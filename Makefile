@@ -81,6 +81,7 @@ bench: $(VENV)/built
 	$(BIN)/python -m bench.lstm_step.rules
 	$(BIN)/python -m bench.hrnn_step.compare
 	$(BIN)/python -m bench.mlp_inner_loop.compare
+	$(BIN)/python -m bench.conv_inner_loop.compare
 	$(BIN)/python -m bench.mlp_update_step.compare
 	$(BIN)/python -m bench.task_conv2d.compare
 	$(BIN)/python -m bench.task_norm_act_pool.compare

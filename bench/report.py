@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from bench import gpu_budget
+from bench.conv_inner_loop.tables import conv_lines
 from bench.few_shot.tables import few_shot_lines
 from bench.headline import headline
 from bench.paper.tables import paper_lines
@@ -49,14 +50,14 @@ def capability_of(path: Path) -> str:
 def newest_results(folder: Path = FOLDER, benchmark: str = "lstm_step") -> dict[str, Path]:
     """The newest results file (by the date inside) per instruction set, for one benchmark and its kind of device.
 
-    Partial measurements (``--cases``) do not count.
+    Partial measurements (``--cases``, ``--case``) do not count.
     """
     kind = "gpu" if benchmark == "gpu" else "cpu"
     newest: dict[str, tuple[str, Path]] = {}
     for path in sorted(folder.glob("*.json")):
         results = json.loads(path.read_text())
         machine = results.get("machine", {})
-        if benchmark_of(path) != benchmark or kind not in machine or "--cases" in results.get("command", ""):
+        if benchmark_of(path) != benchmark or kind not in machine or "--case" in results.get("command", ""):
             continue
         capability = capability_of(path)
         newest[capability] = max(newest.get(capability, ("", path)), (str(machine["date"]), path))
@@ -353,6 +354,7 @@ TABLES = {
     "evolution": render_lines(evolution_lines),
     "digits_lstm": render_optimizers,
     "mlp_inner_loop": render_inner_loop,
+    "conv_inner_loop": render_lines(conv_lines),
     "sinusoid": render_sinusoid,
     "clusters": render_clusters,
     "few_shot": render_lines(few_shot_lines),

@@ -44,6 +44,7 @@ def alternate(
     sample_seconds: float = SAMPLE_SECONDS,
     progress: Callable[[float], None] = lambda _: None,
     clock: Callable[[Callable[[], Any]], float] = wall_seconds,
+    warm: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Time every contender in turn, round after round, for about ``seconds`` in all.
 
@@ -56,6 +57,7 @@ def alternate(
             and branch predictors as another contender left them; a long sample measures a loop's steady state.
         progress: called with the finished share.
         clock: measures the seconds that a function keeps the device busy.
+        warm: whether all contenders have run already, for calls of seconds: they are not warmed up again.
 
     Returns:
         :func:`quantiles` of the seconds per call, by name
@@ -74,8 +76,9 @@ def alternate(
 
     repeats = {}
     for name, calls in contenders.items():
-        sample(name, len(calls))  # warm-up: touches every input, loads code
-        repeats[name] = max(1, round(sample_seconds / max(sample(name, 2), 1e-7)))
+        if not warm:
+            sample(name, len(calls))  # touches every input, loads code
+        repeats[name] = 1 if warm else max(1, round(sample_seconds / max(sample(name, 2), 1e-7)))
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     start = time.perf_counter()
     for done in range(1, max_rounds + 1):

@@ -54,14 +54,13 @@ class Batched:
 class Fused(Batched):
     """metakern.meta_loss."""
 
-    def __init__(self, case: Case, checkpoint_every: int | None = None, backend: str | None = None) -> None:
+    def __init__(self, case: Case, **options: Any) -> None:
         super().__init__(case)
-        self.checkpoint_every, self.backend = checkpoint_every, backend
+        self.options = case.options | options
 
     def query_losses(self, support: Set, query: Set) -> Tensor:
         """One call."""
-        options = {**self.case.options, "checkpoint_every": self.checkpoint_every, "backend": self.backend}
-        return metakern.meta_loss(self.model, support, query, **options)
+        return metakern.meta_loss(self.model, support, query, **self.options)
 
     def predictions(self, support: Set, x: Tensor) -> Tensor:
         """metakern.adapt, then a call of the result."""
@@ -272,7 +271,7 @@ def check_agreement(contenders: Mapping[str, Contender], batches: Sequence[tuple
         contender.model.double()
     try:
         return max(
-            largest_error({name: results(c, _doubled(batch)) for name, c in contenders.items()}, AGREEMENT)
+            largest_error({name: results(c, doubled(batch)) for name, c in contenders.items()}, AGREEMENT)
             for batch in batches
         )
     finally:
@@ -280,7 +279,8 @@ def check_agreement(contenders: Mapping[str, Contender], batches: Sequence[tuple
             contender.model.float()
 
 
-def _doubled(batch: tuple[Set, Set]) -> tuple[Set, Set]:
+def doubled(batch: tuple[Set, Set]) -> tuple[Set, Set]:
+    """The batch in float64."""
     (x, y), (query_x, query_y) = (
         tuple(tensor.double() if tensor.is_floating_point() else tensor for tensor in pair) for pair in batch
     )

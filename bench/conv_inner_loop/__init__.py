@@ -1,0 +1,1 @@
+"""The inner loop of convolutional networks against its peers."""

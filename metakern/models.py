@@ -41,6 +41,11 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
     for miniImageNet. The convolutions have no biases: batch norm would cancel them, and their gradients would be mere
     rounding error, which cannot be compared.
 
+    Weights start as in Finn's code (github.com/cbfinn/maml, ``construct_conv_weights`` in maml.py): from the uniform
+    distribution within ±√(6 / (inputs + outputs)) of Glorot and Bengio 2010, where a channel of a convolution counts
+    nine times; biases of the linear layer and of batch norm at zero. Batch norm's factors, which that code does not
+    have, start at one. Its Omniglot network differs in pooling and in its linear layer, which starts from N(0, 1).
+
     Args:
         shape: image shape: channels, height, width; at least 16 pixels each way
         filters: filters of each convolution
@@ -59,9 +64,13 @@ def conv4(shape: Sequence[int], filters: int, outputs: int) -> nn.Sequential:
     channels, height, width = shape
     layers: list[nn.Module] = []
     for inputs in (channels, filters, filters, filters):
-        norm = nn.BatchNorm2d(filters, track_running_stats=False)
-        layers += [nn.Conv2d(inputs, filters, 3, padding=1, bias=False), norm, nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(filters * (height // 16) * (width // 16), outputs))
+        convolution = nn.Conv2d(inputs, filters, 3, padding=1, bias=False)
+        nn.init.xavier_uniform_(convolution.weight)
+        layers += [convolution, nn.BatchNorm2d(filters, track_running_stats=False), nn.ReLU(), nn.MaxPool2d(2)]
+    linear = nn.Linear(filters * (height // 16) * (width // 16), outputs)
+    nn.init.xavier_uniform_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return nn.Sequential(*layers, nn.Flatten(), linear)
 
 
 class ResidualBlock(nn.Module):
@@ -92,9 +101,11 @@ def resnet12(shape: Sequence[int], outputs: int, widths: Sequence[int] = RESNET1
     """ResNet-12: four residual blocks, the mean over the image, a linear layer.
 
     Oreshkin et al. 2018 (TADAM), arXiv 1805.10123, with 64-128-256-512 filters; Lee et al. 2019 (MetaOptNet), arXiv
-    1904.03758, have 64-160-320-640: :data:`RESNET12_WIDTHS` and :data:`RESNET12_WIDE`. Convolutions start from He's
-    normal distribution by their outputs (``mode="fan_out"``), batch norms at one and zero. Batch norm takes the current
-    batch's statistics, as in :func:`conv4`, and nothing is dropped: MetaOptNet's DropBlock is left out.
+    1904.03758, have 64-160-320-640: :data:`RESNET12_WIDTHS` and :data:`RESNET12_WIDE`. Convolutions start as in
+    MetaOptNet's code (github.com/kjunelee/MetaOptNet, models/ResNet12_embedding.py): from He's normal distribution by
+    their outputs (``mode="fan_out"``), batch norms at one and zero; the linear layer, which MetaOptNet does not have,
+    as PyTorch starts it. Batch norm takes the current batch's statistics, as in :func:`conv4`, and nothing is dropped:
+    MetaOptNet's DropBlock is left out.
 
     Args:
         shape: image shape: channels, height, width; at least 16 pixels each way

@@ -32,6 +32,19 @@ def test_conv4_normalises_by_the_batch_that_it_sees():
     assert not list(net.buffers())
 
 
+def test_conv4_starts_from_glorot_s_uniform_distribution_and_zero_biases():
+    """Bounds ±√(6 / (inputs + outputs)), so variances 2 / (inputs + outputs); a convolution has 9 of each a channel."""
+    torch.manual_seed(0)
+    net = conv4((3, 84, 84), 64, 50)
+    for layer, both in ((net[0], 9 * (3 + 64)), (net[4], 9 * (64 + 64)), (net[-1], 64 * 25 + 50)):
+        assert layer.weight.var().item() == pytest.approx(2 / both, rel=0.05)
+        assert 0.99 * (6 / both) ** 0.5 < layer.weight.abs().max().item() <= (6 / both) ** 0.5
+        assert abs(layer.weight.mean().item()) < 0.1 * layer.weight.std().item()
+    assert not net[-1].bias.any()
+    assert not net[1].bias.any()
+    assert bool((net[1].weight == 1).all())
+
+
 def test_resnet12_has_the_published_sizes():
     """Weights of the convolutions and batch norms: 8.0 million (512 filters) and 12.4 million (640)."""
     for widths, millions in ((RESNET12_WIDTHS, 8.0), (RESNET12_WIDE, 12.4)):
@@ -65,8 +78,15 @@ def test_a_block_of_resnet12_is_its_formula():
 
 
 def test_resnet12_starts_from_he_s_distribution_by_outputs():
-    weight = resnet12((3, 16, 16), 5, (64, 64, 64, 64))[1].body[0].weight
-    assert weight.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.02)
+    """Variances 2 / (outputs · k²), fourth moments those of a normal distribution; batch norms at one and zero."""
+    torch.manual_seed(0)
+    block = resnet12((3, 16, 16), 5, (64, 96, 64, 64))[1]
+    for layer, size in ((block.body[0], 3), (block.body[3], 3), (block.shortcut[0], 1)):
+        weight = layer.weight
+        assert weight.var().item() == pytest.approx(2 / (96 * size**2), rel=0.05)
+        assert (weight / weight.std()).pow(4).mean().item() == pytest.approx(3, rel=0.1)
+    assert bool((block.body[1].weight == 1).all())
+    assert not block.body[1].bias.any()
 
 
 def test_resnet12_meta_trains_like_any_module():

@@ -17,7 +17,7 @@ def settings(**given) -> MAMLSettings:
 def test_nothing_but_what_may_be_absent_is_left_open(tasks):
     resolved = settings(tasks=tasks)
     absent = {name for name in resolved.__dataclass_fields__ if getattr(resolved, name) is None}
-    assert absent == {"data", "parameters", "mixed_precision", "rule"}
+    assert absent == {"data", "parameters", "mixed_precision", "rule", "rule_options"}
     assert resolved.resolved() == resolved  # as when a configuration is read again
 
 

@@ -36,8 +36,9 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 is_batched_wrapper = torch._C._functorch.is_batchedtensor
 unwrapped = torch._C._functorch.get_unwrapped
 
-#: The stack of torch.func's transforms, and their kinds.
+#: The stack of torch.func's transforms, and their kinds; its depth, None if it is empty.
 functorch = torch._C._functorch
+func_level = torch._C._functorch.maybe_current_level
 
 #: Active function and dispatch modes: their number, and the modes themselves.
 count_function_modes = torch._C._len_torch_function_stack

@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from metakern.core.transforms import is_batched, wants_gradient
 from metakern.inner_loop.task_layers import TaskLayers
+from metakern.inner_loop.task_norms import TaskNorms
 
 #: An index beyond any table.
 _OUTSIDE = 2**40
@@ -52,6 +53,7 @@ class TaskFunctions(TorchFunctionMode):
         super().__init__()
         self.replaced = _EVERYWHERE
         self.layers, self.names = layers if vectorize and not torch.compiler.is_compiling() else None, names
+        self.norms = None if self.layers is None else TaskNorms(self.layers, names)
         self.auto = auto and not transformed
         if vectorize:
             self.replaced = _TRANSFORMED if transformed else _BATCHED
@@ -61,9 +63,18 @@ class TaskFunctions(TorchFunctionMode):
     ) -> Any:
         if type(func) is FunctionType and not torch.compiler.is_compiling() and func not in _SHIPPED:
             func = _behind(func)
-        if self.layers is not None and self.layers.serves(func):
-            return self.layers.conv2d(self.names, self.auto, *args, **(kwargs or {}))
+        if self.layers is not None and self.norms is not None:
+            joined, args, kwargs = self.norms.call(func, types, args, kwargs or {})
+            if joined is not None:
+                return joined
+            if self.layers.serves(func):
+                return self.layers.conv2d(self.names, self.auto, *args, **kwargs)
         return self.replaced.get(func, func)(*args, **(kwargs or {}))
+
+    def __exit__(self, *error: Any) -> None:
+        if self.norms is not None and error[0] is None:
+            self.norms.finish()
+        super().__exit__(*error)
 
 
 #: Functions of torch.nn.functional by name, and all PyTorch functions that are written in Python.

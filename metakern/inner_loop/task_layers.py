@@ -40,12 +40,12 @@ class TaskLayers:
 
     Attributes:
         missing: why no kernel can run; empty where they can
-        found: by layer: why a kernel does not serve it; empty where one does
+        found: by operator and layer: why its kernel does not serve the layer; empty where it does
     """
 
     def __init__(self, device: torch.device, backend: str | None) -> None:
         self.missing = _missing(device, backend)
-        self.found: dict[str, str] = {}
+        self.found: dict[str, dict[str, str]] = {}
 
     def serves(self, func: Callable[..., Any]) -> bool:
         """Whether calls of a function come here under torch.vmap."""
@@ -77,7 +77,7 @@ class TaskLayers:
             border = _border(x, weight, stride, padding)
             reason = "" if border else f"its padding {padding!r} is not that of task_conv2d, or its kernel does not fit"
         if isinstance(weight, Tensor):
-            self.found[_label(names, weight)] = reason
+            self.record("task_conv2d", _label(names, weight), reason)
         if border is None:
             return F.conv2d(*args, **kwargs)
         of_task = None if bias is None else bias.unsqueeze(0)
@@ -85,9 +85,16 @@ class TaskLayers:
 
     def described(self) -> str:
         """Which layers kernels serve, and which not and why; empty for models without such layers."""
-        served = [name for name, reason in self.found.items() if not reason]
-        parts = [f"task_conv2d serves {', '.join(served)}"] if served else []
-        return "; ".join(parts + [f"PyTorch runs {name}: {reason}" for name, reason in self.found.items() if reason])
+        parts = []
+        for operator_name, layers in self.found.items():
+            served = [name for name, reason in layers.items() if not reason]
+            parts += [f"{operator_name} serves {', '.join(served)}"] if served else []
+        rest = {name: reason for layers in self.found.values() for name, reason in layers.items() if reason}
+        return "; ".join(parts + [f"PyTorch runs {name}: {reason}" for name, reason in rest.items()])
+
+    def record(self, operator_name: str, layer: str, reason: str) -> None:
+        """Note why an operator's kernel does not serve a layer; an empty reason if it does."""
+        self.found.setdefault(operator_name, {})[layer] = reason
 
 
 def _missing(device: torch.device, backend: str | None) -> str:

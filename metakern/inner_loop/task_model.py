@@ -28,6 +28,7 @@ from metakern.inner_loop.batch_norm import PerStepBatchNorm
 from metakern.inner_loop.clone import call_with_tensors, captures_tensors
 from metakern.inner_loop.lineage import nodes_of, recomputes
 from metakern.inner_loop.loop import Problem, losses_and_gradients
+from metakern.inner_loop.pending import tensor_of, tensors_of
 from metakern.inner_loop.recomputation import recomputed
 from metakern.inner_loop.task_functions import TaskFunctions
 from metakern.inner_loop.task_layers import TaskLayers
@@ -130,7 +131,7 @@ class TaskModel:
 
         def leaves(params: Tensors, shared: Tensors, x: Data) -> tuple[Tensor, ...]:
             outputs.append(self._forward(params, shared, x))
-            return tuple(flatten(outputs[-1])[0])
+            return tuple(map(tensor_of, flatten(outputs[-1])[0]))
 
         def evaluate(shared: Tensors) -> Any:
             return self._for_tasks(self._corrected(leaves), params, shared, (x,))
@@ -207,9 +208,10 @@ class TaskModel:
         args, kwargs = ((), x) if isinstance(x, dict) else (x if isinstance(x, tuple) else (x,), {})
         if self._captures:
             own = {**self.shared, **self.initial}
-            return call_with_tensors(self.model, {id(own[n]): (own[n], tensors[n]) for n in own}, *args, **kwargs)
+            replaced = {id(own[n]): (own[n], tensors[n]) for n in own}
+            return tensors_of(call_with_tensors(self.model, replaced, *args, **kwargs))
         values = {slot: tensors[name] for slot, name in self._slots.items()}
-        return functional_call(self.model, values, args, kwargs, tie_weights=False)
+        return tensors_of(functional_call(self.model, values, args, kwargs, tie_weights=False))
 
     def _task_loss(self, batch: SampleSets) -> Callable[..., Tensor]:
         def task_loss(params: Tensors, shared: Tensors, *tensors: Data) -> Tensor:

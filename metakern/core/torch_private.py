@@ -54,6 +54,9 @@ without_function_modes = torch._C.DisableTorchFunction
 without_dispatch_modes = _python_dispatch._disable_current_modes
 without_transforms = pyfunctorch.temporarily_clear_interpreter_stack
 
+#: Context manager that leaves the innermost transform of torch.func.
+outside_transform = pyfunctorch.temporarily_pop_interpreter_stack
+
 #: Decorator: torch.compile does not trace the function.
 not_compiled: Any = torch._disable_dynamo  # type: ignore[attr-defined]
 

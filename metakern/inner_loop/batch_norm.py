@@ -93,13 +93,14 @@ class PerStepBatchNorm(nn.Module):
         if not self.training:
             mean, var = self._row(self.running_mean), self._row(self.running_var)
             return F.batch_norm(x, mean, var, weight, bias, False, self.momentum, self.eps)
-        # Statistics are computed separately, as torch.vmap's batch norm loses writes into a row of a tensor.
-        normalised = F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
-        dims = [0, *range(2, x.dim())]
-        var, mean = torch.var_mean(x.detach().to(self.running_var.dtype), dims)
-        for running, new in ((self.running_mean, mean), (self.running_var, var)):
-            running.copy_(self.replaced(running, running.lerp(new, self.momentum), self.step))
-        return normalised
+        # Statistics are computed separately, as torch.vmap's batch norm loses writes into a row of a tensor; and first,
+        # as a kernel joins the batch norm with what follows it. A single value has no variance: F.batch_norm raises.
+        if x.numel() > x.shape[1]:
+            dims = [0, *range(2, x.dim())]
+            var, mean = torch.var_mean(x.detach().to(self.running_var.dtype), dims)
+            for running, new in ((self.running_mean, mean), (self.running_var, var)):
+                running.copy_(self.replaced(running, running.lerp(new, self.momentum), self.step))
+        return F.batch_norm(x, None, None, weight, bias, True, self.momentum, self.eps)
 
     @staticmethod
     def replaced(running: Tensor, new: Tensor, step: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Axis legend: S samples of a task, C channels, [H, W] images.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from metakern.core.torch_private import pytree, without_function_modes
+from metakern.core.torch_private import func_level, outside_transform, pytree, without_function_modes
 from metakern.ops.task_norm_act_pool import task_norm_act_pool
 
 
@@ -46,6 +47,7 @@ class Recipe:
         statistics: of :func:`task_norm_act_pool`
         running: with statistics "given", those; with "batch", those to move
         records: whether autograd records
+        level: the depth of torch.func's transforms
     """
 
     x: Tensor
@@ -58,10 +60,15 @@ class Recipe:
     slope: float = 0.0
     pool: bool = False
     records: bool = dataclasses.field(default_factory=torch.is_grad_enabled)
+    level: int | None = dataclasses.field(default_factory=func_level)
 
     def computed(self) -> Tensor:
         """The result."""
-        with without_function_modes(), torch.set_grad_enabled(self.records):
+        with contextlib.ExitStack() as stack:
+            while func_level() != self.level:  # needed within a transform that has begun since
+                stack.enter_context(outside_transform())
+            stack.enter_context(without_function_modes())
+            stack.enter_context(torch.set_grad_enabled(self.records))
             if self.statistics == "none" and not self.pool:
                 return F.relu(self.x) if self.activation == "relu" else F.leaky_relu(self.x, self.slope)
             return self._by_kernel()

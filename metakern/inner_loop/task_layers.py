@@ -23,8 +23,7 @@ from metakern.inner_loop.vectorize import Slower
 from metakern.ops.task_conv2d import task_conv2d
 
 #: Products of a task's convolution from which the kernel is faster than PyTorch's grouped convolution, and from which a
-#: loop over the tasks is faster than either on the CPU, as batch norm and pooling are slow under torch.vmap; measured,
-#: see bench/NOTES.md.
+#: loop over the tasks is faster on the CPU than the grouped convolution, where no kernel serves; see bench/NOTES.md.
 KERNEL_PRODUCTS, LOOP_PRODUCTS = 2**19, 2**26
 
 #: Backend of the kernels by type of device.
@@ -61,7 +60,7 @@ class TaskLayers:
             kwargs: of F.conv2d
 
         Raises:
-            Slower: with ``auto``, where the loop is faster
+            Slower: with ``auto``, where no kernel serves and the loop is faster
         """
         try:
             x, weight, bias, stride, padding, dilation, groups = _arguments(*args, **kwargs)
@@ -69,13 +68,13 @@ class TaskLayers:
             return F.conv2d(*args, **kwargs)  # raises PyTorch's own error
         reason = self.missing or _unserved_options(dilation, groups) or _unserved_tensors(x, weight, bias)
         border, products = None, _products(x, weight, stride)
-        if auto and products >= LOOP_PRODUCTS and x.device.type == "cpu" and is_batched(weight):
-            raise Slower
         if not reason and products < KERNEL_PRODUCTS and x.device.type == "cpu":
             reason = "it is too small for a kernel"
         if not reason:
             border = _border(x, weight, stride, padding)
             reason = "" if border else f"its padding {padding!r} is not that of task_conv2d, or its kernel does not fit"
+        if auto and reason and products >= LOOP_PRODUCTS and x.device.type == "cpu" and is_batched(weight):
+            raise Slower
         if isinstance(weight, Tensor):
             self.record("task_conv2d", _label(names, weight), reason)
         if border is None:

@@ -51,6 +51,12 @@ def small(shape: tuple[int, ...] = (2, 7, 5), dtype: torch.dtype = F64) -> nn.Se
     return net(convolutions[0], nn.Tanh(), convolutions[1], nn.Tanh(), shape=shape, dtype=dtype)
 
 
+def dilated() -> nn.Sequential:
+    """The same with a first convolution that no kernel serves."""
+    convolutions = nn.Conv2d(2, 4, 3, padding=2, dilation=2), nn.Conv2d(4, 3, (3, 1), stride=2, bias=False)
+    return net(convolutions[0], nn.Tanh(), convolutions[1], nn.Tanh(), shape=(2, 7, 5))
+
+
 @pytest.fixture(autouse=True)
 def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(task_layers, "KERNEL_PRODUCTS", 0)
@@ -317,11 +323,11 @@ def test_predictions_are_served_too() -> None:
 # ------------------------------------------------------------------------------------------------------------ auto
 
 
-def test_auto_takes_the_loop_for_large_convolutions(
+def test_auto_takes_the_loop_for_large_convolutions_without_a_kernel(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first call notices, later ones take the loop at once; vectorize=True never does. The values are the same."""
-    model, data = small(), episode(2, 7, 5)
+    model, data = dilated(), episode(2, 7, 5)
     at_once = meta_loss(model, data.support, data.query, **OPTIONS)
     monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", S * 35 * 72)
     for _ in range(2):
@@ -331,14 +337,15 @@ def test_auto_takes_the_loop_for_large_convolutions(
     assert "all tasks at once" in explained(model, data, capsys)
 
 
-def test_auto_keeps_smaller_convolutions_at_once_and_transforms_too(
+def test_auto_keeps_smaller_and_served_convolutions_at_once_and_transforms_too(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, data = small(), episode(2, 7, 5)
+    model, data = dilated(), episode(2, 7, 5)
     monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", Q * 35 * 72 + 1)
     assert "all tasks at once" in explained(model, data, capsys, vectorize="auto")
     monkeypatch.setattr(task_layers, "LOOP_PRODUCTS", 0)
-    adapted = adapt(small(), *data.support, loss=F.cross_entropy)  # a model of its own: this one takes the loop
+    assert "all tasks at once" in explained(small(), data, capsys, vectorize="auto")  # the kernel serves it
+    adapted = adapt(dilated(), *data.support, loss=F.cross_entropy)  # a model of its own: this one takes the loop
     predict = torch.func.vmap(lambda shift: adapted(data.query[0] + shift))
     assert predict(torch.zeros(2, dtype=F64)).shape == (2, T, Q, CLASSES)
 

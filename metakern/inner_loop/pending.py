@@ -95,7 +95,7 @@ class Pending:
         self._recipe: Recipe | None = recipe
         self._computed: Tensor | None = None
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         return Tensor
 

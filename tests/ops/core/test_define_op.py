@@ -60,9 +60,9 @@ TOY = define_op(
 )
 
 # Twice x, and x + 1 as a constant.
-CONSTANT_SCHEMA = "constant_toy(Tensor x) -> (Tensor, Tensor)"
+CONSTANT_SCHEMA = "toy_constant(Tensor x) -> (Tensor, Tensor)"
 LIBRARY.define(CONSTANT_SCHEMA)
-LIBRARY.impl("constant_toy", lambda x: (2 * x, x + 1), "CPU")
+LIBRARY.impl("toy_constant", lambda x: (2 * x, x + 1), "CPU")
 CONSTANT_TOY = define_op(
     CONSTANT_SCHEMA,
     results=("scaled", "shifted"),
@@ -131,7 +131,7 @@ def test_only_what_requires_a_gradient_gets_one() -> None:
 @pytest.mark.parametrize("transform", [None, grad, "compile"])
 def test_a_constant_result_has_no_gradient_however_it_is_used(transform: Any) -> None:
     def both(x: Tensor) -> Tensor:
-        scaled, shifted = torch.ops.metakern.constant_toy(x) if transform == "compile" else call_it(x)
+        scaled, shifted = torch.ops.metakern.toy_constant(x) if transform == "compile" else call_it(x)
         assert transform is grad or not shifted.requires_grad
         return scaled.sin().sum() + shifted.square().sum()
 

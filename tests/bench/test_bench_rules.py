@@ -9,7 +9,7 @@ from metakern.core import backend as _backend
 
 pytestmark = pytest.mark.skipif(not _backend.is_compiled(), reason="the compiled kernels are what is measured")
 
-#: Bytes that backward needs for a coordinate: h and c of every layer, the stages' state, param, gradient; and the gates,
+#: Bytes that backward needs for a coordinate: h and c of every layer, the stages' state, param, gradient; and gates,
 #: five numbers for every unit, which calls of this size keep.
 KEPT = {"RNNProp": (2 + 5) * 2 * 20 * 4 + 4 * 4 + 8, "Meta-LSTM": (2 + 5) * 20 * 4 + 2 * 4 + 8}
 

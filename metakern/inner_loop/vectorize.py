@@ -41,7 +41,8 @@ class Slower(Exception):
 class Vectorization:
     """How the tasks of one call are evaluated: by torch.vmap or in a loop.
 
-    With "auto" the CPU evaluates models with large convolutions in a loop, which is faster: see :class:`Slower`.
+    With "auto" the CPU evaluates models with large convolutions that no kernel serves in a loop, which is faster: see
+    :class:`Slower`.
 
     With "auto" a call that fails under torch.vmap is repeated as a loop, with the same random numbers. The failure is
     cached, and later calls with the same modules, modes, hooks and loss use the loop at once. A stale entry costs only

@@ -161,12 +161,12 @@ def adapt(
         support_per_step: a separate support set for every inner step: ``support_x``, ``support_y`` and
             ``support_mask`` are [T, K, S, ...]
         vectorize: evaluate all tasks at once by torch.vmap (True), or one after another (False). ``"auto"`` uses
-            torch.vmap, and evaluates one after another on the CPU from the first call whose convolutions, with weights
-            of each task's own, take 2^26 products a task or more, as that is faster; and, with one warning, if
-            torch.vmap cannot run the model: nn.LSTM, checkpointing, branches that depend on the data, backward hooks of
-            modules.
+            torch.vmap, and evaluates one after another, with one warning, if torch.vmap cannot run the model: nn.LSTM,
+            checkpointing, branches that depend on the data, backward hooks of modules; and without one on the CPU from
+            the first call with a convolution of 2^26 products a task or more that no kernel serves, as that is faster.
             In torch.compile and torch.func ``"auto"`` means True. Under torch.vmap :func:`metakern.ops.task_conv2d`
-            serves 2-D convolutions without groups or dilation, but not in torch.compile.
+            serves 2-D convolutions without groups or dilation, and :func:`metakern.ops.task_norm_act_pool` their batch
+            norm, ReLU and max-pooling by 2, which then have first and second derivatives; but not in torch.compile.
         backend: ``"auto"`` takes the fused inner loop where it serves: chains of ``nn.Linear`` with ReLU, leaky ReLU,
             tanh, sigmoid or GELU between, dropout in ``eval()`` mode and a flatten first, and a mean ``mse_loss``,
             ``cross_entropy`` or ``binary_cross_entropy_with_logits``, which fit the processor's cache; plain PyTorch

@@ -8,9 +8,11 @@ python -m bench.conv_inner_loop.compare --case TEXT --output FILE    only cases 
 ``--compile`` adds the compiled meta-iteration of all tasks, which takes minutes to compile. learn2learn, higher and
 torchopt take part if they can be imported; the results say which could not, and why.
 
-Before it is timed, every contender's losses and meta-gradients are compared with metakern's: in float64 to 1e-9 of
-each tensor's largest magnitude on up to two tasks of few query samples (ResNet-12 on small images), and in float32 on
-the very batch to 1e-2 of the norm, as rounding one unit across a ReLU's kink changes correct gradients. Second
+Before it is timed, every contender's losses and meta-gradients are compared: in float64 with metakern's to 1e-9 of each
+tensor's largest magnitude on up to two tasks of few query samples (ResNet-12 on small images), and in float32 on the
+very batch with the plain loop's in float64, to 1e-2 of the norm or 5 times the least error of all. As rounding one unit
+across a ReLU's kink changes correct gradients, and batch norm of a channel that is nearly constant multiplies rounding,
+the float32 of correct ones differ by as much in some cases; the results hold every contender's error. Second
 derivatives of batch norm are wrong under torch.vmap (torch 2.13; pytorch/functorch #534 is on its batching rule): vmap,
 and its compiled form, are measured only where their results are right, and named with their error elsewhere.
 """
@@ -64,8 +66,8 @@ PEERS = ("loop", *LIBRARIES, "vmap", "compiled")
 #: Peers that need not be right: both compute the same.
 BY_VMAP = ("vmap", "compiled")
 
-#: Largest difference of losses and meta-gradients in float32, relative to their norm.
-NORM_DIFFERENCE = 1e-2
+#: Largest error of losses and meta-gradients in float32, relative to their norm, and as a multiple of the least one.
+NORM_ERROR, TIMES_LEAST = 1e-2, 5.0
 
 
 @dataclass(frozen=True)
@@ -136,21 +138,29 @@ def norm_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> floa
     return float(difference / torch.stack([x.norm() for x in expected]).norm())
 
 
-def first_results(contenders: dict[str, Contender], batch: Any) -> float:
-    """Run every contender once, which also warms it up; the largest difference between their results.
+def first_results(contenders: dict[str, Contender], batch: Any, truth: list[Tensor]) -> dict[str, float]:
+    """Run every contender once, which also warms it up; their errors against the true losses and meta-gradients.
 
     Raises:
-        ArithmeticError: for one above the allowed difference
+        ArithmeticError: for one above the allowed error
     """
-    found = [results(contender, batch) for contender in contenders.values()]
-    worst = 0.0
-    for name, result in zip(contenders, found, strict=True):
-        for part in (slice(0, 1), slice(1, None)):  # losses, meta-gradients
-            difference = norm_difference(result[part], found[0][part])
-            if not difference <= NORM_DIFFERENCE:
-                raise ArithmeticError(f"{name} differs by {difference:.1e} of the norm, allowed {NORM_DIFFERENCE:.0e}")
-            worst = max(worst, difference)
-    return worst
+    errors = {}
+    for name, contender in contenders.items():
+        found = [x.double() for x in results(contender, batch)]
+        errors[name] = max(norm_difference(found[:1], truth[:1]), norm_difference(found[1:], truth[1:]))
+    allowed = max(NORM_ERROR, TIMES_LEAST * min(errors.values()))
+    for name, error in errors.items():
+        if not error <= allowed:
+            raise ArithmeticError(f"{name} differs by {error:.1e} of the norm, allowed {allowed:.0e}")
+    return errors
+
+
+def true_results(case: ConvCase, batch: Any) -> list[Tensor]:
+    """The plain loop's losses and meta-gradients in float64."""
+    loop = make_contender("loop", case, {})
+    assert loop is not None
+    loop.model.double()
+    return results(loop, doubled(batch))
 
 
 def measure_cell(
@@ -163,7 +173,7 @@ def measure_cell(
     wrong = BY_VMAP if not errors["vmap"] < AGREEMENT else ()
     contenders = {n: c for n, c in contenders_of(case, plan, libraries).items() if n not in wrong}
     batch = case.batch(1)
-    difference = first_results(contenders, batch)
+    errors_float32 = first_results(contenders, batch, true_results(case, batch))
     calls = {name: [partial(iterate, contender, batch)] for name, contender in contenders.items()}
     times = alternate(calls, seconds=plan.seconds, min_rounds=plan.min_rounds, progress=advance, warm=True)
     seconds = {name: time["median_s"] for name, time in times.items()}
@@ -173,7 +183,7 @@ def measure_cell(
         **case.describe(),
         "relative_difference_float64": errors,
         "wrong": [name for name in wrong if name != "compiled" or plan.compiled],
-        "norm_difference_float32": difference,
+        "norm_error_float32": errors_float32,
         "contenders": times,
         "absent": [name for name in PEERS if name not in times],
         "speedup": {name: seconds[name] / seconds[OURS[0]] for name in times if name != OURS[0]},
